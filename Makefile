@@ -1,0 +1,34 @@
+# Everything runs in .venv, which is made from Python 3.11 or newer and pyproject.toml when first needed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help install reproduce test lab mini-world clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+install: $(STAMP) ## make .venv with everything in it
+
+$(STAMP): pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
+	@echo "Installing into .venv (minutes: PyTorch alone is several GB) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+reproduce: $(STAMP) ## every table and figure of the mini profile, into outputs/mini
+	$(BIN)/ovdiff reproduce --profile mini
+
+test: $(STAMP) ## the tests
+	$(BIN)/python -m pytest -q
+
+lab: $(STAMP) ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+mini-world: $(STAMP) ## draw the mini world and train its models anew (hours; needs npm)
+	$(BIN)/python -m ovdiff_lib.mini.rebuild
+
+clean: ## delete caches and executed notebooks; committed tables and figures stay
+	rm -rf outputs/*/cache outputs/*/notebooks .pytest_cache .ruff_cache .hypothesis build
+	find ovdiff_lib tests notebooks -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} + 2>/dev/null || true

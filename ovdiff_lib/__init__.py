@@ -1,0 +1,25 @@
+"""OVDiff: training-free open-vocabulary segmentation from words, as a small library and a set of notebooks.
+
+    from ovdiff_lib import OVDiff
+    ovdiff = OVDiff("mini")
+    bank = ovdiff.build(["cat", "sofa"])
+    result = ovdiff.segment("room.jpg", bank)
+
+Importing the package loads no model and opens no file.
+"""
+
+from ovdiff_lib.errors import InputError, ModelNotAvailable, OVDiffError, ProfileError
+from ovdiff_lib.types import Category, PrototypeBank, Segmentation, SupportSet, Vocabulary
+
+__version__ = "0.1.0"
+__all__ = ["Category", "InputError", "ModelNotAvailable", "OVDiff", "OVDiffError", "ProfileError", "PrototypeBank",
+           "Segmentation", "SupportSet", "Vocabulary"]
+
+
+def __getattr__(name: str):
+    # The pipeline imports torch; it is loaded when first asked for, so that `import ovdiff_lib` stays light.
+    if name == "OVDiff":
+        from ovdiff_lib.pipeline import OVDiff
+
+        return OVDiff
+    raise AttributeError(f"module 'ovdiff_lib' has no attribute {name!r}")

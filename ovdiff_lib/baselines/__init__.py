@@ -1,0 +1,1 @@
+"""Methods that the paper's tables compare OVDiff with, run under the same protocol."""

@@ -1,0 +1,206 @@
+"""The command line: ``ovdiff segment | build | evaluate | run | reproduce``.
+
+Errors a user can cause end in one sentence on stderr and exit code 2; ctrl-C ends with exit code 130 and leaves no half-written file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ovdiff_lib.errors import InputError, OVDiffError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the ``ovdiff`` command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except OVDiffError as error:
+        print(f"ovdiff: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ovdiff: interrupted; finished classes are kept, run the same command again to go on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ovdiff", description="Training-free open-vocabulary segmentation from words (OVDiff).")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--profile", default="mini", help="mini, paper, or a profile file (default: mini)")
+        sub.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="replace a profile field; may be repeated")
+        sub.add_argument("--library", type=Path, help="folder that keeps support sets and prototypes (default: the user's cache folder)")
+        return sub
+
+    segment = command("segment", _segment, "Label the pixels of an image, or of every image in a folder.")
+    segment.add_argument("image", type=Path, help="an image (PNG, JPEG, WebP) or a folder of them")
+    segment.add_argument("--classes", required=True, help='class names, for example "cat, sofa"')
+    segment.add_argument("--stuff", default="", help='which of them are stuff regions, for example "grass, sky"')
+    segment.add_argument("--out", type=Path, default=Path("out"), help="folder for label maps, overlays and JSON (default: out)")
+
+    build = command("build", _build, "Build the prototypes of classes into the library.")
+    source = build.add_mutually_exclusive_group(required=True)
+    source.add_argument("--classes", help='class names, for example "cat, sofa"')
+    source.add_argument("--classes-file", type=Path, help="text file with one class name a line")
+    build.add_argument("--stuff", default="", help="which of them are stuff regions")
+
+    evaluate = command("evaluate", _evaluate, "Measure mIoU on a data set.")
+    evaluate.add_argument("dataset", help="mini-voc, mini-object or mini-context")
+    evaluate.add_argument("--split", default="val", help="val or wild (default: val)")
+    evaluate.add_argument("--limit", type=int, help="use the first LIMIT images only")
+    evaluate.add_argument("--json", type=Path, help="write the result to this file too")
+
+    run = command("run", _run, "Execute one notebook with parameters.")
+    run.add_argument("notebook", type=Path)
+    run.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="a notebook parameter; may be repeated")
+    run.add_argument("--out", type=Path, default=Path("outputs"), help="outputs folder (default: outputs)")
+
+    reproduce = command("reproduce", _reproduce, "Execute every notebook and write all tables and figures.")
+    reproduce.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="folder of the notebooks (default: notebooks)")
+    reproduce.add_argument("--out", type=Path, default=Path("outputs"), help="outputs folder (default: outputs)")
+    reproduce.add_argument("--force", action="store_true", help="run fresh notebooks again")
+    return parser
+
+
+def _assignments(pairs: list[str], option: str) -> dict[str, Any]:
+    table = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise InputError(f"{option} {pair!r} is not of the form NAME=VALUE; write for example {option} support.size=8.")
+        try:
+            table[name] = yaml.safe_load(value) if value else ""
+        except yaml.YAMLError:
+            raise InputError(f"The value of {option} {pair!r} cannot be read; write a number, true, a [list, of, values] or text.") from None
+    return table
+
+
+def _ovdiff(options: argparse.Namespace):
+    from ovdiff_lib.pipeline import OVDiff
+
+    return OVDiff(options.profile, _assignments(options.set, "--set"), library=options.library)
+
+
+def _vocabulary(classes: str, stuff: str):
+    from ovdiff_lib.types import Vocabulary
+
+    marked = [s.strip() for s in stuff.split(",") if s.strip()]
+    vocabulary = Vocabulary.of([c for c in classes.split(",")] if classes.strip() else (), marked)
+    missing = [s for s in marked if s.casefold() not in {n.casefold() for n in vocabulary.names}]
+    if missing:
+        raise InputError(f"--stuff names {missing[0]!r}, which is not among the classes; add it to --classes or remove it.")
+    return vocabulary
+
+
+def _segment(options: argparse.Namespace) -> None:
+    import tqdm
+
+    from ovdiff_lib.images import list_images, read_image
+    from ovdiff_lib.report.results import output_stems, write_segmentation
+
+    vocabulary = _vocabulary(options.classes, options.stuff)
+    paths = list_images(options.image)
+    if len(paths) == 1:
+        read_image(paths[0])  # a broken image is reported before classes are built
+    ovdiff = _ovdiff(options)
+    bank = ovdiff.build(vocabulary)
+    broken = []
+    for path, stem in zip(tqdm.tqdm(paths, desc="segmenting", unit="image", disable=len(paths) == 1), output_stems(paths)):
+        try:
+            image = read_image(path)
+        except InputError as error:
+            broken.append(str(error))
+            continue
+        written = write_segmentation(ovdiff.segment(image, bank), options.out, stem, ovdiff.profile)
+    for message in broken:
+        print(f"ovdiff: {message}", file=sys.stderr)
+    if broken:
+        raise InputError(f"{len(broken)} of {len(paths)} images could not be read; the others are in {options.out}.")
+    print(f"{len(paths)} image{'s' * (len(paths) > 1)} segmented; results in {options.out}" + (f" ({written[0].name}, ...)" if len(paths) == 1 else ""))
+
+
+def _build(options: argparse.Namespace) -> None:
+    if options.classes_file:
+        try:
+            lines = options.classes_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            raise InputError(f"The classes file {options.classes_file} cannot be read; give a UTF-8 text file with one class a line.") from None
+        from ovdiff_lib.types import Vocabulary
+
+        vocabulary = Vocabulary.of([line for line in lines if line.strip()], [s.strip() for s in options.stuff.split(",")])
+    else:
+        vocabulary = _vocabulary(options.classes, options.stuff)
+    ovdiff = _ovdiff(options)
+    started = time.time()
+    bank = ovdiff.build(vocabulary)
+    for name in bank.extractors:
+        counts = sum(len(p) for p in bank.prototypes[name])
+        print(f"{len(bank.vocabulary)} classes, {counts} prototypes of extractor {name!r}, {time.time() - started:.0f} s, in {ovdiff.library.root}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from ovdiff_lib.evaluation import evaluate, load_dataset
+
+    dataset = load_dataset(options.dataset, split=options.split)
+    ovdiff = _ovdiff(options)
+    bank = ovdiff.build(dataset.vocabulary)
+    result = evaluate(lambda image: ovdiff.segment(image, bank).labels, dataset, limit=options.limit)
+    width = max(len(n) for n in result.class_names)
+    for name, value in zip(result.class_names, result.iou):
+        print(f"{name:{width}s} {'  -  ' if value != value else f'{100 * value:5.1f}'}")
+    print(f"{'mIoU':{width}s} {100 * result.miou:5.1f}   {dataset.name} {options.split}, {result.images} images, profile {ovdiff.profile.name}, "
+          f"settings {ovdiff.profile.digest()}")
+    if options.json:
+        from ovdiff_lib.images import write_atomic
+
+        table = {"dataset": dataset.name, "split": options.split, "images": result.images, "miou": result.miou,
+                 "iou": dict(zip(result.class_names, [None if v != v else float(v) for v in result.iou])), "profile": ovdiff.profile.to_dict()}
+        write_atomic(options.json, (json.dumps(table, indent=1) + "\n").encode())
+
+
+def _notebook_parameters(options: argparse.Namespace) -> dict[str, Any]:
+    from ovdiff_lib.profiles import load_profile
+
+    overrides = _assignments(options.set, "--set")
+    profile = load_profile(options.profile, overrides)
+    source = options.profile if not Path(options.profile).suffix else str(Path(options.profile).resolve())
+    return {"profile": source, "overrides": overrides, "output": str((options.out / profile.name).resolve())}
+
+
+def _run(options: argparse.Namespace) -> None:
+    from ovdiff_lib.runner import run_notebook
+
+    if not options.notebook.exists():
+        raise InputError(f"The notebook {options.notebook} does not exist; the ones that ship are in the folder notebooks/.")
+    parameters = {**_notebook_parameters(options), **_assignments(options.parameter, "--parameter")}
+    target = Path(parameters["output"]) / options.notebook.name
+    run_notebook(options.notebook, target, parameters, force=True)
+    print(f"executed copy: {target}")
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    from ovdiff_lib.runner import notebooks, run_notebook
+
+    parameters = _notebook_parameters(options)
+    folder = Path(parameters["output"])
+    for notebook in notebooks(options.notebooks):
+        started = time.time()
+        ran = run_notebook(notebook, folder / notebook.name, parameters, force=options.force)
+        print(f"{notebook.stem}: {f'executed in {time.time() - started:.0f} s' if ran else 'fresh, nothing to do'}", flush=True)
+    shown = options.out / folder.name
+    print(f"Done. Tables: {shown / 'tables'}   figures: {shown / 'figures'}   executed notebooks: {shown}/*.ipynb")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""k-means for part prototypes (Sec. 3.3): few clusters, very many channels, and data that may not fit in memory twice.
+
+Seeding (greedy k-means++) and most of Lloyd's iterations run on a sample of :data:`SAMPLE` points a cluster; a few iterations over all
+points then settle centroids and assignment. A mini support set is smaller than its sample, so there it is plain Lloyd's algorithm.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+SAMPLE = 256
+"""Points a cluster in the sample: the centroid of that many strays from the true one by 1/256 of the cluster's variance."""
+
+REFINE = 5
+"""Most iterations over all points, once the sample has converged."""
+
+BLOCK = 2**23
+"""Values per block of rows: what a pass over the data allocates beside it (32 MB a copy)."""
+
+
+def kmeans(x: torch.Tensor | np.ndarray, k: int, seed: int = 0, iterations: int = 50, restarts: int = 1,
+           tolerance: float = 1e-4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centroids f32 (k', D) and assignment i64 (M,) of the points ``x`` (M, D), on the device of ``x``; deterministic in ``seed``.
+
+    k' <= k: fewer only where ``x`` has fewer distinct points than k. Each centroid is the mean of the points assigned to it and no
+    cluster is empty. Lloyd's iterations stop after ``iterations``, or when the centroids' squared shift falls below ``tolerance`` times the mean
+    variance of a channel (as in scikit-learn). ``restarts`` seedings are tried and the one of least inertia on the sample is kept.
+    """
+    x = torch.as_tensor(x)
+    if k < 1 or x.ndim != 2 or len(x) == 0:
+        raise ValueError(f"kmeans needs k >= 1 and points of shape (M, D) with M >= 1, not k={k} and shape {tuple(x.shape)}.")
+    generator = torch.Generator().manual_seed(seed)
+    # Distances are differences of squares, so the common mean is taken off first: without it they drown in rounding.
+    mean = x.mean(0, dtype=torch.float32)
+    sample = x
+    if len(x) > k * SAMPLE:
+        sample = x[torch.randperm(len(x), generator=generator)[: k * SAMPLE].sort().values.to(x.device)]
+    best = None
+    for _ in range(max(1, restarts)):
+        found = _lloyd(sample, mean, _seed_centroids(sample, mean, k, generator), iterations, tolerance)
+        if best is None or found[2] < best[2]:
+            best = found
+    if sample is not x:
+        best = _lloyd(x, mean, best[0], REFINE, tolerance)
+    return best[0] + mean, best[1]
+
+
+def inertia(x: torch.Tensor, centroids: torch.Tensor, assignment: torch.Tensor) -> float:
+    """Sum of squared distances of the points (M, D) to the centroids they are assigned to."""
+    rows = max(1, BLOCK // x.shape[1])
+    return sum(float((part.float() - centroids[index]).square().sum(dtype=torch.float64))
+               for part, index in zip(x.split(rows), assignment.split(rows)))
+
+
+def _seed_centroids(x: torch.Tensor, mean: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:
+    """Greedy k-means++ (Arthur and Vassilvitskii, 2007): of a few points drawn by squared distance, the one that lowers inertia most."""
+    points = x.float() - mean
+    norms = points.square().sum(1)
+    trials = 2 + int(math.log(k))
+    first = int(torch.randint(len(points), (1,), generator=generator))
+    chosen = [first]
+    distance = _distances(points, norms, points[[first]])[:, 0]
+    scale = 1e-6 * norms.max().clamp(min=1e-30)  # below this a distance is rounding, and the point a duplicate
+    for _ in range(1, min(k, len(points))):
+        weight = torch.where(distance > scale, distance, 0.0).double().cumsum(0)
+        if weight[-1] <= 0:
+            break
+        draws = torch.rand(trials, generator=generator, dtype=torch.float64).to(weight.device) * weight[-1]
+        candidates = torch.searchsorted(weight, draws, right=True).clamp(max=len(points) - 1)
+        lowered = torch.minimum(distance[:, None], _distances(points, norms, points[candidates]))
+        pick = int(lowered.sum(0).argmin())
+        chosen.append(int(candidates[pick]))
+        distance = lowered[:, pick]
+    return points[chosen]
+
+
+def _distances(points: torch.Tensor, norms: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Squared distances (M, c)."""
+    return (norms[:, None] - 2 * points @ centres.T + centres.square().sum(1)).clamp(min=0)
+
+
+def _lloyd(x: torch.Tensor, mean: torch.Tensor, centroids: torch.Tensor, iterations: int,
+           tolerance: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Centroids (relative to ``mean``), assignment and inertia after Lloyd's iterations from ``centroids``."""
+    for step in range(max(1, iterations)):
+        assignment, distance, sums, counts, spread = _assign(x, mean, centroids)
+        means = (sums / counts.clamp(min=1)[:, None]).float()
+        empty = counts == 0
+        if empty.any():
+            means[empty] = x[distance.topk(int(empty.sum())).indices].float() - mean
+        shift = float((means - centroids).square().sum())
+        centroids = means
+        if shift <= tolerance * spread / x.numel():
+            break
+    keep = ~empty
+    relabel = keep.cumsum(0) - 1
+    return centroids[keep], relabel[assignment], float(distance.sum(dtype=torch.float64))
+
+
+def _assign(x: torch.Tensor, mean: torch.Tensor, centroids: torch.Tensor):
+    """One pass: nearest centroid and squared distance of every point; sum and number of the points of every centroid; total spread."""
+    k = len(centroids)
+    square = centroids.square().sum(1)
+    sums = torch.zeros(centroids.shape, dtype=torch.float64, device=x.device)
+    counts = torch.zeros(k, dtype=torch.float64, device=x.device)
+    assignment, distance, spread = [], [], 0.0
+    for part in x.split(max(1, BLOCK // x.shape[1])):
+        points = part.float() - mean
+        norms = points.square().sum(1)
+        nearest, index = torch.addmm(square, points, centroids.T, alpha=-2).min(1)
+        member = F.one_hot(index, k).to(points.dtype)
+        sums += member.T @ points
+        counts += member.sum(0)
+        assignment.append(index)
+        distance.append((nearest + norms).clamp(min=0))
+        spread += float(norms.sum(dtype=torch.float64))
+    return torch.cat(assignment), torch.cat(distance), sums, counts, spread

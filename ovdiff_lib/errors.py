@@ -1,0 +1,17 @@
+"""Errors a user can cause. Each carries one sentence: what was wrong, what would be right, what to do."""
+
+
+class OVDiffError(Exception):
+    """Base of every error the command line prints as one sentence (exit code 2) instead of a traceback."""
+
+
+class InputError(OVDiffError, ValueError):
+    """A bad image, vocabulary, parameter or file from the user."""
+
+
+class ProfileError(OVDiffError, ValueError):
+    """An unknown profile, an unknown field or a value of the wrong type."""
+
+
+class ModelNotAvailable(OVDiffError, RuntimeError):
+    """Weights that are not on this machine; the message names the model, where it was looked for, and how to get it."""

@@ -1,0 +1,124 @@
+"""Stable Diffusion as a feature extractor (App. C.2): cross-attention queries of a UNet that sees the slightly noised image."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ovdiff_lib.errors import OVDiffError, ProfileError
+from ovdiff_lib.models import attention_grid, captured, load_diffusion
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+    from ovdiff_lib.profiles import Profile
+    from ovdiff_lib.profiles.profile import Features
+
+QUERY = ".transformer_blocks.0.attn2.to_q"
+
+
+class DiffusionExtractor:
+    """Queries of ``features.sd_layers``, brought to the latent grid and concatenated in that order.
+
+    An image is resized to a square of ``sd_input_size``, encoded by the VAE, noised to ``sd_timestep`` (tau) and passed through the UNet
+    once, with the empty prompt and without guidance ("unconditional mode"). The noise belongs to the image's seed
+    (``sd_noise: seeded``) or is the same for all (``fixed``); with several ``sd_noise_samples`` the features are averaged.
+    """
+
+    name = "sd"
+
+    def __init__(self, pipe: StableDiffusionPipeline, settings: Features) -> None:
+        """Raises ``ProfileError`` for layers the UNet does not have and for values out of range."""
+        self.pipe, self.settings = pipe, settings
+        modules = dict(pipe.unet.named_modules())
+        legal = [name.removesuffix(QUERY) for name in modules if name.endswith(QUERY)]
+        unknown = [layer for layer in settings.sd_layers if layer not in legal]
+        if unknown or not settings.sd_layers:
+            wrong = f"names {', '.join(unknown)}, which the UNet does not have" if unknown else "is empty"
+            raise ProfileError(f"features.sd_layers {wrong}; the legal ones are {', '.join(legal)}.")
+        self.queries = {layer: modules[layer + QUERY] for layer in settings.sd_layers}
+        self.channels = sum(self.queries[layer].out_features for layer in settings.sd_layers)
+        self._check_settings()
+        # The closed form of Sec. 3 of DDPM, z_tau = sqrt(a) z_0 + sqrt(1 - a) noise. Not the scheduler's add_noise: that of
+        # DPMSolverMultistepScheduler looks the timestep up in its current sampling grid and is silently wrong outside it.
+        self.signal = float(pipe.scheduler.alphas_cumprod[settings.sd_timestep])
+        with torch.no_grad():
+            self.prompt = pipe.encode_prompt("", pipe.device, 1, False)[0]
+
+    @classmethod
+    def build(cls, profile: Profile) -> DiffusionExtractor:
+        """The extractor of a profile. Raises ``ModelNotAvailable`` and ``ProfileError``."""
+        return cls(load_diffusion(profile), profile.features)
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray, seeds: np.ndarray) -> torch.Tensor:
+        """Images u8 (n, H, W, 3) and one i64 seed an image to queries f32 (n, h, w, D) on the CPU, (h, w) the latent grid."""
+        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) != len(seeds):
+            raise ValueError(f"expected u8 (n, H, W, 3) images and n seeds, got {images.dtype} {images.shape} and {len(seeds)} seeds")
+        step = self.settings.batch_size
+        chunks = [self._extract(images[i:i + step], seeds[i:i + step]) for i in range(0, len(images), step)]
+        if not chunks:
+            side = self.settings.sd_input_size // self.pipe.vae_scale_factor
+            return torch.zeros(0, side, side, self.channels)
+        features = torch.cat(chunks)
+        if not torch.isfinite(features).all():
+            raise OVDiffError("The diffusion model gave features that are not finite; use models.dtype float32 or check its weights.")
+        return features
+
+    def _extract(self, images: np.ndarray, seeds: np.ndarray) -> torch.Tensor:
+        pipe, settings = self.pipe, self.settings
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).to(pipe.device, torch.float32) / 127.5 - 1
+        side = settings.sd_input_size
+        if pixels.shape[-2:] != (side, side):
+            pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+        posterior = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist
+        noises, wiggle = self._draw(seeds, tuple(posterior.mean.shape[1:]))
+        latents = posterior.mean.float()
+        if settings.sd_latent == "sample":
+            latents = latents + posterior.std.float() * wiggle
+        latents = latents * pipe.vae.config.scaling_factor
+        total = 0
+        for noise in noises:
+            noised = self.signal ** 0.5 * latents + (1 - self.signal) ** 0.5 * noise
+            total = total + self._queries_of(noised)
+        return (total / len(noises)).permute(0, 2, 3, 1).cpu()
+
+    def _draw(self, seeds: np.ndarray, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise at tau (samples, n, c, h, w) and for the VAE posterior (n, c, h, w), from each image's own generator."""
+        drawn = []
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(int(seed) if self.settings.sd_noise == "seeded" else self.settings.seed)
+            drawn.append(torch.randn(self.settings.sd_noise_samples + 1, *shape, generator=generator))
+        drawn = torch.stack(drawn, dim=1).to(self.pipe.device)
+        return drawn[:-1], drawn[-1]
+
+    def _queries_of(self, latents: torch.Tensor) -> torch.Tensor:
+        """Concatenated queries f32 (n, D, h, w) of one UNet call on noised latents f32 (n, c, h, w)."""
+        unet, size = self.pipe.unet, tuple(latents.shape[-2:])
+        with captured(self.queries) as outputs:
+            unet(latents.to(unet.dtype), self.settings.sd_timestep, encoder_hidden_states=self.prompt.expand(len(latents), -1, -1),
+                 return_dict=False)
+        grids = []
+        for layer in self.settings.sd_layers:
+            query = outputs[layer].float()  # (n, hw, C), heads already side by side
+            grid = query.transpose(1, 2).unflatten(2, attention_grid(query.shape[1], size))
+            grids.append(F.interpolate(grid, size=size, mode="bilinear", align_corners=False))
+        return torch.cat(grids, dim=1)
+
+    def _check_settings(self) -> None:
+        settings, steps = self.settings, self.pipe.scheduler.config.num_train_timesteps
+        if settings.sd_latent not in ("mean", "sample"):
+            raise ProfileError(f"features.sd_latent is {settings.sd_latent!r}; use 'mean' or 'sample'.")
+        if settings.sd_noise not in ("seeded", "fixed"):
+            raise ProfileError(f"features.sd_noise is {settings.sd_noise!r}; use 'seeded' or 'fixed'.")
+        if not 0 <= settings.sd_timestep < steps:
+            raise ProfileError(f"features.sd_timestep is {settings.sd_timestep}; it must be from 0 to {steps - 1}.")
+        for name in ("sd_noise_samples", "batch_size"):
+            if getattr(settings, name) < 1:
+                raise ProfileError(f"features.{name} is {getattr(settings, name)}; it must be at least 1.")
+        factor = self.pipe.vae_scale_factor
+        if settings.sd_input_size < factor or settings.sd_input_size % factor:
+            raise ProfileError(f"features.sd_input_size is {settings.sd_input_size}; it must be a positive multiple of {factor}.")

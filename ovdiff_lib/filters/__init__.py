@@ -1,0 +1,6 @@
+"""Step 3a, Sec. 3.4: filters between the bank and the matching: categories that the image does not show, prototypes that are stuff."""
+
+from ovdiff_lib.filters.category import CategoryFilter
+from ovdiff_lib.filters.stuff import filter_stuff
+
+__all__ = ["CategoryFilter", "filter_stuff"]

@@ -1,0 +1,190 @@
+"""Reading, resizing and writing images: any file a user may have becomes u8 RGB (H, W, 3), or one clear sentence."""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ovdiff_lib.errors import InputError
+
+MAX_PIXELS = 100_000_000
+"""Largest image that is read or made by resizing, in pixels."""
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+"""Files that :func:`list_images` finds in a folder; a file named by itself may be of any format that Pillow reads."""
+
+_BROKEN = (OSError, SyntaxError, ValueError, KeyError, IndexError, TypeError, EOFError, struct.error)
+"""What Pillow's decoders raise on damaged files."""
+
+
+def read_image(source: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+    """An image as u8 RGB (H, W, 3), upright.
+
+    ``source`` is a path, a PIL image, or a u8 array (H, W), (H, W, 3) or (H, W, 4). EXIF rotation is applied, grey, palette, CMYK and
+    16-bit images are converted, transparency is composited on white, and of an animation the first frame is taken. Raises ``InputError``
+    for a missing, broken or empty image, one above :data:`MAX_PIXELS`, and pixels whose range is not known (floats, 32-bit).
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Image.Image):
+        return _convert(source, "The image")
+    path = Path(source)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, not an image; name an image file in it.")
+    try:
+        if path.stat().st_size == 0:
+            raise InputError(f"The image {path} is empty (0 bytes); copy or download it again.")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _convert applies this module's own, stated limit
+            with Image.open(path) as image:
+                return _convert(image, f"The image {path}")
+    except FileNotFoundError:
+        raise InputError(f"The image {path} does not exist; check the path.") from None
+    except PermissionError:
+        raise InputError(f"The image {path} may not be read; check its permissions.") from None
+    except Image.DecompressionBombError:
+        raise InputError(f"The image {path} has more than {MAX_PIXELS // 10**6} million pixels; scale it down first.") from None
+    except Image.UnidentifiedImageError:
+        raise InputError(f"The file {path} is not an image that can be read; convert it to PNG or JPEG.") from None
+    except InputError:
+        raise
+    except _BROKEN as error:
+        raise InputError(f"The image {path} cannot be opened ({error}); copy or download it again.") from None
+
+
+def _from_array(array: np.ndarray) -> np.ndarray:
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+        raise InputError("An image array must be uint8 of shape (H, W), (H, W, 3) or (H, W, 4),"
+                         f" not {array.dtype} {array.shape}; convert it.")
+    if array.size == 0:
+        raise InputError(f"The image array of shape {array.shape} has no pixels; pass one with at least one row and one column.")
+    return _convert(Image.fromarray(array), "The image array")
+
+
+def _convert(image: Image.Image, what: str) -> np.ndarray:
+    width, height = image.size
+    if width == 0 or height == 0:
+        raise InputError(f"{what} has no pixels; pass one with at least one row and one column.")
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{what} has {width} x {height} pixels, more than {MAX_PIXELS // 10**6} million; scale it down first.")
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = _grey16(image, what)
+        if image.mode == "F":
+            raise InputError(f"{what} holds floating-point pixels of unknown range; convert it to 8 bits a channel.")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.array(image.convert("RGB"))
+    except InputError:
+        raise
+    except _BROKEN as error:
+        raise InputError(f"{what} is damaged ({error}); copy or download it again.") from None
+
+
+def _grey16(image: Image.Image, what: str) -> Image.Image:
+    """16-bit grey to 8 bits by its full range: Pillow's own conversion clips at 255 instead."""
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise InputError(f"{what} holds 32-bit pixels of unknown range; convert it to 8 bits a channel.")
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+
+
+def list_images(path: str | Path) -> list[Path]:
+    """The file itself, or the images directly in a folder (:data:`SUFFIXES`, any case), sorted by name; ``InputError`` if there is none."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist; name an image file or a folder of images.")
+    if not path.is_dir():
+        return [path]
+    found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not found:
+        raise InputError(f"The folder {path} holds no image ({', '.join(s[1:] for s in SUFFIXES)}); name a folder that does.")
+    return found
+
+
+def resize_short_side(image: np.ndarray, short: int) -> np.ndarray:
+    """u8 (H, W, 3) scaled, with its aspect ratio, so that its short side is ``short`` pixels; bilinear with antialiasing.
+
+    Sizes are rounded as int(x * scale + 0.5), as the evaluation protocol of the paper's baselines does. Raises ``InputError`` where the
+    result would exceed :data:`MAX_PIXELS` (a strip).
+    """
+    height, width = image.shape[:2]
+    if min(height, width) == short:
+        return image
+    scale = short / min(height, width)
+    new_height, new_width = int(height * scale + 0.5), int(width * scale + 0.5)
+    if new_height * new_width > MAX_PIXELS:
+        raise InputError(f"An image of {width} x {height} pixels is too narrow: with its short side at {short} it would have"
+                         f" {new_width} x {new_height}; crop it first.")
+    return np.array(Image.fromarray(image).resize((new_width, new_height), Image.BILINEAR))
+
+
+def palette(n: int) -> np.ndarray:
+    """The Pascal VOC colour map, u8 (n, 3): colour 0 is black (background)."""
+    ids = np.arange(n)
+    colours = np.zeros((n, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((ids >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return colours
+
+
+def save_label_png(path: str | Path, labels: np.ndarray, n: int) -> None:
+    """Write labels (H, W) in [0, n) as a PNG whose pixel values are the labels: with a palette up to 256 classes, else 16-bit grey.
+
+    The file is complete or absent, never half written. Raises ``InputError`` if it cannot be written or a label is out of range.
+    """
+    if labels.ndim != 2 or labels.size == 0:
+        raise InputError(f"A label map must have the shape (H, W) with at least one pixel, not {labels.shape}.")
+    if labels.min() < 0 or labels.max() >= n or n > 65536:
+        raise InputError(f"Labels from {labels.min()} to {labels.max()} do not fit {n} classes;"
+                         f" here a PNG holds labels 0 to {min(n, 65536) - 1}.")
+    if n > 256:
+        image = Image.fromarray(labels.astype(np.uint16))
+    else:
+        image = Image.fromarray(labels.astype(np.uint8), mode="L")
+        image.putpalette(palette(n).tobytes())
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    write_atomic(path, buffer.getvalue())
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` through a temporary file beside it, flushed to disk, then renamed; missing folders are made.
+
+    Readers see the old file or the new one, whatever happens between. Raises ``InputError`` where the folder cannot be written.
+    """
+    path = Path(path)
+    # Not tempfile: its files are private to the user, and a renamed one stays so.
+    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or error});"
+                         " free space or choose a folder that you may write to.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk, so that a rename in it survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

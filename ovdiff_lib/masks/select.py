@@ -1,0 +1,82 @@
+"""Eq. 1: among mask proposals, the one with the highest average attribution is foreground, the one with the lowest background."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ovdiff_lib.errors import InputError
+from ovdiff_lib.masks import Segmenter, build_segmenter
+from ovdiff_lib.masks.threshold import multi_otsu
+from ovdiff_lib.profiles.profile import Profile
+from ovdiff_lib.types import ForegroundBackground, SupportSet
+
+
+def select(proposals: np.ndarray, attribution: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Foreground and background, bool (H, W) each and disjoint, from ``proposals`` bool (M, H, W) and ``attribution`` f32 (H, W).
+
+    The complement of the proposals' union joins them as one more mask (the paper's "including a mask for the background"); empty
+    masks are left out. Each mask scores its mean attribution, sum(A * M) / sum(M * M). Where the two chosen masks overlap the pixel
+    is foreground. Without any non-empty proposal both results are empty; a single mask that covers the image has no background.
+    """
+    if not proposals.any():
+        empty = np.zeros(attribution.shape, dtype=bool)
+        return empty, empty.copy()
+    masks = np.concatenate([proposals, ~proposals.any(axis=0, keepdims=True)])
+    masks = masks[masks.any(axis=(1, 2))]
+    flat = masks.reshape(len(masks), -1).astype(np.float64)
+    mean = flat @ attribution.reshape(-1).astype(np.float64) / flat.sum(axis=1)
+    best, worst = int(mean.argmax()), int(mean.argmin())
+    foreground = masks[best]
+    background = masks[worst] & ~foreground if worst != best else np.zeros_like(foreground)
+    return foreground, background
+
+
+def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | None = None) -> ForegroundBackground:
+    """Masks of every support image, bool (N, H, W) at image resolution.
+
+    Attribution is upsampled bilinearly to the images. ``segmenter`` defaults to the one that ``profile.masks.segmenter`` names. An image
+    for which it proposes nothing falls back to multi-Otsu (App. C.5) and its ``source`` is "threshold". ``masks.background_below``
+    and ``masks.erosion`` then tighten the background; both are off by default.
+    """
+    from tqdm import tqdm
+
+    settings = profile.masks
+    label = settings.segmenter if segmenter is None else type(segmenter).__name__
+    segmenter = segmenter or build_segmenter(profile)
+    attribution = upsample(support.attribution, support.images.shape[1:3])
+    foreground, background = multi_otsu(attribution, settings.threshold_classes, settings.threshold_scope)
+    source = []
+    images = tqdm(support.images, desc=f"masks of {support.category.name}", leave=False, disable=label == "threshold")
+    for n, image in enumerate(images):
+        proposals = np.asarray(segmenter.propose(image), dtype=bool)
+        if proposals.ndim != 3 or proposals.shape[1:] != image.shape[:2]:
+            raise InputError(f"The segmenter {label!r} returned masks of shape {proposals.shape}; "
+                             f"propose() must return bool (M, {image.shape[0]}, {image.shape[1]}).")
+        found = bool(proposals.any())
+        if found:
+            foreground[n], background[n] = select(proposals, attribution[n])
+        source.append(label if found else "threshold")
+    return ForegroundBackground(foreground, _tighten(background, attribution, settings), tuple(source))
+
+
+def upsample(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Maps f32 (n, h, w) resized bilinearly to (n, *size)."""
+    import torch
+    import torch.nn.functional as F
+
+    tensor = torch.from_numpy(np.ascontiguousarray(maps, dtype=np.float32))[:, None]
+    return F.interpolate(tensor, size=tuple(size), mode="bilinear", align_corners=False)[:, 0].numpy()
+
+
+def _tighten(background: np.ndarray, attribution: np.ndarray, settings) -> np.ndarray:
+    """Background without pixels of high attribution and without a seam of ``erosion`` pixels along everything else."""
+    if settings.background_below < 1:
+        background = background & (attribution < settings.background_below)
+    if settings.erosion > 0:
+        from scipy.ndimage import binary_erosion
+
+        # One structure per image: the leading axis of length 1 keeps neighbours within an image. What lies outside the image is unknown,
+        # not object, so the border itself does not erode.
+        cross = np.array([[[0, 1, 0], [1, 1, 1], [0, 1, 0]]], dtype=bool)
+        background = binary_erosion(background, cross, iterations=settings.erosion, border_value=1)
+    return background

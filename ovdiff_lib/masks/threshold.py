@@ -1,0 +1,51 @@
+"""Multi-level thresholding of attribution maps (App. C.5): what is left when a segmenter proposes nothing, and "-CutLER"."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ovdiff_lib.errors import InputError, ProfileError
+
+BINS = 256
+"""Bins of the histogram that multi-Otsu divides; it spans the range of the values."""
+
+MAX_CLASSES = 5
+"""The search over thresholds grows as BINS ** (classes - 1)."""
+
+
+def multi_otsu(attribution: np.ndarray, classes: int = 3, scope: str = "image") -> tuple[np.ndarray, np.ndarray]:
+    """Foreground and background of attribution maps f32 (n, h, w): bool (n, h, w) each, disjoint.
+
+    Multi-Otsu (Liao, Chen and Chung, 2001) splits the values into ``classes`` levels; the top level is foreground, the bottom level
+    background, what lies between is neither. ``scope`` "image" finds thresholds for each map, "set" one set of thresholds for all.
+    Values that occupy fewer bins than there are classes are split in two at the middle of their range; a constant map says nothing
+    about where the object is, so both its masks are empty. Only the order and spacing of the values matter, not their scale.
+    """
+    if scope not in ("image", "set"):
+        raise ProfileError(f"masks.threshold_scope is {scope!r}; set it to 'image' or 'set'.")
+    if not 2 <= classes <= MAX_CLASSES:
+        raise ProfileError(f"masks.threshold_classes is {classes}; set it to a number from 2 to {MAX_CLASSES}.")
+    if not np.isfinite(attribution).all():
+        raise InputError("The attribution maps hold values that are not finite; check the diffusion model's weights, or use dtype float32.")
+    if scope == "set":
+        return _split(attribution, classes)
+    pairs = [_split(one, classes) for one in attribution]
+    masks = np.array(pairs, dtype=bool).reshape(len(attribution), 2, *attribution.shape[1:])
+    return masks[:, 0], masks[:, 1]
+
+
+def _split(values: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    from skimage.filters import threshold_multiotsu
+
+    low, high = float(values.min(initial=np.inf)), float(values.max(initial=-np.inf))
+    if not low < high:
+        empty = np.zeros(values.shape, dtype=bool)
+        return empty, empty.copy()
+    unit = (values.astype(np.float64) - low) / (high - low)
+    counts, edges = np.histogram(unit, BINS, (0.0, 1.0))
+    if np.count_nonzero(counts) < classes:
+        return unit > 0.5, unit <= 0.5
+    # Thresholds come back as the numbers of the last bins of a level; comparing bin numbers keeps each bin's pixels together.
+    last = threshold_multiotsu(hist=(counts, np.arange(BINS)), classes=classes)
+    level = np.clip(np.searchsorted(edges, unit, side="right") - 1, 0, BINS - 1)
+    return level > last[-1], level <= last[0]

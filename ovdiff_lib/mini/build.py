@@ -1,0 +1,104 @@
+"""Draw the data of the mini world: training scenes (not shipped) and the val and wild splits (shipped with the package).
+
+Run as ``python -m ovdiff_lib.mini.build --work DIR`` (``make mini-world`` does). Training arrays go to ``DIR/scenes``; the splits go to
+the package's ``mini/data``. Every array is a function of the seeds in :data:`SEEDS` alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ovdiff_lib.mini.art import build_glyphs
+from ovdiff_lib.mini.scenes import Glyphs, Scene, draw_scene
+from ovdiff_lib.mini.world import World, load_world
+
+SEEDS = {"train": 0, "eval": 1, "val": 2, "wild": 3}
+"""Stream of scenes each split is drawn from; no scene is in two splits."""
+
+DATA = Path(__file__).parent / "data"
+"""The splits that ship."""
+
+SHAPES = ((128, 160), (128, 192), (160, 128), (128, 144), (176, 128), (128, 176))
+"""Shapes (H, W) of val and wild images, in turn; none is square."""
+
+_state: dict = {}
+
+
+def _start(glyphs: Glyphs) -> None:
+    _state["world"], _state["glyphs"] = load_world(), glyphs
+
+
+def _train_scene(index: int, seed: int, single: bool) -> Scene:
+    world: World = _state["world"]
+    noun = world.things[index % len(world.things)].name if single else None
+    return draw_scene(world, _state["glyphs"], world.train_styles, seed, index, (64, 64), noun=noun, objects=1 if single else None)
+
+
+def _stream(glyphs: Glyphs, seed: int, count: int, single: bool, workers: int, label: str):
+    with ProcessPoolExecutor(workers, initializer=_start, initargs=(glyphs,)) as pool:
+        draw = partial(_train_scene, seed=seed, single=single)
+        yield from tqdm(pool.map(draw, range(count), chunksize=200), total=count, desc=label, unit="scene")
+
+
+def build_training(glyphs: Glyphs, folder: Path, count: int, evaluation: int, workers: int) -> None:
+    """Write ``train_images.npy`` u8 (count, 64, 64, 3), ``train_captions.json``, ``eval_images.npy``, ``eval_labels.npy``, ``nouns.json``."""
+    world = load_world()
+    folder.mkdir(parents=True, exist_ok=True)
+    images = np.lib.format.open_memmap(folder / "train_images.npy", "w+", np.uint8, (count, 64, 64, 3))
+    captions = []
+    for i, scene in enumerate(_stream(glyphs, SEEDS["train"], count, False, workers, "training scenes")):
+        images[i] = scene.image
+        captions.append(scene.captions)
+    images.flush()
+    (folder / "train_captions.json").write_text(json.dumps(captions))
+    held_out = [scene.image for scene in _stream(glyphs, SEEDS["eval"], evaluation, True, workers, "held-out scenes")]
+    np.save(folder / "eval_images.npy", np.stack(held_out))
+    np.save(folder / "eval_labels.npy", np.arange(evaluation) % len(world.things))
+    (folder / "nouns.json").write_text(json.dumps([t.name for t in world.things]))
+
+
+def build_split(world: World, glyphs: Glyphs, folder: Path, split: str, count: int, styles: tuple[str, ...]) -> None:
+    """Write ``count`` images (WebP) with label maps (PNG, world ids, 255 = ignored) and ``scenes.json`` below ``folder/split``."""
+    target = folder / split
+    shutil.rmtree(target, ignore_errors=True)
+    (target / "images").mkdir(parents=True)
+    (target / "labels").mkdir()
+    # The first object of the scenes runs through the nouns, those of mini-voc twice as often.
+    order = [t.name for t in world.things if t.voc] + [t.name for t in world.things]
+    rows = []
+    for i in tqdm(range(count), desc=split, unit="scene"):
+        scene = draw_scene(world, glyphs, styles, SEEDS[split], i, SHAPES[i % len(SHAPES)],
+                           noun=order[i % len(order)], objects=2 if i % 4 == 3 else 1)
+        Image.fromarray(scene.image).save(target / "images" / f"{i:04d}.webp", quality=92, method=6)
+        Image.fromarray(scene.labels).save(target / "labels" / f"{i:04d}.png", optimize=True)
+        rows.append({"id": f"{i:04d}", "things": scene.nouns, "stuff": scene.stuff})
+    (target / "scenes.json").write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for the art and the training scenes")
+    parser.add_argument("--train", type=int, default=80_000, help="training scenes (default 80,000)")
+    parser.add_argument("--evaluation", type=int, default=1_050, help="held-out single-object scenes at 64 px")
+    parser.add_argument("--val", type=int, default=310)
+    parser.add_argument("--wild", type=int, default=84)
+    arguments = parser.parse_args()
+    world = load_world()
+    glyphs = build_glyphs(world, arguments.work / "art")
+    build_split(world, glyphs, DATA, "val", arguments.val, world.train_styles)
+    build_split(world, glyphs, DATA, "wild", arguments.wild, world.wild_styles)
+    build_training(glyphs, arguments.work / "scenes", arguments.train, arguments.evaluation, os.cpu_count() or 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Train the mini Stable Diffusion UNet and write a ``StableDiffusionPipeline`` folder.
+
+``python -m ovdiff_lib.mini.train_unet --data DIR --vae DIR --clip DIR --out DIR --work DIR``
+
+Latents and text states never change, so both are computed once into WORK.
+To train longer, call it again with the same WORK and a larger ``--minutes``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor
+from tqdm import tqdm
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from ovdiff_lib.mini.train_clip import save_text_encoder
+from ovdiff_lib.mini.train_vae import to_signed
+from ovdiff_lib.mini.training import (
+    EMA,
+    Run,
+    load_data,
+    replace_folder,
+    seed_everything,
+    shuffled_indices,
+    training_parser,
+    warmup_hold_cosine,
+)
+
+NOISE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+def build_unet(channels: tuple[int, ...] = (64, 128, 192), text_width: int = 128) -> UNet2DConditionModel:
+    """Three cross-attention blocks down, one in the middle, three up, as design.md section 4 asks."""
+    levels = len(channels)
+    return UNet2DConditionModel(sample_size=16, in_channels=4, out_channels=4,
+                                down_block_types=("CrossAttnDownBlock2D",) * levels,
+                                mid_block_type="UNetMidBlock2DCrossAttn",
+                                up_block_types=("CrossAttnUpBlock2D",) * levels, block_out_channels=channels,
+                                layers_per_block=1, attention_head_dim=4, norm_num_groups=16,
+                                cross_attention_dim=text_width, use_linear_projection=False)
+
+
+@torch.no_grad()
+def encode_images(images: np.ndarray, vae: AutoencoderKL, path: Path, bf16: bool, batch: int = 64) -> np.ndarray:
+    """Scaled latent means of every image (index 0) and its mirror image (index 1), float16 on disk."""
+    shape = (len(images), 2, 4, 16, 16)
+    if not path.exists():
+        temporary = path.with_suffix(".tmp.npy")
+        out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
+        for start in tqdm(range(0, len(images), batch), desc="latents", mininterval=10):
+            pixels = to_signed(images[start:start + batch])
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                # Mirrored in pixels, not in latents: the encoder is not mirror-symmetric.
+                latents = [vae.encode(p).latent_dist.mode().float() for p in (pixels, pixels.flip(-1))]
+            out[start:start + batch] = (torch.stack(latents, 1) * vae.config.scaling_factor).half().numpy()
+        out.flush()
+        temporary.rename(path)
+    return np.load(path, mmap_mode="r")
+
+
+@torch.no_grad()
+def encode_captions(captions: list[str], tokenizer: CLIPTokenizer, encoder: CLIPTextModel, path: Path, batch: int = 256) -> np.ndarray:
+    """Last hidden states, padded to full length without a mask: ``encode_prompt``'s own recipe."""
+    shape = (len(captions), tokenizer.model_max_length, encoder.config.hidden_size)
+    if not path.exists():
+        out = np.zeros(shape, dtype=np.float16)
+        for start in tqdm(range(0, len(captions), batch), desc="text states", mininterval=10):
+            ids = tokenizer(captions[start:start + batch], padding="max_length", truncation=True, return_tensors="pt").input_ids
+            out[start:start + batch] = encoder(ids).last_hidden_state.half().numpy()
+        temporary = path.with_suffix(".tmp.npy")
+        np.save(temporary, out)
+        temporary.rename(path)
+    return np.load(path, mmap_mode="r")
+
+
+def write_pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write the half-precision pipeline beside ``folder`` first, then move it into place."""
+    scheduler = DPMSolverMultistepScheduler(**NOISE, solver_order=2, algorithm_type="dpmsolver++", steps_offset=1)
+    half = UNet2DConditionModel.from_config(unet.config)
+    half.load_state_dict(unet.state_dict())
+    pipeline = StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=half.half(),
+                                       scheduler=scheduler, safety_checker=None, feature_extractor=None,
+                                       requires_safety_checker=False)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    pipeline.save_pretrained(temporary)
+    replace_folder(temporary, folder)
+
+
+class Batches:
+    """Training batches as a function of the step, so that a resumed run sees the same ones."""
+
+    def __init__(self, args: argparse.Namespace, latents: np.ndarray, states: np.ndarray, captions: list[list[str]],
+                 place: dict[str, int]) -> None:
+        # In memory: reading rows scattered over a memory map is slower than the training step.
+        self.latents, self.states = torch.from_numpy(np.array(latents)), torch.from_numpy(np.array(states))
+        self.captions, self.place, self.batch, self.seed, self.dropout = captions, place, args.batch, args.seed, args.dropout
+        cumulative = DDPMScheduler(**NOISE).alphas_cumprod
+        self.signal, self.noise = cumulative.sqrt(), (1 - cumulative).sqrt()
+        snr = cumulative / (1 - cumulative)
+        # Min-SNR-gamma in its epsilon form: nearly clean latents, where epsilon is all but unpredictable, weigh less.
+        self.weight = snr.clamp(max=args.gamma) / snr
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Noisy latents, timesteps, text states, the noise and the loss weights of ``step``."""
+        picker = random.Random(f"{self.seed} {step}")
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        index = shuffled_indices(len(self.latents), self.batch, self.seed, step)
+        count = len(index)
+        mirrored = torch.randint(0, 2, (count,), generator=generator)
+        clean = self.latents[torch.from_numpy(index), mirrored].float()
+        names = ["" if picker.random() < self.dropout else picker.choice(self.captions[i]) for i in index]
+        text = self.states[torch.tensor([self.place[n] for n in names])].float()
+        # One timestep per stratum of the 1,000 lowers the variance of the loss; the shuffle frees it from the image order.
+        strata = (torch.arange(count) + torch.rand(count, generator=generator)) * (len(self.weight) / count)
+        t = strata.long().clamp(max=len(self.weight) - 1)[torch.randperm(count, generator=generator)]
+        noise = torch.randn(clean.shape, generator=generator)
+        noisy = self.signal[t].view(-1, 1, 1, 1) * clean + self.noise[t].view(-1, 1, 1, 1) * noise
+        return noisy, t, text, noise, self.weight[t]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line entry."""
+    parser = training_parser(__doc__, steps=40_000, batch=32, minutes=120)
+    parser.set_defaults(threads=2)
+    parser.add_argument("--vae", type=Path, required=True, help="folder of the trained AutoencoderKL")
+    parser.add_argument("--clip", type=Path, required=True, help="folder of the trained CLIPModel and tokenizer")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--channels", type=int, nargs=3, default=(64, 128, 192))
+    parser.add_argument("--dropout", type=float, default=0.1, help="share of empty captions, for guidance")
+    parser.add_argument("--gamma", type=float, default=5.0, help="min-SNR-gamma")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    args = parser.parse_args(argv)
+    seed_everything(args.seed, args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    data = load_data(args.data)
+    captions = data["captions"]
+
+    vae = AutoencoderKL.from_pretrained(args.vae).float().eval()
+    clip = CLIPModel.from_pretrained(args.clip).float().eval()
+    tokenizer = CLIPTokenizer.from_pretrained(args.clip)
+    save_text_encoder(clip, args.work / "text_encoder")
+    text_encoder = CLIPTextModel.from_pretrained(args.work / "text_encoder").float().eval()
+    distinct = ["", *sorted({c for alternatives in captions for c in alternatives} - {""})]
+    latents = encode_images(data["images"], vae, args.work / "latents.npy", args.bf16)
+    states = encode_captions(distinct, tokenizer, text_encoder, args.work / "states.npy")
+    if len(latents) != len(captions) or len(states) != len(distinct):
+        raise SystemExit(f"{args.work} holds latents or text states of other data: delete *.npy there")
+    batches = Batches(args, latents, states, captions, {c: i for i, c in enumerate(distinct)})
+    vae, text_encoder = vae.half(), text_encoder.half()  # from here on only written
+
+    unet = build_unet(tuple(args.channels), text_encoder.config.hidden_size)
+    smooth = build_unet(tuple(args.channels), text_encoder.config.hidden_size).eval()  # receives the averaged weights
+    # Plain attention: at 256 positions and fewer the fused CPU kernel is several times slower backwards.
+    unet.set_attn_processor(AttnProcessor())
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    ema = EMA(unet, 0.999)
+    run = Run(args, unet, optimizer, lambda p, s: warmup_hold_cosine(p, s, warmup=200), ema)
+
+    def export(folder: Path) -> None:
+        ema.copy_to(smooth)
+        write_pipeline(smooth, vae, text_encoder, tokenizer, folder)
+
+    run.on_checkpoint = lambda: export(args.work / "pipeline")
+
+    def objective(noisy: Tensor, t: Tensor, text: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
+        predicted = unet(noisy, t, text, return_dict=False)[0].float()
+        return ((predicted - noise).square().mean(dim=(1, 2, 3)) * weight).mean()
+
+    compiled = torch.compile(objective) if args.compile else objective
+    (args.work / "settings.json").write_text(json.dumps(vars(args), default=str, indent=1), encoding="utf-8")
+    for step in run:
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            loss = compiled(*batches(step))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        ema.update(unet, step)
+        run.record(loss.detach())
+    export(args.out)
+    print(f"done: {run.step} steps, {run.elapsed / 60:.1f} min, batch {args.batch}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Loop helpers shared by the mini-world trainers: budget, schedule, log, checkpoint, EMA.
+
+Every trainer is a plain function around one :class:`Run`.  A run stops at a
+number of steps or a number of minutes, whichever comes first, and the
+learning rate follows the *fraction of the budget used*, so that it anneals to
+its floor in both cases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+def training_parser(description: str, *, steps: int, batch: int, minutes: float) -> argparse.ArgumentParser:
+    """The options that all trainers share."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--data", type=Path, required=True, help="folder with train_images.npy and friends")
+    p.add_argument("--out", type=Path, required=True, help="folder that receives the finished model")
+    p.add_argument("--work", type=Path, required=True, help="folder for checkpoint.pt and log.csv")
+    p.add_argument("--steps", type=int, default=steps, help="stop after this many steps")
+    p.add_argument("--minutes", type=float, default=minutes, help="stop after this much training time")
+    p.add_argument("--batch", type=int, default=batch)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--checkpoint-minutes", type=float, default=3.0, help="time between two checkpoints")
+    p.add_argument("--no-bf16", dest="bf16", action="store_false", help="train in float32 (CPUs without bf16 units)")
+    return p
+
+
+def seed_everything(seed: int, threads: int = 1) -> None:
+    """Seed Python, numpy and torch and fix the thread count."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+
+
+def warmup_cosine(progress: float, step: int, *, warmup: int, floor: float = 0.01) -> float:
+    """Linear warm-up in steps, then a cosine over the rest of the budget."""
+    ramp = min(1.0, (step + 1) / warmup)
+    return ramp * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def warmup_hold_cosine(progress: float, step: int, *, warmup: int, hold: float = 0.6, floor: float = 0.02) -> float:
+    """Linear warm-up, constant until ``hold`` of the budget, then a cosine to ``floor``."""
+    ramp = min(1.0, (step + 1) / warmup)
+    tail = min(1.0, max(0.0, (progress - hold) / (1 - hold)))
+    return ramp * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * tail)))
+
+
+class EMA:
+    """Exponential moving average of a module's parameters and buffers.
+
+    The decay warms up as min(decay, (1 + s) / (10 + s)), so that the average
+    forgets the random initialisation quickly.
+    """
+
+    def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
+        self.decay = decay
+        self.shadow = {k: v.detach().float().clone() for k, v in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Move the average towards the current weights (one fused call for all tensors)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.shadow.values()), [v.detach() for v in module.state_dict().values()], 1 - decay)
+
+    def copy_to(self, module: nn.Module) -> None:
+        """Write the average into ``module``."""
+        module.load_state_dict(self.shadow)
+
+
+class Run:
+    """One budgeted, logged, resumable training run."""
+
+    def __init__(self, args: argparse.Namespace, module: nn.Module, optimizer: torch.optim.Optimizer,
+                 schedule: Callable[[float, int], float], ema: EMA | None = None) -> None:
+        self.args, self.module, self.optimizer, self.schedule, self.ema = args, module, optimizer, schedule, ema
+        self.base_lr = [g["lr"] for g in optimizer.param_groups]
+        self.step, self.elapsed, self.lr = 0, 0.0, 0.0
+        self.metrics: dict[str, float] = {}  # last values of the occasional metrics, for the bar
+        self._loss_sum, self._loss_count = 0.0, 0
+        self.on_checkpoint: Callable[[], None] | None = None
+        args.work.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint_path.exists():
+            self._load()
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """Where the resumable state lives."""
+        return self.args.work / "checkpoint.pt"
+
+    @property
+    def progress(self) -> float:
+        """Used fraction of the budget: of the steps or of the minutes, the larger."""
+        return max(self.step / max(1, self.args.steps), self.elapsed / (60 * self.args.minutes))
+
+    def _load(self) -> None:
+        state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=False)
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.shadow = state["ema"]
+        self.step, self.elapsed = state["step"], state["elapsed"]
+        random.setstate(state["python_rng"])
+        np.random.set_state(state["numpy_rng"])
+        torch.set_rng_state(state["torch_rng"])
+        self._trim_log()
+        print(f"resumed at step {self.step}, {self.elapsed / 60:.1f} min", flush=True)
+
+    def _trim_log(self) -> None:
+        """Drop rows from after the checkpoint: the resumed run writes those steps again."""
+        path = self.args.work / "log.csv"
+        if path.exists():
+            rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [r for r in rows[1:] if int(r.split(",", 1)[0]) <= self.step]
+            path.write_text("".join(rows[:1] + kept), encoding="utf-8")
+
+    def save(self) -> None:
+        """Write the checkpoint so that a killed process never leaves half of one."""
+        state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(),
+                 "ema": None if self.ema is None else self.ema.shadow, "step": self.step, "elapsed": self.elapsed,
+                 "python_rng": random.getstate(), "numpy_rng": np.random.get_state(),
+                 "torch_rng": torch.get_rng_state()}
+        temporary = self.checkpoint_path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, self.checkpoint_path)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield step numbers until the budget is used; time, checkpoint and show the bar."""
+        last, saved = time.perf_counter(), self.elapsed
+        bar = tqdm(total=self.args.steps, initial=self.step, desc=self.args.work.name, mininterval=10, dynamic_ncols=True)
+        while self.progress < 1:
+            factor = self.schedule(self.progress, self.step)
+            for group, base in zip(self.optimizer.param_groups, self.base_lr, strict=True):
+                group["lr"] = base * factor
+            self.lr = self.base_lr[0] * factor
+            yield self.step
+            self.step += 1
+            now = time.perf_counter()
+            self.elapsed, last = self.elapsed + now - last, now
+            bar.update()
+            if self.elapsed - saved > 60 * self.args.checkpoint_minutes:
+                saved = self.elapsed
+                self.save()
+                if self.on_checkpoint is not None:
+                    self.on_checkpoint()
+        bar.close()
+        self.save()
+
+    def record(self, loss: Tensor, *, every: int = 100, **metrics: float) -> None:
+        """Note a step's loss; every ``every`` steps, or with metrics, append a log row.
+
+        The row holds the mean loss since the last row.  Metrics are rare and
+        named, so they go into one JSON column and the header never changes.
+        """
+        self._loss_sum += float(loss)
+        self._loss_count += 1
+        if (self.step + 1) % every and not metrics:
+            return
+        self.metrics.update(metrics)
+        mean = self._loss_sum / self._loss_count
+        self._loss_sum, self._loss_count = 0.0, 0
+        path = self.args.work / "log.csv"
+        new = not path.exists()
+        with path.open("a", newline="", encoding="utf-8") as f:
+            writer = csv.writer(f)
+            if new:
+                writer.writerow(["step", "elapsed_s", "loss", "lr", "metrics"])
+            writer.writerow([self.step + 1, f"{self.elapsed:.1f}", f"{mean:.5f}", f"{self.lr:.3e}", json.dumps(metrics)])
+        extra = " ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+        print(f"step {self.step + 1} {self.elapsed / 60:.1f} min loss {mean:.4f} lr {self.lr:.2e} {extra}", flush=True)
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Put a finished folder in place of an older one; a reader sees old or new, never half."""
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(temporary, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_data(folder: Path) -> dict:
+    """The training set: memory-mapped images, captions, the evaluation split and the nouns."""
+    return {
+        "images": np.load(folder / "train_images.npy", mmap_mode="r"),
+        "captions": json.loads((folder / "train_captions.json").read_text(encoding="utf-8")),
+        "eval_images": np.load(folder / "eval_images.npy", mmap_mode="r"),
+        "eval_labels": np.load(folder / "eval_labels.npy"),
+        "nouns": json.loads((folder / "nouns.json").read_text(encoding="utf-8")),
+    }
+
+
+def shuffled_indices(count: int, batch: int, seed: int, step: int) -> np.ndarray:
+    """Indices of batch number ``step``: epochs of permutations that depend on seed and epoch alone.
+
+    Being a function of the step, the order survives a resume without any
+    sampler state.
+    """
+    per_epoch = max(1, count // batch)
+    epoch, position = divmod(step, per_epoch)
+    order = np.random.default_rng([seed, epoch]).permutation(count)  # 60,000: under a millisecond
+    return np.sort(order[position * batch:(position + 1) * batch])

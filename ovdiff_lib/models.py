@@ -1,0 +1,218 @@
+"""The frozen networks: where their weights are, loading them once, and the geometry of Stable Diffusion's attention.
+
+A model is named by a folder, a hub id, or ``package:NAME`` (weights that ship in ``ovdiff_lib/mini/weights/NAME``).
+Whatever the model libraries raise while loading becomes :class:`~ovdiff_lib.errors.ModelNotAvailable` here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ovdiff_lib.errors import ModelNotAvailable, ProfileError
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPModel, CLIPTokenizer
+
+    from ovdiff_lib.profiles import Profile
+
+PACKAGE = "package:"
+SHIPPED = Path(__file__).parent / "mini" / "weights"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+IDENTITY_SUFFIXES = (".json", ".txt", ".safetensors", ".bin")
+
+_loaded: dict[tuple, Any] = {}
+_file_hashes: dict[tuple[str, int, int], str] = {}
+
+
+def load_diffusion(profile: Profile) -> StableDiffusionPipeline:
+    """The Stable Diffusion pipeline of ``profile.models.diffusion``: eval mode, on the device, no safety checker, no progress bar.
+
+    The scheduler is DPM-Solver++ of order 2 (App. C.5) over the noise schedule the pipeline was trained with. The same object
+    is returned for the same folder, device and dtype. Raises ``ModelNotAvailable`` and ``ProfileError``.
+    """
+    return _cached("diffusion", _build_diffusion, profile.models.diffusion, profile)
+
+
+def load_clip(profile: Profile) -> tuple[CLIPModel, CLIPTokenizer]:
+    """CLIP and its tokenizer of ``profile.models.clip``, eval mode, on the device; cached like :func:`load_diffusion`."""
+    return _cached("clip", _build_clip, profile.models.clip, profile)
+
+
+def resolve_model(identifier: str) -> Path | str:
+    """The folder of ``package:NAME`` or of a path, or the hub id itself. Raises ``ModelNotAvailable`` for a missing folder."""
+    if identifier.startswith(PACKAGE):
+        folder = SHIPPED / identifier.removeprefix(PACKAGE)
+        if not folder.is_dir():
+            raise ModelNotAvailable(f"The model {identifier!r} is not in {folder}; reinstall ovdiff_lib with its weights, or train them "
+                                    "with `python -m ovdiff_lib.mini.build`.")
+        return folder
+    folder = Path(identifier).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    # A hub id is "name" or "owner/name"; anything else can only have been meant as a path.
+    if not identifier or folder.is_absolute() or identifier.startswith((".", "~")) or len(folder.parts) > 2:
+        raise ModelNotAvailable(f"The model folder {identifier!r} does not exist; correct models.* in the profile, or give a hub id.")
+    return identifier
+
+
+def model_identity(identifier: str) -> str:
+    """What tells one set of weights from another: a hash of the folder's weight and config files, or hub id and revision.
+
+    Hashes are kept per (path, mtime, size), so asking again reads no file twice.
+    """
+    source = resolve_model(identifier)
+    if isinstance(source, Path):
+        digest = hashlib.sha256()
+        for path in sorted(p for p in source.rglob("*") if p.suffix in IDENTITY_SUFFIXES and p.is_file()):
+            digest.update(f"{path.relative_to(source).as_posix()}\0{_file_hash(path)}\n".encode())
+        return f"sha256:{digest.hexdigest()[:16]}"
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("model_index.json", "config.json"):
+        cached = try_to_load_from_cache(source, name)
+        if isinstance(cached, str):
+            return f"hub:{source}@{Path(cached).parent.name}"  # .../snapshots/<revision>/<file>
+    return f"hub:{source}@not-cached"
+
+
+def resolve_device(profile: Profile) -> torch.device:
+    """``profile.models.device`` as a device that exists here; "auto" is the GPU if there is one. Raises ``ProfileError``."""
+    name = profile.models.device
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ProfileError(f"models.device is {name!r}; use 'auto', 'cpu', 'cuda' or 'cuda:0'.") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ProfileError(f"models.device is {name!r} but this machine has {torch.cuda.device_count()} usable GPUs; use 'auto' or 'cpu'.")
+    return device
+
+
+def resolve_dtype(profile: Profile) -> torch.dtype:
+    """``profile.models.dtype`` as a torch dtype. Raises ``ProfileError``."""
+    if profile.models.dtype not in DTYPES:
+        raise ProfileError(f"models.dtype is {profile.models.dtype!r}; use one of {', '.join(DTYPES)}.")
+    return DTYPES[profile.models.dtype]
+
+
+def attention_grid(tokens: int, latent: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of an attention layer with ``tokens`` positions in a UNet whose latents are ``latent`` = (h, w).
+
+    Each down-sampling is a stride-2 convolution that rounds up, also for latents that are not a multiple of 8.
+    """
+    h, w = latent
+    while h * w > tokens and (h, w) != (1, 1):
+        h, w = math.ceil(h / 2), math.ceil(w / 2)
+    if h * w != tokens:
+        raise ValueError(f"{tokens} attention positions do not come from halving latents of {latent[0]} x {latent[1]}")
+    return h, w
+
+
+@contextlib.contextmanager
+def captured(modules: dict[str, torch.nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
+    """What each module put out last inside the ``with`` block, by name; the hooks are removed in any case."""
+    outputs: dict[str, torch.Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        for name, module in modules.items():
+            handle = module.register_forward_hook(lambda _module, _inputs, output, name=name: outputs.__setitem__(name, output))
+            stack.callback(handle.remove)
+        yield outputs
+
+
+def _cached(kind: str, build: Any, identifier: str, profile: Profile) -> Any:
+    source, device, dtype = resolve_model(identifier), resolve_device(profile), resolve_dtype(profile)
+    key = (kind, str(source), str(device), dtype)
+    if key not in _loaded:
+        options = {"local_files_only": not profile.models.download}
+        quiet = contextlib.nullcontext() if profile.models.download else _no_progress_bars()
+        with _loading(identifier, source, profile.models.download), quiet:
+            _loaded[key] = build(source, device, dtype, options)
+    return _loaded[key]
+
+
+def _build_diffusion(source: Path | str, device: torch.device, dtype: torch.dtype, options: dict) -> StableDiffusionPipeline:
+    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    # One by one rather than by the pipeline, which does not report weights that are missing and left random.
+    networks = {}
+    for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel)):
+        networks[name] = _complete(name, kind.from_pretrained(
+            source, subfolder=name, torch_dtype=dtype, output_loading_info=True, **options))
+    pipe = StableDiffusionPipeline.from_pretrained(
+        source, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False, **networks, **options)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def _build_clip(source: Path | str, device: torch.device, dtype: torch.dtype, options: dict) -> tuple[CLIPModel, CLIPTokenizer]:
+    from transformers import CLIPModel, CLIPTokenizer
+
+    model = _complete("CLIP", CLIPModel.from_pretrained(source, dtype=dtype, output_loading_info=True, **options))
+    return model.to(device), CLIPTokenizer.from_pretrained(source, **options)
+
+
+def _complete(name: str, loaded: tuple[torch.nn.Module, dict]) -> torch.nn.Module:
+    """The loaded network in eval mode; ``ValueError`` if some of its weights were missing in the file or are not finite."""
+    model, info = loaded
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"the {name} weights lack {len(missing)} tensors, {missing[0]} first")
+    for key, value in model.named_parameters():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"the {name} weights hold values that are not finite, in {key} first")
+    return model.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _loading(identifier: str, source: Path | str, download: bool) -> Iterator[None]:
+    """The one place where errors of the model libraries become a sentence for the user."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        if isinstance(source, Path):
+            looked, remedy = f"from the folder {source}", "put a complete copy of the model there or name another in the profile"
+        elif download:
+            looked, remedy = "from the hub", "check the id and the network, or give a folder that holds the model"
+        else:
+            looked = "from the hub cache on this machine"
+            remedy = f"fetch it with `hf download {source}`, set models.download to true, or give a folder that holds the model"
+        raise ModelNotAvailable(f"The model {identifier!r} could not be loaded {looked} ({reason}); {remedy}.") from error
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Silence the libraries' bars over tensors, which are gone in a second, while loading from disk."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
+def _file_hash(path: Path) -> str:
+    status = path.stat()
+    key = (str(path), status.st_mtime_ns, status.st_size)
+    if key not in _file_hashes:
+        with path.open("rb") as file:
+            _file_hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _file_hashes[key]

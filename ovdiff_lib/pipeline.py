@@ -1,0 +1,194 @@
+"""OVDiff on one page: from class names to prototypes, from prototypes to a segmented image.
+
+    names --support--> images + attribution --masks--> foreground / background --features, prototypes--> bank
+    image --category filter, stuff filter--> kept prototypes --matching (Eq. 4)--> label map
+
+Each step is one module; this page only connects them. A class is built from its own words and the profile alone, so adding a class
+changes no other (Sec. 3.3), and a prediction depends on the image, the bank and the profile alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ovdiff_lib.errors import InputError
+from ovdiff_lib.images import read_image
+from ovdiff_lib.library import Library
+from ovdiff_lib.profiles import Profile, load_profile
+from ovdiff_lib.types import Category, ForegroundBackground, PrototypeBank, Prototypes, Segmentation, SupportSet, Vocabulary
+
+# Fields that change how fast a result comes, not the result; they stay out of the library's keys.
+SPEED_ONLY = {"batch_size"}
+
+
+class OVDiff:
+    """Training-free open-vocabulary segmentation.
+
+    Args:
+        profile: name of a profile ("mini", "paper"), path of a profile file, or a ``Profile``.
+        overrides: profile fields to replace, for example ``{"support.size": 8}``; unknown ones raise ``ProfileError``.
+        library: folder that keeps support sets and prototypes between runs (default: the user's cache folder).
+        progress: show progress bars for long work.
+
+    Models are loaded when first needed. Raises ``ModelNotAvailable`` then when weights are not on this machine.
+    """
+
+    def __init__(self, profile: str | Path | Profile = "mini", overrides: dict[str, Any] | None = None, *,
+                 library: str | Path | None = None, progress: bool = True) -> None:
+        self.profile = load_profile(profile, overrides)
+        self.library = Library(library)
+        self.progress = progress
+        self._parts: dict[str, Any] = {}
+
+    # ------------------------------------------------------------------ the method
+
+    def build(self, classes: Vocabulary | Iterable[str | Category] | str, stuff: Iterable[str] = ()) -> PrototypeBank:
+        """Prototypes of every class (Sec. 3.1 to 3.3); classes built before come from the library.
+
+        ``classes`` are names, categories, or one string "cat, sofa"; names also listed in ``stuff`` are treated as stuff regions.
+        """
+        vocabulary = Vocabulary.of(classes, stuff)
+        names = self.profile.features.extractors
+        rows: dict[str, list[Prototypes]] = {name: [] for name in names}
+        for category in tqdm(vocabulary, desc="building classes", unit="class", disable=not self.progress or len(vocabulary) == 1):
+            for name, prototypes in self.build_class(category).items():
+                rows[name].append(prototypes)
+        return PrototypeBank(vocabulary, {name: tuple(built) for name, built in rows.items()})
+
+    def segment(self, image: Any, classes: PrototypeBank | Vocabulary | Iterable[str | Category] | str) -> Segmentation:
+        """Label every pixel of an image (a path, a PIL image or an array) with a class or background (Sec. 3.4, Eq. 4)."""
+        from ovdiff_lib.filters.stuff import filter_stuff
+
+        bank = classes if isinstance(classes, PrototypeBank) else self.build(classes)
+        pixels = read_image(image)
+        filters = self.profile.filters
+        if filters.stuff:
+            bank = filter_stuff(bank, filters.stuff_threshold)
+        if filters.category:
+            kept, probabilities = self.category_filter(pixels, bank.vocabulary)
+        else:
+            kept, probabilities = tuple(range(len(bank.vocabulary))), np.full(len(bank.vocabulary), np.nan, np.float32)
+        scores, winner = self.matcher.scores(pixels, bank.restrict(kept))
+        full = np.full((len(bank.vocabulary) + 1, *scores.shape[1:]), -np.inf, np.float32)
+        full[[0, *(k + 1 for k in kept)]] = scores
+        labels = full.argmax(0).astype(np.int32)
+        return Segmentation(pixels, labels, full, winner, bank.vocabulary, tuple(kept), probabilities)
+
+    # ------------------------------------------------------------------ the steps of one class
+
+    def support(self, category: Category | str) -> SupportSet:
+        """Step 1: support images drawn for a category, with the attribution of its words (Sec. 3.1, 3.2)."""
+        from ovdiff_lib.support.sampler import sample_support
+
+        category = category if isinstance(category, Category) else Category(category)
+        key = self._key("support", category)
+        with self.library.lock(key):
+            support = self.library.get_support(key)
+            if support is None:
+                support = sample_support(self.diffusion, category, self.profile, progress=self.progress)
+                self.library.put_support(key, support)
+        # The library knows the words, not what this user calls them.
+        return dataclasses.replace(support, category=category)
+
+    def masks(self, support: SupportSet) -> ForegroundBackground:
+        """Step 2a: where the object is and is not in each support image (Sec. 3.2, Eq. 1)."""
+        from ovdiff_lib.masks.select import make_masks
+
+        return make_masks(support, self.profile)
+
+    def prototypes(self, support: SupportSet, masks: ForegroundBackground) -> dict[str, Prototypes]:
+        """Steps 2b, 2c: features of the support images and their prototypes (Eq. 2, 3), one entry an extractor."""
+        from ovdiff_lib.prototypes import build_prototypes
+
+        built = {}
+        for name, extractor in self.extractors.items():
+            features = extractor(support.images, support.seeds)
+            built[name] = build_prototypes(features, masks, self.profile.prototypes, self.profile.masks.resize)
+        return built
+
+    def build_class(self, category: Category | str) -> dict[str, Prototypes]:
+        """Steps 1 and 2 for one category; whatever the library holds already is taken from there."""
+        category = category if isinstance(category, Category) else Category(category)
+        names = self.profile.features.extractors
+        keys = {name: self._key(name, category) for name in names}
+        found = {name: self.library.get_prototypes(key) for name, key in keys.items()}
+        if any(prototypes is None for prototypes in found.values()):
+            support = self.support(category)
+            found = self.prototypes(support, self.masks(support))
+            for name, prototypes in found.items():
+                with self.library.lock(keys[name]):
+                    self.library.put_prototypes(keys[name], prototypes)
+        return found
+
+    # ------------------------------------------------------------------ the parts, loaded when first used
+
+    @property
+    def diffusion(self):
+        """The text-to-image pipeline."""
+        return self._part("diffusion", lambda: _models().load_diffusion(self.profile))
+
+    @property
+    def extractors(self) -> dict[str, Any]:
+        """The feature extractors of the profile, by name."""
+        return self._part("extractors", self._load_extractors)
+
+    @property
+    def category_filter(self):
+        """The CLIP category pre-filter."""
+        return self._part("category_filter", self._load_filter)
+
+    @property
+    def matcher(self):
+        """Windows, cosine similarity and Eq. 4."""
+        from ovdiff_lib.matching import Matcher
+
+        return self._part("matcher", lambda: Matcher(self.extractors, self.profile))
+
+    def _part(self, name: str, load):
+        if name not in self._parts:
+            self._parts[name] = load()
+        return self._parts[name]
+
+    def _load_extractors(self) -> dict[str, Any]:
+        from ovdiff_lib.features import EXTRACTORS
+
+        names = self.profile.features.extractors
+        if not names:
+            raise InputError(f"features.extractors is empty; name at least one of {', '.join(EXTRACTORS)}.")
+        for name in names:
+            if name not in EXTRACTORS:
+                raise InputError(f"Unknown extractor {name!r}; the known ones are {', '.join(EXTRACTORS)}.")
+        return {name: EXTRACTORS[name](self.profile) for name in names}
+
+    def _load_filter(self):
+        from ovdiff_lib.filters.category import CategoryFilter
+
+        return CategoryFilter(*_models().load_clip(self.profile), self.profile)
+
+    def _key(self, step: str, category: Category) -> str:
+        """Library key: hash of the category's words, the settings the step stands on, and the identity of the models it runs."""
+        table = self.profile.to_dict()
+        sections = ["support"] if step == "support" else ["support", "masks", "features", "prototypes"]
+        settings = {s: {k: v for k, v in table[s].items() if k not in SPEED_ONLY} for s in sections}
+        if step != "support":
+            settings["features"].pop("extractors")  # an extractor's prototypes do not depend on which others run
+        models = {"diffusion": table["models"]["diffusion"], "dtype": table["models"]["dtype"]}
+        models["diffusion"] = _models().model_identity(models["diffusion"])
+        if step.startswith("clip"):
+            models["clip"] = _models().model_identity(table["models"]["clip"])
+        text = json.dumps({"step": step, "prompt": category.prompt, "settings": settings, "models": models}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _models():
+    from ovdiff_lib import models  # torch and diffusers are imported only when a model is needed
+
+    return models

@@ -1,0 +1,229 @@
+"""Profiles: every value the method needs, typed and validated. Two profiles run the same code and differ in values only.
+
+A profile is a YAML file with one section a step. Unknown sections, unknown fields and values of the wrong type raise
+:class:`~ovdiff_lib.errors.ProfileError` with the legal names. ``overrides`` address fields as ``"section.field"``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ovdiff_lib.errors import ProfileError
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Models:
+    """Where the frozen networks come from: a folder, a hub id, or ``package:NAME`` for weights shipped with ovdiff_lib."""
+
+    diffusion: str  # StableDiffusionPipeline
+    clip: str  # CLIPModel with its tokenizer
+    device: str = "auto"  # "auto" = cuda if there is one, else cpu
+    dtype: str = "float32"  # float32 | float16 | bfloat16
+    download: bool = False  # may the hub be asked for a model that is not on disk
+
+
+@dataclass(frozen=True)
+class Support:
+    """Step 1, Sec. 3.1 and App. C.5: how support images are drawn and attributed."""
+
+    prompt: str = "A good picture of a {name}"
+    negative_prompt: str = ""
+    size: int = 32  # N, support images a category
+    steps: int = 30  # DPM-Solver++ steps
+    guidance_scale: float = 8.0
+    image_size: int = 512  # side of the square support images, pixels
+    batch_size: int = 8
+    seed: int = 0
+    mid_block: bool = False  # count the mid block's cross-attention too (the released code's attribution tool leaves it out)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Step 2a, Sec. 3.2: attribution to foreground and background."""
+
+    segmenter: str = "threshold"  # name in masks.SEGMENTERS; "threshold" uses the attribution alone (the paper's -CutLER)
+    threshold_classes: int = 3  # classes of multi-Otsu: top = foreground, bottom = background
+    threshold_scope: str = "image"  # image | set: thresholds from one map or from all maps of the support set
+    background_below: float = 1.0  # background pixels must also have attribution below this (released code: 0.2)
+    erosion: int = 0  # binary erosion of the background, pixels (released code: 1)
+    resize: str = "area"  # how masks meet the feature grid: area (inside if more than half) | any (inside if any pixel is)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Step 2b, Sec. 4.1 and App. C.2: the frozen extractors."""
+
+    extractors: list[str] = field(default_factory=lambda: ["sd"])  # names in features.EXTRACTORS; several = ensemble
+    sd_layers: list[str] = field(default_factory=list)  # modules whose attn2.to_q output is read, in order of concatenation
+    sd_timestep: int = 200  # tau
+    sd_input_size: int = 512  # every window is resized to this square before the VAE
+    sd_latent: str = "mean"  # mean | sample of the VAE posterior
+    sd_noise: str = "seeded"  # seeded (by image and window) | fixed (one noise for all)
+    sd_noise_samples: int = 1  # noise draws averaged per image
+    clip_input_size: int = 448  # support images are resized to this before CLIP; windows keep their size
+    clip_layer: int = -2  # transformer layer the keys or tokens come from
+    batch_size: int = 8
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PrototypeSettings:
+    """Step 2c, Eq. 2 and 3: which prototypes a category gets."""
+
+    kinds: list[str] = field(default_factory=lambda: ["class", "instance", "part"])
+    clusters: int = 32  # K part prototypes per region
+    background: bool = True  # background prototypes; without them matching.background_threshold decides
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Step 3a, Sec. 3.4: category pre-filter and "stuff" filter."""
+
+    category: bool = True
+    category_prompt: str = "{names}"  # template of the CLIP text; {names} = "a and b and c"
+    category_joiner: str = " and "
+    category_top: int = 10  # eta
+    category_logit_scale: float | None = None  # null = the model's own
+    category_crop: str = "squash"  # squash | centre: how an image becomes CLIP's square input
+    category_keep_stuff: bool = False  # stuff categories pass the pre-filter always (released code)
+    stuff: bool = True
+    stuff_threshold: float = 0.85
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Step 3b, Eq. 4: windows and cosine matching."""
+
+    short_side: int = 448
+    windows: list[int] = field(default_factory=lambda: [448, 336])
+    stride: int = 224
+    whole_image: bool = False  # the squashed whole image as one more window (released code)
+    background_threshold: float | None = None  # constant score of the background class when there are no background prototypes
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class Profile:
+    """All values of one run. ``name`` only labels outputs; no code branches on it."""
+
+    name: str
+    description: str
+    models: Models
+    support: Support
+    masks: Masks
+    features: Features
+    prototypes: PrototypeSettings
+    filters: Filters
+    matching: Matching
+
+    def override(self, overrides: dict[str, Any] | None) -> Profile:
+        """A copy with ``{"section.field": value}`` replaced; an unknown field or a wrong type raises ``ProfileError``."""
+        table = self.to_dict()
+        for key, value in (overrides or {}).items():
+            section, _, name = str(key).partition(".")
+            if section not in table or not isinstance(table[section], dict) or name not in table[section]:
+                raise ProfileError(_unknown("profile field", str(key), field_names()))
+            table[section][name] = value
+        return from_dict(table, f"overrides of profile {self.name!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def digest(self, *sections: str) -> str:
+        """Hash (16 hex digits) of the named sections, or of all but name and description: equal values, equal hash."""
+        table = self.to_dict()
+        chosen = {key: table[key] for key in (sections or [k for k in table if k not in ("name", "description")])}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def field_names() -> list[str]:
+    """Every field that ``overrides`` may address, as ``section.field``."""
+    hints = typing.get_type_hints(Profile)
+    return [f"{section}.{f.name}" for section, kind in hints.items() if dataclasses.is_dataclass(kind) for f in dataclasses.fields(kind)]
+
+
+def available() -> list[str]:
+    """Names of the profiles that ship."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_profile(source: str | Path | Profile = "mini", overrides: dict[str, Any] | None = None) -> Profile:
+    """The profile called ``source``, or read from the YAML file at that path, with ``overrides`` applied.
+
+    Raises ``ProfileError`` for an unknown name, a missing or broken file, an unknown field or a wrong type.
+    """
+    if isinstance(source, Profile):
+        return source.override(overrides)
+    path = Path(source)
+    if str(source) in available():
+        path = FOLDER / f"{source}.yaml"
+    elif path.suffix not in (".yaml", ".yml"):
+        raise ProfileError(f"There is no profile {str(source)!r}; choose one of {', '.join(available())}, or give the path of a .yaml file.")
+    try:
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ProfileError(f"The profile file {path} does not exist; check the path, or choose one of {', '.join(available())}.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ProfileError(f"The profile file {path} cannot be read as YAML ({str(error).splitlines()[0]}); correct it.") from None
+    return from_dict(table, f"profile file {path.name}").override(overrides)
+
+
+def from_dict(table: Any, origin: str) -> Profile:
+    """A validated profile from nested dictionaries; ``origin`` is named in errors."""
+    return _build(Profile, table, origin, "")
+
+
+def _build(kind: type, table: Any, origin: str, prefix: str) -> Any:
+    if not isinstance(table, dict):
+        raise ProfileError(f"In the {origin}, {prefix.rstrip('.') or 'the whole'} must be a table of fields, not {table!r}.")
+    hints = typing.get_type_hints(kind)
+    for key in table:
+        if key not in hints:
+            raise ProfileError(f"In the {origin}: " + _unknown("field", f"{prefix}{key}", [prefix + name for name in hints]))
+    values = {}
+    for f in dataclasses.fields(kind):
+        hint = hints[f.name]
+        if f.name not in table:
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and not dataclasses.is_dataclass(hint):
+                raise ProfileError(f"In the {origin}, the field {prefix}{f.name} is missing; add it.")
+            if dataclasses.is_dataclass(hint):
+                values[f.name] = _build(hint, {}, origin, f"{prefix}{f.name}.")
+        elif dataclasses.is_dataclass(hint):
+            values[f.name] = _build(hint, table[f.name], origin, f"{prefix}{f.name}.")
+        else:
+            values[f.name] = _check(table[f.name], hint, f"{prefix}{f.name}", origin)
+    return kind(**values)
+
+
+def _check(value: Any, hint: Any, name: str, origin: str) -> Any:
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in allowed:
+        if kind is type(None) and value is None:
+            return None
+        if typing.get_origin(kind) is list and isinstance(value, (list, tuple)):
+            return [_check(v, typing.get_args(kind)[0], f"{name}[{i}]", origin) for i, v in enumerate(value)]
+        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if kind in (int, str, bool) and type(value) is kind:
+            return value
+    wanted = " or ".join("null" if k is type(None) else getattr(k, "__name__", str(k)) for k in allowed)
+    raise ProfileError(f"In the {origin}, {name} must be {wanted}, not {value!r}.")
+
+
+def _unknown(what: str, key: str, legal: list[str]) -> str:
+    near = difflib.get_close_matches(key, legal, 3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the legal ones are {', '.join(legal)}."
+    return f"Unknown {what} {key!r}; {hint}"

@@ -1,0 +1,44 @@
+"""What ``ovdiff segment`` writes for an image: palette PNG of labels, overlay with legend, JSON of classes and scores."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from ovdiff_lib.images import save_label_png, write_atomic
+from ovdiff_lib.profiles import Profile
+from ovdiff_lib.report.figures import class_colour
+from ovdiff_lib.types import Segmentation
+
+
+def output_stems(paths: list[Path]) -> list[str]:
+    """One output stem an image: the file's stem, with the suffix where two images share it ("a.png", "a.jpg" -> "a_png", "a_jpg")."""
+    counts = Counter(p.stem.casefold() for p in paths)
+    return [p.stem if counts[p.stem.casefold()] == 1 else f"{p.stem}_{p.suffix[1:]}" for p in paths]
+
+
+def write_segmentation(result: Segmentation, folder: str | Path, stem: str, profile: Profile) -> tuple[Path, Path, Path]:
+    """Write ``stem_labels.png``, ``stem_overlay.png`` and ``stem.json`` into ``folder``; returns the three paths."""
+    from ovdiff_lib import __version__
+
+    folder = Path(folder)
+    labels, overlay, table = folder / f"{stem}_labels.png", folder / f"{stem}_overlay.png", folder / f"{stem}.json"
+    save_label_png(labels, result.labels, len(result.class_names))
+    buffer = io.BytesIO()
+    result.overlay().save(buffer, "PNG")
+    write_atomic(overlay, buffer.getvalue())
+    rows = []
+    for index, name in enumerate(result.class_names):
+        inside = result.labels == index
+        mean = float(result.scores[index][inside].mean()) if inside.any() else None
+        probability = None if index == 0 or np.isnan(result.filter_scores[index - 1]) else float(result.filter_scores[index - 1])
+        rows.append({"label": index, "name": name, "colour": class_colour(index), "share": float(inside.mean()), "mean_score": mean,
+                     "kept": index == 0 or index - 1 in result.kept, "filter_probability": probability})
+    record = {"image": stem, "size": list(result.labels.shape), "classes": rows, "profile": profile.name, "settings": profile.digest(),
+              "version": __version__}
+    write_atomic(table, (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode())
+    return labels, overlay, table

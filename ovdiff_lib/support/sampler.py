@@ -1,0 +1,92 @@
+"""Support images (Sec. 3.1, App. C.5): a small batch of generated images per category, with their attribution."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
+from ovdiff_lib.support.attribution import class_token_positions, fill_template, record_attribution
+from ovdiff_lib.types import Category, SupportSet
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+    from ovdiff_lib.profiles import Profile
+
+
+def sample_support(pipe: StableDiffusionPipeline, category: Category, profile: Profile, count: int | None = None,
+                   progress: bool = True) -> SupportSet:
+    """Draw ``count`` (default ``support.size``) images of ``category`` and their attribution, in one pass.
+
+    Image i depends on (support settings, prompt, ``support.seed``, i) alone, not on the batch size or on ``count``. Images are
+    u8 (N, S, S, 3) with S = ``support.image_size``; attribution is f32 (N, S/f, S/f), f the VAE's factor, each map min-max scaled to
+    [0, 1], zeros where a map is constant. Raises ``InputError``, ``ProfileError``; ``OVDiffError`` if the model draws values
+    that are not finite.
+    """
+    settings = profile.support
+    count = settings.size if count is None else count
+    _check(settings, count, pipe.vae_scale_factor)
+    prompt = fill_template(settings.prompt, category.prompt)
+    positions = class_token_positions(pipe.tokenizer, settings.prompt, category.prompt)
+    guided = settings.guidance_scale > 1  # the rule of StableDiffusionPipeline
+    side = settings.image_size // pipe.vae_scale_factor
+    seeds = np.array([image_seed(settings.seed, prompt, i) for i in range(count)], dtype=np.int64)
+    with torch.no_grad():
+        positive, negative = pipe.encode_prompt(prompt, pipe.device, 1, guided, settings.negative_prompt)
+
+    images, attribution = [], []
+    with tqdm(total=count, desc=f"drawing {category.name}", unit="image", disable=not progress) as bar:
+        for start in range(0, count, settings.batch_size):
+            batch = seeds[start:start + settings.batch_size]
+            with record_attribution(pipe.unet, positions, (side, side), settings.mid_block, guided) as recorder:
+                drawn = pipe(
+                    prompt_embeds=positive.expand(len(batch), -1, -1),
+                    negative_prompt_embeds=negative.expand(len(batch), -1, -1) if guided else None,
+                    latents=initial_latents(batch, (pipe.unet.config.in_channels, side, side)).to(pipe.device, positive.dtype),
+                    height=settings.image_size, width=settings.image_size, num_inference_steps=settings.steps,
+                    guidance_scale=settings.guidance_scale, output_type="np").images
+            maps = recorder.maps().numpy()
+            if not (np.isfinite(drawn).all() and np.isfinite(maps).all()):
+                raise OVDiffError(f"The diffusion model {profile.models.diffusion!r} drew values that are not finite for "
+                                  f"{category.name!r}; use models.dtype float32 or check its weights.")
+            images.append((drawn * 255).round().astype(np.uint8))
+            attribution.append(min_max(maps))
+            bar.update(len(batch))
+    provenance = {"model": profile.models.diffusion, "prompt": prompt, "negative_prompt": settings.negative_prompt,
+                  "steps": settings.steps, "guidance_scale": settings.guidance_scale, "image_size": settings.image_size,
+                  "mid_block": settings.mid_block, "token_positions": positions, "seed": settings.seed}
+    return SupportSet(category, np.concatenate(images), np.concatenate(attribution), seeds, provenance)
+
+
+def image_seed(seed: int, prompt: str, index: int) -> int:
+    """Seed of support image ``index``: a hash of what it may depend on, in [0, 2^63)."""
+    digest = hashlib.sha256(f"{seed}\0{prompt}\0{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def initial_latents(seeds: np.ndarray, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Standard normal f32 (n, c, h, w); drawn on the CPU, so that every device starts from the same noise."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
+
+
+def min_max(maps: np.ndarray) -> np.ndarray:
+    """Each map of (n, h, w) scaled to [0, 1]; a constant map, which says nothing, becomes zeros."""
+    low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
+    span = np.where(high > low, high - low, 1)
+    return ((maps - low) / span).astype(np.float32)
+
+
+def _check(settings, count: int, factor: int) -> None:
+    if count < 1:
+        raise InputError(f"A support set needs at least one image, not {count}.")
+    for name in ("steps", "batch_size"):
+        if getattr(settings, name) < 1:
+            raise ProfileError(f"support.{name} is {getattr(settings, name)}; it must be at least 1.")
+    multiple = int(np.lcm(8, factor))  # 8: what StableDiffusionPipeline accepts
+    if settings.image_size < multiple or settings.image_size % multiple:
+        raise ProfileError(f"support.image_size is {settings.image_size}; it must be a positive multiple of {multiple}.")

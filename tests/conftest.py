@@ -1,0 +1,20 @@
+"""Fixtures that several test files share."""
+
+from pathlib import Path
+
+import pytest
+from tiny import make_tiny_models, tiny_overrides
+
+from ovdiff_lib.profiles import Profile, load_profile
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory) -> Path:
+    """A folder with ``stable-diffusion`` and ``clip``: random weights, real classes. Read only."""
+    return make_tiny_models(tmp_path_factory.mktemp("tiny_models"))
+
+
+@pytest.fixture(scope="session")
+def tiny_profile(tiny_models) -> Profile:
+    """The mini profile with the tiny models and small sizes."""
+    return load_profile("mini", tiny_overrides(tiny_models))
