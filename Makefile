@@ -30,5 +30,5 @@ mini-world: $(STAMP) ## draw the mini world and train its models anew (hours; ne
 	$(BIN)/python -m ovdiff_lib.mini.rebuild
 
 clean: ## delete caches and executed notebooks; committed tables and figures stay
-	rm -rf outputs/*/cache outputs/*/notebooks .pytest_cache .ruff_cache .hypothesis build
-	find ovdiff_lib tests notebooks -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -rf outputs/*/cache outputs/*/*.ipynb outputs/*/*.stamp.json .pytest_cache .ruff_cache .hypothesis build
+	find . -path ./.venv -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

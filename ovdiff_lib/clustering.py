@@ -27,8 +27,8 @@ def kmeans(x: torch.Tensor | np.ndarray, k: int, seed: int = 0, iterations: int 
     """Centroids f32 (k', D) and assignment i64 (M,) of the points ``x`` (M, D), on the device of ``x``; deterministic in ``seed``.
 
     k' <= k: fewer only where ``x`` has fewer distinct points than k. Each centroid is the mean of the points assigned to it and no
-    cluster is empty. Lloyd's iterations stop after ``iterations``, or when the centroids' squared shift falls below ``tolerance`` times the mean
-    variance of a channel (as in scikit-learn). ``restarts`` seedings are tried and the one of least inertia on the sample is kept.
+    cluster is empty. Lloyd's iterations stop after ``iterations``, or when the centroids' squared shift falls below ``tolerance`` times
+    the mean variance of a channel (as in scikit-learn). ``restarts`` seedings are tried and the one of least inertia on the sample is kept.
     """
     x = torch.as_tensor(x)
     if k < 1 or x.ndim != 2 or len(x) == 0:
@@ -53,7 +53,7 @@ def inertia(x: torch.Tensor, centroids: torch.Tensor, assignment: torch.Tensor) 
     """Sum of squared distances of the points (M, D) to the centroids they are assigned to."""
     rows = max(1, BLOCK // x.shape[1])
     return sum(float((part.float() - centroids[index]).square().sum(dtype=torch.float64))
-               for part, index in zip(x.split(rows), assignment.split(rows)))
+               for part, index in zip(x.split(rows), assignment.split(rows), strict=True))
 
 
 def _seed_centroids(x: torch.Tensor, mean: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:
@@ -86,7 +86,7 @@ def _distances(points: torch.Tensor, norms: torch.Tensor, centres: torch.Tensor)
 def _lloyd(x: torch.Tensor, mean: torch.Tensor, centroids: torch.Tensor, iterations: int,
            tolerance: float) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Centroids (relative to ``mean``), assignment and inertia after Lloyd's iterations from ``centroids``."""
-    for step in range(max(1, iterations)):
+    for _ in range(max(1, iterations)):
         assignment, distance, sums, counts, spread = _assign(x, mean, centroids)
         means = (sums / counts.clamp(min=1)[:, None]).float()
         empty = counts == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import io
 import os
 import secrets
@@ -128,14 +129,18 @@ def resize_short_side(image: np.ndarray, short: int) -> np.ndarray:
     return np.array(Image.fromarray(image).resize((new_width, new_height), Image.BILINEAR))
 
 
-def palette(n: int) -> np.ndarray:
-    """The Pascal VOC colour map, u8 (n, 3): colour 0 is black (background)."""
-    ids = np.arange(n)
-    colours = np.zeros((n, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            colours[:, channel] |= ((ids >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return colours
+def class_colour(index: int) -> tuple[int, int, int]:
+    """RGB of label ``index``: 0 (background) is dark grey, the others walk the colour circle by the golden angle."""
+    if index == 0:
+        return 40, 40, 46
+    hue = (0.02 + 0.618034 * (index - 1)) % 1.0
+    light, strength = ((0.52, 0.78), (0.66, 0.70), (0.40, 0.72))[(index - 1) // 7 % 3]
+    return tuple(round(255 * c) for c in colorsys.hls_to_rgb(hue, light, strength))
+
+
+def palette(count: int) -> np.ndarray:
+    """Colours u8 (count, 3) of labels 0 to count - 1; label maps, overlays and legends all use them."""
+    return np.array([class_colour(i) for i in range(count)], np.uint8)
 
 
 def save_label_png(path: str | Path, labels: np.ndarray, n: int) -> None:
@@ -165,20 +170,22 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     """
     path = Path(path)
     # Not tempfile: its files are private to the user, and a renamed one stays so.
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink()
+                raise
         fsync_folder(path.parent)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror or error});"
                          " free space or choose a folder that you may write to.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def fsync_folder(folder: Path) -> None:

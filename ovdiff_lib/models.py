@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,9 +148,9 @@ def _build_diffusion(source: Path | str, device: torch.device, dtype: torch.dtyp
     networks = {}
     for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel)):
         networks[name] = _complete(name, kind.from_pretrained(
-            source, subfolder=name, torch_dtype=dtype, output_loading_info=True, **options))
+            source, subfolder=name, dtype=dtype, output_loading_info=True, **options))
     pipe = StableDiffusionPipeline.from_pretrained(
-        source, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False, **networks, **options)
+        source, dtype=dtype, safety_checker=None, requires_safety_checker=False, **networks, **options)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -182,7 +183,8 @@ def _loading(identifier: str, source: Path | str, download: bool) -> Iterator[No
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = textwrap.shorten(first_line, 160, placeholder=" ...").rstrip(".: ")
         if isinstance(source, Path):
             looked, remedy = f"from the folder {source}", "put a complete copy of the model there or name another in the profile"
         elif download:

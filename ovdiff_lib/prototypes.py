@@ -37,20 +37,20 @@ def build_prototypes(features: torch.Tensor | np.ndarray, masks: ForegroundBackg
     rows: list[tuple[torch.Tensor, str, str, int, int]] = []
     assignment = np.full(tuple(features.shape[:3]), -1, dtype=np.int16)
     # Background first, so that the foreground overwrites it in the assignment; its prototypes still come last.
-    for region, full in reversed(list(zip(REGIONS, (masks.foreground, masks.background)))):
+    for region, full in reversed(list(zip(REGIONS, (masks.foreground, masks.background), strict=True))):
         if region == "background" and not settings.background:
             continue
         inside = resize_masks(full, tuple(features.shape[1:3]), resize)
         if not inside.any():
             if region == "foreground":
-                raise OVDiffError(f"None of the {len(features)} support images has any foreground, so the class gets no prototypes; word the "
-                                  "class differently, draw more support images, or set masks.segmenter to another segmenter.")
+                raise OVDiffError(f"None of the {len(features)} support images has any foreground, so the class gets no prototypes; word "
+                                  "the class differently, draw more support images, or set masks.segmenter to another segmenter.")
             continue
         made, code = _region(features, inside, settings)
         offset = settings.clusters if region == "background" else 0
         rows = [(vector, kind, region, image, cluster + offset if cluster >= 0 else -1) for vector, kind, image, cluster in made] + rows
         assignment[inside.numpy()] = code + offset
-    vectors, kinds, regions, images, clusters = zip(*rows)
+    vectors, kinds, regions, images, clusters = zip(*rows, strict=True)
     stacked = torch.stack(vectors).float().cpu().numpy()
     if not np.isfinite(stacked).all():
         raise InputError("The support features hold values that are not finite; check the extractor's weights, or use dtype float32.")
@@ -66,7 +66,7 @@ def _region(features: torch.Tensor, inside: torch.Tensor, settings: PrototypeSet
     if "class" in settings.kinds:
         made.append((sum(sums) / counts.sum(), "class", -1, -1))
     if "instance" in settings.kinds:
-        made += [(total / counts[n], "instance", n, -1) for n, total in zip(images, sums)]
+        made += [(total / counts[n], "instance", n, -1) for n, total in zip(images, sums, strict=True)]
     code = np.zeros(int(counts.sum()), dtype=np.int16)
     if "part" in settings.kinds:
         centroids, cluster = kmeans(features[inside], settings.clusters, settings.seed)

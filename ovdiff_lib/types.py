@@ -132,8 +132,8 @@ class Prototypes:
     """Prototypes of one category in one extractor's feature space (Eq. 2, 3).
 
     ``vectors`` f32 (P, D), raw; ``kind`` (P,) of :data:`KINDS`; ``region`` (P,) of :data:`REGIONS`; ``image`` i32 (P,) support image
-    of an instance prototype, else -1; ``cluster`` i32 (P,) cluster id of a part prototype, else -1; ``assignment`` i16
-    (N, h, w) cluster of every support feature: part k of the foreground is k, of the background is K + k, unused is -1.
+    of an instance prototype, else -1; ``cluster`` i32 (P,) part code of a part prototype, else -1; ``assignment`` i16
+    (N, h, w) part code of every support feature: part k of the foreground is k, of the background K + k, unused is -1.
     """
 
     vectors: np.ndarray
@@ -147,10 +147,9 @@ class Prototypes:
         return len(self.vectors)
 
     def part_assignment(self, region: str) -> np.ndarray:
-        """Part of ``region`` at each support feature, (N, h, w): 0 .. K - 1, or -1 where the feature is not in the region."""
-        clusters = int((self.cluster[self.region == "foreground"]).max(initial=-1)) + 1
-        inside = (self.assignment >= 0) & (self.assignment < clusters) if region == "foreground" else self.assignment >= clusters
-        return np.where(inside, self.assignment - (0 if region == "foreground" else clusters), -1)
+        """Part code of every support feature that belongs to a part of ``region``, i16 (N, h, w); -1 elsewhere."""
+        parts = self.cluster[(self.region == region) & (self.kind == "part")]
+        return np.where(np.isin(self.assignment, parts), self.assignment, -1).astype(np.int16)
 
     def select(self, keep: np.ndarray) -> Prototypes:
         """The prototypes where ``keep`` (bool (P,)) holds; the assignment stays."""

@@ -114,7 +114,7 @@ def read_labels(path: Path, shape: tuple[int, int]) -> np.ndarray:
     try:
         with Image.open(path) as image:
             if image.mode not in ("L", "P"):
-                raise InputError(f"The label map {path} is a {image.mode} image; it must be 8-bit grey or palette, with class ids as values.")
+                raise InputError(f"The label map {path} is a {image.mode} image; it must be 8-bit grey or palette, holding class ids.")
             labels = np.array(image)
     except FileNotFoundError:
         raise InputError(f"The label map {path} does not exist; check the data set's folder.") from None

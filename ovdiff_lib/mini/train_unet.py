@@ -37,9 +37,12 @@ from ovdiff_lib.mini.training import (
 
 NOISE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
+PHRASINGS = (0.35, 0.40, 0.05, 0.20)
+"""How often each of a scene's captions is used: with its context, the paper's template, bare, and with its context in few words."""
+
 
 def build_unet(channels: tuple[int, ...] = (64, 128, 192), text_width: int = 128) -> UNet2DConditionModel:
-    """Three cross-attention blocks down, one in the middle, three up, as design.md section 4 asks."""
+    """Three cross-attention blocks down, one in the middle, three up, so that first, mid, up and last layers mean what they mean in SD."""
     levels = len(channels)
     return UNet2DConditionModel(sample_size=16, in_channels=4, out_channels=4,
                                 down_block_types=("CrossAttnDownBlock2D",) * levels,
@@ -51,17 +54,14 @@ def build_unet(channels: tuple[int, ...] = (64, 128, 192), text_width: int = 128
 
 @torch.no_grad()
 def encode_images(images: np.ndarray, vae: AutoencoderKL, path: Path, bf16: bool, batch: int = 64) -> np.ndarray:
-    """Scaled latent means of every image (index 0) and its mirror image (index 1), float16 on disk."""
-    shape = (len(images), 2, 4, 16, 16)
+    """Scaled latent means of every image, float16 (N, 4, 16, 16) on disk. Scenes are mirrored at random when drawn, so no mirroring here."""
     if not path.exists():
         temporary = path.with_suffix(".tmp.npy")
-        out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
+        out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=(len(images), 4, 16, 16))
         for start in tqdm(range(0, len(images), batch), desc="latents", mininterval=10):
-            pixels = to_signed(images[start:start + batch])
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                # Mirrored in pixels, not in latents: the encoder is not mirror-symmetric.
-                latents = [vae.encode(p).latent_dist.mode().float() for p in (pixels, pixels.flip(-1))]
-            out[start:start + batch] = (torch.stack(latents, 1) * vae.config.scaling_factor).half().numpy()
+                latents = vae.encode(to_signed(images[start:start + batch])).latent_dist.mode().float()
+            out[start:start + batch] = (latents * vae.config.scaling_factor).half().numpy()
         out.flush()
         temporary.rename(path)
     return np.load(path, mmap_mode="r")
@@ -117,9 +117,8 @@ class Batches:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         index = shuffled_indices(len(self.latents), self.batch, self.seed, step)
         count = len(index)
-        mirrored = torch.randint(0, 2, (count,), generator=generator)
-        clean = self.latents[torch.from_numpy(index), mirrored].float()
-        names = ["" if picker.random() < self.dropout else picker.choice(self.captions[i]) for i in index]
+        clean = self.latents[torch.from_numpy(index)].float()
+        names = ["" if picker.random() < self.dropout else picker.choices(c, PHRASINGS[:len(c)])[0] for c in (self.captions[i] for i in index)]
         text = self.states[torch.tensor([self.place[n] for n in names])].float()
         # One timestep per stratum of the 1,000 lowers the variance of the loss; the shuffle frees it from the image order.
         strata = (torch.arange(count) + torch.rand(count, generator=generator)) * (len(self.weight) / count)

@@ -1,0 +1,221 @@
+"""Step 3b, Sec. 3.4: windows of the image against the prototypes of the kept categories (Eq. 4).
+
+Per extractor and window: cosine of every feature with every prototype, the maximum over each class's prototypes, bilinear to the window.
+Then the mean over extractors, over the windows of a scale that cover a pixel, and over scales.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.images import resize_short_side
+from ovdiff_lib.models import resolve_device
+from ovdiff_lib.profiles.profile import Profile
+from ovdiff_lib.types import PrototypeBank
+
+MAX_ASPECT = 64
+"""Longest side over shortest; beyond it the resized image would outgrow memory."""
+
+BLOCK = 4096
+"""Prototypes compared at a time."""
+
+Box = tuple[int, int, int, int]  # top, left, height, width in the resized image
+
+
+def windows(shape: tuple[int, int], size: int, stride: int) -> list[tuple[int, int, int]]:
+    """Square windows (top, left, size) that cover an image of ``shape`` (H, W), row by row.
+
+    ceil((L - size) / stride) + 1 windows along a side of length L; the last is shifted back to end at the image's border, as in
+    mmsegmentation's sliding inference. ``size`` must not exceed either side, nor ``stride`` the size.
+    """
+    if not 0 < size <= min(shape):
+        raise InputError(f"A window of {size} pixels does not fit in an image of {shape[0]} x {shape[1]}; use a smaller window.")
+    if not 0 < stride <= size:
+        raise InputError(f"A stride of {stride} leaves gaps between windows of {size} pixels; use a stride from 1 to {size}.")
+    starts = [[min(i * stride, length - size) for i in range(-(-(length - size) // stride) + 1)] for length in shape]
+    return [(top, left, size) for top in starts[0] for left in starts[1]]
+
+
+def window_seeds(seed: int, image: np.ndarray, count: int) -> np.ndarray:
+    """Noise seeds i64 (count,) of an image's windows: from its pixels u8 (H, W, 3) and the window's number, never from the order images
+    come in."""
+    digest = hashlib.sha256(f"{seed}:{image.shape}:".encode() + np.ascontiguousarray(image).tobytes()).digest()
+    # 63 bits: torch, NumPy and int64 arrays all take them.
+    drawn = [int.from_bytes(hashlib.sha256(digest + str(i).encode()).digest()[:8], "big") >> 1 for i in range(count)]
+    return np.array(drawn, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class _ClassRows:
+    """Prototypes of one bank in one extractor, L2-normalised, one entry a class, background first (None without any)."""
+
+    vectors: list[torch.Tensor | None]  # f32 (p, D)
+    index: list[np.ndarray]  # i32 (p,) what `winner` says of each row
+
+
+class Matcher:
+    """Scores of every class at every pixel of an image, by cosine similarity to prototypes.
+
+    ``extractors`` are :data:`~ovdiff_lib.features.EXTRACTORS` objects by name; more than one make an ensemble. Settings are
+    ``profile.matching``. A score depends on the image, the bank and the profile alone.
+    """
+
+    def __init__(self, extractors: dict[str, Any], profile: Profile) -> None:
+        settings = profile.matching
+        if not extractors:
+            raise ProfileError("features.extractors is empty; name at least one extractor.")
+        if not settings.windows or min(settings.windows) < 1 or max(settings.windows) > settings.short_side:
+            raise ProfileError(f"matching.windows is {settings.windows}; give sizes from 1 to matching.short_side ({settings.short_side}).")
+        if not 1 <= settings.stride <= min(settings.windows):
+            raise ProfileError(f"matching.stride is {settings.stride}; set it between 1 and the smallest window ({min(settings.windows)}).")
+        self.extractors, self.profile, self.settings = extractors, profile, settings
+        self.device = resolve_device(profile)
+
+    def scores(self, image: np.ndarray, bank: PrototypeBank) -> tuple[np.ndarray, np.ndarray]:
+        """Scores f32 (C + 1, H, W) and deciding prototypes i32 (H, W) of an image u8 RGB (H, W, 3) against a bank of C categories.
+
+        Class 0 is background: its prototypes are the background prototypes of all categories of the bank. A bank without any gets the
+        constant ``matching.background_threshold``; if the profile builds background prototypes and the filters removed all of them,
+        background cannot win and scores -inf; if the profile builds none and sets no threshold, ``InputError``.
+
+        ``winner`` belongs to the class of the highest score at the pixel and to the first extractor: of all windows over the
+        pixel, the prototype of that class with the highest cosine. For class c > 0 it is a row of
+        ``bank.prototypes[first][c - 1].vectors`` (rows of both regions counted); for background an index into the background rows
+        of all categories, concatenated in the order of the bank; -1 where background won without a prototype.
+        """
+        height, width = image.shape[:2]
+        if max(height, width) > MAX_ASPECT * min(height, width):
+            raise InputError(f"The image is {height} x {width} pixels: its long side is more than {MAX_ASPECT} times its short side; "
+                             "cut it into pieces.")
+        rows = {name: self._class_rows(name, bank) for name in self.extractors}
+        fallback = self._fallback(rows)
+        resized = resize_short_side(image, self.settings.short_side)
+        total = torch.zeros(len(bank.vocabulary) + 1, *resized.shape[:2], device=self.device)
+        scales, seen, done = self._scales(resized), [], 0
+        seeds = window_seeds(self.profile.features.seed, image, sum(len(boxes) for _, boxes in scales))
+        for crops, boxes in scales:
+            total += self._scale(crops, boxes, seeds[done : done + len(boxes)], rows, total.shape, seen) / len(scales)
+            done += len(boxes)
+        # Bilinear weights times -inf are NaN, so a background without prototypes is filled in after the last resizing.
+        scores = F.interpolate(total[None], size=(height, width), mode="bilinear", align_corners=False)[0].cpu().numpy()
+        if not np.isfinite(scores).all():
+            raise InputError("The image features are not finite; check the extractor's weights, or use dtype float32.")
+        if fallback is not None:
+            scores[0] = fallback
+        return scores, self._winner(scores.argmax(0), seen, next(iter(rows.values())), resized.shape[:2])
+
+    def _class_rows(self, name: str, bank: PrototypeBank) -> _ClassRows:
+        if name not in bank.prototypes:
+            raise InputError(f"The prototypes are for {', '.join(bank.extractors) or 'no extractor'} but the profile matches with "
+                             f"{name!r}; build them again with this profile.")
+        vectors, index, background = [None], [np.zeros(0, np.int32)], []
+        for category, prototypes in zip(bank.vocabulary, bank.prototypes[name], strict=True):
+            own = prototypes.region == "foreground"
+            if not own.any():
+                raise InputError(f"The class {category.name!r} has no foreground prototypes; build it again.")
+            vectors.append(self._unit(prototypes.vectors[own]))
+            index.append(np.flatnonzero(own).astype(np.int32))
+            background.append(prototypes.vectors[~own])
+        pooled = np.concatenate(background)
+        if len(pooled):
+            vectors[0], index[0] = self._unit(pooled), np.arange(len(pooled), dtype=np.int32)
+        return _ClassRows(vectors, index)
+
+    def _unit(self, vectors: np.ndarray) -> torch.Tensor:
+        return F.normalize(torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32)).to(self.device), dim=1)
+
+    def _fallback(self, rows: dict[str, _ClassRows]) -> float | None:
+        """Constant background score where no extractor has background prototypes, else None."""
+        if any(r.vectors[0] is not None for r in rows.values()):
+            return None
+        if self.settings.background_threshold is not None:
+            return self.settings.background_threshold
+        if self.profile.prototypes.background:
+            return -np.inf
+        raise InputError("There are no background prototypes and no background score; set matching.background_threshold (0.72 in the paper)"
+                         " or prototypes.background to true.")
+
+    def _scales(self, resized: np.ndarray) -> list[tuple[np.ndarray, list[Box]]]:
+        """For each scale its crops u8 (n, S, S, 3) and where they lie in the resized image."""
+        scales = []
+        for size in self.settings.windows:
+            boxes = [(top, left, size, size) for top, left, size in windows(resized.shape[:2], size, self.settings.stride)]
+            scales.append((np.stack([resized[top : top + h, left : left + w] for top, left, h, w in boxes]), boxes))
+        if self.settings.whole_image:
+            side = max(self.settings.windows)
+            squashed = np.array(Image.fromarray(resized).resize((side, side), Image.Resampling.BILINEAR))
+            scales.append((squashed[None], [(0, 0, *resized.shape[:2])]))
+        return scales
+
+    def _scale(self, crops: np.ndarray, boxes: list[Box], seeds: np.ndarray, rows: dict[str, _ClassRows], shape: torch.Size,
+               seen: list) -> torch.Tensor:
+        """Scores of one scale, averaged where windows overlap; notes in ``seen`` what the first extractor saw in each window."""
+        total, cover = torch.zeros(shape, device=self.device), torch.zeros(shape[1:], device=self.device)
+        voters = [sum(r.vectors[c] is not None for r in rows.values()) for c in range(shape[0])]
+        votes = torch.tensor(voters, device=self.device).clamp(min=1)[:, None, None]
+        step = max(1, self.settings.batch_size)
+        for start in range(0, len(boxes), step):
+            part = boxes[start : start + step]
+            window_total = 0
+            for name, extractor in self.extractors.items():
+                features = extractor(crops[start : start + step], seeds[start : start + step])
+                values, arguments = self._match(features, rows[name])
+                window_total = window_total + F.interpolate(values, size=part[0][2:], mode="bilinear", align_corners=False)
+                if name == next(iter(self.extractors)):
+                    seen += list(zip(part, values.cpu().numpy(), arguments.int().cpu().numpy(), strict=True))
+            for (top, left, height, width), window in zip(part, window_total / votes, strict=True):
+                total[:, top : top + height, left : left + width] += window
+                cover[top : top + height, left : left + width] += 1
+        return total / cover
+
+    def _match(self, features: torch.Tensor, rows: _ClassRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Highest cosine f32 (n, C + 1, h, w) of every feature (n, h, w, D) to each class and its row i64; 0 and -1 without prototypes."""
+        n, h, w, channels = features.shape
+        if channels != rows.vectors[1].shape[1]:
+            raise InputError(f"The prototypes have {rows.vectors[1].shape[1]} channels but the image features {channels}; "
+                             "build the prototypes again with this profile.")
+        unit = F.normalize(features.to(self.device, torch.float32).reshape(-1, channels), dim=1)
+        values = unit.new_zeros(len(rows.vectors), len(unit))
+        arguments = torch.full(values.shape, -1, dtype=torch.long, device=self.device)
+        for c, vectors in enumerate(rows.vectors):
+            if vectors is None:
+                continue
+            values[c] = -torch.inf
+            for start in range(0, len(vectors), BLOCK):
+                value, argument = (unit @ vectors[start : start + BLOCK].T).max(1)
+                better = ~(value <= values[c])  # NaN counts as better, so that it surfaces
+                values[c] = torch.where(better, value, values[c])
+                arguments[c] = torch.where(better, argument + start, arguments[c])
+        return tuple(t.reshape(-1, n, h, w).transpose(0, 1) for t in (values, arguments))
+
+    @staticmethod
+    def _winner(labels: np.ndarray, seen: list, rows: _ClassRows, resized: tuple[int, int]) -> np.ndarray:
+        """Of all windows over a pixel, the row with the highest cosine within the class that won the pixel: i32 (H, W)."""
+        best = np.full(labels.shape, -np.inf, np.float32)
+        winner = np.full(labels.shape, -1, np.int32)
+        centre = [((np.arange(n) + 0.5) * r / n).astype(int) for n, r in zip(labels.shape, resized, strict=True)]
+        table = np.full((len(rows.index), max(map(len, rows.index)) + 1), -1, np.int32)  # last column: no prototype
+        for c, index in enumerate(rows.index):
+            table[c, : len(index)] = index
+        for (top, left, height, width), values, arguments in seen:
+            y = np.flatnonzero((centre[0] >= top) & (centre[0] < top + height))
+            x = np.flatnonzero((centre[1] >= left) & (centre[1] < left + width))
+            if not len(y) or not len(x):
+                continue
+            where = np.ix_(y, x)
+            cell_y = ((centre[0][y] - top) * values.shape[1] // height)[:, None]
+            cell_x = ((centre[1][x] - left) * values.shape[2] // width)[None]
+            label = labels[where]
+            value = values[label, cell_y, cell_x]
+            better = value > best[where]
+            best[where] = np.where(better, value, best[where])
+            winner[where] = np.where(better, table[label, arguments[label, cell_y, cell_x]], winner[where])
+        return winner

@@ -1,0 +1,120 @@
+"""Write what a model folder should say about itself: README.md, training_log.csv and a loss curve.
+
+``python -m ovdiff_lib.mini.card --model DIR --work DIR --kind clip``
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+from pathlib import Path
+
+KINDS = {
+    "clip": ("Mini CLIP", "transformers.CLIPModel", "ovdiff_lib.mini.train_clip",
+             "Contrastive image-text model for 64x64 px scenes; images with the same caption share their target."),
+    "vae": ("Mini autoencoder", "diffusers.AutoencoderKL", "ovdiff_lib.mini.train_vae",
+            "Convolutional autoencoder, 64x64 px to 16x16 latents; L1, gradient L1, squared error and a small KL."),
+    "unet": ("Mini Stable Diffusion", "diffusers.StableDiffusionPipeline", "ovdiff_lib.mini.train_unet",
+             "Text-to-image latent diffusion; epsilon prediction, min-SNR-5 weights, 10 % empty captions, averaged weights."),
+}
+
+
+def read_log(path: Path) -> list[dict]:
+    """Rows of a trainer's log.csv; the ``metrics`` column becomes entries of its own."""
+    rows = []
+    with path.open(newline="", encoding="utf-8") as f:
+        for raw in csv.DictReader(f):
+            row = {"step": int(raw["step"]), "elapsed_s": float(raw["elapsed_s"]), "loss": float(raw["loss"]), "lr": float(raw["lr"])}
+            rows.append(row | json.loads(raw["metrics"]))
+    return rows
+
+
+def metric_names(rows: list[dict]) -> list[str]:
+    """Names of the occasional metrics, in order of appearance."""
+    base = ("step", "elapsed_s", "loss", "lr")
+    return list(dict.fromkeys(k for r in rows for k in r if k not in base))
+
+
+def plot_log(rows: list[dict], path: Path, title: str) -> None:
+    """Loss (logarithmic) over steps, and every metric in a panel of its own."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: a notebook's state stays untouched
+    from matplotlib.figure import Figure
+
+    names = metric_names(rows)
+    figure = Figure(figsize=(5 * (1 + len(names)), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 1 + len(names), squeeze=False)[0]
+    panels[0].semilogy([r["step"] for r in rows], [r["loss"] for r in rows])
+    panels[0].set(xlabel="step", ylabel="loss", title=title)
+    for panel, name in zip(panels[1:], names, strict=True):
+        points = [(r["step"], r[name]) for r in rows if name in r]
+        panel.plot(*zip(*points, strict=True), marker=".")
+        panel.set(xlabel="step", ylabel=name.replace("_", " "))
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=90)
+
+
+def parameter_count(model: Path) -> int:
+    """Parameters in all safetensors files below a folder, from the headers alone."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in sorted(model.rglob("*.safetensors")):
+        with safe_open(file, "pt") as f:
+            for key in f.keys():  # noqa: SIM118 - safe_open has no iterator
+                size = 1
+                for n in f.get_slice(key).get_shape():
+                    size *= n
+                total += size
+    return total
+
+
+def write_card(model: Path, work: Path, kind: str, *, license_note: str = "", notes: str = "") -> Path:
+    """Copy the log, draw the curves and write README.md into ``model``; returns the README's path."""
+    title, cls, script, what = KINDS[kind]
+    rows = read_log(work / "log.csv")
+    shutil.copyfile(work / "log.csv", model / "training_log.csv")
+    plot_log(rows, model / "loss_curve.png", title)
+    last = rows[-1]
+    facts = [("class", f"`{cls}`"), ("parameters", f"{parameter_count(model):,}"), ("weights", "float16 safetensors"),
+             ("trained by", f"`python -m {script}`"), ("steps", f"{last['step']:,}"),
+             ("training time", f"{last['elapsed_s'] / 60:.0f} min of CPU wall time"), ("last loss", f"{last['loss']:.4f}")]
+    facts += [(f"last {name.replace('_', ' ')}", f"{[r[name] for r in rows if name in r][-1]:.4f}") for name in metric_names(rows)]
+    table = "\n".join(f"| {k} | {v} |" for k, v in facts)
+    sections = [
+        f"# {title}\n\n{what}",
+        "Trained from random initialisation on the rendered mini world of `ovdiff_lib` and on nothing else. "
+        "It knows only that world: emoji objects over procedural backgrounds, and the words of its captions. "
+        "Its purpose is to run, test and explain OVDiff on a laptop, not to make or judge real images.",
+        f"| | |\n|---|---|\n{table}",
+        "The learning rate follows the used share of the budget (steps or minutes, whichever is ahead), so a run limited "
+        "by time anneals as well, but its exact weights then depend on the machine's speed. With `--steps` as the limit "
+        "a run is determined by its seed.",
+        "![training curves](loss_curve.png)\n\nAll rows: `training_log.csv`.",
+    ]
+    if notes:
+        sections.append(notes.strip())
+    if license_note:
+        sections.append("## Licence\n\n" + license_note.strip())
+    path = model / "README.md"
+    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    return path
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line entry."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="finished model folder")
+    parser.add_argument("--work", type=Path, required=True, help="folder with the trainer's log.csv")
+    parser.add_argument("--kind", choices=sorted(KINDS), required=True)
+    parser.add_argument("--license-note", default="", help="text for the licence section")
+    parser.add_argument("--notes", default="", help="further text for the card")
+    args = parser.parse_args(argv)
+    print(write_card(args.model, args.work, args.kind, license_note=args.license_note, notes=args.notes))
+
+
+if __name__ == "__main__":
+    main()

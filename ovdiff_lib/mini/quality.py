@@ -1,0 +1,129 @@
+"""Measure the models of the mini world on images none of them was trained on; the numbers go on their model cards.
+
+``python -m ovdiff_lib.mini.quality`` prints them and writes ``mini/weights/quality.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ovdiff_lib.evaluation import load_dataset
+from ovdiff_lib.filters.category import CategoryFilter
+from ovdiff_lib.images import write_atomic
+from ovdiff_lib.mini.train_vae import psnr
+from ovdiff_lib.mini.world import IGNORE, load_world
+from ovdiff_lib.models import load_clip, load_diffusion
+from ovdiff_lib.profiles import Profile, load_profile
+from ovdiff_lib.support.attribution import class_token_positions, fill_template, record_attribution
+from ovdiff_lib.support.sampler import sample_support
+from ovdiff_lib.types import Category, Vocabulary
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def single_object_scenes() -> list[tuple[np.ndarray, np.ndarray, str]]:
+    """Validation images u8 (H, W, 3) of one object, with the object's mask as f32 (H, W) (NaN where ignored) and its noun."""
+    world, found = load_world(), []
+    vocabulary = world.vocabulary("mini-object")
+    for sample in load_dataset("mini-object"):
+        labels = np.setdiff1d(np.unique(sample.labels), (0, IGNORE))
+        if len(labels) == 1:
+            mask = np.where(sample.labels == IGNORE, np.nan, sample.labels == labels[0]).astype(np.float32)
+            found.append((sample.image, mask, vocabulary[labels[0] - 1]))
+    return found
+
+
+def vae_psnr(profile: Profile, size: int = 64) -> float:
+    """Mean PSNR in dB of the reconstruction of validation images at short side ``size``."""
+    from ovdiff_lib.images import resize_short_side
+
+    vae = load_diffusion(profile).vae
+    values = []
+    for sample in load_dataset("mini-object"):
+        image = resize_short_side(sample.image, size)
+        height, width = (side // 4 * 4 for side in image.shape[:2])
+        values.append(psnr(vae, image[None, :height, :width]))
+    return float(np.mean(values))
+
+
+def clip_top1(profile: Profile) -> float:
+    """Share of single-object validation images whose noun, of all mini-object nouns, CLIP ranks first."""
+    judge = CategoryFilter(*load_clip(profile), profile)
+    vocabulary = Vocabulary.of(load_world().vocabulary("mini-object"))
+    scenes = single_object_scenes()
+    return float(np.mean([vocabulary.names[int(judge.scores(image, vocabulary).argmax())] == noun for image, _, noun in scenes]))
+
+
+def drawn_recognised(profile: Profile, per_class: int) -> dict[str, float]:
+    """For each mini-object noun, the share of ``per_class`` images drawn for it that CLIP ranks that noun first on."""
+    judge = CategoryFilter(*load_clip(profile), profile)
+    pipe = load_diffusion(profile)
+    vocabulary = Vocabulary.of(load_world().vocabulary("mini-object"))
+    shares = {}
+    for noun in tqdm(vocabulary.names, desc="drawing", unit="class"):
+        support = sample_support(pipe, Category(noun), profile, count=per_class, progress=False)
+        shares[noun] = float(np.mean([vocabulary.names[int(judge.scores(i, vocabulary).argmax())] == noun for i in support.images]))
+    return shares
+
+
+@torch.no_grad()
+def attribution_inside(profile: Profile, steps: int = 20) -> float:
+    """Share of single-object validation images with a higher mean attribution of the noun inside the object than outside.
+
+    Images are squashed to the model's size and inverted to noise with DDIM under the noun's prompt; attribution is recorded on the way.
+    """
+    from diffusers import DDIMInverseScheduler
+
+    pipe = load_diffusion(profile)
+    side = profile.support.image_size
+    grid = side // pipe.vae_scale_factor
+    hits = []
+    for image, mask, noun in tqdm(single_object_scenes(), desc="inverting", unit="image"):
+        square = np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
+        inside = np.array(Image.fromarray(np.nan_to_num(mask, nan=0.5)).resize((grid, grid), Image.Resampling.BOX))
+        latents = pipe.vae.encode(torch.from_numpy(square).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist.mean * pipe.vae.config.scaling_factor
+        prompt = pipe.encode_prompt(fill_template(profile.support.prompt, noun), pipe.device, 1, False)[0]
+        positions = class_token_positions(pipe.tokenizer, profile.support.prompt, noun)
+        scheduler = DDIMInverseScheduler.from_config(pipe.scheduler.config)
+        scheduler.set_timesteps(steps)
+        with record_attribution(pipe.unet, positions, (grid, grid), guided=False) as recorder:
+            for t in scheduler.timesteps:
+                noise = pipe.unet(latents, t, encoder_hidden_states=prompt).sample
+                latents = scheduler.step(noise, t, latents).prev_sample
+        attribution = recorder.maps()[0].numpy()
+        hits.append(attribution[inside > 0.5].mean() > attribution[inside < 0.5].mean())
+    return float(np.mean(hits))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--per-class", type=int, default=16, help="images drawn for each noun")
+    parser.add_argument("--models", type=Path, help="folder with stable-diffusion/ and clip/ to measure instead of the shipped ones")
+    arguments = parser.parse_args()
+    overrides = {f"models.{key}": str(arguments.models / name) for key, name in (("diffusion", "stable-diffusion"), ("clip", "clip"))}
+    profile = load_profile("mini", overrides if arguments.models else None)
+    drawn = drawn_recognised(profile, arguments.per_class)
+    measured = {
+        "vae_psnr_db": round(vae_psnr(profile), 2),
+        "clip_zero_shot_top1": round(clip_top1(profile), 4),
+        "drawn_recognised": round(float(np.mean(list(drawn.values()))), 4),
+        "drawn_recognised_by_class": {noun: round(share, 3) for noun, share in drawn.items()},
+        "attribution_inside_higher": round(attribution_inside(profile), 4),
+        "images_drawn_per_class": arguments.per_class,
+        "validation_images": len(load_dataset("mini-object")),
+        "single_object_images": len(single_object_scenes()),
+    }
+    text = json.dumps(measured, indent=1) + "\n"
+    print(text)
+    write_atomic((arguments.models or WEIGHTS) / "quality.json", text.encode())
+
+
+if __name__ == "__main__":
+    main()

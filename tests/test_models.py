@@ -1,0 +1,166 @@
+"""Loading: the right objects once, one sentence for whatever is wrong with the weights, identities that follow the content."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ovdiff_lib import models
+from ovdiff_lib.errors import ModelNotAvailable, ProfileError
+from ovdiff_lib.models import attention_grid, captured, load_clip, load_diffusion, model_identity, resolve_model
+
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+
+
+def with_model(profile, **paths):
+    return profile.override({f"models.{name}": str(path) for name, path in paths.items()})
+
+
+def sentence(caught) -> str:
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(".") and len(text) < 560
+    return text
+
+
+def test_diffusion_is_ready_to_sample(tiny_profile):
+    pipe = load_diffusion(tiny_profile)
+    assert type(pipe).__name__ == "StableDiffusionPipeline" and pipe.safety_checker is None
+    scheduler = pipe.scheduler
+    assert type(scheduler).__name__ == "DPMSolverMultistepScheduler"
+    assert (scheduler.config.algorithm_type, scheduler.config.solver_order) == ("dpmsolver++", 2)
+    assert (scheduler.config.beta_start, scheduler.config.beta_schedule) == (0.00085, "scaled_linear")  # the pipeline's own schedule
+    assert not any(m.training for m in (pipe.unet, pipe.vae, pipe.text_encoder))
+    assert pipe._progress_bar_config == {"disable": True}
+
+
+def test_clip_pairs_model_and_tokenizer(tiny_profile):
+    model, tokenizer = load_clip(tiny_profile)
+    assert not model.training and model.device.type == "cpu"
+    assert tokenizer("cat").input_ids[-1] == model.config.text_config.eos_token_id == len(tokenizer) - 1
+
+
+def test_weights_survive_the_round_trip(tiny_profile, tiny_models):
+    stored = load_file(tiny_models / "stable-diffusion" / UNET_FILE)
+    loaded = load_diffusion(tiny_profile).unet.state_dict()
+    assert stored.keys() == loaded.keys() and all(torch.equal(stored[k], loaded[k]) for k in stored)
+
+
+def test_models_are_loaded_once_per_folder_and_dtype(tiny_profile):
+    assert load_diffusion(tiny_profile) is load_diffusion(tiny_profile.override({"support.steps": 7}))
+    half = tiny_profile.override({"models.dtype": "bfloat16"})
+    assert load_clip(tiny_profile)[0].dtype == torch.float32 and load_clip(half)[0].dtype == torch.bfloat16
+    assert load_diffusion(half).unet.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("identifier", ["package:no-such-model", "/no/such/folder", "./gone", "a/b/c"])
+def test_missing_folder(tiny_profile, identifier):
+    with pytest.raises(ModelNotAvailable) as caught:
+        load_diffusion(with_model(tiny_profile, diffusion=identifier))
+    assert repr(identifier) in sentence(caught)
+
+
+@pytest.mark.parametrize("load", [load_diffusion, load_clip])
+def test_hub_model_that_is_not_cached_says_how_to_fetch_it(tiny_profile, load):
+    with pytest.raises(ModelNotAvailable) as caught:
+        load(with_model(tiny_profile, diffusion="nobody/no-model", clip="nobody/no-model"))
+    assert "hf download nobody/no-model" in sentence(caught) and "models.download" in str(caught.value)
+
+
+def test_shipped_models_resolve_inside_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "SHIPPED", tmp_path)
+    (tmp_path / "clip").mkdir()
+    assert resolve_model("package:clip") == tmp_path / "clip"
+    assert resolve_model("owner/name") == "owner/name"
+
+
+def test_folders_of_another_kind_are_refused(tiny_profile, tiny_models, tmp_path):
+    profile = with_model(tiny_profile, diffusion=tiny_models / "clip", clip=tiny_models / "stable-diffusion")
+    for load in (load_diffusion, load_clip):
+        with pytest.raises(ModelNotAvailable) as caught:
+            load(profile)
+        assert sentence(caught)
+    with pytest.raises(ModelNotAvailable):
+        load_clip(with_model(tiny_profile, clip=tiny_models / "stable-diffusion" / "unet"))
+
+
+def drop_a_tensor(path):
+    tensors = load_file(path)
+    tensors.pop("mid_block.attentions.0.transformer_blocks.0.attn2.to_q.weight")
+    save_file(tensors, path)
+
+
+def poison(path):
+    tensors = load_file(path)
+    tensors["conv_in.bias"][0] = float("nan")
+    save_file(tensors, path)
+
+
+def widen(path):
+    tensors = load_file(path)
+    tensors["conv_in.bias"] = torch.zeros(99)
+    save_file(tensors, path)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(("damage", "told"), [
+    (drop_a_tensor, "lack 1 tensors, mid_block.attentions.0.transformer_blocks.0.attn2.to_q.weight"),
+    (poison, "not finite, in conv_in.bias"), (widen, ""), (truncate, ""), (os.remove, "")])
+def test_damaged_weights_are_refused(tiny_profile, tiny_models, tmp_path, damage, told):
+    folder = shutil.copytree(tiny_models / "stable-diffusion", tmp_path / "damaged")
+    damage(folder / UNET_FILE)
+    with pytest.raises(ModelNotAvailable) as caught:
+        load_diffusion(with_model(tiny_profile, diffusion=folder))
+    assert told in sentence(caught) and str(folder) in str(caught.value)
+
+
+def test_identity_follows_content_not_place(tiny_models, tmp_path):
+    first = model_identity(str(tiny_models / "clip"))
+    copy = shutil.copytree(tiny_models / "clip", tmp_path / "elsewhere")
+    assert model_identity(str(copy)) == first != model_identity(str(tiny_models / "stable-diffusion"))
+    (copy / "README.md").write_text("not part of the model")
+    assert model_identity(str(copy)) == first
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, (1, 1))
+    assert model_identity(str(copy)) != first
+    assert model_identity("owner/name") == "hub:owner/name@not-cached"
+
+
+def test_identity_reads_a_file_once(tiny_models, monkeypatch):
+    first = model_identity(str(tiny_models / "clip"))
+    monkeypatch.setattr(models.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    assert model_identity(str(tiny_models / "clip")) == first
+
+
+@pytest.mark.parametrize(("field", "value"), [("device", "toaster"), ("device", "cuda:99"), ("dtype", "float8")])
+def test_impossible_device_or_dtype(tiny_profile, field, value):
+    with pytest.raises(ProfileError, match=value):
+        load_clip(tiny_profile.override({f"models.{field}": value}))
+
+
+def test_attention_grid_is_that_of_strided_convolutions():
+    down = torch.nn.Conv2d(1, 1, 3, stride=2, padding=1)  # diffusers' Downsample2D
+    for latent in [(16, 16), (64, 64), (56, 56), (9, 13), (10, 14), (7, 64), (42, 30)]:
+        x = torch.zeros(1, 1, *latent)
+        for _ in range(4):
+            assert attention_grid(x.shape[-2] * x.shape[-1], latent) == tuple(x.shape[-2:])
+            x = down(x)
+    with pytest.raises(ValueError, match="halving"):
+        attention_grid(17, (16, 16))
+
+
+def test_captured_hands_out_outputs_and_removes_its_hooks():
+    layer = torch.nn.Linear(3, 2)
+    with captured({"layer": layer}) as outputs:
+        expected = layer(torch.ones(1, 3))
+    assert torch.equal(outputs["layer"], expected)
+    with pytest.raises(RuntimeError, match="stop"), captured({"layer": layer}):
+        raise RuntimeError("stop")
+    assert not layer._forward_hooks
