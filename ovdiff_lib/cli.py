@@ -92,11 +92,15 @@ def _ovdiff(options: argparse.Namespace):
     return OVDiff(options.profile, _assignments(options.set, "--set"), library=options.library)
 
 
-def _vocabulary(classes: str, stuff: str):
-    from ovdiff_lib.types import Vocabulary
+def _names(classes: str) -> list[str]:
+    return classes.split(",") if classes.strip() else []
 
-    marked = [s.strip() for s in stuff.split(",") if s.strip()]
-    vocabulary = Vocabulary.of([c for c in classes.split(",")] if classes.strip() else (), marked)
+
+def _vocabulary(classes: list[str], stuff: str):
+    from ovdiff_lib.types import Category, Vocabulary
+
+    marked = [Category(s).name for s in stuff.split(",") if s.strip()]
+    vocabulary = Vocabulary.of(classes, marked)
     missing = [s for s in marked if s.casefold() not in {n.casefold() for n in vocabulary.names}]
     if missing:
         raise InputError(f"--stuff names {missing[0]!r}, which is not among the classes; add it to --classes or remove it.")
@@ -109,7 +113,7 @@ def _segment(options: argparse.Namespace) -> None:
     from ovdiff_lib.images import list_images, read_image
     from ovdiff_lib.report.results import output_stems, write_segmentation
 
-    vocabulary = _vocabulary(options.classes, options.stuff)
+    vocabulary = _vocabulary(_names(options.classes), options.stuff)
     paths = list_images(options.image)
     if len(paths) == 1:
         read_image(paths[0])  # a broken image is reported before classes are built
@@ -133,14 +137,13 @@ def _segment(options: argparse.Namespace) -> None:
 def _build(options: argparse.Namespace) -> None:
     if options.classes_file:
         try:
-            lines = options.classes_file.read_text(encoding="utf-8").splitlines()
+            lines = options.classes_file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError):
             raise InputError(f"The classes file {options.classes_file} cannot be read; give a UTF-8 text file with one class a line.") from None
-        from ovdiff_lib.types import Vocabulary
-
-        vocabulary = Vocabulary.of([line for line in lines if line.strip()], [s.strip() for s in options.stuff.split(",")])
+        names = [line for line in lines if line.strip()]
     else:
-        vocabulary = _vocabulary(options.classes, options.stuff)
+        names = _names(options.classes)
+    vocabulary = _vocabulary(names, options.stuff)
     ovdiff = _ovdiff(options)
     started = time.time()
     bank = ovdiff.build(vocabulary)
@@ -184,6 +187,8 @@ def _run(options: argparse.Namespace) -> None:
     if not options.notebook.exists():
         raise InputError(f"The notebook {options.notebook} does not exist; the ones that ship are in the folder notebooks/.")
     parameters = {**_notebook_parameters(options), **_assignments(options.parameter, "--parameter")}
+    # Meant from where the command is run; the notebook itself runs in its own folder.
+    parameters["output"] = str(Path(str(parameters["output"])).resolve())
     target = Path(parameters["output"]) / options.notebook.name
     run_notebook(options.notebook, target, parameters, force=True)
     print(f"executed copy: {target}")

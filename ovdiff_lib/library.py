@@ -190,6 +190,8 @@ class Library:
             temporary = path.with_name(f".{key}.{os.getpid()}-{secrets.token_hex(4)}.part")
             try:
                 with self._writing():
+                    for left in path.parent.glob(f".{key}.*.part"):  # of a writer that was killed: the lock is ours
+                        shutil.rmtree(left)
                     temporary.mkdir(parents=True)
                     for name, content in ((ARRAYS, data), (META, meta.encode())):
                         with open(temporary / name, "xb") as file:

@@ -1,7 +1,7 @@
 """Run notebooks headless: papermill with the checks it leaves out, and only those whose inputs changed.
 
-A notebook is fresh when its source, its parameters, the package's code and data, and the outputs recorded by its last good run are
-what they were; a fresh one is not run again.
+A notebook is fresh when its source, its parameters, the package's code and data, and the tables and figures that its last good run
+left are what they were; a fresh one is not run again.
 """
 
 from __future__ import annotations
@@ -30,14 +30,19 @@ def notebooks(folder: Path) -> list[Path]:
 
 
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
-    """Raise ``InputError`` for a parameter that the notebook's tagged cell does not define (papermill would only warn)."""
+    """Raise ``InputError`` for a parameter that the notebook's tagged cell does not define (papermill would only warn), and for a file
+    that is no notebook."""
     import papermill
 
-    known = papermill.inspect_notebook(str(notebook))
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        known = papermill.inspect_notebook(str(notebook)) if any(_is_tagged(c) for c in cells) else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{notebook} cannot be read as a notebook ({_first_line(error)}); name a .ipynb file.") from None
     for name, value in parameters.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}."
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}."
             raise InputError(f"The notebook {notebook.name} has no parameter {name!r}; {hint}")
         try:
             json.dumps(value)
@@ -52,14 +57,18 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
     executed copy of a failed run stays beside the output as ``*.failed.ipynb``; ``output`` itself is replaced by good runs only.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
     check_parameters(notebook, parameters)
     stamp = output.with_suffix(".stamp.json")
     state = _state(notebook, parameters)
-    if not force and output.exists() and _is_fresh(stamp, state):
+    if not force and output.exists() and _is_fresh(stamp, {**state, "outputs": _outputs(output)}):
         return False
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The folder {output.parent} cannot be made ({error.strerror}); name another with --out.") from None
     failed = output.with_suffix(".failed.ipynb")
     started = time.time()
     try:
@@ -68,12 +77,30 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
             # Sockets in files: no port races between kernels and no warning about unencrypted TCP.
             config=Config({"KernelManager": {"transport": "ipc"}}))
     except papermill.PapermillExecutionError as error:
-        raise OVDiffError(f"The notebook {notebook.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue} "
+        raise OVDiffError(f"The notebook {notebook.name} failed in cell {error.exec_count}: {error.ename}: {_first_line(error.evalue)} "
                           f"(executed copy: {failed})") from None
+    except DeadKernelError:
+        raise OVDiffError(f"The notebook {notebook.name} lost its kernel, most often for want of memory; close other programs or use smaller "
+                          f"settings (executed copy: {failed})") from None
     os.replace(failed, output)
-    record = {**state, "seconds": round(time.time() - started, 1), "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
+    record = {**state, "outputs": _outputs(output), "seconds": round(time.time() - started, 1), "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
     write_atomic(stamp, json.dumps(record, indent=1).encode())
     return True
+
+
+def _is_tagged(cell: dict[str, Any]) -> bool:
+    return "parameters" in cell.get("metadata", {}).get("tags", [])
+
+
+def _first_line(error: object) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _outputs(output: Path) -> dict[str, str]:
+    """Sums of the executed copy and of the tables and figures beside it that bear its name: a run's results, by the rule of names."""
+    folders = [output.parent / "tables", output.parent / "figures"]
+    found = [output, *(p for folder in folders for p in folder.glob("*") if p.name.startswith(output.stem))]
+    return {p.relative_to(output.parent).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(found) if p.is_file()}
 
 
 def _state(notebook: Path, parameters: dict[str, Any]) -> dict[str, str]:
@@ -86,11 +113,12 @@ def _state(notebook: Path, parameters: dict[str, Any]) -> dict[str, str]:
             "parameters": json.dumps(parameters, sort_keys=True)}
 
 
-def _is_fresh(stamp: Path, state: dict[str, str]) -> bool:
+def _is_fresh(stamp: Path, state: dict[str, Any]) -> bool:
     if not stamp.exists():
         return False
     try:
         recorded = json.loads(stamp.read_text(encoding="utf-8"))
     except ValueError:
-        return False  # a torn stamp proves nothing
-    return all(recorded.get(key) == value for key, value in state.items())
+        recorded = None
+    # A torn stamp proves nothing.
+    return isinstance(recorded, dict) and all(recorded.get(key) == value for key, value in state.items())

@@ -38,17 +38,27 @@ class Category:
     kind: str = "thing"
 
     def __post_init__(self) -> None:
-        name = unicodedata.normalize("NFC", " ".join(str(self.name).split()))
-        if not name:
+        if not isinstance(self.name, str) or not isinstance(self.prompt, str):
+            wrong = self.prompt if isinstance(self.name, str) else self.name
+            raise InputError(f"A class name and its prompt must be text, not {wrong!r}.")
+        name = unicodedata.normalize("NFC", " ".join(self.name.split()))
+        # Separators, control and format characters alone cannot be seen; within emoji and scripts format characters are legal.
+        if not _unreadable(name) and all(unicodedata.category(c)[0] in "CZ" for c in name):
             raise InputError("A class name is empty: give each class at least one visible character.")
         if len(name) > MAX_NAME:
             raise InputError(f"The class name {name[:30]!r}... has {len(name)} characters; use at most {MAX_NAME}.")
-        if any(unicodedata.category(c) == "Cc" for c in name):
-            raise InputError(f"The class name {name!r} holds a control character; remove it.")
+        for what, text in (("name", name), ("prompt", " ".join(self.prompt.split()))):
+            if _unreadable(text):
+                raise InputError(f"The class {what} {text!r} holds a control character or a broken one; remove it.")
         if self.kind not in ("thing", "stuff"):
             raise InputError(f"The kind of class {name!r} is {self.kind!r}; it must be 'thing' or 'stuff'.")
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "prompt", " ".join(self.prompt.split()) or name)
+
+
+def _unreadable(text: str) -> bool:
+    """Whether the text holds control characters or lone surrogates (what undecodable bytes on a command line become)."""
+    return any(unicodedata.category(c) in ("Cc", "Cs") for c in text)
 
 
 @dataclass(frozen=True)
@@ -70,13 +80,14 @@ class Vocabulary:
             seen[key] = category.name
 
     @classmethod
-    def of(cls, classes: Vocabulary | Iterable[str | Category] | str, stuff: Iterable[str] = ()) -> Vocabulary:
-        """A vocabulary from names ("cat, sofa" or ["cat", "sofa"]) or categories; names in ``stuff`` become stuff."""
+    def of(cls, classes: Vocabulary | Iterable[str | Category] | str, stuff: Iterable[str] | str = ()) -> Vocabulary:
+        """A vocabulary from names ("cat, sofa" or ["cat", "sofa"]) or categories; names in ``stuff``, written alike, become stuff."""
         if isinstance(classes, Vocabulary):
             return classes
         if isinstance(classes, str):
-            classes = [part for part in classes.split(",")]
-        marked = {s.casefold() for s in stuff}
+            classes = classes.split(",")
+        stuff = [s for s in stuff.split(",") if s.strip()] if isinstance(stuff, str) else stuff
+        marked = {Category(s).name.casefold() for s in stuff}
         made = []
         for entry in classes:
             if not isinstance(entry, Category):

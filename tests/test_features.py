@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
 from ovdiff_lib.errors import OVDiffError, ProfileError
 from ovdiff_lib.features import EXTRACTORS, build_extractors
 from ovdiff_lib.features.clip import CLIP_MEAN, CLIP_STD
+from ovdiff_lib.features.diffusion import QUERY
 from ovdiff_lib.models import load_clip, load_diffusion
+from ovdiff_lib.profiles import load_profile
 
 LAYERS = ["down_blocks.0.attentions.0", "mid_block.attentions.0", "up_blocks.1.attentions.1"]
 CHANNELS = [16, 32, 16]
@@ -196,6 +198,23 @@ def test_sd_hooks_are_removed_after_an_error(tiny_profile, monkeypatch):
     assert not any(query._forward_hooks for query in extractor.queries.values())
 
 
+def test_sd_layers_of_the_paper_give_its_7680_channels():
+    config = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8}  # Stable Diffusion v1.5
+    with torch.device("meta"):
+        modules = dict(UNet2DConditionModel(**config).named_modules())
+    layers = load_profile("paper").features.sd_layers
+    assert sum(modules[layer + QUERY].out_features for layer in layers) == 7680
+
+
+@pytest.mark.parametrize("name", EXTRACTORS)
+def test_half_precision_gives_float_features_close_to_full(tiny_profile, name):
+    images, seeds = pictures(1, 64, 64), np.array([0])
+    full = EXTRACTORS[name](tiny_profile)(images, seeds)
+    half = EXTRACTORS[name](tiny_profile.override({"models.dtype": "bfloat16"}))(images, seeds)
+    assert half.dtype == torch.float32
+    assert F.cosine_similarity(full, half, dim=-1).mean() > 0.98
+
+
 # ---- CLIP
 
 @pytest.mark.parametrize("layer", [0, -2, 2])
@@ -203,7 +222,8 @@ def test_sd_hooks_are_removed_after_an_error(tiny_profile, monkeypatch):
 def test_clip_equals_hidden_states_of_the_library(tiny_profile, layer, shape):
     model = load_clip(tiny_profile)[0]
     images = pictures(2, *shape)
-    pixels = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    pixels = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
     with torch.no_grad():
         states = model.vision_model(pixel_values=pixels, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
         block = model.vision_model.encoder.layers[layer]

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -133,11 +135,12 @@ def test_missing_file_and_folder(tmp_path):
 
 
 def test_too_many_pixels(tmp_path, monkeypatch):
-    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")  # Pillow's own limit is met first
-    Image.new("1", (11_000, 10_000)).save(tmp_path / "large.png")
-    for name in ("bomb.png", "large.png"):
+    for width, height in ((20_000, 20_000), (11_000, 10_000)):  # for the first Pillow's own limit is met before ours
+        header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        data = b"".join(struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (header, b"IDAT", b"IEND"))
+        (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
         with pytest.raises(InputError, match="100 million") as caught:
-            read_image(tmp_path / name)
+            read_image(tmp_path / "bomb.png")
         sentence(caught)
     monkeypatch.setattr(images, "MAX_PIXELS", 34)
     with pytest.raises(InputError, match="7 x 5 pixels"):
@@ -204,7 +207,7 @@ def test_resize_halves_by_a_triangle_filter():
     # Antialiased bilinear at scale 1/2: weights 1 3 3 1 (over 8) keep a straight ramp straight between the borders.
     assert halved[1, 1:-1, 0].tolist() == [25, 45, 65, 85, 105, 125]
     checker = (np.indices((8, 16)).sum(0) % 2 * 200).astype(np.uint8)[..., None].repeat(3, axis=2)
-    assert np.abs(resize_short_side(checker, 4).astype(int) - 100).max() <= 1  # plain bilinear would alias
+    assert np.abs(resize_short_side(checker, 4).astype(int) - 100).max() <= 2  # plain bilinear would alias: 0 or 200
 
 
 def test_resize_refuses_what_would_be_huge():

@@ -207,6 +207,12 @@ def test_an_image_depends_on_its_own_index_alone(pipe, tiny_profile):
     assert np.abs(whole.images[0].astype(int) - whole.images[1]).mean() > 5  # and the images do differ
 
 
+def test_half_precision(tiny_profile):
+    half = tiny_profile.override({"models.dtype": "bfloat16"})
+    support = sample_support(load_diffusion(half), CAT, half, 1, progress=False)
+    assert support.images.dtype == np.uint8 and support.attribution.dtype == np.float32 and support.attribution.max() == 1
+
+
 def test_seeds_follow_prompt_seed_and_index():
     seeds = {image_seed(s, p, i) for s in (0, 1) for p in ("a cat", "a dog") for i in range(4)}
     assert len(seeds) == 16 and all(0 <= s < 2 ** 63 for s in seeds)

@@ -63,17 +63,23 @@ def build_tokenizer(captions: list[list[str]], nouns: list[str], folder: Path, v
     vocab += [BOS, EOS]
 
     folder.mkdir(parents=True, exist_ok=True)
-    length = 32
     for length in (32, 48, 64, 77):
         tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(vocab)}, merges=merges, model_max_length=length)
         longest = sorted(nouns, key=lambda n: -len(tokenizer(n).input_ids))[:10]
         if len(tokenizer(" and ".join(longest)).input_ids) <= length:
             break
-    tokenizer.save_pretrained(folder)
-    # The two classic files as well: older transformers and open_clip read these.
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(vocab)}, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+    save_tokenizer(tokenizer, folder)
     return CLIPTokenizer.from_pretrained(folder)
+
+
+def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write tokenizer.json and the two classic files, which older transformers and open_clip read."""
+    tokenizer.save_pretrained(folder)
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    vocab = dict(sorted(bpe["vocab"].items(), key=lambda item: item[1]))
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    lines = (" ".join(pair) + "\n" for pair in bpe["merges"])
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(lines), encoding="utf-8")
 
 
 def build_clip(tokenizer: CLIPTokenizer, hidden: int = 160, layers: int = 5) -> CLIPModel:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from ovdiff_lib.mini.train_clip import save_text_encoder
+from ovdiff_lib.mini.train_clip import save_text_encoder, save_tokenizer
 from ovdiff_lib.mini.train_vae import to_signed
 from ovdiff_lib.mini.training import (
     EMA,
@@ -94,6 +94,7 @@ def write_pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder:
     shutil.rmtree(temporary, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     pipeline.save_pretrained(temporary)
+    save_tokenizer(tokenizer, temporary / "tokenizer")
     replace_folder(temporary, folder)
 
 

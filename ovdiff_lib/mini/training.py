@@ -92,7 +92,6 @@ class Run:
         self.args, self.module, self.optimizer, self.schedule, self.ema = args, module, optimizer, schedule, ema
         self.base_lr = [g["lr"] for g in optimizer.param_groups]
         self.step, self.elapsed, self.lr = 0, 0.0, 0.0
-        self.metrics: dict[str, float] = {}  # last values of the occasional metrics, for the bar
         self._loss_sum, self._loss_count = 0.0, 0
         self.on_checkpoint: Callable[[], None] | None = None
         args.work.mkdir(parents=True, exist_ok=True)
@@ -160,6 +159,8 @@ class Run:
                 if self.on_checkpoint is not None:
                     self.on_checkpoint()
         bar.close()
+        if self._loss_count:
+            self._write_row({})
         self.save()
 
     def record(self, loss: Tensor, *, every: int = 100, **metrics: float) -> None:
@@ -172,7 +173,11 @@ class Run:
         self._loss_count += 1
         if (self.step + 1) % every and not metrics:
             return
-        self.metrics.update(metrics)
+        self._write_row(metrics, ahead=1)
+
+    def _write_row(self, metrics: dict[str, float], ahead: int = 0) -> None:
+        """Append one row; ``ahead`` is 1 inside a step, which is counted only after it ends."""
+        step = self.step + ahead
         mean = self._loss_sum / self._loss_count
         self._loss_sum, self._loss_count = 0.0, 0
         path = self.args.work / "log.csv"
@@ -181,9 +186,9 @@ class Run:
             writer = csv.writer(f)
             if new:
                 writer.writerow(["step", "elapsed_s", "loss", "lr", "metrics"])
-            writer.writerow([self.step + 1, f"{self.elapsed:.1f}", f"{mean:.5f}", f"{self.lr:.3e}", json.dumps(metrics)])
+            writer.writerow([step, f"{self.elapsed:.1f}", f"{mean:.5f}", f"{self.lr:.3e}", json.dumps(metrics)])
         extra = " ".join(f"{k} {v:.4f}" for k, v in metrics.items())
-        print(f"step {self.step + 1} {self.elapsed / 60:.1f} min loss {mean:.4f} lr {self.lr:.2e} {extra}", flush=True)
+        print(f"step {step} {self.elapsed / 60:.1f} min loss {mean:.4f} lr {self.lr:.2e} {extra}", flush=True)
 
 
 def replace_folder(temporary: Path, final: Path) -> None:

@@ -215,7 +215,7 @@ def _check(value: Any, hint: Any, name: str, origin: str) -> Any:
             return None
         if typing.get_origin(kind) is list and isinstance(value, (list, tuple)):
             return [_check(v, typing.get_args(kind)[0], f"{name}[{i}]", origin) for i, v in enumerate(value)]
-        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:  # NaN compares to nothing
             return float(value)
         if kind in (int, str, bool) and type(value) is kind:
             return value

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from ovdiff_lib.images import write_atomic
+from ovdiff_lib.images import class_colour, palette, write_atomic
 from ovdiff_lib.types import ForegroundBackground, Prototypes, Segmentation, SupportSet
 
 if TYPE_CHECKING:
@@ -23,20 +23,6 @@ if TYPE_CHECKING:
 
 FOREGROUND, BACKGROUND, UNUSED = (228, 87, 46), (46, 134, 193), (225, 225, 225)
 """Colours (RGB) of foreground, background and unused support pixels in every figure."""
-
-
-def class_colour(index: int) -> tuple[int, int, int]:
-    """RGB of label ``index``: 0 (background) is dark grey, the others walk the colour circle by the golden angle."""
-    if index == 0:
-        return 40, 40, 46
-    hue = (0.02 + 0.618034 * (index - 1)) % 1.0
-    light, strength = ((0.52, 0.78), (0.66, 0.70), (0.40, 0.72))[(index - 1) // 7 % 3]
-    return tuple(round(255 * c) for c in colorsys.hls_to_rgb(hue, light, strength))
-
-
-def palette(count: int) -> np.ndarray:
-    """Colours u8 (count, 3) of labels 0 to count - 1."""
-    return np.array([class_colour(i) for i in range(count)], np.uint8)
 
 
 def paint(image: np.ndarray, labels: np.ndarray, alpha: float = 0.55) -> np.ndarray:
@@ -74,7 +60,9 @@ def draw_overlay(result: Segmentation, alpha: float = 0.55) -> Image.Image:
             x, y = size // 2, y + size + pad
         places.append((x, y, index, text))
         x += length
-    sheet = Image.new("RGB", (picture.width, picture.height + y + size + pad), "white")
+    # A long name under a narrow picture widens the sheet rather than being cut.
+    widest = max(x + size + pad // 2 + int(font.getlength(text)) + pad for x, _, _, text in places)
+    sheet = Image.new("RGB", (max(picture.width, widest), picture.height + y + size + pad), "white")
     sheet.paste(picture)
     draw = ImageDraw.Draw(sheet)
     for x, y, index, text in places:

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from ovdiff_lib.images import save_label_png, write_atomic
+from ovdiff_lib.images import class_colour, save_label_png, write_atomic
 from ovdiff_lib.profiles import Profile
-from ovdiff_lib.report.figures import class_colour
 from ovdiff_lib.types import Segmentation
 
 
 def output_stems(paths: list[Path]) -> list[str]:
-    """One output stem an image: the file's stem, with the suffix where two images share it ("a.png", "a.jpg" -> "a_png", "a_jpg")."""
+    """One output stem an image, no two alike whatever their case: the file's stem, with the suffix where two images share it ("a.png",
+    "a.jpg" -> "a_png", "a_jpg"), and with a number where that is taken too."""
     counts = Counter(p.stem.casefold() for p in paths)
-    return [p.stem if counts[p.stem.casefold()] == 1 else f"{p.stem}_{p.suffix[1:]}" for p in paths]
+    taken = {stem for stem, count in counts.items() if count == 1}
+    stems = []
+    for path in paths:
+        stem = path.stem
+        if counts[stem.casefold()] > 1:
+            wanted = f"{path.stem}_{path.suffix[1:]}"
+            tries = itertools.chain([wanted], (f"{wanted}_{n}" for n in itertools.count(2)))
+            stem = next(s for s in tries if s.casefold() not in taken)
+            taken.add(stem.casefold())
+        stems.append(stem)
+    return stems
 
 
 def write_segmentation(result: Segmentation, folder: str | Path, stem: str, profile: Profile) -> tuple[Path, Path, Path]:

@@ -40,7 +40,7 @@ def write_table(path: str | Path, name: str, cells: list[Cell], profile: Profile
     columns = list(dict.fromkeys(c.column for c in cells))
     by_place = {(c.row, c.column): c for c in cells}
     shown = [c for column in columns for c in (column, *((f"{column} (paper, its own data)",) if _has_paper(cells, column) else ()))]
-    lines = [f"**{caption}** Profile `{profile.name}`, settings `{digest}`.", "", "| |" + "".join(f" {c} |" for c in shown), "|---|" + "---:|" * len(shown)]
+    lines = [f"**{caption}** Profile `{profile.name}`, settings `{digest}`.", "", "| |" + "".join(f" {_escape(c)} |" for c in shown), "|---|" + "---:|" * len(shown)]
     for row in dict.fromkeys(c.row for c in cells):
         texts = []
         for column in columns:
@@ -49,10 +49,14 @@ def write_table(path: str | Path, name: str, cells: list[Cell], profile: Profile
             texts.append(f"{cell.measured:.{digits}f}{spread}" if cell else "")
             if _has_paper(cells, column):
                 texts.append("" if cell is None or cell.paper is None else f"{cell.paper:.{digits}f}")
-        lines.append(f"| {row} |" + "".join(f" {t} |" for t in texts))
+        lines.append(f"| {_escape(row)} |" + "".join(f" {t} |" for t in texts))
     text = "\n".join(lines) + "\n"
     write_atomic(path.with_suffix(".md"), text.encode())
     return text
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")  # a class may be called anything, and a bar would open a new column
 
 
 def _has_paper(cells: list[Cell], column: str) -> bool:

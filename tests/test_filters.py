@@ -1,0 +1,239 @@
+"""Step 3a: the category pre-filter against plain CLIP calls, the "stuff" filter against a loop."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import CLIPConfig, CLIPModel
+
+from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.filters import CategoryFilter, filter_stuff
+from ovdiff_lib.filters.category import CLIP_MEAN, CLIP_STD, TextEncoder, pack, square_image
+from ovdiff_lib.profiles import load_profile
+from ovdiff_lib.types import Category, PrototypeBank, Prototypes, Vocabulary
+
+NAMES = ("cat", "sofa bed", "grass", "boat", "red car")
+LENGTH = 20
+BOS, EOS = 0, 99
+
+
+class WordTokenizer:
+    """One id a word, between start and end token; the end token has the largest id, as in CLIP."""
+
+    model_max_length = LENGTH
+
+    def __call__(self, texts, **settings):
+        return {"input_ids": [[BOS, *(1 + sum(word.encode()) % 97 for word in text.split()), EOS] for text in texts]}
+
+
+@pytest.fixture(scope="module")
+def clip():
+    torch.manual_seed(0)
+    text = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "max_position_embeddings": LENGTH, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": EOS}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
+              "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).eval()
+    with torch.no_grad():  # further apart than the usual small initialisation puts them
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def image():
+    return np.random.default_rng(0).integers(0, 256, (20, 31, 3), dtype=np.uint8)
+
+
+def make_filter(clip, **overrides):
+    return CategoryFilter(clip, WordTokenizer(), load_profile("mini", {f"filters.{k}": v for k, v in overrides.items()}))
+
+
+@torch.inference_mode()
+def plain_text(clip, texts):
+    """CLIP's own text embeddings: every prompt alone, padded to the model's length."""
+    ids = [tokens + [EOS] * (LENGTH - len(tokens)) for tokens in WordTokenizer()(texts)["input_ids"]]
+    return F.normalize(clip.get_text_features(input_ids=torch.tensor(ids)).pooler_output, dim=-1)
+
+
+@torch.inference_mode()
+def plain_image(clip, image):
+    pixels = np.array(Image.fromarray(image).resize((16, 16), Image.Resampling.BICUBIC)) / 255
+    pixels = torch.tensor((pixels - CLIP_MEAN) / CLIP_STD, dtype=torch.float32).permute(2, 0, 1)[None]
+    return F.normalize(clip.get_image_features(pixel_values=pixels).pooler_output, dim=-1)[0]
+
+
+def plain_filter(clip, image, names, scale, top):
+    """The paper's words, one step after another."""
+    embedding = plain_image(clip, image)
+    probabilities = torch.softmax(scale * plain_text(clip, list(names)) @ embedding, 0).numpy()
+    above = [i for i in range(len(names)) if probabilities[i] > 1 / len(names)]
+    above = sorted(sorted(above, key=lambda i: -probabilities[i])[:top])
+    subsets = [s for k in range(1, len(above) + 1) for s in itertools.combinations(above, k)]
+    joined = plain_text(clip, [" and ".join(names[i] for i in s) for s in subsets]) @ embedding
+    return subsets[int(joined.argmax())], probabilities
+
+
+def joined_prompts(names):
+    return [" and ".join(s) for k in range(1, len(names) + 1) for s in itertools.combinations(names, k)]
+
+
+def test_shared_beginnings_change_no_embedding(clip):
+    texts = joined_prompts(NAMES)
+    texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
+    expected = plain_text(clip, texts)
+    assert (torch.cdist(expected, expected) + torch.eye(len(texts))).min() > 0.05  # distinct, so a mix-up would show
+    assert torch.allclose(TextEncoder(clip, WordTokenizer())(texts), expected, atol=1e-5)
+
+
+def test_rows_hold_few_tokens_and_every_token_sees_its_own_text():
+    sequences = [tuple(s) for s in WordTokenizer()(joined_prompts(NAMES))["input_ids"]]
+    rows, place = pack(sequences, LENGTH)
+    assert all(len(tokens) <= LENGTH for tokens, _, _ in rows)
+    assert sum(len(tokens) for tokens, _, _ in rows) < 0.7 * sum(map(len, sequences))
+    for sequence, (row, column) in zip(sequences, place, strict=True):
+        tokens, positions, visible = rows[row]
+        seen = np.flatnonzero(visible[column])
+        assert sorted(zip(np.array(positions)[seen], np.array(tokens)[seen], strict=True)) == list(enumerate(sequence))
+
+
+def test_texts_are_encoded_once_and_the_cache_is_bounded(clip, monkeypatch):
+    encoder = TextEncoder(clip, WordTokenizer(), cached=4)
+    runs = []
+    monkeypatch.setattr(encoder, "_encode", lambda s, run=encoder._encode: runs.append(len(s)) or run(s))
+    first = encoder(["cat", "boat", "cat"])
+    again = encoder(["boat", "cat"])
+    assert runs == [2] and torch.equal(first[[1, 0]], again) and torch.equal(first[0], first[2])
+    encoder(["a", "b", "c", "boat"])
+    assert len(encoder._known) == 4 and "boat" in encoder._known and "cat" not in encoder._known
+    assert torch.allclose(encoder(["cat"])[0], first[0], atol=1e-6) and runs == [2, 3, 1]
+
+
+@pytest.mark.parametrize(("scale", "top"), [(3.0, 10), (1.0, 10), (1.0, 2), (0.1, 3)])
+def test_filter_follows_the_paper(clip, image, scale, top):
+    rng = np.random.default_rng(1)
+    chosen = make_filter(clip, category_logit_scale=scale, category_top=top)
+    seen = set()
+    for picture in [image, *rng.integers(0, 256, (5, 17, 24, 3), dtype=np.uint8), np.full((9, 30, 3), 200, np.uint8)]:
+        kept, probabilities = chosen(picture, Vocabulary.of(NAMES))
+        expected, scores = plain_filter(clip, picture, NAMES, scale, top)
+        assert kept == expected and len(kept) <= top
+        assert probabilities.dtype == np.float32 and np.allclose(probabilities, scores, atol=1e-5)
+        assert np.allclose(chosen.scores(picture, Vocabulary.of(NAMES)), scores, atol=1e-5)
+        seen.add(kept)
+    assert len(seen) > 1  # the image matters
+
+
+def test_default_logit_scale_is_the_models(clip, image):
+    scale = float(clip.logit_scale.detach().exp())
+    assert np.allclose(make_filter(clip).scores(image, Vocabulary.of(NAMES)), plain_filter(clip, image, NAMES, scale, 10)[1], atol=1e-4)
+
+
+def test_one_class_and_equal_classes_pass(clip, image):
+    assert make_filter(clip)(image, Vocabulary.of("cat"))[0] == (0,)
+    kept, probabilities = make_filter(clip, category_logit_scale=0.0)(image, Vocabulary.of(NAMES))
+    texts, subsets = joined_prompts(NAMES), [s for k in range(1, 6) for s in itertools.combinations(range(5), k)]
+    assert kept == subsets[int((plain_text(clip, texts) @ plain_image(clip, image)).argmax())]  # nobody is below 1/C
+    assert np.allclose(probabilities, 0.2)
+
+
+def test_prompts_and_templates_are_used(clip, image):
+    vocabulary = Vocabulary((Category("mouse", "computer mouse"), Category("cat")))
+    made = make_filter(clip, category_prompt="a photo of {names}", category_joiner=" with ", category_logit_scale=0.0)
+    kept, _ = made(image, vocabulary)
+    assert set(made.text._known) == {"a photo of computer mouse", "a photo of cat", "a photo of computer mouse with cat"}
+    texts = ["a photo of computer mouse", "a photo of cat", "a photo of computer mouse with cat"]
+    assert kept == ((0,), (1,), (0, 1))[int((plain_text(clip, texts) @ plain_image(clip, image)).argmax())]
+
+
+def test_stuff_can_be_kept_always(clip, image):
+    made = make_filter(clip, category_keep_stuff=True, category_logit_scale=2.0)
+    kept, probabilities = made(image, Vocabulary.of(NAMES, stuff=["grass"]))
+    things = [n for n in NAMES if n != "grass"]
+    expected, scores = plain_filter(clip, image, things, 2.0, 10)
+    assert kept == tuple(sorted([2, *(NAMES.index(things[i]) for i in expected)]))
+    assert probabilities[2] == 1 and np.allclose(np.delete(probabilities, 2), scores, atol=1e-5)
+    assert made(image, Vocabulary.of(["sky", "grass"], stuff=["sky", "grass"]))[0] == (0, 1)
+
+
+def test_too_long_names_and_joined_prompts(clip, image):
+    with pytest.raises(InputError, match="longer than CLIP's 20 tokens"):
+        make_filter(clip)(image, Vocabulary.of(["cat", " ".join("abcdefghijklmnopqrs")]))
+    long = [f"{a} b c d e f g h" for a in "xyz"]  # two fit into 20 tokens with "and", three do not
+    with pytest.warns(UserWarning, match="left out 1 of 7"):
+        kept, _ = make_filter(clip, category_logit_scale=0.0)(image, Vocabulary.of(long))
+    assert len(kept) <= 2
+
+
+def test_settings_are_checked(clip):
+    for bad in ({"category_top": 0}, {"category_top": 40}, {"category_crop": "crop"}, {"category_prompt": "a {name}"}):
+        with pytest.raises(ProfileError, match=rf"filters\.{next(iter(bad))}"):
+            make_filter(clip, **bad)
+
+
+def test_square_image():
+    image = np.zeros((10, 30, 3), np.uint8)
+    image[:, 10:20] = 255
+    image[:, :10, 0] = 90
+    squashed, centre = square_image(image, 12, "squash"), square_image(image, 12, "centre")
+    assert squashed.shape == centre.shape == (12, 12, 3)
+    assert (centre[:, 1:-1] == 255).all() and squashed[5, 1].tolist() == [90, 0, 0] and squashed[5, 10].tolist() == [0, 0, 0]
+    assert (square_image(image.transpose(1, 0, 2), 12, "centre") == centre.transpose(1, 0, 2)).all()
+
+
+def test_broken_weights_are_reported(clip, image):
+    import copy
+
+    broken = copy.deepcopy(clip)
+    with torch.no_grad():
+        broken.visual_projection.weight[0, 0] = torch.nan
+    with pytest.raises(InputError, match="not finite"):
+        make_filter(broken)(image, Vocabulary.of(NAMES))
+
+
+# ------------------------------------------------------------------ "stuff"
+
+
+def make_bank(kinds, seed=0, extractors=("sd", "clip"), channels=3):
+    rng = np.random.default_rng(seed)
+    rows = {}
+    for name in extractors:
+        made = []
+        for _ in kinds:
+            f, b = 4, 6
+            made.append(Prototypes((rng.normal(size=(f + b, channels)) * 5).astype(np.float32), np.array(["part"] * (f + b)),
+                                   np.array(["foreground"] * f + ["background"] * b), np.full(f + b, -1, np.int32),
+                                   np.arange(f + b, dtype=np.int32), np.zeros((2, 2, 3), np.int16)))
+        rows[name] = tuple(made)
+    return PrototypeBank(Vocabulary(tuple(Category(f"c{i}", kind=k) for i, k in enumerate(kinds))), rows)
+
+
+def test_stuff_filter_drops_what_the_definition_says():
+    bank = make_bank(["thing", "stuff", "thing", "stuff"])
+    found = filter_stuff(bank, 0.85)
+    dropped = kept = 0
+    for name, rows in bank.prototypes.items():
+        stuff = [v for i in (1, 3) for v, r in zip(rows[i].vectors, rows[i].region, strict=True) if r == "foreground"]
+        for i, prototypes in enumerate(rows):
+            expected = []
+            for row, (vector, region) in enumerate(zip(prototypes.vectors, prototypes.region, strict=True)):
+                alike = max(vector @ s / np.linalg.norm(vector) / np.linalg.norm(s) for s in stuff) > 0.85
+                if region == "foreground" or (i in (0, 2) and not alike):
+                    expected.append(row)
+                dropped += i in (0, 2) and region == "background" and alike
+                kept += i in (0, 2) and region == "background" and not alike
+            assert found.prototypes[name][i].cluster.tolist() == expected
+    assert dropped and kept
+
+
+def test_stuff_filter_limits():
+    bank = make_bank(["thing", "thing"])
+    assert filter_stuff(bank) is bank
+    mixed = make_bank(["thing", "stuff"])
+    assert [len(p) for p in filter_stuff(mixed, 1.1).prototypes["sd"]] == [10, 4]
+    assert [len(p) for p in filter_stuff(mixed, -1.1).prototypes["sd"]] == [4, 4]
+    assert [len(p) for p in mixed.prototypes["sd"]] == [10, 10]  # the bank that came in is as it was

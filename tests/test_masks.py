@@ -1,0 +1,202 @@
+"""Step 2a: multi-Otsu and the selection of Eq. 1, against values computed by hand and by search."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.masks import SEGMENTERS
+from ovdiff_lib.masks.select import make_masks, select, upsample
+from ovdiff_lib.masks.threshold import BINS, multi_otsu
+from ovdiff_lib.profiles import load_profile
+from ovdiff_lib.types import Category, SupportSet
+
+
+def three_levels(seed=0, shape=(1, 13, 21)):
+    """A map of three noisy levels and the level of every pixel."""
+    rng = np.random.default_rng(seed)
+    level = rng.integers(0, 3, shape)
+    return (level * 0.4 + rng.normal(0, 0.03, shape)).astype(np.float32), level
+
+
+def between_class_variance(values, cuts):
+    groups = np.digitize(values, cuts)
+    return sum((groups == g).mean() * (values[groups == g].mean() - values.mean()) ** 2 for g in np.unique(groups))
+
+
+@pytest.mark.parametrize("scope", ["image", "set"])
+def test_multi_otsu_finds_three_planted_levels(scope):
+    values, level = three_levels()
+    foreground, background = multi_otsu(values, 3, scope)
+    assert (foreground == (level == 2)).all() and (background == (level == 0)).all()
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_multi_otsu_maximises_between_class_variance(classes):
+    # 24 integer values fall into 24 separate bins, so every cut can be tried.
+    values = np.random.default_rng(3).integers(0, 24, (1, 9, 14)).astype(np.float32) ** 1.5
+    distinct = np.unique(values)
+    assert len(distinct) == 24 < BINS
+    middles = (distinct[1:] + distinct[:-1]) / 2
+    best = max(between_class_variance(values, cuts) for cuts in itertools.combinations(middles, classes - 1))
+    foreground, background = multi_otsu(values, classes, "image")
+    cuts = [values[background].max(), values[~foreground].max()][: classes - 1]
+    found = between_class_variance(values, [c + 1e-3 for c in cuts])
+    assert found == pytest.approx(best, rel=1e-5)
+
+
+def test_scope_set_uses_one_threshold_for_all_maps_and_image_one_each():
+    bright, _ = three_levels(1)
+    maps = np.concatenate([bright, bright * 0.1])  # the second map lies wholly below the first one's upper levels
+    each, _ = multi_otsu(maps, 3, "image")
+    shared, low = multi_otsu(maps, 3, "set")
+    assert (each[0] == each[1]).all()
+    assert not shared[1].any() and low[1].all()
+
+
+def test_multi_otsu_ignores_scale_and_offset():
+    values, _ = three_levels(2)
+    for a, b in zip(multi_otsu(values), multi_otsu(values.astype(np.float64) * 1e-9 - 5e-9), strict=True):
+        assert (a == b).all()
+
+
+def test_multi_otsu_of_few_values():
+    constant = np.full((2, 3, 5), 0.7, np.float32)
+    for scope in ("image", "set"):
+        assert not any(m.any() for m in multi_otsu(constant, 3, scope))
+    two = constant.copy()
+    two[0, 1, 2] = 0.9
+    foreground, background = multi_otsu(two, 3, "image")
+    assert foreground.sum() == 1 and foreground[0, 1, 2] and background[0].sum() == 14 and not background[1].any()
+    three = np.array([[[0.0, 0.5035, 1.0]]])  # as many values as classes, the middle one above its bin's centre
+    foreground, background = multi_otsu(three, 3)
+    assert foreground.tolist() == [[[False, False, True]]] and background.tolist() == [[[True, False, False]]]
+
+
+def test_multi_otsu_refuses_bad_settings_and_values():
+    values, _ = three_levels()
+    with pytest.raises(ProfileError, match="threshold_scope"):
+        multi_otsu(values, 3, "batch")
+    with pytest.raises(ProfileError, match="threshold_classes"):
+        multi_otsu(values, 1)
+    values[0, 0, 0] = np.nan
+    with pytest.raises(InputError, match="not finite"):
+        multi_otsu(values)
+
+
+def test_select_by_hand():
+    attribution = np.array([[1.0, 0.8, 0.1, 0.2], [0.6, 0.6, 0.3, 0.2]], np.float32)
+    left, right = np.zeros((2, 2, 4), bool)
+    left[:, :2] = True  # mean 0.75
+    right[0, 2:] = True  # mean 0.15; the complement of both has mean 0.25
+    foreground, background = select(np.stack([right, left]), attribution)
+    assert (foreground == left).all() and (background == right).all()
+
+
+def test_select_takes_the_mean_not_the_sum_and_the_complement_as_background():
+    attribution = np.array([[1.0, 0.5, 0.5, 0.5, 0.0]], np.float32)
+    small, large = np.zeros((2, 1, 5), bool)
+    small[0, 0] = True
+    large[0, 1:4] = True  # larger sum (1.5), lower mean
+    foreground, background = select(np.stack([small, large]), attribution)
+    assert foreground.tolist() == [[True, False, False, False, False]]
+    assert background.tolist() == [[False, False, False, False, True]]
+
+
+def test_select_matches_equation_1_by_search_and_is_disjoint():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        proposals = rng.random((4, 5, 7)) < 0.2
+        proposals[rng.integers(4)] = False  # an empty proposal must not divide by zero nor win
+        attribution = rng.random((5, 7)).astype(np.float32)
+        candidates = [m for m in [*proposals, ~proposals.any(0)] if m.any()]
+        means = [attribution[m].mean() for m in candidates]
+        foreground, background = select(proposals, attribution)
+        assert (foreground == candidates[int(np.argmax(means))]).all()
+        assert (background == (candidates[int(np.argmin(means))] & ~foreground)).all()
+        assert not (foreground & background).any()
+
+
+def test_select_edge_cases():
+    attribution = np.random.default_rng(0).random((3, 4)).astype(np.float32)
+    for proposals in (np.zeros((0, 3, 4), bool), np.zeros((2, 3, 4), bool)):
+        assert not any(m.any() for m in select(proposals, attribution))
+    foreground, background = select(np.ones((1, 3, 4), bool), attribution)  # its complement is empty
+    assert foreground.all() and not background.any()
+
+
+class FirstColumn:
+    """Proposes the left column of images whose first pixel is not black."""
+
+    def propose(self, image):
+        masks = np.zeros((int(image[0, 0, 0] > 0), *image.shape[:2]), bool)
+        masks[:, :, 0] = True
+        return masks
+
+
+def make_support(n=2, size=(6, 10), grid=(3, 5)):
+    attribution = np.zeros((n, *grid), np.float32)
+    attribution[:, 1, 1:3] = 1
+    attribution[:, 2, 4] = 0.4
+    images = np.zeros((n, *size, 3), np.uint8)
+    images[0] = 9
+    return SupportSet(Category("cat"), images, attribution, np.arange(n))
+
+
+def test_make_masks_falls_back_to_the_threshold_where_nothing_is_proposed():
+    support, profile = make_support(), load_profile("mini")
+    masks = make_masks(support, profile, FirstColumn())
+    plain = make_masks(support, profile)
+    assert masks.source == ("FirstColumn", "threshold") and plain.source == ("threshold", "threshold")
+    assert masks.foreground.shape == masks.background.shape == (2, 6, 10)
+    assert (masks.foreground[1] == plain.foreground[1]).all() and (masks.background[1] == plain.background[1]).all()
+    attribution = upsample(support.attribution, (6, 10))
+    column = np.zeros((6, 10), bool)
+    column[:, 0] = True
+    assert attribution[0][column].mean() < attribution[0][~column].mean()
+    assert (masks.foreground[0] == ~column).all() and (masks.background[0] == column).all()
+    assert plain.foreground.any() and not (plain.foreground & plain.background).any()
+
+
+def test_upsample_is_bilinear_and_keeps_rows_and_columns():
+    maps = np.arange(6, dtype=np.float32).reshape(1, 2, 3)
+    assert upsample(maps, (2, 3)).tolist() == maps.tolist()
+    assert upsample(maps, (2, 6))[0, 0].tolist() == [0, 0.25, 0.75, 1.25, 1.75, 2]
+    assert upsample(maps, (4, 3))[0, :, 0].tolist() == [0, 0.75, 2.25, 3]
+
+
+def test_background_can_be_tightened():
+    support = make_support()
+    class Middle:
+        def propose(self, image):
+            mask = np.zeros((1, 6, 10), bool)
+            mask[:, 2, 2:6] = True
+            return mask
+
+    support.images[:] = 9
+    full = make_masks(support, load_profile("mini"), Middle()).background
+    low = make_masks(support, load_profile("mini", {"masks.background_below": 0.3}), Middle()).background
+    assert (low == (full & (upsample(support.attribution, (6, 10)) < 0.3))).all() and low.sum() < full.sum()
+    eroded = make_masks(support, load_profile("mini", {"masks.erosion": 1}), Middle()).background
+    seam = {(1, c) for c in range(2, 6)} | {(3, c) for c in range(2, 6)} | {(2, 1), (2, 6)}  # 4-neighbours of the object
+    for n in range(2):
+        assert {tuple(p) for p in np.argwhere(full[n] & ~eroded[n])} == seam
+
+
+def test_unknown_segmenter_and_wrong_shapes_are_named():
+    with pytest.raises(ProfileError, match=r"masks\.segmenter.*threshold"):
+        make_masks(make_support(), load_profile("mini", {"masks.segmenter": "cutlr"}))
+
+    class Transposed:
+        def propose(self, image):
+            return np.ones((1, image.shape[1], image.shape[0]), bool)
+
+    with pytest.raises(InputError, match="Transposed"):
+        make_masks(make_support(), load_profile("mini"), Transposed())
+
+
+@pytest.mark.parametrize("name", ["threshold"])
+def test_registered_segmenters_propose_masks_of_the_image(name):
+    proposals = SEGMENTERS[name](load_profile("mini")).propose(np.zeros((6, 10, 3), np.uint8))
+    assert proposals.dtype == bool and proposals.shape[1:] == (6, 10)
