@@ -76,11 +76,12 @@ class OVDiff:
             kept, probabilities = self.category_filter(pixels, bank.vocabulary)
         else:
             kept, probabilities = tuple(range(len(bank.vocabulary))), np.full(len(bank.vocabulary), np.nan, np.float32)
-        scores, winner = self.matcher.scores(pixels, bank.restrict(kept))
+        matched = bank.restrict(kept)
+        scores, winner = self.matcher.scores(pixels, matched)
         full = np.full((len(bank.vocabulary) + 1, *scores.shape[1:]), -np.inf, np.float32)
         full[[0, *(k + 1 for k in kept)]] = scores
         labels = full.argmax(0).astype(np.int32)
-        return Segmentation(pixels, labels, full, winner, bank.vocabulary, tuple(kept), probabilities)
+        return Segmentation(pixels, labels, full, winner, bank.vocabulary, tuple(kept), probabilities, matched)
 
     # ------------------------------------------------------------------ the steps of one class
 

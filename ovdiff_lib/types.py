@@ -201,7 +201,8 @@ class Segmentation:
     ``image`` u8 (H, W, 3); ``labels`` i32 (H, W), 0 = background, i + 1 = ``vocabulary.categories[i]``; ``scores`` f32
     (C + 1, H, W) cosine similarities, -inf for categories that the pre-filter dropped; ``winner`` i32 (H, W) index of the
     prototype that decided the pixel within the winning class (of the first extractor), -1 where none; ``kept`` indices of the categories the
-    pre-filter kept; ``filter_scores`` f32 (C,) its class probabilities.
+    pre-filter kept; ``filter_scores`` f32 (C,) its class probabilities; ``bank`` the prototypes it was matched with, after
+    the filters.
     """
 
     image: np.ndarray
@@ -211,6 +212,7 @@ class Segmentation:
     vocabulary: Vocabulary
     kept: tuple[int, ...]
     filter_scores: np.ndarray
+    bank: PrototypeBank | None = field(default=None, repr=False, compare=False)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -222,3 +224,11 @@ class Segmentation:
         from ovdiff_lib.report.figures import draw_overlay
 
         return draw_overlay(self, alpha)
+
+    def explain(self, row: int, column: int):
+        """Why the pixel at (row, column) got its label: an :class:`~ovdiff_lib.explain.Explanation` (Sec. 4.4)."""
+        from ovdiff_lib.explain import explain
+
+        if self.bank is None:
+            raise InputError("This segmentation was made without its prototypes, so it cannot be explained; segment the image with OVDiff.")
+        return explain(self, self.bank, row, column)

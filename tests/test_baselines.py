@@ -36,7 +36,8 @@ def picture(height, width, seed=0):
 def test_dense_embeddings_equal_a_last_block_that_sees_only_itself(make, shape):
     maskclip = make()
     vision, images = maskclip.clip.vision_model, np.stack([picture(*shape, seed=i) for i in range(2)])
-    pixels = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    pixels = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
     with torch.no_grad():
         states = vision(pixels, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
         tokens = states[0].shape[1]

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -81,8 +81,8 @@ def test_nothing_counted():
 
 
 @pytest.mark.parametrize(("predicted", "target"), [
-    (np.zeros((2, 3), int), np.zeros((3, 2), int)), (np.full((1, 2), 3), np.zeros((1, 2), int)), (np.full((1, 2), -1), np.zeros((1, 2), int)),
-    (np.zeros((1, 2), int), np.full((1, 2), 3))])
+    (np.zeros((2, 3), int), np.zeros((3, 2), int)), (np.full((1, 2), 3), np.zeros((1, 2), int)),
+    (np.full((1, 2), -1), np.zeros((1, 2), int)), (np.zeros((1, 2), int), np.full((1, 2), 3))])
 def test_shapes_and_labels_that_do_not_fit(predicted, target):
     matrix = ConfusionMatrix(3)
     with pytest.raises(InputError) as caught:
@@ -199,7 +199,7 @@ class Toy:
 
     count: int = 3
     name: str = "toy"
-    vocabulary: Vocabulary = Vocabulary.of("cat, dog")
+    vocabulary: Vocabulary = field(default_factory=lambda: Vocabulary.of("cat, dog"))
 
     def __len__(self):
         return self.count

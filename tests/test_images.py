@@ -92,7 +92,8 @@ def test_first_frame_of_an_animation(tmp_path, suffix):
     assert (read_image(tmp_path / f"a.{suffix}") == (255, 0, 0)).all()
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0\x00\x10JFIF", b"RIFF\x00\x00\x00\x00WEBP"])
+@pytest.mark.parametrize("content", [
+    b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0\x00\x10JFIF", b"RIFF\x00\x00\x00\x00WEBP"])
 def test_files_that_are_no_image(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(InputError, match=r"x\.png") as caught:
@@ -158,7 +159,8 @@ def test_a_text_chunk_bomb_is_reported(tmp_path):
     sentence(caught)
 
 
-@pytest.mark.parametrize("array", [RGB / 255, RGB.astype(np.int64), RGB[None], RGB[..., :2], RGB[:0], np.zeros((3, 0), np.uint8), np.uint8(3)])
+@pytest.mark.parametrize("array", [
+    RGB / 255, RGB.astype(np.int64), RGB[None], RGB[..., :2], RGB[:0], np.zeros((3, 0), np.uint8), np.uint8(3)])
 def test_arrays_that_are_no_image(array):
     with pytest.raises(InputError) as caught:
         read_image(np.asarray(array))
@@ -195,8 +197,8 @@ def test_list_images(tmp_path):
 # ---- resizing
 
 @pytest.mark.parametrize(("shape", "short", "expected"), [
-    ((128, 160), 64, (64, 80)), ((160, 128), 64, (80, 64)), ((375, 500), 448, (448, 597)), ((100, 149), 64, (64, 95)), ((1, 1), 64, (64, 64)),
-    ((64, 99), 64, (64, 99))])
+    ((128, 160), 64, (64, 80)), ((160, 128), 64, (80, 64)), ((375, 500), 448, (448, 597)), ((100, 149), 64, (64, 95)),
+    ((1, 1), 64, (64, 64)), ((64, 99), 64, (64, 99))])
 def test_resize_short_side_shapes(shape, short, expected):
     assert resize_short_side(np.zeros((*shape, 3), np.uint8), short).shape == (*expected, 3)
 

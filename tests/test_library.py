@@ -135,8 +135,8 @@ def claim_another_key(path):
 
 
 DAMAGES = [(ARRAYS, cut), (ARRAYS, flip), (ARRAYS, Path.unlink), (ARRAYS, lambda p: p.write_bytes(b"")), (META, cut), (META, Path.unlink),
-           (META, edit_prompt), (META, claim_another_key), (META, lambda p: p.write_text("[]")), (META, lambda p: p.write_text('{"body": 3}')),
-           (META, lambda p: p.write_bytes(b"\xff\xfe"))]
+           (META, edit_prompt), (META, claim_another_key), (META, lambda p: p.write_text("[]")),
+           (META, lambda p: p.write_text('{"body": 3}')), (META, lambda p: p.write_bytes(b"\xff\xfe"))]
 
 
 @pytest.mark.parametrize(("file", "damage"), DAMAGES)

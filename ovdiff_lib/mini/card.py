@@ -64,7 +64,7 @@ def parameter_count(model: Path) -> int:
     total = 0
     for file in sorted(model.rglob("*.safetensors")):
         with safe_open(file, "pt") as f:
-            for key in f.keys():  # noqa: SIM118 - safe_open has no iterator
+            for key in f.keys():
                 size = 1
                 for n in f.get_slice(key).get_shape():
                     size *= n

@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
         run.record(loss.detach(), **metrics)
     top1 = zero_shot(model, tokenizer, data["eval_images"], data["eval_labels"], nouns)
     save_clip(model, args.out)
-    print(f"done: {run.step} steps, {run.elapsed / 60:.1f} min, zero-shot top-1 {top1:.4f}, scale {model.logit_scale.exp():.1f}", flush=True)
+    print(f"done: {run.step} steps, {run.elapsed / 60:.1f} min, zero-shot top-1 {top1:.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,10 @@ def build_unet(channels: tuple[int, ...] = (64, 128, 192), text_width: int = 128
 
 @torch.no_grad()
 def encode_images(images: np.ndarray, vae: AutoencoderKL, path: Path, bf16: bool, batch: int = 64) -> np.ndarray:
-    """Scaled latent means of every image, float16 (N, 4, 16, 16) on disk. Scenes are mirrored at random when drawn, so no mirroring here."""
+    """Scaled latent means of every image, float16 (N, 4, 16, 16) on disk.
+
+    Scenes are mirrored at random when drawn, so no mirroring here.
+    """
     if not path.exists():
         temporary = path.with_suffix(".tmp.npy")
         out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=(len(images), 4, 16, 16))
@@ -82,7 +85,8 @@ def encode_captions(captions: list[str], tokenizer: CLIPTokenizer, encoder: CLIP
     return np.load(path, mmap_mode="r")
 
 
-def write_pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
+def write_pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer,
+                   folder: Path) -> None:
     """Write the half-precision pipeline beside ``folder`` first, then move it into place."""
     scheduler = DPMSolverMultistepScheduler(**NOISE, solver_order=2, algorithm_type="dpmsolver++", steps_offset=1)
     half = UNet2DConditionModel.from_config(unet.config)
@@ -119,7 +123,8 @@ class Batches:
         index = shuffled_indices(len(self.latents), self.batch, self.seed, step)
         count = len(index)
         clean = self.latents[torch.from_numpy(index)].float()
-        names = ["" if picker.random() < self.dropout else picker.choices(c, PHRASINGS[:len(c)])[0] for c in (self.captions[i] for i in index)]
+        alternatives = [self.captions[i] for i in index]
+        names = ["" if picker.random() < self.dropout else picker.choices(c, PHRASINGS[:len(c)])[0] for c in alternatives]
         text = self.states[torch.tensor([self.place[n] for n in names])].float()
         # One timestep per stratum of the 1,000 lowers the variance of the loss; the shuffle frees it from the image order.
         strata = (torch.arange(count) + torch.rand(count, generator=generator)) * (len(self.weight) / count)

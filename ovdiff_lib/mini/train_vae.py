@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--latent-channels", type=int, default=4)
     parser.add_argument("--kl", type=float, default=2e-4, help="weight of the KL per latent value")
     parser.add_argument("--compile", action="store_true", help="torch.compile (was slower here than plain)")
-    parser.add_argument("--decoder-of", type=Path, help="keep this VAE's encoder as it is and train its decoder further; latents stay valid")
+    parser.add_argument("--decoder-of", type=Path,
+                        help="keep this VAE's encoder as it is and train its decoder further; latents stay valid")
     args = parser.parse_args(argv)
     seed_everything(args.seed, args.threads)
     data = load_data(args.data)
