@@ -39,7 +39,8 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         sub.add_argument("--profile", default="mini", help="mini, paper, or a profile file (default: mini)")
-        sub.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="replace a profile field; may be repeated")
+        sub.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE",
+                         help="replace a profile field; may be repeated")
         sub.add_argument("--library", type=Path, help="folder that keeps support sets and prototypes (default: the user's cache folder)")
         return sub
 
@@ -82,7 +83,8 @@ def _assignments(pairs: list[str], option: str) -> dict[str, Any]:
         try:
             table[name] = yaml.safe_load(value) if value else ""
         except yaml.YAMLError:
-            raise InputError(f"The value of {option} {pair!r} cannot be read; write a number, true, a [list, of, values] or text.") from None
+            raise InputError(f"The value of {option} {pair!r} cannot be read; write a number, true, a [list, of, values] or text."
+                             ) from None
     return table
 
 
@@ -120,7 +122,8 @@ def _segment(options: argparse.Namespace) -> None:
     ovdiff = _ovdiff(options)
     bank = ovdiff.build(vocabulary)
     broken = []
-    for path, stem in zip(tqdm.tqdm(paths, desc="segmenting", unit="image", disable=len(paths) == 1), output_stems(paths)):
+    bar = tqdm.tqdm(paths, desc="segmenting", unit="image", disable=len(paths) == 1)
+    for path, stem in zip(bar, output_stems(paths), strict=True):
         try:
             image = read_image(path)
         except InputError as error:
@@ -131,7 +134,8 @@ def _segment(options: argparse.Namespace) -> None:
         print(f"ovdiff: {message}", file=sys.stderr)
     if broken:
         raise InputError(f"{len(broken)} of {len(paths)} images could not be read; the others are in {options.out}.")
-    print(f"{len(paths)} image{'s' * (len(paths) > 1)} segmented; results in {options.out}" + (f" ({written[0].name}, ...)" if len(paths) == 1 else ""))
+    example = f" ({written[0].name}, ...)" if len(paths) == 1 else ""
+    print(f"{len(paths)} image{'s' * (len(paths) > 1)} segmented; results in {options.out}{example}")
 
 
 def _build(options: argparse.Namespace) -> None:
@@ -139,7 +143,8 @@ def _build(options: argparse.Namespace) -> None:
         try:
             lines = options.classes_file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError):
-            raise InputError(f"The classes file {options.classes_file} cannot be read; give a UTF-8 text file with one class a line.") from None
+            raise InputError(f"The classes file {options.classes_file} cannot be read; give a UTF-8 text file with one class a line."
+                             ) from None
         names = [line for line in lines if line.strip()]
     else:
         names = _names(options.classes)
@@ -149,7 +154,8 @@ def _build(options: argparse.Namespace) -> None:
     bank = ovdiff.build(vocabulary)
     for name in bank.extractors:
         counts = sum(len(p) for p in bank.prototypes[name])
-        print(f"{len(bank.vocabulary)} classes, {counts} prototypes of extractor {name!r}, {time.time() - started:.0f} s, in {ovdiff.library.root}")
+        print(f"{len(bank.vocabulary)} classes, {counts} prototypes of extractor {name!r}, {time.time() - started:.0f} s, "
+              f"in {ovdiff.library.root}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -160,15 +166,16 @@ def _evaluate(options: argparse.Namespace) -> None:
     bank = ovdiff.build(dataset.vocabulary)
     result = evaluate(lambda image: ovdiff.segment(image, bank).labels, dataset, limit=options.limit)
     width = max(len(n) for n in result.class_names)
-    for name, value in zip(result.class_names, result.iou):
+    for name, value in zip(result.class_names, result.iou, strict=True):
         print(f"{name:{width}s} {'  -  ' if value != value else f'{100 * value:5.1f}'}")
-    print(f"{'mIoU':{width}s} {100 * result.miou:5.1f}   {dataset.name} {options.split}, {result.images} images, profile {ovdiff.profile.name}, "
-          f"settings {ovdiff.profile.digest()}")
+    print(f"{'mIoU':{width}s} {100 * result.miou:5.1f}   {dataset.name} {options.split}, {result.images} images, "
+          f"profile {ovdiff.profile.name}, settings {ovdiff.profile.digest()}")
     if options.json:
         from ovdiff_lib.images import write_atomic
 
+        iou = [None if v != v else float(v) for v in result.iou]  # NaN where a class is nowhere
         table = {"dataset": dataset.name, "split": options.split, "images": result.images, "miou": result.miou,
-                 "iou": dict(zip(result.class_names, [None if v != v else float(v) for v in result.iou])), "profile": ovdiff.profile.to_dict()}
+                 "iou": dict(zip(result.class_names, iou, strict=True)), "profile": ovdiff.profile.to_dict()}
         write_atomic(options.json, (json.dumps(table, indent=1) + "\n").encode())
 
 

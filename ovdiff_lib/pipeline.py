@@ -107,13 +107,13 @@ class OVDiff:
 
     def prototypes(self, support: SupportSet, masks: ForegroundBackground) -> dict[str, Prototypes]:
         """Steps 2b, 2c: features of the support images and their prototypes (Eq. 2, 3), one entry an extractor."""
+        return {name: self._prototypes(extractor, support, masks) for name, extractor in self.extractors.items()}
+
+    def _prototypes(self, extractor, support: SupportSet, masks: ForegroundBackground) -> Prototypes:
         from ovdiff_lib.prototypes import build_prototypes
 
-        built = {}
-        for name, extractor in self.extractors.items():
-            features = extractor(support.images, support.seeds)
-            built[name] = build_prototypes(features, masks, self.profile.prototypes, self.profile.masks.resize)
-        return built
+        features = extractor(support.images, support.seeds)
+        return build_prototypes(features, masks, self.profile.prototypes, self.profile.masks.resize)
 
     def build_class(self, category: Category | str) -> dict[str, Prototypes]:
         """Steps 1 and 2 for one category; whatever the library holds already is taken from there."""
@@ -123,10 +123,13 @@ class OVDiff:
         found = {name: self.library.get_prototypes(key) for name, key in keys.items()}
         if any(prototypes is None for prototypes in found.values()):
             support = self.support(category)
-            found = self.prototypes(support, self.masks(support))
-            for name, prototypes in found.items():
+            masks = self.masks(support)
+            for name, extractor in self.extractors.items():
                 with self.library.lock(keys[name]):
-                    self.library.put_prototypes(keys[name], prototypes)
+                    found[name] = self.library.get_prototypes(keys[name])  # another process may have built it meanwhile
+                    if found[name] is None:
+                        found[name] = self._prototypes(extractor, support, masks)
+                        self.library.put_prototypes(keys[name], found[name])
         return found
 
     # ------------------------------------------------------------------ the parts, loaded when first used

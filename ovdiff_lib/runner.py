@@ -77,13 +77,14 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
             # Sockets in files: no port races between kernels and no warning about unencrypted TCP.
             config=Config({"KernelManager": {"transport": "ipc"}}))
     except papermill.PapermillExecutionError as error:
-        raise OVDiffError(f"The notebook {notebook.name} failed in cell {error.exec_count}: {error.ename}: {_first_line(error.evalue)} "
-                          f"(executed copy: {failed})") from None
+        raise OVDiffError(f"The notebook {notebook.name} failed in cell {error.exec_count}: {error.ename}: "
+                          f"{_first_line(error.evalue)} (executed copy: {failed})") from None
     except DeadKernelError:
-        raise OVDiffError(f"The notebook {notebook.name} lost its kernel, most often for want of memory; close other programs or use smaller "
-                          f"settings (executed copy: {failed})") from None
+        raise OVDiffError(f"The notebook {notebook.name} lost its kernel, most often for want of memory; close other programs or use "
+                          f"smaller settings (executed copy: {failed})") from None
     os.replace(failed, output)
-    record = {**state, "outputs": _outputs(output), "seconds": round(time.time() - started, 1), "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
+    record = {**state, "outputs": _outputs(output), "seconds": round(time.time() - started, 1),
+              "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
     write_atomic(stamp, json.dumps(record, indent=1).encode())
     return True
 

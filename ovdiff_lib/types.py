@@ -200,8 +200,8 @@ class Segmentation:
 
     ``image`` u8 (H, W, 3); ``labels`` i32 (H, W), 0 = background, i + 1 = ``vocabulary.categories[i]``; ``scores`` f32
     (C + 1, H, W) cosine similarities, -inf for categories that the pre-filter dropped; ``winner`` i32 (H, W) index of the
-    prototype that decided the pixel within the winning class (of the first extractor), -1 where none; ``kept`` indices of the categories the
-    pre-filter kept; ``filter_scores`` f32 (C,) its class probabilities; ``bank`` the prototypes it was matched with, after
+    prototype that decided the pixel within the winning class (of the first extractor), -1 where none; ``kept`` indices of the categories
+    the pre-filter kept; ``filter_scores`` f32 (C,) its class probabilities; ``bank`` the prototypes it was matched with, after
     the filters.
     """
 

@@ -3,9 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import make_tiny_models, tiny_overrides
 
 from ovdiff_lib.profiles import Profile, load_profile
+
+# Tiny models gain nothing from threads, and on a busy machine two threads wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

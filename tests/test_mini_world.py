@@ -33,7 +33,8 @@ def draw(index: int = 0, shape=(64, 96), seed: int = 5, alpha: int = 255, **opti
 
 def test_vocabularies_have_their_sizes():
     world = load_world()
-    assert {k: len(world.vocabulary(k)) for k in ("mini-voc", "mini-object", "mini-context")} == {"mini-voc": 20, "mini-object": 42, "mini-context": 28}
+    sizes = {"mini-voc": 20, "mini-object": 42, "mini-context": 28}
+    assert {k: len(world.vocabulary(k)) for k in sizes} == sizes
     assert set(world.vocabulary("mini-voc")) < set(world.vocabulary("mini-object"))
     assert world.vocabulary("mini-context") == world.vocabulary("mini-voc") + world.stuff
     with pytest.raises(ValueError, match="mini-voc"):

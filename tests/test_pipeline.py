@@ -1,6 +1,7 @@
 """The whole method on tiny models: what a result may depend on, and what it may not."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 
@@ -182,7 +183,8 @@ STEP_SETTINGS = {  # field: (changes the support set, changes the prototypes)
     "masks.threshold_classes": (False, True), "masks.resize": (False, True), "features.sd_timestep": (False, True),
     "features.seed": (False, True), "prototypes.clusters": (False, True), "prototypes.kinds": (False, True),
     "support.batch_size": (False, False), "features.batch_size": (False, False), "matching.batch_size": (False, False),
-    "matching.stride": (False, False), "filters.category_top": (False, False), "filters.stuff": (False, False), "models.download": (False, False)}
+    "matching.stride": (False, False), "filters.category_top": (False, False), "filters.stuff": (False, False),
+    "models.download": (False, False)}
 NEW = {"support.prompt": "a picture of a {name}", "models.dtype": "bfloat16", "masks.resize": "any", "prototypes.kinds": ["class"]}
 
 
@@ -206,8 +208,6 @@ def test_keys_tell_words_steps_and_weights_apart(tiny_profile, tiny_models, tmp_
     # Which other extractors run changes nothing for one of them.
     both = OVDiff(tiny_profile.override({"features.extractors": ["sd", "clip-keys"]}))
     assert both._key("sd", Category("cat")) == plain._key("sd", Category("cat"))
-    import shutil
-
     moved = tmp_path / "elsewhere"
     shutil.copytree(tiny_models / "stable-diffusion", moved)
     elsewhere = OVDiff(tiny_profile.override({"models.diffusion": str(moved)}))
@@ -241,8 +241,8 @@ def test_a_prediction_does_not_depend_on_what_came_before(tiny_profile, folder, 
 
 
 def test_window_batches_change_nothing(tiny_profile, folder, ovdiff, bank):
-    other = OVDiff(tiny_profile, {"filters.category": False, "matching.batch_size": 3}, library=folder, progress=False).segment(picture(), bank)
-    assert np.allclose(other.scores, ovdiff.segment(picture(), bank).scores, atol=1e-4)
+    small = OVDiff(tiny_profile, {"filters.category": False, "matching.batch_size": 3}, library=folder, progress=False)
+    assert np.allclose(small.segment(picture(), bank).scores, ovdiff.segment(picture(), bank).scores, atol=1e-4)
 
 
 def test_images_of_every_kind_are_read_alike(tmp_path, ovdiff, bank):
@@ -271,20 +271,24 @@ def test_odd_shapes_are_segmented(ovdiff, bank, shape):
 
 # ---------------------------------------------------------------------- what goes wrong
 
+def method(profile, folder, overrides=None) -> OVDiff:
+    return OVDiff(profile, overrides, library=folder, progress=False)
+
+
 @pytest.mark.parametrize("make, error, word", [
     (lambda p, f: OVDiff("nothing"), ProfileError, "nothing"),
     (lambda p, f: OVDiff(p, {"support.sizes": 3}), ProfileError, "support.size"),
-    (lambda p, f: OVDiff(p, {"features.extractors": ["dino2"]}, library=f, progress=False).build("cat"), InputError, "sd, clip-keys"),
-    (lambda p, f: OVDiff(p, {"features.extractors": []}, library=f, progress=False).segment(picture(), "cat"), OVDiffError, "features.extractors is empty"),
-    (lambda p, f: OVDiff(p, library=f, progress=False).build([]), InputError, "no class"),
-    (lambda p, f: OVDiff(p, library=f, progress=False).build(["cat", "Cat"]), InputError, "twice"),
-    (lambda p, f: OVDiff(p, library=f, progress=False).segment(f / "no.jpg", "cat"), InputError, "no.jpg"),
-    (lambda p, f: OVDiff(p, {"support.size": 0}, library=f, progress=False).build("cat"), InputError, "at least one"),
-    (lambda p, f: OVDiff(p, {"support.prompt": "A picture"}, library=f, progress=False).build("cat"), OVDiffError, "name"),
-    (lambda p, f: OVDiff(p, {"models.diffusion": str(f / "gone")}, library=f, progress=False).build("cat"), ModelNotAvailable, "gone"),
-    (lambda p, f: OVDiff(p, {"models.diffusion": "package:gone"}, library=f, progress=False).build("cat"), ModelNotAvailable, "package:gone"),
-    (lambda p, f: OVDiff(p, {"models.diffusion": "someone/something"}, library=f, progress=False).build("cat"), ModelNotAvailable, "hf download"),
-    (lambda p, f: OVDiff(p, {"models.clip": str(f / "gone")}, library=f, progress=False).segment(picture(), "cat"), ModelNotAvailable, "gone"),
+    (lambda p, f: method(p, f, {"features.extractors": ["dino2"]}).build("cat"), InputError, "sd, clip-keys"),
+    (lambda p, f: method(p, f, {"features.extractors": []}).segment(picture(), "cat"), OVDiffError, "features.extractors is empty"),
+    (lambda p, f: method(p, f).build([]), InputError, "no class"),
+    (lambda p, f: method(p, f).build(["cat", "Cat"]), InputError, "twice"),
+    (lambda p, f: method(p, f).segment(f / "no.jpg", "cat"), InputError, "no.jpg"),
+    (lambda p, f: method(p, f, {"support.size": 0}).build("cat"), InputError, "at least one"),
+    (lambda p, f: method(p, f, {"support.prompt": "A picture"}).build("cat"), OVDiffError, "name"),
+    (lambda p, f: method(p, f, {"models.diffusion": str(f / "gone")}).build("cat"), ModelNotAvailable, "gone"),
+    (lambda p, f: method(p, f, {"models.diffusion": "package:gone"}).build("cat"), ModelNotAvailable, "package:gone"),
+    (lambda p, f: method(p, f, {"models.diffusion": "someone/something"}).build("cat"), ModelNotAvailable, "hf download"),
+    (lambda p, f: method(p, f, {"models.clip": str(f / "gone")}).segment(picture(), "cat"), ModelNotAvailable, "gone"),
 ])
 def test_mistakes_are_one_sentence(tiny_profile, folder, bank, make, error, word):
     with pytest.raises(error, match=word) as caught:
@@ -312,7 +316,12 @@ def test_a_class_that_fails_leaves_the_others_built(tiny_profile, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         OVDiff(tiny_profile, one_image, library=tmp_path, progress=False).build("cat, dog")
     assert drawn == ["cat"] and not list(tmp_path.rglob("*.part"))
-    monkeypatch.setattr(sampler, "sample_support", lambda pipe, category, *a, **o: drawn.append(category.name) or original(pipe, category, *a, **o))
+
+    def noted(pipe, category, *arguments, **options):
+        drawn.append(category.name)
+        return original(pipe, category, *arguments, **options)
+
+    monkeypatch.setattr(sampler, "sample_support", noted)
     OVDiff(tiny_profile, one_image, library=tmp_path, progress=False).build("cat, dog")
     assert drawn == ["cat", "dog"]
 

@@ -136,8 +136,8 @@ def test_part_pictures_give_each_part_its_colour():
 
 def test_grids_and_captions_are_written_whole(tmp_path):
     rng = np.random.default_rng(0)
-    support = SupportSet(Category("Sofa"), rng.integers(0, 256, (2, HEIGHT, WIDTH, 3), dtype=np.uint8), rng.random((2, 4, 6), dtype=np.float32),
-                         np.arange(2))
+    support = SupportSet(Category("Sofa"), rng.integers(0, 256, (2, HEIGHT, WIDTH, 3), dtype=np.uint8),
+                         rng.random((2, 4, 6), dtype=np.float32), np.arange(2))
     figure = figures.support_grid(support, 8, masks())
     figures.class_legend(figure, ["sofa"], [1])
     assert len(figure.axes) == 6  # 2 images x (image, attribution, masks), though 8 were asked for

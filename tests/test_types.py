@@ -8,7 +8,8 @@ import pytest
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.types import MAX_NAME, Category, PrototypeBank, Prototypes, Segmentation, Vocabulary
 
-LEGAL = ["cat", "Cat", "chest of drawers", "🐈", "👩‍🚀", "café", "ソファ", "كلب", "../../etc/passwd", "/", "C:\\x", "a/b", "'; drop--", "%s {name}", "0", "x" * MAX_NAME]
+LEGAL = ["cat", "Cat", "chest of drawers", "🐈", "👩‍🚀", "café",
+         "ソファ", "كلب", "../../etc/passwd", "/", "C:\\x", "a/b", "'; drop--", "%s {name}", "0", "x" * MAX_NAME]
 
 
 @pytest.mark.parametrize("name", LEGAL)
@@ -37,7 +38,8 @@ def test_the_length_limit_counts_what_is_left_after_cleaning():
     assert len(Category("x" * MAX_NAME + "   ").name) == MAX_NAME
 
 
-@pytest.mark.parametrize("fields", [{"prompt": "a\0"}, {"prompt": "\ud800"}, {"prompt": None}, {"kind": "Stuff"}, {"kind": ""}, {"kind": None}])
+@pytest.mark.parametrize("fields", [{"prompt": "a\0"}, {"prompt": "\ud800"}, {"prompt": None}, {"kind": "Stuff"}, {"kind": ""},
+                                    {"kind": None}])
 def test_bad_prompts_and_kinds_are_refused(fields):
     with pytest.raises(InputError):
         Category("cat", **fields)
@@ -52,7 +54,8 @@ def test_categories_are_values():
 
 @pytest.mark.parametrize("classes, word", [
     ([], "no class"), ("", "empty"), ("cat,,dog", "empty"), ("cat, ", "empty"), (["cat", "dog", "cat"], "twice"), (["cat", "CAT"], "twice"),
-    (["Straße", "STRASSE"], "twice"), (["caf\u00e9", "cafe\u0301"], "twice"), (["cat", "background"], "background"), ([" BackGround "], "background")])
+    (["Straße", "STRASSE"], "twice"), (["caf\u00e9", "cafe\u0301"], "twice"),
+    (["cat", "background"], "background"), ([" BackGround "], "background")])
 def test_bad_vocabularies_are_refused(classes, word):
     with pytest.raises(InputError, match=word):
         Vocabulary.of(classes)
@@ -76,7 +79,8 @@ def prototypes(offset: float = 0.0) -> Prototypes:
     cluster = np.array([-1, -1, 0, 1, -1, 2, 3], np.int32)
     image = np.array([-1, 1, -1, -1, -1, -1, -1], np.int32)
     assignment = np.array([[[0, 1, -1], [2, 3, 3]], [[-1, -1, 2], [1, 1, 0]]], np.int16)
-    return Prototypes(np.arange(7, dtype=np.float32)[:, None] + np.full((1, 4), offset, np.float32), kind, region, image, cluster, assignment)
+    vectors = np.arange(7, dtype=np.float32)[:, None] + np.full((1, 4), offset, np.float32)
+    return Prototypes(vectors, kind, region, image, cluster, assignment)
 
 
 def test_part_assignment_splits_the_codes_by_region():
@@ -104,7 +108,8 @@ def bank() -> PrototypeBank:
     return PrototypeBank(Vocabulary.of("cat, dog, sofa"), {"sd": rows, "clip-keys": tuple(reversed(rows))})
 
 
-@pytest.mark.parametrize("kept, names", [((2, 0), ("cat", "sofa")), ([1], ("dog",)), ((0, 0, 1), ("cat", "dog")), (range(3), ("cat", "dog", "sofa"))])
+@pytest.mark.parametrize("kept, names", [((2, 0), ("cat", "sofa")), ([1], ("dog",)), ((0, 0, 1), ("cat", "dog")),
+                                         (range(3), ("cat", "dog", "sofa"))])
 def test_restrict_follows_the_vocabulary_for_every_extractor(kept, names):
     whole = bank()
     part = whole.restrict(kept)

@@ -79,7 +79,8 @@ def _load_style(folder: Path, style: str, codes: set[str]) -> dict[str, Image.Im
         return {c: _rasterise(_svg(icons[names[c]]["body"], "0 0 32 32")) for c in codes if c in names and names[c] in icons}
     sprite = (root / "sprites" / "all.svg").read_text()
     found = {}
-    for piece in re.finditer(r'<svg (?:[a-z:]+="[^"]*" )*?viewBox="([^"]+)" (?:xml:space="preserve" )?id="([^"]+)"[^>]*>(.*?)</svg>', sprite, re.S):
+    icon = r'<svg (?:[a-z:]+="[^"]*" )*?viewBox="([^"]+)" (?:xml:space="preserve" )?id="([^"]+)"[^>]*>(.*?)</svg>'
+    for piece in re.finditer(icon, sprite, re.S):
         code = _normal(piece[2])
         if code in codes:
             found[code] = _rasterise(_svg(piece[3], piece[1]))
@@ -106,6 +107,7 @@ def build_glyphs(world: World, folder: Path) -> dict[tuple[str, str], list[np.nd
         for thing in world.things:
             found = [_crop(drawn[_normal(c)]) for c in thing.codes if _normal(c) in drawn]
             if not found:
-                raise RuntimeError(f"The art set {style} has no glyph for {thing.name!r} ({', '.join(thing.codes)}); choose another code in world.yaml.")
+                raise RuntimeError(f"The art set {style} has no glyph for {thing.name!r} ({', '.join(thing.codes)}); "
+                                   "choose another code in world.yaml.")
             glyphs[thing.name, style] = found
     return glyphs

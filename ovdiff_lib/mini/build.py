@@ -51,7 +51,8 @@ def _stream(glyphs: Glyphs, seed: int, count: int, single: bool, workers: int, l
 
 
 def build_training(glyphs: Glyphs, folder: Path, count: int, evaluation: int, workers: int) -> None:
-    """Write ``train_images.npy`` u8 (count, 64, 64, 3), ``train_captions.json``, ``eval_images.npy``, ``eval_labels.npy``, ``nouns.json``."""
+    """Write ``train_images.npy`` u8 (count, 64, 64, 3), ``train_captions.json``, ``eval_images.npy``, ``eval_labels.npy`` and
+    ``nouns.json``."""
     world = load_world()
     folder.mkdir(parents=True, exist_ok=True)
     images = np.lib.format.open_memmap(folder / "train_images.npy", "w+", np.uint8, (count, 64, 64, 3))

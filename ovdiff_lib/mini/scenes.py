@@ -100,7 +100,7 @@ def _context(rng: np.random.Generator, parts: tuple[str, ...], shape: tuple[int,
     """Texture f32 (H, W, 3), index of the part at each pixel u8 (H, W), and the horizon as a fraction of the height."""
     if len(parts) == 1:
         return draw_stuff(rng, parts[0], shape), np.zeros(shape, np.uint8), 0.0
-    height, width = shape
+    height = shape[0]
     horizon = rng.uniform(0.35, 0.62)
     flat = {"wall", "road", "floor", "water"} & set(parts)
     wobble = 0.004 if flat else 0.03
@@ -193,7 +193,7 @@ def draw_scene(world: World, glyphs: Glyphs, styles: tuple[str, ...], seed: int,
     labels = np.array([world.label(p) for p in parts], np.uint8)[part]
     slots = [(0.0, 1.0)] if objects < 2 else [(0.0, 0.5), (0.5, 1.0)]
     edges = np.zeros(shape, bool)
-    for thing, (start, stop) in zip(chosen, [slots[i] for i in rng.permutation(len(slots))]):
+    for thing, (start, stop) in zip(chosen, [slots[i] for i in rng.permutation(len(slots))], strict=False):
         style = styles[rng.integers(len(styles))]
         variants = glyphs[thing.name, style]
         low, high = (0.5, 0.9) if objects == 1 else (0.42, 0.60)

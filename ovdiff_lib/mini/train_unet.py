@@ -105,10 +105,14 @@ def write_pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder:
 class Batches:
     """Training batches as a function of the step, so that a resumed run sees the same ones."""
 
-    def __init__(self, args: argparse.Namespace, latents: np.ndarray, states: np.ndarray, captions: list[list[str]],
+    def __init__(self, args: argparse.Namespace, latents: np.ndarray, states: np.ndarray, ends: np.ndarray, captions: list[list[str]],
                  place: dict[str, int]) -> None:
         # In memory: reading rows scattered over a memory map is slower than the training step.
-        self.latents, self.states = torch.from_numpy(np.array(latents)), torch.from_numpy(np.array(states))
+        self.latents, self.states = torch.from_numpy(np.array(latents)), torch.from_numpy(np.array(states[:, :args.text_length]))
+        # Position of each caption's end token. From there on every state repeats the whole caption (the text tower is causal, and
+        # padding is end tokens), so a UNet may read the noun there and leave the noun's own token to the background. Most captions
+        # get the endings of the empty prompt instead: the word itself is then the one place that names the object.
+        self.ends, self.ending_dropout = torch.from_numpy(ends), args.ending_dropout
         self.captions, self.place, self.batch, self.seed, self.dropout = captions, place, args.batch, args.seed, args.dropout
         cumulative = DDPMScheduler(**NOISE).alphas_cumprod
         self.signal, self.noise = cumulative.sqrt(), (1 - cumulative).sqrt()
@@ -125,7 +129,11 @@ class Batches:
         clean = self.latents[torch.from_numpy(index)].float()
         alternatives = [self.captions[i] for i in index]
         names = ["" if picker.random() < self.dropout else picker.choices(c, PHRASINGS[:len(c)])[0] for c in alternatives]
-        text = self.states[torch.tensor([self.place[n] for n in names])].float()
+        chosen = torch.tensor([self.place[n] for n in names])
+        text = self.states[chosen].float()
+        ending = torch.arange(text.shape[1]) >= self.ends[chosen][:, None]
+        emptied = ending & (torch.rand(count, 1, generator=generator) < self.ending_dropout)
+        text = torch.where(emptied[..., None], self.states[self.place[""]].float(), text)
         # One timestep per stratum of the 1,000 lowers the variance of the loss; the shuffle frees it from the image order.
         strata = (torch.arange(count) + torch.rand(count, generator=generator)) * (len(self.weight) / count)
         t = strata.long().clamp(max=len(self.weight) - 1)[torch.randperm(count, generator=generator)]
@@ -143,6 +151,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--channels", type=int, nargs=3, default=(64, 128, 192))
     parser.add_argument("--dropout", type=float, default=0.1, help="share of empty captions, for guidance")
+    parser.add_argument("--text-length", type=int, default=24, help="tokens of a prompt, start, end and padding counted")
+    parser.add_argument("--ending-dropout", type=float, default=0.8, help="share of captions whose end and padding say nothing")
     parser.add_argument("--gamma", type=float, default=5.0, help="min-SNR-gamma")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     args = parser.parse_args(argv)
@@ -161,7 +171,11 @@ def main(argv: list[str] | None = None) -> None:
     states = encode_captions(distinct, tokenizer, text_encoder, args.work / "states.npy")
     if len(latents) != len(captions) or len(states) != len(distinct):
         raise SystemExit(f"{args.work} holds latents or text states of other data: delete *.npy there")
-    batches = Batches(args, latents, states, captions, {c: i for i, c in enumerate(distinct)})
+    ends = np.array([len(ids) - 1 for ids in tokenizer(distinct, truncation=True).input_ids])
+    if ends.max() >= args.text_length:
+        raise SystemExit(f"--text-length {args.text_length} cuts captions of {ends.max() + 1} tokens: raise it")
+    batches = Batches(args, latents, states, ends, captions, {c: i for i, c in enumerate(distinct)})
+    tokenizer = CLIPTokenizer.from_pretrained(args.clip, model_max_length=args.text_length)  # the pipeline pads to this
     vae, text_encoder = vae.half(), text_encoder.half()  # from here on only written
 
     unet = build_unet(tuple(args.channels), text_encoder.config.hidden_size)

@@ -171,7 +171,8 @@ def load_profile(source: str | Path | Profile = "mini", overrides: dict[str, Any
     if str(source) in available():
         path = FOLDER / f"{source}.yaml"
     elif path.suffix not in (".yaml", ".yml"):
-        raise ProfileError(f"There is no profile {str(source)!r}; choose one of {', '.join(available())}, or give the path of a .yaml file.")
+        raise ProfileError(f"There is no profile {str(source)!r}; choose one of {', '.join(available())}, "
+                           "or give the path of a .yaml file.")
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -215,7 +216,7 @@ def _check(value: Any, hint: Any, name: str, origin: str) -> Any:
             return None
         if typing.get_origin(kind) is list and isinstance(value, (list, tuple)):
             return [_check(v, typing.get_args(kind)[0], f"{name}[{i}]", origin) for i, v in enumerate(value)]
-        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:  # NaN compares to nothing
+        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:  # not NaN
             return float(value)
         if kind in (int, str, bool) and type(value) is kind:
             return value

@@ -50,7 +50,7 @@ def draw_overlay(result: Segmentation, alpha: float = 0.55) -> Image.Image:
     order = [int(i) for i in found[np.argsort(-counts)] if i > 0]
     size = max(13, picture.width // 28)
     font = ImageFont.load_default(size)
-    share = dict(zip(found.tolist(), counts / labels.size * factor**2))
+    share = dict(zip(found.tolist(), counts / labels.size * factor**2, strict=True))
     entries = [(i, f"{result.class_names[i]}  {100 * share[i]:.0f} %") for i in order] or [(0, "no class found: background")]
     # The legend wraps into rows below the picture.
     x, y, pad, places = size // 2, size // 2, size // 2, []
@@ -91,7 +91,7 @@ def mask_picture(masks: ForegroundBackground, index: int) -> np.ndarray:
 
 
 def part_picture(prototypes: Prototypes, index: int = 0) -> np.ndarray:
-    """Part clusters of support image ``index`` on the feature grid: warm hues foreground, cool hues background, grey unused; u8 (h, w, 3)."""
+    """Part clusters of support image ``index`` on the feature grid: warm foreground, cool background, grey unused; u8 (h, w, 3)."""
     picture = np.empty((*prototypes.assignment.shape[1:], 3), np.uint8)
     picture[:] = UNUSED
     for region, first_hue in (("foreground", 0.93), ("background", 0.45)):
@@ -149,7 +149,7 @@ def class_legend(figure: Figure, names: Sequence[str], labels: Sequence[int]) ->
     """A legend of class colours below a figure."""
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=np.array(class_colour(i)) / 255, label=name) for i, name in zip(labels, names)]
+    handles = [Patch(color=np.array(class_colour(i)) / 255, label=name) for i, name in zip(labels, names, strict=True)]
     figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=min(len(handles), 7), frameon=False, fontsize=9)
 
 

@@ -40,7 +40,8 @@ def write_table(path: str | Path, name: str, cells: list[Cell], profile: Profile
     columns = list(dict.fromkeys(c.column for c in cells))
     by_place = {(c.row, c.column): c for c in cells}
     shown = [c for column in columns for c in (column, *((f"{column} (paper, its own data)",) if _has_paper(cells, column) else ()))]
-    lines = [f"**{caption}** Profile `{profile.name}`, settings `{digest}`.", "", "| |" + "".join(f" {_escape(c)} |" for c in shown), "|---|" + "---:|" * len(shown)]
+    lines = [f"**{caption}** Profile `{profile.name}`, settings `{digest}`.", "",
+             "| |" + "".join(f" {_escape(c)} |" for c in shown), "|---|" + "---:|" * len(shown)]
     for row in dict.fromkeys(c.row for c in cells):
         texts = []
         for column in columns:

@@ -1,0 +1,260 @@
+"""The command line: what it writes, and that every mistake is one sentence on stderr, exit code 2 and nothing half-written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_overrides
+
+import ovdiff_lib.pipeline as pipeline
+from ovdiff_lib.cli import main
+from ovdiff_lib.report.figures import palette
+
+SHAPE = (40, 72)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("library")
+
+
+@pytest.fixture
+def tiny(tiny_models, library) -> list[str]:
+    """Options that select the tiny models and this file's library."""
+    settings = {**tiny_overrides(tiny_models), "support.size": 2, "prototypes.clusters": 3, "filters.category": False}
+    return [*(o for key, value in settings.items() for o in ("--set", f"{key}={json.dumps(value)}")), "--library", str(library)]
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """A folder with a.png, a.jpg and b.webp of different shapes, and a file that is no image."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, (name, shape) in enumerate((("a.png", SHAPE), ("a.jpg", (72, 40)), ("b.webp", (33, 61)))):
+        small = np.random.default_rng(i).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+        Image.fromarray(small).resize(shape[::-1], Image.NEAREST).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def test_one_image(images, tiny, tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    assert main(["segment", str(images / "a.png"), "--classes", "cat, dog", "--out", str(out), *tiny]) == 0
+    assert files(out) == ["a.json", "a_labels.png", "a_overlay.png"]
+    assert "1 image segmented" in capsys.readouterr().out
+    with Image.open(out / "a_labels.png") as picture:
+        labels = np.asarray(picture)
+        assert picture.mode == "P" and labels.shape == SHAPE and labels.max() <= 2
+        assert np.array_equal(np.asarray(picture.convert("RGB")), palette(3)[labels])
+    record = json.loads((out / "a.json").read_text(encoding="utf-8"))
+    assert record["size"] == list(SHAPE) and record["profile"] == "mini"
+    assert [c["name"] for c in record["classes"]] == ["background", "cat", "dog"]
+    for row in record["classes"]:
+        assert row["share"] == pytest.approx((labels == row["label"]).mean())
+    with Image.open(out / "a_overlay.png") as picture:
+        assert picture.height > picture.width * SHAPE[0] / SHAPE[1]
+    # The same again replaces the files by equal ones.
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert main(["segment", str(images / "a.png"), "--classes", "cat, dog", "--out", str(out), *tiny]) == 0
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_a_folder_with_names_that_collide(images, tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["segment", str(images), "--classes", "cat", "--out", str(out), *tiny]) == 0
+    assert files(out) == sorted(f"{stem}{end}" for stem in ("a_png", "a_jpg", "b") for end in (".json", "_labels.png", "_overlay.png"))
+    shapes = {}
+    for stem in ("a_png", "a_jpg", "b"):
+        with Image.open(out / f"{stem}_labels.png") as picture:
+            shapes[stem] = picture.size[::-1]
+    assert shapes == {"a_png": SHAPE, "a_jpg": (72, 40), "b": (33, 61)}
+    assert "3 images segmented" in capsys.readouterr().out
+
+
+def test_one_broken_image_of_a_folder_is_named_and_the_others_are_done(images, tiny, tmp_path, capsys):
+    (images / "a.jpg").write_bytes(b"\xff\xd8 not a jpeg")
+    out = tmp_path / "out"
+    assert main(["segment", str(images), "--classes", "cat", "--out", str(out), *tiny]) == 2
+    assert files(out) == sorted(f"{stem}{end}" for stem in ("a_png", "b") for end in (".json", "_labels.png", "_overlay.png"))
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ovdiff: ")]
+    assert len(errors) == 2 and "a.jpg" in errors[0] and "1 of 3" in errors[1]
+
+
+def test_class_names_of_any_sort_reach_the_record(images, tiny, tmp_path):
+    out = tmp_path / "out"
+    assert main(["segment", str(images / "b.webp"), "--classes", "../cat,🐈", "--stuff", "🐈", "--out", str(out), *tiny]) == 0
+    assert [c["name"] for c in json.loads((out / "b.json").read_text(encoding="utf-8"))["classes"]] == ["background", "../cat", "🐈"]
+    assert files(tmp_path) == sorted([*(f"images/{n}" for n in files(images)), *(f"out/{n}" for n in files(out))])
+
+
+MISTAKES = [  # name, arguments ({images} is the folder), words of the sentence
+    ("missing image", ["segment", "{images}/none.png", "--classes", "cat"], "none.png"),
+    ("broken image", ["segment", "{images}/broken.png", "--classes", "cat"], "broken.png"),
+    ("empty image", ["segment", "{images}/empty.png", "--classes", "cat"], "0 bytes"),
+    ("no image in the folder", ["segment", "{images}/sub", "--classes", "cat"], "holds no image"),
+    ("no class", ["segment", "{images}/a.png", "--classes", ""], "no class"),
+    ("only spaces", ["segment", "{images}/a.png", "--classes", "  "], "no class"),
+    ("an empty class", ["segment", "{images}/a.png", "--classes", "cat,,dog"], "empty"),
+    ("a class twice", ["segment", "{images}/a.png", "--classes", "cat, Cat"], "twice"),
+    ("background", ["segment", "{images}/a.png", "--classes", "cat, background"], "background"),
+    ("a long class", ["segment", "{images}/a.png", "--classes", "x" * 300], "at most"),
+    ("undecodable bytes", ["segment", "{images}/a.png", "--classes", "cat\udcff"], "broken"),
+    ("stuff that is no class", ["segment", "{images}/a.png", "--classes", "cat", "--stuff", "gras"], "'gras'"),
+    ("unknown profile", ["segment", "{images}/a.png", "--classes", "cat", "--profile", "big"], "'big'"),
+    ("unknown field", ["segment", "{images}/a.png", "--classes", "cat", "--set", "support.sise=3"], "support.size"),
+    ("wrong type", ["segment", "{images}/a.png", "--classes", "cat", "--set", "support.size=many"], "must be int"),
+    ("no value", ["segment", "{images}/a.png", "--classes", "cat", "--set", "support.size"], "NAME=VALUE"),
+    ("no name", ["segment", "{images}/a.png", "--classes", "cat", "--set", "=3"], "NAME=VALUE"),
+    ("broken value", ["segment", "{images}/a.png", "--classes", "cat", "--set", "matching.windows=[64"], "cannot be read"),
+    ("no weights", ["segment", "{images}/a.png", "--classes", "cat", "--set", "models.diffusion=/nowhere/sd"], "/nowhere/sd"),
+    ("no library", ["segment", "{images}/a.png", "--classes", "cat", "--library", "{images}/a.png/library"], "cannot be written"),
+    ("no classes file", ["build", "--classes-file", "{images}/none.txt"], "none.txt"),
+    ("a classes file of bytes", ["build", "--classes-file", "{images}/a.png"], "a.png"),
+    ("an empty classes file", ["build", "--classes-file", "{images}/blank.txt"], "no class"),
+    ("stuff that is not in the file", ["build", "--classes-file", "{images}/classes.txt", "--stuff", "sky"], "'sky'"),
+    ("unknown data set", ["evaluate", "voc"], "mini-voc"),
+    ("unknown split", ["evaluate", "mini-voc", "--split", "train"], "val or wild"),
+    ("unknown notebook", ["run", "{images}/none.ipynb"], "none.ipynb"),
+    ("no notebook", ["run", "{images}/notes.txt"], "cannot be read as a notebook"),
+    ("no notebooks", ["reproduce", "--notebooks", "{images}"], "No notebook"),
+    ("unknown profile for a notebook", ["reproduce", "--profile", "big"], "'big'"),
+]
+
+
+@pytest.mark.parametrize("arguments, words", [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
+def test_mistakes(images, tiny_models, tmp_path, capsys, monkeypatch, arguments, words):
+    (images / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n garbage")
+    (images / "empty.png").write_bytes(b"")
+    (images / "sub").mkdir()
+    (images / "blank.txt").write_text("\n  \n")
+    (images / "classes.txt").write_text("cat\n")
+    out, library = tmp_path / "out", tmp_path / "library"
+    monkeypatch.chdir(tmp_path)
+    arguments = [a.replace("{images}", str(images)) for a in arguments]
+    if arguments[0] in ("segment", "run", "reproduce"):
+        arguments += ["--out", str(out)]
+    if "--library" not in arguments:
+        arguments += ["--library", str(library)]
+    models = [f"models.diffusion={tiny_models / 'stable-diffusion'}", f"models.clip={tiny_models / 'clip'}"]
+    # First, so that an argument of the test's own comes after and wins.
+    arguments[1:1] = [o for m in models for o in ("--set", m)]
+    before = files(images)
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("ovdiff: ") and said.err.count("\n") == 1, said.err
+    assert words in said.err and "Traceback" not in said.err
+    assert not out.exists() or files(out) == []
+    assert files(images) == before
+    assert not [p for p in tmp_path.rglob("*.part")]
+
+
+def test_an_output_folder_that_cannot_be_written_is_one_sentence(images, tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["segment", str(images / "a.png"), "--classes", "cat", "--out", str(tmp_path / "file" / "out"), *tiny]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("ovdiff: ")
+    assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["segment"], ["segment", "a.png"], ["nothing"], ["evaluate", "mini-voc", "--limit", "x"],
+                                       ["build"], ["build", "--classes", "a", "--classes-file", "b"]])
+def test_wrong_usage_ends_with_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2 and "usage: ovdiff" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["segment", "build", "evaluate", "run", "reproduce"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0 and "--profile" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_with_130(images, tiny, tmp_path, capsys, monkeypatch):
+    def interrupted(self, image, bank):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.OVDiff, "segment", interrupted)
+    out = tmp_path / "out"
+    assert main(["segment", str(images / "a.png"), "--classes", "cat", "--out", str(out), *tiny]) == 130
+    assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
+    assert not out.exists()
+
+
+def test_build_reads_a_file_and_fills_the_library(tiny, tmp_path, library, capsys):
+    path = tmp_path / "classes.txt"
+    path.write_bytes("\ufeffcat\n\n dog \r\n".encode())
+    assert main(["build", "--classes-file", str(path), "--stuff", "dog", *tiny]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("2 classes, ") and str(library) in said
+    assert len(list((library / "prototypes").iterdir())) >= 2
+
+
+def test_evaluate_prints_and_writes_the_same_numbers(tiny, tmp_path, capsys, monkeypatch):
+    """Two classes of the data set's twenty, by a stand-in for its vocabulary, to save the time of drawing all."""
+    import ovdiff_lib.evaluation as evaluation
+
+    original = evaluation.load_dataset
+
+    def small(name, split="val"):
+        from ovdiff_lib.types import Vocabulary
+
+        dataset = original(name, split)
+        dataset.vocabulary = Vocabulary(dataset.vocabulary.categories[:2])
+        dataset._labels[dataset._labels == 0] = 0
+        dataset._labels[(dataset._labels > 2) & (dataset._labels != 255)] = 0
+        return dataset
+
+    monkeypatch.setattr(evaluation, "load_dataset", small)
+    path = tmp_path / "deep" / "result.json"
+    assert main(["evaluate", "mini-voc", "--split", "wild", "--limit", "2", "--json", str(path), *tiny]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = json.loads(path.read_text())
+    assert table["images"] == 2 and table["split"] == "wild" and next(iter(table["iou"])) == "background"
+    assert lines[-1].startswith("mIoU") and f"{100 * table['miou']:.1f}" in lines[-1] and "2 images" in lines[-1]
+    shown = {line.rsplit(maxsplit=1)[0].strip(): line.rsplit(maxsplit=1)[1] for line in lines[:-1]}
+    assert shown == {name: "-" if v is None else f"{100 * v:.1f}" for name, v in table["iou"].items()}
+    assert 0 <= table["miou"] <= 1 and table["profile"]["support"]["size"] == 2
+    assert main(["evaluate", "mini-voc", "--limit", "0", *tiny]) == 2
+    assert "limit" in capsys.readouterr().err
+
+
+def test_a_notebook_runs_with_parameters(tmp_path, capsys, monkeypatch):
+    """What ``ovdiff run`` hands to the runner: profile, overrides and output, and the user's own parameters over them."""
+    import ovdiff_lib.runner as runner
+
+    calls = []
+    monkeypatch.setattr(runner, "run_notebook", lambda *a, **o: calls.append((a, o)) or True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("00_a.ipynb", "01_b.ipynb"):
+        (tmp_path / name).write_text("{}")
+    own = ["-p", "seed=4", "-p", "classes=[cat, dog]", "-p", "word=yes please"]
+    assert main(["run", "00_a.ipynb", "--set", "support.size=3", *own]) == 0
+    (notebook, target, parameters), options = calls.pop()
+    assert notebook == Path("00_a.ipynb") and target == tmp_path / "outputs" / "mini" / "00_a.ipynb" and options["force"]
+    assert parameters == {"profile": "mini", "overrides": {"support.size": 3}, "output": str(tmp_path / "outputs" / "mini"), "seed": 4,
+                          "classes": ["cat", "dog"], "word": "yes please"}
+    # A folder is meant from here, although the notebook runs in its own folder.
+    assert main(["run", "00_a.ipynb", "-p", "output=there"]) == 0
+    (_, target, parameters), _ = calls.pop()
+    assert parameters["output"] == str(tmp_path / "there") and target == tmp_path / "there" / "00_a.ipynb"
+    assert main(["reproduce", "--notebooks", ".", "--out", "o", "--force"]) == 0
+    assert [c[0][1] for c in calls] == [tmp_path / "o" / "mini" / n for n in ("00_a.ipynb", "01_b.ipynb")]
+    assert all(c[1]["force"] for c in calls)
+    assert "Done." in capsys.readouterr().out
+
+
+def test_the_installed_command(images, tmp_path):
+    """In a process of its own: exit code, one line, no traceback."""
+    arguments = ["segment", str(images / "none.png"), "--classes", "cat", "--out", str(tmp_path / "out")]
+    run = subprocess.run([sys.executable, "-m", "ovdiff_lib.cli", *arguments], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stdout == "" and run.stderr.startswith("ovdiff: ") and run.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
