@@ -138,14 +138,19 @@ def test_a_new_class_changes_no_other(ovdiff, bank):
     assert not any(equal(grown.prototypes["sd"][3], own) for own in bank.prototypes["sd"])
 
 
-def test_classes_built_afresh_in_another_order_and_batch_are_the_same(tiny_profile, tmp_path, bank):
-    """Nothing is shared with the other library: the classes are drawn again, alone, last first, in other batches."""
-    overrides = {"filters.category": False, "support.batch_size": 2}
-    again = OVDiff(tiny_profile, overrides, library=tmp_path, progress=False).build(["sofa", "cat"])
-    for name, own in zip(("sofa", "cat"), again.prototypes["sd"], strict=True):
-        other = bank.prototypes["sd"][NAMES.index(name)]
-        assert np.array_equal(own.kind, other.kind) and np.array_equal(own.assignment, other.assignment)
-        assert np.allclose(own.vectors, other.vectors, atol=1e-4 * np.abs(other.vectors).max())
+def test_classes_built_afresh_in_another_order_are_the_same(tiny_profile, tmp_path, bank):
+    """Nothing is shared with the other library: the classes are drawn again, without dog, last first."""
+    again = OVDiff(tiny_profile, library=tmp_path, progress=False).build(["sofa", "cat"])
+    assert equal(again.prototypes["sd"][0], bank.prototypes["sd"][2]) and equal(again.prototypes["sd"][1], bank.prototypes["sd"][0])
+
+
+def test_the_batch_size_changes_rounding_only(tiny_profile, tmp_path, bank):
+    settings = {"support.batch_size": 2, "features.batch_size": 1}
+    own = OVDiff(tiny_profile, settings, library=tmp_path, progress=False).build("cat").prototypes["sd"][0]
+    other = bank.prototypes["sd"][0]
+    for region in ("foreground", "background"):
+        a, b = (p.vectors[(p.kind == "class") & (p.region == region)][0] for p in (own, other))
+        assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(b)  # a grey level here or there
 
 
 def test_the_order_of_classes_only_renumbers(ovdiff, bank):

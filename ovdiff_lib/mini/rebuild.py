@@ -1,6 +1,6 @@
 """Rebuild the mini world from nothing: art, scenes, models, measurements, model cards (``make mini-world``).
 
-Every stage resumes where it stopped, so the command can be interrupted and run again. It takes about three hours on two CPU cores and needs
+Every stage resumes where it stopped, so the command can be interrupted and run again. It takes about two and a half hours on two CPU cores and needs
 npm for the art. The result replaces ``mini/data`` and ``mini/weights`` of this checkout.
 """
 
@@ -13,10 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ovdiff_lib.mini.card import read_log, write_card
+from ovdiff_lib.mini.card import write_card
 from ovdiff_lib.mini.quality import WEIGHTS
 
-MINUTES = {"clip": 24, "vae": 24, "decoder": 20, "unet": 78}
+MINUTES = {"clip": 24, "vae": 24, "unet": 78}
 """Training time of each model; the learning rate anneals over it."""
 
 
@@ -32,20 +32,16 @@ def stages(work: Path) -> list[list[str]]:
         ["ovdiff_lib.mini.build", "--work", str(work)],
         train("train_clip", "clip", "--threads", "2"),
         train("train_vae", "vae", "--threads", "2"),
-        train("train_vae", "decoder", "--threads", "2", "--decoder-of", str(out / "vae"), "--lr", "6e-4"),
         train("train_unet", "unet", "--vae", str(out / "vae"), "--clip", str(out / "clip")),
     ]
 
 
 def assemble(work: Path, weights: Path = WEIGHTS) -> None:
-    """Put the trained models together: ``weights/stable-diffusion`` with the refined decoder, ``weights/clip``."""
+    """Copy the trained models to where the profile looks for them: ``weights/stable-diffusion``, ``weights/clip``."""
     out = work / "models"
     for source, target in ((out / "unet", weights / "stable-diffusion"), (out / "clip", weights / "clip")):
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(source, target)
-    if (out / "decoder").exists():
-        shutil.rmtree(weights / "stable-diffusion" / "vae")
-        shutil.copytree(out / "decoder", weights / "stable-diffusion" / "vae")
 
 
 DATA_NOTE = """## Data
@@ -56,8 +52,8 @@ surroundings, 24 % with two objects, 6 % with none, up to four captions a scene.
 LICENCE = """Apache-2.0, as the project. The scenes it learned from are composed of Microsoft Fluent Emoji (MIT) and Noto Emoji (Apache-2.0); see NOTICE."""
 
 
-def write_cards(training: Path, weights: Path = WEIGHTS) -> None:
-    """Model cards from the training logs and the measurements of :mod:`ovdiff_lib.mini.quality`."""
+def write_cards(training: Path, weights: Path = WEIGHTS, remarks: dict[str, str] | None = None) -> None:
+    """Model cards from the training logs and the measurements of :mod:`ovdiff_lib.mini.quality`; ``remarks`` adds text by kind."""
     measured = json.loads((weights / "quality.json").read_text(encoding="utf-8"))
     by_class = measured["drawn_recognised_by_class"]
     weakest = ", ".join(f"{noun} {100 * share:.0f} %" for noun, share in sorted(by_class.items(), key=lambda item: item[1])[:5])
@@ -72,10 +68,8 @@ def write_cards(training: Path, weights: Path = WEIGHTS) -> None:
     }
     for kind, folder in (("clip", weights / "clip"), ("vae", weights / "stable-diffusion" / "vae"), ("unet", weights / "stable-diffusion")):
         notes = f"## Quality\n\nMeasured by `python -m ovdiff_lib.mini.quality`. {quality[kind]}\n\n{DATA_NOTE}"
-        if kind == "vae" and (training / "decoder" / "log.csv").exists():
-            last = read_log(training / "decoder" / "log.csv")[-1]
-            notes += (f"\n\n## Decoder\n\nAfter that the decoder alone was trained for {last['step']:,} more steps ({last['elapsed_s'] / 60:.0f} min), "
-                      "from the means of the latents; the encoder, and so every latent, stayed as it was.")
+        if remarks and kind in remarks:
+            notes += f"\n\n## This run\n\n{remarks[kind]}"
         write_card(folder, training / kind, kind, license_note=LICENCE, notes=notes)
 
 

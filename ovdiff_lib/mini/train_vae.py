@@ -77,24 +77,15 @@ def main(argv: list[str] | None = None) -> None:
     data = load_data(args.data)
     images, held_out = data["images"], data["eval_images"][:256]
     vae = build_vae(tuple(args.channels), args.latent_channels)
-    scale = None
-    if args.decoder_of:
-        vae = AutoencoderKL.from_pretrained(args.decoder_of).float()
-        scale = vae.config.scaling_factor
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
     smooth = build_vae(tuple(args.channels), args.latent_channels).eval()  # receives the averaged weights
-    trained = [p for p in vae.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = EMA(vae, 0.998)
     run = Run(args, vae, optimizer, lambda p, s: warmup_cosine(p, s, warmup=100), ema)
 
     def objective(target: Tensor, noise: Tensor) -> Tensor:
         posterior = vae.encode(target).latent_dist
         mean, log_variance = posterior.mean.float(), posterior.logvar.float()
-        # A decoder on its own learns from the means, which is what it is given when images are drawn.
-        latents = mean if args.decoder_of else mean + (0.5 * log_variance).exp() * noise
-        output = vae.decode(latents).sample.float()
+        output = vae.decode(mean + (0.5 * log_variance).exp() * noise).sample.float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         return reconstruction_loss(output, target) + args.kl * kl
 
@@ -110,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
             loss = compiled(target, noise)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         ema.update(vae, step)
         metrics = {}
@@ -120,9 +111,8 @@ def main(argv: list[str] | None = None) -> None:
         run.record(loss.detach(), **metrics)
     ema.copy_to(smooth)
     final = psnr(smooth, held_out)
-    if scale is None:
-        spread = np.linspace(0, len(images) - 1, min(2000, len(images))).astype(int)
-        scale = latent_scale(smooth, images[spread])
+    spread = np.linspace(0, len(images) - 1, min(2000, len(images))).astype(int)
+    scale = latent_scale(smooth, images[spread])
     smooth.register_to_config(scaling_factor=scale)
     smooth.half().save_pretrained(args.out)
     print(f"done: {run.step} steps, {run.elapsed / 60:.1f} min, PSNR {final:.2f} dB, scaling_factor {scale:.4f}", flush=True)
