@@ -53,7 +53,7 @@ def resolve_model(identifier: str) -> Path | str:
         folder = SHIPPED / identifier.removeprefix(PACKAGE)
         if not folder.is_dir():
             raise ModelNotAvailable(f"The model {identifier!r} is not in {folder}; reinstall ovdiff_lib with its weights, or train them "
-                                    "with `python -m ovdiff_lib.mini.build`.")
+                                    "with `make mini-world`.")
         return folder
     folder = Path(identifier).expanduser()
     if folder.is_dir():
