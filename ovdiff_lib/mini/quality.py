@@ -104,7 +104,7 @@ def attribution_inside(profile: Profile, steps: int = 20) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--per-class", type=int, default=16, help="images drawn for each noun")
+    parser.add_argument("--per-class", type=int, default=12, help="images drawn for each noun")
     parser.add_argument("--models", type=Path, help="folder with stable-diffusion/ and clip/ to measure instead of the shipped ones")
     arguments = parser.parse_args()
     overrides = {f"models.{key}": str(arguments.models / name) for key, name in (("diffusion", "stable-diffusion"), ("clip", "clip"))}
