@@ -6,6 +6,7 @@ left are what they were; a fresh one is not run again.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
 import json
@@ -32,12 +33,10 @@ def notebooks(folder: Path) -> list[Path]:
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
     """Raise ``InputError`` for a parameter that the notebook's tagged cell does not define (papermill would only warn), and for a file
     that is no notebook."""
-    import papermill
-
     try:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        known = papermill.inspect_notebook(str(notebook)) if any(_is_tagged(c) for c in cells) else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        known = [name for cell in cells if _is_tagged(cell) for name in _assigned("".join(cell["source"]))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
         raise InputError(f"{notebook} cannot be read as a notebook ({_first_line(error)}); name a .ipynb file.") from None
     for name, value in parameters.items():
         if name not in known:
@@ -91,6 +90,11 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
 
 def _is_tagged(cell: dict[str, Any]) -> bool:
     return "parameters" in cell.get("metadata", {}).get("tags", [])
+
+
+def _assigned(source: str) -> list[str]:
+    # Python's own parser: papermill's, one line at a time, loses a parameter whose comment holds "=".
+    return [t.id for s in ast.parse(source).body if isinstance(s, ast.Assign) for t in s.targets if isinstance(t, ast.Name)]
 
 
 def _first_line(error: object) -> str:

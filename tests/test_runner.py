@@ -26,7 +26,7 @@ print("counted", count)
 def notebook(tmp_path) -> Path:
     """A notebook that notes each of its runs and fails for a negative count."""
     made = nbformat.v4.new_notebook(cells=[
-        nbformat.v4.new_code_cell('count = 1  # how many\noutput = "."', id="parameters", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell('count = None  # how many; None = all\noutput = "."', id="parameters", metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(COUNTING, id="count")])
     made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     path = tmp_path / "notebooks" / "00_counting.ipynb"
@@ -67,7 +67,8 @@ def test_unknown_parameters_are_refused_before_anything_runs(notebook, tmp_path)
     assert not target.parent.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not json", b"[]", b"{}", b"\xff\xfe", b'{"cells": [3]}'])
+@pytest.mark.parametrize("content", [b"", b"not json", b"[]", b"{}", b"\xff\xfe", b'{"cells": [3]}',
+                                     b'{"cells": [{"metadata": {"tags": ["parameters"]}, "source": "%magic"}]}'])
 def test_files_that_are_no_notebook_are_described(tmp_path, content):
     path = tmp_path / "00_bad.ipynb"
     path.write_bytes(content)
