@@ -44,7 +44,7 @@ def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | Non
     label = settings.segmenter if segmenter is None else type(segmenter).__name__
     segmenter = segmenter or build_segmenter(profile)
     attribution = upsample(support.attribution, support.images.shape[1:3])
-    foreground, background = multi_otsu(attribution, settings.threshold_classes, settings.threshold_scope)
+    foreground, background = multi_otsu(attribution, settings.threshold_classes, settings.threshold_scope, settings.threshold_foreground)
     source = []
     images = tqdm(support.images, desc=f"masks of {support.category.name}", leave=False, disable=label == "threshold")
     for n, image in enumerate(images):

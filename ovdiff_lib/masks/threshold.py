@@ -13,11 +13,11 @@ MAX_CLASSES = 5
 """The search over thresholds grows as BINS ** (classes - 1)."""
 
 
-def multi_otsu(attribution: np.ndarray, classes: int = 3, scope: str = "image") -> tuple[np.ndarray, np.ndarray]:
+def multi_otsu(attribution: np.ndarray, classes: int = 3, scope: str = "image", foreground_levels: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Foreground and background of attribution maps f32 (n, h, w): bool (n, h, w) each, disjoint.
 
-    Multi-Otsu (Liao, Chen and Chung, 2001) splits the values into ``classes`` levels; the top level is foreground, the bottom level
-    background, what lies between is neither. ``scope`` "image" finds thresholds for each map, "set" one set of thresholds for all.
+    Multi-Otsu (Liao, Chen and Chung, 2001) splits the values into ``classes`` levels; the top
+    ``foreground_levels`` of them are foreground, the bottom level is background, what lies between is neither. ``scope`` "image" finds thresholds for each map, "set" one set of thresholds for all.
     Values that occupy fewer bins than there are classes are split in two at the middle of their range; a constant map says nothing
     about where the object is, so both its masks are empty. Only the order and spacing of the values matter, not their scale.
     """
@@ -25,16 +25,19 @@ def multi_otsu(attribution: np.ndarray, classes: int = 3, scope: str = "image") 
         raise ProfileError(f"masks.threshold_scope is {scope!r}; set it to 'image' or 'set'.")
     if not 2 <= classes <= MAX_CLASSES:
         raise ProfileError(f"masks.threshold_classes is {classes}; set it to a number from 2 to {MAX_CLASSES}.")
+    if not 1 <= foreground_levels < classes:
+        raise ProfileError(f"masks.threshold_foreground is {foreground_levels}; set it to a number from 1 to {classes - 1}, below "
+                           "masks.threshold_classes.")
     if not np.isfinite(attribution).all():
         raise InputError("The attribution maps hold values that are not finite; check the diffusion model's weights, or use dtype float32.")
     if scope == "set":
-        return _split(attribution, classes)
-    pairs = [_split(one, classes) for one in attribution]
+        return _split(attribution, classes, foreground_levels)
+    pairs = [_split(one, classes, foreground_levels) for one in attribution]
     masks = np.array(pairs, dtype=bool).reshape(len(attribution), 2, *attribution.shape[1:])
     return masks[:, 0], masks[:, 1]
 
 
-def _split(values: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+def _split(values: np.ndarray, classes: int, foreground_levels: int) -> tuple[np.ndarray, np.ndarray]:
     from skimage.filters import threshold_multiotsu
 
     low, high = float(values.min(initial=np.inf)), float(values.max(initial=-np.inf))
@@ -48,4 +51,4 @@ def _split(values: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
     # Thresholds come back as the numbers of the last bins of a level; comparing bin numbers keeps each bin's pixels together.
     last = threshold_multiotsu(hist=(counts, np.arange(BINS)), classes=classes)
     level = np.clip(np.searchsorted(edges, unit, side="right") - 1, 0, BINS - 1)
-    return level > last[-1], level <= last[0]
+    return level > last[-foreground_levels], level <= last[0]

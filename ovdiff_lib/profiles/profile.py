@@ -54,7 +54,8 @@ class Masks:
     """Step 2a, Sec. 3.2: attribution to foreground and background."""
 
     segmenter: str = "threshold"  # name in masks.SEGMENTERS; "threshold" uses the attribution alone (the paper's -CutLER)
-    threshold_classes: int = 3  # classes of multi-Otsu: top = foreground, bottom = background
+    threshold_classes: int = 3  # levels of multi-Otsu; the bottom one is background
+    threshold_foreground: int = 1  # how many levels from the top are foreground; what lies between is not used
     threshold_scope: str = "image"  # image | set: thresholds from one map or from all maps of the support set
     background_below: float = 1.0  # background pixels must also have attribution below this (released code: 0.2)
     erosion: int = 0  # binary erosion of the background, pixels (released code: 1)
