@@ -200,3 +200,15 @@ def test_unknown_segmenter_and_wrong_shapes_are_named():
 def test_registered_segmenters_propose_masks_of_the_image(name):
     proposals = SEGMENTERS[name](load_profile("mini")).propose(np.zeros((6, 10, 3), np.uint8))
     assert proposals.dtype == bool and proposals.shape[1:] == (6, 10)
+
+
+def test_more_levels_of_foreground():
+    """Four plateaus on a 2 x 6 map: the upper two levels are foreground, the third is not used, the lowest is background."""
+    plateaus = np.array([[0.0, 0.0, 0.3, 0.3, 0.6, 0.6], [0.0, 0.0, 0.3, 0.6, 1.0, 1.0]], np.float32)[None]
+    foreground, background = multi_otsu(plateaus, 4, "image", 2)
+    assert np.array_equal(foreground, plateaus >= 0.6) and np.array_equal(background, plateaus == 0.0)
+    narrow, _ = multi_otsu(plateaus, 4, "image", 1)
+    assert np.array_equal(narrow, plateaus == 1.0)
+    for levels in (0, 4):
+        with pytest.raises(ProfileError, match="threshold_foreground"):
+            multi_otsu(plateaus, 4, "image", levels)

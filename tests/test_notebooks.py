@@ -19,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 COMMON = ("profile", "seed", "overrides", "output")
 
-OVERRIDES = {"support.size": 2, "support.steps": 2, "prototypes.clusters": 3, "filters.category_top": 3}
+OVERRIDES = {"support.size": 2, "support.steps": 2, "prototypes.clusters": 3, "filters.category_top": 3, "matching.windows": [64],
+             "matching.stride": 64}
 """Profile fields of a run that is quick, whatever it measures."""
 
 SMALL = {"images": 2, "classes": ["dog", "boat"], "seeds": [0], "sizes": [1, 2], "clusters": [1, 3], "repeats": 1, "count": 2}
