@@ -174,7 +174,7 @@ def test_sd_input_size_sets_the_grid(tiny_profile):
 
 @pytest.mark.parametrize("layers", [[], ["down_blocks.0.attentions.0", "up_blocks.7.attentions.0"], ["mid_block"]])
 def test_sd_layers_that_do_not_exist(tiny_profile, layers):
-    with pytest.raises(ProfileError, match="legal ones are down_blocks.0.attentions.0, ") as caught:
+    with pytest.raises(ProfileError, match=r"legal ones are down_blocks\.0\.attentions\.0, ") as caught:
         sd(tiny_profile, sd_layers=layers)
     assert "mid_block.attentions.0" in str(caught.value) and "up_blocks.2.attentions.1" in str(caught.value)
 

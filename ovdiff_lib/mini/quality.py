@@ -88,7 +88,8 @@ def attribution_inside(profile: Profile, steps: int = 20) -> float:
     for image, mask, noun in tqdm(single_object_scenes(), desc="inverting", unit="image"):
         square = np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
         inside = np.array(Image.fromarray(np.nan_to_num(mask, nan=0.5)).resize((grid, grid), Image.Resampling.BOX))
-        latents = pipe.vae.encode(torch.from_numpy(square).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist.mean * pipe.vae.config.scaling_factor
+        pixels = torch.from_numpy(square).permute(2, 0, 1)[None] / 127.5 - 1
+        latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
         prompt = pipe.encode_prompt(fill_template(profile.support.prompt, noun), pipe.device, 1, False)[0]
         positions = class_token_positions(pipe.tokenizer, profile.support.prompt, noun)
         scheduler = DDIMInverseScheduler.from_config(pipe.scheduler.config)

@@ -1,7 +1,7 @@
 """Rebuild the mini world from nothing: art, scenes, models, measurements, model cards (``make mini-world``).
 
-Every stage resumes where it stopped, so the command can be interrupted and run again. It takes about two and a half hours on two CPU cores and needs
-npm for the art. The result replaces ``mini/data`` and ``mini/weights`` of this checkout.
+Every stage resumes where it stopped, so the command can be interrupted and run again. It takes about two and a half hours on two CPU
+cores and needs npm for the art. The result replaces ``mini/data`` and ``mini/weights`` of this checkout.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ def assemble(work: Path, weights: Path = WEIGHTS) -> None:
 
 DATA_NOTE = """## Data
 
-80,000 scenes of the mini world at 64x64 px (`python -m ovdiff_lib.mini.build`, seed 0): 42 nouns in three drawing styles over eight kinds of
-surroundings, 24 % with two objects, 6 % with none, up to four captions a scene. None of them is in the val or wild split."""
+80,000 scenes of the mini world at 64x64 px (`python -m ovdiff_lib.mini.build`, seed 0): 42 nouns in three drawing styles over eight kinds
+of surroundings, 24 % with two objects, 6 % with none, up to four captions a scene. None of them is in the val or wild split."""
 
-LICENCE = """Apache-2.0, as the project. The scenes it learned from are composed of Microsoft Fluent Emoji (MIT) and Noto Emoji (Apache-2.0); see NOTICE."""
+LICENCE = """Apache-2.0, as the project. The scenes it learned from are composed of Microsoft Fluent Emoji (MIT) and Noto Emoji (Apache-2.0); see
+NOTICE."""
 
 
 def write_cards(training: Path, weights: Path = WEIGHTS, remarks: dict[str, str] | None = None) -> None:
@@ -58,13 +59,14 @@ def write_cards(training: Path, weights: Path = WEIGHTS, remarks: dict[str, str]
     by_class = measured["drawn_recognised_by_class"]
     weakest = ", ".join(f"{noun} {100 * share:.0f} %" for noun, share in sorted(by_class.items(), key=lambda item: item[1])[:5])
     single, drawn = measured["single_object_images"], measured["images_drawn_per_class"]
+    percent = {key: f"**{100 * value:.1f} %**" for key, value in measured.items() if isinstance(value, float)}
+    psnr = f"{measured['vae_psnr_db']:.2f} dB"
     quality = {
-        "clip": f"Zero-shot top-1 over 42 nouns on {single} single-object validation images: **{100 * measured['clip_zero_shot_top1']:.1f} %**.",
-        "vae": f"Reconstruction of {measured['validation_images']} validation images at short side 64: **{measured['vae_psnr_db']:.2f} dB** PSNR.",
+        "clip": f"Zero-shot top-1 over 42 nouns on {single} single-object validation images: {percent['clip_zero_shot_top1']}.",
+        "vae": f"Reconstruction of {measured['validation_images']} validation images at short side 64: **{psnr}** PSNR.",
         "unet": f"Images drawn for \"A good picture of a ...\" ({drawn} for each of 42 nouns) that the mini CLIP recognises: "
-                f"**{100 * measured['drawn_recognised']:.1f} %** (weakest: {weakest}). On {single} single-object validation images inverted to "
-                f"noise, the noun's attribution is higher inside the object than outside in **{100 * measured['attribution_inside_higher']:.1f} %**. "
-                f"VAE: {measured['vae_psnr_db']:.2f} dB PSNR.",
+                f"{percent['drawn_recognised']} (weakest: {weakest}). On {single} single-object validation images inverted to noise, the "
+                f"noun's attribution is higher inside the object than outside in {percent['attribution_inside_higher']}. VAE: {psnr} PSNR.",
     }
     for kind, folder in (("clip", weights / "clip"), ("vae", weights / "stable-diffusion" / "vae"), ("unet", weights / "stable-diffusion")):
         notes = f"## Quality\n\nMeasured by `python -m ovdiff_lib.mini.quality`. {quality[kind]}\n\n{DATA_NOTE}"
