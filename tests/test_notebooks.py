@@ -19,8 +19,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 COMMON = ("profile", "seed", "overrides", "output")
 
-OVERRIDES = {"support.size": 2, "support.steps": 2, "prototypes.clusters": 3, "filters.category_top": 3, "matching.windows": [64],
-             "matching.stride": 64}
+OVERRIDES = {"support.size": 2, "support.steps": 2, "prototypes.clusters": 3, "filters.category_top": 3}
 """Profile fields of a run that is quick, whatever it measures."""
 
 SMALL = {"images": 2, "classes": ["dog", "boat"], "seeds": [0], "sizes": [1, 2], "clusters": [1, 3], "repeats": 1, "count": 2}
@@ -110,8 +109,10 @@ class TestShape:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_it_runs(path, tmp_path):
+def test_it_runs(path, tmp_path, monkeypatch):
     """Headless with papermill, on the weights that ship, small; its tables and figures are whole."""
+    # Inherited by the kernel: with other work on the machine's cores, threads that wait for each other cost twenty times the work.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     known = parameters(path)
     values = {"overrides": OVERRIDES, "output": str(tmp_path / "mini")}
     values |= {name: value for name, value in SMALL.items() if name in known}
@@ -139,6 +140,3 @@ def test_it_runs(path, tmp_path):
             assert len(picture.convert("RGB").getcolors(2**24)) > 20  # something is drawn
         caption = json.loads(figure.with_suffix(".json").read_text(encoding="utf-8"))["caption"]
         assert len(caption) > 20 and "mini" in caption and caption.endswith(".")
-    # Fresh now: asked again, it is not run again.
-    before = target.stat().st_mtime_ns
-    assert run_notebook(path, target, values, progress=False) is False and target.stat().st_mtime_ns == before

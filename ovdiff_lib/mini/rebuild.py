@@ -49,8 +49,8 @@ DATA_NOTE = """## Data
 80,000 scenes of the mini world at 64x64 px (`python -m ovdiff_lib.mini.build`, seed 0): 42 nouns in three drawing styles over eight kinds
 of surroundings, 24 % with two objects, 6 % with none, up to four captions a scene. None of them is in the val or wild split."""
 
-LICENCE = """Apache-2.0, as the project. The scenes it learned from are composed of Microsoft Fluent Emoji (MIT) and Noto Emoji (Apache-2.0); see
-NOTICE."""
+LICENCE = """Apache-2.0, as the project. Its training scenes are composed of Microsoft Fluent Emoji (MIT) and Noto Emoji (Apache-2.0);
+see NOTICE."""
 
 
 def write_cards(training: Path, weights: Path = WEIGHTS, remarks: dict[str, str] | None = None) -> None:
