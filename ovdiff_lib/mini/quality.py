@@ -108,8 +108,8 @@ def main() -> None:
     parser.add_argument("--per-class", type=int, default=12, help="images drawn for each noun")
     parser.add_argument("--models", type=Path, help="folder with stable-diffusion/ and clip/ to measure instead of the shipped ones")
     arguments = parser.parse_args()
-    overrides = {f"models.{key}": str(arguments.models / name) for key, name in (("diffusion", "stable-diffusion"), ("clip", "clip"))}
-    profile = load_profile("mini", overrides if arguments.models else None)
+    folder = arguments.models or WEIGHTS
+    profile = load_profile("mini", {"models.diffusion": str(folder / "stable-diffusion"), "models.clip": str(folder / "clip")})
     drawn = drawn_recognised(profile, arguments.per_class)
     measured = {
         "vae_psnr_db": round(vae_psnr(profile), 2),
@@ -123,7 +123,7 @@ def main() -> None:
     }
     text = json.dumps(measured, indent=1) + "\n"
     print(text)
-    write_atomic((arguments.models or WEIGHTS) / "quality.json", text.encode())
+    write_atomic(folder / "quality.json", text.encode())
 
 
 if __name__ == "__main__":
