@@ -92,7 +92,7 @@ def attribution_inside(profile: Profile, steps: int = 20) -> float:
         latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
         prompt = pipe.encode_prompt(fill_template(profile.support.prompt, noun), pipe.device, 1, False)[0]
         positions = class_token_positions(pipe.tokenizer, profile.support.prompt, noun)
-        scheduler = DDIMInverseScheduler.from_config(pipe.scheduler.config)
+        scheduler = DDIMInverseScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
         scheduler.set_timesteps(steps)
         with record_attribution(pipe.unet, positions, (grid, grid), guided=False) as recorder:
             for t in scheduler.timesteps:
