@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PACKAGE = "package:"
 SHIPPED = Path(__file__).parent / "mini" / "weights"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+WEIGHT_FILES = (".pth", ".pt", ".pkl", ".bin", ".safetensors")
 IDENTITY_SUFFIXES = (".json", ".txt", ".safetensors", ".bin")
 
 _loaded: dict[tuple, Any] = {}
@@ -47,8 +48,20 @@ def load_clip(profile: Profile) -> tuple[CLIPModel, CLIPTokenizer]:
     return _cached("clip", _build_clip, profile.models.clip, profile)
 
 
+def load_network(profile: Profile, name: str, build: Callable[[Path | str, torch.device, torch.dtype, dict], Any]) -> Any:
+    """What ``build(source, device, dtype, options)`` makes of ``profile.models.<name>``; cached like :func:`load_diffusion`.
+
+    ``source`` is a folder, a file or a hub id, ``options`` are keyword arguments for ``from_pretrained``. Raises ``ProfileError`` if
+    the field is empty and ``ModelNotAvailable`` for whatever the libraries raise.
+    """
+    identifier = getattr(profile.models, name)
+    if not identifier:
+        raise ProfileError(f"models.{name} is not set in the profile {profile.name!r}; set it to a folder or a hub id of that model.")
+    return _cached(name, build, identifier, profile)
+
+
 def resolve_model(identifier: str) -> Path | str:
-    """The folder of ``package:NAME`` or of a path, or the hub id itself. Raises ``ModelNotAvailable`` for a missing folder."""
+    """The folder of ``package:NAME`` or of a path, a weights file, or the hub id itself. Raises ``ModelNotAvailable`` if it is missing."""
     if identifier.startswith(PACKAGE):
         folder = SHIPPED / identifier.removeprefix(PACKAGE)
         if not folder.is_dir():
@@ -56,10 +69,10 @@ def resolve_model(identifier: str) -> Path | str:
                                     "with `make mini-world`.")
         return folder
     folder = Path(identifier).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or folder.is_file():
         return folder.resolve()
     # A hub id is "name" or "owner/name"; anything else can only have been meant as a path.
-    if not identifier or folder.is_absolute() or identifier.startswith((".", "~")) or len(folder.parts) > 2:
+    if not identifier or folder.is_absolute() or folder.suffix in WEIGHT_FILES or len(folder.parts) > 2 or identifier[0] in ".~":
         raise ModelNotAvailable(f"The model folder {identifier!r} does not exist; correct models.* in the profile, or give a hub id.")
     return identifier
 
@@ -69,7 +82,11 @@ def model_identity(identifier: str) -> str:
 
     Hashes are kept per (path, mtime, size), so asking again reads no file twice.
     """
+    if not identifier:
+        return "none"
     source = resolve_model(identifier)
+    if isinstance(source, Path) and source.is_file():
+        return f"sha256:{_file_hash(source)[:16]}"
     if isinstance(source, Path):
         digest = hashlib.sha256()
         for path in sorted(p for p in source.rglob("*") if p.suffix in IDENTITY_SUFFIXES and p.is_file()):
@@ -147,7 +164,7 @@ def _build_diffusion(source: Path | str, device: torch.device, dtype: torch.dtyp
     # One by one rather than by the pipeline, which does not report weights that are missing and left random.
     networks = {}
     for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel)):
-        networks[name] = _complete(name, kind.from_pretrained(
+        networks[name] = complete(name, kind.from_pretrained(
             source, subfolder=name, dtype=dtype, output_loading_info=True, **options))
     pipe = StableDiffusionPipeline.from_pretrained(
         source, dtype=dtype, safety_checker=None, requires_safety_checker=False, **networks, **options)
@@ -159,11 +176,11 @@ def _build_diffusion(source: Path | str, device: torch.device, dtype: torch.dtyp
 def _build_clip(source: Path | str, device: torch.device, dtype: torch.dtype, options: dict) -> tuple[CLIPModel, CLIPTokenizer]:
     from transformers import CLIPModel, CLIPTokenizer
 
-    model = _complete("CLIP", CLIPModel.from_pretrained(source, dtype=dtype, output_loading_info=True, **options))
+    model = complete("CLIP", CLIPModel.from_pretrained(source, dtype=dtype, output_loading_info=True, **options))
     return model.to(device), CLIPTokenizer.from_pretrained(source, **options)
 
 
-def _complete(name: str, loaded: tuple[torch.nn.Module, dict]) -> torch.nn.Module:
+def complete(name: str, loaded: tuple[torch.nn.Module, dict]) -> torch.nn.Module:
     """The loaded network in eval mode; ``ValueError`` if some of its weights were missing in the file or are not finite."""
     model, info = loaded
     if info["missing_keys"]:

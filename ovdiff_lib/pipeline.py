@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ovdiff_lib.errors import InputError
 from ovdiff_lib.images import read_image
 from ovdiff_lib.library import Library
 from ovdiff_lib.profiles import Profile, load_profile
@@ -103,7 +102,7 @@ class OVDiff:
         """Step 2a: where the object is and is not in each support image (Sec. 3.2, Eq. 1)."""
         from ovdiff_lib.masks.select import make_masks
 
-        return make_masks(support, self.profile)
+        return make_masks(support, self.profile, self.segmenter)
 
     def prototypes(self, support: SupportSet, masks: ForegroundBackground) -> dict[str, Prototypes]:
         """Steps 2b, 2c: features of the support images and their prototypes (Eq. 2, 3), one entry an extractor."""
@@ -119,6 +118,7 @@ class OVDiff:
         """Steps 1 and 2 for one category; whatever the library holds already is taken from there."""
         category = category if isinstance(category, Category) else Category(category)
         names = self.profile.features.extractors
+        self._check_parts()
         keys = {name: self._key(name, category) for name in names}
         found = {name: self.library.get_prototypes(key) for name, key in keys.items()}
         if any(prototypes is None for prototypes in found.values()):
@@ -145,6 +145,13 @@ class OVDiff:
         return self._part("extractors", self._load_extractors)
 
     @property
+    def segmenter(self):
+        """The segmenter Gamma of the profile."""
+        from ovdiff_lib.masks import build_segmenter
+
+        return self._part("segmenter", lambda: build_segmenter(self.profile))
+
+    @property
     def category_filter(self):
         """The CLIP category pre-filter."""
         return self._part("category_filter", self._load_filter)
@@ -162,15 +169,17 @@ class OVDiff:
         return self._parts[name]
 
     def _load_extractors(self) -> dict[str, Any]:
-        from ovdiff_lib.features import EXTRACTORS
+        from ovdiff_lib.features import build_extractors
 
-        names = self.profile.features.extractors
-        if not names:
-            raise InputError(f"features.extractors is empty; name at least one of {', '.join(EXTRACTORS)}.")
-        for name in names:
-            if name not in EXTRACTORS:
-                raise InputError(f"Unknown extractor {name!r}; the known ones are {', '.join(EXTRACTORS)}.")
-        return {name: EXTRACTORS[name](self.profile) for name in names}
+        return build_extractors(self.profile)
+
+    def _check_parts(self) -> None:
+        """``ProfileError`` for an extractor or a segmenter that no registry holds, before any work is done."""
+        from ovdiff_lib.features import check_extractors
+        from ovdiff_lib.masks import check_segmenter
+
+        check_extractors(self.profile)
+        check_segmenter(self.profile)
 
     def _load_filter(self):
         from ovdiff_lib.filters.category import CategoryFilter
@@ -178,17 +187,27 @@ class OVDiff:
         return CategoryFilter(*_models().load_clip(self.profile), self.profile)
 
     def _key(self, step: str, category: Category) -> str:
-        """Library key: hash of the category's words, the settings the step stands on, and the identity of the models it runs."""
-        table = self.profile.to_dict()
-        sections = ["support"] if step == "support" else ["support", "masks", "features", "prototypes"]
-        settings = {s: {k: v for k, v in table[s].items() if k not in SPEED_ONLY} for s in sections}
+        """Library key: hash of the category's words, the settings the step stands on, and the identity of the models it runs.
+
+        ``step`` is "support" or the name of an extractor. Fields of parts that are not used do not count.
+        """
+        from ovdiff_lib.features import EXTRACTORS
+        from ovdiff_lib.masks import COMMON_SETTINGS, SEGMENTERS
+        from ovdiff_lib.registry import Part
+
+        profile = self.profile
+        models, settings = {"diffusion": profile.models.diffusion}, {"support": dataclasses.asdict(profile.support)}
         if step != "support":
-            settings["features"].pop("extractors")  # an extractor's prototypes do not depend on which others run
-        models = {"diffusion": table["models"]["diffusion"], "dtype": table["models"]["dtype"]}
-        models["diffusion"] = _models().model_identity(models["diffusion"])
-        if step.startswith("clip"):
-            models["clip"] = _models().model_identity(table["models"]["clip"])
-        text = json.dumps({"step": step, "prompt": category.prompt, "settings": settings, "models": models}, sort_keys=True)
+            settings["prototypes"] = dataclasses.asdict(profile.prototypes)
+            settings["masks"] = Part(None, (), COMMON_SETTINGS).depends_on(profile, "masks")[1]
+            for section, part in (("masks", SEGMENTERS[profile.masks.segmenter]), ("features", EXTRACTORS[step])):
+                loaded, own = part.depends_on(profile, section)
+                models |= loaded
+                settings[section] = {**settings.get(section, {}), **own}
+            settings["features"].pop("extractors", None)  # an extractor's prototypes do not depend on which others run
+        settings = {section: {k: v for k, v in table.items() if k not in SPEED_ONLY} for section, table in settings.items()}
+        identities = {name: _models().model_identity(source) for name, source in models.items()} | {"dtype": profile.models.dtype}
+        text = json.dumps({"step": step, "prompt": category.prompt, "settings": settings, "models": identities}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -129,7 +129,7 @@ def test_select_edge_cases():
 class FirstColumn:
     """Proposes the left column of images whose first pixel is not black."""
 
-    def propose(self, image):
+    def propose(self, image, words):
         masks = np.zeros((int(image[0, 0, 0] > 0), *image.shape[:2]), bool)
         masks[:, :, 0] = True
         return masks
@@ -169,7 +169,7 @@ def test_upsample_is_bilinear_and_keeps_rows_and_columns():
 def test_background_can_be_tightened():
     support = make_support()
     class Middle:
-        def propose(self, image):
+        def propose(self, image, words):
             mask = np.zeros((1, 6, 10), bool)
             mask[:, 2, 2:6] = True
             return mask
@@ -189,7 +189,7 @@ def test_unknown_segmenter_and_wrong_shapes_are_named():
         make_masks(make_support(), load_profile("mini", {"masks.segmenter": "cutlr"}))
 
     class Transposed:
-        def propose(self, image):
+        def propose(self, image, words):
             return np.ones((1, image.shape[1], image.shape[0]), bool)
 
     with pytest.raises(InputError, match="Transposed"):
@@ -198,7 +198,7 @@ def test_unknown_segmenter_and_wrong_shapes_are_named():
 
 @pytest.mark.parametrize("name", ["threshold"])
 def test_registered_segmenters_propose_masks_of_the_image(name):
-    proposals = SEGMENTERS[name](load_profile("mini")).propose(np.zeros((6, 10, 3), np.uint8))
+    proposals = SEGMENTERS[name](load_profile("mini")).propose(np.zeros((6, 10, 3), np.uint8), "cat")
     assert proposals.dtype == bool and proposals.shape[1:] == (6, 10)
 
 

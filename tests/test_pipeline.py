@@ -283,7 +283,7 @@ def method(profile, folder, overrides=None) -> OVDiff:
 @pytest.mark.parametrize("make, error, word", [
     (lambda p, f: OVDiff("nothing"), ProfileError, "nothing"),
     (lambda p, f: OVDiff(p, {"support.sizes": 3}), ProfileError, "support.size"),
-    (lambda p, f: method(p, f, {"features.extractors": ["dino2"]}).build("cat"), InputError, "sd, clip-keys"),
+    (lambda p, f: method(p, f, {"features.extractors": ["dino2"]}).build("cat"), ProfileError, "sd, clip-keys"),
     (lambda p, f: method(p, f, {"features.extractors": []}).segment(picture(), "cat"), OVDiffError, "features.extractors is empty"),
     (lambda p, f: method(p, f).build([]), InputError, "no class"),
     (lambda p, f: method(p, f).build(["cat", "Cat"]), InputError, "twice"),

@@ -5,7 +5,6 @@ To add an extractor, write a class with the three members of :class:`Extractor` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.features.clip import ClipExtractor
 from ovdiff_lib.features.diffusion import DiffusionExtractor
+from ovdiff_lib.registry import Part
 
 if TYPE_CHECKING:
     from ovdiff_lib.profiles import Profile
@@ -30,20 +30,25 @@ class Extractor(Protocol):
         ...
 
 
-EXTRACTORS: dict[str, Callable[[Profile], Extractor]] = {
-    "sd": DiffusionExtractor.build,
-    "clip-keys": lambda profile: ClipExtractor.build(profile, "keys"),
-    "clip-tokens": lambda profile: ClipExtractor.build(profile, "tokens"),
+EXTRACTORS: dict[str, Part] = {
+    "sd": Part(DiffusionExtractor.build, models=("diffusion",), settings=("sd_", "seed")),
+    "clip-keys": Part(lambda profile: ClipExtractor.build(profile, "keys"), models=("clip",), settings=("clip_",)),
+    "clip-tokens": Part(lambda profile: ClipExtractor.build(profile, "tokens"), models=("clip",), settings=("clip_",)),
 }
+"""Name -> how the extractor is built and what its features depend on."""
+
+
+def check_extractors(profile: Profile) -> None:
+    """``ProfileError`` if ``features.extractors`` is empty, repeats a name, or names what :data:`EXTRACTORS` does not hold."""
+    names = profile.features.extractors
+    if not names or len(set(names)) != len(names) or any(name not in EXTRACTORS for name in names):
+        raise ProfileError(f"features.extractors is {names}; name each wanted one of {', '.join(EXTRACTORS)} once.")
 
 
 def build_extractors(profile: Profile) -> dict[str, Extractor]:
-    """The extractors of ``features.extractors`` by name, in order. Raises ``ProfileError`` for none, an unknown or a repeated one."""
-    names = profile.features.extractors
-    unknown = [name for name in names if name not in EXTRACTORS]
-    if unknown or not names or len(set(names)) != len(names):
-        raise ProfileError(f"features.extractors is {names}; name each wanted one of {', '.join(EXTRACTORS)} once.")
-    return {name: EXTRACTORS[name](profile) for name in names}
+    """The extractors of ``features.extractors`` by name, in order. Raises ``ProfileError`` and ``ModelNotAvailable``."""
+    check_extractors(profile)
+    return {name: EXTRACTORS[name](profile) for name in profile.features.extractors}
 
 
-__all__ = ["EXTRACTORS", "ClipExtractor", "DiffusionExtractor", "Extractor", "build_extractors"]
+__all__ = ["EXTRACTORS", "ClipExtractor", "DiffusionExtractor", "Extractor", "build_extractors", "check_extractors"]

@@ -6,12 +6,12 @@ attribution (Eq. 1). To add one, write a class with ``propose`` and give it a li
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from ovdiff_lib.errors import ProfileError
+from ovdiff_lib.registry import Part
 
 if TYPE_CHECKING:
     from ovdiff_lib.profiles.profile import Profile
@@ -20,26 +20,38 @@ if TYPE_CHECKING:
 class Segmenter(Protocol):
     """Class-agnostic mask proposals for one image."""
 
-    def propose(self, image: np.ndarray) -> np.ndarray:
-        """bool (M, H, W), M >= 0 proposals that may overlap, for a u8 RGB image (H, W, 3). The background is not among them."""
+    def propose(self, image: np.ndarray, words: str) -> np.ndarray:
+        """bool (M, H, W), M >= 0 proposals that may overlap, for a u8 RGB image (H, W, 3). The background is not among them.
+
+        ``words`` name what the image was drawn for; only a segmenter guided by text reads them.
+        """
         ...
 
 
 class ThresholdOnly:
     """No proposals: every mask comes from thresholding the attribution (the paper's "-CutLER")."""
 
-    def propose(self, image: np.ndarray) -> np.ndarray:
+    def propose(self, image: np.ndarray, words: str) -> np.ndarray:
         return np.zeros((0, *image.shape[:2]), dtype=bool)
 
 
-SEGMENTERS: dict[str, Callable[[Profile], Segmenter]] = {
-    "threshold": lambda profile: ThresholdOnly(),
+SEGMENTERS: dict[str, Part] = {
+    "threshold": Part(lambda profile: ThresholdOnly(), models=(), settings=()),
 }
+"""Name -> how the segmenter is built and what its proposals depend on."""
+
+COMMON_SETTINGS = ("segmenter", "threshold_", "background_below", "erosion", "overlaps", "fallback", "fallback_", "resize")
+"""Fields of ``profile.masks`` that matter with any segmenter."""
 
 
-def build_segmenter(profile: Profile) -> Segmenter:
-    """The segmenter that ``profile.masks.segmenter`` names; ``ProfileError`` if there is none of that name."""
+def check_segmenter(profile: Profile) -> None:
+    """``ProfileError`` unless ``profile.masks.segmenter`` names an entry of :data:`SEGMENTERS`."""
     name = profile.masks.segmenter
     if name not in SEGMENTERS:
         raise ProfileError(f"There is no segmenter {name!r}; set masks.segmenter to one of {', '.join(sorted(SEGMENTERS))}.")
-    return SEGMENTERS[name](profile)
+
+
+def build_segmenter(profile: Profile) -> Segmenter:
+    """The segmenter that ``profile.masks.segmenter`` names. Raises ``ProfileError`` and ``ModelNotAvailable``."""
+    check_segmenter(profile)
+    return SEGMENTERS[profile.masks.segmenter](profile)

@@ -41,14 +41,14 @@ def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | Non
     from tqdm import tqdm
 
     settings = profile.masks
-    label = settings.segmenter if segmenter is None else type(segmenter).__name__
+    label = settings.segmenter
     segmenter = segmenter or build_segmenter(profile)
     attribution = upsample(support.attribution, support.images.shape[1:3])
     foreground, background = multi_otsu(attribution, settings.threshold_classes, settings.threshold_scope, settings.threshold_foreground)
     source = []
     images = tqdm(support.images, desc=f"masks of {support.category.name}", leave=False, disable=label == "threshold")
     for n, image in enumerate(images):
-        proposals = np.asarray(segmenter.propose(image), dtype=bool)
+        proposals = np.asarray(segmenter.propose(image, support.category.prompt), dtype=bool)
         if proposals.ndim != 3 or proposals.shape[1:] != image.shape[:2]:
             raise InputError(f"The segmenter {label!r} returned masks of shape {proposals.shape}; "
                              f"propose() must return bool (M, {image.shape[0]}, {image.shape[1]}).")

@@ -3,7 +3,8 @@
 ``python -m ovdiff_lib.mini.train_unet --data DIR --vae DIR --clip DIR --out DIR --work DIR``
 
 Latents and text states never change, so both are computed once into WORK.
-To train longer, call it again with the same WORK and a larger ``--minutes``.
+To train longer, call it again with the same WORK and a larger ``--minutes``. To go on from finished weights, give ``--init`` and a new
+WORK; ``--only transformers`` then leaves the convolutions as they are, byte for byte.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from ovdiff_lib.mini.training import (
     EMA,
     Run,
     load_data,
+    repeat_rare,
     replace_folder,
+    round_weights,
     seed_everything,
     shuffled_indices,
     training_parser,
@@ -127,7 +130,7 @@ class Batches:
     """Training batches as a function of the step, so that a resumed run sees the same ones."""
 
     def __init__(self, args: argparse.Namespace, latents: np.ndarray, states: np.ndarray, ends: np.ndarray, captions: list[list[str]],
-                 place: dict[str, int]) -> None:
+                 place: dict[str, int], order: np.ndarray) -> None:
         # In memory: reading rows scattered over a memory map is slower than the training step.
         self.latents, self.states = torch.from_numpy(np.array(latents)), torch.from_numpy(np.array(states[:, :args.text_length]))
         # Position of each caption's end token. From there on every state repeats the whole caption (the text tower is causal, and
@@ -135,6 +138,7 @@ class Batches:
         # get the endings of the empty prompt instead: the word itself is then the one place that names the object.
         self.ends, self.ending_dropout = torch.from_numpy(ends), args.ending_dropout
         self.captions, self.place, self.batch, self.seed, self.dropout = captions, place, args.batch, args.seed, args.dropout
+        self.order = order  # scenes of an epoch; one that shows a rare noun is there more than once
         cumulative = DDPMScheduler(**NOISE).alphas_cumprod
         self.signal, self.noise = cumulative.sqrt(), (1 - cumulative).sqrt()
         snr = cumulative / (1 - cumulative)
@@ -145,7 +149,7 @@ class Batches:
         """Noisy latents, timesteps, text states, the noise and the loss weights of ``step``."""
         picker = random.Random(f"{self.seed} {step}")
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        index = shuffled_indices(len(self.latents), self.batch, self.seed, step)
+        index = self.order[shuffled_indices(len(self.order), self.batch, self.seed, step)]
         count = len(index)
         clean = self.latents[torch.from_numpy(index)].float()
         alternatives = [self.captions[i] for i in index]
@@ -176,6 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ending-dropout", type=float, default=0.8, help="share of captions whose end and padding say nothing")
     parser.add_argument("--attention-price", type=float, default=0.01, help="loss for each unit of cross-attention on words")
     parser.add_argument("--gamma", type=float, default=5.0, help="min-SNR-gamma")
+    parser.add_argument("--init", type=Path, help="folder of a trained UNet to go on from")
+    parser.add_argument("--only", choices=("all", "transformers"), default="all", help="which weights are trained")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     args = parser.parse_args(argv)
     seed_everything(args.seed, args.threads)
@@ -196,11 +202,18 @@ def main(argv: list[str] | None = None) -> None:
     ends = np.array([len(ids) - 1 for ids in tokenizer(distinct, truncation=True).input_ids])
     if ends.max() >= args.text_length:
         raise SystemExit(f"--text-length {args.text_length} cuts captions of {ends.max() + 1} tokens: raise it")
-    batches = Batches(args, latents, states, ends, captions, {c: i for i, c in enumerate(distinct)})
+    batches = Batches(args, latents, states, ends, captions, {c: i for i, c in enumerate(distinct)},
+                      repeat_rare(captions, data["nouns"]))
     tokenizer = CLIPTokenizer.from_pretrained(args.clip, model_max_length=args.text_length)  # the pipeline pads to this
     vae, text_encoder = vae.half(), text_encoder.half()  # from here on only written
 
-    unet = build_unet(tuple(args.channels), text_encoder.config.hidden_size)
+    if args.init:
+        unet = UNet2DConditionModel.from_pretrained(args.init).float()
+        unet.requires_grad_(args.only == "all")
+        for block in (m for n, m in unet.named_modules() if n.endswith("attentions")):
+            block.requires_grad_(True)
+    else:
+        unet = build_unet(tuple(args.channels), text_encoder.config.hidden_size)
     smooth = build_unet(tuple(args.channels), text_encoder.config.hidden_size).eval()  # receives the averaged weights
     # Plain attention: at 256 positions and fewer the fused CPU kernel is several times slower backwards.
     readers = []
@@ -208,12 +221,16 @@ def main(argv: list[str] | None = None) -> None:
         if name.endswith((".attn1", ".attn2")):
             module.set_processor(FrugalAttention() if name.endswith(".attn2") else AttnProcessor())
             readers += [module.processor] if name.endswith(".attn2") else []
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    learned = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = EMA(unet, 0.999)
     run = Run(args, unet, optimizer, lambda p, s: warmup_hold_cosine(p, s, warmup=200), ema)
 
+    trained = {name for name, p in unet.named_parameters() if p.requires_grad}
+
     def export(folder: Path) -> None:
         ema.copy_to(smooth)
+        smooth.load_state_dict(round_weights({n: x for n, x in smooth.state_dict().items() if n in trained}), strict=False)
         write_pipeline(smooth, vae, text_encoder, tokenizer, folder)
 
     run.on_checkpoint = lambda: export(args.work / "pipeline")

@@ -29,6 +29,15 @@ class Models:
 
     diffusion: str  # StableDiffusionPipeline
     clip: str  # CLIPModel with its tokenizer
+    dino: str = ""  # ViTModel trained with DINO; "" here and below: not set, so that what needs it says so
+    mae: str = ""  # ViTMAEModel, or a .pth file of long_seq_mae
+    open_clip: str = ""  # name of an open_clip architecture, or a folder of transformers' CLIPModel, which is converted
+    open_clip_pretrained: str = ""  # open_clip's tag or a weights file; not used with a folder
+    detector: str = ""  # folder of a class-agnostic torchvision Mask R-CNN
+    cutler: str = ""  # checkpoint file of CutLER's Cascade Mask R-CNN, for detectron2
+    cutler_sha256: str = ""  # its checksum; a pickled checkpoint is opened only if it matches
+    sam: str = ""  # SamModel with its processor
+    grounding: str = ""  # GroundingDinoForObjectDetection with its processor
     device: str = "auto"  # "auto" = cuda if there is one, else cpu
     dtype: str = "float32"  # float32 | float16 | bfloat16
     download: bool = False  # may the hub be asked for a model that is not on disk
@@ -59,6 +68,21 @@ class Masks:
     threshold_scope: str = "image"  # image | set: thresholds from one map or from all maps of the support set
     background_below: float = 1.0  # background pixels must also have attribution below this (released code: 0.2)
     erosion: int = 0  # binary erosion of the background, pixels (released code: 1)
+    overlaps: str = "keep"  # keep | attribution: a pixel of several proposals stays with the one of highest mean attribution
+    fallback: str = "otsu"  # otsu | fixed: what divides an image without proposals
+    fallback_foreground: float = 0.5  # fixed: foreground is attribution above this
+    fallback_background: float = 0.2  # fixed: background is attribution below this
+    maskcut_rounds: int = 3  # MaskCut: masks an image at most
+    maskcut_tau: float = 0.15  # cosine from which two patches are joined
+    maskcut_size: int = 480  # side of the square the image is resized to
+    maskcut_refine: str = "walker"  # walker | crf | none: what brings patch masks to pixels (crf needs pydensecrf2)
+    detector_score: float = 0.5  # Mask R-CNN of torchvision: lowest score of a proposal
+    cutler_score: float = 0.35  # CutLER: lowest score of a proposal
+    sam_points: int = 32  # SAM: points along a side of the prompt grid
+    sam_iou: float = 0.88  # lowest predicted IoU
+    sam_stability: float = 0.95  # lowest stability score
+    grounding_box: float = 0.25  # Grounded SAM: lowest box score
+    grounding_text: float = 0.25  # lowest text score
     resize: str = "area"  # how masks meet the feature grid: area (inside if more than half) | any (inside if any pixel is)
 
 
@@ -75,6 +99,9 @@ class Features:
     sd_noise_samples: int = 1  # noise draws averaged per image
     clip_input_size: int = 448  # support images are resized to this before CLIP; windows keep their size
     clip_layer: int = -2  # transformer layer the keys or tokens come from
+    clip_normalisation: str = "clip"  # clip | imagenet: mean and standard deviation of the pixels (released code: imagenet)
+    dino_input_size: int = 448  # as clip_input_size
+    mae_input_size: int = 448  # as clip_input_size
     batch_size: int = 8
     seed: int = 0
 
@@ -102,6 +129,9 @@ class Filters:
     category_keep_stuff: bool = False  # stuff categories pass the pre-filter always (released code)
     stuff: bool = True
     stuff_threshold: float = 0.85
+    stuff_against: str = "stuff"  # stuff | all: whose foreground prototypes reject background prototypes (App. A.2)
+    stuff_background: bool = False  # stuff classes keep their background prototypes (App. A.2)
+    stuff_parts: bool = True  # stuff classes keep their part prototypes (App. A.2)
 
 
 @dataclass(frozen=True)
@@ -113,6 +143,11 @@ class Matching:
     stride: int = 224
     whole_image: bool = False  # the squashed whole image as one more window (released code)
     background_threshold: float | None = None  # constant score of the background class when there are no background prototypes
+    resample: str = "bilinear"  # bilinear | lanczos: how the image comes to short_side (released code: lanczos)
+    minimum_score: float | None = None  # a pixel whose best score is not above this is background (released code: 0)
+    refine: str = "none"  # none | pamr: post-processing of the scores
+    pamr_iterations: int = 10
+    pamr_dilations: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 12, 24])
     batch_size: int = 8
 
 
