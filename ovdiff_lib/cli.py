@@ -1,4 +1,4 @@
-"""The command line: ``ovdiff segment | build | evaluate | run | reproduce``.
+"""The command line: ``ovdiff segment | build | evaluate | convert | doctor | run | reproduce``.
 
 Errors a user can cause end in one sentence on stderr and exit code 2; ctrl-C ends with exit code 130 and leaves no half-written file.
 """
@@ -6,7 +6,6 @@ Errors a user can cause end in one sentence on stderr and exit code 2; ctrl-C en
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -21,14 +20,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point of the ``ovdiff`` command; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except OVDiffError as error:
         print(f"ovdiff: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ovdiff: interrupted; finished classes are kept, run the same command again to go on.", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
-        sub.add_argument("--profile", default="mini", help="mini, paper, or a profile file (default: mini)")
+        sub.add_argument("--profile", default="mini", help="mini, paper, official, or a profile file (default: mini)")
         sub.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE",
                          help="replace a profile field; may be repeated")
         sub.add_argument("--library", type=Path, help="folder that keeps support sets and prototypes (default: the user's cache folder)")
@@ -48,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     segment.add_argument("image", type=Path, help="an image (PNG, JPEG, WebP) or a folder of them")
     segment.add_argument("--classes", required=True, help='class names, for example "cat, sofa"')
     segment.add_argument("--stuff", default="", help='which of them are stuff regions, for example "grass, sky"')
+    _stuff_options(segment)
     segment.add_argument("--out", type=Path, default=Path("out"), help="folder for label maps, overlays and JSON (default: out)")
 
     build = command("build", _build, "Build the prototypes of classes into the library.")
@@ -55,12 +54,16 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--classes", help='class names, for example "cat, sofa"')
     source.add_argument("--classes-file", type=Path, help="text file with one class name a line")
     build.add_argument("--stuff", default="", help="which of them are stuff regions")
+    _stuff_options(build)
 
-    evaluate = command("evaluate", _evaluate, "Measure mIoU on a data set.")
-    evaluate.add_argument("dataset", help="mini-voc, mini-object or mini-context")
-    evaluate.add_argument("--split", default="val", help="val or wild (default: val)")
-    evaluate.add_argument("--limit", type=int, help="use the first LIMIT images only")
-    evaluate.add_argument("--json", type=Path, help="write the result to this file too")
+    from ovdiff_lib.evaluation.commands import add_commands
+
+    add_commands(commands, command, _ovdiff)
+    _stuff_options(commands.choices["evaluate"])
+
+    doctor = command("doctor", _doctor, "Say which models, libraries and data a profile needs, what is here, and how to get the rest.")
+    doctor.add_argument("--data", action="append", default=[], metavar="[NAME=]FOLDER", help="a data set's folder; may be repeated")
+    doctor.add_argument("--json", type=Path, help="write the report to this file too")
 
     run = command("run", _run, "Execute one notebook with parameters.")
     run.add_argument("notebook", type=Path)
@@ -98,14 +101,26 @@ def _names(classes: str) -> list[str]:
     return classes.split(",") if classes.strip() else []
 
 
-def _vocabulary(classes: list[str], stuff: str):
+def _stuff_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stuff-from", metavar="c8|coco-stuff|FILE",
+                        help="which classes are stuff: the paper's Table C.8, the split of COCO-Stuff, or a CSV file with class,label")
+    parser.add_argument("--stuff-default", choices=["thing", "stuff"], help="with --stuff-from: what classes are that it does not name")
+
+
+def _vocabulary(classes: list[str], options: argparse.Namespace):
+    """The classes with their kinds: stuff are those that --stuff names; of the others --stuff-from says it."""
+    from ovdiff_lib.filters.things import kinds
     from ovdiff_lib.types import Category, Vocabulary
 
-    marked = [Category(s).name for s in stuff.split(",") if s.strip()]
+    marked = [Category(s).name for s in options.stuff.split(",") if s.strip()]
     vocabulary = Vocabulary.of(classes, marked)
     missing = [s for s in marked if s.casefold() not in {n.casefold() for n in vocabulary.names}]
     if missing:
         raise InputError(f"--stuff names {missing[0]!r}, which is not among the classes; add it to --classes or remove it.")
+    others = [c for c in vocabulary if c.kind != "stuff"]
+    if options.stuff_from and others:
+        found = kinds(others, options.stuff_from, options.stuff_default)
+        vocabulary = Vocabulary(tuple(Category(c.name, c.prompt, found.get(c.name, c.kind)) for c in vocabulary))
     return vocabulary
 
 
@@ -115,7 +130,7 @@ def _segment(options: argparse.Namespace) -> None:
     from ovdiff_lib.images import list_images, read_image
     from ovdiff_lib.report.results import output_stems, write_segmentation
 
-    vocabulary = _vocabulary(_names(options.classes), options.stuff)
+    vocabulary = _vocabulary(_names(options.classes), options)
     paths = list_images(options.image)
     if len(paths) == 1:
         read_image(paths[0])  # a broken image is reported before classes are built
@@ -148,7 +163,7 @@ def _build(options: argparse.Namespace) -> None:
         names = [line for line in lines if line.strip()]
     else:
         names = _names(options.classes)
-    vocabulary = _vocabulary(names, options.stuff)
+    vocabulary = _vocabulary(names, options)
     ovdiff = _ovdiff(options)
     started = time.time()
     bank = ovdiff.build(vocabulary)
@@ -158,25 +173,17 @@ def _build(options: argparse.Namespace) -> None:
               f"in {ovdiff.library.root}")
 
 
-def _evaluate(options: argparse.Namespace) -> None:
-    from ovdiff_lib.evaluation import evaluate, load_dataset
+def _doctor(options: argparse.Namespace) -> int:
+    from ovdiff_lib.doctor import examine, render
+    from ovdiff_lib.profiles import load_profile
 
-    dataset = load_dataset(options.dataset, split=options.split)
-    ovdiff = _ovdiff(options)
-    bank = ovdiff.build(dataset.vocabulary)
-    result = evaluate(lambda image: ovdiff.segment(image, bank).labels, dataset, limit=options.limit)
-    width = max(len(n) for n in result.class_names)
-    for name, value in zip(result.class_names, result.iou, strict=True):
-        print(f"{name:{width}s} {'  -  ' if value != value else f'{100 * value:5.1f}'}")
-    print(f"{'mIoU':{width}s} {100 * result.miou:5.1f}   {dataset.name} {options.split}, {result.images} images, "
-          f"profile {ovdiff.profile.name}, settings {ovdiff.profile.digest()}")
+    report = examine(load_profile(options.profile, _assignments(options.set, "--set")), options.data, options.library)
     if options.json:
         from ovdiff_lib.images import write_atomic
 
-        iou = [None if v != v else float(v) for v in result.iou]  # NaN where a class is nowhere
-        table = {"dataset": dataset.name, "split": options.split, "images": result.images, "miou": result.miou,
-                 "iou": dict(zip(result.class_names, iou, strict=True)), "profile": ovdiff.profile.to_dict()}
-        write_atomic(options.json, (json.dumps(table, indent=1) + "\n").encode())
+        write_atomic(options.json, report.to_json().encode())
+    print(render(report))
+    return 1 if report.problems else 0
 
 
 def _notebook_parameters(options: argparse.Namespace) -> dict[str, Any]:

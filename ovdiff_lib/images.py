@@ -112,21 +112,25 @@ def list_images(path: str | Path) -> list[Path]:
     return found
 
 
-def resize_short_side(image: np.ndarray, short: int) -> np.ndarray:
-    """u8 (H, W, 3) scaled, with its aspect ratio, so that its short side is ``short`` pixels; bilinear with antialiasing.
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "lanczos": Image.Resampling.LANCZOS}
+"""Filters of :func:`resize_short_side` by name; both antialias."""
 
-    Sizes are rounded as int(x * scale + 0.5), as the evaluation protocol of the paper's baselines does. Raises ``InputError`` where the
+
+def resize_short_side(image: np.ndarray, short: int, resample: str = "bilinear", long_side: int | None = None) -> np.ndarray:
+    """u8 (H, W, 3) scaled, with its aspect ratio, so that its short side is ``short`` pixels, by a filter of :data:`RESAMPLING`.
+
+    With ``long_side`` the long side is at most that, and the short side then smaller. Sizes are rounded as int(x * scale + 0.5), as the evaluation protocol of the paper's baselines does. Raises ``InputError`` where the
     result would exceed :data:`MAX_PIXELS` (a strip).
     """
     height, width = image.shape[:2]
-    if min(height, width) == short:
+    scale = min(short / min(height, width), (long_side or np.inf) / max(height, width))
+    if scale == 1:
         return image
-    scale = short / min(height, width)
-    new_height, new_width = int(height * scale + 0.5), int(width * scale + 0.5)
+    new_height, new_width = (max(1, int(side * scale + 0.5)) for side in (height, width))
     if new_height * new_width > MAX_PIXELS:
         raise InputError(f"An image of {width} x {height} pixels is too narrow: with its short side at {short} it would have"
                          f" {new_width} x {new_height}; crop it first.")
-    return np.array(Image.fromarray(image).resize((new_width, new_height), Image.BILINEAR))
+    return np.array(Image.fromarray(image).resize((new_width, new_height), RESAMPLING[resample]))
 
 
 def class_colour(index: int) -> tuple[int, int, int]:

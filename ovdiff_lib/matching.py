@@ -1,7 +1,7 @@
 """Step 3b, Sec. 3.4: windows of the image against the prototypes of the kept categories (Eq. 4).
 
 Per extractor and window: cosine of every feature with every prototype, the maximum over each class's prototypes, bilinear to the window.
-Then the mean over extractors, over the windows of a scale that cover a pixel, and over scales.
+Then the mean over extractors, over the windows of a scale that cover a pixel, and over scales; last, PAMR where the profile asks for it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ovdiff_lib.errors import InputError, ProfileError
-from ovdiff_lib.images import resize_short_side
+from ovdiff_lib.images import RESAMPLING, resize_short_side
 from ovdiff_lib.models import resolve_device
-from ovdiff_lib.profiles.profile import Profile
+from ovdiff_lib.profiles.profile import Matching, Profile
+from ovdiff_lib.refine import pamr
 from ovdiff_lib.types import PrototypeBank
 
 MAX_ASPECT = 64
@@ -53,6 +54,18 @@ def window_seeds(seed: int, image: np.ndarray, count: int) -> np.ndarray:
     return np.array(drawn, dtype=np.int64)
 
 
+def _check_refinement(settings: Matching) -> None:
+    """``ProfileError`` for values of resample, refine and pamr_* that cannot be."""
+    if settings.resample not in RESAMPLING:
+        raise ProfileError(f"matching.resample is {settings.resample!r}; set it to {' or '.join(RESAMPLING)}.")
+    if settings.refine not in ("none", "pamr"):
+        raise ProfileError(f"matching.refine is {settings.refine!r}; set it to none or pamr.")
+    if settings.pamr_iterations < 1:
+        raise ProfileError(f"matching.pamr_iterations is {settings.pamr_iterations}; set it to at least 1, or matching.refine to none.")
+    if not settings.pamr_dilations or min(settings.pamr_dilations) < 1:
+        raise ProfileError(f"matching.pamr_dilations is {settings.pamr_dilations}; name at least one distance from 1 pixel up.")
+
+
 @dataclass(frozen=True)
 class _ClassRows:
     """Prototypes of one bank in one extractor, L2-normalised, one entry a class, background first (None without any)."""
@@ -76,6 +89,7 @@ class Matcher:
             raise ProfileError(f"matching.windows is {settings.windows}; give sizes from 1 to matching.short_side ({settings.short_side}).")
         if not 1 <= settings.stride <= min(settings.windows):
             raise ProfileError(f"matching.stride is {settings.stride}; set it between 1 and the smallest window ({min(settings.windows)}).")
+        _check_refinement(settings)
         self.extractors, self.profile, self.settings = extractors, profile, settings
         self.device = resolve_device(profile)
 
@@ -86,10 +100,14 @@ class Matcher:
         constant ``matching.background_threshold``; if the profile builds background prototypes and the filters removed all of them,
         background cannot win and scores -inf; if the profile builds none and sets no threshold, ``InputError``.
 
+        With ``matching.refine`` "pamr" the merged scores are refined at the size of the resized image, before they come back to
+        (H, W). Where ``matching.minimum_score`` is set and no score exceeds it, background's score is raised to the highest,
+        so that the first of equals, background, has the pixel.
+
         ``winner`` belongs to the class of the highest score at the pixel and to the first extractor: of all windows over the
         pixel, the prototype of that class with the highest cosine. For class c > 0 it is a row of
         ``bank.prototypes[first][c - 1].vectors`` (rows of both regions counted); for background an index into the background rows
-        of all categories, concatenated in the order of the bank; -1 where background won without a prototype.
+        of all categories, concatenated in the order of the bank; -1 where background won without a prototype or by the minimum score.
         """
         height, width = image.shape[:2]
         if max(height, width) > MAX_ASPECT * min(height, width):
@@ -97,20 +115,27 @@ class Matcher:
                              "cut it into pieces.")
         rows = {name: self._class_rows(name, bank) for name in self.extractors}
         fallback = self._fallback(rows)
-        resized = resize_short_side(image, self.settings.short_side)
+        resized = resize_short_side(image, self.settings.short_side, self.settings.resample, self.settings.long_side)
         total = torch.zeros(len(bank.vocabulary) + 1, *resized.shape[:2], device=self.device)
         scales, seen, done = self._scales(resized), [], 0
         seeds = window_seeds(self.profile.features.seed, image, sum(len(boxes) for _, boxes in scales))
         for crops, boxes in scales:
             total += self._scale(crops, boxes, seeds[done : done + len(boxes)], rows, total.shape, seen) / len(scales)
             done += len(boxes)
+        if self.settings.refine == "pamr":
+            total = pamr(resized, total, self.settings.pamr_iterations, self.settings.pamr_dilations)
         # Bilinear weights times -inf are NaN, so a background without prototypes is filled in after the last resizing.
         scores = F.interpolate(total[None], size=(height, width), mode="bilinear", align_corners=False)[0].cpu().numpy()
         if not np.isfinite(scores).all():
             raise InputError("The image features are not finite; check the extractor's weights, or use dtype float32.")
         if fallback is not None:
             scores[0] = fallback
-        return scores, self._winner(scores.argmax(0), seen, next(iter(rows.values())), resized.shape[:2])
+        winner = self._winner(scores.argmax(0), seen, next(iter(rows.values())), resized.shape[:2])
+        if self.settings.minimum_score is not None:
+            best = scores.max(0)
+            low = best <= self.settings.minimum_score
+            scores[0][low], winner[low] = best[low], -1
+        return scores, winner
 
     def _class_rows(self, name: str, bank: PrototypeBank) -> _ClassRows:
         if name not in bank.prototypes:
@@ -147,7 +172,8 @@ class Matcher:
         """For each scale its crops u8 (n, S, S, 3) and where they lie in the resized image."""
         scales = []
         for size in self.settings.windows:
-            boxes = [(top, left, size, size) for top, left, size in windows(resized.shape[:2], size, self.settings.stride)]
+            size = min(size, *resized.shape[:2])  # only a long strip is smaller, through long_side
+            boxes = [(top, left, size, size) for top, left, size in windows(resized.shape[:2], size, min(size, self.settings.stride))]
             scales.append((np.stack([resized[top : top + h, left : left + w] for top, left, h, w in boxes]), boxes))
         if self.settings.whole_image:
             side = max(self.settings.windows)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
+from ovdiff_lib.published import how_to_get
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -48,16 +49,18 @@ def load_clip(profile: Profile) -> tuple[CLIPModel, CLIPTokenizer]:
     return _cached("clip", _build_clip, profile.models.clip, profile)
 
 
-def load_network(profile: Profile, name: str, build: Callable[[Path | str, torch.device, torch.dtype, dict], Any]) -> Any:
+def load_network(profile: Profile, name: str, build: Callable[[Path | str, torch.device, torch.dtype, dict], Any], *,
+                 source: str = "", variant: str = "") -> Any:
     """What ``build(source, device, dtype, options)`` makes of ``profile.models.<name>``; cached like :func:`load_diffusion`.
 
-    ``source`` is a folder, a file or a hub id, ``options`` are keyword arguments for ``from_pretrained``. Raises ``ProfileError`` if
+    ``build``'s source is a folder, a file or a hub id, its options are keyword arguments for ``from_pretrained``. Give ``source`` where the
+    weights are not under the field's own identifier, and ``variant`` where the same weights make different networks. Raises ``ProfileError`` if
     the field is empty and ``ModelNotAvailable`` for whatever the libraries raise.
     """
     identifier = getattr(profile.models, name)
     if not identifier:
         raise ProfileError(f"models.{name} is not set in the profile {profile.name!r}; set it to a folder or a hub id of that model.")
-    return _cached(name, build, identifier, profile)
+    return _cached(f"{name} {variant}", build, source or identifier, profile)
 
 
 def resolve_model(identifier: str) -> Path | str:
@@ -203,12 +206,13 @@ def _loading(identifier: str, source: Path | str, download: bool) -> Iterator[No
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         reason = textwrap.shorten(first_line, 160, placeholder=" ...").rstrip(".: ")
         if isinstance(source, Path):
-            looked, remedy = f"from the folder {source}", "put a complete copy of the model there or name another in the profile"
+            looked = f"from the {'file' if source.is_file() else 'folder'} {source}"
+            remedy = "put a complete copy of the model there or name another in the profile"
         elif download:
             looked, remedy = "from the hub", "check the id and the network, or give a folder that holds the model"
         else:
             looked = "from the hub cache on this machine"
-            remedy = f"fetch it with `hf download {source}`, set models.download to true, or give a folder that holds the model"
+            remedy = f"fetch it with `{how_to_get(str(source))}`, set models.download to true, or give a folder that holds the model"
         raise ModelNotAvailable(f"The model {identifier!r} could not be loaded {looked} ({reason}); {remedy}.") from error
 
 

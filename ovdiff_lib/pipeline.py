@@ -64,13 +64,13 @@ class OVDiff:
 
     def segment(self, image: Any, classes: PrototypeBank | Vocabulary | Iterable[str | Category] | str) -> Segmentation:
         """Label every pixel of an image (a path, a PIL image or an array) with a class or background (Sec. 3.4, Eq. 4)."""
-        from ovdiff_lib.filters.stuff import filter_stuff
+        from ovdiff_lib.filters.stuff import StuffFilter
 
         bank = classes if isinstance(classes, PrototypeBank) else self.build(classes)
         pixels = read_image(image)
         filters = self.profile.filters
         if filters.stuff:
-            bank = filter_stuff(bank, filters.stuff_threshold)
+            bank = self._part("stuff_filter", lambda: StuffFilter(filters))(bank)
         if filters.category:
             kept, probabilities = self.category_filter(pixels, bank.vocabulary)
         else:

@@ -12,6 +12,7 @@ from tiny import tiny_overrides
 
 import ovdiff_lib.pipeline as pipeline
 from ovdiff_lib.cli import main
+from ovdiff_lib.evaluation import load_dataset
 from ovdiff_lib.report.figures import palette
 
 SHAPE = (40, 72)
@@ -95,6 +96,31 @@ def test_class_names_of_any_sort_reach_the_record(images, tiny, tmp_path):
     assert files(tmp_path) == sorted([*(f"images/{n}" for n in files(images)), *(f"out/{n}" for n in files(out))])
 
 
+def test_things_and_stuff_from_a_table(images, tiny, tmp_path, monkeypatch):
+    """--stuff-from labels the classes, --stuff has the last word, --stuff-default speaks for the rest."""
+    seen = []
+
+    def build(self, classes, stuff=()):
+        seen.append({c.name: c.kind for c in classes})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.OVDiff, "build", build)
+    (tmp_path / "own.csv").write_text("class,label\ncat,stuff\ndog,thing\n")
+    segment = ["segment", str(images / "a.png"), "--out", str(tmp_path / "out"), *tiny, "--classes"]
+    table = ["--stuff-from", str(tmp_path / "own.csv"), "--stuff-default", "stuff"]
+    assert main([*segment, "cat, grass, sand", "--stuff-from", "c8"]) == 130
+    assert main([*segment, "cat, sand, unicorn", "--stuff", "unicorn", "--stuff-from", "gpt"]) == 130
+    assert main([*segment, "cat, grass"]) == 130
+    assert main(["build", "--classes", "cat, dog, sky", *table, *tiny]) == 130
+    assert main(["build", "--classes", "sky", "--stuff", "sky", "--stuff-from", "c8", *tiny]) == 130
+    assert seen == [{"cat": "thing", "grass": "stuff", "sand": "thing"}, {"cat": "thing", "sand": "thing", "unicorn": "stuff"},
+                    {"cat": "thing", "grass": "thing"}, {"cat": "stuff", "dog": "thing", "sky": "stuff"}, {"sky": "stuff"}]
+    assert main(["evaluate", "mini-context", "--stuff-from", "c8", "--stuff-default", "stuff", *tiny]) == 130
+    assert seen[-1]["car"] == "thing" and seen[-1]["sky"] == "stuff" and set(seen[-1].values()) == {"thing", "stuff"}
+    assert main(["evaluate", "mini-context", *tiny]) == 130
+    assert seen[-1] == {c.name: c.kind for c in load_dataset("mini-context").vocabulary} and list(seen[-2]) == list(seen[-1])
+
+
 MISTAKES = [  # name, arguments ({images} is the folder), words of the sentence
     ("missing image", ["segment", "{images}/none.png", "--classes", "cat"], "none.png"),
     ("broken image", ["segment", "{images}/broken.png", "--classes", "cat"], "broken.png"),
@@ -120,7 +146,12 @@ MISTAKES = [  # name, arguments ({images} is the folder), words of the sentence
     ("a classes file of bytes", ["build", "--classes-file", "{images}/a.png"], "a.png"),
     ("an empty classes file", ["build", "--classes-file", "{images}/blank.txt"], "no class"),
     ("stuff that is not in the file", ["build", "--classes-file", "{images}/classes.txt", "--stuff", "sky"], "'sky'"),
-    ("unknown data set", ["evaluate", "voc"], "mini-voc"),
+    ("unknown data set", ["evaluate", "vox"], "mini-voc"),
+    ("a data set that does not ship", ["evaluate", "voc"], "--data"),
+    ("no stuff table", ["segment", "{images}/a.png", "--classes", "cat", "--stuff-from", "{images}/none.csv"], "none.csv"),
+    ("a stuff table of bytes", ["segment", "{images}/a.png", "--classes", "cat", "--stuff-from", "{images}/a.png"], "a.png"),
+    ("a class that no table knows", ["build", "--classes", "cat, unicorn", "--stuff-from", "c8"], "'unicorn'"),
+    ("a data set with unknown classes", ["evaluate", "mini-voc", "--stuff-from", "coco-stuff"], "coco-stuff"),
     ("unknown split", ["evaluate", "mini-voc", "--split", "train"], "val or wild"),
     ("unknown notebook", ["run", "{images}/none.ipynb"], "none.ipynb"),
     ("no notebook", ["run", "{images}/notes.txt"], "cannot be read as a notebook"),
@@ -171,7 +202,7 @@ def test_wrong_usage_ends_with_code_2(arguments, capsys):
     assert caught.value.code == 2 and "usage: ovdiff" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["segment", "build", "evaluate", "run", "reproduce"])
+@pytest.mark.parametrize("command", ["segment", "build", "evaluate", "doctor", "run", "reproduce"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

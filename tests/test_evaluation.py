@@ -1,4 +1,4 @@
-"""Data sets against their own files, the mIoU against scikit-learn and torchmetrics, the threshold search against brute force."""
+"""The mini data sets against their own files, the mIoU against scikit-learn, torchmetrics and loops, the protocol against brute force."""
 
 import json
 import shutil
@@ -10,12 +10,23 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.evaluation import DATASETS, ConfusionMatrix, Sample, evaluate, grid_search_threshold, load_dataset
+from ovdiff_lib.evaluation import (
+    ConfusionMatrix,
+    Sample,
+    evaluate,
+    foreground_labels,
+    grid_search_threshold,
+    label_predictor,
+    load_dataset,
+    predictions_from,
+    resume,
+)
 from ovdiff_lib.evaluation.datasets import MINI_DATA
 from ovdiff_lib.mini.world import load_world
 from ovdiff_lib.types import Vocabulary
 
 SPLITS = ("val", "wild")
+MINI = ("mini-voc", "mini-object", "mini-context")
 
 
 def sentence(caught) -> str:
@@ -82,7 +93,8 @@ def test_nothing_counted():
 
 @pytest.mark.parametrize(("predicted", "target"), [
     (np.zeros((2, 3), int), np.zeros((3, 2), int)), (np.full((1, 2), 3), np.zeros((1, 2), int)),
-    (np.full((1, 2), -1), np.zeros((1, 2), int)), (np.zeros((1, 2), int), np.full((1, 2), 3))])
+    (np.full((1, 2), -1), np.zeros((1, 2), int)), (np.zeros((1, 2), int), np.full((1, 2), 3)),
+    (np.zeros((1, 2)), np.zeros((1, 2), int)), (np.zeros((1, 2), bool), np.zeros((1, 2), int))])
 def test_shapes_and_labels_that_do_not_fit(predicted, target):
     matrix = ConfusionMatrix(3)
     with pytest.raises(InputError) as caught:
@@ -100,7 +112,7 @@ def test_predictions_on_ignored_pixels_do_not_matter():
 # ---- the mini data sets
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", MINI)
 def test_every_label_is_that_of_its_own_file(name, split):
     dataset, world = load_dataset(name, split=split), load_world()
     assert dataset.name == name and dataset.vocabulary.names == world.vocabulary(name)
@@ -120,7 +132,7 @@ def test_every_label_is_that_of_its_own_file(name, split):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", MINI)
 def test_every_class_is_seen_and_ignored_pixels_are_few(name, split):
     dataset = load_dataset(name, split=split)
     counts = sum(np.bincount(sample.labels.ravel(), minlength=256) for sample in dataset)
@@ -130,7 +142,7 @@ def test_every_class_is_seen_and_ignored_pixels_are_few(name, split):
 
 
 def test_kinds_of_the_vocabularies():
-    kinds = {name: [c.kind for c in load_dataset(name).vocabulary] for name in DATASETS}
+    kinds = {name: [c.kind for c in load_dataset(name).vocabulary] for name in MINI}
     assert set(kinds["mini-voc"]) == set(kinds["mini-object"]) == {"thing"}
     assert len(kinds["mini-voc"]) == 20 and kinds["mini-context"] == ["thing"] * 20 + ["stuff"] * len(load_world().stuff)
 
@@ -195,17 +207,22 @@ def test_label_maps_that_do_not_fit_their_image(copied, image, what):
 
 @dataclass
 class Toy:
-    """Three small images; the red channel of each pixel is its true label."""
+    """Small images; the red channel of each pixel is its true label."""
 
     count: int = 3
     name: str = "toy"
     vocabulary: Vocabulary = field(default_factory=lambda: Vocabulary.of("cat, dog"))
+    has_background: bool = True
+
+    @property
+    def ids(self):
+        return tuple(str(i) for i in range(self.count))
 
     def __len__(self):
         return self.count
 
     def __getitem__(self, index):
-        image = np.random.default_rng(index).integers(0, 3, (4 + index, 9, 3), dtype=np.uint8)
+        image = np.random.default_rng(index).integers(0 if self.has_background else 1, 3, (4 + index, 9, 3), dtype=np.uint8)
         labels = image[..., 0].copy()
         labels[0, index] = 255
         return Sample(str(index), image, labels)
@@ -286,3 +303,344 @@ def test_threshold_search_refuses_what_it_cannot_use():
     with pytest.raises(InputError, match="scores 1 categories") as caught:
         grid_search_threshold(lambda image: toy_scores(image)[:2], Toy(), [0.5], progress=False)
     sentence(caught)
+
+
+# ---- data sets without background
+
+def guess(image):
+    """A segmenter that is right about half of the time, with labels 1 and 2 only."""
+    return 1 + (image.astype(int).sum(axis=-1) % 2)
+
+
+def by_hand(pairs, classes, first):
+    """Confusion matrix and IoU of (predicted, true) label maps, pixel by pixel; the labels of the classes start at ``first``."""
+    counts = [[0] * classes for _ in range(classes)]
+    for predicted, true in pairs:
+        for row_p, row_t in zip(predicted.tolist(), true.tolist(), strict=True):
+            for p, t in zip(row_p, row_t, strict=True):
+                if t != 255:
+                    counts[t - first][p - first] += 1
+    iou = []
+    for c in range(classes):
+        union = sum(counts[c]) + sum(row[c] for row in counts) - counts[c][c]
+        iou.append(counts[c][c] / union if union else float("nan"))
+    return counts, iou
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_evaluation_equals_a_loop_over_pixels(background):
+    dataset = Toy(4, has_background=background)
+    result = evaluate(guess, dataset, progress=False)
+    first = 0 if background else 1
+    counts, iou = by_hand([(guess(s.image), s.labels) for s in dataset], 3 - first, first)
+    assert result.confusion.tolist() == counts and result.confusion.dtype == np.int64
+    assert result.iou.tolist() == pytest.approx(iou) and result.miou == pytest.approx(sum(iou) / len(iou))
+    assert result.class_names == ("background", "cat", "dog")[first:]
+    predicted, true = (np.concatenate([part.ravel() for part in parts]) for parts in zip(
+        *[(guess(s.image), s.labels) for s in dataset], strict=True))
+    assert (confusion_matrix(true[true != 255], predicted[true != 255], labels=range(first, 3)) == result.confusion).all()
+
+
+def test_without_background_the_mean_is_over_the_categories():
+    result = evaluate(lambda image: image[..., 0], Toy(has_background=False), progress=False)
+    assert result.miou == 1 and result.iou.tolist() == [1, 1] and len(result.class_names) == 2
+    # One class right, the other never predicted: half, not a third.
+    only_cats = evaluate(lambda image: np.ones(image.shape[:2], np.uint8), Toy(has_background=False), progress=False)
+    assert only_cats.iou[1] == 0 and only_cats.miou == pytest.approx(only_cats.iou[0] / 2)
+
+
+def test_without_background_a_class_that_is_nowhere_is_left_out():
+    dataset = Toy(has_background=False, vocabulary=Vocabulary.of("cat, dog, horse, bird"))
+    result = evaluate(lambda image: np.where(image[..., 0] == 2, 3, 1), dataset, progress=False)
+    assert result.iou[0] == 1 and result.iou[1] == result.iou[2] == 0 and np.isnan(result.iou[3])
+    assert result.miou == pytest.approx(1 / 3)  # dogs missed, horses seen where there are none, birds nowhere
+
+
+def test_background_must_not_be_predicted_where_there_is_none():
+    def wrong(image):
+        labels = image[..., 0].copy()
+        labels[1, 1] = 0
+        return labels
+
+    with pytest.raises(InputError, match=r"Image 0 of toy: .*background") as caught:
+        evaluate(wrong, Toy(has_background=False), progress=False)
+    sentence(caught)
+
+    def only_where_ignored(image):
+        labels = image[..., 0].copy()
+        labels[0, image.shape[0] - 4] = 0
+        return labels
+
+    assert evaluate(only_where_ignored, Toy(has_background=False), progress=False).miou == 1
+    with pytest.raises(InputError, match="threshold") as caught:
+        grid_search_threshold(toy_scores, Toy(has_background=False), [0.5], progress=False)
+    sentence(caught)
+
+
+def test_a_bad_prediction_names_its_image():
+    with pytest.raises(InputError, match="Image 2 of toy") as caught:
+        evaluate(lambda image: image[..., 0] if len(image) < 6 else image[..., 0].T, Toy(), progress=False)
+    sentence(caught)
+
+
+def test_foreground_labels_leave_background_out():
+    scores = np.full((3, 2, 3), -np.inf, np.float32)
+    scores[0] = 9
+    scores[1], scores[2, 0, 1] = 0.1, 0.2
+    assert foreground_labels(scores).tolist() == [[1, 2, 1], [1, 1, 1]]
+
+
+def test_the_pipeline_without_background(tiny_profile, tmp_path):
+    """Background prototypes take no part, and every pixel goes to the category of the highest score."""
+    from ovdiff_lib.pipeline import OVDiff
+
+    ovdiff = OVDiff(tiny_profile, {"support.size": 2}, library=tmp_path, progress=False)
+    vocabulary = Vocabulary.of("cat, dog")
+    bank = ovdiff.build(vocabulary)
+    image = np.random.default_rng(0).integers(0, 256, (40, 70, 3), np.uint8)
+    labels = {b: label_predictor(ovdiff, bank, Toy(vocabulary=vocabulary, has_background=b))(image) for b in (True, False)}
+    assert labels[True].shape == labels[False].shape == (40, 70)
+    assert (labels[True] == ovdiff.segment(image, bank).labels).all()
+    scores = ovdiff.segment(image, bank).scores
+    assert set(np.unique(labels[False])) <= {1, 2} and (labels[False] == np.where(scores[2] > scores[1], 2, 1)).all()
+
+
+# ---- saved predictions
+
+def save_all(folder, dataset, predict, shift=0, name="{}.png", palette=False):
+    folder.mkdir()
+    for sample in dataset:
+        image = Image.fromarray((predict(sample.image) - shift).astype(np.uint8))
+        if palette:
+            image.putpalette(list(range(256)) * 3)
+        image.save(folder / name.format(sample.id))
+    return folder
+
+
+@pytest.mark.parametrize("options", [{}, {"name": "{}_labels.png"}, {"palette": True}])
+@pytest.mark.parametrize("background", [True, False])
+def test_saved_predictions_score_as_the_method_itself(tmp_path, options, background):
+    dataset = Toy(has_background=background)
+    folder = save_all(tmp_path / "p", dataset, guess, **options)
+    direct, saved = evaluate(guess, dataset, progress=False), evaluate(predictions_from(folder), dataset, progress=False)
+    assert (direct.confusion == saved.confusion).all() and direct.miou == saved.miou and 0 < direct.miou < 1
+    shifted = save_all(tmp_path / "z", dataset, guess, shift=1, **options)
+    assert (evaluate(predictions_from(shifted, zero_based=True), dataset, progress=False).confusion == direct.confusion).all()
+
+
+def test_mistakes_in_saved_predictions(tmp_path):
+    dataset = Toy(8)
+    folder = save_all(tmp_path / "p", dataset, guess)
+    for i in (2, 3, 5, 7):
+        (folder / f"{i}.png").unlink()
+    with pytest.raises(InputError, match=r"lacks 4 of 8 predictions: 2.png, 3.png, 5.png and 1 more") as caught:
+        evaluate(predictions_from(folder), dataset, progress=False)
+    sentence(caught)
+    assert evaluate(predictions_from(folder), dataset, limit=2, progress=False).images == 2
+    Image.fromarray(np.zeros((9, 4), np.uint8)).save(folder / "0.png")
+    with pytest.raises(InputError, match=r"0.png has the shape \(9, 4\)") as caught:
+        evaluate(predictions_from(folder), dataset, limit=1, progress=False)
+    sentence(caught)
+    Image.fromarray(np.full((4, 9), 7, np.uint8)).save(folder / "0.png")
+    with pytest.raises(InputError, match=r"Image 0 of toy: .*0 to 2") as caught:
+        evaluate(predictions_from(folder), dataset, limit=1, progress=False)
+    sentence(caught)
+    with pytest.raises(InputError, match="does not exist") as caught:
+        predictions_from(tmp_path / "none")
+    sentence(caught)
+
+
+# ---- going on after an interruption
+
+class Interrupted:
+    """Predicts until the image number ``at``, then ctrl-C; counts what it saw."""
+
+    def __init__(self, at=None):
+        self.at, self.seen = at, 0
+
+    def __call__(self, image):
+        if self.seen == self.at:
+            raise KeyboardInterrupt
+        self.seen += 1
+        return guess(image)
+
+
+SETTINGS = {"profile": "abc", "seed": 1}
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_an_interrupted_evaluation_goes_on_to_the_same_result(tmp_path, background):
+    dataset = Toy(7, has_background=background)
+    whole = evaluate(guess, dataset, progress=False)
+    for stops, seen in ((3, 3), (2, 2)):
+        part = Interrupted(stops)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(part, dataset, progress=False, settings=SETTINGS, resume=tmp_path / "deep" / "state")
+        assert part.seen == seen and len(list((tmp_path / "deep" / "state").iterdir())) == 1
+    rest = Interrupted()
+    result = evaluate(rest, dataset, progress=False, settings=SETTINGS, resume=tmp_path / "deep" / "state")
+    assert rest.seen == 2 and result.images == 7
+    assert (result.confusion == whole.confusion).all() and result.miou == whole.miou
+    assert list((tmp_path / "deep" / "state").iterdir()) == []  # finished: nothing to go on from
+    again = Interrupted()
+    evaluate(again, dataset, progress=False, settings=SETTINGS, resume=tmp_path / "deep" / "state")
+    assert again.seen == 7
+
+
+def test_a_killed_evaluation_loses_only_what_was_not_written(tmp_path, monkeypatch):
+    """The state as it lies on disk while the run is at the fourth image, as after kill -9."""
+    monkeypatch.setattr(resume, "SAVE_EVERY", 0.0)
+    copy, dataset = tmp_path / "copy", Toy(6)
+
+    def predict(image):
+        if len(image) == 4 + 3:
+            shutil.copytree(tmp_path / "state", copy)
+        return guess(image)
+
+    whole = evaluate(predict, dataset, progress=False, settings=SETTINGS, resume=tmp_path / "state")
+    rest = Interrupted()
+    result = evaluate(rest, dataset, progress=False, settings=SETTINGS, resume=copy)
+    assert rest.seen == 3 and (result.confusion == whole.confusion).all()
+
+
+def interrupted_state(folder, dataset, settings=SETTINGS, **options):
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Interrupted(3), dataset, progress=False, settings=settings, resume=folder, **options)
+    return next(iter(folder.iterdir()))
+
+
+@pytest.mark.parametrize("other", [
+    {"settings": {"profile": "abd", "seed": 1}}, {"settings": {**SETTINGS, "more": None}}, {"limit": 5},
+    {"dataset": Toy(8)}, {"dataset": Toy(7, name="other")}, {"dataset": Toy(7, vocabulary=Vocabulary.of("cat, cow"))},
+    {"dataset": Toy(7, has_background=False)}])
+def test_another_evaluation_does_not_go_on_from_it(tmp_path, other):
+    state = interrupted_state(tmp_path, Toy(7))
+    kept = state.read_bytes()
+    fresh = Interrupted()
+    options = {"dataset": Toy(7), "settings": SETTINGS, **other}
+    result = evaluate(fresh, progress=False, resume=tmp_path, **options)
+    assert fresh.seen == result.images == (5 if "limit" in other else len(options["dataset"]))
+    assert state.read_bytes() == kept
+
+
+@pytest.mark.parametrize("damage", ["empty", "torn", "garbage", "other key", "other shape", "too far", "negative"])
+def test_a_state_that_cannot_be_used_is_reported_and_not_used(tmp_path, caplog, damage):
+    dataset = Toy(7)
+    whole = evaluate(guess, dataset, progress=False)
+    state = interrupted_state(tmp_path, dataset)
+    content = state.read_bytes()
+    with np.load(state) as stored:
+        fields = dict(stored)
+    if damage in ("empty", "torn", "garbage"):
+        state.write_bytes({"empty": b"", "torn": content[:len(content) // 2], "garbage": b"x" * 100}[damage])
+    else:
+        changes = {"other key": {"key": np.array("{}")}, "other shape": {"counts": np.ones((2, 2), np.int64)}, "too far": {"done": 8},
+                   "negative": {"counts": fields["counts"] - 10**6}}[damage]
+        np.savez(state, **{**fields, **changes})
+    fresh = Interrupted()
+    result = evaluate(fresh, dataset, progress=False, settings=SETTINGS, resume=tmp_path)
+    assert fresh.seen == 7 and (result.confusion == whole.confusion).all()
+    assert len(caplog.records) == 1 and str(state) in caplog.text and "afresh" in caplog.text
+
+
+def test_a_state_needs_settings_that_tell_it_from_others(tmp_path):
+    for settings, words in ((None, "needs its settings"), ({}, "needs its settings"), ({"model": object()}, "plain")):
+        with pytest.raises(InputError, match=words) as caught:
+            evaluate(guess, Toy(), progress=False, settings=settings, resume=tmp_path)
+        sentence(caught)
+
+
+def test_an_error_keeps_the_state_too(tmp_path):
+    def broken(image):
+        if len(image) == 6:
+            raise RuntimeError("out of memory")
+        return guess(image)
+
+    with pytest.raises(RuntimeError):
+        evaluate(broken, Toy(), progress=False, settings=SETTINGS, resume=tmp_path)
+    rest = Interrupted()
+    assert evaluate(rest, Toy(), progress=False, settings=SETTINGS, resume=tmp_path).images == 3 and rest.seen == 1
+
+
+# ---- the commands
+
+@pytest.fixture
+def cli(tiny_profile, tmp_path):
+    """Runs ``ovdiff evaluate | convert`` with a stand-in for the pipeline; returns the exit code."""
+    import argparse
+
+    from ovdiff_lib.errors import OVDiffError
+    from ovdiff_lib.evaluation.commands import add_commands
+    from ovdiff_lib.pipeline import OVDiff
+
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers(required=True)
+
+    def command(name, run, text):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    add_commands(commands, command, lambda options: OVDiff(tiny_profile, {"support.size": 2}, library=tmp_path / "library", progress=False))
+
+    def run(*arguments):
+        options = parser.parse_args([str(a) for a in arguments])
+        try:
+            options.run(options)
+        except OVDiffError as error:
+            return str(error)
+        return 0
+
+    return run
+
+
+@pytest.fixture
+def two_classes(monkeypatch):
+    """Cityscapes cut to its first two classes, so that a tiny pipeline can build them."""
+    from ovdiff_lib.evaluation import classes, readers
+
+    original = classes.vocabulary_of
+    monkeypatch.setattr(readers, "vocabulary_of", lambda *a: Vocabulary(original(*a).categories[:2]))
+
+
+def write_cityscapes(root):
+    for i, shape in enumerate(((9, 14), (12, 8))):
+        for part, end, values in (("leftImg8bit", "leftImg8bit", None), ("gtFine", "gtFine_labelIds", [7, 8, 0])):
+            path = root / part / "val" / "ulm" / f"ulm_{i}_{end}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            array = np.random.default_rng(i).integers(0, 256, (*shape, 3), np.uint8) if values is None else np.resize(values, shape)
+            Image.fromarray(array.astype(np.uint8)).save(path)
+
+
+def test_commands_on_a_data_set_without_background(cli, tmp_path, capsys, two_classes):
+    write_cityscapes(tmp_path / "data")
+    target = tmp_path / "result.json"
+    assert cli("evaluate", "cityscapes", "--data", tmp_path / "data", "--json", target, "--resume", tmp_path / "state") == 0
+    said = capsys.readouterr().out
+    table = json.loads(target.read_text())
+    assert list(table["iou"]) == ["road", "sidewalk"] and table["background"] is False and table["images"] == 2
+    assert "500 images" in said and "Background is not evaluated" in said and f"{100 * table['miou']:.1f}" in said.splitlines()[-1]
+    assert not list(tmp_path.glob("state/*"))
+
+    assert cli("convert", "cityscapes", "--data", tmp_path / "data") == 0
+    assert "2 label maps" in capsys.readouterr().out
+    predictions = tmp_path / "predictions"
+    predictions.mkdir()
+    for path in (tmp_path / "data" / "gtFine").rglob("*_gtFine_labelTrainIds.png"):
+        labels = np.array(Image.open(path))
+        Image.fromarray(np.where(labels == 255, 0, labels)).save(predictions / path.name.replace("_gtFine_labelTrainIds", ""))
+    assert cli("evaluate", "cityscapes", "--data", tmp_path / "data", "--predictions", predictions, "--zero-based", "--json", target) == 0
+    assert json.loads(target.read_text())["miou"] == 1 and "100.0" in capsys.readouterr().out
+    assert "background" in cli("evaluate", "cityscapes", "--data", tmp_path / "data", "--predictions", predictions)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("evaluate", "cityscapes"), "--data"), (("evaluate", "coco"), "choose one of"),
+    (("evaluate", "mini-voc", "--zero-based"), "--predictions"),
+    (("evaluate", "mini-voc", "--predictions", "x", "--resume", "y"), "--resume"), (("evaluate", "mini-voc", "--names", "x"), "fourteen"),
+    (("evaluate", "mini-voc", "--predictions", "none"), "does not exist"), (("convert", "context", "--data", "x"), "--json"),
+    (("convert", "coco-stuff", "--data", "none"), "does not exist")])
+def test_mistakes_on_the_command_line(cli, arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = cli(*arguments)
+    assert said != 0 and words in said and "\n" not in said

@@ -60,7 +60,7 @@ def test_wrong_arguments(tiny_profile, name):
 def test_build_extractors(tiny_profile):
     built = build_extractors(tiny_profile.override({"features.extractors": ["clip-keys", "sd"]}))
     assert list(built) == ["clip-keys", "sd"] and all(e.name == n for n, e in built.items())
-    for names in ([], ["sd", "sd"], ["dino"]):
+    for names in ([], ["sd", "sd"], ["nothing"]):
         with pytest.raises(ProfileError, match="clip-tokens"):
             build_extractors(tiny_profile.override({"features.extractors": names}))
 
@@ -252,7 +252,7 @@ def test_clip_values_out_of_range(tiny_profile, field, value):
 @pytest.mark.parametrize("name", EXTRACTORS)
 def test_features_that_are_not_finite_are_reported(tiny_profile, monkeypatch, name):
     extractor = EXTRACTORS[name](tiny_profile)
-    weights = extractor.pipe.unet.conv_in.bias if name == "sd" else extractor.model.vision_model.embeddings.class_embedding
+    weights = next((extractor.pipe.unet if name == "sd" else extractor.model).parameters())
     monkeypatch.setattr(weights, "data", torch.full_like(weights, float("nan")))
     with pytest.raises(OVDiffError, match="not finite"):
         extractor(pictures(1, 64, 64), np.array([0]))

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
 from ovdiff_lib.errors import InputError, ProfileError
-from ovdiff_lib.filters import CategoryFilter, filter_stuff
+from ovdiff_lib.filters import CategoryFilter, StuffFilter, filter_stuff
 from ovdiff_lib.filters.category import CLIP_MEAN, CLIP_STD, TextEncoder, pack, square_image
 from ovdiff_lib.profiles import load_profile
 from ovdiff_lib.types import Category, PrototypeBank, Prototypes, Vocabulary
@@ -150,6 +150,23 @@ def test_prompts_and_templates_are_used(clip, image):
     assert kept == ((0,), (1,), (0, 1))[int((plain_text(clip, texts) @ plain_image(clip, image)).argmax())]
 
 
+def test_the_released_codes_settings_can_be_expressed(clip, image):
+    """"a x and a y", things only, no logit scale, squashed: all by fields."""
+    made = make_filter(clip, category_prompt="a {names}", category_joiner=" and a ", category_logit_scale=1.0, category_keep_stuff=True,
+                       category_crop="squash", category_top=2)
+    things = [n for n in NAMES if n != "grass"]
+    for picture in [image, *np.random.default_rng(1).integers(0, 256, (5, 17, 24, 3), dtype=np.uint8), np.full((9, 30, 3), 200, np.uint8)]:
+        kept, probabilities = made(picture, Vocabulary.of(NAMES, stuff=["grass"]))
+        embedding = plain_image(clip, picture)
+        expected = torch.softmax(plain_text(clip, [f"a {n}" for n in things]) @ embedding, 0).numpy()
+        assert np.allclose(np.delete(probabilities, 2), expected, atol=1e-5)
+        top = sorted(i for i in np.argsort(-expected)[:2] if expected[i] >= 1 / 4)
+        subsets = [s for k in (1, 2) for s in itertools.combinations(top, k)]
+        joined = plain_text(clip, [" and ".join(f"a {things[i]}" for i in s) for s in subsets]) @ embedding
+        assert kept == tuple(sorted([2, *(NAMES.index(things[i]) for i in subsets[int(joined.argmax())])]))
+    assert any(" and a " in text for text in made.text._known)
+
+
 def test_stuff_can_be_kept_always(clip, image):
     made = make_filter(clip, category_keep_stuff=True, category_logit_scale=2.0)
     kept, probabilities = made(image, Vocabulary.of(NAMES, stuff=["grass"]))
@@ -212,28 +229,127 @@ def make_bank(kinds, seed=0, extractors=("sd", "clip"), channels=3):
     return PrototypeBank(Vocabulary(tuple(Category(f"c{i}", kind=k) for i, k in enumerate(kinds))), rows)
 
 
+def settings(**fields):
+    return load_profile("mini", {f"filters.{k}": v for k, v in fields.items()}).filters
+
+
+def slow_filter(bank, judged, judges, threshold):
+    """Rows that stay, by extractor and category: of ``judged(i)`` categories no background row alike a foreground row of ``judges(i)``."""
+    found = {}
+    for name, rows in bank.prototypes.items():
+        for i, prototypes in enumerate(rows):
+            kept = []
+            for row, (vector, region) in enumerate(zip(prototypes.vectors, prototypes.region, strict=True)):
+                others = [v for j in judges(i) for v, r in zip(rows[j].vectors, rows[j].region, strict=True) if r == "foreground"]
+                alike = any(vector @ v / np.linalg.norm(vector) / np.linalg.norm(v) > threshold for v in others)
+                if region == "foreground" or not judged(i) or not alike:
+                    kept.append(row)
+            found[name, i] = kept
+    return found
+
+
+def clusters(bank):
+    return {(name, i): p.cluster.tolist() for name, rows in bank.prototypes.items() for i, p in enumerate(rows)}
+
+
 def test_stuff_filter_drops_what_the_definition_says():
     bank = make_bank(["thing", "stuff", "thing", "stuff"])
-    found = filter_stuff(bank, 0.85)
-    dropped = kept = 0
-    for name, rows in bank.prototypes.items():
-        stuff = [v for i in (1, 3) for v, r in zip(rows[i].vectors, rows[i].region, strict=True) if r == "foreground"]
-        for i, prototypes in enumerate(rows):
-            expected = []
-            for row, (vector, region) in enumerate(zip(prototypes.vectors, prototypes.region, strict=True)):
-                alike = max(vector @ s / np.linalg.norm(vector) / np.linalg.norm(s) for s in stuff) > 0.85
-                if region == "foreground" or (i in (0, 2) and not alike):
-                    expected.append(row)
-                dropped += i in (0, 2) and region == "background" and alike
-                kept += i in (0, 2) and region == "background" and not alike
-            assert found.prototypes[name][i].cluster.tolist() == expected
-    assert dropped and kept
+    expected = slow_filter(bank, lambda i: i in (0, 2), lambda i: (1, 3), 0.85)
+    expected |= {(name, i): [0, 1, 2, 3] for name in bank.extractors for i in (1, 3)}
+    assert clusters(filter_stuff(bank, settings())) == expected
+    assert {4 < len(kept) < 10 for (_, i), kept in expected.items() if i in (0, 2)} == {True}
+
+
+def test_stuff_may_keep_its_background():
+    bank = make_bank(["thing", "stuff", "thing", "stuff"])
+    expected = slow_filter(bank, lambda i: i in (0, 2), lambda i: (1, 3), 0.85)
+    assert clusters(filter_stuff(bank, settings(stuff_background=True))) == expected
+    assert all(len(expected[name, i]) == 10 for name in bank.extractors for i in (1, 3))
+
+
+@pytest.mark.parametrize("kinds", [["thing", "stuff", "thing", "stuff"], ["thing"] * 4])
+def test_all_against_all_needs_no_kinds(kinds):
+    bank = make_bank(kinds)
+    expected = slow_filter(bank, lambda i: True, lambda i: {0, 1, 2, 3} - {i}, 0.9)
+    for stuff_background in (False, True):
+        chosen = settings(stuff_against="all", stuff_threshold=0.9, stuff_background=stuff_background)
+        assert clusters(filter_stuff(bank, chosen)) == expected
+    dropped = [10 - len(kept) for kept in expected.values()]
+    assert min(dropped) < max(dropped) and expected != slow_filter(bank, lambda i: True, lambda i: range(4), 0.9)
+    alone = make_bank(["thing"])
+    assert clusters(filter_stuff(alone, settings(stuff_against="all", stuff_threshold=-1.1))) == clusters(alone)
+
+
+def with_class_prototypes(bank):
+    """The bank with a class prototype in front of each region, and an assignment that shows every part code once."""
+    rng = np.random.default_rng(5)
+
+    def add(extractor, index, p):
+        rows = np.concatenate([np.zeros(1, int), np.arange(4), np.zeros(1, int), np.arange(4, 10)])
+        vectors, cluster, kind = p.vectors[rows].copy(), p.cluster[rows].copy(), np.array(["part"] * len(rows), dtype="<U8")
+        vectors[[0, 5]] = rng.normal(size=(2, vectors.shape[1]))
+        cluster[[0, 5]], kind[[0, 5]] = -1, "class"
+        region = np.array(["foreground"] * 5 + ["background"] * 7)
+        assignment = np.array([*range(10), -1, -1], np.int16).reshape(1, 3, 4)
+        return Prototypes(vectors, kind, region, np.full(12, -1, np.int32), cluster, assignment)
+
+    return bank.map(add)
+
+
+def test_stuff_without_parts():
+    bank = with_class_prototypes(make_bank(["thing", "stuff", "thing"]))
+    found = filter_stuff(bank, settings(stuff_parts=False))
+    for name in bank.extractors:
+        rows = found.prototypes[name]
+        assert rows[1].kind.tolist() == ["class"] and rows[1].region.tolist() == ["foreground"]
+        stuff = bank.prototypes[name][1].vectors[0]  # its class prototype alone judges the others
+        for i in (0, 2):
+            p = bank.prototypes[name][i]
+            cosine = p.vectors @ stuff / np.linalg.norm(p.vectors, axis=1) / np.linalg.norm(stuff)
+            assert np.array_equal(rows[i].vectors, p.vectors[(p.region == "foreground") | (cosine <= 0.85)])
+    kept = filter_stuff(bank, settings(stuff_parts=False, stuff_background=True)).prototypes["sd"][1]
+    assert kept.kind.tolist() == ["class", "class"] and kept.region.tolist() == ["foreground", "background"]
+    with pytest.raises(InputError, match="'c1' has part prototypes alone"):
+        filter_stuff(make_bank(["thing", "stuff"]), settings(stuff_parts=False))
+
+
+def test_filtered_prototypes_can_still_be_traced():
+    """An explanation finds the support pixels of every row that is left, whatever was taken away."""
+    from ovdiff_lib.explain import origin
+
+    bank = with_class_prototypes(make_bank(["thing", "stuff", "thing"]))
+    codes = np.array([*range(10), -1, -1]).reshape(1, 3, 4)
+    seen = set()
+    for fields in ({}, {"stuff_against": "all", "stuff_threshold": 0.5}, {"stuff_parts": False, "stuff_background": True}):
+        for rows in filter_stuff(bank, settings(**fields)).prototypes.values():
+            for prototypes in rows:
+                for row in range(len(prototypes)):
+                    foreground, part = prototypes.region[row] == "foreground", prototypes.kind[row] == "part"
+                    wanted = codes == prototypes.cluster[row] if part else (codes < 4) & (codes >= 0) if foreground else codes >= 4
+                    images, pixels = origin(prototypes, row)
+                    assert images == (0,) and np.array_equal(pixels, wanted)
+                    seen.add((str(prototypes.kind[row]), bool(foreground)))
+                assert set(np.unique(prototypes.part_assignment("foreground"))) <= {-1, *range(4)}
+    assert len(seen) == 4
 
 
 def test_stuff_filter_limits():
     bank = make_bank(["thing", "thing"])
-    assert filter_stuff(bank) is bank
+    assert filter_stuff(bank, settings()) is bank
     mixed = make_bank(["thing", "stuff"])
-    assert [len(p) for p in filter_stuff(mixed, 1.1).prototypes["sd"]] == [10, 4]
-    assert [len(p) for p in filter_stuff(mixed, -1.1).prototypes["sd"]] == [4, 4]
+    assert [len(p) for p in filter_stuff(mixed, settings(stuff_threshold=1.1)).prototypes["sd"]] == [10, 4]
+    assert [len(p) for p in filter_stuff(mixed, settings(stuff_threshold=-1.1)).prototypes["sd"]] == [4, 4]
     assert [len(p) for p in mixed.prototypes["sd"]] == [10, 10]  # the bank that came in is as it was
+    with pytest.raises(ProfileError, match=r"filters\.stuff_against"):
+        filter_stuff(mixed, settings(stuff_against="things"))
+
+
+def test_one_bank_is_filtered_once(monkeypatch):
+    import ovdiff_lib.filters.stuff as module
+
+    calls = []
+    monkeypatch.setattr(module, "filter_stuff", lambda bank, s: calls.append(bank) or filter_stuff(bank, s))
+    chosen, first, second = StuffFilter(settings()), make_bank(["thing", "stuff"]), make_bank(["thing", "stuff"], seed=1)
+    results = [chosen(first), chosen(first), chosen(second), chosen(first)]
+    assert results[0] is results[1] and [c is first for c in calls] == [True, False, True]
+    assert clusters(results[0]) == clusters(results[3]) == clusters(filter_stuff(first, settings())) != clusters(results[2])

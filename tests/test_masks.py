@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from ovdiff_lib.errors import InputError, ProfileError
-from ovdiff_lib.masks import SEGMENTERS
-from ovdiff_lib.masks.select import make_masks, select, upsample
-from ovdiff_lib.masks.threshold import BINS, multi_otsu
+from ovdiff_lib.masks import check_segmenter
+from ovdiff_lib.masks.select import make_masks, select, separate, upsample
+from ovdiff_lib.masks.threshold import BINS, fixed_thresholds, multi_otsu
 from ovdiff_lib.profiles import load_profile
 from ovdiff_lib.types import Category, SupportSet
 
@@ -129,6 +129,8 @@ def test_select_edge_cases():
 class FirstColumn:
     """Proposes the left column of images whose first pixel is not black."""
 
+    name = "FirstColumn"
+
     def propose(self, image, words):
         masks = np.zeros((int(image[0, 0, 0] > 0), *image.shape[:2]), bool)
         masks[:, :, 0] = True
@@ -169,6 +171,8 @@ def test_upsample_is_bilinear_and_keeps_rows_and_columns():
 def test_background_can_be_tightened():
     support = make_support()
     class Middle:
+        name = "Middle"
+
         def propose(self, image, words):
             mask = np.zeros((1, 6, 10), bool)
             mask[:, 2, 2:6] = True
@@ -189,17 +193,13 @@ def test_unknown_segmenter_and_wrong_shapes_are_named():
         make_masks(make_support(), load_profile("mini", {"masks.segmenter": "cutlr"}))
 
     class Transposed:
+        name = "Transposed"
+
         def propose(self, image, words):
             return np.ones((1, image.shape[1], image.shape[0]), bool)
 
     with pytest.raises(InputError, match="Transposed"):
         make_masks(make_support(), load_profile("mini"), Transposed())
-
-
-@pytest.mark.parametrize("name", ["threshold"])
-def test_registered_segmenters_propose_masks_of_the_image(name):
-    proposals = SEGMENTERS[name](load_profile("mini")).propose(np.zeros((6, 10, 3), np.uint8), "cat")
-    assert proposals.dtype == bool and proposals.shape[1:] == (6, 10)
 
 
 def test_more_levels_of_foreground():
@@ -212,3 +212,80 @@ def test_more_levels_of_foreground():
     for levels in (0, 4):
         with pytest.raises(ProfileError, match="threshold_foreground"):
             multi_otsu(plateaus, 4, "image", levels)
+
+
+def test_overlaps_stay_with_the_proposal_of_highest_mean_attribution():
+    attribution = np.array([[1.0, 0.8, 0.2, 0.0, 0.0], [1.0, 0.6, 0.2, 0.0, 0.5]], np.float32)
+    wide, narrow, inner, empty = np.zeros((4, 2, 5), bool)
+    wide[:, :3] = True  # mean 3.8 / 6
+    narrow[:, 1:3] = True  # mean 1.8 / 4
+    inner[:, 2] = True  # mean 0.2, wholly inside the others
+    alone = separate(np.stack([narrow, wide, inner, empty]), attribution)
+    assert [mask.tolist() for mask in alone] == [wide.tolist()]
+    narrow[:, 4] = True
+    alone = separate(np.stack([narrow, wide]), attribution)
+    assert (alone[1] == wide).all() and (alone[0] == (narrow & ~wide)).all()
+    assert separate(np.zeros((0, 2, 5), bool), attribution).shape == (0, 2, 5)
+
+
+def test_separate_matches_the_definition_pixel_by_pixel():
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        proposals, attribution = rng.random((5, 4, 7)) < 0.4, rng.random((4, 7)).astype(np.float32)
+        means = [attribution[mask].mean() for mask in proposals]
+        expected = np.zeros_like(proposals)
+        for y in range(4):
+            for x in range(7):
+                holders = [n for n in range(5) if proposals[n, y, x]]
+                if holders:
+                    expected[max(holders, key=lambda n: means[n]), y, x] = True
+        assert np.array_equal(separate(proposals, attribution), expected[expected.any(axis=(1, 2))])
+
+
+def test_overlaps_and_fallback_as_the_profile_says():
+    support = make_support()
+    support.images[:] = 9
+
+    class Two:
+        name = "Two"
+
+        def propose(self, image, words):
+            masks = np.zeros((2, 6, 10), bool)
+            masks[0, 2:4, 2:6] = True
+            masks[1, 2:6, 4:10] = True
+            return masks
+
+    kept = make_masks(support, load_profile("mini"), Two())
+    apart = make_masks(support, load_profile("mini", {"masks.overlaps": "attribution"}), Two())
+    assert (kept.foreground == apart.foreground).all()
+    proposals, attribution = Two().propose(None, ""), upsample(support.attribution, (6, 10))
+    for n in range(2):
+        expected = select(separate(proposals, attribution[n]), attribution[n])
+        assert (apart.foreground[n] == expected[0]).all() and (apart.background[n] == expected[1]).all()
+    fixed = make_masks(support, load_profile("mini", {"masks.fallback": "fixed", "masks.fallback_foreground": 0.6}))
+    low, high = attribution.min((1, 2), keepdims=True), attribution.max((1, 2), keepdims=True)
+    unit = (attribution - low) / (high - low)
+    assert high.max() < 1 and (fixed.foreground == (unit > 0.6)).all() and (fixed.background == (unit < 0.2)).all()
+    assert fixed.source == ("threshold", "threshold")
+    for field, value in (("overlaps", "split"), ("fallback", "none")):
+        profile = load_profile("mini", {f"masks.{field}": value})
+        with pytest.raises(ProfileError, match=rf"masks\.{field} is '{value}'; set it to"):
+            make_masks(support, profile, Two())
+        with pytest.raises(ProfileError, match=rf"masks\.{field}"):
+            check_segmenter(profile)
+
+
+def test_fixed_thresholds_scale_each_map_by_itself():
+    values, _ = three_levels(3)
+    maps = np.concatenate([values, values * 0.1 + 7, np.full_like(values, 0.9)])
+    foreground, background = fixed_thresholds(maps, 0.5, 0.2)
+    for n in range(2):
+        unit = (maps[n] - maps[n].min()) / (maps[n].max() - maps[n].min())
+        assert (foreground[n] == (unit > 0.5)).all() and (background[n] == (unit < 0.2)).all()
+    assert not foreground[2].any() and not background[2].any()  # constant
+    for pair in ((0.2, 0.5), (1.5, 0.2), (0.5, -0.1)):
+        with pytest.raises(ProfileError, match="fallback_background"):
+            fixed_thresholds(maps, *pair)
+    maps[0, 0, 0] = np.nan
+    with pytest.raises(InputError, match="not finite"):
+        fixed_thresholds(maps, 0.5, 0.2)

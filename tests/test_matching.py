@@ -9,6 +9,7 @@ from PIL import Image
 from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.matching import Matcher, window_seeds, windows
 from ovdiff_lib.profiles import load_profile
+from ovdiff_lib.refine import pamr
 from ovdiff_lib.types import Category, PrototypeBank, Prototypes, Vocabulary
 
 D = 6
@@ -281,3 +282,64 @@ def test_vocabulary_kinds_do_not_matter_here():
     stuff = PrototypeBank(Vocabulary(tuple(Category(c.name, kind="stuff") for c in bank.vocabulary)), bank.prototypes)
     matcher = Matcher({"one": Pixels()}, make_profile())
     assert np.array_equal(matcher.scores(image, bank)[0], matcher.scores(image, stuff)[0])
+
+
+def test_lanczos_brings_the_image_to_size():
+    image, bank = picture(), make_bank()
+    resized = np.array(Image.fromarray(image).resize((33, 24), Image.Resampling.LANCZOS))
+    scores = Matcher({"one": Pixels()}, make_profile(windows=[24], stride=24, resample="lanczos")).scores(image, bank)[0]
+    already = Matcher({"one": Pixels()}, make_profile(windows=[24], stride=24)).scores(resized, bank)[0]
+    up = F.interpolate(torch.from_numpy(already)[None], size=(30, 41), mode="bilinear", align_corners=False)[0].numpy()
+    assert np.allclose(scores, up, atol=1e-5)
+    plain = Matcher({"one": Pixels()}, make_profile(windows=[24], stride=24)).scores(image, bank)[0]
+    assert np.abs(scores - plain).max() > 0.01
+
+
+def test_pamr_refines_the_merged_scores_at_the_size_of_the_resized_image():
+    image, bank = picture(), make_bank()
+    resized = np.array(Image.fromarray(image).resize((33, 24), Image.Resampling.BILINEAR))
+    merged, _ = Matcher({"one": Pixels()}, make_profile()).scores(resized, bank)
+    expected = pamr(resized, torch.from_numpy(merged), 3, [1, 2])
+    up = F.interpolate(expected[None], size=(30, 41), mode="bilinear", align_corners=False)[0].numpy()
+    profile = make_profile(refine="pamr", pamr_iterations=3, pamr_dilations=[1, 2])
+    scores, winner = Matcher({"one": Pixels()}, profile).scores(image, bank)
+    assert np.allclose(scores, up, atol=1e-5)
+    plain, plain_winner = Matcher({"one": Pixels()}, make_profile()).scores(image, bank)
+    assert np.abs(scores - plain).max() > 0.01
+    same = scores.argmax(0) == plain.argmax(0)
+    assert not same.all() and (winner[same] == plain_winner[same]).all() and (winner >= 0).all()
+
+
+def test_pamr_leaves_a_constant_background_alone():
+    image, bank = picture(), make_bank(background=0)
+    for extra, value in (({"background_threshold": 0.8}, np.float32(0.8)), ({}, -np.inf)):
+        scores, winner = Matcher({"one": Pixels()}, make_profile(refine="pamr", **extra)).scores(image, bank)
+        assert (scores[0] == value).all() and np.isfinite(scores[1:]).all()
+        assert (winner[scores.argmax(0) == 0] == -1).all()
+
+
+def test_pixels_without_a_good_score_become_background():
+    image, bank = picture(), make_bank()
+    plain, plain_winner = Matcher({"one": Pixels()}, make_profile()).scores(image, bank)
+    best = plain.max(0)
+    bar = float(np.median(best))
+    scores, winner = Matcher({"one": Pixels()}, make_profile(minimum_score=bar)).scores(image, bank)
+    low = best <= np.float32(bar)
+    assert 0.3 < low.mean() < 0.7 and (plain.argmax(0)[low] > 0).any()
+    assert np.array_equal(scores.argmax(0), np.where(low, 0, plain.argmax(0)))
+    assert np.array_equal(winner, np.where(low, -1, plain_winner))
+    assert np.array_equal(scores[1:], plain[1:]) and np.array_equal(scores[0], np.where(low, best, plain[0]))
+    # Not above: a pixel whose score is the minimum itself is background too.
+    exact = float(plain.max())
+    assert (Matcher({"one": Pixels()}, make_profile(minimum_score=exact)).scores(image, bank)[0].argmax(0) == 0).all()
+    never = Matcher({"one": Pixels()}, make_profile(minimum_score=-2.0)).scores(image, bank)
+    assert np.array_equal(never[0], plain) and np.array_equal(never[1], plain_winner)
+    nothing = make_bank(background=0)  # no background prototypes: the minimum alone makes background
+    alone = Matcher({"one": Pixels()}, make_profile(minimum_score=bar)).scores(image, nothing)
+    assert (alone[0].argmax(0) == 0).any() and (alone[1][alone[0].argmax(0) == 0] == -1).all()
+
+
+def test_settings_of_the_refinement_are_checked():
+    for bad in ({"refine": "crf"}, {"resample": "nearest"}, {"pamr_iterations": 0}, {"pamr_dilations": []}, {"pamr_dilations": [1, 0]}):
+        with pytest.raises(ProfileError, match=rf"matching\.{next(iter(bad))}"):
+            Matcher({"one": Pixels()}, make_profile(**bad))

@@ -1,7 +1,8 @@
 """Random-weight models of the real classes, small enough for tests: the layout of the mini world's, narrower.
 
 ``make_tiny_models(folder)`` writes ``folder/stable-diffusion`` (a StableDiffusionPipeline: 64 px, 16 x 16 latents, three cross-attention
-down blocks, mid block, three cross-attention up blocks) and ``folder/clip`` (a CLIPModel: 64 px, patch 8) with one tokenizer.
+down blocks, mid block, three cross-attention up blocks) and ``folder/clip`` (a CLIPModel: 64 px, patch 8) with one tokenizer, and
+``folder/dino`` and ``folder/mae`` (a ViTModel and a ViTMAEModel of CLIP's sizes).
 """
 
 from __future__ import annotations
@@ -19,20 +20,26 @@ SMALL = {
     "prototypes.clusters": 4,
 }
 """Profile fields that keep a whole run with the tiny models to seconds."""
+VIT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 64, "patch_size": 8,
+       "layer_norm_eps": 1e-6}
 
 
 def tiny_overrides(models: Path) -> dict:
     """Overrides that turn the mini profile into one of the tiny models in ``models``."""
-    return {"models.diffusion": str(models / "stable-diffusion"), "models.clip": str(models / "clip"), **SMALL}
+    return {"models.diffusion": str(models / "stable-diffusion"), "models.clip": str(models / "clip"), "models.dino": str(models / "dino"),
+            "models.mae": str(models / "mae"), "models.open_clip": str(models / "clip"), "features.dino_input_size": 64,
+            "features.mae_input_size": 64, **SMALL}
 
 
 def make_tiny_models(folder: Path, seed: int = 0) -> Path:
-    """Write both models and return ``folder``."""
+    """Write all models and return ``folder``."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer = make_tokenizer(folder / "clip")
         make_clip(tokenizer).save_pretrained(folder / "clip")
         make_pipeline(tokenizer).save_pretrained(folder / "stable-diffusion")
+        make_dino().save_pretrained(folder / "dino")
+        make_mae().save_pretrained(folder / "mae")
     return folder
 
 
@@ -78,6 +85,30 @@ def make_clip(tokenizer):
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.mul_(8)
+    return model.eval()
+
+
+def make_dino():
+    """A random ViTModel in DINO's layout, sharpened like CLIP: 3 layers of 32 channels, 64 px, patch 8."""
+    from transformers import ViTConfig, ViTModel
+
+    return _sharpen(ViTModel(ViTConfig(**VIT), add_pooling_layer=False))
+
+
+def make_mae():
+    """A random ViTMAEModel that hides three quarters of its patches as published ones do, of the same sizes."""
+    from transformers import ViTMAEConfig, ViTMAEModel
+
+    return _sharpen(ViTMAEModel(ViTMAEConfig(**VIT, mask_ratio=0.75)))
+
+
+def _sharpen(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "position" in name or name.endswith("bias"):  # nearly zero at the start: a wrong order or a forgotten bias would not be seen
+                parameter.normal_(std=0.5)
+            elif parameter.ndim >= 2:
+                parameter.mul_(4)
     return model.eval()
 
 

@@ -1,48 +1,23 @@
-"""Data sets with label maps. Each is an entry of :data:`DATASETS`: ``builder(split, folder) -> Dataset``.
-
-Labels: 0 = background, i + 1 = ``vocabulary.categories[i]``, 255 = ignored.
-"""
+"""Data sets with label maps. Each is an entry of :data:`DATASETS`: ``builder(split, folder, names) -> Dataset``."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
 from ovdiff_lib.errors import InputError
+from ovdiff_lib.evaluation import readers
+from ovdiff_lib.evaluation.classes import check_names
 from ovdiff_lib.evaluation.metrics import IGNORE
+from ovdiff_lib.evaluation.samples import Dataset, Sample, read_labels
 from ovdiff_lib.images import read_image
 from ovdiff_lib.types import Vocabulary
 
 MINI_DATA = Path(__file__).parent.parent / "mini" / "data"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One annotated image: ``image`` u8 (H, W, 3), ``labels`` u8 (H, W)."""
-
-    id: str
-    image: np.ndarray
-    labels: np.ndarray
-
-
-class Dataset(Protocol):
-    """What :func:`~ovdiff_lib.evaluation.protocol.evaluate` needs: a name, a vocabulary and samples in a fixed order."""
-
-    name: str
-    vocabulary: Vocabulary
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample: ...
-
-    def __iter__(self) -> Iterator[Sample]: ...
 
 
 class MiniDataset:
@@ -51,14 +26,19 @@ class MiniDataset:
     Of the images, those are taken that show at least one class of the vocabulary; nouns and stuff outside it are background.
     """
 
-    def __init__(self, name: str, split: str = "val", folder: str | Path | None = None) -> None:
+    has_background = True
+    standard_images = None
+
+    def __init__(self, name: str, split: str = "val", folder: str | Path | None = None, names: str = "fixed") -> None:
         """``name`` is a vocabulary of the mini world, ``split`` "val" or "wild", ``folder`` holds the splits (default: those shipped).
+        The world's names need no fixes: every selection ``names`` is the same.
 
         Raises ``InputError`` for an unknown split and for files that are missing or cannot be read.
         """
         from ovdiff_lib.mini.world import load_world
 
-        self.name = name
+        check_names(names)
+        self.name, self.split = name, split
         world = load_world()
         self.vocabulary = Vocabulary.of(world.vocabulary(name), stuff=world.stuff)
         self.folder = Path(folder or MINI_DATA) / split
@@ -109,32 +89,29 @@ class MiniDataset:
         return (self[i] for i in range(len(self)))
 
 
-def read_labels(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """A label map u8 (H, W) from a grey or palette PNG; ``InputError`` if it is missing, broken or not of ``shape``."""
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("L", "P"):
-                raise InputError(f"The label map {path} is a {image.mode} image; it must be 8-bit grey or palette, holding class ids.")
-            labels = np.array(image)
-    except FileNotFoundError:
-        raise InputError(f"The label map {path} does not exist; check the data set's folder.") from None
-    except (OSError, SyntaxError) as error:
-        raise InputError(f"The label map {path} cannot be read ({error}); copy or download it again.") from None
-    if labels.shape != tuple(shape):
-        raise InputError(f"The label map {path} has the shape {labels.shape} but its image {tuple(shape)}; they must be equal.")
-    return labels
-
-
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "mini-voc": partial(MiniDataset, "mini-voc"),
     "mini-object": partial(MiniDataset, "mini-object"),
     "mini-context": partial(MiniDataset, "mini-context"),
+    "voc": partial(readers.FolderDataset, "voc", "voc", readers.voc_files, True),
+    "context": partial(readers.FolderDataset, "context", "context", readers.context_files, True),
+    "coco-object": partial(readers.FolderDataset, "coco-object", "coco-object", readers.coco_files, True),
+    # Background is no class of these (Table A.7).
+    "voc20": partial(readers.FolderDataset, "voc20", "voc", readers.voc_files, False),
+    "context59": partial(readers.FolderDataset, "context59", "context", readers.context_files, False),
+    "coco-stuff": partial(readers.FolderDataset, "coco-stuff", "coco-stuff", readers.coco_files, False),
+    "ade20k": partial(readers.FolderDataset, "ade20k", "ade20k", readers.ade_files, False),
+    "cityscapes": partial(readers.FolderDataset, "cityscapes", "cityscapes", readers.cityscapes_files, False),
 }
-"""Name -> ``builder(split="val", folder=None)``."""
+"""Name -> ``builder(split="val", folder=None, names="fixed")``."""
 
 
-def load_dataset(name: str, split: str = "val", folder: str | Path | None = None) -> Dataset:
-    """The data set called ``name``; ``InputError`` for an unknown name, an unknown split, or files that are missing."""
+def load_dataset(name: str, split: str = "val", folder: str | Path | None = None, names: str = "fixed") -> Dataset:
+    """The data set called ``name``, read from ``folder`` (data sets of the mini world ship), with the class names ``names``
+    (:data:`~ovdiff_lib.evaluation.classes.NAMES`).
+
+    Raises ``InputError`` for an unknown name, split or selection of names, and for files that are missing.
+    """
     if name not in DATASETS:
         raise InputError(f"There is no data set {name!r}; choose one of {', '.join(DATASETS)}.")
-    return DATASETS[name](split=split, folder=folder)
+    return DATASETS[name](split=split, folder=folder, names=names)

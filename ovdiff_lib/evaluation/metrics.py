@@ -23,8 +23,10 @@ class ConfusionMatrix:
     def update(self, predicted: np.ndarray, target: np.ndarray) -> None:
         """Count one image: ``predicted`` and ``target`` int (H, W) with labels in [0, K), ``target`` also the ignored label.
 
-        Raises ``InputError`` for different shapes and for labels out of range.
+        Raises ``InputError`` for different shapes, labels out of range and predictions that are no integers (scores, say).
         """
+        if not np.issubdtype(predicted.dtype, np.integer):
+            raise InputError(f"The prediction holds {predicted.dtype} values; it must hold integer labels.")
         if predicted.shape != target.shape:
             raise InputError(f"The prediction has the shape {predicted.shape} and the label map {target.shape}; they must be equal.")
         counted = target != self.ignore

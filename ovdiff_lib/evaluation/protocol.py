@@ -5,18 +5,21 @@ Resizing and windows belong to the segmenter (profile section ``matching``); lab
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from ovdiff_lib import __version__
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.evaluation.datasets import Dataset, Sample
-from ovdiff_lib.evaluation.metrics import ConfusionMatrix
-from ovdiff_lib.types import BACKGROUND
+from ovdiff_lib.evaluation.metrics import IGNORE, ConfusionMatrix
+from ovdiff_lib.evaluation.predictions import SavedPredictions
+from ovdiff_lib.evaluation.resume import Progress
+from ovdiff_lib.evaluation.samples import Dataset, Sample
+from ovdiff_lib.types import BACKGROUND, PrototypeBank
 
 Predict = Callable[[np.ndarray], np.ndarray]
 """Image u8 (H, W, 3) -> labels int (H, W), 0 = background, i + 1 = category i of the data set's vocabulary."""
@@ -27,8 +30,9 @@ Score = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Quality on one data set: ``miou`` and ``iou`` f64 (C + 1,) in [0, 1], by ``class_names`` ("background" first); ``confusion`` i64
-    (C + 1, C + 1), rows true, columns predicted; ``images`` how many were used; ``settings`` what the caller wants recorded with it."""
+    """Quality on one data set: ``miou`` and ``iou`` f64 (K,) in [0, 1], by ``class_names``: "background" and the C categories, K = C + 1,
+    or the categories alone where background is no class; ``confusion`` i64 (K, K), rows true, columns predicted; ``images`` how many were
+    used; ``settings`` what the caller wants recorded with it."""
 
     dataset: str
     images: int
@@ -59,19 +63,56 @@ class ThresholdSearch:
         return self.results[self.best_index]
 
 
-def evaluate(predict: Predict, dataset: Dataset, limit: int | None = None, progress: bool = True,
-             settings: dict[str, Any] | None = None) -> EvaluationResult:
+def foreground_labels(scores: np.ndarray) -> np.ndarray:
+    """Scores f32 (C + 1, H, W) -> labels i64 (H, W) in 1 to C: the best category of each pixel, background (row 0) out of the running."""
+    return scores[1:].argmax(axis=0) + 1
+
+
+def label_predictor(ovdiff, bank: PrototypeBank, dataset: Dataset) -> Predict:
+    """OVDiff with the prototypes ``bank`` as ``dataset`` wants its labels.
+
+    Where background is no class, background prototypes are not used and every pixel goes to its best category (App. A.3).
+    """
+    if dataset.has_background:
+        return lambda image: ovdiff.segment(image, bank).labels
+    foreground = bank.without_background()
+    return lambda image: foreground_labels(ovdiff.segment(image, foreground).scores)
+
+
+def evaluate(predict: Predict | SavedPredictions, dataset: Dataset, limit: int | None = None, progress: bool = True,
+             settings: dict[str, Any] | None = None, *, resume: str | Path | None = None) -> EvaluationResult:
     """Segment every image of ``dataset`` (the first ``limit`` of them) and compare with its label maps.
 
-    ``predict`` is any segmenter's method: image u8 (H, W, 3) -> labels int (H, W) for ``dataset.vocabulary``. Raises ``InputError`` for an
-    empty data set and for predictions of the wrong shape or range.
+    ``predict`` is any segmenter's method: image u8 (H, W, 3) -> labels int (H, W) for ``dataset.vocabulary``; or
+    :func:`~ovdiff_lib.evaluation.predictions.predictions_from` a folder. Where the data set has no background, no pixel that counts may
+    be 0. With ``resume``, a folder, the state is kept there while the evaluation runs, and one that was interrupted goes on with
+    the next image, to the same result; ``settings`` must then hold all that the predictions depend on. Raises ``InputError`` for an empty
+    data set and for predictions of the wrong shape or range.
     """
-    confusion = ConfusionMatrix(len(dataset.vocabulary) + 1)
-    images = 0
-    for sample in _samples(dataset, limit, progress):
-        confusion.update(np.asarray(predict(sample.image)), sample.labels)
-        images += 1
-    return _result(dataset, images, confusion, settings or {})
+    total = _total(dataset, limit)
+    saved = isinstance(predict, SavedPredictions)
+    if saved:
+        predict.check(dataset.ids[:total])
+    matrix = _matrix(dataset)
+    state, kept = (0, matrix.counts), None
+    if resume is not None:
+        kept = Progress(resume, dataset.name, _key(dataset, total, settings))
+        state = kept.load(matrix.classes, total)
+    matrix.counts = state[1].copy()
+    try:
+        for done, sample in _samples(dataset, total, progress, state[0]):
+            _count(matrix, dataset, predict(sample) if saved else predict(sample.image), sample)
+            if kept is not None:
+                # One assignment, so that an interruption finds the count and the matrix in step.
+                state = done, matrix.counts.copy()
+                kept.save(*state)
+    except BaseException:
+        if kept is not None:
+            kept.save(*state, now=True)
+        raise
+    if kept is not None:
+        kept.remove()
+    return _result(dataset, total, matrix, settings or {})
 
 
 def grid_search_threshold(score: Score, dataset: Dataset, thresholds: Sequence[float], limit: int | None = None, progress: bool = True,
@@ -84,31 +125,66 @@ def grid_search_threshold(score: Score, dataset: Dataset, thresholds: Sequence[f
     """
     if not thresholds:
         raise InputError("The list of thresholds is empty; give at least one.")
-    matrices = [ConfusionMatrix(len(dataset.vocabulary) + 1) for _ in thresholds]
-    images = 0
-    for sample in _samples(dataset, limit, progress):
+    if not dataset.has_background:
+        raise InputError(f"The data set {dataset.name} has no background, so there is no threshold to search; use evaluate.")
+    total = _total(dataset, limit)
+    matrices = [_matrix(dataset) for _ in thresholds]
+    for _, sample in _samples(dataset, total, progress):
         foreground = np.asarray(score(sample.image))[1:]
         if len(foreground) != len(dataset.vocabulary):
             raise InputError(f"The method scores {len(foreground)} categories but the data set {dataset.name} has"
                              f" {len(dataset.vocabulary)}; score its vocabulary.")
         best, category = foreground.max(axis=0), foreground.argmax(axis=0) + 1
         for threshold, matrix in zip(thresholds, matrices, strict=True):
-            matrix.update(np.where(best > threshold, category, 0), sample.labels)
-        images += 1
-    results = tuple(_result(dataset, images, matrix, {**(settings or {}), "background_threshold": float(threshold)})
+            _count(matrix, dataset, np.where(best > threshold, category, 0), sample)
+    results = tuple(_result(dataset, total, matrix, {**(settings or {}), "background_threshold": float(threshold)})
                     for threshold, matrix in zip(thresholds, matrices, strict=True))
     return ThresholdSearch(tuple(float(t) for t in thresholds), results)
 
 
-def _samples(dataset: Dataset, limit: int | None, progress: bool) -> Iterator[Sample]:
+def _total(dataset: Dataset, limit: int | None) -> int:
     if limit is not None and limit < 1:
         raise InputError(f"The limit of images is {limit}; it must be at least 1.")
     total = len(dataset) if limit is None else min(limit, len(dataset))
     if total == 0:
         raise InputError(f"The data set {dataset.name} has no images; choose another split or folder.")
-    yield from tqdm(itertools.islice(dataset, total), total=total, desc=dataset.name, unit="image", disable=not progress)
+    return total
+
+
+def _samples(dataset: Dataset, total: int, progress: bool, start: int = 0) -> Iterator[tuple[int, Sample]]:
+    """(images done with this one, sample) from the image number ``start`` on."""
+    for index in tqdm(range(start, total), initial=start, total=total, desc=dataset.name, unit="image", disable=not progress):
+        yield index + 1, dataset[index]
+
+
+def _matrix(dataset: Dataset) -> ConfusionMatrix:
+    return ConfusionMatrix(len(dataset.vocabulary) + dataset.has_background)
+
+
+def _count(matrix: ConfusionMatrix, dataset: Dataset, predicted: np.ndarray, sample: Sample) -> None:
+    """Add one image to the matrix, whose row 0 is category 0 where the data set has no background."""
+    predicted, target = np.asarray(predicted), sample.labels
+    try:
+        if not dataset.has_background:
+            if predicted.shape == target.shape and (predicted[target != IGNORE] == 0).any():
+                raise InputError("Pixels are predicted as background, which the data set does not have; give the best category.")
+            # Wider first: u8 labels would wrap.
+            predicted = predicted.astype(np.int64) - 1 if np.issubdtype(predicted.dtype, np.integer) else predicted
+            target = np.where(target == IGNORE, IGNORE, target.astype(np.int64) - 1)
+        matrix.update(predicted, target)
+    except InputError as error:
+        raise InputError(f"Image {sample.id} of {dataset.name}: {error}") from None
+
+
+def _key(dataset: Dataset, total: int, settings: dict[str, Any] | None) -> dict[str, Any]:
+    """All that an evaluation's state depends on."""
+    if not settings:
+        raise InputError("An evaluation that can be resumed needs its settings, to be told from others; pass settings={...}.")
+    categories = [[c.name, c.prompt, c.kind] for c in dataset.vocabulary]
+    return {"data set": dataset.name, "background": dataset.has_background, "categories": categories, "ids": list(dataset.ids[:total]),
+            "settings": settings, "version": __version__}
 
 
 def _result(dataset: Dataset, images: int, confusion: ConfusionMatrix, settings: dict[str, Any]) -> EvaluationResult:
-    names = (BACKGROUND, *dataset.vocabulary.names)
+    names = (*((BACKGROUND,) if dataset.has_background else ()), *dataset.vocabulary.names)
     return EvaluationResult(dataset.name, images, names, confusion.miou(), confusion.iou(), confusion.counts, settings)

@@ -13,6 +13,9 @@ import torch
 from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.features.clip import ClipExtractor
 from ovdiff_lib.features.diffusion import DiffusionExtractor
+from ovdiff_lib.features.dino import DinoExtractor
+from ovdiff_lib.features.mae import MaeExtractor
+from ovdiff_lib.features.open_clip import OpenClipExtractor
 from ovdiff_lib.registry import Part
 
 if TYPE_CHECKING:
@@ -30,10 +33,16 @@ class Extractor(Protocol):
         ...
 
 
+OPEN_CLIP = ("open_clip", "open_clip_pretrained")
+
 EXTRACTORS: dict[str, Part] = {
     "sd": Part(DiffusionExtractor.build, models=("diffusion",), settings=("sd_", "seed")),
     "clip-keys": Part(lambda profile: ClipExtractor.build(profile, "keys"), models=("clip",), settings=("clip_",)),
     "clip-tokens": Part(lambda profile: ClipExtractor.build(profile, "tokens"), models=("clip",), settings=("clip_",)),
+    "open-clip-keys": Part(lambda profile: OpenClipExtractor.build(profile, "keys"), OPEN_CLIP, ("clip_",)),
+    "open-clip-tokens": Part(lambda profile: OpenClipExtractor.build(profile, "tokens"), OPEN_CLIP, ("clip_",)),
+    "dino": Part(DinoExtractor.build, models=("dino",), settings=("dino_",)),
+    "mae": Part(MaeExtractor.build, models=("mae",), settings=("mae_",)),
 }
 """Name -> how the extractor is built and what its features depend on."""
 
@@ -41,7 +50,9 @@ EXTRACTORS: dict[str, Part] = {
 def check_extractors(profile: Profile) -> None:
     """``ProfileError`` if ``features.extractors`` is empty, repeats a name, or names what :data:`EXTRACTORS` does not hold."""
     names = profile.features.extractors
-    if not names or len(set(names)) != len(names) or any(name not in EXTRACTORS for name in names):
+    if not names:
+        raise ProfileError(f"features.extractors is empty; name at least one of {', '.join(EXTRACTORS)}.")
+    if len(set(names)) != len(names) or any(name not in EXTRACTORS for name in names):
         raise ProfileError(f"features.extractors is {names}; name each wanted one of {', '.join(EXTRACTORS)} once.")
 
 
@@ -51,4 +62,5 @@ def build_extractors(profile: Profile) -> dict[str, Extractor]:
     return {name: EXTRACTORS[name](profile) for name in profile.features.extractors}
 
 
-__all__ = ["EXTRACTORS", "ClipExtractor", "DiffusionExtractor", "Extractor", "build_extractors", "check_extractors"]
+__all__ = ["EXTRACTORS", "ClipExtractor", "DiffusionExtractor", "DinoExtractor", "Extractor", "MaeExtractor", "OpenClipExtractor",
+           "build_extractors", "check_extractors"]

@@ -1,4 +1,4 @@
-""""Stuff" filter (Sec. 3.4): background prototypes that show what another category calls its foreground."""
+""""Stuff" filter (Sec. 3.4): background prototypes that show what another category calls its foreground; its variants of App. A.2."""
 
 from __future__ import annotations
 
@@ -6,36 +6,83 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.profiles.profile import Filters
 from ovdiff_lib.types import PrototypeBank, Prototypes
 
-BLOCK = 4096
-"""Background prototypes compared at a time."""
+
+class StuffFilter:
+    """:func:`filter_stuff` that remembers its last bank, since one bank segments many images."""
+
+    def __init__(self, settings: Filters) -> None:
+        self.settings = settings
+        self._last: tuple[PrototypeBank, PrototypeBank] | None = None
+
+    def __call__(self, bank: PrototypeBank) -> PrototypeBank:
+        last = self._last
+        if last is None or last[0] is not bank:
+            last = self._last = bank, filter_stuff(bank, self.settings)
+        return last[1]
 
 
-def filter_stuff(bank: PrototypeBank, threshold: float = 0.85) -> PrototypeBank:
-    """The bank without misleading background prototypes.
+def filter_stuff(bank: PrototypeBank, settings: Filters) -> PrototypeBank:
+    """The bank without misleading background prototypes; every extractor is judged in its own space. Foreground prototypes stay.
 
-    Stuff categories lose all of theirs. A thing category loses each whose cosine similarity to any foreground prototype of any stuff
-    category of the bank exceeds ``threshold``; every extractor is judged in its own space. Foreground prototypes stay, and a bank
-    without stuff is returned as it is.
+    As published (``stuff_against`` "stuff"): stuff categories lose all background prototypes, or none with ``stuff_background``. A thing
+    category loses each whose cosine similarity to any foreground prototype of any stuff category of the bank exceeds
+    ``stuff_threshold``. A bank without stuff is returned as it is.
+
+    Without the two kinds ("all"): every category loses each background prototype that is so similar to any foreground prototype of any
+    other category; ``stuff_background`` has no say.
+
+    Without ``stuff_parts`` the part prototypes of stuff categories, of both regions, are taken away before. Raises ``ProfileError`` for
+    an unknown ``stuff_against`` and ``InputError`` for a category that would be left without foreground prototypes.
     """
-    stuff = [i for i, category in enumerate(bank.vocabulary) if category.kind == "stuff"]
-    if not stuff:
+    if settings.stuff_against not in ("stuff", "all"):
+        raise ProfileError(f"filters.stuff_against is {settings.stuff_against!r}; set it to 'stuff' or 'all'.")
+    stuff = {i for i, category in enumerate(bank.vocabulary) if category.kind == "stuff"}
+    everyone = settings.stuff_against == "all"
+    if not stuff and not everyone:
         return bank
-    reference = {name: torch.cat([_unit(rows[i], rows[i].region == "foreground") for i in stuff]) for name, rows in bank.prototypes.items()}
+    if stuff and not settings.stuff_parts:
+        bank = bank.map(lambda name, i, p: _without_parts(p, bank.vocabulary.names[i]) if i in stuff else p)
+    judges = range(len(bank.vocabulary)) if everyone else sorted(stuff)
+    foreground = {name: {i: _unit(rows[i], rows[i].region == "foreground") for i in judges} for name, rows in bank.prototypes.items()}
 
     def keep(extractor: str, index: int, prototypes: Prototypes) -> Prototypes:
         background = prototypes.region == "background"
-        if index in stuff:
-            return prototypes.select(~background)
-        if not background.any() or not len(reference[extractor]):
+        if index in stuff and not everyone:
+            return prototypes if settings.stuff_background else prototypes.select(~background)
+        # App. A.2 (all background by all foreground prototypes) leaves open whether a category judges itself. It does not here: the
+        # filter's reason (Sec. 3.4) is background of one class that coincides with the foreground of another.
+        reference = [vectors for i, vectors in foreground[extractor].items() if i != index and len(vectors)]
+        if not background.any() or not reference:
             return prototypes
-        nearest = torch.cat([(part @ reference[extractor].T).amax(1) for part in _unit(prototypes, background).split(BLOCK)])
+        nearest = _nearest(_unit(prototypes, background), reference)
         kept = np.ones(len(prototypes), dtype=bool)
-        kept[background] = (nearest <= threshold).numpy()
+        kept[background] = (nearest <= settings.stuff_threshold).numpy()
         return prototypes.select(kept)
 
     return bank.map(keep)
+
+
+def _without_parts(prototypes: Prototypes, name: str) -> Prototypes:
+    """The class and instance prototypes, with the assignment of a set that was built without parts: one code a region."""
+    kept = prototypes.select(prototypes.kind != "part")
+    if not (kept.region == "foreground").any():
+        raise InputError(f"The stuff class {name!r} has part prototypes alone, which filters.stuff_parts takes away; set it to true, or "
+                         "add class or instance to prototypes.kinds.")
+    parts = (prototypes.kind == "part") & (prototypes.region == "foreground")
+    if not parts.any():
+        return kept
+    foreground = np.isin(prototypes.assignment, prototypes.cluster[parts])
+    assignment = np.where(foreground, 0, np.where(prototypes.assignment >= 0, 1, -1)).astype(np.int16)
+    return Prototypes(kept.vectors, kept.kind, kept.region, kept.image, kept.cluster, assignment)
+
+
+def _nearest(vectors: torch.Tensor, reference: list[torch.Tensor]) -> torch.Tensor:
+    """Highest cosine f32 (p,) of each unit vector (p, D) to any of the unit vectors (r, D) of a list."""
+    return torch.stack([(vectors @ others.T).amax(1) for others in reference]).amax(0)
 
 
 def _unit(prototypes: Prototypes, chosen: np.ndarray) -> torch.Tensor:

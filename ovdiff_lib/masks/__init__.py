@@ -11,14 +11,20 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from ovdiff_lib.errors import ProfileError
+from ovdiff_lib.masks.cutler import CutLER
+from ovdiff_lib.masks.detector import DetectorSegmenter
+from ovdiff_lib.masks.maskcut import MaskCut
+from ovdiff_lib.masks.sam import GroundedSam, SegmentAnything
 from ovdiff_lib.registry import Part
 
 if TYPE_CHECKING:
-    from ovdiff_lib.profiles.profile import Profile
+    from ovdiff_lib.profiles.profile import Masks, Profile
 
 
 class Segmenter(Protocol):
-    """Class-agnostic mask proposals for one image."""
+    """Class-agnostic mask proposals for one image. ``name`` says in results what made a mask."""
+
+    name: str
 
     def propose(self, image: np.ndarray, words: str) -> np.ndarray:
         """bool (M, H, W), M >= 0 proposals that may overlap, for a u8 RGB image (H, W, 3). The background is not among them.
@@ -31,12 +37,19 @@ class Segmenter(Protocol):
 class ThresholdOnly:
     """No proposals: every mask comes from thresholding the attribution (the paper's "-CutLER")."""
 
+    name = "threshold"
+
     def propose(self, image: np.ndarray, words: str) -> np.ndarray:
         return np.zeros((0, *image.shape[:2]), dtype=bool)
 
 
 SEGMENTERS: dict[str, Part] = {
     "threshold": Part(lambda profile: ThresholdOnly(), models=(), settings=()),
+    "detector": Part(DetectorSegmenter.build, models=("detector",), settings=("detector_",)),
+    "maskcut": Part(MaskCut.build, models=("dino",), settings=("maskcut_",)),
+    "cutler": Part(CutLER.build, models=("cutler",), settings=("cutler_",)),
+    "sam": Part(SegmentAnything.build, models=("sam",), settings=("sam_",)),
+    "grounded-sam": Part(GroundedSam.build, models=("grounding", "sam"), settings=("grounding_",)),
 }
 """Name -> how the segmenter is built and what its proposals depend on."""
 
@@ -44,11 +57,23 @@ COMMON_SETTINGS = ("segmenter", "threshold_", "background_below", "erosion", "ov
 """Fields of ``profile.masks`` that matter with any segmenter."""
 
 
+OVERLAPS = ("keep", "attribution")
+FALLBACKS = ("otsu", "fixed")
+
+
 def check_segmenter(profile: Profile) -> None:
-    """``ProfileError`` unless ``profile.masks.segmenter`` names an entry of :data:`SEGMENTERS`."""
+    """``ProfileError`` unless ``profile.masks.segmenter`` names an entry of :data:`SEGMENTERS` and :func:`check_choices` passes."""
     name = profile.masks.segmenter
+    check_choices(profile.masks)
     if name not in SEGMENTERS:
         raise ProfileError(f"There is no segmenter {name!r}; set masks.segmenter to one of {', '.join(sorted(SEGMENTERS))}.")
+
+
+def check_choices(settings: Masks) -> None:
+    """``ProfileError`` unless ``masks.overlaps`` and ``masks.fallback`` are known ways."""
+    for field, known in (("overlaps", OVERLAPS), ("fallback", FALLBACKS)):
+        if (value := getattr(settings, field)) not in known:
+            raise ProfileError(f"masks.{field} is {value!r}; set it to {' or '.join(map(repr, known))}.")
 
 
 def build_segmenter(profile: Profile) -> Segmenter:

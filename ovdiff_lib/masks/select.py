@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.masks import Segmenter, build_segmenter
-from ovdiff_lib.masks.threshold import multi_otsu
-from ovdiff_lib.profiles.profile import Profile
+from ovdiff_lib.masks import Segmenter, build_segmenter, check_choices
+from ovdiff_lib.masks.threshold import fixed_thresholds, multi_otsu
+from ovdiff_lib.profiles.profile import Masks, Profile
 from ovdiff_lib.types import ForegroundBackground, SupportSet
 
 
@@ -23,28 +23,50 @@ def select(proposals: np.ndarray, attribution: np.ndarray) -> tuple[np.ndarray, 
         return empty, empty.copy()
     masks = np.concatenate([proposals, ~proposals.any(axis=0, keepdims=True)])
     masks = masks[masks.any(axis=(1, 2))]
-    flat = masks.reshape(len(masks), -1).astype(np.float64)
-    mean = flat @ attribution.reshape(-1).astype(np.float64) / flat.sum(axis=1)
+    mean = mean_attribution(masks, attribution)
     best, worst = int(mean.argmax()), int(mean.argmin())
     foreground = masks[best]
     background = masks[worst] & ~foreground if worst != best else np.zeros_like(foreground)
     return foreground, background
 
 
+def mean_attribution(masks: np.ndarray, attribution: np.ndarray) -> np.ndarray:
+    """sum(A * M) / sum(M * M), f64 (M,), of masks bool (M, H, W), none empty, in ``attribution`` f32 (H, W)."""
+    flat = masks.reshape(len(masks), attribution.size).astype(np.float64)
+    return flat @ attribution.reshape(-1).astype(np.float64) / flat.sum(axis=1)
+
+
+def separate(proposals: np.ndarray, attribution: np.ndarray) -> np.ndarray:
+    """Proposals bool (M, H, W) made disjoint: a pixel of several stays only with the one of highest mean attribution.
+
+    Means are those of the whole proposals, of equals the first wins. Proposals that lose every pixel are left out.
+    """
+    proposals = proposals[proposals.any(axis=(1, 2))]
+    order = np.argsort(-mean_attribution(proposals, attribution), kind="stable")
+    ranked = proposals[order]
+    taken = np.logical_or.accumulate(ranked, axis=0)
+    ranked[1:] &= ~taken[:-1]
+    alone = np.empty_like(proposals)
+    alone[order] = ranked
+    return alone[alone.any(axis=(1, 2))]
+
+
 def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | None = None) -> ForegroundBackground:
     """Masks of every support image, bool (N, H, W) at image resolution.
 
     Attribution is upsampled bilinearly to the images. ``segmenter`` defaults to the one that ``profile.masks.segmenter`` names. An image
-    for which it proposes nothing falls back to multi-Otsu (App. C.5) and its ``source`` is "threshold". ``masks.background_below``
-    and ``masks.erosion`` then tighten the background; both are off by default.
+    for which it proposes nothing falls back to thresholds, multi-Otsu's (App. C.5) or fixed ones as ``masks.fallback`` says, and its
+    ``source`` is "threshold". ``masks.overlaps`` "attribution" makes proposals disjoint first. ``masks.background_below`` and
+    ``masks.erosion`` then tighten the background; both are off by default. Raises ``ProfileError`` for values that cannot be.
     """
     from tqdm import tqdm
 
     settings = profile.masks
-    label = settings.segmenter
+    check_choices(settings)
     segmenter = segmenter or build_segmenter(profile)
+    label = segmenter.name
     attribution = upsample(support.attribution, support.images.shape[1:3])
-    foreground, background = multi_otsu(attribution, settings.threshold_classes, settings.threshold_scope, settings.threshold_foreground)
+    foreground, background = _thresholds(attribution, settings)
     source = []
     images = tqdm(support.images, desc=f"masks of {support.category.name}", leave=False, disable=label == "threshold")
     for n, image in enumerate(images):
@@ -53,10 +75,18 @@ def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | Non
             raise InputError(f"The segmenter {label!r} returned masks of shape {proposals.shape}; "
                              f"propose() must return bool (M, {image.shape[0]}, {image.shape[1]}).")
         found = bool(proposals.any())
+        if found and settings.overlaps == "attribution":
+            proposals = separate(proposals, attribution[n])
         if found:
             foreground[n], background[n] = select(proposals, attribution[n])
         source.append(label if found else "threshold")
     return ForegroundBackground(foreground, _tighten(background, attribution, settings), tuple(source))
+
+
+def _thresholds(attribution: np.ndarray, settings: Masks) -> tuple[np.ndarray, np.ndarray]:
+    if settings.fallback == "fixed":
+        return fixed_thresholds(attribution, settings.fallback_foreground, settings.fallback_background)
+    return multi_otsu(attribution, settings.threshold_classes, settings.threshold_scope, settings.threshold_foreground)
 
 
 def upsample(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -68,7 +98,7 @@ def upsample(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return F.interpolate(tensor, size=tuple(size), mode="bilinear", align_corners=False)[:, 0].numpy()
 
 
-def _tighten(background: np.ndarray, attribution: np.ndarray, settings) -> np.ndarray:
+def _tighten(background: np.ndarray, attribution: np.ndarray, settings: Masks) -> np.ndarray:
     """Background without pixels of high attribution and without a seam of ``erosion`` pixels along everything else."""
     if settings.background_below < 1:
         background = background & (attribution < settings.background_below)

@@ -9,6 +9,8 @@ from ovdiff_lib.errors import InputError, ProfileError
 BINS = 256
 """Bins of the histogram that multi-Otsu divides; it spans the range of the values."""
 
+NOT_FINITE = "The attribution maps hold values that are not finite; check the diffusion model's weights, or use dtype float32."
+
 MAX_CLASSES = 5
 """The search over thresholds grows as BINS ** (classes - 1)."""
 
@@ -30,12 +32,29 @@ def multi_otsu(attribution: np.ndarray, classes: int = 3, scope: str = "image",
         raise ProfileError(f"masks.threshold_foreground is {foreground_levels}; set it to a number from 1 to {classes - 1}, below "
                            "masks.threshold_classes.")
     if not np.isfinite(attribution).all():
-        raise InputError("The attribution maps hold values that are not finite; check the diffusion model's weights, or use dtype float32.")
+        raise InputError(NOT_FINITE)
     if scope == "set":
         return _split(attribution, classes, foreground_levels)
     pairs = [_split(one, classes, foreground_levels) for one in attribution]
     masks = np.array(pairs, dtype=bool).reshape(len(attribution), 2, *attribution.shape[1:])
     return masks[:, 0], masks[:, 1]
+
+
+def fixed_thresholds(attribution: np.ndarray, foreground_above: float, background_below: float) -> tuple[np.ndarray, np.ndarray]:
+    """Foreground and background of attribution maps f32 (n, h, w): bool (n, h, w) each, disjoint.
+
+    Each map is min-max scaled; foreground is what lies above the first threshold, background what lies below the second. A constant map
+    has neither. Raises ``ProfileError`` unless 0 <= ``background_below`` <= ``foreground_above`` <= 1.
+    """
+    if not 0 <= background_below <= foreground_above <= 1:
+        raise ProfileError(f"masks.fallback_background is {background_below} and masks.fallback_foreground {foreground_above}; set both "
+                           "from 0 to 1, the first at most as high as the second.")
+    if not np.isfinite(attribution).all():
+        raise InputError(NOT_FINITE)
+    low, high = (f(attribution, axis=(1, 2), keepdims=True).astype(np.float64) for f in (np.min, np.max))
+    span = np.where(high > low, high - low, np.nan)  # a comparison with NaN is false
+    unit = (attribution - low) / span
+    return unit > foreground_above, unit < background_below
 
 
 def _split(values: np.ndarray, classes: int, foreground_levels: int) -> tuple[np.ndarray, np.ndarray]:

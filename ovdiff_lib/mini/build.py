@@ -22,7 +22,7 @@ from ovdiff_lib.mini.art import build_glyphs
 from ovdiff_lib.mini.scenes import Glyphs, Scene, draw_scene
 from ovdiff_lib.mini.world import World, load_world
 
-SEEDS = {"train": 0, "eval": 1, "val": 2, "wild": 3}
+SEEDS = {"train": 0, "eval": 1, "val": 2, "wild": 3, "frames": 4}
 """Stream of scenes each split is drawn from; no scene is in two splits."""
 
 DATA = Path(__file__).parent / "data"
@@ -68,6 +68,28 @@ def build_training(glyphs: Glyphs, folder: Path, count: int, evaluation: int, wo
     (folder / "nouns.json").write_text(json.dumps([t.name for t in world.things]))
 
 
+def _frames(index: int) -> np.ndarray:
+    world: World = _state["world"]
+    rng = np.random.default_rng([SEEDS["frames"], index])
+    thing, style = world.things[index % len(world.things)], world.train_styles[rng.integers(len(world.train_styles))]
+    variants = _state["glyphs"][thing.name, style]
+    one = {(thing.name, style): [variants[rng.integers(len(variants))]]}
+    return np.stack([draw_scene(world, one, (style,), SEEDS["frames"], 2 * index + i, (64, 64), noun=thing.name, objects=1,
+                                at_home=0).image for i in range(2)])
+
+
+def build_frames(glyphs: Glyphs, folder: Path, count: int, workers: int) -> None:
+    """Write ``frames.npy`` u8 (count, 2, 64, 64, 3): pairs of one object met in two places, as a video that follows it would show it.
+
+    Pose, light, size and surroundings differ. No name goes with them; for self-supervised training.
+    """
+    target = np.lib.format.open_memmap(folder / "frames.npy", "w+", np.uint8, (count, 2, 64, 64, 3))
+    with ProcessPoolExecutor(workers, initializer=_start, initargs=(glyphs,)) as pool:
+        for i, pair in enumerate(tqdm(pool.map(_frames, range(count), chunksize=200), total=count, desc="frames", unit="pair")):
+            target[i] = pair
+    target.flush()
+
+
 def build_split(world: World, glyphs: Glyphs, folder: Path, split: str, count: int, styles: tuple[str, ...]) -> None:
     """Write ``count`` images (WebP) with label maps (PNG, world ids, 255 = ignored) and ``scenes.json`` below ``folder/split``."""
     target = folder / split
@@ -91,6 +113,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the art and the training scenes")
     parser.add_argument("--train", type=int, default=80_000, help="training scenes (default 80,000)")
     parser.add_argument("--evaluation", type=int, default=1_050, help="held-out single-object scenes at 64 px")
+    parser.add_argument("--frames", type=int, default=24_000, help="pairs of frames of one object, for self-supervised training")
     parser.add_argument("--val", type=int, default=310)
     parser.add_argument("--wild", type=int, default=84)
     arguments = parser.parse_args()
@@ -99,6 +122,7 @@ def main() -> None:
     build_split(world, glyphs, DATA, "val", arguments.val, world.train_styles)
     build_split(world, glyphs, DATA, "wild", arguments.wild, world.wild_styles)
     build_training(glyphs, arguments.work / "scenes", arguments.train, arguments.evaluation, os.cpu_count() or 1)
+    build_frames(glyphs, arguments.work / "scenes", arguments.frames, os.cpu_count() or 1)
 
 
 if __name__ == "__main__":

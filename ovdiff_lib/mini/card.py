@@ -18,6 +18,13 @@ KINDS = {
             "Convolutional autoencoder, 64x64 px to 16x16 latents; L1, gradient L1, squared error and a small KL."),
     "unet": ("Mini Stable Diffusion", "diffusers.StableDiffusionPipeline", "ovdiff_lib.mini.train_unet",
              "Text-to-image latent diffusion; epsilon prediction, min-SNR-5 weights, 10 % empty captions, averaged weights."),
+    "dino": ("Mini DINO", "transformers.ViTModel", "ovdiff_lib.mini.train_dino",
+             "Vision transformer trained by self-distillation with multi-crop on pairs of frames that show one object in two places; "
+             "no label or caption is read."),
+    "mae": ("Mini MAE", "transformers.ViTMAEModel", "ovdiff_lib.mini.train_mae",
+            "Encoder of a masked autoencoder, 75 % of the patches hidden, normalised pixels as target; no label or caption is read."),
+    "detector": ("Mini detector", "torchvision Mask R-CNN", "ovdiff_lib.mini.train_detector",
+                 "Class-agnostic Mask R-CNN trained on MaskCut's masks of training scenes, which is CutLER's recipe; no label is read."),
 }
 
 

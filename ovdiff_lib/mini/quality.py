@@ -26,6 +26,8 @@ from ovdiff_lib.support.sampler import sample_support
 from ovdiff_lib.types import Category, Vocabulary
 
 WEIGHTS = Path(__file__).parent / "weights"
+FOLDERS = {"diffusion": "stable-diffusion", "clip": "clip", "dino": "dino", "mae": "mae", "detector": "detector"}
+"""Field of ``profile.models`` -> folder of a set of mini models."""
 
 
 def single_object_scenes() -> list[tuple[np.ndarray, np.ndarray, str]]:
@@ -103,13 +105,45 @@ def attribution_inside(profile: Profile, steps: int = 20) -> float:
     return float(np.mean(hits))
 
 
+def neighbour_top1(profile: Profile, neighbours: int = 5) -> dict[str, float]:
+    """Leave-one-out k-nearest-neighbour accuracy of the noun on single-object validation images, for every extractor and for chance.
+
+    An image's vector is the mean of its features; neighbours vote with their cosine. Chance is the share of the commonest noun.
+    """
+    from ovdiff_lib.features import build_extractors
+    from ovdiff_lib.images import resize_short_side
+
+    scenes = single_object_scenes()
+    nouns = sorted({noun for _, _, noun in scenes})
+    truth = torch.tensor([nouns.index(noun) for _, _, noun in scenes])
+    accuracy = {"chance": float(torch.bincount(truth).max() / len(truth))}
+    names = ["sd", "dino", "mae", "clip-keys", "clip-tokens"]
+    for name, extractor in build_extractors(profile.override({"features.extractors": names})).items():
+        means = [extractor(resize_short_side(image, profile.matching.short_side)[None], np.array([i])).mean((1, 2))
+                 for i, (image, _, _) in enumerate(tqdm(scenes, desc=name, unit="image"))]
+        unit = torch.nn.functional.normalize(torch.cat(means), dim=1)
+        value, index = (unit @ unit.T).fill_diagonal_(-1).topk(neighbours)
+        votes = torch.zeros(len(truth), len(nouns)).scatter_add_(1, truth[index], value)
+        accuracy[name] = float((votes.argmax(1) == truth).float().mean())
+    return accuracy
+
+
+def proposal_recall(profile: Profile) -> dict[str, float]:
+    """Mean over validation objects of the best IoU among the proposals of MaskCut and of the detector."""
+    from ovdiff_lib.masks import SEGMENTERS
+    from ovdiff_lib.mini.proposals import recall
+
+    return {name: recall(SEGMENTERS[name](profile)).best for name in ("maskcut", "detector")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--per-class", type=int, default=12, help="images drawn for each noun")
-    parser.add_argument("--models", type=Path, help="folder with stable-diffusion/ and clip/ to measure instead of the shipped ones")
+    parser.add_argument("--models", type=Path,
+                        help="folder with stable-diffusion/, clip/, dino/, mae/ and detector/ to measure instead of the shipped ones")
     arguments = parser.parse_args()
     folder = arguments.models or WEIGHTS
-    profile = load_profile("mini", {"models.diffusion": str(folder / "stable-diffusion"), "models.clip": str(folder / "clip")})
+    profile = load_profile("mini", {f"models.{field}": str(folder / name) for field, name in FOLDERS.items()})
     drawn = drawn_recognised(profile, arguments.per_class)
     measured = {
         "vae_psnr_db": round(vae_psnr(profile), 2),
@@ -117,6 +151,8 @@ def main() -> None:
         "drawn_recognised": round(float(np.mean(list(drawn.values()))), 4),
         "drawn_recognised_by_class": {noun: round(share, 3) for noun, share in drawn.items()},
         "attribution_inside_higher": round(attribution_inside(profile), 4),
+        "neighbour_top1": {name: round(value, 4) for name, value in neighbour_top1(profile).items()},
+        "proposal_recall": {name: round(value, 4) for name, value in proposal_recall(profile).items()},
         "images_drawn_per_class": arguments.per_class,
         "validation_images": len(load_dataset("mini-object")),
         "single_object_images": len(single_object_scenes()),

@@ -1,6 +1,6 @@
 """Rebuild the mini world from nothing: art, scenes, models, measurements, model cards (``make mini-world``).
 
-Every stage resumes where it stopped, so the command can be interrupted and run again. It takes about two and a half hours on two CPU
+Every stage resumes where it stopped, so the command can be interrupted and run again. It takes about four hours on two CPU
 cores and needs npm for the art. The result replaces ``mini/data`` and ``mini/weights`` of this checkout.
 """
 
@@ -16,8 +16,12 @@ from pathlib import Path
 from ovdiff_lib.mini.card import write_card
 from ovdiff_lib.mini.quality import WEIGHTS
 
-MINUTES = {"clip": 24, "vae": 24, "unet": 78}
+MINUTES = {"clip": 24, "vae": 24, "unet": 110, "dino": 42, "mae": 35, "detector": 25}
 """Training time of each model; the learning rate anneals over it."""
+
+
+FOLDERS = {"unet": "stable-diffusion", "vae": "stable-diffusion/vae"}
+"""Where a model ships, if not under its own name."""
 
 
 def stages(work: Path) -> list[list[str]]:
@@ -33,13 +37,17 @@ def stages(work: Path) -> list[list[str]]:
         train("train_clip", "clip", "--threads", "2"),
         train("train_vae", "vae", "--threads", "2"),
         train("train_unet", "unet", "--vae", str(out / "vae"), "--clip", str(out / "clip")),
+        train("train_dino", "dino", "--threads", "2"),
+        train("train_mae", "mae", "--threads", "2"),
+        train("train_detector", "detector", "--threads", "2", "--set", f"models.dino={out / 'dino'}"),
     ]
 
 
 def assemble(work: Path, weights: Path = WEIGHTS) -> None:
-    """Copy the trained models to where the profile looks for them: ``weights/stable-diffusion``, ``weights/clip``."""
+    """Copy the trained models to where the profile looks for them: ``weights/stable-diffusion``, ``weights/clip`` and so on."""
     out = work / "models"
-    for source, target in ((out / "unet", weights / "stable-diffusion"), (out / "clip", weights / "clip")):
+    for name in ("unet", "clip", "dino", "mae", "detector"):
+        source, target = out / name, weights / FOLDERS.get(name, name)
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(source, target)
 
@@ -68,7 +76,17 @@ def write_cards(training: Path, weights: Path = WEIGHTS, remarks: dict[str, str]
                 f"{percent['drawn_recognised']} (weakest: {weakest}). On {single} single-object validation images inverted to noise, the "
                 f"noun's attribution is higher inside the object than outside in {percent['attribution_inside_higher']}. VAE: {psnr} PSNR.",
     }
-    for kind, folder in (("clip", weights / "clip"), ("vae", weights / "stable-diffusion" / "vae"), ("unet", weights / "stable-diffusion")):
+    near, recall = measured["neighbour_top1"], measured["proposal_recall"]
+    others = ", ".join(f"{name} {100 * value:.1f} %" for name, value in near.items() if name != "chance")
+    for kind in ("dino", "mae"):
+        quality[kind] = (f"Leave-one-out 5-nearest-neighbour accuracy of the noun on {single} single-object validation images, an image's "
+                         f"vector being the mean of its keys: **{100 * near[kind]:.1f} %** (chance {100 * near['chance']:.1f} %; all "
+                         f"extractors: {others}).")
+    quality["dino"] += f" MaskCut over its keys: mean best IoU with validation objects **{recall['maskcut']:.3f}**."
+    quality["detector"] = (f"Mean best IoU of its proposals with validation objects: **{recall['detector']:.3f}** (MaskCut, which it "
+                           f"learned from: {recall['maskcut']:.3f}).")
+    for kind in quality:
+        folder = weights / FOLDERS.get(kind, kind)
         notes = f"## Quality\n\nMeasured by `python -m ovdiff_lib.mini.quality`. {quality[kind]}\n\n{DATA_NOTE}"
         if remarks and kind in remarks:
             notes += f"\n\n## This run\n\n{remarks[kind]}"

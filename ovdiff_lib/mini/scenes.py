@@ -167,11 +167,12 @@ def _captions(rng: np.random.Generator, nouns: tuple[str, ...], stuff: tuple[str
 
 
 def draw_scene(world: World, glyphs: Glyphs, styles: tuple[str, ...], seed: int, index: int, shape: tuple[int, int], *,
-               noun: str | None = None, objects: int | None = None) -> Scene:
+               noun: str | None = None, objects: int | None = None, at_home: float = 0.85) -> Scene:
     """Draw scene ``index`` of the stream ``seed`` at ``shape`` = (H, W).
 
     ``noun`` fixes the first object (default: random, nouns of mini-voc twice as often); ``objects`` fixes how many (0, 1 or 2;
-    default: 6 % none, 70 % one, 24 % two). Objects are 0.5 to 0.9 of the short side (0.42 to 0.60 when there are two).
+    default: 6 % none, 70 % one, 24 % two); ``at_home`` is how often the context is one of the first object's own. Objects are 0.5 to 0.9
+    of the short side (0.42 to 0.60 when there are two).
     """
     rng = np.random.default_rng([seed, index])
     if objects is None:
@@ -185,7 +186,7 @@ def draw_scene(world: World, glyphs: Glyphs, styles: tuple[str, ...], seed: int,
             chosen.append(thing)
     # Some scenes are out of place: backgrounds then vary independently of objects.
     names = list(world.contexts)
-    context = str(rng.choice(chosen[0].contexts)) if chosen and rng.uniform() < 0.85 else names[rng.integers(len(names))]
+    context = str(rng.choice(chosen[0].contexts)) if chosen and rng.uniform() < at_home else names[rng.integers(len(names))]
     parts = world.contexts[context]
     image, part, horizon = _context(rng, parts, shape)
     height, width = shape

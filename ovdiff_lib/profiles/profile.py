@@ -139,6 +139,7 @@ class Matching:
     """Step 3b, Eq. 4: windows and cosine matching."""
 
     short_side: int = 448
+    long_side: int | None = 2048  # a longer image is scaled down further, so that its short side falls below short_side; null: never
     windows: list[int] = field(default_factory=lambda: [448, 336])
     stride: int = 224
     whole_image: bool = False  # the squashed whole image as one more window (released code)

@@ -1,0 +1,50 @@
+"""DINO as a feature extractor (Table 2): the keys of its last layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ovdiff_lib.features.vit import ViTExtractor
+from ovdiff_lib.models import complete, load_network
+
+if TYPE_CHECKING:
+    from transformers import ViTModel
+
+    from ovdiff_lib.profiles import Profile
+    from ovdiff_lib.profiles.profile import Features
+
+
+class DinoExtractor(ViTExtractor):
+    """Output of ``k_proj`` of the last layer, heads side by side; the short side is ``features.dino_input_size``."""
+
+    title = "DINO"
+
+    def __init__(self, model: ViTModel, settings: Features) -> None:
+        """Raises ``ProfileError`` for a size that is not positive."""
+        super().__init__("dino", model, settings, "dino_input_size", model.config.patch_size, model.config.hidden_size)
+        # The key projection reads the layer-normed stream (pre-norm), so its output needs no further care.
+        self.source = model.layers[-1].attention.k_proj
+
+    @classmethod
+    def build(cls, profile: Profile) -> DinoExtractor:
+        """The extractor of a profile. Raises ``ModelNotAvailable`` and ``ProfileError``."""
+        return cls(load_dino(profile), profile.features)
+
+    def run(self, pixels: torch.Tensor) -> None:
+        """Through the whole model, positions interpolated."""
+        self.model(pixels, interpolate_pos_encoding=True)
+
+
+def load_dino(profile: Profile) -> ViTModel:
+    """The ViT of ``profile.models.dino``, eval mode, on the device. Raises ``ModelNotAvailable`` and ``ProfileError``."""
+    return load_network(profile, "dino", _build)
+
+
+def _build(source: Path | str, device: torch.device, dtype: torch.dtype, options: dict) -> ViTModel:
+    from transformers import ViTModel
+
+    loaded = ViTModel.from_pretrained(source, dtype=dtype, add_pooling_layer=False, output_loading_info=True, **options)
+    return complete("DINO", loaded).to(device)

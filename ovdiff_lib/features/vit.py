@@ -1,0 +1,85 @@
+"""What the extractors that are vision transformers share: the size at which an image is seen, pixel statistics, batches, the patch grid."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ovdiff_lib.errors import OVDiffError, ProfileError
+from ovdiff_lib.models import captured
+
+if TYPE_CHECKING:
+    from ovdiff_lib.profiles.profile import Features
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class ViTExtractor(ABC):
+    """Features of a frozen ViT, one a patch, raw.
+
+    Images are resized so that the short side is ``features.<size_field>``; a smaller square, which is what a small matching window is,
+    keeps its size. Then both sides are rounded up to a multiple of the patch. Position embeddings are interpolated to that grid (bicubic),
+    the class token is dropped. Nothing is drawn: seeds have no effect.
+
+    A subclass names the ``source`` (the module whose output is read) and says how the model is run.
+    """
+
+    title: str
+    """What error messages call the model."""
+
+    def __init__(self, name: str, model: Any, settings: Features, size_field: str, patch: int, channels: int) -> None:
+        """Raises ``ProfileError`` for sizes that are not positive."""
+        for field in (size_field, "batch_size"):
+            if getattr(settings, field) < 1:
+                raise ProfileError(f"features.{field} is {getattr(settings, field)}; it must be at least 1.")
+        self.name, self.model, self.settings, self.patch, self.channels = name, model, settings, patch, channels
+        self.short = getattr(settings, size_field)
+        self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
+        self.source: torch.nn.Module | None = None
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray, seeds: np.ndarray) -> torch.Tensor:
+        """Images u8 (n, H, W, 3) to features f32 (n, h, w, D) on the CPU, one a patch."""
+        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) != len(seeds):
+            raise ValueError(f"expected u8 (n, H, W, 3) images and n seeds, got {images.dtype} {images.shape} and {len(seeds)} seeds")
+        size = self.input_size(images.shape[1], images.shape[2])
+        step = self.settings.batch_size
+        chunks = [self._extract(images[i:i + step], size) for i in range(0, len(images), step)]
+        if not chunks:
+            return torch.zeros(0, size[0] // self.patch, size[1] // self.patch, self.channels)
+        features = torch.cat(chunks)
+        if not torch.isfinite(features).all():
+            raise OVDiffError(f"{self.title} gave features that are not finite; use models.dtype float32 or check its weights.")
+        return features
+
+    def input_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels at which the model sees an image of that size."""
+        if height != width or height > self.short:
+            scale = self.short / min(height, width)
+            height, width = int(height * scale + 0.5), int(width * scale + 0.5)
+        return math.ceil(height / self.patch) * self.patch, math.ceil(width / self.patch) * self.patch
+
+    @abstractmethod
+    def run(self, pixels: torch.Tensor) -> None:
+        """One forward pass of normalised pixels (n, 3, H, W), H and W multiples of the patch, on the model's device and in its dtype."""
+
+    def features_of(self, output: torch.Tensor) -> torch.Tensor:
+        """(n, 1 + hw, D) from what the source put out, class token first, patches row by row; here the output itself."""
+        return output
+
+    def _extract(self, images: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+        parameter = next(self.model.parameters())
+        device, dtype = parameter.device, parameter.dtype
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).to(device, torch.float32) / 255
+        if pixels.shape[-2:] != size:
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
+        mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (self.mean, self.std))
+        with captured({"source": self.source}) as outputs:
+            self.run(((pixels - mean) / std).to(dtype))
+        patches = self.features_of(outputs["source"])[:, 1:].float()  # without the class token
+        return patches.unflatten(1, (size[0] // self.patch, size[1] // self.patch)).cpu()

@@ -1,0 +1,107 @@
+"""From patch masks to pixels: random walker (scikit-image), dense CRF (pydensecrf2, optional), or plain upsampling."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from ovdiff_lib.errors import ProfileError
+
+REFINEMENTS = ("walker", "crf", "none")
+
+WALKER_SIDE = 240
+"""The random walker solves a linear system over uncertain pixels; a larger image is scaled down to this side for it."""
+
+BETA = 3000
+"""How strongly the walk avoids edges. scikit-image's default, 130, lets it cross them: masks of the mini world leave their objects."""
+
+SMALLEST_AGREEMENT = 0.5
+"""A mask whose refined version has a lower IoU with it than this is not trusted (MaskCut)."""
+
+
+def check_refinement(how: str) -> None:
+    """``ProfileError`` unless ``how`` is one of :data:`REFINEMENTS` and what it needs is installed."""
+    if how not in REFINEMENTS:
+        raise ProfileError(f"masks.maskcut_refine is {how!r}; set it to one of {', '.join(REFINEMENTS)}.")
+    if how == "crf":
+        _pydensecrf()
+
+
+def refine(mask: np.ndarray, image: np.ndarray, how: str) -> np.ndarray | None:
+    """A mask bool (h, w), h and w at most the image's, at the pixels of ``image`` u8 (H, W, 3); holes are filled.
+
+    "walker": pixels well inside and well outside the mask stay, a random walk between them that avoids crossing edges of the image decides
+    the rest (Grady, 2006). "crf": mean field of a dense CRF (Krähenbühl and Koltun, 2011). "none": nearest neighbours. None where
+    the result has less than :data:`SMALLEST_AGREEMENT` IoU with the mask. Raises ``ProfileError`` as :func:`check_refinement` does.
+    """
+    from scipy.ndimage import binary_fill_holes
+
+    check_refinement(how)
+    if how == "walker" and max(image.shape[:2]) > WALKER_SIDE:
+        scale = WALKER_SIDE / max(image.shape[:2])
+        size = [max(round(side * scale), low) for side, low in zip(image.shape[:2], mask.shape, strict=True)]
+        image = np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+    coarse = np.array(Image.fromarray(mask).resize(image.shape[1::-1], Image.Resampling.NEAREST))
+    if how == "none" or coarse.all() or not coarse.any() or (image == image[0, 0]).all():
+        return binary_fill_holes(coarse)
+    patch = max(image.shape[0] / mask.shape[0], image.shape[1] / mask.shape[1])
+    fine = binary_fill_holes(walker(coarse, image, patch) if how == "walker" else crf(coarse, image))
+    return fine if iou(coarse, fine) >= SMALLEST_AGREEMENT else None
+
+
+def walker(mask: np.ndarray, image: np.ndarray, margin: float) -> np.ndarray:
+    """bool (H, W): pixels within ``margin`` of the border of ``mask`` bool (H, W) are decided anew by the image u8 (H, W, 3).
+
+    A part too thin for that keeps its innermost pixels. Neither the mask nor its complement may be empty, nor the image of one colour.
+    """
+    from scipy.ndimage import distance_transform_edt
+    from skimage.segmentation import random_walker
+
+    seeds = np.zeros(mask.shape, dtype=np.int32)
+    for value, region in ((1, mask), (2, ~mask)):
+        depth = distance_transform_edt(region)
+        seeds[depth > min(margin, depth.max() / 2)] = value
+    if seeds.all():
+        return mask
+    # Solved directly: with edges this strong the iterative modes stop early and warn.
+    return random_walker(image / 255.0, seeds, beta=BETA, mode="bf", channel_axis=-1) == 1
+
+
+def crf(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """bool (H, W): ``mask`` bool (H, W) after 10 mean-field steps of a dense CRF on ``image`` u8 (H, W, 3), with MaskCut's constants.
+
+    Distances, which MaskCut gives for 480 pixels, scale with the image.
+    """
+    import torch
+
+    dense, utils = _pydensecrf()
+    height, width = mask.shape
+    scale = max(height, width) / 480
+    probabilities = torch.from_numpy(np.stack([~mask, mask])).float().softmax(0).numpy()
+    field = dense.DenseCRF2D(width, height, 2)
+    field.setUnaryEnergy(np.ascontiguousarray(utils.unary_from_softmax(probabilities)))
+    field.addPairwiseGaussian(sxy=3 * scale, compat=7)
+    field.addPairwiseBilateral(sxy=50 * scale, srgb=5, rgbim=np.ascontiguousarray(image), compat=10)
+    return np.array(field.inference(10)).reshape(2, height, width).argmax(0) == 1
+
+
+def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask bool (h, w) at (H, W) = ``size``: inside where the bilinearly resized mask, with antialiasing, is above one half."""
+    if mask.shape == tuple(size):
+        return mask
+    return np.array(Image.fromarray(mask.astype(np.uint8) * 255).resize(size[::-1], Image.Resampling.BILINEAR)) > 127
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two boolean arrays of one shape; 0 if both are empty."""
+    union = (a | b).sum()
+    return float((a & b).sum() / union) if union else 0.0
+
+
+def _pydensecrf():
+    try:
+        from pydensecrf import densecrf, utils
+    except ImportError:
+        raise ProfileError("masks.maskcut_refine 'crf' needs the package pydensecrf2, which is not installed; install it with "
+                           "`pip install pydensecrf2`, or set the field to 'walker' or 'none'.") from None
+    return densecrf, utils

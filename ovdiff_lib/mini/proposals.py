@@ -1,0 +1,105 @@
+"""How well a segmenter's proposals cover the objects of the mini world, and what a profile's settings change about that.
+
+``python -m ovdiff_lib.mini.proposals --segmenter maskcut --limit 60 --set masks.maskcut_tau=0.3`` prints the recall as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+from ovdiff_lib.errors import InputError, OVDiffError
+from ovdiff_lib.evaluation import load_dataset
+from ovdiff_lib.evaluation.metrics import IGNORE
+from ovdiff_lib.masks import Segmenter, build_segmenter
+from ovdiff_lib.profiles import load_profile
+
+
+@dataclass(frozen=True)
+class Recall:
+    """``best`` is the mean over objects of the highest IoU that any proposal reaches, ``found`` the share that reaches one half,
+    ``by_noun`` the mean by noun, ``proposals`` the mean number of proposals an image, ``objects`` and ``images`` how many were measured.
+    """
+
+    best: float
+    found: float
+    by_noun: dict[str, float]
+    proposals: float
+    objects: int
+    images: int
+
+
+def best_ious(proposals: np.ndarray, labels: np.ndarray) -> dict[int, float]:
+    """For each label of an object in u8 (H, W), the highest IoU of a proposal, bool (M, H, W), with its pixels; 0 without proposals.
+
+    Ignored pixels count for nothing. Objects of one noun that share an image share a label and count as one.
+    """
+    known = labels != IGNORE
+    found = {}
+    for label in np.setdiff1d(np.unique(labels), (0, IGNORE)):
+        truth = labels == label
+        both = (proposals & truth).sum(axis=(1, 2))
+        either = ((proposals | truth) & known).sum(axis=(1, 2))
+        found[int(label)] = float((both / either).max(initial=0))
+    return found
+
+
+def recall(segmenter: Segmenter, limit: int | None = None, dataset: str = "mini-object", progress: bool = True) -> Recall:
+    """Measure ``segmenter`` on ``limit`` validation images of ``dataset``, spread evenly over it (default: all).
+
+    A segmenter that reads words is given the nouns that the image shows. Raises ``InputError`` for a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"The number of images is {limit}; measure at least 1.")
+    data = load_dataset(dataset)
+    count = min(limit or len(data), len(data))
+    names, rows, proposals = data.vocabulary.names, [], []
+    for index in tqdm(np.arange(count) * len(data) // count, desc=segmenter.name, unit="image", disable=not progress):
+        sample = data[int(index)]
+        nouns = [names[label - 1] for label in np.setdiff1d(np.unique(sample.labels), (0, IGNORE))]
+        masks = segmenter.propose(sample.image, " and ".join(nouns))
+        proposals.append(len(masks))
+        rows += [(names[label - 1], value) for label, value in best_ious(masks, sample.labels).items()]
+    values = np.array([value for _, value in rows])
+    by_noun = {noun: float(np.mean([v for n, v in rows if n == noun])) for noun in names if any(n == noun for n, _ in rows)}
+    return Recall(float(values.mean()), float((values >= 0.5).mean()), by_noun, float(np.mean(proposals)), len(rows), count)
+
+
+def _overrides(pairs: list[str]) -> dict[str, Any]:
+    table = {}
+    for pair in pairs:
+        field, _, value = pair.partition("=")
+        try:
+            table[field] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"The value of --set {pair!r} cannot be read; write a number, true, a [list, of, values] or text.") from None
+    return table
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", default="mini", help="name of a profile or path of its file")
+    parser.add_argument("--segmenter", help="instead of the profile's")
+    parser.add_argument("--limit", type=int, help="images to measure, spread over the validation split; default all")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field of the profile")
+    options = parser.parse_args(arguments)
+    try:
+        overrides = _overrides(options.set)
+        if options.segmenter:
+            overrides["masks.segmenter"] = options.segmenter
+        measured = recall(build_segmenter(load_profile(options.profile, overrides)), options.limit)
+    except OVDiffError as error:
+        parser.exit(2, f"{error}\n")
+    table = {name: round(value, 4) for name, value in measured.by_noun.items()}
+    print(json.dumps({"best": round(measured.best, 4), "found": round(measured.found, 4), "proposals": round(measured.proposals, 2),
+                      "objects": measured.objects, "images": measured.images, "by_noun": table}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

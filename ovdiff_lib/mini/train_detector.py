@@ -1,0 +1,176 @@
+"""Train the mini detector as CutLER does (Wang et al., 2023): a Mask R-CNN learns from the masks that MaskCut finds in unlabelled scenes.
+
+``python -m ovdiff_lib.mini.train_detector --data DIR --out DIR --work DIR``
+
+First MaskCut runs over some training scenes (resumable, ``pseudo_masks.npz`` in the work folder), then the detector is trained on what it
+found, with copy-paste and DropLoss. ``--masks FILE --teacher DIR`` is the self-training round: the masks of that file, with the confident
+detections of that detector taking the place of those they overlap. Labels of held-out scenes are read only to log a quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import box_iou
+
+from ovdiff_lib.errors import InputError
+from ovdiff_lib.masks import SEGMENTERS, build_segmenter
+from ovdiff_lib.masks.detector import CONFIG, DetectorSegmenter, build_detector, detect, load_detector, save_detector
+from ovdiff_lib.mini.proposals import recall
+from ovdiff_lib.mini.pseudo_masks import PseudoMasks, boxes_of, merge, views
+from ovdiff_lib.mini.training import EMA, Run, round_weights, seed_everything, shuffled_indices, training_parser, warmup_cosine
+from ovdiff_lib.models import model_identity
+from ovdiff_lib.profiles import load_profile
+
+DROP_IOU = 0.01  # CutLER's DROPLOSS_IOU_THRESH
+CANVASES = (80, 96, 112, 128)  # pixels; CutLER varies the size of the images too
+CONFIDENT = 0.7  # CutLER: score of a detection that becomes a pseudo-mask
+HELD_OUT = 64  # scenes with pseudo-masks that are kept from training, and validation images, to log a quality on
+
+
+class DropLossHeads(RoIHeads):
+    """Region heads with CutLER's DropLoss: regions that touch no pseudo-mask's box give no loss, as they may show an object MaskCut missed.
+
+    A sampled region whose IoU with every box is at most :data:`DROP_IOU` gets the label that cross-entropy ignores. CutLER divides by the
+    number of all sampled regions; here the mean is over those that are left.
+    """
+
+    IGNORED = -100
+
+    @classmethod
+    def take_over(cls, heads: RoIHeads) -> DropLossHeads:
+        """The same heads (modules and settings are shared) with DropLoss."""
+        made = cls.__new__(cls)
+        made.__dict__ = heads.__dict__
+        return made
+
+    def select_training_samples(self, proposals, targets):
+        """As torchvision's: (regions, matched indices, labels, regression targets), a list entry each per image."""
+        proposals, matched, labels, regression = super().select_training_samples(proposals, targets)
+        for i, target in enumerate(targets):
+            if len(target["boxes"]):
+                far = box_iou(proposals[i], target["boxes"]).amax(1) <= DROP_IOU
+            else:
+                far = torch.ones(len(proposals[i]), dtype=torch.bool)
+            labels[i] = torch.where(far, self.IGNORED, labels[i])
+        return proposals, matched, labels, regression
+
+
+def losses(model: MaskRCNN, images: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
+    """Sum of the five losses of Mask R-CNN in training mode."""
+    model.transform.min_size = (min(images.shape[-2:]),)  # the views have their size already
+    return torch.stack(list(model(list(images), targets).values())).sum()
+
+
+def box_recall(model: MaskRCNN, scenes: list[tuple[np.ndarray, np.ndarray]], score: float = 0.5) -> float:
+    """Share of the boxes of masks bool (M, H, W) that a detection of at least ``score`` meets with IoU 0.5, over (image, masks)."""
+    met = []
+    for image, masks in scenes:
+        _, scores, boxes = detect(model, image)
+        truth = boxes_of(torch.from_numpy(masks))
+        overlap = box_iou(truth, torch.from_numpy(boxes[scores >= score]))
+        met += [bool((row >= 0.5).any()) for row in overlap]
+    return float(np.mean(met)) if met else 0.0
+
+
+def pseudo_masks(args: argparse.Namespace, images: np.ndarray) -> PseudoMasks:
+    """The masks to train on, gathered in the work folder unless ``--masks`` names them ready made."""
+    path = args.work / "pseudo_masks.npz"
+    given = PseudoMasks.load(args.masks) if args.masks else None
+    if given is not None and (given.size != images.shape[1:3] or max(given.scenes, default=0) >= len(images)):
+        raise InputError(f"The pseudo-masks {args.masks} are not of the scenes in {args.data}; name a file made from these.")
+    if args.teacher is not None:
+        if given is None:
+            raise InputError("--teacher needs --masks, the pseudo_masks.npz of the round that trained it.")
+        teacher, at = load_detector(args.teacher), {scene: i for i, scene in enumerate(given.scenes)}
+
+        def improved(scene: int) -> np.ndarray:
+            masks, scores, _ = detect(teacher, images[scene])
+            return merge(masks[(scores >= CONFIDENT) & masks.any((1, 2))], given[at[scene]])
+
+        key = json.dumps([given.key, model_identity(str(args.teacher))])
+        return PseudoMasks(path, key, given.size).gather(given.scenes, improved)
+    if given is not None:
+        return given
+    overrides = {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in args.set)}
+    profile = load_profile(args.profile, overrides | {"masks.segmenter": args.segmenter})
+    segmenter = build_segmenter(profile)
+    models, settings = SEGMENTERS[args.segmenter].depends_on(profile, "masks")
+    first = hashlib.sha256(np.ascontiguousarray(images[0])).hexdigest()[:16]
+    key = json.dumps([args.segmenter, {name: model_identity(value) for name, value in models.items()}, settings, first], sort_keys=True)
+    # A prefix of one permutation: asking for more scenes later keeps the ones that are done.
+    scenes = np.random.default_rng(args.seed).permutation(len(images))[:args.scenes].tolist()
+    return PseudoMasks(path, key, images.shape[1:3]).gather(scenes, lambda scene: segmenter.propose(np.array(images[scene]), ""))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line entry."""
+    parser = training_parser(__doc__, steps=4000, batch=16, minutes=25)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--scenes", type=int, default=6000, help="training scenes that MaskCut looks at")
+    parser.add_argument("--segmenter", default="maskcut", help="what makes the pseudo-masks")
+    parser.add_argument("--profile", default="mini", help="whose settings and models the segmenter gets")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change a value of the profile")
+    parser.add_argument("--paste", type=float, default=1.0, help="share of the views with pasted objects")
+    parser.add_argument("--masks", type=Path, help="pseudo-masks that are there already")
+    parser.add_argument("--teacher", type=Path, help="detector of the round before: self-training")
+    args = parser.parse_args(argv)
+    seed_everything(args.seed, args.threads)
+    images = np.load(args.data / "train_images.npy", mmap_mode="r")
+    args.work.mkdir(parents=True, exist_ok=True)
+    store = pseudo_masks(args, images)
+    usable = [i for i in range(len(store)) if len(store.packed[i])]
+    held_out, usable = usable[:HELD_OUT], usable[HELD_OUT:]
+    if len(usable) < args.batch:
+        raise InputError(f"Only {len(usable) + len(held_out)} scenes have pseudo-masks; {args.batch + HELD_OUT} are needed.")
+    print(f"{len(store)} scenes, {len(usable) + len(held_out)} with masks, {sum(map(len, store.packed))} masks", flush=True)
+    checks = [(np.array(images[store.scenes[i]]), store[i]) for i in held_out]
+    model = build_detector(CONFIG)
+    if args.teacher is not None:
+        model.load_state_dict(load_detector(args.teacher).state_dict())
+    averaged = build_detector(CONFIG).eval()
+    model.roi_heads = DropLossHeads.take_over(model.roi_heads)
+    model = model.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.05},
+                                   {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}], lr=args.lr, fused=True)
+    ema = EMA(model, 0.998)
+    run = Run(args, model, optimizer, lambda p, s: warmup_cosine(p, s, warmup=100), ema)
+
+    def measure() -> dict[str, float]:
+        ema.copy_to(averaged)
+        covered = recall(DetectorSegmenter(averaged, 0.5), HELD_OUT, progress=False)
+        return {"box_recall": box_recall(averaged, checks), "best_iou": covered.best, "proposals": covered.proposals}
+
+    for step in run:
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        rows = [usable[i] for i in shuffled_indices(len(usable), args.batch, args.seed, step)]
+        rows = [rows[i] for i in torch.randperm(len(rows), generator=generator)]  # the indices come sorted; partners should not be
+        canvas = CANVASES[int(torch.randint(len(CANVASES), (1,), generator=generator))]
+        scenes = np.stack([images[store.scenes[i]] for i in rows])
+        batch, targets = views(scenes, [store[i] for i in rows], canvas, args.paste, generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            loss = losses(model, batch, targets)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ema.update(model, step)
+        run.record(loss.detach(), every=50, **(measure() if (step + 1) % 500 == 0 else {}))
+    quality = measure()
+    averaged.load_state_dict(round_weights(averaged.state_dict()))
+    save_detector(averaged, CONFIG, args.out)
+    print(f"done: {run.step} steps, {run.elapsed / 60:.1f} min, box recall {quality['box_recall']:.4f}, "
+          f"mean best IoU {quality['best_iou']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""PAMR, pixel-adaptive mask refinement (Araslanov and Roth, CVPR 2020): scores flow between neighbours of similar colour.
+
+The paper's "(+PAMR)" rows (Table 1). Each pixel looks at its 8 neighbours at every dilation; how alike they are in colour is computed
+once, as weights that sum to 1, and the scores are averaged with them several times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+DILATIONS = (1, 2, 4, 8, 12, 24)
+OFFSETS = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0))
+
+BLOCK_VALUES = 2**20
+"""Weights used at a time: rows of so many pixels stay in the processor's cache."""
+
+
+@torch.no_grad()
+def pamr(image: np.ndarray, scores: torch.Tensor, iterations: int = 10, dilations: Sequence[int] = DILATIONS) -> torch.Tensor:
+    """Scores f32 (C, H, W) refined by an image (H, W, 3), u8 or f32 of any range, on the device of ``scores``.
+
+    A result is a convex combination of input scores of its class, so ranges are kept; it does not depend on the brightness or contrast
+    of a channel. A class that is -inf everywhere stays so. Besides the scores, the weights f32 (8 x dilations, H, W) are all that is held.
+    """
+    weights = affinity(image, dilations, scores.device)
+    alive = ~torch.isneginf(scores).flatten(1).all(1)  # 0 x -inf is NaN
+    refined = scores[alive].float()
+    for _ in range(iterations):
+        shifted = list(_neighbours(refined, dilations))
+        refined = torch.zeros_like(refined)
+        for rows in _row_blocks(weights):
+            for weight, neighbour in zip(weights, shifted, strict=True):
+                refined[:, rows].addcmul_(weight[rows], neighbour[:, rows])
+    result = scores.to(torch.float32, copy=True)
+    result[alive] = refined
+    return result
+
+
+def affinity(image: np.ndarray, dilations: Sequence[int] = DILATIONS, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Weights f32 (8 x dilations, H, W) of each pixel's neighbours, which sum to 1.
+
+    Softmax over the neighbours of the mean over channels of -abs(x_p - x_q) / (1e-8 + 0.1 sigma_p), with sigma_p the unbiased
+    standard deviation over the 3 x 3 positions of every dilation, the centre counted with each. Beyond its border the image repeats it.
+    """
+    x = torch.from_numpy(np.ascontiguousarray(image)).to(device, torch.float32).permute(2, 0, 1).contiguous()
+    count = 9 * len(dilations)
+    mean = x * len(dilations)
+    for neighbour in _neighbours(x, dilations):
+        mean += neighbour
+    mean /= count
+    variance = (x - mean).square_().mul_(len(dilations))
+    for neighbour in _neighbours(x, dilations):
+        variance += (neighbour - mean).square_()
+    sharpness = -1 / (1e-8 + 0.1 * (variance / (count - 1)).sqrt_())
+    weights = x.new_empty(8 * len(dilations), *x.shape[1:])
+    for weight, neighbour in zip(weights, _neighbours(x, dilations), strict=True):
+        torch.mean((neighbour - x).abs_().mul_(sharpness), 0, out=weight)
+    for rows in _row_blocks(weights):
+        weights[:, rows] = torch.softmax(weights[:, rows], 0)
+    return weights
+
+
+def _neighbours(maps: torch.Tensor, dilations: Sequence[int]) -> Iterator[torch.Tensor]:
+    """Views (C, H, W) of maps (C, H, W), whose border is repeated, shifted to each neighbour of each pixel in turn."""
+    height, width = maps.shape[1:]
+    reach = max(dilations)
+    padded = F.pad(maps, (reach,) * 4, mode="replicate")
+    for dilation in dilations:
+        for y, x in OFFSETS:
+            top, left = reach + y * dilation, reach + x * dilation
+            yield padded[:, top : top + height, left : left + width]
+
+
+def _row_blocks(weights: torch.Tensor) -> Iterator[slice]:
+    count, height, width = weights.shape
+    step = max(1, BLOCK_VALUES // (count * width))
+    return (slice(start, start + step) for start in range(0, height, step))
