@@ -119,8 +119,8 @@ RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "lanczos": Image.Resampling
 def resize_short_side(image: np.ndarray, short: int, resample: str = "bilinear", long_side: int | None = None) -> np.ndarray:
     """u8 (H, W, 3) scaled, with its aspect ratio, so that its short side is ``short`` pixels, by a filter of :data:`RESAMPLING`.
 
-    With ``long_side`` the long side is at most that, and the short side then smaller. Sizes are rounded as int(x * scale + 0.5), as the evaluation protocol of the paper's baselines does. Raises ``InputError`` where the
-    result would exceed :data:`MAX_PIXELS` (a strip).
+    With ``long_side`` the long side is at most that, and the short side then smaller. Sizes are rounded as int(x * scale + 0.5), as the
+    evaluation protocol of the paper's baselines does. Raises ``InputError`` where the result would exceed :data:`MAX_PIXELS` (a strip).
     """
     height, width = image.shape[:2]
     scale = min(short / min(height, width), (long_side or np.inf) / max(height, width))

@@ -53,9 +53,9 @@ def load_network(profile: Profile, name: str, build: Callable[[Path | str, torch
                  source: str = "", variant: str = "") -> Any:
     """What ``build(source, device, dtype, options)`` makes of ``profile.models.<name>``; cached like :func:`load_diffusion`.
 
-    ``build``'s source is a folder, a file or a hub id, its options are keyword arguments for ``from_pretrained``. Give ``source`` where the
-    weights are not under the field's own identifier, and ``variant`` where the same weights make different networks. Raises ``ProfileError`` if
-    the field is empty and ``ModelNotAvailable`` for whatever the libraries raise.
+    ``build`` gets a folder, a file or a hub id, and keyword arguments for ``from_pretrained``. Give ``source`` where the weights are not
+    under the field's own identifier, and ``variant`` where the same weights make different networks. Raises ``ProfileError`` if the field
+    is empty and ``ModelNotAvailable`` for whatever the libraries raise.
     """
     identifier = getattr(profile.models, name)
     if not identifier:

@@ -164,8 +164,9 @@ def settings(**fields):
     return load_profile("mini", {f"masks.{name}": value for name, value in fields.items()}).masks
 
 
-def test_features_are_the_keys_of_the_last_layer_in_raster_order(dino):
-    segmenter = MaskCut(dino, settings(maskcut_size=45))
+@pytest.mark.parametrize(("facet", "projection"), [("keys", "k_proj"), ("queries", "q_proj"), ("values", "v_proj")])
+def test_features_are_a_facet_of_the_last_layer_in_raster_order(dino, facet, projection):
+    segmenter = MaskCut(dino, settings(maskcut_size=45, maskcut_facet=facet))
     assert segmenter.side == 40
     square = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     features = segmenter.features(square)
@@ -178,8 +179,9 @@ def test_features_are_the_keys_of_the_last_layer_in_raster_order(dino):
         assert len(states) == len(dino.layers) + 1
         normal = torch.nn.functional.layer_norm(states[-2], (32,), layer.layernorm_before.weight, layer.layernorm_before.bias,
                                                 dino.config.layer_norm_eps)
-        keys = normal @ layer.attention.k_proj.weight.T + layer.attention.k_proj.bias
-    assert np.allclose(features.reshape(25, 32), keys[0, 1:].numpy(), atol=1e-4)
+        linear = getattr(layer.attention, projection)
+        by_hand = normal @ linear.weight.T + linear.bias
+    assert np.allclose(features.reshape(25, 32), by_hand[0, 1:].numpy(), atol=1e-4)
 
 
 def test_proposals_follow_a_non_square_image(dino):

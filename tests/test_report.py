@@ -148,6 +148,8 @@ def test_grids_and_captions_are_written_whole(tmp_path):
     overlay = figures.save_figure(segmentation().overlay(), tmp_path / "figures" / "overlay.png", "Another.")
     with Image.open(overlay) as picture:
         assert picture.size == segmentation().overlay().size
+        difference = np.asarray(picture.convert("RGB"), float) - np.asarray(segmentation().overlay().convert("RGB"), float)
+        assert np.abs(difference).mean() < 8  # of 255, on noise, which no 256 colours fit well
     assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["grid.json", "grid.png", "overlay.json", "overlay.png"]
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ovdiff_lib.profiles import Profile
     from ovdiff_lib.profiles.profile import Masks
 
+FACETS = {"keys": "k_proj", "queries": "q_proj", "values": "v_proj"}
 WEAK = 1e-5
 """Affinity of two patches whose cosine is not above tau: small, but the graph stays connected."""
 
@@ -34,7 +35,7 @@ LARGEST_OVERLAP, SMALLEST_AREA = 0.5, 0.01
 
 
 class MaskCut:
-    """Keys of DINO's last layer, cut ``maskcut_rounds`` times; the image is resized to a square of ``maskcut_size`` pixels for it."""
+    """Keys, or another facet, of DINO's last layer, cut ``maskcut_rounds`` times; images become squares of ``maskcut_size`` pixels for it."""
 
     name = "maskcut"
 
@@ -50,8 +51,10 @@ class MaskCut:
             raise ProfileError(f"masks.maskcut_tau is {settings.maskcut_tau}; it is a cosine, set it between -1 and 1.")
         check_refinement(settings.maskcut_refine)
         self.side = settings.maskcut_size // self.patch * self.patch
-        # Pre-norm: the key projection reads the layer-normed stream, so its output needs no further care.
-        self.keys = model.layers[-1].attention.k_proj
+        # Pre-norm: the projections read the layer-normed stream, so its output needs no further care.
+        if settings.maskcut_facet not in FACETS:
+            raise ProfileError(f"masks.maskcut_facet is {settings.maskcut_facet!r}; set it to one of {', '.join(FACETS)}.")
+        self.source = getattr(model.layers[-1].attention, FACETS[settings.maskcut_facet])
 
     @classmethod
     def build(cls, profile: Profile) -> MaskCut:
@@ -72,16 +75,16 @@ class MaskCut:
 
     @torch.no_grad()
     def features(self, square: np.ndarray) -> np.ndarray:
-        """Keys f32 (h, w, D) of an image u8 (side, side, 3), one a patch, heads concatenated, without the class token."""
+        """The facet f32 (h, w, D) of an image u8 (side, side, 3), one a patch, heads concatenated, without the class token."""
         device = self.model.device
         pixels = torch.from_numpy(square).permute(2, 0, 1)[None].to(device, torch.float32) / 255
         mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-        with captured({"keys": self.keys}) as outputs:
+        with captured({"facet": self.source}) as outputs:
             self.model(((pixels - mean) / std).to(self.model.dtype), interpolate_pos_encoding=True)
-        keys = outputs["keys"][0, 1:].float()
-        if not torch.isfinite(keys).all():
+        facet = outputs["facet"][0, 1:].float()
+        if not torch.isfinite(facet).all():
             raise OVDiffError("DINO gave features that are not finite; use models.dtype float32 or check its weights.")
-        return keys.unflatten(0, (self.side // self.patch,) * 2).cpu().numpy()
+        return facet.unflatten(0, (self.side // self.patch,) * 2).cpu().numpy()
 
 
 def cut(features: np.ndarray, rounds: int, tau: float) -> list[np.ndarray]:

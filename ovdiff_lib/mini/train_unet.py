@@ -4,7 +4,7 @@
 
 Latents and text states never change, so both are computed once into WORK.
 To train longer, call it again with the same WORK and a larger ``--minutes``. To go on from finished weights, give ``--init`` and a new
-WORK; ``--only transformers`` then leaves the convolutions as they are, byte for byte.
+WORK; ``--only transformers`` then leaves all other layers but the first and last as they are, byte for byte.
 """
 
 from __future__ import annotations
@@ -210,8 +210,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.init:
         unet = UNet2DConditionModel.from_pretrained(args.init).float()
         unet.requires_grad_(args.only == "all")
-        for block in (m for n, m in unet.named_modules() if n.endswith("attentions")):
-            block.requires_grad_(True)
+        for part in (m for n, m in unet.named_modules() if n.endswith("attentions") or n in ("conv_in", "conv_out")):
+            part.requires_grad_(True)
     else:
         unet = build_unet(tuple(args.channels), text_encoder.config.hidden_size)
     smooth = build_unet(tuple(args.channels), text_encoder.config.hidden_size).eval()  # receives the averaged weights

@@ -75,6 +75,7 @@ class Masks:
     maskcut_rounds: int = 3  # MaskCut: masks an image at most
     maskcut_tau: float = 0.15  # cosine from which two patches are joined
     maskcut_size: int = 480  # side of the square the image is resized to
+    maskcut_facet: str = "keys"  # keys | queries | values of DINO's last layer
     maskcut_refine: str = "walker"  # walker | crf | none: what brings patch masks to pixels (crf needs pydensecrf2)
     detector_score: float = 0.5  # Mask R-CNN of torchvision: lowest score of a proposal
     cutler_score: float = 0.35  # CutLER: lowest score of a proposal
