@@ -60,7 +60,7 @@ def hub_cache() -> Path:
 
 def _model(profile: Profile, name: str, used_by: tuple[str, ...]) -> Model:
     identifier = getattr(profile.models, name)
-    if name == "open_clip" and identifier and not Path(identifier).expanduser().is_dir():
+    if name == "open_clip" and identifier and not identifier.startswith("package:") and not Path(identifier).expanduser().is_dir():
         return _open_clip(profile, used_by)
     state, where, detail = _locate(identifier, FILES.get(name, ()))
     if state in HERE and Path(where).is_file() != (name == "cutler") and not (name == "mae" and Path(where).is_file()):
@@ -147,7 +147,9 @@ def _checksum(path: Path, wanted: str) -> tuple[str, str]:
         return "unreadable", f"it cannot be read ({error.strerror})"
     if wanted and found != wanted.strip().lower():
         return "wrong checksum", f"its SHA-256 is {found}, models.cutler_sha256 says {wanted}"
-    return "file", "" if wanted else f"its SHA-256 is {found}; models.cutler_sha256 is not set"
+    if not wanted:
+        return "not verified", f"set models.cutler_sha256 to the checksum you trust; that of this file is {found}"
+    return "file", ""
 
 
 def _size(path: Path) -> int:

@@ -51,6 +51,8 @@ PUBLISHED: dict[str, Published] = {
 
 def how_to_get(identifier: str) -> str:
     """The shell command that fetches a model, "" for a path of which nothing is known."""
+    if identifier.startswith("package:"):
+        return "make mini-world"
     path = Path(identifier).expanduser()
     known = published(identifier)
     if known is not None and known.url:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -28,9 +29,11 @@ SD_TEXT = {
     "pad_token_id": 1,
 }
 SD_SCHEDULER = {
-    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "set_alpha_to_one": False,
-    "skip_prk_steps": True, "steps_offset": 1,
+    "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_start": 0.00085, "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "clip_sample": False, "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True,
+    "steps_offset": 1, "trained_betas": None,
 }
+"""The published file. It names no timestep spacing, so another scheduler made from it has its own; one that diffusers wrote does."""
 NARROW = {
     "unet": {"block_out_channels": (16, 32, 64, 64), "cross_attention_dim": 32, "norm_num_groups": 8},
     "vae": {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 8},
@@ -83,9 +86,11 @@ def make_pipeline(narrow: bool = False):
     """A StableDiffusionPipeline as v1.5 is published: real vocabulary, PNDM, no safety checker."""
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
+    with torch.device("cpu"):  # its table of noise levels is no weight
+        scheduler = PNDMScheduler.from_config(SD_SCHEDULER)
     return StableDiffusionPipeline(
         vae=make_vae(narrow), text_encoder=make_text_encoder(narrow), tokenizer=make_tokenizer(), unet=make_unet(narrow),
-        scheduler=PNDMScheduler(**SD_SCHEDULER), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
 def make_clip():
@@ -119,6 +124,7 @@ def sharpen(network: torch.nn.Module, factor: float) -> torch.nn.Module:
 
 
 def save_pipeline(pipe, folder: Path) -> Path:
-    """Write the pipeline and return ``folder``."""
+    """Write the pipeline, its scheduler's file as it is published, and return ``folder``."""
     pipe.save_pretrained(folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SD_SCHEDULER))
     return folder

@@ -28,10 +28,12 @@ def sd(profile, **fields):
 
 # ---- the contract
 
-@pytest.mark.parametrize("name", EXTRACTORS)
-@pytest.mark.parametrize("shape", [(64, 64), (48, 48), (50, 90)])
-def test_contract(tiny_profile, name, shape):
-    extractor = EXTRACTORS[name](tiny_profile)
+SHAPES = [(64, 64), (48, 48), (50, 90)]
+
+
+def check_extractor(profile, name, shape):
+    """What every entry of the registry keeps, for images of ``shape``."""
+    extractor = EXTRACTORS[name](profile)
     images, seeds = pictures(5, *shape), np.arange(5)
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -49,12 +51,23 @@ def test_contract(tiny_profile, name, shape):
     assert extractor(images[:0], seeds[:0]).shape == (0, h, w, channels)
 
 
-@pytest.mark.parametrize("name", EXTRACTORS)
-def test_wrong_arguments(tiny_profile, name):
-    extractor = EXTRACTORS[name](tiny_profile)
+def check_wrong_arguments(profile, name):
+    """One sentence for seeds that are missing, a single image, and pixels that are not u8."""
+    extractor = EXTRACTORS[name](profile)
     for images, seeds in [(pictures(2, 64, 64), [0]), (pictures(2, 64, 64)[0], [0]), (pictures(1, 64, 64) / 255, [0])]:
         with pytest.raises(ValueError, match="expected u8"):
             extractor(images, np.array(seeds))
+
+
+@pytest.mark.parametrize("name", EXTRACTORS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_contract(tiny_profile, name, shape):
+    check_extractor(tiny_profile, name, shape)
+
+
+@pytest.mark.parametrize("name", EXTRACTORS)
+def test_wrong_arguments(tiny_profile, name):
+    check_wrong_arguments(tiny_profile, name)
 
 
 def test_build_extractors(tiny_profile):

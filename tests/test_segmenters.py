@@ -62,47 +62,73 @@ def picture(shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("name", SEGMENTERS)
-def test_name_is_the_registered_one(built, name):
-    assert built(name).name == name
+# The contract: what every entry of the registry keeps
 
 
-@pytest.mark.parametrize("name", SEGMENTERS)
-@pytest.mark.parametrize("shape", [(36, 60), (61, 33)])
-def test_proposals_are_boolean_masks_of_the_image_and_repeatable(built, name, shape):
+SHAPES = [(36, 60), (61, 33)]
+EXTREMES = [(1, 1), (2, 3), (3, 3), (1, 200), (200, 1)]
+
+
+def check_proposals(segmenter, shape):
+    """Boolean masks of the image, none empty, the same whenever asked for, and the image left alone."""
     image = picture(shape)
-    masks = built(name).propose(image, "cat")
+    masks = segmenter.propose(image, "cat")
     assert isinstance(masks, np.ndarray) and masks.dtype == bool and masks.ndim == 3 and masks.shape[1:] == shape
     assert masks.any(axis=(1, 2)).all()
-    built(name).propose(picture((40, 40), 1), "dog")  # nothing of another image may remain
-    assert np.array_equal(masks, built(name).propose(image, "cat"))
+    segmenter.propose(picture((40, 40), 1), "dog")  # nothing of another image may remain
+    assert np.array_equal(masks, segmenter.propose(image, "cat"))
     assert np.array_equal(image, picture(shape))
 
 
-@pytest.mark.parametrize("name", SEGMENTERS)
-@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (3, 3), (1, 200), (200, 1)])
-def test_extreme_sizes_work_or_give_one_sentence(built, name, shape):
+def check_extreme_size(segmenter, shape):
+    """Masks or one sentence."""
     try:
-        masks = built(name).propose(picture(shape), "cat")
+        masks = segmenter.propose(picture(shape), "cat")
     except OVDiffError as error:
         assert len(str(error)) < 300
     else:
         assert masks.dtype == bool and masks.shape[1:] == shape
 
 
-@pytest.mark.parametrize("name", SEGMENTERS)
-def test_an_image_of_one_colour_is_no_trouble(built, name):
-    masks = built(name).propose(np.full((40, 56, 3), 128, np.uint8), "cat")
+def check_one_colour(segmenter):
+    """An image that shows nothing is no trouble."""
+    masks = segmenter.propose(np.full((40, 56, 3), 128, np.uint8), "cat")
     assert masks.dtype == bool and masks.shape[1:] == (40, 56)
 
 
-@pytest.mark.parametrize("name", SEGMENTERS)
-def test_what_results_depend_on_are_profile_fields(name):
-    part = SEGMENTERS[name]
+def check_dependencies(part):
+    """What its results depend on are profile fields."""
     for model in part.models:
         assert model in Models.__dataclass_fields__
     for setting in (*part.settings, *COMMON_SETTINGS):
         assert any(field == setting or (setting.endswith("_") and field.startswith(setting)) for field in Masks.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_name_is_the_registered_one(built, name):
+    assert built(name).name == name
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_proposals_are_boolean_masks_of_the_image_and_repeatable(built, name, shape):
+    check_proposals(built(name), shape)
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+@pytest.mark.parametrize("shape", EXTREMES)
+def test_extreme_sizes_work_or_give_one_sentence(built, name, shape):
+    check_extreme_size(built(name), shape)
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_an_image_of_one_colour_is_no_trouble(built, name):
+    check_one_colour(built(name))
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_what_results_depend_on_are_profile_fields(name):
+    check_dependencies(SEGMENTERS[name])
 
 
 @pytest.mark.parametrize("name", [name for name in SEGMENTERS if SEGMENTERS[name].models and name not in NEEDS])
