@@ -343,3 +343,20 @@ def test_settings_of_the_refinement_are_checked():
     for bad in ({"refine": "crf"}, {"resample": "nearest"}, {"pamr_iterations": 0}, {"pamr_dilations": []}, {"pamr_dilations": [1, 0]}):
         with pytest.raises(ProfileError, match=rf"matching\.{next(iter(bad))}"):
             Matcher({"one": Pixels()}, make_profile(**bad))
+
+
+def test_a_long_strip_is_scaled_until_its_long_side_fits():
+    from ovdiff_lib.images import resize_short_side
+
+    strip = np.random.default_rng(0).integers(0, 255, (10, 100, 3), dtype=np.uint8)
+    assert resize_short_side(strip, 40).shape == (40, 400, 3)
+    assert resize_short_side(strip, 40, long_side=200).shape == (20, 200, 3)
+    assert resize_short_side(strip, 40, long_side=400).shape == (40, 400, 3)
+    assert resize_short_side(strip.transpose(1, 0, 2), 40, long_side=150).shape == (150, 15, 3)
+
+
+def test_a_long_strip_gets_windows_as_large_as_its_short_side():
+    bank, image, extractor = make_bank(), picture(10, 100), Pixels(step=1)
+    # Long side 120: scaled by 1.2 to 12 x 120, where windows of 24 and 16 do not fit.
+    found, _ = Matcher({"one": extractor}, make_profile(long_side=120)).scores(image, bank)
+    np.testing.assert_allclose(found, slow_scores(image, bank, {"one": extractor}, [12, 12], 8, 12), atol=1e-4)

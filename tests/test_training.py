@@ -83,3 +83,41 @@ def test_the_trainer_learns_from_pairs_of_frames(tmp_path):
     first, last = (ViTModel.from_pretrained(tmp_path / f"out{steps}").state_dict() for steps in (1, 3))
     assert any(not torch.equal(first[name], last[name]) for name in first)
     assert (tmp_path / "work" / "log.csv").exists()
+
+
+def test_an_error_costs_more_on_a_coloured_pixel():
+    from ovdiff_lib.mini.train_vae import reconstruction_loss
+
+    target = torch.zeros(1, 3, 4, 6)
+    target[0, :, 1, 2] = torch.tensor([0.8, -0.4, -0.4])  # red; its distance from grey is 0.8
+    costs = {}
+    for name, (row, column) in {"red": (1, 2), "grey": (2, 4)}.items():
+        output = target.clone()
+        output[0, :, row, column] += 0.1  # all channels alike: no tint, the same gradient wherever it is
+        costs[name] = float(reconstruction_loss(output, target, chroma=4.0))
+    mean_weight = (23 + 4.2) / 24
+    error = (0.1 + 0.01) / 24
+    gradient = 0.5 * (2 * 0.1 / (4 * 5) + 2 * 0.1 / (3 * 6))
+    assert math.isclose(costs["grey"], error / mean_weight + gradient, rel_tol=1e-4)
+    assert math.isclose(costs["red"], 4.2 * error / mean_weight + gradient, rel_tol=1e-4)
+
+
+def test_frames_show_one_object_twice_in_two_places(tmp_path, monkeypatch):
+    from ovdiff_lib.mini import build
+    from ovdiff_lib.mini.world import load_world
+
+    world = load_world()
+    glyphs = {}
+    for i, thing in enumerate(world.things):  # every noun a plain colour of its own
+        glyph = np.full((32, 32, 4), 255, np.uint8)
+        glyph[..., :3] = (255, 0, 255) if i == 0 else (0, 0, 0)
+        for style in world.train_styles:
+            glyphs[thing.name, style] = [glyph]
+    build._start(glyphs)
+    first = build._frames(0)
+    assert first.shape == (2, 64, 64, 3) and not np.array_equal(first[0], first[1])
+    magenta = (first[..., 0] > 150) & (first[..., 2] > 150) & (first[..., 1] < 110)
+    assert (magenta.mean(axis=(1, 2)) > 0.1).all()
+    assert np.array_equal(first, build._frames(0)) and not np.array_equal(first, build._frames(len(world.things)))
+    black = (build._frames(1) < 60).all(-1)
+    assert (black.mean(axis=(1, 2)) > 0.1).all()
