@@ -265,7 +265,8 @@ def test_clip_values_out_of_range(tiny_profile, field, value):
 @pytest.mark.parametrize("name", EXTRACTORS)
 def test_features_that_are_not_finite_are_reported(tiny_profile, monkeypatch, name):
     extractor = EXTRACTORS[name](tiny_profile)
-    weights = next((extractor.pipe.unet if name == "sd" else extractor.model).parameters())
+    model = extractor.pipe.unet if name == "sd" else getattr(extractor.model, "vision_model", extractor.model)
+    weights = next(model.parameters())
     monkeypatch.setattr(weights, "data", torch.full_like(weights, float("nan")))
     with pytest.raises(OVDiffError, match="not finite"):
         extractor(pictures(1, 64, 64), np.array([0]))

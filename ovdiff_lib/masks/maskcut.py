@@ -35,7 +35,7 @@ LARGEST_OVERLAP, SMALLEST_AREA = 0.5, 0.01
 
 
 class MaskCut:
-    """Keys, or another facet, of DINO's last layer, cut ``maskcut_rounds`` times; images become squares of ``maskcut_size`` pixels for it."""
+    """Keys, or another facet, of DINO's last layer, cut ``maskcut_rounds`` times; images become squares of ``maskcut_size`` pixels."""
 
     name = "maskcut"
 

@@ -1,0 +1,111 @@
+"""One pass of the profile `paper` through networks of their published sizes, random weights, read from disk like the published ones.
+
+    OVDIFF_FULL_SIZE=1 python -m pytest tests/test_full_size.py        # or: python -m pytest -m slow
+
+MEASURED
+"""
+
+import os
+import resource
+import shutil
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from real_size import make_clip, make_dino, make_pipeline, make_tokenizer, save_pipeline, sharpen
+
+from ovdiff_lib import OVDiff, models
+from ovdiff_lib.profiles import load_profile
+
+DISK, MEMORY = 6 * 2**30, 24 * 2**30
+"""Bytes that the pass may take: of disk for the networks, of memory at its peak."""
+
+EXTRACTORS = {"sd": (7680, 64), "dino": (768, 56), "clip-keys": (768, 28)}
+"""Extractor -> its channels and the side of its grid over a support image."""
+
+SHAPE = (448, 600)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def all_cores():
+    """The other tests run on one thread; OMP_NUM_THREADS counts if it is set."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def profile(request, tmp_path, monkeypatch, all_cores):
+    """The paper's profile with one support image of two steps, over networks of its sizes on disk; they are deleted afterwards."""
+    if not (os.environ.get("OVDIFF_FULL_SIZE") or request.config.getoption("markexpr")):
+        pytest.skip("many minutes and gigabytes; set OVDIFF_FULL_SIZE=1, or run -m slow")
+    if shutil.disk_usage(tmp_path).free < DISK:
+        pytest.skip(f"needs {DISK >> 30} GiB of free disk below {tmp_path}")
+    monkeypatch.setattr(models, "_loaded", {})  # nothing of this size stays in memory
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_pipeline(make_pipeline(), tmp_path / "sd")
+        make_clip().save_pretrained(tmp_path / "clip")
+        make_tokenizer().save_pretrained(tmp_path / "clip")
+        sharpen(make_dino(), 4).save_pretrained(tmp_path / "dino")
+    yield load_profile("paper", {
+        "models.diffusion": str(tmp_path / "sd"), "models.clip": str(tmp_path / "clip"), "models.dino": str(tmp_path / "dino"),
+        "models.device": "cpu", "support.size": 1, "support.steps": 2, "masks.segmenter": "maskcut",  # CutLER needs detectron2
+        "features.batch_size": 1, "matching.batch_size": 2, "matching.windows": [448]})
+    shutil.rmtree(tmp_path)
+
+
+def peak():
+    """Bytes of memory this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def picture():
+    """Blocks of colour, u8 (*SHAPE, 3)."""
+    blocks = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return np.array(Image.fromarray(blocks).resize(SHAPE[::-1], Image.Resampling.BICUBIC))
+
+
+def test_one_pass_of_the_paper(profile, tmp_path, capsys, record_property):
+    ovdiff = OVDiff(profile, library=tmp_path / "library", progress=False)
+    told, start = [], time.monotonic()
+
+    def note(step):
+        told.append(f"{step}: {time.monotonic() - start:.0f} s since the start, {peak() / 2**30:.1f} GiB at most")
+        with capsys.disabled():
+            print(f"\n{told[-1]}", end="", flush=True)
+
+    note("networks written")
+
+    support = ovdiff.support("chest of drawers")
+    note("one support image of two steps")
+    masks = ovdiff.masks(support)
+    note("masks")
+    bank = ovdiff.build("chest of drawers")
+    note("features and prototypes")
+    found = ovdiff.segment(picture(), bank)
+    note(f"an image of {SHAPE[0]} x {SHAPE[1]} segmented")
+    record_property("measured", "; ".join(told))
+    assert peak() < MEMORY
+
+    assert support.images.shape == (1, 512, 512, 3) and support.images.std() > 1
+    assert support.attribution.shape == (1, 64, 64) and (support.attribution.min(), support.attribution.max()) == (0, 1)
+    assert support.provenance["token_positions"] == [6, 7, 8]
+    assert masks.foreground.any() and masks.background.any() and not (masks.foreground & masks.background).any()
+    assert bank.extractors == tuple(EXTRACTORS)
+    for name, (channels, side) in EXTRACTORS.items():
+        prototypes, = bank.prototypes[name]
+        assert prototypes.vectors.shape[1] == channels and np.isfinite(prototypes.vectors).all()
+        assert prototypes.assignment.shape == (1, side, side)
+        for region in ("foreground", "background"):
+            kinds = prototypes.kind[prototypes.region == region].tolist()
+            assert (kinds.count("class"), kinds.count("instance"), kinds.count("part")) == (1, 1, 32)
+    assert found.labels.shape == SHAPE and found.scores.shape == (2, *SHAPE) and np.isfinite(found.scores).all()
+    assert found.kept == (0,) and np.abs(found.scores).max() <= 1 + 1e-5 and found.scores.std() > 0
+    assert (found.winner >= 0).all() and found.winner.max() < 68
