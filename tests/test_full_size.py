@@ -57,7 +57,7 @@ def profile(request, tmp_path, monkeypatch, all_cores):
     yield load_profile("paper", {
         "models.diffusion": str(tmp_path / "sd"), "models.clip": str(tmp_path / "clip"), "models.dino": str(tmp_path / "dino"),
         "models.device": "cpu", "support.size": 1, "support.steps": 2, "masks.segmenter": "maskcut",  # CutLER needs detectron2
-        "features.batch_size": 1, "matching.batch_size": 2, "matching.windows": [448]})
+        "features.batch_size": 1, "matching.batch_size": 2})
     shutil.rmtree(tmp_path)
 
 
@@ -86,7 +86,7 @@ def test_one_pass_of_the_paper(profile, tmp_path, capsys, record_property):
     support = ovdiff.support("chest of drawers")
     note("one support image of two steps")
     masks = ovdiff.masks(support)
-    note("masks")
+    note(f"masks by {masks.source[0]}")
     bank = ovdiff.build("chest of drawers")
     note("features and prototypes")
     found = ovdiff.segment(picture(), bank)

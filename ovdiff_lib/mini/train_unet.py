@@ -101,6 +101,9 @@ def write_pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder:
     shutil.rmtree(temporary, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     pipeline.save_pretrained(temporary)
+    for path in temporary.rglob("config.json"):  # where on this machine a part came from is nobody's business
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({k: v for k, v in config.items() if k != "_name_or_path"}, indent=2) + "\n", encoding="utf-8")
     save_tokenizer(tokenizer, temporary / "tokenizer")
     replace_folder(temporary, folder)
 
