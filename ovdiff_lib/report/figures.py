@@ -164,7 +164,9 @@ def save_figure(figure: Figure | Image.Image, path: str | Path, caption: str) ->
         figure.savefig(drawn, format="png", bbox_inches="tight", pad_inches=0.06, facecolor="white", metadata={"Software": None})
         figure = Image.open(drawn)
     buffer = io.BytesIO()
-    figure.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.FLOYDSTEINBERG).save(buffer, "PNG", optimize=True)
+    colours = figure.convert("RGB")
+    # Twice: Pillow dithers only towards a palette that it is given, and without dithering skies fall into bands.
+    colours.quantize(palette=colours.quantize(256, Image.Quantize.MAXCOVERAGE), dither=Image.Dither.FLOYDSTEINBERG).save(buffer, "PNG", optimize=True)
     write_atomic(path, buffer.getvalue())
     write_atomic(path.with_suffix(".json"), (json.dumps({"caption": caption}, ensure_ascii=False, indent=1) + "\n").encode())
     return path
