@@ -166,7 +166,8 @@ def save_figure(figure: Figure | Image.Image, path: str | Path, caption: str) ->
     buffer = io.BytesIO()
     colours = figure.convert("RGB")
     # Twice: Pillow dithers only towards a palette that it is given, and without dithering skies fall into bands.
-    colours.quantize(palette=colours.quantize(256, Image.Quantize.MAXCOVERAGE), dither=Image.Dither.FLOYDSTEINBERG).save(buffer, "PNG", optimize=True)
+    palette = colours.quantize(256, Image.Quantize.MAXCOVERAGE)
+    colours.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(buffer, "PNG", optimize=True)
     write_atomic(path, buffer.getvalue())
     write_atomic(path.with_suffix(".json"), (json.dumps({"caption": caption}, ensure_ascii=False, indent=1) + "\n").encode())
     return path
