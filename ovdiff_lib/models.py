@@ -171,7 +171,9 @@ def _build_diffusion(source: Path | str, device: torch.device, dtype: torch.dtyp
             source, subfolder=name, dtype=dtype, output_loading_info=True, **options))
     pipe = StableDiffusionPipeline.from_pretrained(
         source, dtype=dtype, safety_checker=None, requires_safety_checker=False, **networks, **options)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2)
+    # The spacing is named because a folder that diffusers saved again keeps its PNDM scheduler's "leading", which moves every step.
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(
+        pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="linspace")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
