@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import math
 import textwrap
 from collections.abc import Callable, Iterator
@@ -166,6 +167,7 @@ def _build_diffusion(source: Path | str, device: torch.device, dtype: torch.dtyp
 
     # One by one rather than by the pipeline, which does not report weights that are missing and left random.
     networks = {}
+    options = options | {"low_cpu_mem_usage": importlib.util.find_spec("accelerate") is not None}  # else diffusers warns, at length
     for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel)):
         networks[name] = complete(name, kind.from_pretrained(
             source, subfolder=name, dtype=dtype, output_loading_info=True, **options))
