@@ -11,9 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ovdiff_lib.errors import InputError, OVDiffError
+from ovdiff_lib.profiles.profile import parse_assignments
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,24 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _assignments(pairs: list[str], option: str) -> dict[str, Any]:
-    table = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise InputError(f"{option} {pair!r} is not of the form NAME=VALUE; write for example {option} support.size=8.")
-        try:
-            table[name] = yaml.safe_load(value) if value else ""
-        except yaml.YAMLError:
-            raise InputError(f"The value of {option} {pair!r} cannot be read; write a number, true, a [list, of, values] or text."
-                             ) from None
-    return table
-
-
 def _ovdiff(options: argparse.Namespace):
     from ovdiff_lib.pipeline import OVDiff
 
-    return OVDiff(options.profile, _assignments(options.set, "--set"), library=options.library)
+    return OVDiff(options.profile, parse_assignments(options.set, "--set"), library=options.library)
 
 
 def _names(classes: str) -> list[str]:
@@ -177,7 +162,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from ovdiff_lib.doctor import examine, render
     from ovdiff_lib.profiles import load_profile
 
-    report = examine(load_profile(options.profile, _assignments(options.set, "--set")), options.data, options.library)
+    report = examine(load_profile(options.profile, parse_assignments(options.set, "--set")), options.data, options.library)
     if options.json:
         from ovdiff_lib.images import write_atomic
 
@@ -189,7 +174,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _notebook_parameters(options: argparse.Namespace) -> dict[str, Any]:
     from ovdiff_lib.profiles import load_profile
 
-    overrides = _assignments(options.set, "--set")
+    overrides = parse_assignments(options.set, "--set")
     profile = load_profile(options.profile, overrides)
     source = options.profile if not Path(options.profile).suffix else str(Path(options.profile).resolve())
     return {"profile": source, "overrides": overrides, "output": str((options.out / profile.name).resolve())}
@@ -200,7 +185,7 @@ def _run(options: argparse.Namespace) -> None:
 
     if not options.notebook.exists():
         raise InputError(f"The notebook {options.notebook} does not exist; the ones that ship are in the folder notebooks/.")
-    parameters = {**_notebook_parameters(options), **_assignments(options.parameter, "--parameter")}
+    parameters = {**_notebook_parameters(options), **parse_assignments(options.parameter, "--parameter")}
     # Meant from where the command is run; the notebook itself runs in its own folder.
     parameters["output"] = str(Path(str(parameters["output"])).resolve())
     target = Path(parameters["output"]) / options.notebook.name

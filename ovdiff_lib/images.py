@@ -112,6 +112,10 @@ def list_images(path: str | Path) -> list[Path]:
     return found
 
 
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and standard deviation of RGB in [0, 1] that CLIP, and DINO and MAE, were trained with."""
+
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "lanczos": Image.Resampling.LANCZOS}
 """Filters of :func:`resize_short_side` by name; both antialias."""
 

@@ -22,7 +22,7 @@ from ovdiff_lib.published import how_to_get
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
-    from transformers import CLIPModel, CLIPTokenizer
+    from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
     from ovdiff_lib.profiles import Profile
 
@@ -48,6 +48,11 @@ def load_diffusion(profile: Profile) -> StableDiffusionPipeline:
 def load_clip(profile: Profile) -> tuple[CLIPModel, CLIPTokenizer]:
     """CLIP and its tokenizer of ``profile.models.clip``, eval mode, on the device; cached like :func:`load_diffusion`."""
     return _cached("clip", _build_clip, profile.models.clip, profile)
+
+
+def load_dino(profile: Profile) -> ViTModel:
+    """The ViT of ``profile.models.dino``, which an extractor and MaskCut share; cached like :func:`load_diffusion`."""
+    return load_network(profile, "dino", _build_dino)
 
 
 def load_network(profile: Profile, name: str, build: Callable[[Path | str, torch.device, torch.dtype, dict], Any], *,
@@ -185,6 +190,13 @@ def _build_clip(source: Path | str, device: torch.device, dtype: torch.dtype, op
 
     model = complete("CLIP", CLIPModel.from_pretrained(source, dtype=dtype, output_loading_info=True, **options))
     return model.to(device), CLIPTokenizer.from_pretrained(source, **options)
+
+
+def _build_dino(source: Path | str, device: torch.device, dtype: torch.dtype, options: dict) -> ViTModel:
+    from transformers import ViTModel
+
+    loaded = ViTModel.from_pretrained(source, dtype=dtype, add_pooling_layer=False, output_loading_info=True, **options)
+    return complete("DINO", loaded).to(device)
 
 
 def complete(name: str, loaded: tuple[torch.nn.Module, dict]) -> torch.nn.Module:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ovdiff_lib.errors import ProfileError
-from ovdiff_lib.features.vit import IMAGENET_MEAN, IMAGENET_STD, ViTExtractor
+from ovdiff_lib.features.vit import ViTExtractor
+from ovdiff_lib.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.models import load_clip
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from ovdiff_lib.profiles import Profile
     from ovdiff_lib.profiles.profile import Features
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 NORMALISATIONS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}
 
 

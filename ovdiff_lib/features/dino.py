@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from ovdiff_lib.features.vit import ViTExtractor
-from ovdiff_lib.models import complete, load_network
+from ovdiff_lib.models import load_dino
 
 if TYPE_CHECKING:
     from transformers import ViTModel
@@ -36,15 +35,3 @@ class DinoExtractor(ViTExtractor):
     def run(self, pixels: torch.Tensor) -> None:
         """Through the whole model, positions interpolated."""
         self.model(pixels, interpolate_pos_encoding=True)
-
-
-def load_dino(profile: Profile) -> ViTModel:
-    """The ViT of ``profile.models.dino``, eval mode, on the device. Raises ``ModelNotAvailable`` and ``ProfileError``."""
-    return load_network(profile, "dino", _build)
-
-
-def _build(source: Path | str, device: torch.device, dtype: torch.dtype, options: dict) -> ViTModel:
-    from transformers import ViTModel
-
-    loaded = ViTModel.from_pretrained(source, dtype=dtype, add_pooling_layer=False, output_loading_info=True, **options)
-    return complete("DINO", loaded).to(device)

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from ovdiff_lib.errors import OVDiffError, ProfileError
+from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.models import captured
 
 if TYPE_CHECKING:
     from ovdiff_lib.profiles.profile import Features
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ViTExtractor(ABC):

@@ -19,14 +19,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.images import CLIP_MEAN, CLIP_STD
 from ovdiff_lib.profiles.profile import Profile
 from ovdiff_lib.types import Category, Vocabulary
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 MAX_TOP = 16
 """Largest eta: 65,535 prompts an image."""

@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 
 from ovdiff_lib.errors import OVDiffError, ProfileError
-from ovdiff_lib.features.dino import load_dino
-from ovdiff_lib.features.vit import IMAGENET_MEAN, IMAGENET_STD
+from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.masks.refine import check_refinement, iou, refine, resize_mask
-from ovdiff_lib.models import captured
+from ovdiff_lib.models import captured, load_dino
 
 if TYPE_CHECKING:
     from transformers import ViTModel

@@ -8,10 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import yaml
 from tqdm import tqdm
 
 from ovdiff_lib.errors import InputError, OVDiffError
@@ -19,6 +17,7 @@ from ovdiff_lib.evaluation import load_dataset
 from ovdiff_lib.evaluation.metrics import IGNORE
 from ovdiff_lib.masks import Segmenter, build_segmenter
 from ovdiff_lib.profiles import load_profile
+from ovdiff_lib.profiles.profile import parse_assignments
 
 
 @dataclass(frozen=True)
@@ -71,17 +70,6 @@ def recall(segmenter: Segmenter, limit: int | None = None, dataset: str = "mini-
     return Recall(float(values.mean()), float((values >= 0.5).mean()), by_noun, float(np.mean(proposals)), len(rows), count)
 
 
-def _overrides(pairs: list[str]) -> dict[str, Any]:
-    table = {}
-    for pair in pairs:
-        field, _, value = pair.partition("=")
-        try:
-            table[field] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise InputError(f"The value of --set {pair!r} cannot be read; write a number, true, a [list, of, values] or text.") from None
-    return table
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="mini", help="name of a profile or path of its file")
@@ -90,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field of the profile")
     options = parser.parse_args(arguments)
     try:
-        overrides = _overrides(options.set)
+        overrides = parse_assignments(options.set)
         if options.segmenter:
             overrides["masks.segmenter"] = options.segmenter
         measured = recall(build_segmenter(load_profile(options.profile, overrides)), options.limit)

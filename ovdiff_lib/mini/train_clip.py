@@ -26,10 +26,9 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from ovdiff_lib.images import CLIP_MEAN, CLIP_STD
 from ovdiff_lib.mini.training import Run, load_data, seed_everything, shuffled_indices, training_parser, warmup_cosine
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 TEMPLATE = "a good picture of a {}"
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.roi_heads import RoIHeads
@@ -30,6 +29,7 @@ from ovdiff_lib.mini.pseudo_masks import PseudoMasks, boxes_of, merge, views
 from ovdiff_lib.mini.training import EMA, Run, round_weights, seed_everything, shuffled_indices, training_parser, warmup_cosine
 from ovdiff_lib.models import model_identity
 from ovdiff_lib.profiles import load_profile
+from ovdiff_lib.profiles.profile import parse_assignments
 
 DROP_IOU = 0.01  # CutLER's DROPLOSS_IOU_THRESH
 CANVASES = (80, 96, 112, 128)  # pixels; CutLER varies the size of the images too
@@ -101,8 +101,7 @@ def pseudo_masks(args: argparse.Namespace, images: np.ndarray) -> PseudoMasks:
         return PseudoMasks(path, key, given.size).gather(given.scenes, improved)
     if given is not None:
         return given
-    overrides = {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in args.set)}
-    profile = load_profile(args.profile, overrides | {"masks.segmenter": args.segmenter})
+    profile = load_profile(args.profile, parse_assignments(args.set) | {"masks.segmenter": args.segmenter})
     segmenter = build_segmenter(profile)
     models, settings = SEGMENTERS[args.segmenter].depends_on(profile, "masks")
     first = hashlib.sha256(np.ascontiguousarray(images[0])).hexdigest()[:16]

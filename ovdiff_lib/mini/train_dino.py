@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
+from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.mini.training import Run, load_data, round_weights, seed_everything, shuffled_indices, training_parser, warmup_cosine
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GLOBAL, LOCAL = 64, 32  # pixels of a crop
 GLOBAL_SCALE, LOCAL_SCALE = (0.3, 1.0), (0.08, 0.3)  # share of the scene's area that a crop shows
 PATCH = 8

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from ovdiff_lib.errors import ProfileError
+from ovdiff_lib.errors import InputError, ProfileError
 
 FOLDER = Path(__file__).parent
 
@@ -218,6 +218,21 @@ def load_profile(source: str | Path | Profile = "mini", overrides: dict[str, Any
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ProfileError(f"The profile file {path} cannot be read as YAML ({str(error).splitlines()[0]}); correct it.") from None
     return from_dict(table, f"profile file {path.name}").override(overrides)
+
+
+def parse_assignments(pairs: list[str], option: str = "--set") -> dict[str, Any]:
+    """Overrides (or notebook parameters) from NAME=VALUE of a command line, values read as YAML. Raises ``InputError``."""
+    table = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise InputError(f"{option} {pair!r} is not of the form NAME=VALUE; write for example {option} support.size=8.")
+        try:
+            table[name] = yaml.safe_load(value) if value else ""
+        except yaml.YAMLError:
+            raise InputError(f"The value of {option} {pair!r} cannot be read; write a number, true, a [list, of, values] or text."
+                             ) from None
+    return table
 
 
 def from_dict(table: Any, origin: str) -> Profile:
