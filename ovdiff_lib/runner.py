@@ -74,7 +74,8 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
         papermill.execute_notebook(
             str(notebook), str(failed), parameters=parameters, cwd=str(notebook.parent), progress_bar=progress, kernel_name="python3",
             # Sockets in files: no port races between kernels and no warning about unencrypted TCP.
-            config=Config({"KernelManager": {"transport": "ipc"}}))
+            # And a kernel that is interrupted only to be closed says nothing: an "ERROR" after a run that went well frightens people.
+            config=Config({"KernelManager": {"transport": "ipc"}, "NotebookClient": {"extra_arguments": ["--log-level=CRITICAL"]}}))
     except papermill.PapermillExecutionError as error:
         raise OVDiffError(f"The notebook {notebook.name} failed in cell {error.exec_count}: {error.ename}: "
                           f"{_first_line(error.evalue)} (executed copy: {failed})") from None

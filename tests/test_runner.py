@@ -55,6 +55,15 @@ def test_notebooks_are_found_in_order(tmp_path):
             notebooks(tmp_path / folder)
 
 
+def test_the_kernel_is_quiet_unless_it_dies(notebook, tmp_path):
+    made = nbformat.read(notebook, as_version=4)
+    made.cells.append(nbformat.v4.new_code_cell("from ipykernel.kernelapp import IPKernelApp; print(IPKernelApp.instance().log_level)"))
+    nbformat.write(made, notebook)
+    target = tmp_path / "out" / "00_counting.ipynb"
+    run_notebook(notebook, target, {"count": 1, "output": str(tmp_path)})
+    assert nbformat.read(target, as_version=4).cells[-1].outputs[0].text.strip() == "50"
+
+
 def test_unknown_parameters_are_refused_before_anything_runs(notebook, tmp_path):
     target = tmp_path / "out" / "00_counting.ipynb"
     with pytest.raises(InputError, match="did you mean 'count'") as caught:
