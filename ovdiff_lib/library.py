@@ -75,11 +75,11 @@ class Library:
         """The support set stored under ``key``, or None if there is none that is whole."""
         return self._get("support", key, _support_from)
 
-    def put_support(self, key: str, support: SupportSet) -> None:
-        """Store a support set; one that is there already stays."""
+    def put_support(self, key: str, support: SupportSet, *, replace: bool = False) -> None:
+        """Store a support set; one that is there already stays, unless ``replace``."""
         arrays = {"images": support.images, "attribution": support.attribution, "seeds": support.seeds}
         category = {"name": support.category.name, "prompt": support.category.prompt, "kind": support.category.kind}
-        self._put("support", key, arrays, {"category": category, "provenance": support.provenance}, _support_from)
+        self._put("support", key, arrays, {"category": category, "provenance": support.provenance}, _support_from, replace)
 
     def get_prototypes(self, key: str) -> Prototypes | None:
         """The prototypes stored under ``key``, or None if there are none that are whole."""
@@ -177,7 +177,8 @@ class Library:
                     path.rename(path.with_name(f"{key}.{secrets.token_hex(4)}.broken"))
                 return None
 
-    def _put(self, kind: str, key: str, arrays: dict[str, np.ndarray], described: dict[str, Any], make: Callable) -> None:
+    def _put(self, kind: str, key: str, arrays: dict[str, np.ndarray], described: dict[str, Any], make: Callable,
+             replace: bool = False) -> None:
         from safetensors.numpy import save
 
         path = self._path(kind, key)
@@ -185,7 +186,7 @@ class Library:
         body = {"format": FORMAT, "kind": kind, "key": key, "sha256": {ARRAYS: hashlib.sha256(data).hexdigest()}, **described}
         meta = json.dumps({"body": body, "sha256": _digest(body)}, indent=1)
         with self.lock(key):
-            if self._get(kind, key, make) is not None:
+            if not replace and self._get(kind, key, make) is not None:
                 return
             temporary = path.with_name(f".{key}.{os.getpid()}-{secrets.token_hex(4)}.part")
             try:
@@ -199,7 +200,12 @@ class Library:
                             file.flush()
                             os.fsync(file.fileno())
                     fsync_folder(temporary)
+                    if path.exists():
+                        # A name that the next writer clears away, should this one die between the two renames.
+                        path.rename(path.with_name(f".{key}.{secrets.token_hex(4)}.part"))
                     temporary.rename(path)
+                    for left in path.parent.glob(f".{key}.*.part"):
+                        shutil.rmtree(left)
                     fsync_folder(path.parent)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)  # gone already after the rename

@@ -85,10 +85,12 @@ class Matcher:
         settings = profile.matching
         if not extractors:
             raise ProfileError("features.extractors is empty; name at least one extractor.")
-        if not settings.windows or min(settings.windows) < 1 or max(settings.windows) > settings.short_side:
-            raise ProfileError(f"matching.windows is {settings.windows}; give sizes from 1 to matching.short_side ({settings.short_side}).")
-        if not 1 <= settings.stride <= min(settings.windows):
-            raise ProfileError(f"matching.stride is {settings.stride}; set it between 1 and the smallest window ({min(settings.windows)}).")
+        sizes = settings.windows or [settings.short_side] * settings.whole_image  # no windows: the whole image alone
+        if not sizes or min(sizes) < 1 or max(sizes) > settings.short_side:
+            raise ProfileError(f"matching.windows is {settings.windows}; give sizes from 1 to matching.short_side ({settings.short_side}), "
+                               "or none and matching.whole_image true.")
+        if not 1 <= settings.stride <= min(sizes):
+            raise ProfileError(f"matching.stride is {settings.stride}; set it between 1 and the smallest window ({min(sizes)}).")
         _check_refinement(settings)
         self.extractors, self.profile, self.settings = extractors, profile, settings
         self.device = resolve_device(profile)
@@ -176,7 +178,7 @@ class Matcher:
             boxes = [(top, left, size, size) for top, left, size in windows(resized.shape[:2], size, min(size, self.settings.stride))]
             scales.append((np.stack([resized[top : top + h, left : left + w] for top, left, h, w in boxes]), boxes))
         if self.settings.whole_image:
-            side = max(self.settings.windows)
+            side = max(self.settings.windows, default=self.settings.short_side)
             squashed = np.array(Image.fromarray(resized).resize((side, side), Image.Resampling.BILINEAR))
             scales.append((squashed[None], [(0, 0, *resized.shape[:2])]))
         return scales

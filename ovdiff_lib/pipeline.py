@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -23,6 +23,9 @@ from ovdiff_lib.images import read_image
 from ovdiff_lib.library import Library
 from ovdiff_lib.profiles import Profile, load_profile
 from ovdiff_lib.types import Category, ForegroundBackground, PrototypeBank, Prototypes, Segmentation, SupportSet, Vocabulary
+
+if TYPE_CHECKING:
+    from ovdiff_lib.parts import Parts
 
 # Fields that change how fast a result comes, not the result; they stay out of the library's keys.
 SPEED_ONLY = {"batch_size"}
@@ -36,15 +39,17 @@ class OVDiff:
         overrides: profile fields to replace, for example ``{"support.size": 8}``; unknown ones raise ``ProfileError``.
         library: folder that keeps support sets and prototypes between runs (default: the user's cache folder).
         progress: show progress bars for long work.
+        parts: networks shared with other objects (:class:`~ovdiff_lib.parts.Parts`), for measuring many settings; default: its own.
 
     Models are loaded when first needed. Raises ``ModelNotAvailable`` then when weights are not on this machine.
     """
 
     def __init__(self, profile: str | Path | Profile = "mini", overrides: dict[str, Any] | None = None, *,
-                 library: str | Path | None = None, progress: bool = True) -> None:
+                 library: str | Path | None = None, progress: bool = True, parts: Parts | None = None) -> None:
         self.profile = load_profile(profile, overrides)
         self.library = Library(library)
         self.progress = progress
+        self._shared = parts
         self._parts: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ the method
@@ -89,14 +94,18 @@ class OVDiff:
         from ovdiff_lib.support.sampler import sample_support
 
         category = category if isinstance(category, Category) else Category(category)
-        key = self._key("support", category)
+        key, count = self._key("support", category), self.profile.support.size
         with self.library.lock(key):
             support = self.library.get_support(key)
-            if support is None:
-                support = sample_support(self.diffusion, category, self.profile, progress=self.progress)
-                self.library.put_support(key, support)
+            # Image i depends on its number, not on how many there are: a smaller set is the beginning of a larger one.
+            have = 0 if support is None else len(support)
+            if have < max(count, 1) or count < 1:
+                missing = count - have if count > 0 else count  # a size below one is the sampler's to refuse
+                drawn = sample_support(self.diffusion, category, self.profile, missing, progress=self.progress, start=have)
+                support = drawn if support is None else support.joined(drawn)
+                self.library.put_support(key, support, replace=True)
         # The library knows the words, not what this user calls them.
-        return dataclasses.replace(support, category=category)
+        return dataclasses.replace(support.take(range(count)), category=category)
 
     def masks(self, support: SupportSet) -> ForegroundBackground:
         """Step 2a: where the object is and is not in each support image (Sec. 3.2, Eq. 1)."""
@@ -149,11 +158,14 @@ class OVDiff:
         """The segmenter Gamma of the profile."""
         from ovdiff_lib.masks import build_segmenter
 
-        return self._part("segmenter", lambda: build_segmenter(self.profile))
+        load = self._shared.segmenter if self._shared else build_segmenter
+        return self._part("segmenter", lambda: load(self.profile))
 
     @property
     def category_filter(self):
         """The CLIP category pre-filter."""
+        if self._shared:
+            return self._part("category_filter", lambda: self._shared.category_filter(self.profile, self._load_filter))
         return self._part("category_filter", self._load_filter)
 
     @property
@@ -171,7 +183,7 @@ class OVDiff:
     def _load_extractors(self) -> dict[str, Any]:
         from ovdiff_lib.features import build_extractors
 
-        return build_extractors(self.profile)
+        return (self._shared.extractors if self._shared else build_extractors)(self.profile)
 
     def _check_parts(self) -> None:
         """``ProfileError`` for an extractor or a segmenter that no registry holds, before any work is done."""
@@ -197,7 +209,9 @@ class OVDiff:
 
         profile = self.profile
         models, settings = {"diffusion": profile.models.diffusion}, {"support": dataclasses.asdict(profile.support)}
-        if step != "support":
+        if step == "support":
+            settings["support"].pop("size")  # a support set grows; what it holds does not change
+        else:
             settings["prototypes"] = dataclasses.asdict(profile.prototypes)
             settings["masks"] = Part(None, (), COMMON_SETTINGS).depends_on(profile, "masks")[1]
             for section, part in (("masks", SEGMENTERS[profile.masks.segmenter]), ("features", EXTRACTORS[step])):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -124,6 +124,19 @@ class SupportSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def take(self, chosen: Iterable[int]) -> SupportSet:
+        """The support set of the images at the indices ``chosen`` alone, in that order."""
+        index = list(chosen)
+        return replace(self, images=self.images[index], attribution=self.attribution[index], seeds=self.seeds[index])
+
+    def joined(self, other: SupportSet) -> SupportSet:
+        """This support set followed by the images of another of the same image and map size; category and provenance are this one's."""
+        if self.images.shape[1:] != other.images.shape[1:] or self.attribution.shape[1:] != other.attribution.shape[1:]:
+            raise InputError(f"Support images of {self.images.shape[1:3]} and {other.images.shape[1:3]} pixels cannot be joined; draw both "
+                             "with the same support.image_size.")
+        return replace(self, images=np.concatenate([self.images, other.images]), seeds=np.concatenate([self.seeds, other.seeds]),
+                       attribution=np.concatenate([self.attribution, other.attribution]))
 
 
 @dataclass(frozen=True)

@@ -182,8 +182,31 @@ def test_support_sets_outlive_prototype_settings(tiny_profile, folder, bank, no_
     assert (other.prototypes["sd"][0].kind == "part").sum() == 4
 
 
+def test_a_support_set_grows_and_shrinks_without_drawing_again(tiny_profile, tmp_path, monkeypatch):
+    """Two images, then five: three are drawn; then one: none is. What was there stays bit by bit."""
+    from ovdiff_lib.support import sampler
+
+    drawn, real = [], sampler.sample_support
+
+    def counted(pipe, category, profile, count=None, progress=True, start=0):
+        drawn.append((start, count))
+        return real(pipe, category, profile, count, progress, start)
+
+    monkeypatch.setattr(sampler, "sample_support", counted)
+    sets = {n: OVDiff(tiny_profile, {"support.size": n}, library=tmp_path, progress=False).support("dog") for n in (2, 5, 1)}
+    assert drawn == [(0, 2), (2, 3)]
+    whole = real(OVDiff(tiny_profile).diffusion, Category("dog"), tiny_profile, 5, progress=False)
+    for n, support in sets.items():
+        assert len(support) == n and np.array_equal(support.seeds, whole.seeds[:n])
+        assert np.array_equal(support.images, sets[5].images[:n]) and np.array_equal(support.attribution, sets[5].attribution[:n])
+    # Drawn at once or in two parts: rounding of other batches at most.
+    assert np.abs(sets[5].images.astype(int) - whole.images).max() <= 2
+    with pytest.raises(InputError, match="at least one"):
+        OVDiff(tiny_profile, {"support.size": 0}, library=tmp_path, progress=False).support("dog")
+
+
 STEP_SETTINGS = {  # field: (changes the support set, changes the prototypes)
-    "support.size": (True, True), "support.seed": (True, True), "support.prompt": (True, True), "support.guidance_scale": (True, True),
+    "support.size": (False, True), "support.seed": (True, True), "support.prompt": (True, True), "support.guidance_scale": (True, True),
     "support.mid_block": (True, True), "models.dtype": (True, True),
     "masks.threshold_classes": (False, True), "masks.resize": (False, True), "features.sd_timestep": (False, True),
     "features.seed": (False, True), "prototypes.clusters": (False, True), "prototypes.kinds": (False, True),

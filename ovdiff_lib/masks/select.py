@@ -68,7 +68,7 @@ def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | Non
     attribution = upsample(support.attribution, support.images.shape[1:3])
     foreground, background = _thresholds(attribution, settings)
     source = []
-    images = tqdm(support.images, desc=f"masks of {support.category.name}", leave=False, disable=label == "threshold")
+    images = tqdm(support.images, desc=f"masks of {support.category.name}", leave=False, delay=3)
     for n, image in enumerate(images):
         proposals = np.asarray(segmenter.propose(image, support.category.prompt), dtype=bool)
         if proposals.ndim != 3 or proposals.shape[1:] != image.shape[:2]:

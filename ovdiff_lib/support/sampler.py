@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def sample_support(pipe: StableDiffusionPipeline, category: Category, profile: Profile, count: int | None = None,
-                   progress: bool = True) -> SupportSet:
-    """Draw ``count`` (default ``support.size``) images of ``category`` and their attribution, in one pass.
+                   progress: bool = True, start: int = 0) -> SupportSet:
+    """Draw ``count`` (default ``support.size``) images of ``category``, from number ``start`` on, and their attribution, in one pass.
 
     Image i depends on (support settings, prompt, ``support.seed``, i) alone, not on the batch size or on ``count``. Images are
     u8 (N, S, S, 3) with S = ``support.image_size``; attribution is f32 (N, S/f, S/f), f the VAE's factor, each map min-max scaled to
@@ -35,14 +35,14 @@ def sample_support(pipe: StableDiffusionPipeline, category: Category, profile: P
     positions = class_token_positions(pipe.tokenizer, settings.prompt, category.prompt)
     guided = settings.guidance_scale > 1  # the rule of StableDiffusionPipeline
     side = settings.image_size // pipe.vae_scale_factor
-    seeds = np.array([image_seed(settings.seed, prompt, i) for i in range(count)], dtype=np.int64)
+    seeds = np.array([image_seed(settings.seed, prompt, i) for i in range(start, start + count)], dtype=np.int64)
     with torch.no_grad():
         positive, negative = pipe.encode_prompt(prompt, pipe.device, 1, guided, settings.negative_prompt)
 
     images, attribution = [], []
     with tqdm(total=count, desc=f"drawing {category.name}", unit="image", disable=not progress) as bar:
-        for start in range(0, count, settings.batch_size):
-            batch = seeds[start:start + settings.batch_size]
+        for first in range(0, count, settings.batch_size):
+            batch = seeds[first:first + settings.batch_size]
             with record_attribution(pipe.unet, positions, (side, side), settings.mid_block, guided) as recorder:
                 drawn = pipe(
                     prompt_embeds=positive.expand(len(batch), -1, -1),

@@ -1,0 +1,121 @@
+"""Extractors, segmenters and category filters that several OVDiff objects share, for measuring many settings on the same images.
+
+Settings that differ in one field mostly run the same networks on the same pixels. :class:`Parts` builds each part once for everything it
+depends on, and its parts remember their latest results, so that a second setting pays for what differs alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ovdiff_lib.profiles import Profile
+from ovdiff_lib.types import Vocabulary
+
+MEMORY = 2**30
+"""Bytes of results that each part remembers."""
+
+
+class Parts:
+    """Parts by what they depend on, to be given to :class:`~ovdiff_lib.pipeline.OVDiff` as ``parts``.
+
+    A remembered result is the same object again: nobody may change it in place.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def extractors(self, profile: Profile) -> dict[str, Any]:
+        """The extractors of ``features.extractors`` by name. Raises ``ProfileError`` and ``ModelNotAvailable``."""
+        from ovdiff_lib.features import EXTRACTORS, check_extractors
+
+        check_extractors(profile)
+        return {name: self._make("extractor", name, EXTRACTORS[name], profile, "features", _RememberingExtractor)
+                for name in profile.features.extractors}
+
+    def segmenter(self, profile: Profile) -> Any:
+        """The segmenter of ``masks.segmenter``. Raises ``ProfileError`` and ``ModelNotAvailable``."""
+        from ovdiff_lib.masks import SEGMENTERS, check_segmenter
+
+        check_segmenter(profile)
+        name = profile.masks.segmenter
+        return self._make("segmenter", name, SEGMENTERS[name], profile, "masks", _RememberingSegmenter)
+
+    def category_filter(self, profile: Profile, load: Callable[[], Any]) -> Any:
+        """The category filter of the profile, made by ``load`` if it is the first with these settings."""
+        key = json.dumps(["filter", profile.models.clip, _machine(profile), dataclasses.asdict(profile.filters)], sort_keys=True)
+        if key not in self._made:
+            self._made[key] = _RememberingFilter(load())
+        return self._made[key]
+
+    def _make(self, kind: str, name: str, part: Any, profile: Profile, section: str, remember: type) -> Any:
+        models, settings = part.depends_on(profile, section)
+        settings.pop("extractors", None)  # which others run beside it
+        batch = getattr(getattr(profile, section), "batch_size", 0)
+        key = json.dumps([kind, name, models, settings, batch, _machine(profile)], sort_keys=True)
+        if key not in self._made:
+            self._made[key] = remember(part(profile))
+        return self._made[key]
+
+
+def _machine(profile: Profile) -> list[Any]:
+    return [profile.models.device, profile.models.dtype, profile.models.download]
+
+
+def _digest(*arrays: np.ndarray) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.digest()
+
+
+class _Memory:
+    """The latest results by key, as many as fit in :data:`MEMORY` bytes and at least one."""
+
+    def __init__(self, size: Callable[[Any], int]) -> None:
+        self._size, self._kept, self._bytes = size, OrderedDict(), 0
+
+    def __call__(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._kept:
+            self._kept[key] = value = make()
+            self._bytes += self._size(value)
+            while self._bytes > MEMORY and len(self._kept) > 1:
+                self._bytes -= self._size(self._kept.popitem(last=False)[1])
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+
+class _RememberingExtractor:
+    def __init__(self, extractor: Any) -> None:
+        self.extractor, self.name, self.channels = extractor, extractor.name, extractor.channels
+        self._memory = _Memory(lambda features: features.nbytes)
+
+    def __call__(self, images: np.ndarray, seeds: np.ndarray) -> Any:
+        return self._memory(_digest(images, np.asarray(seeds)), lambda: self.extractor(images, seeds))
+
+
+class _RememberingSegmenter:
+    def __init__(self, segmenter: Any) -> None:
+        self.segmenter, self.name = segmenter, segmenter.name
+        self._memory = _Memory(lambda masks: masks.nbytes)
+
+    def propose(self, image: np.ndarray, words: str) -> np.ndarray:
+        return self._memory((_digest(image), words), lambda: np.asarray(self.segmenter.propose(image, words)))
+
+
+class _RememberingFilter:
+    def __init__(self, category_filter: Any) -> None:
+        self.filter = category_filter
+        self._memory = _Memory(lambda found: 64 * len(found[0]) + found[1].nbytes)
+
+    def __call__(self, image: np.ndarray, vocabulary: Vocabulary) -> Any:
+        return self._memory((_digest(image), vocabulary), lambda: self.filter(image, vocabulary))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.filter, name)
