@@ -18,7 +18,7 @@ from ovdiff_lib.cli import main
 from ovdiff_lib.costs import size_text
 from ovdiff_lib.doctor import examine, render, uses
 from ovdiff_lib.errors import InputError, ModelNotAvailable, ProfileError
-from ovdiff_lib.evaluation import load_dataset
+from ovdiff_lib.evaluation import DATASETS, load_dataset
 from ovdiff_lib.evaluation.datasets import MINI_DATA
 from ovdiff_lib.profiles import load_profile
 from ovdiff_lib.published import FILES, PUBLISHED, how_to_get
@@ -98,7 +98,7 @@ def test_what_is_needed_and_what_is_not(name):
     rows = by_field(report)
     assert {f for f, m in rows.items() if m.needed} == {"diffusion", "clip", "dino", "cutler"}
     assert not any(m.here for m in report.models) and {m.state for m in report.models} == {"missing"}
-    assert {"mae", "sam", "grounding", "open_clip"} <= set(rows) and all(m.get and m.licence for m in report.models)
+    assert {"mae", "sam", "grounding", "open_clip", "groupvit"} <= set(rows) and all(m.get and m.licence for m in report.models)
     assert rows["clip"].used_by == ("extractor clip-keys", "category filter")
     problems = "\n".join(report.problems)
     assert all(m.identifier in problems for m in report.models if m.needed) and "vit-mae" not in problems and "sam-vit" not in problems
@@ -251,8 +251,8 @@ def test_mistakes_are_one_sentence(arguments, words, capsys):
 def test_data_sets(tmp_path, capsys):
     profile = load_profile("mini")
     report = examine(profile, [str(MINI_DATA)])
-    assert {row["name"]: row["images"] for row in report.data} == {n: len(load_dataset(n)) for n in ("mini-voc", "mini-object",
-                                                                                                     "mini-context")}
+    assert {row["name"]: row["images"] for row in report.data} == {
+        n: len(load_dataset(n)) for n in DATASETS if n.startswith("mini-")}
     assert report.problems == ()
     named = examine(profile, [f"mini-voc={MINI_DATA}", f"voc={tmp_path}"])
     assert named.data[0]["images"] == len(load_dataset("mini-voc")) and named.data[1]["problem"] in named.problems
@@ -324,7 +324,7 @@ def test_commands_fetch_what_the_loaders_read():
     assert how_to_get("someone/model").startswith("hf download someone/model") and how_to_get("/a/folder") == how_to_get("./x") == ""
     for name in ("paper", "official"):
         table = load_profile(name).to_dict()["models"]
-        for field in ("diffusion", "clip", "dino", "mae", "cutler", "sam", "grounding"):
+        for field in ("diffusion", "clip", "dino", "mae", "cutler", "sam", "grounding", "groupvit"):
             assert costs.published(table[field]) is not None, field
 
 

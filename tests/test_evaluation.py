@@ -147,6 +147,16 @@ def test_kinds_of_the_vocabularies():
     assert len(kinds["mini-voc"]) == 20 and kinds["mini-context"] == ["thing"] * 20 + ["stuff"] * len(load_world().stuff)
 
 
+@pytest.mark.parametrize(("name", "plain"), [("mini-voc20", "mini-voc"), ("mini-context28", "mini-context"),
+                                             ("mini-object42", "mini-object")])
+def test_without_background_the_rest_is_ignored(name, plain):
+    """App. A.3: the same images and categories; what was background does not count."""
+    bare, whole = load_dataset(name), load_dataset(plain)
+    assert bare.vocabulary == whole.vocabulary and bare.ids == whole.ids and (bare.has_background, whole.has_background) == (False, True)
+    for one, other in [(bare[i], whole[i]) for i in (0, 7)]:
+        assert (one.labels == np.where(other.labels == 0, 255, other.labels)).all() and (one.labels == 255).any()
+
+
 def test_the_same_samples_every_time():
     first, second = (load_dataset("mini-voc", "wild") for _ in range(2))
     assert first.ids == second.ids

@@ -23,29 +23,31 @@ MINI_DATA = Path(__file__).parent.parent / "mini" / "data"
 class MiniDataset:
     """A split of the mini world seen through one of its vocabularies.
 
-    Of the images, those are taken that show at least one class of the vocabulary; nouns and stuff outside it are background.
+    Of the images, those are taken that show at least one class of the vocabulary; nouns and stuff outside it are background, or ignored
+    where the data set has none.
     """
 
-    has_background = True
     standard_images = None
 
-    def __init__(self, name: str, split: str = "val", folder: str | Path | None = None, names: str = "fixed") -> None:
-        """``name`` is a vocabulary of the mini world, ``split`` "val" or "wild", ``folder`` holds the splits (default: those shipped).
-        The world's names need no fixes: every selection ``names`` is the same.
+    def __init__(self, name: str, vocabulary: str, has_background: bool, split: str = "val", folder: str | Path | None = None,
+                 names: str = "fixed") -> None:
+        """``vocabulary`` is one of the mini world's, ``split`` "val" or "wild", ``folder`` holds the splits (default: those shipped).
+        Without background, pixels outside the vocabulary are ignored (App. A.3). The world's names need no fixes: every selection
+        ``names`` is the same.
 
         Raises ``InputError`` for an unknown split and for files that are missing or cannot be read.
         """
         from ovdiff_lib.mini.world import load_world
 
         check_names(names)
-        self.name, self.split = name, split
+        self.name, self.split, self.has_background = name, split, has_background
         world = load_world()
-        self.vocabulary = Vocabulary.of(world.vocabulary(name), stuff=world.stuff)
+        self.vocabulary = Vocabulary.of(world.vocabulary(vocabulary), stuff=world.stuff)
         self.folder = Path(folder or MINI_DATA) / split
         if split not in ("val", "wild"):
             raise InputError(f"The mini world has no split {split!r}; choose val or wild.")
         # World id -> label of this vocabulary.
-        self._labels = np.zeros(256, np.uint8)
+        self._labels = np.full(256, 0 if has_background else IGNORE, np.uint8)
         self._labels[IGNORE] = IGNORE
         for i, known in enumerate(self.vocabulary.names):
             self._labels[world.label(known)] = i + 1
@@ -90,13 +92,16 @@ class MiniDataset:
 
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
-    "mini-voc": partial(MiniDataset, "mini-voc"),
-    "mini-object": partial(MiniDataset, "mini-object"),
-    "mini-context": partial(MiniDataset, "mini-context"),
+    "mini-voc": partial(MiniDataset, "mini-voc", "mini-voc", True),
+    "mini-object": partial(MiniDataset, "mini-object", "mini-object", True),
+    "mini-context": partial(MiniDataset, "mini-context", "mini-context", True),
     "voc": partial(readers.FolderDataset, "voc", "voc", readers.voc_files, True),
     "context": partial(readers.FolderDataset, "context", "context", readers.context_files, True),
     "coco-object": partial(readers.FolderDataset, "coco-object", "coco-object", readers.coco_files, True),
     # Background is no class of these (Table A.7).
+    "mini-voc20": partial(MiniDataset, "mini-voc20", "mini-voc", False),
+    "mini-object42": partial(MiniDataset, "mini-object42", "mini-object", False),
+    "mini-context28": partial(MiniDataset, "mini-context28", "mini-context", False),
     "voc20": partial(readers.FolderDataset, "voc20", "voc", readers.voc_files, False),
     "context59": partial(readers.FolderDataset, "context59", "context", readers.context_files, False),
     "coco-stuff": partial(readers.FolderDataset, "coco-stuff", "coco-stuff", readers.coco_files, False),

@@ -20,6 +20,13 @@ class ConfusionMatrix:
         self.classes, self.ignore = classes, ignore
         self.counts = np.zeros((classes, classes), np.int64)
 
+    @classmethod
+    def of(cls, counts: np.ndarray, ignore: int = IGNORE) -> ConfusionMatrix:
+        """The matrix whose counts are ``counts`` i64 (K, K); updates go into that array."""
+        matrix = cls.__new__(cls)
+        matrix.classes, matrix.ignore, matrix.counts = len(counts), ignore, counts
+        return matrix
+
     def update(self, predicted: np.ndarray, target: np.ndarray) -> None:
         """Count one image: ``predicted`` and ``target`` int (H, W) with labels in [0, K), ``target`` also the ignored label.
 

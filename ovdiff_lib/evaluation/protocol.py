@@ -101,7 +101,7 @@ def evaluate(predict: Predict | SavedPredictions, dataset: Dataset, limit: int |
     matrix.counts = state[1].copy()
     try:
         for done, sample in _samples(dataset, total, progress, state[0]):
-            _count(matrix, dataset, predict(sample) if saved else predict(sample.image), sample)
+            count_sample(matrix, dataset, predict(sample) if saved else predict(sample.image), sample)
             if kept is not None:
                 # One assignment, so that an interruption finds the count and the matrix in step.
                 state = done, matrix.counts.copy()
@@ -112,7 +112,7 @@ def evaluate(predict: Predict | SavedPredictions, dataset: Dataset, limit: int |
         raise
     if kept is not None:
         kept.remove()
-    return _result(dataset, total, matrix, settings or {})
+    return result_of(dataset, total, matrix, settings or {})
 
 
 def grid_search_threshold(score: Score, dataset: Dataset, thresholds: Sequence[float], limit: int | None = None, progress: bool = True,
@@ -136,8 +136,8 @@ def grid_search_threshold(score: Score, dataset: Dataset, thresholds: Sequence[f
                              f" {len(dataset.vocabulary)}; score its vocabulary.")
         best, category = foreground.max(axis=0), foreground.argmax(axis=0) + 1
         for threshold, matrix in zip(thresholds, matrices, strict=True):
-            _count(matrix, dataset, np.where(best > threshold, category, 0), sample)
-    results = tuple(_result(dataset, total, matrix, {**(settings or {}), "background_threshold": float(threshold)})
+            count_sample(matrix, dataset, np.where(best > threshold, category, 0), sample)
+    results = tuple(result_of(dataset, total, matrix, {**(settings or {}), "background_threshold": float(threshold)})
                     for threshold, matrix in zip(thresholds, matrices, strict=True))
     return ThresholdSearch(tuple(float(t) for t in thresholds), results)
 
@@ -161,8 +161,8 @@ def _matrix(dataset: Dataset) -> ConfusionMatrix:
     return ConfusionMatrix(len(dataset.vocabulary) + dataset.has_background)
 
 
-def _count(matrix: ConfusionMatrix, dataset: Dataset, predicted: np.ndarray, sample: Sample) -> None:
-    """Add one image to the matrix, whose row 0 is category 0 where the data set has no background."""
+def count_sample(matrix: ConfusionMatrix, dataset: Dataset, predicted: np.ndarray, sample: Sample) -> None:
+    """Add one image's ``predicted`` labels int (H, W) to the matrix, whose row 0 is category 0 where the data set has no background."""
     predicted, target = np.asarray(predicted), sample.labels
     try:
         if not dataset.has_background:
@@ -185,6 +185,7 @@ def _key(dataset: Dataset, total: int, settings: dict[str, Any] | None) -> dict[
             "settings": settings, "version": __version__}
 
 
-def _result(dataset: Dataset, images: int, confusion: ConfusionMatrix, settings: dict[str, Any]) -> EvaluationResult:
+def result_of(dataset: Dataset, images: int, confusion: ConfusionMatrix, settings: dict[str, Any]) -> EvaluationResult:
+    """The result of a data set's confusion matrix, summed over ``images`` images."""
     names = (*((BACKGROUND,) if dataset.has_background else ()), *dataset.vocabulary.names)
     return EvaluationResult(dataset.name, images, names, confusion.miou(), confusion.iou(), confusion.counts, settings)
