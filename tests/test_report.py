@@ -1,6 +1,7 @@
 """Tables, figures and what ``ovdiff segment`` writes: colours that differ, shapes that hold, the paper's values in their own column."""
 
 import csv
+import dataclasses
 import json
 from itertools import combinations
 from pathlib import Path
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ovdiff_lib.errors import InputError
 from ovdiff_lib.profiles import load_profile
 from ovdiff_lib.report import figures
+from ovdiff_lib.report.paper import PaperCell, paper_cell, paper_table
 from ovdiff_lib.report.results import output_stems, write_segmentation
-from ovdiff_lib.report.tables import COLUMNS, Cell, write_table
+from ovdiff_lib.report.tables import COLUMNS, STAMP, Cell, read_record, read_table, write_table
 from ovdiff_lib.types import Category, ForegroundBackground, Prototypes, Segmentation, SupportSet, Vocabulary
 
 HEIGHT, WIDTH = 20, 33
@@ -162,27 +165,127 @@ def test_figures_are_the_same_bytes_each_time(tmp_path):
 # ---------------------------------------------------------------------- tables
 
 def test_a_table_is_csv_and_markdown_with_the_paper_apart(tmp_path, profile):
-    cells = [Cell("OVDiff", "mIoU", 41.256, std=0.5, n=3, paper=64.4), Cell("OVDiff", "images", 310), Cell("a | b, c", "mIoU", 12.04)]
-    text = write_table(tmp_path / "tables" / "t.csv", "t", cells, profile, "What was run.")
+    cells = [Cell("OVDiff", "mIoU", 41.256, std=0.5, n=3, paper=paper_cell("1", "OVDiff", "VOC")), Cell("OVDiff", "images", 310),
+             Cell("a | b, c", "mIoU", 12.04, paper=PaperCell.own("1", "abc", "VOC")), Cell("a | b, c", "images", 7)]
+    text = write_table(tmp_path / "tables" / "t.csv", "t", cells, profile, "What was run.", {"images": 0})
     with open(tmp_path / "tables" / "t.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == COLUMNS and len(rows) == 3
-    assert rows[0] == {"table": "t", "row": "OVDiff", "column": "mIoU", "measured": "41.256", "std": "0.5", "n": "3", "paper": "64.4",
-                       "profile": "mini", "settings": profile.digest()}
-    assert rows[1]["paper"] == rows[1]["std"] == "" and rows[2]["row"] == "a | b, c"
+    assert tuple(rows[0]) == COLUMNS and len(rows) == 4
+    assert rows[0] == {"table": "t", "row": "OVDiff", "column": "mIoU", "measured": "41.256", "std": "0.5", "n": "3", "values": "",
+                       "source": "measured", "paper": "66.3", "paper_std": "0.2", "paper_table": "1", "paper_row": "OVDiff",
+                       "paper_column": "VOC", "profile": "mini", "settings": profile.digest()}
+    assert rows[1]["paper"] == rows[1]["std"] == rows[1]["paper_table"] == "" and rows[2]["row"] == "a | b, c"
+    assert (rows[2]["paper"], rows[2]["paper_table"], rows[2]["paper_row"]) == ("", "1", "abc")
     assert (tmp_path / "tables" / "t.md").read_text(encoding="utf-8") == text
     lines = text.splitlines()
-    assert "What was run." in lines[0] and "mini" in lines[0] and profile.digest() in lines[0]
+    assert "What was run." in lines[0] and "mini" in lines[0] and profile.digest() in lines[0] and lines[0].endswith(STAMP)
     header, rule, first, second = lines[2:]
     assert [c.strip() for c in header.strip("|").split("|")] == ["", "mIoU", "mIoU (paper, its own data)", "images"]
     assert rule.count("|") == 5
-    assert [c.strip() for c in first.strip("|").split("|")] == ["OVDiff", "41.3 ± 0.5", "64.4", "310.0"]
-    assert second == "| a \\| b, c | 12.0 |  |  |"
+    assert [c.strip() for c in first.strip("|").split("|")] == ["OVDiff", "41.3 ± 0.5", "66.3 ± 0.2", "310"]
+    assert second == "| a \\| b, c | 12.0 |  | 7 |"
 
 
-def test_without_paper_values_there_is_no_paper_column(tmp_path, profile):
-    text = write_table(tmp_path / "t.csv", "t", [Cell("r", "c", 1.23456)], profile, "x", digits=3)
+def test_without_paper_values_there_is_no_paper_column_and_no_stamp(tmp_path, profile):
+    text = write_table(tmp_path / "t.csv", "t", [Cell("r", "c", 1.23456, paper=PaperCell.own("1", "r", "c"))], profile, "x", digits=3)
     assert "paper" not in text and "1.235" in text
+
+
+def test_the_mean_and_deviation_of_seeds(tmp_path, profile):
+    cell = Cell.of("r", "c", (v for v in (50.0, 53.0, 49.0)))
+    assert cell.measured == pytest.approx(152 / 3) and cell.n == 3 and cell.values == (50, 53, 49)
+    assert cell.std == pytest.approx(np.std([50, 53, 49], ddof=1))
+    assert (Cell.of("r", "c", [7]).std, Cell.of("r", "c", [7]).n) == (None, 1)
+    with pytest.raises(InputError, match="no values"):
+        Cell.of("r", "c", [])
+    write_table(tmp_path / "t.csv", "t", [cell], profile, "x")
+    with open(tmp_path / "t.csv", encoding="utf-8", newline="") as file:
+        row, = csv.DictReader(file)
+    assert (row["measured"], row["std"], row["n"], row["values"]) == ("50.6667", "2.08167", "3", "50 53 49")
+
+
+def test_published_rows_show_no_measured_number(tmp_path, profile):
+    cells = [Cell("TCL", "VOC", paper=paper_cell("1", "TCL", "VOC"), source="published"),
+             Cell("ViL-Seg", "VOC", paper=paper_cell("1", "ViL-Seg", "Object"), source="published"),
+             Cell("MaskCLIP", "VOC", 40.0, source="predictions")]
+    text = write_table(tmp_path / "t.csv", "t", cells, profile, "x")
+    assert text.splitlines()[4:] == ["| TCL | published | 51.2 |", "| ViL-Seg | published | not reported |",
+                                     "| MaskCLIP | 40.0 (from predictions) |  |"]
+    with open(tmp_path / "t.csv", encoding="utf-8", newline="") as file:
+        assert [(r["source"], r["measured"]) for r in csv.DictReader(file)] == [("published", ""), ("published", ""),
+                                                                                  ("predictions", "40")]
+
+
+def test_a_table_reads_back_as_it_was_written(tmp_path, profile):
+    cells = [Cell.of("a", "c,\n1", [1.5, 2.25], PaperCell("9", "x | y", "z", 3.5, 0.25)), Cell("b", "c", 2.0, 0.5, 3),
+             Cell("c", "c", source="published", paper=PaperCell("9", "x", "z", 7.0)), Cell("d", "c", 1e-7, source="predictions"),
+             Cell("🐈", "c", -4.0, paper=PaperCell("9", "own", "z"))]
+    write_table(tmp_path / "t.csv", "t", cells, profile, "x")
+    read = read_table(tmp_path / "t.csv")
+    assert [dataclasses.replace(c, std=None) for c in read] == [dataclasses.replace(c, std=None) for c in cells]
+    assert read[0].std == pytest.approx(cells[0].std, rel=1e-5) and read[1].std == 0.5
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", ",".join(COLUMNS) + "\nt,r,c,x" + "," * 11 + "\n", ",".join(COLUMNS) + "\nt,r\n"])
+def test_a_file_that_is_no_table_is_one_sentence(tmp_path, content):
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(InputError, match=r"t\.csv") as caught:
+        read_table(tmp_path / "t.csv")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"none\.csv"):
+        read_table(tmp_path / "none.csv")
+
+
+def test_what_was_run_stands_beside_the_table(tmp_path, profile, monkeypatch):
+    for name in ("05_main.ipynb", "05_main_results.ipynb", "06_other.ipynb"):
+        (tmp_path / name).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    name = "05_main_results_rivals"
+    write_table(tmp_path / "t" / f"{name}.csv", name, [Cell("r", "c", 1)], profile, "x", {"c": 2}, title="Table 1", details={"seeds": [0]})
+    assert read_record(tmp_path / "t" / f"{name}.csv") == {
+        "name": name, "title": "Table 1", "caption": "x", "digits": {"c": 2}, "notebook": "05_main_results", "profile": "mini",
+        "settings": profile.digest(), "details": {"seeds": [0]}}
+    assert read_record(tmp_path / "t" / "none.csv") == {}
+    (tmp_path / "t" / "torn.json").write_text("{")
+    with pytest.raises(InputError, match=r"torn\.json"):
+        read_record(tmp_path / "t" / "torn.csv")
+    with pytest.raises(InputError, match="details"):
+        write_table(tmp_path / "u.csv", "u", [Cell("r", "c", 1)], profile, "x", details={"path": tmp_path})
+    assert not (tmp_path / "u.csv").exists()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ({"measured": 1, "source": "guessed"}, "measured, published, predictions"), ({}, "no measured number"),
+    ({"measured": 1, "paper": 64.4}, "paper_cell"),
+    ({"measured": 1, "paper": PaperCell("1", "r", "c", 2), "source": "published"}, "no measured"), ({"source": "published"}, "paper_cell"),
+    ({"measured": float("nan")}, "finite"), ({"measured": 1, "values": (1, 2)}, "n = 1")])
+def test_a_cell_that_contradicts_itself_is_refused(arguments, words):
+    with pytest.raises(InputError, match=words):
+        Cell("r", "c", **arguments)
+
+
+def test_a_cell_comes_once(tmp_path, profile):
+    with pytest.raises(InputError, match="'r', 'c' twice"):
+        write_table(tmp_path / "t.csv", "t", [Cell("r", "c", 1), Cell("r", "d", 1), Cell("r", "c", 2)], profile, "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_papers_numbers():
+    """A few by hand from the paper's text; the rest of the file by its shape."""
+    assert paper_cell("1", "OVDiff", "VOC") == PaperCell("1", "OVDiff", "VOC", 66.3, 0.2, paper_cell("1", "OVDiff", "VOC").note)
+    assert paper_cell("3", "w/o bg prototypes", "VOC delta").value == -11.2
+    assert paper_cell("A.5", "without up-1 block", "Context").value == 27.3
+    stuff = paper_cell("3", 'w/o "stuff" filter', "VOC")
+    assert stuff.value is None and "no stuff" in stuff.note
+    assert paper_cell("1", "ViL-Seg", "Object").value is None
+    assert [c.value for c in paper_table("2")] == [54.9, 59.1, 51.4, 61.8, 64.4, 66.4]
+    assert {c.column for c in paper_table("1")} == {"VOC", "Context", "Object"} and len(paper_table("1")) == 42
+    assert PaperCell.own("fig5", "n", "N=4").value is None
+    for arguments, words in ((("1", "OVDif", "VOC"), "'OVDiff'"), (("11", "OVDiff", "VOC"), "'1'"), (("1", "OVDiff", "Voc"), "'VOC'")):
+        with pytest.raises(InputError, match=words):
+            paper_cell(*arguments)
+    with pytest.raises(InputError, match="no table 'X'"):
+        paper_table("X")
 
 
 # ---------------------------------------------------------------------- results of ovdiff segment

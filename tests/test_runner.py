@@ -1,14 +1,17 @@
 """Running notebooks: wrong parameters stop before anything runs, fresh results are kept, failures leave the last good result."""
 
+import ast
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 import nbformat
 import pytest
 
+import ovdiff_lib
 from ovdiff_lib import runner
 from ovdiff_lib.errors import InputError, OVDiffError
-from ovdiff_lib.runner import check_parameters, notebooks, run_notebook
+from ovdiff_lib.runner import NOT_READ, check_parameters, notebooks, run_all, run_notebook
 
 COUNTING = """
 from pathlib import Path
@@ -55,6 +58,22 @@ def test_notebooks_are_found_in_order(tmp_path):
             notebooks(tmp_path / folder)
 
 
+def test_notebooks_are_chosen_by_number_or_name(tmp_path):
+    names = ["00_a", "01_b", "02_c", "10_d"]
+    for name in names:
+        (tmp_path / f"{name}.ipynb").write_text("{}")
+
+    def chosen(*only: str) -> list[str]:
+        return [p.stem for p in notebooks(tmp_path, only)]
+
+    assert chosen() == names
+    assert chosen("02", "0") == ["00_a", "02_c"] and chosen("10_d.ipynb", " 10 ", "01_b") == ["01_b", "10_d"]
+    for wrong in ("03", "1_b", "", "b", "²"):
+        with pytest.raises(InputError, match=r"it has 00_a, 01_b, 02_c, 10_d\.") as caught:
+            notebooks(tmp_path, [wrong])
+        assert repr(wrong) in str(caught.value)
+
+
 def test_the_kernel_is_quiet_unless_it_dies(notebook, tmp_path):
     made = nbformat.read(notebook, as_version=4)
     made.cells.append(nbformat.v4.new_code_cell("from ipykernel.kernelapp import IPKernelApp; print(IPKernelApp.instance().log_level)"))
@@ -74,6 +93,51 @@ def test_unknown_parameters_are_refused_before_anything_runs(notebook, tmp_path)
     with pytest.raises(InputError, match=r"'count' is a (Posix|Windows)Path"):
         run_notebook(notebook, target, {"count": tmp_path})
     assert not target.parent.exists()
+
+
+DEFAULTS = """seed = 0  # a number
+scale = 8.0  # another
+name = "mini"  # text
+flag = True  # yes or no
+classes = ["dog", "boat"]  # names
+sizes = [1, 2]
+mixed = [1, "a"]  # of any kind
+empty = []  # of any kind
+overrides = {}  # a table
+images = 60  # the first so many; None means all
+word = "ä"  # None = the model's own
+anything = None  # whatever
+made = max(3, 4)  # no literal
+"""
+
+
+@pytest.mark.parametrize("name, good, bad, words", [
+    ("seed", [0, -3], ["many", 1.5, True, None, [1]], "a whole number, as its default 0 is"),
+    ("scale", [1, 2.5], ["x", True, None], "a number"),
+    ("name", ["", "paper"], [3, None, ["mini"]], "text"), ("flag", [False], [0, 1, "yes"], "true or false"),
+    ("classes", [["cat"], ("cat",), []], ["cat", [1], ["cat", None]], "a list in which each element is text"),
+    ("sizes", [[4]], [[4.5], ["4"], 4, [True]], "each element is a whole number"), ("mixed", [["x"], [None]], ["x"], "a list, as"),
+    ("empty", [[1, "x"]], [1], "a list"), ("overrides", [{"a.b": 1}], [[], "a", None], "a table"),
+    ("images", [3, None], ["all", 2.5], "a whole number"),
+    ("word", ["x", None], [1], "text"), ("anything", [1, "x", None, []], [], ""), ("made", [1, "x"], [], "")])
+def test_parameters_have_the_type_of_their_defaults(tmp_path, name, good, bad, words):
+    path = tmp_path / "00_typed.ipynb"
+    cell = nbformat.v4.new_code_cell(DEFAULTS, metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    for value in good:
+        check_parameters(path, {name: value})
+    for value in bad:
+        with pytest.raises(InputError, match=words) as caught:
+            check_parameters(path, {name: value})
+        said = str(caught.value)
+        assert repr(name) in said and "00_typed.ipynb" in said and said.endswith(f"not {value!r}.") and "\n" not in said
+
+
+def test_the_defaults_of_the_shipped_notebooks_are_legal():
+    paths = notebooks(Path(__file__).parent.parent / "notebooks")
+    for path in paths:
+        check_parameters(path, {name: default for name, (default, _) in runner._parameters(path).items()})
+    assert len(paths) >= 2
 
 
 @pytest.mark.parametrize("content", [b"", b"not json", b"[]", b"{}", b"\xff\xfe", b'{"cells": [3]}',
@@ -119,7 +183,7 @@ def test_fresh_results_are_kept_and_failures_harm_nothing(notebook, tmp_path, sm
 
     # A failing cell: one sentence, and the last good result is what it was.
     good = target.read_bytes()
-    with pytest.raises(OVDiffError, match="AssertionError: count is negative") as caught:
+    with pytest.raises(OVDiffError, match=r"in cell 'count' \(number 2 of 2\): AssertionError: count is negative") as caught:
         run(-1)
     assert "\n" not in str(caught.value) and "second line" not in str(caught.value) and "00_counting.failed.ipynb" in str(caught.value)
     assert target.read_bytes() == good and (folder / "00_counting.failed.ipynb").exists()
@@ -128,7 +192,8 @@ def test_fresh_results_are_kept_and_failures_harm_nothing(notebook, tmp_path, sm
     assert not (folder / "00_counting.failed.ipynb").exists()
 
 
-@pytest.mark.parametrize("change", ["source", "code", "data", "table", "no table", "torn stamp", "no stamp", "no copy", "force"])
+@pytest.mark.parametrize("change", ["source", "code", "data", "table of the package", "table", "panel",
+                                    "no table", "torn stamp", "no stamp", "no copy", "force"])
 def test_whatever_a_result_stands_on_makes_it_stale(notebook, tmp_path, small_package, monkeypatch, change):
     """Papermill is replaced by a copy, so that only the decision to run is tested."""
     import papermill
@@ -141,6 +206,8 @@ def test_whatever_a_result_stands_on_makes_it_stale(notebook, tmp_path, small_pa
         Path(output).write_bytes(Path(source).read_bytes())
         (folder / "tables").mkdir(exist_ok=True)
         (folder / "tables" / "00_counting.csv").write_text("count,1\n")
+        (folder / "explain").mkdir(exist_ok=True)
+        (folder / "explain" / "00_counting.json").write_text("{}")
 
     monkeypatch.setattr(papermill, "execute_notebook", execute)
     parameters = {"count": 1}
@@ -148,16 +215,27 @@ def test_whatever_a_result_stands_on_makes_it_stale(notebook, tmp_path, small_pa
     (folder / "tables" / "01_other.csv").write_text("another notebook's\n")
     (small_package / "__pycache__").mkdir()
     (small_package / "__pycache__" / "code.py").write_text("not code")
+    (small_package / "report").mkdir()
+    (small_package / "mini").mkdir()
+    for name in ("cli.py", "doctor.py", "report/report.py", "report/claims.csv", "report/explanations.csv", "report/page.html",
+                 "mini/train_unet.py"):
+        (small_package / name).write_text("whatever")  # no result stands on it
+    target.with_suffix(".failed.ipynb").write_text("{}")  # of other settings
     outputs_added = nbformat.read(notebook, 4)
     outputs_added.cells[1].execution_count = 7  # running a notebook by hand changes no cell's source
     nbformat.write(outputs_added, notebook)
     assert run_notebook(notebook, target, parameters) is False
+    assert not target.with_suffix(".failed.ipynb").exists()
     if change == "source":
         notebook.write_text(notebook.read_text().replace("counted", "recounted"))
     elif change == "code":
         (small_package / "code.py").write_text("x = 2\n")
     elif change == "data":
         (small_package / "new.png").write_bytes(b"1")
+    elif change == "table of the package":
+        (small_package / "things.csv").write_text("class,label\n")
+    elif change == "panel":
+        (folder / "explain" / "00_counting.json").unlink()
     elif change == "table":
         (folder / "tables" / "00_counting.csv").write_text("count,100\n")
     elif change == "no table":
@@ -186,3 +264,84 @@ def test_a_kernel_that_dies_is_one_sentence(notebook, tmp_path):
     with pytest.raises(OVDiffError, match="lost its kernel") as caught:
         run_notebook(notebook, tmp_path / "out" / "00_counting.ipynb", {}, progress=False)
     assert "\n" not in str(caught.value) and not (tmp_path / "out" / "00_counting.ipynb").exists()
+    assert "cell 'count' (number 2 of 2)" in str(caught.value)
+
+
+def test_an_interrupt_in_the_kernel_is_an_interrupt(notebook, tmp_path):
+    made = nbformat.read(notebook, 4)
+    made.cells[1].source = "raise KeyboardInterrupt"
+    nbformat.write(made, notebook)
+    with pytest.raises(KeyboardInterrupt):
+        run_notebook(notebook, tmp_path / "out" / "00_counting.ipynb", {}, progress=False)
+
+
+def test_a_folder_with_braces_is_a_folder(notebook, tmp_path):
+    folder = tmp_path / "{count}"
+    assert run_notebook(notebook, folder / "00_counting.ipynb", {"count": 1, "output": str(folder)}, progress=False) is True
+    assert (folder / "tables" / "00_counting.csv").exists()
+
+
+def test_one_failure_stops_no_other(tmp_path, monkeypatch):
+    """Whatever is raised becomes a sentence; an interrupt alone ends the run."""
+    raised = {"01_b": OVDiffError("The notebook 01_b.ipynb failed in cell 'x'."), "02_c": MemoryError("no room\nhere"),
+              "04_e": InputError("no."), "05_f": OSError(28, "No space left on device")}
+    done, said = [], []
+
+    def run(path, output, parameters, *, force):
+        assert output == tmp_path / "out" / path.name and parameters == {"a": 1} and force is True
+        if path.stem in raised:
+            raise raised[path.stem]
+        done.append(path.stem)
+        return path.stem != "06_g"
+
+    monkeypatch.setattr(runner, "run_notebook", run)
+    chosen = [Path(f"{i:02d}_{letter}.ipynb") for i, letter in enumerate("abcdefg")]
+    failures = run_all(chosen, tmp_path / "out", {"a": 1}, force=True, say=said.append)
+    assert done == ["00_a", "03_d", "06_g"]
+    assert failures == ["The notebook 01_b.ipynb failed in cell 'x'.", "The notebook 02_c.ipynb could not be run: MemoryError: no room",
+                        "no.", "The notebook 05_f.ipynb could not be run: OSError: [Errno 28] No space left on device"]
+    assert [line.split(":")[0] for line in said] == [p.stem for p in chosen]
+    assert [("executed" in line, "FAILED" in line, "fresh" in line) for line in said] == [
+        (True, False, False), (False, True, False), (False, True, False), (True, False, False), (False, True, False), (False, True, False),
+        (False, False, True)]
+    raised["02_c"] = KeyboardInterrupt()
+    done.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run_all(chosen, tmp_path / "out", {"a": 1}, force=True, say=said.append)
+    assert done == ["00_a"]
+
+
+# ---------------------------------------------------------------------- what no result stands on
+
+def imported(source: str) -> set[str]:
+    """Every module of the package that a source may import, in functions too: the names it spells, and the packages they lie in."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    named = {name for name in found if name.split(".")[0] == "ovdiff_lib"}
+    return {".".join(name.split(".")[:i]) for name in named for i in range(1, name.count(".") + 2)}
+
+
+def test_no_notebook_reaches_what_is_left_out():
+    """Followed from the notebooks through every import of the package."""
+    package = Path(ovdiff_lib.__file__).parent
+    cells = [c for path in notebooks(package.parent / "notebooks") for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+    waiting, reached = set().union(*(imported(cell.source) for cell in cells)), set()
+    while waiting:
+        name = waiting.pop()
+        base = package.joinpath(*name.split(".")[1:])
+        for path in (base / "__init__.py", base.with_suffix(".py")):
+            if path.exists() and path not in reached:
+                reached.add(path)
+                waiting |= imported(path.read_text(encoding="utf-8"))
+    names = {path.relative_to(package).as_posix() for path in reached}
+    assert {"pipeline.py", "report/tables.py", "evaluation/datasets.py", "mini/world.py", "support/sampler.py"} <= names
+    assert {n for n in names if any(fnmatch(n, pattern) for pattern in NOT_READ)} == set()
+
+
+def test_what_is_left_out_exists():
+    package = Path(ovdiff_lib.__file__).parent
+    assert all(list(package.glob(pattern)) for pattern in NOT_READ)

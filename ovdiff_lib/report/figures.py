@@ -25,6 +25,10 @@ FOREGROUND, BACKGROUND, UNUSED = (228, 87, 46), (46, 134, 193), (225, 225, 225)
 """Colours (RGB) of foreground, background and unused support pixels in every figure."""
 
 
+COLOURS = 160
+"""Colours of a saved figure."""
+
+
 def paint(image: np.ndarray, labels: np.ndarray, alpha: float = 0.55) -> np.ndarray:
     """The image u8 (H, W, 3) with labels (H, W) painted over it; background (0) is only dimmed."""
     colours = palette(int(labels.max()) + 1)[labels].astype(np.float32)
@@ -72,6 +76,11 @@ def draw_overlay(result: Segmentation, alpha: float = 0.55) -> Image.Image:
     return sheet
 
 
+def square(image: np.ndarray, side: int) -> np.ndarray:
+    """The image u8 (H, W, 3) squashed to (side, side, 3), bilinear."""
+    return np.array(Image.fromarray(image).resize((side, side), Image.BILINEAR))
+
+
 def heat(image: np.ndarray, attribution: np.ndarray, alpha: float = 0.6) -> np.ndarray:
     """The image u8 (H, W, 3) under its attribution (h, w) in [0, 1] as a heat map, u8 (H, W, 3)."""
     import matplotlib
@@ -107,16 +116,15 @@ def image_grid(rows: Sequence[Sequence[np.ndarray]], row_names: Sequence[str] = 
                cell: float = 1.25, title: str = "") -> Figure:
     """A grid of images (each u8 (H, W, 3)) with names at the left and the top."""
     from matplotlib import rcParams
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+
+    from ovdiff_lib.report.canvas import new_figure
 
     count, width = len(rows), max(len(r) for r in rows)
     aspect = np.median([i.shape[0] / i.shape[1] for row in rows for i in row])
     left = 0.12 + 0.085 * max((len(max(n.split("\n"), key=len)) for n in row_names), default=0)
     top = (0.34 if any(column_names) else 0.08) + (0.36 if title else 0)
     size = (left + width * cell, top + count * cell * aspect + 0.06)
-    figure = Figure(figsize=size, dpi=160)
-    FigureCanvasAgg(figure)
+    figure = new_figure(size, 110)
     gap = 0.04
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
@@ -154,9 +162,9 @@ def class_legend(figure: Figure, names: Sequence[str], labels: Sequence[int]) ->
 
 
 def save_figure(figure: Figure | Image.Image, path: str | Path, caption: str) -> Path:
-    """Write a figure as PNG of 256 colours with its caption beside it (``.json``); both appear whole or not at all.
+    """Write a figure as PNG of :data:`COLOURS` colours with its caption beside it (``.json``); both appear whole or not at all.
 
-    The colours are chosen for the picture and dithered: a grid of photographs then takes a fifth of the bytes, and figures are committed.
+    The colours are chosen for the picture: a grid of images then takes a tenth of the bytes, and figures are committed.
     """
     path = Path(path)
     if not isinstance(figure, Image.Image):
@@ -164,10 +172,8 @@ def save_figure(figure: Figure | Image.Image, path: str | Path, caption: str) ->
         figure.savefig(drawn, format="png", bbox_inches="tight", pad_inches=0.06, facecolor="white", metadata={"Software": None})
         figure = Image.open(drawn)
     buffer = io.BytesIO()
-    colours = figure.convert("RGB")
-    # Twice: Pillow dithers only towards a palette that it is given, and without dithering skies fall into bands.
-    palette = colours.quantize(256, Image.Quantize.MAXCOVERAGE)
-    colours.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(buffer, "PNG", optimize=True)
+    # Not dithered: its noise would take more bytes than the picture.
+    figure.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     write_atomic(path, buffer.getvalue())
     write_atomic(path.with_suffix(".json"), (json.dumps({"caption": caption}, ensure_ascii=False, indent=1) + "\n").encode())
     return path

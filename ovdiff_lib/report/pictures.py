@@ -1,0 +1,96 @@
+"""Pictures of what happens inside a step: proposals and their choice by Eq. 1, features as colours, methods side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ovdiff_lib.masks.select import mean_attribution, upsample
+from ovdiff_lib.report.figures import BACKGROUND, FOREGROUND, class_legend, heat, image_grid, mask_picture, paint
+from ovdiff_lib.types import ForegroundBackground, SupportSet
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+
+
+def selection_figure(supports: Sequence[SupportSet], masks: Sequence[ForegroundBackground], segmenter: Any, proposals: int = 4) -> Figure:
+    """Eq. 1 on the first image of each support set: image, attribution, the first ``proposals`` proposals and their complement, each with
+    its mean attribution and framed if chosen, and the masks that result."""
+    rows, titles = [], []
+    for support, mask in zip(supports, masks, strict=True):
+        image, attribution = support.images[0], upsample(support.attribution[:1], support.images.shape[1:3])[0]
+        found = np.asarray(segmenter.propose(image, support.category.prompt), bool)
+        found = np.concatenate([found, ~found.any(0, keepdims=True)]) if found.any() else found[:0]
+        found = found[found.any((1, 2))]
+        mean = mean_attribution(found, attribution) if len(found) else np.zeros(0)
+        # The best and the worst are always shown; of the others, the largest.
+        chosen = [int(mean.argmax()), int(mean.argmin())] if len(found) else []
+        others = [i for i in np.argsort(-found.sum((1, 2)), kind="stable") if i not in chosen]
+        shown = [*dict.fromkeys(chosen), *others][: proposals + 1]
+        pictures = [_lit(image, found[i]) for i in shown]
+        said = {i: text for i, text in zip(chosen[::-1], (" = min: background", " = max: foreground"), strict=False)}
+        names = [f"{mean[i]:.2f}{said.get(i, '')}" for i in shown]
+        blank = np.full_like(image, 255)
+        rows.append([image, heat(image, support.attribution[0]), *pictures, *[blank] * (proposals + 1 - len(shown)), mask_picture(mask, 0)])
+        titles.append(["", "", *names, *[""] * (proposals + 1 - len(shown)), ""])
+    columns = ["support image", "attribution", *["proposal"] * (proposals + 1), "result"]
+    figure = image_grid(rows, [s.category.name for s in supports], columns, cell=1.3)
+    axes = iter(figure.axes)
+    for row in titles:
+        for text, axis in zip(row, axes, strict=False):
+            axis.text(0.5, 0.02, text, transform=axis.transAxes, ha="center", va="bottom", fontsize=6.5, color="white",
+                      bbox={"facecolor": "black", "alpha": 0.65, "pad": 1.5, "linewidth": 0} if text else None)
+    return figure
+
+
+def _lit(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The image u8 (H, W, 3) within a mask bool (H, W), pale outside it."""
+    return np.where(mask[..., None], image, 255 - (255 - image) // 5).astype(np.uint8)
+
+
+def divided(support: SupportSet, masks: ForegroundBackground, index: int, alpha: float = 0.5) -> np.ndarray:
+    """Support image ``index`` u8 (H, W, 3) with its foreground tinted orange and its background blue."""
+    image = support.images[index].astype(np.float32)
+    for mask, colour in ((masks.foreground[index], FOREGROUND), (masks.background[index], BACKGROUND)):
+        image[mask] = image[mask] * (1 - alpha) + np.array(colour, np.float32) * alpha
+    return image.round().astype(np.uint8)
+
+
+def feature_colours(features: torch.Tensor | np.ndarray) -> np.ndarray:
+    """Feature maps (n, h, w, D) as colours u8 (n, h, w, 3): the three directions of most variance of the unit vectors, over all n maps.
+
+    Alike features have alike colours; the colours themselves mean nothing. Values are cut at the 1st and 99th percentile.
+    """
+    flat = np.asarray(features, np.float32)
+    shape = flat.shape[:3]
+    flat = flat.reshape(-1, flat.shape[-1])
+    flat = flat / np.linalg.norm(flat, axis=1, keepdims=True).clip(1e-12)
+    flat = flat - flat.mean(0)
+    _, vectors = np.linalg.eigh(flat.T @ flat)  # ascending
+    axes = vectors[:, ::-1][:, :3]
+    axes = axes * np.sign(axes[np.abs(axes).argmax(0), range(axes.shape[1])])  # a sign that does not depend on the solver
+    scores = flat @ axes
+    low, high = np.percentile(scores, [1, 99], axis=0)
+    span = high - low
+    span[span < 1e-4 * span.max()] = np.inf  # a direction without variance is rounding, and no colour
+    unit = np.clip((scores - low) / np.maximum(span, 1e-12), 0, 1)
+    if unit.shape[1] < 3:
+        unit = np.pad(unit, ((0, 0), (0, 3 - unit.shape[1])))
+    return (255 * unit).round().astype(np.uint8).reshape(*shape, 3)
+
+
+def comparison_figure(images: Sequence[np.ndarray], labels: Mapping[str, Sequence[np.ndarray]], truth: Sequence[np.ndarray],
+                      class_names: Sequence[str], cell: float = 1.3) -> Figure:
+    """Images over the labels of several methods and the truth, with one legend; labels int (H, W), 255 in ``truth`` counts as 0.
+
+    ``class_names`` by label id, background first. A colour stands for the same class in every figure of a data set.
+    """
+    truth = [np.where(t == 255, 0, t) for t in truth]
+    rows = [list(images), *([paint(i, m) for i, m in zip(images, maps, strict=True)] for maps in [*labels.values(), truth])]
+    figure = image_grid(rows, ["image", *labels, "truth"], cell=cell)
+    found = sorted({int(v) for maps in [*labels.values(), truth] for m in maps for v in np.unique(m)} - {0})
+    class_legend(figure, [class_names[i] for i in found], found)
+    return figure
