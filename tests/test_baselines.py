@@ -154,3 +154,39 @@ def test_templates_that_cannot_be_used(make, templates):
 def test_windows_that_split_a_patch(make):
     with pytest.raises(InputError, match="patch size 8"):
         make(windows=[64, 50])
+
+
+def test_clip_sees_what_ovdiffs_own_vits_see(make, tiny_profile):
+    from PIL import Image
+
+    built = MaskCLIP.build(tiny_profile.override({"features.vit_scale": 1.5}))
+    assert built.scale == 1.5 and built.templates == (tiny_profile.support.prompt,)
+    image = np.array(Image.fromarray(picture(8, 10)).resize((80, 64), Image.Resampling.BICUBIC))  # smooth: resizing may differ a little
+    enlarged = np.array(Image.fromarray(image).resize((120, 96), Image.Resampling.BILINEAR))
+    found = built.dense_embeddings(image[None])
+    assert found.shape == (1, 12, 15, 16)
+    alike = (found * make().dense_embeddings(enlarged[None])).sum(-1)  # the oracle's pixels are rounded to grey levels
+    assert alike.median() > 0.995 and alike.min() > 0.9
+    assert (found * make().dense_embeddings(enlarged[None, :, ::-1])).sum(-1).median() < 0.9
+    assert built.scores(image, PETS).shape == (4, 64, 80)
+    assert make().dense_embeddings(picture(20, 33)[None]).shape == (1, 3, 5, 16)  # sides are rounded up to whole patches
+
+
+@pytest.mark.parametrize("sizes", [[], [64, 48]])
+def test_the_squashed_whole_image_as_a_window(make, sizes):
+    from PIL import Image
+
+    image = picture(64, 100)
+    squashed = np.array(Image.fromarray(image).resize((64, 64), Image.Resampling.BILINEAR))
+    maskclip = make(windows=sizes, whole_image=True)
+    grid = (maskclip.dense_embeddings(squashed[None])[0] @ maskclip.text_embeddings(PETS).T).permute(2, 0, 1)
+    whole = F.interpolate(grid[None], (64, 100), mode="bilinear")[0].numpy()
+    expected = np.mean([whole] + [by_hand(maskclip, image, PETS, [size], 32) for size in sizes], axis=0)
+    np.testing.assert_allclose(maskclip.scores(image, PETS)[1:], expected, atol=1e-4)
+
+
+def test_no_window_at_all(make):
+    from ovdiff_lib.errors import ProfileError
+
+    with pytest.raises(ProfileError, match=r"matching\.windows is empty"):
+        make(windows=[]).scores(picture(64, 64), PETS)

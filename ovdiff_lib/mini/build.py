@@ -1,13 +1,15 @@
-"""Draw the data of the mini world: training scenes (not shipped) and the val and wild splits (shipped with the package).
+"""Draw the data of the mini world: training scenes (not shipped), the val and wild splits, and an archive of scenes (both shipped).
 
-Run as ``python -m ovdiff_lib.mini.build --work DIR`` (``make mini-world`` does). Training arrays go to ``DIR/scenes``; the splits go to
-the package's ``mini/data``. Every array is a function of the seeds in :data:`SEEDS` alone.
+Run as ``python -m ovdiff_lib.mini.build --work DIR`` (``make mini-world`` does). Training arrays go to ``DIR/scenes``; the splits and the
+archive go to the package's ``mini/data``. Every array is a function of the seeds in :data:`SEEDS` alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
@@ -90,6 +92,31 @@ def build_frames(glyphs: Glyphs, folder: Path, count: int, workers: int) -> None
     target.flush()
 
 
+def build_archive(world: World, glyphs: Glyphs, folder: Path, count: int) -> None:
+    """Write ``folder/archive``: ``count`` training scenes, 64 px, side by side in one picture (WebP), and ``sheet.json``, which says how.
+
+    They come in the order of the training stream. A scene is left out while what it shows, its nouns or, without any, its stuff, is
+    ahead of the rarest such word; no label or caption is written. ReCo retrieves from them (:mod:`ovdiff_lib.baselines.archive`).
+    """
+    _start(glyphs)
+    shown, chosen = dict.fromkeys(world.names, 0), []
+    for index in itertools.count():
+        scene = _train_scene(index, SEEDS["train"], False)
+        words = scene.nouns or scene.stuff
+        if min(shown[word] for word in words) <= min(shown.values()) + 1:
+            chosen.append(scene.image)
+            shown.update({word: shown[word] + 1 for word in words})
+        if len(chosen) == count:
+            break
+    columns = max(n for n in range(1, math.isqrt(count) + 1) if count % n == 0)
+    sheet = np.stack(chosen).reshape(-1, columns, 64, 64, 3).swapaxes(1, 2).reshape(-1, columns * 64, 3)
+    target = folder / "archive"
+    target.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet).save(target / "scenes.webp", quality=85, method=6)
+    table = {"file": "scenes.webp", "images": count, "height": 64, "width": 64}
+    (target / "sheet.json").write_text(json.dumps(table) + "\n")
+
+
 def build_split(world: World, glyphs: Glyphs, folder: Path, split: str, count: int, styles: tuple[str, ...]) -> None:
     """Write ``count`` images (WebP) with label maps (PNG, world ids, 255 = ignored) and ``scenes.json`` below ``folder/split``."""
     target = folder / split
@@ -116,11 +143,13 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=24_000, help="pairs of frames of one object, for self-supervised training")
     parser.add_argument("--val", type=int, default=310)
     parser.add_argument("--wild", type=int, default=84)
+    parser.add_argument("--archive", type=int, default=600, help="training scenes that ship without labels, for retrieval")
     arguments = parser.parse_args()
     world = load_world()
     glyphs = build_glyphs(world, arguments.work / "art")
     build_split(world, glyphs, DATA, "val", arguments.val, world.train_styles)
     build_split(world, glyphs, DATA, "wild", arguments.wild, world.wild_styles)
+    build_archive(world, glyphs, DATA, arguments.archive)
     build_training(glyphs, arguments.work / "scenes", arguments.train, arguments.evaluation, os.cpu_count() or 1)
     build_frames(glyphs, arguments.work / "scenes", arguments.frames, os.cpu_count() or 1)
 
