@@ -13,11 +13,10 @@ from ovdiff_lib.published import published
 
 def expected(profile: Profile, models: tuple[Model, ...]) -> dict[str, str]:
     """Sizes that follow from the profile, and the paper's times where it runs the paper's generator."""
-    support, made = profile.support, profile.prototypes
-    regions = 1 + made.background
-    rows = regions * (("class" in made.kinds) + support.size * ("instance" in made.kinds) + made.clusters * ("part" in made.kinds))
+    support = profile.support
+    rows = prototype_rows(profile)
     widths = {name: channels(profile, name, models) for name in profile.features.extractors}
-    sizes = {name: rows * width * 4 for name, width in widths.items() if width}
+    sizes = {name: prototype_bytes(profile, width) for name, width in widths.items() if width}
     known = sum(m.size or 0 for m in models if m.needed)
     table = {"weights on disk": f"{size_text(known)} for the models in use"}
     missing = [m for m in models if m.needed and not m.here]
@@ -39,6 +38,24 @@ def expected(profile: Profile, models: tuple[Model, ...]) -> dict[str, str]:
                                   "images of 30 steps)")
         table["time to segment"] = "about 0.6 s an image on a 2080 Ti with sd and 21 classes (the paper)"
     return table
+
+
+def prototype_rows(profile: Profile) -> int:
+    """Prototypes of one class at most (Eq. 2, 3): of each region one of the class, N of the drawings and K of the parts."""
+    made = profile.prototypes
+    one = ("class" in made.kinds) + profile.support.size * ("instance" in made.kinds) + made.clusters * ("part" in made.kinds)
+    return (1 + made.background) * one
+
+
+def prototype_bytes(profile: Profile, width: int) -> int:
+    """Bytes of one class's prototypes of ``width`` channels (App. C.5): 2 x (1 + N + K) x D x 4 with the paper's kinds, in float32."""
+    return prototype_rows(profile) * width * 4
+
+
+def support_bytes(profile: Profile, latent: int) -> int:
+    """Bytes of one class's support set: u8 images, f32 attribution of ``latent`` x ``latent`` and one i64 seed an image."""
+    support = profile.support
+    return support.size * (3 * support.image_size**2 + 4 * latent**2 + 8)
 
 
 def channels(profile: Profile, extractor: str, models: tuple[Model, ...]) -> int | None:
