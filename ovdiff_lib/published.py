@@ -40,6 +40,7 @@ PUBLISHED: dict[str, Published] = {
     "facebook/vit-mae-large": Published(f"its card: Apache-2.0; its authors: {_MAE_LICENCE}", 1318 * MB, channels=(1024,)),
     "facebook/sam-vit-huge": Published("Apache-2.0", 2564 * MB),
     "IDEA-Research/grounding-dino-tiny": Published("Apache-2.0", 689 * MB),
+    "nvidia/groupvit-gcc-yfcc": Published("NVIDIA Source Code License: research, not for commercial use", 223 * MB),
     "timm/vit_base_patch16_clip_224.openai": Published("MIT", 599 * MB, options="", channels=(768,)),
     "cutler_cascade_final.pth": Published("CC BY-NC-SA 4.0: not for commercial use", 288 * MB, _CUTLER_URL),
     **{f"{vit}_{epochs}ep_img448_crop0.2-1.0_maskds2.pth": Published(
@@ -83,6 +84,7 @@ FILES: dict[str, tuple[tuple[str, ...], ...]] = {
     "detector": _TRANSFORMER,
     "sam": (*_TRANSFORMER, ("preprocessor_config.json",)),
     "grounding": (*_TRANSFORMER, ("preprocessor_config.json",), _TOKENIZER),
+    "groupvit": (*_TRANSFORMER, _TOKENIZER),
 }
 """Field of ``profile.models`` -> what a folder must hold: of each tuple one file."""
 

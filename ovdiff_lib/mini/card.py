@@ -11,6 +11,8 @@ import json
 import shutil
 from pathlib import Path
 
+from PIL import Image
+
 KINDS = {
     "clip": ("Mini CLIP", "transformers.CLIPModel", "ovdiff_lib.mini.train_clip",
              "Contrastive image-text model for 64x64 px scenes; images with the same caption share their target."),
@@ -23,6 +25,9 @@ KINDS = {
              "no label or caption is read."),
     "mae": ("Mini MAE", "transformers.ViTMAEModel", "ovdiff_lib.mini.train_mae",
             "Encoder of a masked autoencoder, 75 % of the patches hidden, normalised pixels as target; no label or caption is read."),
+    "groupvit": ("Mini GroupViT", "transformers.GroupViTModel", "ovdiff_lib.mini.train_groupvit",
+                 "Vision transformer that groups its patches in two stages, trained contrastively on captions and on prompts for what they "
+                 "name; no mask is read."),
     "detector": ("Mini detector", "torchvision Mask R-CNN", "ovdiff_lib.mini.train_detector",
                  "Class-agnostic Mask R-CNN trained on MaskCut's masks of training scenes, which is CutLER's recipe; no label is read."),
 }
@@ -62,6 +67,9 @@ def plot_log(rows: list[dict], path: Path, title: str) -> None:
     for panel in panels:
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=90)
+    with Image.open(path) as drawn:  # lines and letters need few colours; a third of the bytes
+        few = drawn.convert("RGB").quantize(32)
+    few.save(path, optimize=True)
 
 
 def parameter_count(model: Path) -> int:
