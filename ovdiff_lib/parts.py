@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from ovdiff_lib.profiles import Profile
-from ovdiff_lib.types import Vocabulary
+from ovdiff_lib.types import ForegroundBackground, SupportSet, Vocabulary
 
-MEMORY = 2**30
+MEMORY = 2**31
 """Bytes of results that each part remembers."""
 
 
@@ -30,6 +30,7 @@ class Parts:
 
     def __init__(self) -> None:
         self._made: dict[str, Any] = {}
+        self._masks = _Memory(lambda masks: masks.foreground.nbytes + masks.background.nbytes)
 
     def extractors(self, profile: Profile) -> dict[str, Any]:
         """The extractors of ``features.extractors`` by name. Raises ``ProfileError`` and ``ModelNotAvailable``."""
@@ -47,6 +48,12 @@ class Parts:
         name = profile.masks.segmenter
         return self._make("segmenter", name, SEGMENTERS[name], profile, "masks", _RememberingSegmenter)
 
+    def masks(self, support: SupportSet, profile: Profile, make: Callable[[], ForegroundBackground]) -> ForegroundBackground:
+        """The masks of a support set, by ``make`` if they are the first with these settings."""
+        models, _ = _segmenter_part(profile).depends_on(profile, "masks")
+        settings = json.dumps([models, _machine(profile), dataclasses.asdict(profile.masks)], sort_keys=True)
+        return self._masks((_digest(support.images, support.attribution), support.category.prompt, settings), make)
+
     def category_filter(self, profile: Profile, load: Callable[[], Any]) -> Any:
         """The category filter of the profile, made by ``load`` if it is the first with these settings."""
         key = json.dumps(["filter", profile.models.clip, _machine(profile), dataclasses.asdict(profile.filters)], sort_keys=True)
@@ -62,6 +69,13 @@ class Parts:
         if key not in self._made:
             self._made[key] = remember(part(profile))
         return self._made[key]
+
+
+def _segmenter_part(profile: Profile) -> Any:
+    from ovdiff_lib.masks import SEGMENTERS, check_segmenter
+
+    check_segmenter(profile)
+    return SEGMENTERS[profile.masks.segmenter]
 
 
 def _machine(profile: Profile) -> list[Any]:

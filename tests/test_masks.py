@@ -7,7 +7,7 @@ import pytest
 
 from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.masks import check_segmenter
-from ovdiff_lib.masks.select import make_masks, select, separate, upsample
+from ovdiff_lib.masks.select import check_masks, make_masks, select, separate, upsample
 from ovdiff_lib.masks.threshold import BINS, fixed_thresholds, multi_otsu
 from ovdiff_lib.profiles import load_profile
 from ovdiff_lib.types import Category, SupportSet
@@ -147,7 +147,7 @@ def make_support(n=2, size=(6, 10), grid=(3, 5)):
 
 
 def test_make_masks_falls_back_to_the_threshold_where_nothing_is_proposed():
-    support, profile = make_support(), load_profile("mini")
+    support, profile = make_support(), load_profile("mini", {"masks.segmenter": "threshold"})
     masks = make_masks(support, profile, FirstColumn())
     plain = make_masks(support, profile)
     assert masks.source == ("FirstColumn", "threshold") and plain.source == ("threshold", "threshold")
@@ -179,7 +179,7 @@ def test_background_can_be_tightened():
             return mask
 
     support.images[:] = 9
-    full = make_masks(support, load_profile("mini"), Middle()).background
+    full = make_masks(support, load_profile("mini", {"masks.segmenter": "threshold"}), Middle()).background
     low = make_masks(support, load_profile("mini", {"masks.background_below": 0.3}), Middle()).background
     assert (low == (full & (upsample(support.attribution, (6, 10)) < 0.3))).all() and low.sum() < full.sum()
     eroded = make_masks(support, load_profile("mini", {"masks.erosion": 1}), Middle()).background
@@ -199,7 +199,7 @@ def test_unknown_segmenter_and_wrong_shapes_are_named():
             return np.ones((1, image.shape[1], image.shape[0]), bool)
 
     with pytest.raises(InputError, match="Transposed"):
-        make_masks(make_support(), load_profile("mini"), Transposed())
+        make_masks(make_support(), load_profile("mini", {"masks.segmenter": "threshold"}), Transposed())
 
 
 def test_more_levels_of_foreground():
@@ -255,14 +255,14 @@ def test_overlaps_and_fallback_as_the_profile_says():
             masks[1, 2:6, 4:10] = True
             return masks
 
-    kept = make_masks(support, load_profile("mini"), Two())
-    apart = make_masks(support, load_profile("mini", {"masks.overlaps": "attribution"}), Two())
+    kept = make_masks(support, load_profile("mini", {"masks.segmenter": "threshold"}), Two())
+    apart = make_masks(support, load_profile("mini", {"masks.segmenter": "threshold", "masks.overlaps": "attribution"}), Two())
     assert (kept.foreground == apart.foreground).all()
     proposals, attribution = Two().propose(None, ""), upsample(support.attribution, (6, 10))
     for n in range(2):
         expected = select(separate(proposals, attribution[n]), attribution[n])
         assert (apart.foreground[n] == expected[0]).all() and (apart.background[n] == expected[1]).all()
-    fixed = make_masks(support, load_profile("mini", {"masks.fallback": "fixed", "masks.fallback_foreground": 0.6}))
+    fixed = make_masks(support, load_profile("mini", {"masks.segmenter": "threshold", "masks.fallback": "fixed", "masks.fallback_foreground": 0.6}))
     low, high = attribution.min((1, 2), keepdims=True), attribution.max((1, 2), keepdims=True)
     unit = (attribution - low) / (high - low)
     assert high.max() < 1 and (fixed.foreground == (unit > 0.6)).all() and (fixed.background == (unit < 0.2)).all()
@@ -273,6 +273,20 @@ def test_overlaps_and_fallback_as_the_profile_says():
             make_masks(support, profile, Two())
         with pytest.raises(ProfileError, match=rf"masks\.{field}"):
             check_segmenter(profile)
+
+
+def test_settings_are_judged_without_a_support_set():
+    for name in ("mini", "paper", "official"):
+        check_masks(load_profile(name).masks)
+    for field, value in (("threshold_classes", 9), ("threshold_classes", 1), ("threshold_scope", "batch"), ("threshold_foreground", 4),
+                         ("overlaps", "split"), ("fallback", "none")):
+        settings = load_profile("mini", {f"masks.{field}": value}).masks
+        with pytest.raises(ProfileError, match=rf"masks\.{field}"):
+            check_masks(settings)
+        if field.startswith("threshold_"):  # not used by the fixed thresholds
+            check_masks(load_profile("mini", {f"masks.{field}": value, "masks.fallback": "fixed"}).masks)
+    with pytest.raises(ProfileError, match="fallback_background"):
+        check_masks(load_profile("mini", {"masks.segmenter": "threshold", "masks.fallback": "fixed", "masks.fallback_foreground": 0.1}).masks)
 
 
 def test_fixed_thresholds_scale_each_map_by_itself():

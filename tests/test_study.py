@@ -6,9 +6,9 @@ from sklearn.metrics import confusion_matrix
 
 from ovdiff_lib import InputError, OVDiff
 from ovdiff_lib.evaluation import evaluate, grid_search_threshold, load_dataset, study
-from ovdiff_lib.evaluation.banks import rows_of_sizes, synonyms, with_words
-from ovdiff_lib.evaluation.bench import THRESHOLDS, Bench, Row
-from ovdiff_lib.evaluation.rows import at_thresholds, identity
+from ovdiff_lib.evaluation.banks import of_kinds, rows_of_sizes, synonyms, with_words
+from ovdiff_lib.evaluation.bench import Bench
+from ovdiff_lib.evaluation.rows import THRESHOLDS, Row, at_thresholds, identity
 from ovdiff_lib.evaluation.samples import Sample
 from ovdiff_lib.evaluation.store import Counted, ResultStore, code_digest
 from ovdiff_lib.evaluation.study import measure
@@ -191,6 +191,15 @@ def test_sizes_pool_the_seeds(bench):
     for wrong in (0, 2 * size + 1, 3 * size):
         with pytest.raises(InputError, match="cannot be made"):
             rows_of_sizes(bench, [wrong])
+
+
+def test_kinds_are_chosen_from_the_full_bank(bench):
+    """The same vectors as from building with these kinds alone."""
+    for kinds in (["part"], ["class", "instance"]):
+        built = bench.ovdiff({"prototypes.kinds": kinds}, 3).build("dog, boat")
+        chosen = of_kinds(kinds)(bench, 3, Vocabulary.of("dog, boat"))
+        for one, other in zip(chosen.prototypes["sd"], built.prototypes["sd"], strict=True):
+            assert np.array_equal(one.vectors, other.vectors) and one.kind.tolist() == other.kind.tolist()
 
 
 def test_words_share_the_images(bench):

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.evaluation.choose import shown_labels
+from ovdiff_lib.evaluation.examples import shown_labels
 from ovdiff_lib.evaluation.metrics import IGNORE, ConfusionMatrix
 from ovdiff_lib.evaluation.samples import Sample
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.types import Category, PrototypeBank, SupportSet, Vocabulary
 
@@ -51,6 +53,16 @@ def _pooled(bench: Bench, seed: int, vocabulary: Vocabulary, *, joined: int, dra
     first = bench.seeds.index(seed) * joined
     parts = [bench.ovdiff({**settings, "support.size": drawn}, s) for s in bench.seeds[first : first + joined]]
     return _bank(parts[0], vocabulary, lambda category: [part.support(category) for part in parts])
+
+
+def of_kinds(kinds: Sequence[str], settings: Mapping | None = None) -> Callable[[Bench, int, Vocabulary], PrototypeBank]:
+    """Prototypes of these kinds alone (Table A.6), chosen from the full bank: what ``prototypes.kinds`` would build again."""
+
+    def build(bench: Bench, seed: int, vocabulary: Vocabulary) -> PrototypeBank:
+        bank = bench.ovdiff(settings, seed).build(vocabulary)
+        return bank.map(lambda extractor, index, prototypes: prototypes.select(np.isin(prototypes.kind, list(kinds))))
+
+    return build
 
 
 def synonyms() -> dict[str, list[str]]:

@@ -41,12 +41,17 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser],
 
 def run_evaluate(options: argparse.Namespace, make_ovdiff: Callable[[argparse.Namespace], Any]) -> None:
     """Evaluate OVDiff, or saved predictions, and print IoU by class and mIoU."""
+    from ovdiff_lib.checks import check_output
     from ovdiff_lib.evaluation import evaluate, label_predictor, load_dataset, predictions_from
+    from ovdiff_lib.evaluation.protocol import for_dataset
 
     if options.zero_based and not options.predictions:
         raise InputError("--zero-based says how label maps are numbered; use it together with --predictions FOLDER.")
     if options.resume and options.predictions:
         raise InputError("Scoring saved predictions needs no --resume; leave it out.")
+    check_stuff_options(options)
+    if options.json:
+        check_output(options.json.parent)
     given = {"folder": options.data, "names": options.names}
     dataset = load_dataset(options.dataset, split=options.split, **{k: v for k, v in given.items() if v is not None})
     record: dict[str, Any] = {"dataset": dataset.name, "split": options.split, "names": options.names or "fixed"}
@@ -61,7 +66,7 @@ def run_evaluate(options: argparse.Namespace, make_ovdiff: Callable[[argparse.Na
 
             vocabulary = with_kinds(vocabulary, options.stuff_from, options.stuff_default)
             record["stuff"] = [c.name for c in vocabulary if c.kind == "stuff"]
-        bank = ovdiff.build(vocabulary)
+        bank = for_dataset(ovdiff, dataset).build(vocabulary)
         settings = {**record, "data": str(options.data and options.data.resolve()), "profile": ovdiff.profile.digest()}
         if options.resume:
             settings |= _identities(ovdiff.profile, bank)
@@ -84,6 +89,12 @@ def run_evaluate(options: argparse.Namespace, make_ovdiff: Callable[[argparse.Na
         table = {**record, "images": result.images, "background": dataset.has_background, "miou": miou,
                  "iou": dict(zip(result.class_names, iou, strict=True))}
         write_atomic(options.json, (json.dumps(table, indent=1) + "\n").encode())
+
+
+def check_stuff_options(options: argparse.Namespace) -> None:
+    """``InputError`` for ``--stuff-default`` without the table that it completes."""
+    if getattr(options, "stuff_default", None) and not options.stuff_from:
+        raise InputError("--stuff-default says what classes are that a table does not name; use it together with --stuff-from.")
 
 
 def _identities(profile, bank) -> dict[str, str]:

@@ -68,6 +68,18 @@ def foreground_labels(scores: np.ndarray) -> np.ndarray:
     return scores[1:].argmax(axis=0) + 1
 
 
+def for_dataset(ovdiff, dataset: Dataset):
+    """The OVDiff that builds and segments for ``dataset``: the given one, but where background is no class none that demands a score of it.
+
+    A profile without background prototypes and without ``matching.background_threshold`` then gets a threshold, which decides nothing:
+    row 0 of the scores, the background's, is not read.
+    """
+    profile = ovdiff.profile
+    if dataset.has_background or profile.prototypes.background or profile.matching.background_threshold is not None:
+        return ovdiff
+    return ovdiff.replaced({"matching.background_threshold": 0.0})
+
+
 def label_predictor(ovdiff, bank: PrototypeBank, dataset: Dataset) -> Predict:
     """OVDiff with the prototypes ``bank`` as ``dataset`` wants its labels.
 
@@ -75,7 +87,7 @@ def label_predictor(ovdiff, bank: PrototypeBank, dataset: Dataset) -> Predict:
     """
     if dataset.has_background:
         return lambda image: ovdiff.segment(image, bank).labels
-    foreground = bank.without_background()
+    ovdiff, foreground = for_dataset(ovdiff, dataset), bank.without_background()
     return lambda image: foreground_labels(ovdiff.segment(image, foreground).scores)
 
 
