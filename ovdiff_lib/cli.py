@@ -1,6 +1,7 @@
-"""The command line: ``ovdiff segment | build | evaluate | convert | doctor | run | reproduce``.
+"""The command line: ``ovdiff segment | build | evaluate | convert | doctor | run | reproduce | compare-tables``.
 
-Errors a user can cause end in one sentence on stderr and exit code 2; ctrl-C ends with exit code 130 and leaves no half-written file.
+Errors a user can cause end in one sentence on stderr and exit code 2; what was carried out with a bad result (a notebook that failed,
+tables that differ) ends with exit code 1; ctrl-C ends with exit code 130 and leaves no half-written file.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.profiles.profile import parse_assignments
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ovdiff: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ovdiff: interrupted; finished classes are kept, run the same command again to go on.", file=sys.stderr)
+        print("ovdiff: interrupted; what is finished is kept, run the same command again to go on.", file=sys.stderr)
         return 130
 
 
@@ -58,21 +58,18 @@ def _parser() -> argparse.ArgumentParser:
     from ovdiff_lib.evaluation.commands import add_commands
 
     add_commands(commands, command, _ovdiff)
+    from ovdiff_lib.report.commands import add_command
+
+    add_command(command)
     _stuff_options(commands.choices["evaluate"])
 
     doctor = command("doctor", _doctor, "Say which models, libraries and data a profile needs, what is here, and how to get the rest.")
     doctor.add_argument("--data", action="append", default=[], metavar="[NAME=]FOLDER", help="a data set's folder; may be repeated")
     doctor.add_argument("--json", type=Path, help="write the report to this file too")
 
-    run = command("run", _run, "Execute one notebook with parameters.")
-    run.add_argument("notebook", type=Path)
-    run.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="a notebook parameter; may be repeated")
-    run.add_argument("--out", type=Path, default=Path("outputs"), help="outputs folder (default: outputs)")
+    from ovdiff_lib.notebook_commands import add_commands as add_notebook_commands
 
-    reproduce = command("reproduce", _reproduce, "Execute every notebook and write all tables and figures.")
-    reproduce.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="folder of the notebooks (default: notebooks)")
-    reproduce.add_argument("--out", type=Path, default=Path("outputs"), help="outputs folder (default: outputs)")
-    reproduce.add_argument("--force", action="store_true", help="run fresh notebooks again")
+    add_notebook_commands(commands, command)
     return parser
 
 
@@ -94,9 +91,11 @@ def _stuff_options(parser: argparse.ArgumentParser) -> None:
 
 def _vocabulary(classes: list[str], options: argparse.Namespace):
     """The classes with their kinds: stuff are those that --stuff names; of the others --stuff-from says it."""
+    from ovdiff_lib.evaluation.commands import check_stuff_options
     from ovdiff_lib.filters.things import kinds
     from ovdiff_lib.types import Category, Vocabulary
 
+    check_stuff_options(options)
     marked = [Category(s).name for s in options.stuff.split(",") if s.strip()]
     vocabulary = Vocabulary.of(classes, marked)
     missing = [s for s in marked if s.casefold() not in {n.casefold() for n in vocabulary.names}]
@@ -112,6 +111,7 @@ def _vocabulary(classes: list[str], options: argparse.Namespace):
 def _segment(options: argparse.Namespace) -> None:
     import tqdm
 
+    from ovdiff_lib.checks import check_output
     from ovdiff_lib.images import list_images, read_image
     from ovdiff_lib.report.results import output_stems, write_segmentation
 
@@ -120,6 +120,7 @@ def _segment(options: argparse.Namespace) -> None:
     if len(paths) == 1:
         read_image(paths[0])  # a broken image is reported before classes are built
     ovdiff = _ovdiff(options)
+    check_output(options.out)
     bank = ovdiff.build(vocabulary)
     broken = []
     bar = tqdm.tqdm(paths, desc="segmenting", unit="image", disable=len(paths) == 1)
@@ -169,41 +170,6 @@ def _doctor(options: argparse.Namespace) -> int:
         write_atomic(options.json, report.to_json().encode())
     print(render(report))
     return 1 if report.problems else 0
-
-
-def _notebook_parameters(options: argparse.Namespace) -> dict[str, Any]:
-    from ovdiff_lib.profiles import load_profile
-
-    overrides = parse_assignments(options.set, "--set")
-    profile = load_profile(options.profile, overrides)
-    source = options.profile if not Path(options.profile).suffix else str(Path(options.profile).resolve())
-    return {"profile": source, "overrides": overrides, "output": str((options.out / profile.name).resolve())}
-
-
-def _run(options: argparse.Namespace) -> None:
-    from ovdiff_lib.runner import run_notebook
-
-    if not options.notebook.exists():
-        raise InputError(f"The notebook {options.notebook} does not exist; the ones that ship are in the folder notebooks/.")
-    parameters = {**_notebook_parameters(options), **parse_assignments(options.parameter, "--parameter")}
-    # Meant from where the command is run; the notebook itself runs in its own folder.
-    parameters["output"] = str(Path(str(parameters["output"])).resolve())
-    target = Path(parameters["output"]) / options.notebook.name
-    run_notebook(options.notebook, target, parameters, force=True)
-    print(f"executed copy: {target}")
-
-
-def _reproduce(options: argparse.Namespace) -> None:
-    from ovdiff_lib.runner import notebooks, run_notebook
-
-    parameters = _notebook_parameters(options)
-    folder = Path(parameters["output"])
-    for notebook in notebooks(options.notebooks):
-        started = time.time()
-        ran = run_notebook(notebook, folder / notebook.name, parameters, force=options.force)
-        print(f"{notebook.stem}: {f'executed in {time.time() - started:.0f} s' if ran else 'fresh, nothing to do'}", flush=True)
-    shown = options.out / folder.name
-    print(f"Done. Tables: {shown / 'tables'}   figures: {shown / 'figures'}   executed notebooks: {shown}/*.ipynb")
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ovdiff_lib.checks import setting_problems
 from ovdiff_lib.costs import expected, size_text
 from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.inventory import BESIDES, Model, hub_cache, models_of
 from ovdiff_lib.profiles import Profile
+from ovdiff_lib.registry import Part
 
 
 @dataclass(frozen=True)
@@ -64,19 +66,20 @@ def examine(profile: Profile, data: list[str] | None = None, library: Path | Non
     problems += [f"The library {lib.name} is needed by {lib.needed_by} and not installed: {lib.get}" for lib in libraries
                  if lib.needed_by and not lib.version]
     problems += [row["problem"] for row in sets if row["problem"]] + device_problem
+    problems += setting_problems(profile)
     return Report(profile.name, models, libraries, sets, machine, expected(profile, models), tuple(problems))
 
 
 def uses(profile: Profile) -> dict[str, list[str]]:
-    """Field of ``profile.models`` -> the parts of this profile that load it. Raises ``ProfileError`` for an unknown part."""
+    """Field of ``profile.models`` -> the parts of this profile that declare to load it. Raises ``ProfileError`` for an unknown part."""
     from ovdiff_lib.features import EXTRACTORS, check_extractors
     from ovdiff_lib.masks import SEGMENTERS, check_segmenter
 
     check_extractors(profile)
     check_segmenter(profile)
     parts = {"support images": ["diffusion"]}
-    parts |= {f"extractor {name}": list(EXTRACTORS[name].depends_on(profile, "features")[0]) for name in profile.features.extractors}
-    parts[f"segmenter {profile.masks.segmenter}"] = list(SEGMENTERS[profile.masks.segmenter].depends_on(profile, "masks")[0])
+    parts |= {f"extractor {name}": _declared(EXTRACTORS[name], profile, "features") for name in profile.features.extractors}
+    parts[f"segmenter {profile.masks.segmenter}"] = _declared(SEGMENTERS[profile.masks.segmenter], profile, "masks")
     if profile.filters.category:
         parts["category filter"] = ["clip"]
     table: dict[str, list[str]] = {}
@@ -86,10 +89,21 @@ def uses(profile: Profile) -> dict[str, list[str]]:
     return table
 
 
+def _declared(part: Part, profile: Profile, section: str) -> list[str]:
+    """The fields of the models that a part declares; none are known of one that declares nothing."""
+    models, _ = part.depends_on(profile, section)
+    return [] if part.models is None else list(models)
+
+
+STATES = {"wrong model": "is a wrong model", "wrong checksum": "has a wrong checksum"}
+"""How a sentence says a state that is no adjective."""
+
+
 def _sentence(model: Model) -> str:
     detail = f" ({model.detail})" if model.detail else ""
-    remedy = f"get it with: {model.get}" if model.get else f"set models.{model.field} to a model that is here"
-    return f"The model {model.identifier or model.field!r} is needed by {', '.join(model.used_by)} and {model.state}{detail}; {remedy}"
+    remedy = model.remedy or (f"get it with: {model.get}" if model.get else f"set models.{model.field} to a model that is here")
+    return (f"The model {model.identifier or model.field!r} is needed by {', '.join(model.used_by)} and "
+            f"{STATES.get(model.state, model.state)}{detail}; {remedy}")
 
 
 def _libraries(profile: Profile, used: dict[str, list[str]]) -> tuple[Library, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ovdiff_lib.errors import ModelNotAvailable
 from ovdiff_lib.profiles import Profile
-from ovdiff_lib.published import FILES, OPEN_CLIP_FILES, how_to_get, lacking, published
+from ovdiff_lib.published import FILES, MODEL_TYPES, OPEN_CLIP_FILES, how_to_get, lacking, published
 from ovdiff_lib.registry import NOT_MODELS
 
 HERE = ("package", "folder", "file", "hub cache")
@@ -20,9 +20,11 @@ BESIDES = {"open_clip_pretrained": "open_clip", "cutler_sha256": "cutler"}
 
 @dataclass(frozen=True)
 class Model:
-    """One model of the profile. ``state``: package, folder, file, hub cache; or missing, incomplete, unreadable, wrong checksum.
+    """One model of the profile. ``state``: package, folder, file, hub cache; or missing, incomplete, unreadable, wrong model (of another
+    architecture), wrong checksum, not verified (a checkpoint without a checksum in the profile).
 
-    ``size`` in bytes is that on disk, or that of the download (None if not known); ``get`` a command, "" if it is here or none is known.
+    ``size`` in bytes is that on disk, or that of the download (None if not known); ``get`` a command, "" if it is here or none is known;
+    ``remedy`` what else helps, if getting the model does not.
     """
 
     field: str
@@ -34,6 +36,7 @@ class Model:
     used_by: tuple[str, ...]
     get: str
     detail: str = ""
+    remedy: str = ""
 
     @property
     def here(self) -> bool:
@@ -62,12 +65,18 @@ def _model(profile: Profile, name: str, used_by: tuple[str, ...]) -> Model:
     identifier = getattr(profile.models, name)
     if name == "open_clip" and identifier and not identifier.startswith("package:") and not Path(identifier).expanduser().is_dir():
         return _open_clip(profile, used_by)
-    state, where, detail = _locate(identifier, FILES.get(name, ()))
+    state, where, detail = _locate(identifier, FILES.get(name, ()), MODEL_TYPES.get(name, ""))
     if state in HERE and Path(where).is_file() != (name == "cutler") and not (name == "mae" and Path(where).is_file()):
         state, detail = "incomplete", "a folder of the model is wanted" if Path(where).is_file() else "a checkpoint file is wanted"
     if state == "file" and name == "cutler":
         state, detail = _checksum(Path(where), profile.models.cutler_sha256)
     licence = "Apache-2.0, as this project" if state == "package" else _licence(identifier)
+    if state == "wrong model":
+        return Model(name, identifier, state, where, _size(Path(where)), licence, used_by, "", detail)
+    if state == "not verified":
+        remedy = f"if that is the file you trust, add --set models.cutler_sha256={detail} or write it into the profile"
+        detail = f"models.cutler_sha256 is not set; the file's SHA-256 is {detail}"
+        return Model(name, identifier, state, where, _size(Path(where)), licence, used_by, "", detail, remedy)
     return _row(name, identifier, (state, where, detail), licence, used_by, identifier)
 
 
@@ -85,9 +94,9 @@ def _licence(source: str) -> str:
     return known.licence if known else "see its card" if source else ""
 
 
-def _locate(identifier: str, wanted: tuple[tuple[str, ...], ...]) -> tuple[str, str, str]:
-    """(state, where, detail) of a model named by ``package:NAME``, a path or a hub id."""
-    from ovdiff_lib.models import PACKAGE, resolve_model
+def _locate(identifier: str, wanted: tuple[tuple[str, ...], ...], model_type: str = "") -> tuple[str, str, str]:
+    """(state, where, detail) of a model named by ``package:NAME``, a path or a hub id; ``model_type`` as in :data:`MODEL_TYPES`."""
+    from ovdiff_lib.models import PACKAGE, resolve_model, wrong_type
 
     if not identifier:
         return "missing", "", "not set in the profile"
@@ -102,6 +111,8 @@ def _locate(identifier: str, wanted: tuple[tuple[str, ...], ...]) -> tuple[str, 
         kind, source = "hub cache", _snapshot(source)
         if source is None:
             return "missing", "", f"not in the hub cache {hub_cache()}"
+    if model_type and (wrong := wrong_type(source, model_type)):
+        return "wrong model", str(source), wrong
     lacks = lacking(source, wanted)
     return ("incomplete" if lacks else kind), str(source), f"lacks {', '.join(lacks)}" if lacks else ""
 
@@ -139,7 +150,7 @@ def _open_clip(profile: Profile, used_by: tuple[str, ...]) -> Model:
 
 
 def _checksum(path: Path, wanted: str) -> tuple[str, str]:
-    """(state, detail) of a checkpoint file by the profile's SHA-256."""
+    """(state, detail) of a checkpoint file by the profile's SHA-256; of one that is not verified, the detail is its own."""
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -148,7 +159,7 @@ def _checksum(path: Path, wanted: str) -> tuple[str, str]:
     if wanted and found != wanted.strip().lower():
         return "wrong checksum", f"its SHA-256 is {found}, models.cutler_sha256 says {wanted}"
     if not wanted:
-        return "not verified", f"set models.cutler_sha256 to the checksum you trust; that of this file is {found}"
+        return "not verified", found
     return "file", ""
 
 

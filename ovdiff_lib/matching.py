@@ -28,6 +28,8 @@ MAX_ASPECT = 64
 BLOCK = 4096
 """Prototypes compared at a time."""
 
+BACKGROUND_REMEDY = "set matching.background_threshold (0.72 in the paper) or prototypes.background to true."
+
 Box = tuple[int, int, int, int]  # top, left, height, width in the resized image
 
 
@@ -54,8 +56,17 @@ def window_seeds(seed: int, image: np.ndarray, count: int) -> np.ndarray:
     return np.array(drawn, dtype=np.int64)
 
 
-def _check_refinement(settings: Matching) -> None:
-    """``ProfileError`` for values of resample, refine and pamr_* that cannot be."""
+def check_matching(settings: Matching) -> None:
+    """``ProfileError`` for values of ``profile.matching`` that cannot be, alone or together."""
+    sizes = _sizes(settings)
+    if not sizes or min(sizes) < 1 or max(sizes) > settings.short_side:
+        raise ProfileError(f"matching.windows is {settings.windows}; give sizes from 1 to matching.short_side ({settings.short_side}), "
+                           "or none and matching.whole_image true.")
+    if not 1 <= settings.stride <= min(sizes):
+        raise ProfileError(f"matching.stride is {settings.stride}; set it between 1 and the smallest window ({min(sizes)}).")
+    if settings.long_side is not None and settings.long_side < settings.short_side:
+        raise ProfileError(f"matching.long_side is {settings.long_side}; set it to at least matching.short_side ({settings.short_side}), "
+                           "or to null for images of any length.")
     if settings.resample not in RESAMPLING:
         raise ProfileError(f"matching.resample is {settings.resample!r}; set it to {' or '.join(RESAMPLING)}.")
     if settings.refine not in ("none", "pamr"):
@@ -64,6 +75,17 @@ def _check_refinement(settings: Matching) -> None:
         raise ProfileError(f"matching.pamr_iterations is {settings.pamr_iterations}; set it to at least 1, or matching.refine to none.")
     if not settings.pamr_dilations or min(settings.pamr_dilations) < 1:
         raise ProfileError(f"matching.pamr_dilations is {settings.pamr_dilations}; name at least one distance from 1 pixel up.")
+
+
+def check_background(profile: Profile) -> None:
+    """``ProfileError`` for a profile that builds no background prototypes and has no score to put in their place."""
+    if not profile.prototypes.background and profile.matching.background_threshold is None:
+        raise ProfileError(f"prototypes.background is false and nothing else scores the background; {BACKGROUND_REMEDY}")
+
+
+def _sizes(settings: Matching) -> list[int]:
+    """Sides of the windows; without windows that of the whole image, alone."""
+    return settings.windows or [settings.short_side] * settings.whole_image
 
 
 @dataclass(frozen=True)
@@ -85,13 +107,7 @@ class Matcher:
         settings = profile.matching
         if not extractors:
             raise ProfileError("features.extractors is empty; name at least one extractor.")
-        sizes = settings.windows or [settings.short_side] * settings.whole_image  # no windows: the whole image alone
-        if not sizes or min(sizes) < 1 or max(sizes) > settings.short_side:
-            raise ProfileError(f"matching.windows is {settings.windows}; give sizes from 1 to matching.short_side ({settings.short_side}), "
-                               "or none and matching.whole_image true.")
-        if not 1 <= settings.stride <= min(sizes):
-            raise ProfileError(f"matching.stride is {settings.stride}; set it between 1 and the smallest window ({min(sizes)}).")
-        _check_refinement(settings)
+        check_matching(settings)
         self.extractors, self.profile, self.settings = extractors, profile, settings
         self.device = resolve_device(profile)
 
@@ -167,8 +183,7 @@ class Matcher:
             return self.settings.background_threshold
         if self.profile.prototypes.background:
             return -np.inf
-        raise InputError("There are no background prototypes and no background score; set matching.background_threshold (0.72 in the paper)"
-                         " or prototypes.background to true.")
+        raise InputError(f"There are no background prototypes and no background score; {BACKGROUND_REMEDY}")
 
     def _scales(self, resized: np.ndarray) -> list[tuple[np.ndarray, list[Box]]]:
         """For each scale its crops u8 (n, S, S, 3) and where they lie in the resized image."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import json
 import math
 import textwrap
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
-from ovdiff_lib.published import how_to_get
+from ovdiff_lib.published import MODEL_TYPES, how_to_get
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -61,12 +62,12 @@ def load_network(profile: Profile, name: str, build: Callable[[Path | str, torch
 
     ``build`` gets a folder, a file or a hub id, and keyword arguments for ``from_pretrained``. Give ``source`` where the weights are not
     under the field's own identifier, and ``variant`` where the same weights make different networks. Raises ``ProfileError`` if the field
-    is empty and ``ModelNotAvailable`` for whatever the libraries raise.
+    is empty and ``ModelNotAvailable`` for whatever the libraries raise, and for a model of another architecture than the field's.
     """
     identifier = getattr(profile.models, name)
     if not identifier:
         raise ProfileError(f"models.{name} is not set in the profile {profile.name!r}; set it to a folder or a hub id of that model.")
-    return _cached(f"{name} {variant}", build, source or identifier, profile)
+    return _cached(name, build, source or identifier, profile, variant)
 
 
 def resolve_model(identifier: str) -> Path | str:
@@ -121,6 +122,10 @@ def resolve_device(profile: Profile) -> torch.device:
         raise ProfileError(f"models.device is {name!r}; use 'auto', 'cpu', 'cuda' or 'cuda:0'.") from None
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ProfileError(f"models.device is {name!r} but this machine has {torch.cuda.device_count()} usable GPUs; use 'auto' or 'cpu'.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError):  # a kind of device that this torch or this machine lacks
+        raise ProfileError(f"models.device is {name!r}, which is not usable on this machine; use 'auto' or 'cpu'.") from None
     return device
 
 
@@ -155,13 +160,36 @@ def captured(modules: dict[str, torch.nn.Module]) -> Iterator[dict[str, torch.Te
         yield outputs
 
 
-def _cached(kind: str, build: Any, identifier: str, profile: Profile) -> Any:
+def wrong_type(folder: Path, wanted: str) -> str:
+    """What is wrong with the ``model_type`` in the config.json of a folder, "" if it is ``wanted``; a folder without one is not judged."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # missing or damaged, of which the loaders say more
+        return ""
+    found = found.get("model_type") if isinstance(found, dict) else None
+    return "" if found == wanted else f"its config.json names the model_type {found!r}, and {wanted!r} is wanted"
+
+
+def _check_type(name: str, source: Path | str, options: dict) -> None:
+    """``ValueError`` if ``source`` holds another architecture than ``profile.models.<name>`` is for; the hub may be asked for its config."""
+    if name not in MODEL_TYPES or (isinstance(source, Path) and source.is_file()):
+        return
+    if not isinstance(source, Path):
+        from transformers.utils import cached_file
+
+        source = Path(cached_file(source, "config.json", **options)).parent
+    if wrong := wrong_type(source, MODEL_TYPES[name]):
+        raise ValueError(wrong)
+
+
+def _cached(name: str, build: Any, identifier: str, profile: Profile, variant: str = "") -> Any:
     source, device, dtype = resolve_model(identifier), resolve_device(profile), resolve_dtype(profile)
-    key = (kind, str(source), str(device), dtype)
+    key = (name, variant, str(source), str(device), dtype)
     if key not in _loaded:
         options = {"local_files_only": not profile.models.download}
         quiet = contextlib.nullcontext() if profile.models.download else _no_progress_bars()
         with _loading(identifier, source, profile.models.download), quiet:
+            _check_type(name, source, options)
             _loaded[key] = build(source, device, dtype, options)
     return _loaded[key]
 

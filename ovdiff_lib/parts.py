@@ -50,8 +50,8 @@ class Parts:
 
     def masks(self, support: SupportSet, profile: Profile, make: Callable[[], ForegroundBackground]) -> ForegroundBackground:
         """The masks of a support set, by ``make`` if they are the first with these settings."""
-        models, _ = _segmenter_part(profile).depends_on(profile, "masks")
-        settings = json.dumps([models, _machine(profile), dataclasses.asdict(profile.masks)], sort_keys=True)
+        part = _segmenter_part(profile)
+        settings = json.dumps([part.depends_on(profile, "masks")[0], part.code, _machine(profile), dataclasses.asdict(profile.masks)], sort_keys=True)
         return self._masks((_digest(support.images, support.attribution), support.category.prompt, settings), make)
 
     def category_filter(self, profile: Profile, load: Callable[[], Any]) -> Any:
@@ -65,7 +65,7 @@ class Parts:
         models, settings = part.depends_on(profile, section)
         settings.pop("extractors", None)  # which others run beside it
         batch = getattr(getattr(profile, section), "batch_size", 0)
-        key = json.dumps([kind, name, models, settings, batch, _machine(profile)], sort_keys=True)
+        key = json.dumps([kind, name, models, settings, part.code, batch, _machine(profile)], sort_keys=True)
         if key not in self._made:
             self._made[key] = remember(part(profile))
         return self._made[key]

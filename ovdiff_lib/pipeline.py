@@ -10,6 +10,7 @@ changes no other (Sec. 3.3), and a prediction depends on the image, the bank and
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -52,6 +53,10 @@ class OVDiff:
         self._shared = parts
         self._parts: dict[str, Any] = {}
 
+    def replaced(self, overrides: dict[str, Any]) -> OVDiff:
+        """Another object with profile fields replaced and the same library, progress and shared networks."""
+        return OVDiff(self.profile, overrides, library=self.library.root, progress=self.progress, parts=self._shared)
+
     # ------------------------------------------------------------------ the method
 
     def build(self, classes: Vocabulary | Iterable[str | Category] | str, stuff: Iterable[str] = ()) -> PrototypeBank:
@@ -60,6 +65,7 @@ class OVDiff:
         ``classes`` are names, categories, or one string "cat, sofa"; names also listed in ``stuff`` are treated as stuff regions.
         """
         vocabulary = Vocabulary.of(classes, stuff)
+        self._check_parts()
         names = self.profile.features.extractors
         rows: dict[str, list[Prototypes]] = {name: [] for name in names}
         for category in tqdm(vocabulary, desc="building classes", unit="class", disable=not self.progress or len(vocabulary) == 1):
@@ -111,7 +117,8 @@ class OVDiff:
         """Step 2a: where the object is and is not in each support image (Sec. 3.2, Eq. 1)."""
         from ovdiff_lib.masks.select import make_masks
 
-        return make_masks(support, self.profile, self.segmenter)
+        make = functools.partial(make_masks, support, self.profile, self.segmenter)
+        return self._shared.masks(support, self.profile, make) if self._shared else make()
 
     def prototypes(self, support: SupportSet, masks: ForegroundBackground) -> dict[str, Prototypes]:
         """Steps 2b, 2c: features of the support images and their prototypes (Eq. 2, 3), one entry an extractor."""
@@ -186,12 +193,10 @@ class OVDiff:
         return (self._shared.extractors if self._shared else build_extractors)(self.profile)
 
     def _check_parts(self) -> None:
-        """``ProfileError`` for an extractor or a segmenter that no registry holds, before any work is done."""
-        from ovdiff_lib.features import check_extractors
-        from ovdiff_lib.masks import check_segmenter
+        """``ProfileError`` or ``ModelNotAvailable`` for settings that a later step could not use, before any work is done."""
+        from ovdiff_lib.checks import check_profile
 
-        check_extractors(self.profile)
-        check_segmenter(self.profile)
+        check_profile(self.profile)
 
     def _load_filter(self):
         from ovdiff_lib.filters.category import CategoryFilter
@@ -199,7 +204,8 @@ class OVDiff:
         return CategoryFilter(*_models().load_clip(self.profile), self.profile)
 
     def _key(self, step: str, category: Category) -> str:
-        """Library key: hash of the category's words, the settings the step stands on, and the identity of the models it runs.
+        """Library key: hash of the category's words, the settings the step stands on, and the identity of the models and of the added
+        parts (:attr:`~ovdiff_lib.registry.Part.code`) it runs.
 
         ``step`` is "support" or the name of an extractor. Fields of parts that are not used do not count.
         """
@@ -209,6 +215,7 @@ class OVDiff:
 
         profile = self.profile
         models, settings = {"diffusion": profile.models.diffusion}, {"support": dataclasses.asdict(profile.support)}
+        code = {}
         if step == "support":
             settings["support"].pop("size")  # a support set grows; what it holds does not change
         else:
@@ -217,11 +224,13 @@ class OVDiff:
             for section, part in (("masks", SEGMENTERS[profile.masks.segmenter]), ("features", EXTRACTORS[step])):
                 loaded, own = part.depends_on(profile, section)
                 models |= loaded
+                code |= {section: part.code} if part.code else {}
                 settings[section] = {**settings.get(section, {}), **own}
             settings["features"].pop("extractors", None)  # an extractor's prototypes do not depend on which others run
         settings = {section: {k: v for k, v in table.items() if k not in SPEED_ONLY} for section, table in settings.items()}
         identities = {name: _models().model_identity(source) for name, source in models.items()} | {"dtype": profile.models.dtype}
-        text = json.dumps({"step": step, "prompt": category.prompt, "settings": settings, "models": identities}, sort_keys=True)
+        table = {"step": step, "prompt": category.prompt, "settings": settings, "models": identities}
+        text = json.dumps(table | ({"code": code} if code else {}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

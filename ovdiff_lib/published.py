@@ -88,6 +88,11 @@ FILES: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Field of ``profile.models`` -> what a folder must hold: of each tuple one file."""
 
+MODEL_TYPES = {"clip": "clip", "dino": "vit", "mae": "vit_mae", "open_clip": "clip", "sam": "sam", "grounding": "grounding-dino",
+               "groupvit": "groupvit"}
+"""Field of ``profile.models`` -> ``model_type`` in the config.json of a folder of that model. Weights of another architecture often load,
+in part or in whole, and give features of something else."""
+
 OPEN_CLIP_FILES = (("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),)
 """The same for a hub repository of open_clip's weights."""
 

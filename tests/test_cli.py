@@ -16,6 +16,7 @@ from ovdiff_lib.evaluation import load_dataset
 from ovdiff_lib.report.figures import palette
 
 SHAPE = (40, 72)
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
 
 @pytest.fixture(scope="module")
@@ -152,10 +153,23 @@ MISTAKES = [  # name, arguments ({images} is the folder), words of the sentence
     ("a stuff table of bytes", ["segment", "{images}/a.png", "--classes", "cat", "--stuff-from", "{images}/a.png"], "a.png"),
     ("a class that no table knows", ["build", "--classes", "cat, unicorn", "--stuff-from", "c8"], "'unicorn'"),
     ("a data set with unknown classes", ["evaluate", "mini-voc", "--stuff-from", "coco-stuff"], "coco-stuff"),
+    ("a default for no table", ["segment", "{images}/a.png", "--classes", "cat", "--stuff-default", "stuff"], "--stuff-from"),
+    ("a default for no table of a build", ["build", "--classes", "cat", "--stuff-default", "thing"], "--stuff-from"),
+    ("a default for no table of a data set", ["evaluate", "mini-voc", "--stuff-default", "stuff"], "--stuff-from"),
+    ("an unknown refinement", ["segment", "{images}/a.png", "--classes", "cat, dog", "--set", "matching.refine=PAMR"], "matching.refine"),
+    ("a filter that is not here", ["segment", "{images}/a.png", "--classes", "cat", "--set", "models.clip=/nowhere"], "/nowhere"),
+    ("a threshold that is not set", ["segment", "{images}/a.png", "--classes", "cat", "--set", "prototypes.background=false"],
+     "matching.background_threshold"),
+    ("too many clusters", ["segment", "{images}/a.png", "--classes", "cat", "--set", "prototypes.clusters=40000"], "at most 16,383"),
+    ("a seed that is too large", ["build", "--classes", "cat", "--set", "prototypes.seed=99999999999999999999"], "prototypes.seed"),
+    ("a device of another machine", ["segment", "{images}/a.png", "--classes", "cat", "--set", "models.device=ipu"], "models.device"),
     ("unknown split", ["evaluate", "mini-voc", "--split", "train"], "val or wild"),
     ("unknown notebook", ["run", "{images}/none.ipynb"], "none.ipynb"),
     ("no notebook", ["run", "{images}/notes.txt"], "cannot be read as a notebook"),
     ("no notebooks", ["reproduce", "--notebooks", "{images}"], "No notebook"),
+    ("no such notebook", ["reproduce", "--notebooks", str(NOTEBOOKS), "--only", "00,77"], "'77'"),
+    ("a parameter of the wrong type", ["run", str(NOTEBOOKS / "00_quickstart.ipynb"), "-p", "seed=many"], "'seed'"),
+    ("an unknown parameter", ["run", str(NOTEBOOKS / "00_quickstart.ipynb"), "-p", "sed=1"], "'seed'"),
     ("unknown profile for a notebook", ["reproduce", "--profile", "big"], "'big'"),
 ]
 
@@ -192,6 +206,20 @@ def test_an_output_folder_that_cannot_be_written_is_one_sentence(images, tiny, t
     assert main(["segment", str(images / "a.png"), "--classes", "cat", "--out", str(tmp_path / "file" / "out"), *tiny]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("ovdiff: ")
     assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize("command", ["segment", "evaluate"])
+def test_where_results_go_is_tried_before_anything_is_built(images, tiny, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr(pipeline.OVDiff, "build", lambda *a, **o: pytest.fail("classes were built"))
+    (tmp_path / "file").write_text("")
+    before = files(tmp_path)
+    for place in (tmp_path / "file" / "out", tmp_path / "file", Path("/proc/none/out")):
+        arguments = {"segment": ["segment", str(images / "a.png"), "--classes", "cat", "--out", str(place)],
+                     "evaluate": ["evaluate", "mini-voc", "--json", str(place / "result.json")]}[command]
+        assert main([*arguments, *tiny]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"ovdiff: {place} cannot be written (") and said.count("\n") == 1
+    assert files(tmp_path) == before
 
 
 @pytest.mark.parametrize("arguments", [[], ["segment"], ["segment", "a.png"], ["nothing"], ["evaluate", "mini-voc", "--limit", "x"],
@@ -281,6 +309,101 @@ def test_a_notebook_runs_with_parameters(tmp_path, capsys, monkeypatch):
     assert [c[0][1] for c in calls] == [tmp_path / "o" / "mini" / n for n in ("00_a.ipynb", "01_b.ipynb")]
     assert all(c[1]["force"] for c in calls)
     assert "Done." in capsys.readouterr().out
+    calls.clear()
+    assert main(["reproduce", "--notebooks", ".", "--out", "o", "--only", "1"]) == 0
+    assert [c[0][1].name for c in calls] == ["01_b.ipynb"] and not calls[0][1]["force"]
+
+
+def counting(folder: Path, name: str, code: str) -> Path:
+    """A notebook with the common parameters whose cell "work" runs ``code``."""
+    import nbformat
+
+    parameters = "profile = 'mini'  # .\nseed = 0  # .\noverrides = {}  # .\noutput = '.'  # ."
+    made = nbformat.v4.new_notebook(cells=[
+        nbformat.v4.new_markdown_cell("# Title", id="title"),
+        nbformat.v4.new_code_cell(parameters, id="parameters", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(code, id="work")])
+    made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    folder.mkdir(exist_ok=True)
+    nbformat.write(made, folder / f"{name}.ipynb")
+    return folder / f"{name}.ipynb"
+
+
+TABLE = """
+from pathlib import Path
+from ovdiff_lib.profiles import load_profile
+from ovdiff_lib.report.paper import paper_cell
+from ovdiff_lib.report.tables import Cell, write_table
+cells = [Cell.of(row, "VOC", values, paper_cell("1", row, "VOC")) for row, values in {
+    "OVDiff": [49.0, 51.0], "OVDiff (-CutLER)": [40.0, 41.0]}.items()]
+write_table(Path(output) / "tables" / "02_table.csv", "02_table", cells, load_profile(profile), "What was run.")
+"""
+
+
+def test_reproduce_ends_with_claims_and_report_whatever_fails(tmp_path, capsys, monkeypatch):
+    """Real kernels: the second of three notebooks fails, the others run, claims and page are written; a second run does what is left."""
+    import ovdiff_lib.runner as runner
+
+    package = tmp_path / "package"  # a stand-in, so that work on the package beside the test makes nothing stale
+    package.mkdir()
+    monkeypatch.setattr(runner, "PACKAGE", package)
+    monkeypatch.chdir(tmp_path)
+    folder, out = tmp_path / "notebooks", tmp_path / "outputs" / "mini"
+    counting(folder, "00_plain", "print(seed)")
+    broken = counting(folder, "01_broken", "raise ValueError('no such thing\\nsecond line')")
+    counting(folder, "02_table", TABLE)
+    assert main(["reproduce"]) == 1
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert [line.split(":")[0] for line in lines[:5]] == ["00_plain", "01_broken", "02_table", "claims", "report"]
+    assert "executed" in lines[0] and "FAILED" in lines[1] and "executed" in lines[2]
+    assert f"{Path('outputs/mini/tables/claims.md')} (holds 1, fails 0" in lines[3]
+    page = Path("outputs/mini/report/index.html")
+    assert str(page) in lines[4] and page.is_file() and lines[-1].startswith("1 failed")
+    errors = [line for line in said.err.splitlines() if line.startswith("ovdiff: ")]
+    assert len(errors) == 1 and "01_broken.ipynb failed in cell 'work' (number 3 of 3): ValueError: no such thing (executed" in errors[0]
+    assert (out / "00_plain.ipynb").exists() and not (out / "01_broken.ipynb").exists() and (out / "01_broken.failed.ipynb").exists()
+    assert "no such thing" in page.read_text(encoding="utf-8")
+
+    # Mended: only that one runs.
+    broken.write_text(broken.read_text().replace("raise ValueError", "print"))
+    assert main(["reproduce"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ["fresh" in line for line in lines[:3]] == [True, False, True] and lines[-1] == "Done."
+    assert not (out / "01_broken.failed.ipynb").exists()
+
+
+def test_a_report_that_cannot_be_written_is_said(tmp_path, capsys, monkeypatch):
+    import ovdiff_lib.report.report as report
+    import ovdiff_lib.runner as runner
+
+    def build(folder, profile, notebooks):
+        raise RuntimeError("no page")
+
+    monkeypatch.setattr(report, "build_report", build)
+    monkeypatch.setattr(runner, "run_notebook", lambda *a, **o: True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "00_a.ipynb").write_text("{}")
+    (tmp_path / "outputs" / "mini" / "tables").mkdir(parents=True)
+    (tmp_path / "outputs" / "mini" / "tables" / "09_old.csv").write_text("a,b\n1,2\n")
+    assert main(["reproduce", "--notebooks", "."]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and "claims could not be written" in errors[0] and "09_old.csv" in errors[0]
+    assert errors[1] == "ovdiff: The report could not be written: RuntimeError: no page"
+
+
+def test_compare_tables(tmp_path, capsys):
+    from ovdiff_lib.profiles import load_profile
+    from ovdiff_lib.report.tables import Cell, write_table
+
+    for name, value in (("a", 50.0), ("b", 50.4), ("c", 51.0)):
+        write_table(tmp_path / name / "tables" / "05_t.csv", "05_t", [Cell("OVDiff", "VOC", value)], load_profile("mini"), "x")
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    assert main(["compare-tables", a, b]) == 0 and "same (tolerance 0.5)" in capsys.readouterr().out
+    assert main(["compare-tables", a, f"{c}/tables"]) == 1
+    assert capsys.readouterr().out.splitlines() == ["05_t: OVDiff / VOC: measured: 50.0 against 51.0", "1 differences"]
+    assert main(["compare-tables", a, b, "--tolerance", "0.1"]) == 1 and main(["compare-tables", a, c, "--tolerance", "1"]) == 0
+    assert main(["compare-tables", a, str(tmp_path / "none")]) == 2 and "holds no tables" in capsys.readouterr().err
 
 
 def test_the_installed_command(images, tmp_path):

@@ -182,13 +182,23 @@ def test_the_cutler_checkpoint_and_its_library(tmp_path, monkeypatch):
     report = cutler()
     # The adapter opens a pickle only if its checksum is the profile's, so a file without one is not usable yet.
     assert by_field(report)["cutler"].state == "not verified" and digest in by_field(report)["cutler"].detail and digest in render(report)
-    assert len(report.problems) == 2 and "cutler_sha256" in report.problems[0]
+    assert len(report.problems) == 2 and f"--set models.cutler_sha256={digest}" in report.problems[0]
+    assert "get it with" not in report.problems[0] and by_field(report)["cutler"].get == ""  # it need not be fetched again
     assert "detectron2" in report.problems[1] and "conda" in report.problems[1]
     monkeypatch.setattr(doctor, "_version", lambda module, name: "0.6")
     assert cutler(cutler_sha256=digest.upper()).problems == ()
     wrong = cutler(cutler_sha256="0" * 64)
     assert by_field(wrong)["cutler"].state == "wrong checksum" and digest in wrong.problems[0]
     assert by_field(cutler(cutler=str(tmp_path)))["cutler"].state == "incomplete"
+
+
+@pytest.mark.parametrize(("field", "wrong", "extractor"), [
+    ("mae", "dino", "mae"), ("dino", "mae", "dino"), ("open_clip", "dino", "open-clip-keys"), ("clip", "groupvit", "clip-keys")])
+def test_a_model_of_another_architecture_is_called_wrong(field, wrong, extractor):
+    report = examine(load_profile("mini", {f"models.{field}": f"package:{wrong}", "features.extractors": [extractor]}))
+    row = by_field(report)[field]
+    assert (row.state, row.here, row.get) == ("wrong model", False, "") and "model_type" in row.detail
+    assert any(f"is a wrong model ({row.detail})" in problem and f"models.{field}" in problem for problem in report.problems)
 
 
 def test_optional_libraries(monkeypatch):
@@ -226,17 +236,27 @@ def test_weights_of_open_clip(hub, tmp_path):
 
 
 def test_uses_follow_the_registries(monkeypatch):
-    profile = load_profile("mini", {"features.extractors": ["dino", "clip-keys"], "filters.category": False})
+    profile = load_profile("mini", {"features.extractors": ["dino", "clip-keys"], "filters.category": False, "masks.segmenter": "threshold"})
     assert uses(profile) == {"diffusion": ["support images"], "dino": ["extractor dino"], "clip": ["extractor clip-keys"]}
     monkeypatch.setitem(features.EXTRACTORS, "own", Part(lambda profile: None))
     monkeypatch.setitem(masks.SEGMENTERS, "own", Part(lambda profile: None, models=("sam",)))
     own = load_profile("mini", {"features.extractors": ["own"], "masks.segmenter": "own", "filters.category": False, "models.mae": "a/b",
                                 "models.dino": "", "models.detector": "", "models.open_clip": ""})
-    assert uses(own) == {"diffusion": ["support images", "extractor own"], "clip": ["extractor own"], "mae": ["extractor own"],
-                         "sam": ["segmenter own"]}
+    assert uses(own) == {"diffusion": ["support images"], "sam": ["segmenter own"]}  # of the extractor it is not known
+    assert not any("extractor own" in m.used_by for m in examine(own).models)
     for bad in ({"features.extractors": ["none"]}, {"features.extractors": []}, {"masks.segmenter": "none"}):
         with pytest.raises(ProfileError):
             uses(load_profile("mini", bad))
+
+
+def test_a_part_that_declares_nothing_depends_on_the_models_that_are_here(hub, tiny_models):
+    """Those that could have been loaded: of a hub id nothing is here before its snapshot is."""
+    profile = load_profile("mini", {"models.mae": "someone/mae", "models.dino": "package:none", "models.cutler": "/none/cutler.pth",
+                                    "models.open_clip": "ViT-B-16", "models.open_clip_pretrained": "openai", "models.groupvit": "no id"})
+    here = {"diffusion", "clip", "detector", "open_clip", "open_clip_pretrained"}
+    assert set(Part(lambda profile: None).depends_on(profile, "features")[0]) == here
+    put(hub, "someone/mae", tiny_models / "mae")
+    assert set(Part(lambda profile: None).depends_on(profile, "features")[0]) == {*here, "mae"}
 
 
 @pytest.mark.parametrize("arguments, words", [

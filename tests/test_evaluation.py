@@ -415,6 +415,29 @@ def test_the_pipeline_without_background(tiny_profile, tmp_path):
     assert set(np.unique(labels[False])) <= {1, 2} and (labels[False] == np.where(scores[2] > scores[1], 2, 1)).all()
 
 
+def test_a_score_of_the_background_is_asked_for_only_where_it_counts(tiny_profile, tmp_path):
+    """Without background prototypes and without a threshold a data set without background is labelled as with any threshold."""
+    from ovdiff_lib.errors import ProfileError
+    from ovdiff_lib.evaluation.protocol import for_dataset
+    from ovdiff_lib.pipeline import OVDiff
+
+    vocabulary, image = Vocabulary.of("cat, dog"), np.random.default_rng(0).integers(0, 256, (40, 70, 3), np.uint8)
+    with_, without = Toy(vocabulary=vocabulary), Toy(vocabulary=vocabulary, has_background=False)
+    settings = {"support.size": 2, "prototypes.background": False, "filters.category": False}
+    bare = OVDiff(tiny_profile, settings, library=tmp_path, progress=False)
+    bank = for_dataset(bare, without).build(vocabulary)
+    assert bank.without_background().prototypes["sd"][0].vectors.shape == bank.prototypes["sd"][0].vectors.shape
+    labels = label_predictor(bare, bank, without)(image)
+    assert set(np.unique(labels)) == {1, 2} and bare.profile.matching.background_threshold is None
+    for threshold in (0.99, -0.5):
+        given = OVDiff(bare.profile, {"matching.background_threshold": threshold}, library=tmp_path, progress=False)
+        assert for_dataset(given, without) is given and np.array_equal(label_predictor(given, bank, without)(image), labels)
+    assert for_dataset(bare, with_) is bare
+    with pytest.raises(ProfileError, match=r"matching\.background_threshold") as caught:
+        for_dataset(bare, with_).build(vocabulary)
+    sentence(caught)
+
+
 # ---- saved predictions
 
 def save_all(folder, dataset, predict, shift=0, name="{}.png", palette=False):
@@ -583,7 +606,7 @@ def cli(tiny_profile, tmp_path):
     from ovdiff_lib.evaluation.commands import add_commands
     from ovdiff_lib.pipeline import OVDiff
 
-    parser = argparse.ArgumentParser()
+    parser, extra = argparse.ArgumentParser(), {}
     commands = parser.add_subparsers(required=True)
 
     def command(name, run, text):
@@ -591,9 +614,14 @@ def cli(tiny_profile, tmp_path):
         sub.set_defaults(run=run)
         return sub
 
-    add_commands(commands, command, lambda options: OVDiff(tiny_profile, {"support.size": 2}, library=tmp_path / "library", progress=False))
+    def ovdiff(options):
+        return OVDiff(tiny_profile, {"support.size": 2, **extra}, library=tmp_path / "library", progress=False)
 
-    def run(*arguments):
+    add_commands(commands, command, ovdiff)
+
+    def run(*arguments, settings=None):
+        extra.clear()
+        extra.update(settings or {})
         options = parser.parse_args([str(a) for a in arguments])
         try:
             options.run(options)
@@ -631,6 +659,10 @@ def test_commands_on_a_data_set_without_background(cli, tmp_path, capsys, two_cl
     assert list(table["iou"]) == ["road", "sidewalk"] and table["background"] is False and table["images"] == 2
     assert "500 images" in said and "Background is not evaluated" in said and f"{100 * table['miou']:.1f}" in said.splitlines()[-1]
     assert not list(tmp_path.glob("state/*"))
+    bare = tmp_path / "bare.json"
+    assert cli("evaluate", "cityscapes", "--data", tmp_path / "data", "--json", bare, settings={"prototypes.background": False}) == 0
+    assert json.loads(bare.read_text())["iou"] == table["iou"]  # background prototypes take no part
+    capsys.readouterr()
 
     assert cli("convert", "cityscapes", "--data", tmp_path / "data") == 0
     assert "2 label maps" in capsys.readouterr().out

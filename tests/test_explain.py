@@ -1,13 +1,27 @@
-"""From a pixel to the support regions: on a bank and a segmentation made by hand."""
+"""From a pixel to the support regions, and from an absent class to the reason: on a bank and segmentations made by hand."""
+
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.explain import explain, origin, region_mask
-from ovdiff_lib.profiles.profile import PrototypeSettings
+from ovdiff_lib.explain import (
+    BELOW,
+    NOT_AMONG_TOP,
+    NOT_BEST,
+    NOT_TOLD,
+    absent_classes,
+    activated,
+    decided_by,
+    explain,
+    origin,
+    region_mask,
+)
+from ovdiff_lib.profiles.profile import Filters, PrototypeSettings
 from ovdiff_lib.prototypes import build_prototypes
-from ovdiff_lib.types import ForegroundBackground, PrototypeBank, Prototypes, Segmentation, Vocabulary
+from ovdiff_lib.types import Category, ForegroundBackground, PrototypeBank, Prototypes, Segmentation, Vocabulary
 
 # Two support images on a 2 x 3 grid, K = 4: foreground clusters 0 and 1, background clusters 4 and 5, -1 unused.
 ASSIGNMENT = np.array([[[0, 0, 4], [1, -1, 5]], [[1, 4, 4], [1, 1, 4]]], np.int16)
@@ -107,3 +121,115 @@ def test_background_rows_may_be_filtered_but_parts_must_stay():
         origin(rows().select(KIND != "part"), 0)
     images, _ = origin(rows().select(KIND == "part"), 0)
     assert images == (0,)
+
+
+# ---- whole images
+
+def many(seed=0):
+    """A 4 x 7 segmentation of cat, dog and sofa (dog dropped) with winners drawn at random, and its bank."""
+    rng = np.random.default_rng(seed)
+    segmentation, bank = make(1, 0)
+    labels = rng.choice([0, 1, 3], (4, 7)).astype(np.int32)
+    winner = np.where(labels == 0, rng.integers(-1, 10, labels.shape), rng.integers(0, 5, labels.shape)).astype(np.int32)
+    scores = rng.random((4, 4, 7)).astype(np.float32)
+    scores[2] = -np.inf
+    np.put_along_axis(scores, labels[None], 2.0, 0)
+    return replace(segmentation, image=np.zeros((4, 7, 3), np.uint8), labels=labels, winner=winner, scores=scores, bank=bank), bank
+
+
+def test_counts_and_activated_prototypes_are_what_explain_says_of_each_pixel():
+    segmentation, bank = many()
+    said = {(r, c): explain(segmentation, bank, r, c) for r in range(4) for c in range(7)}
+    counts = Counter((e.region, e.kind) for e in said.values())
+    assert counts[None, None] > 0  # a constant background score: no prototype's pixel
+    assert decided_by(segmentation) == {(r, k): counts[r, k] for r in ("foreground", "background") for k in ("class", "instance", "part")}
+    assert sum(decided_by(segmentation).values()) == 28 - counts[None, None]
+    for name in ("background", "cat", "sofa"):
+        found = activated(segmentation, name, count=99)
+        regions = {}
+        for (r, c), e in said.items():
+            if e.class_name == name and e.kind is not None:
+                regions.setdefault((e.category, e.index), np.zeros((4, 7), bool))[r, c] = True
+        assert {(a.category, a.index) for a in found} == set(regions)
+        for a in found:
+            assert (a.pixels == regions[a.category, a.index]).all()
+            one = explain(segmentation, bank, *np.argwhere(a.pixels)[0].tolist())
+            assert (a.kind, a.region, a.images) == (one.kind, one.region, one.images) and (a.masks == one.masks).all()
+        sizes = [int(a.pixels.sum()) for a in found]
+        assert sizes == sorted(sizes, reverse=True) and len(sizes) > 2
+        assert [a.index for a in activated(segmentation, name, 2)] == [a.index for a in found[:2]]
+        assert [a.index for a in activated(segmentation, name, 99, ["part"])] == [a.index for a in found if a.kind == "part"]
+    assert activated(segmentation, "dog") == ()  # dropped: no pixel
+    with pytest.raises(InputError, match="no class 'horse'"):
+        activated(segmentation, "horse")
+
+
+def test_a_segmentation_without_its_bank_and_a_wrong_bank_are_refused():
+    segmentation, bank = many()
+    assert decided_by(replace(segmentation, bank=None), bank.restrict([0, 2])) == decided_by(segmentation)
+    with pytest.raises(InputError, match="without its prototypes"):
+        decided_by(replace(segmentation, bank=None))
+    with pytest.raises(InputError, match="other classes"):
+        decided_by(segmentation, bank.restrict([0, 1]))
+    segmentation.winner[segmentation.labels == 3] = 5  # a background row, for a class
+    with pytest.raises(InputError, match="does not hold"):
+        activated(segmentation, "sofa")
+
+
+# ---- absent classes
+
+def asked(probabilities, kept, kinds=None):
+    names = [f"class {i}" for i in range(len(probabilities))]
+    vocabulary = Vocabulary(tuple(Category(n, kind=k) for n, k in zip(names, kinds or ["thing"] * len(names), strict=True)))
+    scores = np.zeros((len(names) + 1, 2, 3), np.float32)
+    return Segmentation(np.zeros((2, 3, 3), np.uint8), np.zeros((2, 3), np.int32), scores, np.zeros((2, 3), np.int32), vocabulary, kept,
+                        np.array(probabilities, np.float32))
+
+
+def test_each_reason_for_which_the_filter_drops_a_class():
+    # 1/C is 0.2; the kept class is the second; the first is dropped by the combined prompt, the third by rank or prompt.
+    segmentation = asked([0.30, 0.28, 0.25, 0.15, 0.02], (1,))
+    reasons = {top: [a.reason for a in absent_classes(segmentation, Filters(category_top=top))] for top in (2, 3)}
+    assert reasons == {2: [NOT_BEST, NOT_AMONG_TOP, BELOW, BELOW], 3: [NOT_BEST, NOT_BEST, BELOW, BELOW]}
+    absent = absent_classes(segmentation)
+    assert [a.reason for a in absent] == [NOT_BEST, NOT_TOLD, BELOW, BELOW]
+    assert [a.name for a in absent] == ["class 0", "class 2", "class 3", "class 4"]
+    assert [a.probability for a in absent] == pytest.approx([0.30, 0.25, 0.15, 0.02]) and {a.threshold for a in absent} == {0.2}
+
+
+def test_equal_probabilities_are_not_below_the_threshold():
+    third = np.float32(1) / np.float32(3)
+    assert [a.reason for a in absent_classes(asked([third] * 3, (0,)), Filters())] == [NOT_BEST, NOT_BEST]
+
+
+def test_stuff_that_is_not_judged_does_not_count():
+    segmentation = asked([0.6, 0.4, 1.0], (0, 2), ["thing", "thing", "stuff"])  # the filter gives stuff probability 1
+    (only,) = absent_classes(segmentation, Filters(category_keep_stuff=True))
+    assert (only.name, only.threshold, only.reason) == ("class 1", 0.5, BELOW)
+
+
+def test_without_the_filter_no_class_is_absent():
+    assert absent_classes(asked([np.nan] * 3, (0, 1, 2))) == []
+
+
+@pytest.mark.parametrize("top", [1, 2, 4])
+def test_reasons_are_those_of_the_category_filter(tiny_profile, top):
+    """Against the filter itself, redone step by step from its probabilities."""
+    from ovdiff_lib.filters.category import CategoryFilter
+    from ovdiff_lib.models import load_clip
+
+    profile = tiny_profile.override({"filters.category_top": top})
+    category_filter, vocabulary = CategoryFilter(*load_clip(profile), profile), Vocabulary.of("cat, dog, sofa, boat, water")
+    seen = set()
+    for seed in range(12):
+        image = np.random.default_rng(seed).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+        kept, probabilities = category_filter(image, vocabulary)
+        above = [i for i in np.argsort(-probabilities, kind="stable") if probabilities[i] >= 0.2 * (1 - 1e-5)]
+        segmentation = replace(asked(probabilities, kept), vocabulary=vocabulary)
+        for absent in absent_classes(segmentation, profile.filters):
+            i = vocabulary.names.index(absent.name)
+            expected = BELOW if i not in above else NOT_BEST if i in above[:top] else NOT_AMONG_TOP
+            assert absent.reason == expected and i not in kept
+            seen.add(absent.reason)
+        assert len(absent_classes(segmentation, profile.filters)) == 5 - len(kept)
+    assert BELOW in seen and (top != 1 or NOT_AMONG_TOP in seen) and (top != 4 or NOT_BEST in seen)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
-from ovdiff_lib.errors import OVDiffError, ProfileError
+from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
 from ovdiff_lib.features import EXTRACTORS, build_extractors
 from ovdiff_lib.features.clip import CLIP_MEAN, CLIP_STD
 from ovdiff_lib.features.diffusion import QUERY
@@ -29,6 +29,7 @@ def sd(profile, **fields):
 # ---- the contract
 
 SHAPES = [(64, 64), (48, 48), (50, 90)]
+EXTREMES = [(1, 1), (2, 1000), (3, 2)]
 
 
 def check_extractor(profile, name, shape):
@@ -51,6 +52,35 @@ def check_extractor(profile, name, shape):
     assert extractor(images[:0], seeds[:0]).shape == (0, h, w, channels)
 
 
+def check_extreme_size(profile, name, shape):
+    """Finite features or one sentence."""
+    try:
+        features = EXTRACTORS[name](profile)(pictures(2, *shape), np.arange(2))
+    except OVDiffError as error:
+        assert len(str(error)) < 300 and "\n" not in str(error)
+    else:
+        assert features.ndim == 4 and features.numel() and features.isfinite().all()
+
+
+def check_place(profile, name):
+    """What changes in the right half of an image changes mostly cells of the right half, and so for the lower half."""
+    extractor, images = EXTRACTORS[name](profile), pictures(4, 64, 128)
+    features, shift = extractor(images, np.arange(4)), np.random.default_rng(1).integers(0, 256, images.shape, dtype=np.uint8)
+    right, below = images.copy(), images.copy()
+    right[:, :, 64:], below[:, 32:] = shift[:, :, 64:], shift[:, 32:]
+    across, down = ((extractor(painted, np.arange(4)) - features).norm(dim=-1) for painted in (right, below))
+    h, w = across.shape[1:]
+    assert across[..., -(w // 2):].mean() > 1.2 * across[..., :w // 2].mean()
+    assert down[:, -(h // 2):].mean() > 1.2 * down[:, :h // 2].mean()
+
+
+def check_dependencies(profile, part):
+    """What its results depend on are profile fields, or it declares nothing."""
+    models, settings = part.depends_on(profile, "features")
+    assert set(part.models or ()) <= set(models) <= set(vars(profile.models)) and set(settings) <= set(vars(profile.features))
+    assert part.settings is None or (len(settings) > 0) == (len(part.settings) > 0)
+
+
 def check_wrong_arguments(profile, name):
     """One sentence for seeds that are missing, a single image, and pixels that are not u8."""
     extractor = EXTRACTORS[name](profile)
@@ -68,6 +98,22 @@ def test_contract(tiny_profile, name, shape):
 @pytest.mark.parametrize("name", EXTRACTORS)
 def test_wrong_arguments(tiny_profile, name):
     check_wrong_arguments(tiny_profile, name)
+
+
+@pytest.mark.parametrize("name", EXTRACTORS)
+@pytest.mark.parametrize("shape", EXTREMES)
+def test_extreme_sizes_work_or_give_one_sentence(tiny_profile, name, shape):
+    check_extreme_size(tiny_profile, name, shape)
+
+
+@pytest.mark.parametrize("name", EXTRACTORS)
+def test_a_cell_is_where_its_pixels_are(tiny_profile, name):
+    check_place(tiny_profile, name)
+
+
+@pytest.mark.parametrize("name", EXTRACTORS)
+def test_what_features_depend_on_are_profile_fields(tiny_profile, name):
+    check_dependencies(tiny_profile, EXTRACTORS[name])
 
 
 def test_build_extractors(tiny_profile):
@@ -256,6 +302,17 @@ def test_clip_input_size(tiny_profile, shape, expected):
     assert EXTRACTORS["clip-keys"](tiny_profile.override({"features.clip_input_size": 448})).input_size(*shape) == expected
 
 
+def test_an_image_may_make_so_many_patches_and_no_more(tiny_profile):
+    extractor = EXTRACTORS["clip-keys"](tiny_profile)  # short side 64, patches of 8
+    assert extractor.input_size(64, 16_384) == (64, 16_384)  # 8 x 2,048
+    for shape in ((64, 16_385), (2, 1000), (1000, 2)):
+        with pytest.raises(InputError, match=rf"{shape[0]} x {shape[1]} pixels makes .* 16,384"):
+            extractor.input_size(*shape)
+    for shape in ((0, 64), (64, 0), (0, 0)):
+        with pytest.raises(InputError, match="at least 1 x 1"):
+            extractor(np.zeros((1, *shape, 3), np.uint8), np.zeros(1))
+
+
 @pytest.mark.parametrize(("field", "value"), [("clip_layer", 3), ("clip_layer", -4), ("clip_input_size", 0)])
 def test_clip_values_out_of_range(tiny_profile, field, value):
     with pytest.raises(ProfileError, match=f"features.{field}"):
@@ -265,7 +322,10 @@ def test_clip_values_out_of_range(tiny_profile, field, value):
 @pytest.mark.parametrize("name", EXTRACTORS)
 def test_features_that_are_not_finite_are_reported(tiny_profile, monkeypatch, name):
     extractor = EXTRACTORS[name](tiny_profile)
-    model = extractor.pipe.unet if name == "sd" else getattr(extractor.model, "vision_model", extractor.model)
+    model = extractor.pipe.unet if hasattr(extractor, "pipe") else getattr(extractor, "model", None)
+    if model is None:
+        pytest.skip("it has no network whose weights could be damaged")
+    model = getattr(model, "vision_model", model)
     weights = next(model.parameters())
     monkeypatch.setattr(weights, "data", torch.full_like(weights, float("nan")))
     with pytest.raises(OVDiffError, match="not finite"):

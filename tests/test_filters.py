@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.filters import CategoryFilter, StuffFilter, filter_stuff
-from ovdiff_lib.filters.category import CLIP_MEAN, CLIP_STD, TextEncoder, pack, square_image
+from ovdiff_lib.filters.category import CLIP_MEAN, CLIP_STD, TextEncoder, check_category, pack, square_image
 from ovdiff_lib.profiles import load_profile
 from ovdiff_lib.types import Category, PrototypeBank, Prototypes, Vocabulary
 
@@ -135,7 +135,7 @@ def test_default_logit_scale_is_the_models(clip, image):
 
 def test_one_class_and_equal_classes_pass(clip, image):
     assert make_filter(clip)(image, Vocabulary.of("cat"))[0] == (0,)
-    kept, probabilities = make_filter(clip, category_logit_scale=0.0)(image, Vocabulary.of(NAMES))
+    kept, probabilities = make_filter(clip, category_logit_scale=1e-6)(image, Vocabulary.of(NAMES))
     texts, subsets = joined_prompts(NAMES), [s for k in range(1, 6) for s in itertools.combinations(range(5), k)]
     assert kept == subsets[int((plain_text(clip, texts) @ plain_image(clip, image)).argmax())]  # nobody is below 1/C
     assert np.allclose(probabilities, 0.2)
@@ -143,7 +143,7 @@ def test_one_class_and_equal_classes_pass(clip, image):
 
 def test_prompts_and_templates_are_used(clip, image):
     vocabulary = Vocabulary((Category("mouse", "computer mouse"), Category("cat")))
-    made = make_filter(clip, category_prompt="a photo of {names}", category_joiner=" with ", category_logit_scale=0.0)
+    made = make_filter(clip, category_prompt="a photo of {names}", category_joiner=" with ", category_logit_scale=1e-6)
     kept, _ = made(image, vocabulary)
     assert set(made.text._known) == {"a photo of computer mouse", "a photo of cat", "a photo of computer mouse with cat"}
     texts = ["a photo of computer mouse", "a photo of cat", "a photo of computer mouse with cat"]
@@ -182,7 +182,7 @@ def test_too_long_names_and_joined_prompts(clip, image):
         make_filter(clip)(image, Vocabulary.of(["cat", " ".join("abcdefghijklmnopqrs")]))
     long = [f"{a} b c d e f g h" for a in "xyz"]  # two fit into 20 tokens with "and", three do not
     with pytest.warns(UserWarning, match="left out 1 of 7"):
-        kept, _ = make_filter(clip, category_logit_scale=0.0)(image, Vocabulary.of(long))
+        kept, _ = make_filter(clip, category_logit_scale=1e-6)(image, Vocabulary.of(long))
     assert len(kept) <= 2
 
 
@@ -190,6 +190,9 @@ def test_settings_are_checked(clip):
     for bad in ({"category_top": 0}, {"category_top": 40}, {"category_crop": "crop"}, {"category_prompt": "a {name}"}):
         with pytest.raises(ProfileError, match=rf"filters\.{next(iter(bad))}"):
             make_filter(clip, **bad)
+        with pytest.raises(ProfileError, match=rf"filters\.{next(iter(bad))}"):
+            check_category(settings(**bad))
+    check_category(settings(category_top=16, category_crop="centre"))
 
 
 def test_square_image():
@@ -277,7 +280,7 @@ def test_all_against_all_needs_no_kinds(kinds):
     dropped = [10 - len(kept) for kept in expected.values()]
     assert min(dropped) < max(dropped) and expected != slow_filter(bank, lambda i: True, lambda i: range(4), 0.9)
     alone = make_bank(["thing"])
-    assert clusters(filter_stuff(alone, settings(stuff_against="all", stuff_threshold=-1.1))) == clusters(alone)
+    assert clusters(filter_stuff(alone, settings(stuff_against="all", stuff_threshold=-1))) == clusters(alone)
 
 
 def with_class_prototypes(bank):
@@ -337,8 +340,8 @@ def test_stuff_filter_limits():
     bank = make_bank(["thing", "thing"])
     assert filter_stuff(bank, settings()) is bank
     mixed = make_bank(["thing", "stuff"])
-    assert [len(p) for p in filter_stuff(mixed, settings(stuff_threshold=1.1)).prototypes["sd"]] == [10, 4]
-    assert [len(p) for p in filter_stuff(mixed, settings(stuff_threshold=-1.1)).prototypes["sd"]] == [4, 4]
+    assert [len(p) for p in filter_stuff(mixed, settings(stuff_threshold=1)).prototypes["sd"]] == [10, 4]
+    assert [len(p) for p in filter_stuff(mixed, settings(stuff_threshold=-1)).prototypes["sd"]] == [4, 4]
     assert [len(p) for p in mixed.prototypes["sd"]] == [10, 10]  # the bank that came in is as it was
     with pytest.raises(ProfileError, match=r"filters\.stuff_against"):
         filter_stuff(mixed, settings(stuff_against="things"))

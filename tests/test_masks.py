@@ -285,8 +285,9 @@ def test_settings_are_judged_without_a_support_set():
             check_masks(settings)
         if field.startswith("threshold_"):  # not used by the fixed thresholds
             check_masks(load_profile("mini", {f"masks.{field}": value, "masks.fallback": "fixed"}).masks)
+    crossed = load_profile("mini", {"masks.fallback": "fixed", "masks.fallback_foreground": 0.1}).masks
     with pytest.raises(ProfileError, match="fallback_background"):
-        check_masks(load_profile("mini", {"masks.segmenter": "threshold", "masks.fallback": "fixed", "masks.fallback_foreground": 0.1}).masks)
+        check_masks(crossed)
 
 
 def test_fixed_thresholds_scale_each_map_by_itself():

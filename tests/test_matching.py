@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ovdiff_lib.errors import InputError, ProfileError
-from ovdiff_lib.matching import Matcher, window_seeds, windows
+from ovdiff_lib.matching import Matcher, check_background, check_matching, window_seeds, windows
 from ovdiff_lib.profiles import load_profile
 from ovdiff_lib.refine import pamr
 from ovdiff_lib.types import Category, PrototypeBank, Prototypes, Vocabulary
@@ -343,6 +343,22 @@ def test_settings_of_the_refinement_are_checked():
     for bad in ({"refine": "crf"}, {"resample": "nearest"}, {"pamr_iterations": 0}, {"pamr_dilations": []}, {"pamr_dilations": [1, 0]}):
         with pytest.raises(ProfileError, match=rf"matching\.{next(iter(bad))}"):
             Matcher({"one": Pixels()}, make_profile(**bad))
+
+
+def test_settings_are_judged_without_a_matcher():
+    for name in ("mini", "paper", "official"):
+        check_matching(load_profile(name).matching)
+        check_background(load_profile(name))
+    for good in ({"long_side": 24}, {"long_side": None}, {"windows": [], "whole_image": True}):
+        check_matching(make_profile(**good).matching)
+    for bad in ({"long_side": -5}, {"long_side": 23}, {"windows": [25]}, {"windows": []}, {"stride": 17}, {"refine": "PAMR"}):
+        for judge in (check_matching, lambda settings, bad=bad: Matcher({"one": Pixels()}, make_profile(**bad))):
+            with pytest.raises(ProfileError, match=rf"matching\.{next(iter(bad))}"):
+                judge(make_profile(**bad).matching)
+    without = make_profile().override({"prototypes.background": False})
+    with pytest.raises(ProfileError, match=r"prototypes\.background is false and nothing else .*; set matching\.background_threshold"):
+        check_background(without)
+    check_background(without.override({"matching.background_threshold": 0.0}))
 
 
 def test_a_long_strip_is_scaled_until_its_long_side_fits():

@@ -9,7 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from ovdiff_lib import models
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
-from ovdiff_lib.models import attention_grid, captured, load_clip, load_diffusion, model_identity, resolve_model
+from ovdiff_lib.features.mae import load_mae
+from ovdiff_lib.features.open_clip import load_open_clip
+from ovdiff_lib.models import attention_grid, captured, load_clip, load_diffusion, load_dino, model_identity, resolve_model
+from ovdiff_lib.published import MODEL_TYPES
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
@@ -83,6 +86,32 @@ def test_folders_of_another_kind_are_refused(tiny_profile, tiny_models, tmp_path
         assert sentence(caught)
     with pytest.raises(ModelNotAvailable):
         load_clip(with_model(tiny_profile, clip=tiny_models / "stable-diffusion" / "unet"))
+
+
+@pytest.mark.parametrize(("field", "wrong", "load"), [
+    ("mae", "dino", load_mae), ("dino", "mae", load_dino), ("open_clip", "dino", load_open_clip), ("clip", "dino", load_clip)])
+def test_weights_of_another_architecture_are_refused(tiny_profile, tiny_models, capfd, field, wrong, load):
+    """A ViT loads into a ViTMAEModel and the other way round without a tensor missing."""
+    capfd.readouterr()
+    with pytest.raises(ModelNotAvailable, match="model_type") as caught:
+        load(with_model(tiny_profile, **{field: tiny_models / wrong}))
+    assert repr({"dino": "vit", "mae": "vit_mae"}[wrong]) in sentence(caught)
+    assert "".join(capfd.readouterr()) == ""  # no report of the library
+
+
+def test_every_shipped_and_tiny_model_has_the_expected_type(tiny_models):
+    for folder in (models.SHIPPED, tiny_models):
+        for name in ("clip", "dino", "mae", "groupvit"):
+            if (folder / name).is_dir():
+                assert models.wrong_type(folder / name, MODEL_TYPES[name]) == ""
+
+
+def test_expected_types_are_those_of_the_classes():
+    from transformers import CLIPConfig, GroundingDinoConfig, GroupViTConfig, SamConfig, ViTConfig, ViTMAEConfig
+
+    kinds = {"clip": CLIPConfig, "dino": ViTConfig, "mae": ViTMAEConfig, "open_clip": CLIPConfig, "sam": SamConfig,
+             "grounding": GroundingDinoConfig, "groupvit": GroupViTConfig}
+    assert {name: kind.model_type for name, kind in kinds.items()} == MODEL_TYPES
 
 
 def drop_a_tensor(path):

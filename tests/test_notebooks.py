@@ -12,17 +12,18 @@ import nbformat
 import pytest
 from PIL import Image
 
-from ovdiff_lib.report.tables import COLUMNS
+from ovdiff_lib.report.tables import COLUMNS, read_record, read_table
 from ovdiff_lib.runner import run_notebook
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 COMMON = ("profile", "seed", "overrides", "output")
 
-OVERRIDES = {"support.size": 2, "support.steps": 2, "prototypes.clusters": 3, "filters.category_top": 3}
+OVERRIDES = {"support.size": 2, "support.steps": 2, "prototypes.clusters": 3, "filters.category_top": 3, "evaluation.seeds": [0, 1],
+             "evaluation.object": "mini-voc", "evaluation.without_background": {"VOC-20": "mini-voc20"}}
 """Profile fields of a run that is quick, whatever it measures."""
 
-SMALL = {"images": 2, "classes": ["dog", "boat"], "seeds": [0], "sizes": [1, 2], "clusters": [1, 3], "repeats": 1, "count": 2}
+SMALL = {"images": 2, "classes": ["dog", "boat"], "seeds": 1, "sizes": [1, 2], "clusters": [1, 3], "repeats": 1, "count": 2}
 """Values for parameters of these names, where a notebook has them."""
 
 
@@ -108,8 +109,14 @@ class TestShape:
         assert path.name in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    """A prototype library that the notebooks share."""
+    return tmp_path_factory.mktemp("library")
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_it_runs(path, tmp_path, monkeypatch):
+def test_it_runs(path, tmp_path, monkeypatch, library):
     """Headless with papermill, on the weights that ship, small; its tables and figures are whole."""
     # Inherited by the kernel: with other work on the machine's cores, threads that wait for each other cost twenty times the work.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -117,12 +124,16 @@ def test_it_runs(path, tmp_path, monkeypatch):
     values = {"overrides": OVERRIDES, "output": str(tmp_path / "mini")}
     values |= {name: value for name, value in SMALL.items() if name in known}
     target = tmp_path / "mini" / path.name
+    (tmp_path / "mini").mkdir()
+    (tmp_path / "mini" / "cache").symlink_to(library)  # what one notebook draws, the others find
     assert run_notebook(path, target, values, progress=False) is True
 
     executed = read(target)
     assert all(c.execution_count for c in executed.cells if c.cell_type == "code" and c.source.strip())
     errors = [o for c in executed.cells for o in c.get("outputs", []) if o.output_type == "error"]
     assert not errors
+    shown = [data for c in executed.cells for o in c.get("outputs", []) for data in o.get("data", {})]
+    assert "image/png" in shown and "text/markdown" in shown
     tables, figures = sorted((tmp_path / "mini" / "tables").glob("*.csv")), sorted((tmp_path / "mini" / "figures").glob("*.png"))
     assert tables and figures
     assert all(p.name.startswith(path.stem) for p in [*tables, *figures])
@@ -130,7 +141,10 @@ def test_it_runs(path, tmp_path, monkeypatch):
         with open(table, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         assert rows and tuple(rows[0]) == COLUMNS
-        assert all(row["profile"] == "mini" and float(row["measured"]) == float(row["measured"]) for row in rows)
+        assert all(row["profile"] == "mini" for row in rows)
+        cells = read_table(table)  # refuses what is not finite and what contradicts itself
+        assert any(cell.source == "measured" for cell in cells)
+        assert read_record(table)["notebook"] == path.stem
         assert {row["table"] for row in rows} == {table.stem}
         assert "|---" in table.with_suffix(".md").read_text(encoding="utf-8")
     for figure in figures:

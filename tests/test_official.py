@@ -88,6 +88,6 @@ def test_the_paper_profile_names_every_model_and_the_main_tables_parts():
     assert paper.features.extractors == ["sd", "dino", "clip-keys"] and paper.masks.segmenter == "cutler"
     assert paper.features.sd_layers == SD_LAYERS and paper.matching.refine == "none"
     models = paper.to_dict()["models"]
-    named = {"diffusion", "clip", "dino", "mae", "open_clip", "open_clip_pretrained", "cutler", "sam", "grounding"}
+    named = {"diffusion", "clip", "dino", "mae", "open_clip", "open_clip_pretrained", "cutler", "sam", "grounding", "groupvit"}
     assert {k for k, v in models.items() if v} == named | {"device", "dtype"} and models["download"] is False
     assert (models["open_clip"], models["open_clip_pretrained"]) == ("ViT-B-16-quickgelu", "openai")

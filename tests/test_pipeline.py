@@ -13,6 +13,8 @@ from tiny import tiny_overrides
 import ovdiff_lib.models as models
 import ovdiff_lib.support.sampler as sampler
 from ovdiff_lib import InputError, ModelNotAvailable, OVDiff, OVDiffError, ProfileError
+from ovdiff_lib.checks import check_profile, setting_problems
+from ovdiff_lib.doctor import examine
 from ovdiff_lib.profiles import load_profile
 from ovdiff_lib.types import Category, PrototypeBank, Prototypes, Vocabulary
 
@@ -322,6 +324,50 @@ def test_mistakes_are_one_sentence(tiny_profile, folder, bank, make, error, word
     with pytest.raises(error, match=word) as caught:
         make(tiny_profile, folder)
     assert "\n" not in str(caught.value)
+
+
+NEEDED_LAST = [
+    ({"matching.refine": "PAMR"}, "matching.refine"), ({"filters.stuff_against": "x"}, "filters.stuff_against"),
+    ({"filters.category_crop": "x"}, "filters.category_crop"), ({"models.clip": "/nowhere"}, "/nowhere"),
+    ({"matching.windows": [65]}, "matching.windows"), ({"matching.long_side": 63}, "matching.long_side"),
+    ({"prototypes.background": False}, "matching.background_threshold"), ({"prototypes.kinds": ["foo"]}, "prototypes.kinds"),
+    ({"prototypes.kinds": ["class", "class"]}, "prototypes.kinds"), ({"masks.resize": "x"}, "masks.resize"),
+    ({"masks.threshold_classes": 9}, "masks.threshold_classes")]
+
+
+@pytest.mark.parametrize("overrides, word", NEEDED_LAST, ids=lambda value: value if isinstance(value, str) else None)
+def test_what_a_later_step_needs_is_asked_for_before_anything_is_drawn(tiny_profile, tmp_path, no_drawing, overrides, word):
+    own = OVDiff(tiny_profile, overrides, library=tmp_path, progress=False)
+    kind = ModelNotAvailable if "models.clip" in overrides else ProfileError
+    for start in (lambda: own.build(NAMES), lambda: own.build_class("cat"), lambda: own.segment(picture(), "cat, dog")):
+        with pytest.raises(kind, match=word) as caught:
+            start()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(kind, match=word):
+        check_profile(own.profile)
+    assert not list(tmp_path.iterdir())
+    # The doctor says the same; of models it has its own list.
+    assert [word in problem for problem in setting_problems(own.profile)] == [True] * (kind is ProfileError)
+    assert any(word in problem for problem in examine(own.profile).problems)
+
+
+def test_what_no_step_needs_is_not_asked_for(tiny_profile, tmp_path):
+    unused = {"filters.category": False, "filters.category_crop": "x", "models.clip": "/nowhere", "filters.stuff": False,
+              "filters.stuff_against": "x", "masks.fallback": "fixed", "masks.threshold_classes": 9}
+    check_profile(tiny_profile.override(unused))
+    assert setting_problems(tiny_profile.override(unused)) == []
+    for name in ("mini", "paper", "official"):
+        check_profile(load_profile(name))  # a hub id is no missing folder
+    both = tiny_profile.override({"matching.refine": "x", "prototypes.kinds": []})
+    assert [p.split(" ")[0] for p in setting_problems(both)] == ["prototypes.kinds", "matching.refine"]
+
+
+def test_replaced_shares_all_but_the_fields(tiny_profile, tmp_path):
+    parts = object()
+    own = OVDiff(tiny_profile, library=tmp_path, progress=False, parts=parts)
+    other = own.replaced({"matching.background_threshold": 0.5})
+    assert other.profile == tiny_profile.override({"matching.background_threshold": 0.5}) and own.profile == tiny_profile
+    assert (other.library.root, other.progress, other._shared) == (tmp_path, False, parts)
 
 
 def test_a_bank_of_another_extractor_is_refused(tiny_profile, folder, bank):

@@ -135,6 +135,10 @@ def test_errors_say_what_to_do():
         build_prototypes(features, masks, PrototypeSettings(kinds=["parts"]))
     with pytest.raises(ProfileError, match="at least 1"):
         build_prototypes(features, masks, PrototypeSettings(clusters=0))
+    with pytest.raises(ProfileError, match="at most 16,383"):
+        build_prototypes(features, masks, PrototypeSettings(clusters=40000))  # codes beyond the assignment's 16 bits
+    with pytest.raises(ProfileError, match=r"prototypes\.kinds is \['class', 'class'\]; name each kind once"):
+        build_prototypes(features, masks, PrototypeSettings(kinds=["class", "class"]))
     features[0, 0, 0] = torch.nan
     full = ForegroundBackground(np.ones_like(masks.foreground), np.zeros_like(masks.background), masks.source)
     with pytest.raises(InputError, match="not finite"):

@@ -97,10 +97,10 @@ def check_one_colour(segmenter):
 
 
 def check_dependencies(part):
-    """What its results depend on are profile fields."""
-    for model in part.models:
+    """What its results depend on are profile fields, or it declares nothing."""
+    for model in part.models or ():
         assert model in Models.__dataclass_fields__
-    for setting in (*part.settings, *COMMON_SETTINGS):
+    for setting in (*(part.settings or ()), *COMMON_SETTINGS):
         assert any(field == setting or (setting.endswith("_") and field.startswith(setting)) for field in Masks.__dataclass_fields__)
 
 

@@ -110,6 +110,21 @@ def test_keys_equal_a_vit_computed_by_hand(tiny_profile, name, shape):
     torch.testing.assert_close(features(extractor, images), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["dino", "mae", "clip-keys", "open-clip-keys"])
+def test_scale_enlarges_what_the_model_sees(tiny_profile, name):
+    """A doubled grid; and on an even colour, where interpolation has no say, the features of an image drawn twice as large."""
+    images = np.kron(pictures(2, 6, 9), np.ones((1, 8, 8, 1), np.uint8))  # 48 x 72, resized to short side 64
+    flat = np.broadcast_to(np.array([200, 90, 30], np.uint8), (1, 64, 64, 3)).copy()
+    plain, scaled = (EXTRACTORS[name](tiny_profile.override({"features.vit_scale": s})) for s in (1.0, 2.0))
+    assert features(scaled, images).shape == (2, 16, 24, scaled.channels)  # 64 x 96, doubled, patches of 8
+    assert features(plain, images).shape == (2, 8, 12, plain.channels)
+    big = features(scaled, flat)
+    plain.short = 128
+    torch.testing.assert_close(big, features(plain, np.repeat(np.repeat(flat, 2, 1), 2, 2)), **CLOSE)
+    with pytest.raises(ProfileError, match="vit_scale"):
+        EXTRACTORS[name](tiny_profile.override({"features.vit_scale": 0.0}))
+
+
 @pytest.mark.parametrize("kind", ["dino", "mae", "open-clip-keys", "open-clip-tokens", "clip-keys"])
 def test_a_patch_of_the_image_is_that_cell_of_the_grid(tiny_profile, kind):
     """In the first layer keys know their own patch alone, so only the painted cell may change."""

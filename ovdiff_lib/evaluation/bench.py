@@ -32,15 +32,15 @@ class Bench:
     Args:
         profile, overrides: as for :class:`~ovdiff_lib.pipeline.OVDiff`; rows replace further fields.
         library: folder of support sets, prototypes and, below ``results``, of what was measured.
-        seeds: a row is measured once for each (default: ``evaluation.seeds``); a seed moves the drawings, their noise and the clustering.
-            The noise on test images stays (``features.seed``), so that seeds share the features of the images.
+        seeds: a row is measured once for each (default: ``evaluation.seeds``, each plus ``first_seed``); a seed moves the drawings, their
+            noise and the clustering. The noise on test images stays (``features.seed``), so that seeds share the features of the images.
         images: the first so many images of each data set (default: ``evaluation.images``).
     """
 
     def __init__(self, profile: str | Path | Profile = "mini", overrides: Mapping[str, Any] | None = None, *, library: str | Path,
-                 seeds: Sequence[int] | None = None, images: int | None = None, progress: bool = True) -> None:
+                 seeds: Sequence[int] | None = None, first_seed: int = 0, images: int | None = None, progress: bool = True) -> None:
         self.profile = load_profile(profile, dict(overrides or {}))
-        seeds = self.profile.evaluation.seeds if seeds is None else seeds
+        seeds = [first_seed + s for s in self.profile.evaluation.seeds] if seeds is None else seeds
         images = self.profile.evaluation.images if images is None else images
         if not seeds:
             raise InputError("The list of seeds is empty; give at least one.")

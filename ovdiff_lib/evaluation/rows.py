@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ovdiff_lib.errors import ModelNotAvailable
-from ovdiff_lib.evaluation.protocol import label_predictor
+from ovdiff_lib.evaluation.protocol import for_dataset, label_predictor
 from ovdiff_lib.evaluation.samples import Dataset
 from ovdiff_lib.evaluation.study import Method
 from ovdiff_lib.pipeline import SPEED_ONLY, OVDiff
@@ -80,7 +80,9 @@ class _Plain:
         from ovdiff_lib.filters.things import with_kinds
 
         vocabulary = with_kinds(dataset.vocabulary, self.row.kinds, "thing") if self.row.kinds else dataset.vocabulary
-        return self.row.build(self.bench, self.seed, vocabulary) if self.row.build else self.ovdiff.build(vocabulary)
+        if self.row.build:
+            return self.row.build(self.bench, self.seed, vocabulary)
+        return for_dataset(self.ovdiff, dataset).build(vocabulary)
 
     def prepare(self, dataset: Dataset) -> Callable[[np.ndarray], np.ndarray]:
         predict = label_predictor(self.ovdiff, self.bank(dataset), dataset)
@@ -160,7 +162,8 @@ def at_thresholds(scores: np.ndarray) -> np.ndarray:
 
 
 def identity(profile: Profile, all_models: bool = False) -> dict[str, Any]:
-    """What a profile's labels depend on, as plain data: its fields but those of speed and place, and the identity of the models in use."""
+    """What a profile's labels depend on, as plain data: its fields but those of speed and place, and the identity of the models in use and
+    of parts that the package does not have."""
     from ovdiff_lib.features import EXTRACTORS
     from ovdiff_lib.masks import SEGMENTERS
     from ovdiff_lib.models import model_identity
@@ -171,12 +174,15 @@ def identity(profile: Profile, all_models: bool = False) -> dict[str, Any]:
     used = {"diffusion": profile.models.diffusion}
     if profile.filters.category:
         used["clip"] = profile.models.clip
-    for name in profile.features.extractors:
-        used |= EXTRACTORS[name].depends_on(profile, "features")[0]
-    used |= SEGMENTERS[profile.masks.segmenter].depends_on(profile, "masks")[0]
+    parts = [(name, "features", EXTRACTORS[name]) for name in profile.features.extractors]
+    parts.append((profile.masks.segmenter, "masks", SEGMENTERS[profile.masks.segmenter]))
+    for _, section, part in parts:
+        used |= part.depends_on(profile, section)[0]
+    code = {f"{section} {name}": part.code for name, section, part in parts if part.code}
     if all_models:
         used = {k: v for k, v in dataclasses.asdict(profile.models).items() if k not in NOT_MODELS and isinstance(v, str) and v}
-    return {"profile": table, "dtype": profile.models.dtype, "models": {k: _identity(model_identity, v) for k, v in used.items()}}
+    models = {k: _identity(model_identity, v) for k, v in used.items()}
+    return {"profile": table, "dtype": profile.models.dtype, "models": models, **({"code": code} if code else {})}
 
 
 def _identity(model_identity: Callable[[str], str], source: str) -> str:

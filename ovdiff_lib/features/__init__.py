@@ -1,6 +1,8 @@
 """Step 2b, Sec. 4.1 and App. C.2: dense features of frozen networks.
 
-To add an extractor, write a class with the three members of :class:`Extractor` and one line in :data:`EXTRACTORS`.
+To add an extractor, write a class with the three members of :class:`Extractor` and one line in :data:`EXTRACTORS`: ``"name": Part(Mine)``,
+where ``Mine(profile)`` builds it. The prototype library's keys hold a hash of the module that defines ``Mine``, so that classes are built
+again after it was edited; ``Part(Mine, version="1")`` puts a version of your own in its place (:class:`~ovdiff_lib.registry.Part`).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from ovdiff_lib.features.diffusion import DiffusionExtractor
 from ovdiff_lib.features.dino import DinoExtractor
 from ovdiff_lib.features.mae import MaeExtractor
 from ovdiff_lib.features.open_clip import OpenClipExtractor
-from ovdiff_lib.registry import Part
+from ovdiff_lib.registry import Part, check_part
 
 if TYPE_CHECKING:
     from ovdiff_lib.profiles import Profile
@@ -37,23 +39,25 @@ OPEN_CLIP = ("open_clip", "open_clip_pretrained")
 
 EXTRACTORS: dict[str, Part] = {
     "sd": Part(DiffusionExtractor.build, models=("diffusion",), settings=("sd_", "seed")),
-    "clip-keys": Part(lambda profile: ClipExtractor.build(profile, "keys"), models=("clip",), settings=("clip_",)),
-    "clip-tokens": Part(lambda profile: ClipExtractor.build(profile, "tokens"), models=("clip",), settings=("clip_",)),
-    "open-clip-keys": Part(lambda profile: OpenClipExtractor.build(profile, "keys"), OPEN_CLIP, ("clip_",)),
-    "open-clip-tokens": Part(lambda profile: OpenClipExtractor.build(profile, "tokens"), OPEN_CLIP, ("clip_",)),
-    "dino": Part(DinoExtractor.build, models=("dino",), settings=("dino_",)),
-    "mae": Part(MaeExtractor.build, models=("mae",), settings=("mae_",)),
+    "clip-keys": Part(lambda profile: ClipExtractor.build(profile, "keys"), models=("clip",), settings=("clip_", "vit_scale")),
+    "clip-tokens": Part(lambda profile: ClipExtractor.build(profile, "tokens"), models=("clip",), settings=("clip_", "vit_scale")),
+    "open-clip-keys": Part(lambda profile: OpenClipExtractor.build(profile, "keys"), OPEN_CLIP, ("clip_", "vit_scale")),
+    "open-clip-tokens": Part(lambda profile: OpenClipExtractor.build(profile, "tokens"), OPEN_CLIP, ("clip_", "vit_scale")),
+    "dino": Part(DinoExtractor.build, models=("dino",), settings=("dino_", "vit_scale")),
+    "mae": Part(MaeExtractor.build, models=("mae",), settings=("mae_", "vit_scale")),
 }
 """Name -> how the extractor is built and what its features depend on."""
 
 
 def check_extractors(profile: Profile) -> None:
-    """``ProfileError`` if ``features.extractors`` is empty, repeats a name, or names what :data:`EXTRACTORS` does not hold."""
+    """``ProfileError`` if ``features.extractors`` is empty, repeats a name, or names what :data:`EXTRACTORS` does not hold as a ``Part``."""
     names = profile.features.extractors
     if not names:
         raise ProfileError(f"features.extractors is empty; name at least one of {', '.join(EXTRACTORS)}.")
     if len(set(names)) != len(names) or any(name not in EXTRACTORS for name in names):
         raise ProfileError(f"features.extractors is {names}; name each wanted one of {', '.join(EXTRACTORS)} once.")
+    for name in names:
+        check_part("EXTRACTORS", name, EXTRACTORS[name])
 
 
 def build_extractors(profile: Profile) -> dict[str, Extractor]:

@@ -10,21 +10,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ovdiff_lib.errors import OVDiffError, ProfileError
+from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.models import captured
 
 if TYPE_CHECKING:
     from ovdiff_lib.profiles.profile import Features
 
+MOST_PATCHES = 16_384
+"""Attention goes by the square of their number: 128 x 128 of them is the most that an image may make."""
 
 
 class ViTExtractor(ABC):
     """Features of a frozen ViT, one a patch, raw.
 
     Images are resized so that the short side is ``features.<size_field>``; a smaller square, which is what a small matching window is,
-    keeps its size. Then both sides are rounded up to a multiple of the patch. Position embeddings are interpolated to that grid (bicubic),
-    the class token is dropped. Nothing is drawn: seeds have no effect.
+    keeps its size. Then both sides are multiplied by ``features.vit_scale`` and rounded up to a multiple of the patch. Position
+    embeddings are interpolated to that grid (bicubic), the class token is dropped. Nothing is drawn: seeds have no effect.
 
     A subclass names the ``source`` (the module whose output is read) and says how the model is run.
     """
@@ -38,6 +40,8 @@ class ViTExtractor(ABC):
             if getattr(settings, field) < 1:
                 raise ProfileError(f"features.{field} is {getattr(settings, field)}; it must be at least 1.")
         self.name, self.model, self.settings, self.patch, self.channels = name, model, settings, patch, channels
+        if not 0 < settings.vit_scale <= 16:
+            raise ProfileError(f"features.vit_scale is {settings.vit_scale}; set it to a number above 0, at most 16.")
         self.short = getattr(settings, size_field)
         self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
         self.source: torch.nn.Module | None = None
@@ -58,11 +62,22 @@ class ViTExtractor(ABC):
         return features
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) in pixels at which the model sees an image of that size."""
+        """(height, width) in pixels at which the model sees an image of that size.
+
+        Raises ``InputError`` for an image without pixels and for one that makes more than :data:`MOST_PATCHES`, as elongated ones do.
+        """
+        given = f"{height} x {width} pixels"
+        if height < 1 or width < 1:
+            raise InputError(f"An image of {given} shows nothing; give one of at least 1 x 1.")
         if height != width or height > self.short:
             scale = self.short / min(height, width)
             height, width = int(height * scale + 0.5), int(width * scale + 0.5)
-        return math.ceil(height / self.patch) * self.patch, math.ceil(width / self.patch) * self.patch
+        height, width = height * self.settings.vit_scale, width * self.settings.vit_scale
+        h, w = math.ceil(height / self.patch), math.ceil(width / self.patch)
+        if h * w > MOST_PATCHES:
+            raise InputError(f"An image of {given} makes {h} x {w} patches for {self.title}, more than {MOST_PATCHES:,}; crop it to one less "
+                             "elongated, or lower its input size or features.vit_scale.")
+        return h * self.patch, w * self.patch
 
     @abstractmethod
     def run(self, pixels: torch.Tensor) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD
-from ovdiff_lib.profiles.profile import Profile
+from ovdiff_lib.profiles.profile import Filters, Profile
 from ovdiff_lib.types import Category, Vocabulary
 
 if TYPE_CHECKING:
@@ -37,6 +37,16 @@ ROWS = 64
 """Packed rows of tokens per forward pass of the text tower."""
 
 
+def check_category(settings: Filters) -> None:
+    """``ProfileError`` for values of ``filters.category_*`` that cannot be."""
+    if not 1 <= settings.category_top <= MAX_TOP:
+        raise ProfileError(f"filters.category_top is {settings.category_top}; set it to a number from 1 to {MAX_TOP}.")
+    if settings.category_crop not in ("squash", "centre"):
+        raise ProfileError(f"filters.category_crop is {settings.category_crop!r}; set it to 'squash' or 'centre'.")
+    if "{names}" not in settings.category_prompt:
+        raise ProfileError("filters.category_prompt has no '{names}'; put it where the class names go.")
+
+
 class CategoryFilter:
     """Which categories of a vocabulary are in an image, by CLIP.
 
@@ -46,12 +56,7 @@ class CategoryFilter:
 
     def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer, profile: Profile) -> None:
         self.settings = profile.filters
-        if not 1 <= self.settings.category_top <= MAX_TOP:
-            raise ProfileError(f"filters.category_top is {self.settings.category_top}; set it to a number from 1 to {MAX_TOP}.")
-        if self.settings.category_crop not in ("squash", "centre"):
-            raise ProfileError(f"filters.category_crop is {self.settings.category_crop!r}; set it to 'squash' or 'centre'.")
-        if "{names}" not in self.settings.category_prompt:
-            raise ProfileError("filters.category_prompt has no '{names}'; put it where the class names go.")
+        check_category(self.settings)
         self.clip = clip
         self.text = TextEncoder(clip, tokenizer)
 

@@ -11,6 +11,12 @@ from ovdiff_lib.profiles.profile import Filters
 from ovdiff_lib.types import PrototypeBank, Prototypes
 
 
+def check_stuff(settings: Filters) -> None:
+    """``ProfileError`` for an unknown ``filters.stuff_against``."""
+    if settings.stuff_against not in ("stuff", "all"):
+        raise ProfileError(f"filters.stuff_against is {settings.stuff_against!r}; set it to 'stuff' or 'all'.")
+
+
 class StuffFilter:
     """:func:`filter_stuff` that remembers its last bank, since one bank segments many images."""
 
@@ -38,8 +44,7 @@ def filter_stuff(bank: PrototypeBank, settings: Filters) -> PrototypeBank:
     Without ``stuff_parts`` the part prototypes of stuff categories, of both regions, are taken away before. Raises ``ProfileError`` for
     an unknown ``stuff_against`` and ``InputError`` for a category that would be left without foreground prototypes.
     """
-    if settings.stuff_against not in ("stuff", "all"):
-        raise ProfileError(f"filters.stuff_against is {settings.stuff_against!r}; set it to 'stuff' or 'all'.")
+    check_stuff(settings)
     stuff = {i for i, category in enumerate(bank.vocabulary) if category.kind == "stuff"}
     everyone = settings.stuff_against == "all"
     if not stuff and not everyone:

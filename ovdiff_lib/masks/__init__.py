@@ -1,7 +1,9 @@
 """Step 2a, Sec. 3.2: from attribution to foreground and background masks.
 
 A segmenter (the paper's Gamma) proposes masks without knowing any class; :mod:`~ovdiff_lib.masks.select` picks among them by
-attribution (Eq. 1). To add one, write a class with ``propose`` and give it a line in :data:`SEGMENTERS`.
+attribution (Eq. 1). To add one, write a class with ``name`` and ``propose`` and give it a line in :data:`SEGMENTERS`: ``"name": Part(Mine)``,
+where ``Mine(profile)`` builds it. The prototype library's keys hold a hash of the module that defines ``Mine``, so that classes are built
+again after it was edited; ``Part(Mine, version="1")`` puts a version of your own in its place (:class:`~ovdiff_lib.registry.Part`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from ovdiff_lib.masks.cutler import CutLER
 from ovdiff_lib.masks.detector import DetectorSegmenter
 from ovdiff_lib.masks.maskcut import MaskCut
 from ovdiff_lib.masks.sam import GroundedSam, SegmentAnything
-from ovdiff_lib.registry import Part
+from ovdiff_lib.registry import Part, check_part
 
 if TYPE_CHECKING:
     from ovdiff_lib.profiles.profile import Masks, Profile
@@ -62,11 +64,12 @@ FALLBACKS = ("otsu", "fixed")
 
 
 def check_segmenter(profile: Profile) -> None:
-    """``ProfileError`` unless ``profile.masks.segmenter`` names an entry of :data:`SEGMENTERS` and :func:`check_choices` passes."""
+    """``ProfileError`` unless ``profile.masks.segmenter`` names a ``Part`` in :data:`SEGMENTERS` and :func:`check_choices` passes."""
     name = profile.masks.segmenter
     check_choices(profile.masks)
     if name not in SEGMENTERS:
         raise ProfileError(f"There is no segmenter {name!r}; set masks.segmenter to one of {', '.join(sorted(SEGMENTERS))}.")
+    check_part("SEGMENTERS", name, SEGMENTERS[name])
 
 
 def check_choices(settings: Masks) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.masks import Segmenter, build_segmenter, check_choices
-from ovdiff_lib.masks.threshold import fixed_thresholds, multi_otsu
+from ovdiff_lib.masks.threshold import NOT_FINITE, check_fixed, check_multi_otsu, fixed_thresholds, multi_otsu
 from ovdiff_lib.profiles.profile import Masks, Profile
 from ovdiff_lib.types import ForegroundBackground, SupportSet
 
@@ -51,6 +51,15 @@ def separate(proposals: np.ndarray, attribution: np.ndarray) -> np.ndarray:
     return alone[alone.any(axis=(1, 2))]
 
 
+def check_masks(settings: Masks) -> None:
+    """``ProfileError`` for values of ``profile.masks`` that :func:`make_masks` cannot use; the segmenter judges its own."""
+    check_choices(settings)
+    if settings.fallback == "fixed":
+        check_fixed(settings.fallback_foreground, settings.fallback_background)
+    else:
+        check_multi_otsu(settings.threshold_classes, settings.threshold_scope, settings.threshold_foreground)
+
+
 def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | None = None) -> ForegroundBackground:
     """Masks of every support image, bool (N, H, W) at image resolution.
 
@@ -62,11 +71,13 @@ def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | Non
     from tqdm import tqdm
 
     settings = profile.masks
-    check_choices(settings)
+    check_masks(settings)
     segmenter = segmenter or build_segmenter(profile)
     label = segmenter.name
     attribution = upsample(support.attribution, support.images.shape[1:3])
-    foreground, background = _thresholds(attribution, settings)
+    if not np.isfinite(attribution).all():
+        raise InputError(NOT_FINITE)
+    foreground, background = (np.zeros(attribution.shape, dtype=bool) for _ in range(2))
     source = []
     images = tqdm(support.images, desc=f"masks of {support.category.name}", leave=False, delay=3)
     for n, image in enumerate(images):
@@ -80,13 +91,20 @@ def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | Non
         if found:
             foreground[n], background[n] = select(proposals, attribution[n])
         source.append(label if found else "threshold")
+    bare = [n for n, made_by in enumerate(source) if made_by == "threshold"]
+    if bare:  # searching thresholds costs as much as a network
+        foreground[bare], background[bare] = _thresholds(attribution, bare, settings)
     return ForegroundBackground(foreground, _tighten(background, attribution, settings), tuple(source))
 
 
-def _thresholds(attribution: np.ndarray, settings: Masks) -> tuple[np.ndarray, np.ndarray]:
+def _thresholds(attribution: np.ndarray, chosen: list[int], settings: Masks) -> tuple[np.ndarray, np.ndarray]:
+    """Foreground and background of the maps at the indices ``chosen``; thresholds of the whole set are those of all maps."""
     if settings.fallback == "fixed":
-        return fixed_thresholds(attribution, settings.fallback_foreground, settings.fallback_background)
-    return multi_otsu(attribution, settings.threshold_classes, settings.threshold_scope, settings.threshold_foreground)
+        return fixed_thresholds(attribution[chosen], settings.fallback_foreground, settings.fallback_background)
+    if settings.threshold_scope == "set":
+        foreground, background = multi_otsu(attribution, settings.threshold_classes, "set", settings.threshold_foreground)
+        return foreground[chosen], background[chosen]
+    return multi_otsu(attribution[chosen], settings.threshold_classes, settings.threshold_scope, settings.threshold_foreground)
 
 
 def upsample(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -15,6 +15,24 @@ MAX_CLASSES = 5
 """The search over thresholds grows as BINS ** (classes - 1)."""
 
 
+def check_multi_otsu(classes: int, scope: str, foreground_levels: int) -> None:
+    """``ProfileError`` for arguments of :func:`multi_otsu` that cannot be."""
+    if scope not in ("image", "set"):
+        raise ProfileError(f"masks.threshold_scope is {scope!r}; set it to 'image' or 'set'.")
+    if not 2 <= classes <= MAX_CLASSES:
+        raise ProfileError(f"masks.threshold_classes is {classes}; set it to a number from 2 to {MAX_CLASSES}.")
+    if not 1 <= foreground_levels < classes:
+        raise ProfileError(f"masks.threshold_foreground is {foreground_levels}; set it to a number from 1 to {classes - 1}, below "
+                           "masks.threshold_classes.")
+
+
+def check_fixed(foreground_above: float, background_below: float) -> None:
+    """``ProfileError`` unless 0 <= ``background_below`` <= ``foreground_above`` <= 1."""
+    if not 0 <= background_below <= foreground_above <= 1:
+        raise ProfileError(f"masks.fallback_background is {background_below} and masks.fallback_foreground {foreground_above}; set both "
+                           "from 0 to 1, the first at most as high as the second.")
+
+
 def multi_otsu(attribution: np.ndarray, classes: int = 3, scope: str = "image",
                foreground_levels: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Foreground and background of attribution maps f32 (n, h, w): bool (n, h, w) each, disjoint.
@@ -24,13 +42,7 @@ def multi_otsu(attribution: np.ndarray, classes: int = 3, scope: str = "image",
     thresholds for all. Values that occupy fewer bins than there are classes are split in two at the middle of their range; a constant map
     says nothing about where the object is, so both its masks are empty. Only the order and spacing of the values matter, not their scale.
     """
-    if scope not in ("image", "set"):
-        raise ProfileError(f"masks.threshold_scope is {scope!r}; set it to 'image' or 'set'.")
-    if not 2 <= classes <= MAX_CLASSES:
-        raise ProfileError(f"masks.threshold_classes is {classes}; set it to a number from 2 to {MAX_CLASSES}.")
-    if not 1 <= foreground_levels < classes:
-        raise ProfileError(f"masks.threshold_foreground is {foreground_levels}; set it to a number from 1 to {classes - 1}, below "
-                           "masks.threshold_classes.")
+    check_multi_otsu(classes, scope, foreground_levels)
     if not np.isfinite(attribution).all():
         raise InputError(NOT_FINITE)
     if scope == "set":
@@ -46,9 +58,7 @@ def fixed_thresholds(attribution: np.ndarray, foreground_above: float, backgroun
     Each map is min-max scaled; foreground is what lies above the first threshold, background what lies below the second. A constant map
     has neither. Raises ``ProfileError`` unless 0 <= ``background_below`` <= ``foreground_above`` <= 1.
     """
-    if not 0 <= background_below <= foreground_above <= 1:
-        raise ProfileError(f"masks.fallback_background is {background_below} and masks.fallback_foreground {foreground_above}; set both "
-                           "from 0 to 1, the first at most as high as the second.")
+    check_fixed(foreground_above, background_below)
     if not np.isfinite(attribution).all():
         raise InputError(NOT_FINITE)
     low, high = (f(attribution, axis=(1, 2), keepdims=True).astype(np.float64) for f in (np.min, np.max))

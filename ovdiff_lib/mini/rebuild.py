@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ovdiff_lib.mini.card import write_card
 from ovdiff_lib.mini.quality import WEIGHTS
+from ovdiff_lib.profiles import load_profile
 
 MINUTES = {"clip": 24, "vae": 24, "unet": 110, "dino": 42, "mae": 35, "detector": 25, "groupvit": 38}
 """Training time of each model; the learning rate anneals over it."""
@@ -83,7 +84,8 @@ def write_cards(training: Path, weights: Path = WEIGHTS, remarks: dict[str, str]
         quality[kind] = (f"Leave-one-out 5-nearest-neighbour accuracy of the noun on {single} single-object validation images, an image's "
                          f"vector being the mean of its keys: **{100 * near[kind]:.1f} %** (chance {100 * near['chance']:.1f} %; all "
                          f"extractors: {others}).")
-    quality["dino"] += f" MaskCut over its keys: mean best IoU with validation objects **{recall['maskcut']:.3f}**."
+    facet = load_profile("mini").masks.maskcut_facet
+    quality["dino"] += f" MaskCut over the {facet} of its last layer: mean best IoU with validation objects **{recall['maskcut']:.3f}**."
     quality["detector"] = (f"Mean best IoU of its proposals with validation objects: **{recall['detector']:.3f}** (MaskCut, which it "
                            f"learned from: {recall['maskcut']:.3f}).")
     groups = measured["groupvit"]

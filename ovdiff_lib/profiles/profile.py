@@ -12,6 +12,7 @@ import hashlib
 import json
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,21 @@ import yaml
 from ovdiff_lib.errors import InputError, ProfileError
 
 FOLDER = Path(__file__).parent
+
+MOST_CLUSTERS = 16_383
+"""Part prototypes of a region at most: an assignment counts those of both regions in 16 bits."""
+
+MOST_SEED = 2**63 - 1
+"""torch's generators take no larger one."""
+
+
+def ranged(default: Any, *, least: float | None = None, most: float | None = None, above: float | None = None) -> Any:
+    """A dataclass field whose number is at least ``least``, at most ``most`` and more than ``above``; null is no number.
+
+    The profile's reader goes by the field's metadata, which hold for each number of a list.
+    """
+    limits = {"least": least, "most": most, "above": above}
+    return field(default=default, metadata={key: value for key, value in limits.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,7 @@ class Models:
     cutler_sha256: str = ""  # its checksum; a pickled checkpoint is opened only if it matches
     sam: str = ""  # SamModel with its processor
     grounding: str = ""  # GroundingDinoForObjectDetection with its processor
+    groupvit: str = ""  # GroupViTModel with its tokenizer (baseline of Table 1)
     device: str = "auto"  # "auto" = cuda if there is one, else cpu
     dtype: str = "float32"  # float32 | float16 | bfloat16
     download: bool = False  # may the hub be asked for a model that is not on disk
@@ -53,8 +70,8 @@ class Support:
     steps: int = 30  # DPM-Solver++ steps
     guidance_scale: float = 8.0
     image_size: int = 512  # side of the square support images, pixels
-    batch_size: int = 8
-    seed: int = 0
+    batch_size: int = ranged(8, least=1)
+    seed: int = ranged(0, least=0, most=MOST_SEED)
     mid_block: bool = False  # count the mid block's cross-attention too (the released code's attribution tool leaves it out)
 
 
@@ -66,8 +83,8 @@ class Masks:
     threshold_classes: int = 3  # levels of multi-Otsu; the bottom one is background
     threshold_foreground: int = 1  # how many levels from the top are foreground; what lies between is not used
     threshold_scope: str = "image"  # image | set: thresholds from one map or from all maps of the support set
-    background_below: float = 1.0  # background pixels must also have attribution below this (released code: 0.2)
-    erosion: int = 0  # binary erosion of the background, pixels (released code: 1)
+    background_below: float = ranged(1.0, above=0)  # background pixels must also have attribution below this (released code: 0.2)
+    erosion: int = ranged(0, least=0)  # binary erosion of the background, pixels (released code: 1)
     overlaps: str = "keep"  # keep | attribution: a pixel of several proposals stays with the one of highest mean attribution
     fallback: str = "otsu"  # otsu | fixed: what divides an image without proposals
     fallback_foreground: float = 0.5  # fixed: foreground is attribution above this
@@ -103,8 +120,9 @@ class Features:
     clip_normalisation: str = "clip"  # clip | imagenet: mean and standard deviation of the pixels (released code: imagenet)
     dino_input_size: int = 448  # as clip_input_size
     mae_input_size: int = 448  # as clip_input_size
-    batch_size: int = 8
-    seed: int = 0
+    vit_scale: float = 1.0  # what DINO, MAE and CLIP see is enlarged so much, and so is their grid of patches
+    batch_size: int = ranged(8, least=1)
+    seed: int = ranged(0, least=0, most=MOST_SEED)
 
 
 @dataclass(frozen=True)
@@ -112,9 +130,9 @@ class PrototypeSettings:
     """Step 2c, Eq. 2 and 3: which prototypes a category gets."""
 
     kinds: list[str] = field(default_factory=lambda: ["class", "instance", "part"])
-    clusters: int = 32  # K part prototypes per region
+    clusters: int = ranged(32, least=1, most=MOST_CLUSTERS)  # K part prototypes per region
     background: bool = True  # background prototypes; without them matching.background_threshold decides
-    seed: int = 0
+    seed: int = ranged(0, least=0, most=MOST_SEED)
 
 
 @dataclass(frozen=True)
@@ -125,11 +143,11 @@ class Filters:
     category_prompt: str = "{names}"  # template of the CLIP text; {names} = "a and b and c"
     category_joiner: str = " and "
     category_top: int = 10  # eta
-    category_logit_scale: float | None = None  # null = the model's own
+    category_logit_scale: float | None = ranged(None, above=0)  # null = the model's own
     category_crop: str = "squash"  # squash | centre: how an image becomes CLIP's square input
     category_keep_stuff: bool = False  # stuff categories pass the pre-filter always (released code)
     stuff: bool = True
-    stuff_threshold: float = 0.85
+    stuff_threshold: float = ranged(0.85, least=-1, most=1)  # a cosine
     stuff_against: str = "stuff"  # stuff | all: whose foreground prototypes reject background prototypes (App. A.2)
     stuff_background: bool = False  # stuff classes keep their background prototypes (App. A.2)
     stuff_parts: bool = True  # stuff classes keep their part prototypes (App. A.2)
@@ -143,14 +161,45 @@ class Matching:
     long_side: int | None = 2048  # a longer image is scaled down further, so that its short side falls below short_side; null: never
     windows: list[int] = field(default_factory=lambda: [448, 336])
     stride: int = 224
-    whole_image: bool = False  # the squashed whole image as one more window (released code)
+    whole_image: bool = False  # the squashed whole image as one more window (released code), or the only one if there are no windows
     background_threshold: float | None = None  # constant score of the background class when there are no background prototypes
     resample: str = "bilinear"  # bilinear | lanczos: how the image comes to short_side (released code: lanczos)
     minimum_score: float | None = None  # a pixel whose best score is not above this is background (released code: 0)
     refine: str = "none"  # none | pamr: post-processing of the scores
     pamr_iterations: int = 10
     pamr_dilations: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 12, 24])
-    batch_size: int = 8
+    batch_size: int = ranged(8, least=1)
+
+
+UNUSED_BY_THE_METHOD = ("name", "description", "evaluation", "baselines")
+"""Sections of a profile that change no segmentation of OVDiff: what it is called, what it is measured on and compared with."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Which data sets stand in the columns of the paper's tables, as "name", "name/split" or "name:folder"."""
+
+    voc: str = "voc"  # Tables 1 to 3 and their kin
+    context: str = "context"
+    object: str = "coco-object"
+    without_background: dict[str, str] = field(default_factory=dict)  # columns of Table A.7: the paper's name -> data set
+    extractors: list[str] = field(default_factory=lambda: ["sd", "dino", "clip-keys"])  # the ensemble of the main tables
+    images: int | None = None  # the first so many images of each data set; null = all
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"least": 0, "most": MOST_SEED})
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What the methods of Table 1, A.1 and A.2 need beside the fields above; no field of it changes OVDiff."""
+
+    archive: str = ""  # images that ReCo retrieves from: a folder, or package:NAME for one that ships; "" = not set
+    reco_retrieved: int = 50  # k, images retrieved a class
+    reco_size: int = 224  # side of the square that retrieved images are cropped to, pixels
+    reco_contexts: list[str] = field(default_factory=lambda: ["tree", "sky", "building", "road", "person"])  # what seeds avoid
+    clip_diy_size: int = 256  # CLIP-DIY: side of the square an image is squashed to, pixels
+    clip_diy_scales: int = 3  # patches of the whole side, of half of it, of a quarter and so on
+    clip_diy_background: list[str] = field(default_factory=lambda: ["background"])  # words whose best score is the background's
+    clip_diy_seed_cosine: float = 0.3  # cosine to the background seed at which a patch is half salient (FOUND: background from there)
 
 
 @dataclass(frozen=True)
@@ -166,9 +215,11 @@ class Profile:
     prototypes: PrototypeSettings
     filters: Filters
     matching: Matching
+    evaluation: Evaluation
+    baselines: Baselines
 
     def override(self, overrides: dict[str, Any] | None) -> Profile:
-        """A copy with ``{"section.field": value}`` replaced; an unknown field or a wrong type raises ``ProfileError``."""
+        """A copy with ``{"section.field": value}`` replaced; an unknown field or a value that cannot be raises ``ProfileError``."""
         table = self.to_dict()
         for key, value in (overrides or {}).items():
             section, _, name = str(key).partition(".")
@@ -181,9 +232,9 @@ class Profile:
         return dataclasses.asdict(self)
 
     def digest(self, *sections: str) -> str:
-        """Hash (16 hex digits) of the named sections, or of all but name and description: equal values, equal hash."""
+        """Hash (16 hex digits) of the named sections, or of all that change a segmentation: equal values, equal hash."""
         table = self.to_dict()
-        chosen = {key: table[key] for key in (sections or [k for k in table if k not in ("name", "description")])}
+        chosen = {key: table[key] for key in (sections or [k for k in table if k not in UNUSED_BY_THE_METHOD])}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -201,7 +252,8 @@ def available() -> list[str]:
 def load_profile(source: str | Path | Profile = "mini", overrides: dict[str, Any] | None = None) -> Profile:
     """The profile called ``source``, or read from the YAML file at that path, with ``overrides`` applied.
 
-    Raises ``ProfileError`` for an unknown name, a missing or broken file, an unknown field or a wrong type.
+    Raises ``ProfileError`` for an unknown name, a missing or broken file, a field that is unknown or named twice, and a value of the wrong
+    type or out of its field's range.
     """
     if isinstance(source, Profile):
         return source.override(overrides)
@@ -212,7 +264,7 @@ def load_profile(source: str | Path | Profile = "mini", overrides: dict[str, Any
         raise ProfileError(f"There is no profile {str(source)!r}; choose one of {', '.join(available())}, "
                            "or give the path of a .yaml file.")
     try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+        table = _read_yaml(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         raise ProfileError(f"The profile file {path} does not exist; check the path, or choose one of {', '.join(available())}.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -233,6 +285,32 @@ def parse_assignments(pairs: list[str], option: str = "--set") -> dict[str, Any]
             raise InputError(f"The value of {option} {pair!r} cannot be read; write a number, true, a [list, of, values] or text."
                              ) from None
     return table
+
+
+def _read_yaml(text: str, path: Path) -> Any:
+    """The document as ``yaml.safe_load`` gives it, which would let the last of equal keys win; ``ProfileError`` for a key named twice."""
+    loader = yaml.SafeLoader(text)
+    try:
+        document = loader.get_single_node()
+        nodes, seen = [document], set()
+        while nodes:
+            node = nodes.pop()
+            if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+                continue
+            seen.add(id(node))  # an alias is its anchor's node again
+            if not isinstance(node, yaml.MappingNode):
+                nodes += node.value
+                continue
+            names = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in names:
+                    raise ProfileError(f"In the profile file {path.name}, {key.value!r} is named twice in one table, again in line "
+                                       f"{key.start_mark.line + 1}; keep one of them.")
+                names.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
+                nodes.append(value)
+        return None if document is None else loader.construct_document(document)
+    finally:
+        loader.dispose()
 
 
 def from_dict(table: Any, origin: str) -> Profile:
@@ -258,23 +336,35 @@ def _build(kind: type, table: Any, origin: str, prefix: str) -> Any:
         elif dataclasses.is_dataclass(hint):
             values[f.name] = _build(hint, table[f.name], origin, f"{prefix}{f.name}.")
         else:
-            values[f.name] = _check(table[f.name], hint, f"{prefix}{f.name}", origin)
+            values[f.name] = _check(table[f.name], hint, f"{prefix}{f.name}", origin, f.metadata)
     return kind(**values)
 
 
-def _check(value: Any, hint: Any, name: str, origin: str) -> Any:
+def _check(value: Any, hint: Any, name: str, origin: str, limits: Mapping[str, Any]) -> Any:
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for kind in allowed:
         if kind is type(None) and value is None:
             return None
+        if typing.get_origin(kind) is dict and isinstance(value, dict) and all(type(k) is str for k in value):
+            return {k: _check(v, typing.get_args(kind)[1], f"{name}[{k!r}]", origin, limits) for k, v in value.items()}
         if typing.get_origin(kind) is list and isinstance(value, (list, tuple)):
-            return [_check(v, typing.get_args(kind)[0], f"{name}[{i}]", origin) for i, v in enumerate(value)]
+            return [_check(v, typing.get_args(kind)[0], f"{name}[{i}]", origin, limits) for i, v in enumerate(value)]
         if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:  # not NaN
-            return float(value)
+            return float(_in_range(value, name, origin, limits))
         if kind in (int, str, bool) and type(value) is kind:
-            return value
+            return _in_range(value, name, origin, limits)
     wanted = " or ".join("null" if k is type(None) else getattr(k, "__name__", str(k)) for k in allowed)
     raise ProfileError(f"In the {origin}, {name} must be {wanted}, not {value!r}.")
+
+
+def _in_range(value: Any, name: str, origin: str, limits: Mapping[str, Any]) -> Any:
+    """``value`` itself; ``ProfileError`` outside of ``limits``, as :func:`ranged` keeps them."""
+    inside = limits.get("least", value) <= value <= limits.get("most", value) if limits else True
+    if inside and not ("above" in limits and value <= limits["above"]):
+        return value
+    words = {"above": "above", "least": "at least", "most": "at most"}
+    wanted = [f"{word} {limits[key]:,}" for key, word in words.items() if key in limits]
+    raise ProfileError(f"In the {origin}, {name} is {value!r}; it must be {' and '.join(wanted)}.")
 
 
 def _unknown(what: str, key: str, legal: list[str]) -> str:
