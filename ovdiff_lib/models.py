@@ -171,7 +171,7 @@ def wrong_type(folder: Path, wanted: str) -> str:
 
 
 def _check_type(name: str, source: Path | str, options: dict) -> None:
-    """``ValueError`` if ``source`` holds another architecture than ``profile.models.<name>`` is for; the hub may be asked for its config."""
+    """``ValueError`` if ``source`` holds another architecture than ``profile.models.<name>`` is for; the hub may be asked for it."""
     if name not in MODEL_TYPES or (isinstance(source, Path) and source.is_file()):
         return
     if not isinstance(source, Path):

@@ -51,7 +51,8 @@ class Parts:
     def masks(self, support: SupportSet, profile: Profile, make: Callable[[], ForegroundBackground]) -> ForegroundBackground:
         """The masks of a support set, by ``make`` if they are the first with these settings."""
         part = _segmenter_part(profile)
-        settings = json.dumps([part.depends_on(profile, "masks")[0], part.code, _machine(profile), dataclasses.asdict(profile.masks)], sort_keys=True)
+        models, _ = part.depends_on(profile, "masks")
+        settings = json.dumps([models, part.code, _machine(profile), dataclasses.asdict(profile.masks)], sort_keys=True)
         return self._masks((_digest(support.images, support.attribution), support.category.prompt, settings), make)
 
     def category_filter(self, profile: Profile, load: Callable[[], Any]) -> Any:

@@ -33,7 +33,7 @@ class Part:
     then a change of any one builds the classes again, and ``ovdiff doctor`` cannot say which models the part needs.
 
     ``version`` stands for the part's own code in those keys. By default that is the text of the module that defines ``build`` (for a class
-    or its classmethod: the module that defines the class), as it is when the entry is made, so that an edited part builds its classes again;
+    or its classmethod: the module that defines the class), as it is when the entry is made, so that classes are built again after an edit;
     where there is no such file, as in a notebook, the text of ``build`` alone. Give a ``version``, and change it with the results, where
     the code is spread over several modules or its text cannot be had. Parts of ``ovdiff_lib`` itself have none.
     """

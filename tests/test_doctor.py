@@ -236,7 +236,8 @@ def test_weights_of_open_clip(hub, tmp_path):
 
 
 def test_uses_follow_the_registries(monkeypatch):
-    profile = load_profile("mini", {"features.extractors": ["dino", "clip-keys"], "filters.category": False, "masks.segmenter": "threshold"})
+    profile = load_profile("mini", {"features.extractors": ["dino", "clip-keys"], "masks.segmenter": "threshold",
+                                    "filters.category": False})
     assert uses(profile) == {"diffusion": ["support images"], "dino": ["extractor dino"], "clip": ["extractor clip-keys"]}
     monkeypatch.setitem(features.EXTRACTORS, "own", Part(lambda profile: None))
     monkeypatch.setitem(masks.SEGMENTERS, "own", Part(lambda profile: None, models=("sam",)))

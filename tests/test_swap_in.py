@@ -241,7 +241,7 @@ def test_a_declaration_of_what_no_profile_has_is_refused(profile, declared, monk
             for use in (lambda: OVDiff(profile, library=tmp_path, progress=False).build("cat"), lambda: uses(profile)):
                 with pytest.raises(ProfileError, match=r"A part declares the (model|setting) '") as caught:
                     use()
-                assert named in str(caught.value) or registry is SEGMENTERS and "'sd_'" in str(caught.value)
+                assert named in str(caught.value) or (registry is SEGMENTERS and "'sd_'" in str(caught.value))
 
 
 def test_an_entry_that_is_no_part_is_refused(profile, registered, monkeypatch, tmp_path):

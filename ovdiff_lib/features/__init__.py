@@ -50,7 +50,7 @@ EXTRACTORS: dict[str, Part] = {
 
 
 def check_extractors(profile: Profile) -> None:
-    """``ProfileError`` if ``features.extractors`` is empty, repeats a name, or names what :data:`EXTRACTORS` does not hold as a ``Part``."""
+    """``ProfileError`` if ``features.extractors`` is empty, repeats a name, or names what is no ``Part`` in :data:`EXTRACTORS`."""
     names = profile.features.extractors
     if not names:
         raise ProfileError(f"features.extractors is empty; name at least one of {', '.join(EXTRACTORS)}.")

@@ -75,8 +75,8 @@ class ViTExtractor(ABC):
         height, width = height * self.settings.vit_scale, width * self.settings.vit_scale
         h, w = math.ceil(height / self.patch), math.ceil(width / self.patch)
         if h * w > MOST_PATCHES:
-            raise InputError(f"An image of {given} makes {h} x {w} patches for {self.title}, more than {MOST_PATCHES:,}; crop it to one less "
-                             "elongated, or lower its input size or features.vit_scale.")
+            raise InputError(f"An image of {given} makes {h} x {w} patches for {self.title}, more than {MOST_PATCHES:,}; crop it to one "
+                             "less elongated, or lower the input size or features.vit_scale.")
         return h * self.patch, w * self.patch
 
     @abstractmethod

@@ -1,9 +1,10 @@
 """Step 2a, Sec. 3.2: from attribution to foreground and background masks.
 
 A segmenter (the paper's Gamma) proposes masks without knowing any class; :mod:`~ovdiff_lib.masks.select` picks among them by
-attribution (Eq. 1). To add one, write a class with ``name`` and ``propose`` and give it a line in :data:`SEGMENTERS`: ``"name": Part(Mine)``,
-where ``Mine(profile)`` builds it. The prototype library's keys hold a hash of the module that defines ``Mine``, so that classes are built
-again after it was edited; ``Part(Mine, version="1")`` puts a version of your own in its place (:class:`~ovdiff_lib.registry.Part`).
+attribution (Eq. 1). To add one, write a class with ``name`` and ``propose`` and give it a line in :data:`SEGMENTERS`:
+``"name": Part(Mine)``, where ``Mine(profile)`` builds it. The prototype library's keys hold a hash of the module that defines ``Mine``, so
+that classes are built again after it was edited; ``Part(Mine, version="1")`` puts a version of your own in its place
+(:class:`~ovdiff_lib.registry.Part`).
 """
 
 from __future__ import annotations
