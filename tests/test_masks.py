@@ -262,7 +262,8 @@ def test_overlaps_and_fallback_as_the_profile_says():
     for n in range(2):
         expected = select(separate(proposals, attribution[n]), attribution[n])
         assert (apart.foreground[n] == expected[0]).all() and (apart.background[n] == expected[1]).all()
-    fixed = make_masks(support, load_profile("mini", {"masks.segmenter": "threshold", "masks.fallback": "fixed", "masks.fallback_foreground": 0.6}))
+    fixed = make_masks(support, load_profile("mini", {
+        "masks.segmenter": "threshold", "masks.fallback": "fixed", "masks.fallback_foreground": 0.6}))
     low, high = attribution.min((1, 2), keepdims=True), attribution.max((1, 2), keepdims=True)
     unit = (attribution - low) / (high - low)
     assert high.max() < 1 and (fixed.foreground == (unit > 0.6)).all() and (fixed.background == (unit < 0.2)).all()

@@ -40,7 +40,8 @@ ROWS = {  # what the released code does, topic by topic
 }
 
 AS_PUBLISHED = {  # the paper's value, or the default where it is silent
-    "models.dtype": "float32", "models.mae": "~/.cache/ovdiff/weights/vitl_dec512d16h8b_1600ep_img448_crop0.2-1.0_maskds2.pth", "support.seed": 0, "masks.threshold_scope": "image",
+    "models.dtype": "float32", "models.mae": "~/.cache/ovdiff/weights/vitl_dec512d16h8b_1600ep_img448_crop0.2-1.0_maskds2.pth",
+    "support.seed": 0, "masks.threshold_scope": "image",
     "masks.overlaps": "keep", "masks.background_below": 1.0, "masks.erosion": 0, "masks.fallback": "otsu", "masks.resize": "area",
     "features.sd_latent": "mean", "features.sd_noise": "seeded", "features.clip_normalisation": "clip", "features.clip_input_size": 448,
     "features.dino_input_size": 448, "features.mae_input_size": 448, "filters.category_prompt": "{names}",
