@@ -19,7 +19,7 @@ from ovdiff_lib.profiles import Profile
 from ovdiff_lib.types import ForegroundBackground, SupportSet, Vocabulary
 
 MEMORY = 2**31
-"""Bytes of results that each part remembers."""
+"""Bytes of results that are remembered, of all parts together."""
 
 
 class Parts:
@@ -30,7 +30,7 @@ class Parts:
 
     def __init__(self) -> None:
         self._made: dict[str, Any] = {}
-        self._masks = _Memory(lambda masks: masks.foreground.nbytes + masks.background.nbytes)
+        self._memory = _Memory()
 
     def extractors(self, profile: Profile) -> dict[str, Any]:
         """The extractors of ``features.extractors`` by name. Raises ``ProfileError`` and ``ModelNotAvailable``."""
@@ -53,13 +53,14 @@ class Parts:
         part = _segmenter_part(profile)
         models, _ = part.depends_on(profile, "masks")
         settings = json.dumps([models, part.code, _machine(profile), dataclasses.asdict(profile.masks)], sort_keys=True)
-        return self._masks((_digest(support.images, support.attribution), support.category.prompt, settings), make)
+        key = (_digest(support.images, support.attribution), support.category.prompt, settings)
+        return self._memory(("masks", key), make, lambda masks: masks.foreground.nbytes + masks.background.nbytes)
 
     def category_filter(self, profile: Profile, load: Callable[[], Any]) -> Any:
         """The category filter of the profile, made by ``load`` if it is the first with these settings."""
         key = json.dumps(["filter", profile.models.clip, _machine(profile), dataclasses.asdict(profile.filters)], sort_keys=True)
         if key not in self._made:
-            self._made[key] = _RememberingFilter(load())
+            self._made[key] = _RememberingFilter(load(), self._memory)
         return self._made[key]
 
     def _make(self, kind: str, name: str, part: Any, profile: Profile, section: str, remember: type) -> Any:
@@ -68,7 +69,7 @@ class Parts:
         batch = getattr(getattr(profile, section), "batch_size", 0)
         key = json.dumps([kind, name, models, settings, part.code, batch, _machine(profile)], sort_keys=True)
         if key not in self._made:
-            self._made[key] = remember(part(profile))
+            self._made[key] = remember(part(profile), self._memory)
         return self._made[key]
 
 
@@ -93,44 +94,47 @@ def _digest(*arrays: np.ndarray) -> bytes:
 class _Memory:
     """The latest results by key, as many as fit in :data:`MEMORY` bytes and at least one."""
 
-    def __init__(self, size: Callable[[Any], int]) -> None:
-        self._size, self._kept, self._bytes = size, OrderedDict(), 0
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
+        self._bytes = 0
 
-    def __call__(self, key: Any, make: Callable[[], Any]) -> Any:
+    def __call__(self, key: Any, make: Callable[[], Any], size: Callable[[Any], int]) -> Any:
+        """What ``make`` gives for ``key``, made now or remembered; ``size`` tells a result's bytes."""
         if key not in self._kept:
-            self._kept[key] = value = make()
-            self._bytes += self._size(value)
+            value = make()
+            self._kept[key] = value, size(value)
+            self._bytes += size(value)
             while self._bytes > MEMORY and len(self._kept) > 1:
-                self._bytes -= self._size(self._kept.popitem(last=False)[1])
+                self._bytes -= self._kept.popitem(last=False)[1][1]
         self._kept.move_to_end(key)
-        return self._kept[key]
+        return self._kept[key][0]
 
 
 class _RememberingExtractor:
-    def __init__(self, extractor: Any) -> None:
-        self.extractor, self.name, self.channels = extractor, extractor.name, extractor.channels
-        self._memory = _Memory(lambda features: features.nbytes)
+    def __init__(self, extractor: Any, memory: _Memory) -> None:
+        self.extractor, self.name, self.channels, self._memory = extractor, extractor.name, extractor.channels, memory
 
     def __call__(self, images: np.ndarray, seeds: np.ndarray) -> Any:
-        return self._memory(_digest(images, np.asarray(seeds)), lambda: self.extractor(images, seeds))
+        key = id(self), _digest(images, np.asarray(seeds))
+        return self._memory(key, lambda: self.extractor(images, seeds), lambda features: features.nbytes)
 
 
 class _RememberingSegmenter:
-    def __init__(self, segmenter: Any) -> None:
-        self.segmenter, self.name = segmenter, segmenter.name
-        self._memory = _Memory(lambda masks: masks.nbytes)
+    def __init__(self, segmenter: Any, memory: _Memory) -> None:
+        self.segmenter, self.name, self._memory = segmenter, segmenter.name, memory
 
     def propose(self, image: np.ndarray, words: str) -> np.ndarray:
-        return self._memory((_digest(image), words), lambda: np.asarray(self.segmenter.propose(image, words)))
+        key = id(self), _digest(image), words
+        return self._memory(key, lambda: np.asarray(self.segmenter.propose(image, words)), lambda masks: masks.nbytes)
 
 
 class _RememberingFilter:
-    def __init__(self, category_filter: Any) -> None:
-        self.filter = category_filter
-        self._memory = _Memory(lambda found: 64 * len(found[0]) + found[1].nbytes)
+    def __init__(self, category_filter: Any, memory: _Memory) -> None:
+        self.filter, self._memory = category_filter, memory
 
     def __call__(self, image: np.ndarray, vocabulary: Vocabulary) -> Any:
-        return self._memory((_digest(image), vocabulary), lambda: self.filter(image, vocabulary))
+        key = id(self), _digest(image), vocabulary
+        return self._memory(key, lambda: self.filter(image, vocabulary), lambda found: 64 * len(found[0]) + found[1].nbytes)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.filter, name)

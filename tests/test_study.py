@@ -10,7 +10,7 @@ from ovdiff_lib.evaluation.banks import of_kinds, rows_of_sizes, synonyms, with_
 from ovdiff_lib.evaluation.bench import Bench
 from ovdiff_lib.evaluation.rows import THRESHOLDS, Row, at_thresholds, identity
 from ovdiff_lib.evaluation.samples import Sample
-from ovdiff_lib.evaluation.store import Counted, ResultStore, code_digest
+from ovdiff_lib.evaluation.store import Counted, ResultStore, _statements, code_digest
 from ovdiff_lib.evaluation.study import measure
 from ovdiff_lib.parts import Parts
 from ovdiff_lib.types import Vocabulary
@@ -97,6 +97,9 @@ def test_other_code_is_another_result(tmp_path, monkeypatch):
     measure({"one": again}, Few(), folder=tmp_path, progress=False)
     assert again.seen == 5
     assert code_digest() == code_digest() and len(code_digest()) == 16
+    plain = "def f(x):\n    return x + 1\n"
+    assert _statements(plain) == _statements('def f(x):\n    """Says."""\n    # why\n    return (x +\n            1)\n')
+    assert _statements(plain) != _statements(plain.replace("1", "2"))
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4])
@@ -261,14 +264,14 @@ def test_memory_is_bounded(monkeypatch):
     from ovdiff_lib import parts
 
     monkeypatch.setattr(parts, "MEMORY", 100)
-    memory, made = parts._Memory(lambda value: value), []
+    memory, made = parts._Memory(), []
     for key in (1, 2, 3, 1, 4, 2):
-        memory(key, lambda: made.append(1) or 40)
+        memory(key, lambda: made.append(1) or 40, int)
     # 1 and 2 fit; 3 pushes 1 out, 1 comes again and pushes 2 out, 4 pushes 3, 2 comes again.
     assert len(made) == 6
-    memory(2, lambda: made.append(1) or 40)
+    memory(2, lambda: made.append(1) or 40, int)
     assert len(made) == 6
-    memory(9, lambda: made.append(1) or 1000)
-    memory(9, lambda: made.append(1) or 1000)
+    memory(9, lambda: made.append(1) or 1000, int)
+    memory(9, lambda: made.append(1) or 1000, int)
     assert len(made) == 7  # one that does not fit is still remembered until the next
 

@@ -7,6 +7,7 @@ The digest is that of the key, everything the counts depend on; the key itself i
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import io
 import json
@@ -31,9 +32,9 @@ METHOD_CODE = ("*.py", "support/*.py", "masks/*.py", "features/*.py", "filters/*
 
 OTHER_CODE = ("__init__.py", "architectures.py", "checks.py", "cli.py", "costs.py", "doctor.py", "engines.py", "errors.py", "explain.py",
               "inventory.py", "library.py", "measure_costs.py", "measuring.py", "notebook_commands.py", "operations.py", "parts.py",
-              "published.py", "runner.py", "evaluation/bench.py", "evaluation/commands.py", "evaluation/convert.py",
-              "evaluation/resume.py", "evaluation/choices.py",
-              "evaluation/store.py", "evaluation/study.py")
+              "published.py", "runner.py", "words.py", "evaluation/absent.py", "evaluation/bench.py", "evaluation/choices.py",
+              "evaluation/commands.py", "evaluation/convert.py", "evaluation/examples.py", "evaluation/margins.py",
+              "evaluation/resume.py", "evaluation/store.py", "evaluation/study.py")
 """Of those, files that keep, print or count and cannot change a label."""
 
 logger = logging.getLogger(__name__)
@@ -87,11 +88,23 @@ class ResultStore:
         return self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.npz", text
 
 
+def _statements(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree)
+
+
 @cache
 def code_digest() -> str:
-    """Hash (16 hex digits) of the package's files that can change a label map: results of other code are not taken for this one's."""
+    """Hash (16 hex digits) of the package's files that can change a label map: results of other code are not taken for this one's.
+
+    Of Python files the statements count, not comments, docstrings and layout.
+    """
     chosen = {path for pattern in METHOD_CODE for path in PACKAGE.glob(pattern)} - {PACKAGE / name for name in OTHER_CODE}
     digest = hashlib.sha256()
     for path in sorted(chosen):
-        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+        content = _statements(path.read_text(encoding="utf-8")).encode() if path.suffix == ".py" else path.read_bytes()
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + content + b"\0")
     return digest.hexdigest()[:16]
