@@ -11,7 +11,7 @@ from ovdiff_lib.evaluation.bench import Bench
 from ovdiff_lib.evaluation.rows import THRESHOLDS, Row, at_thresholds, identity
 from ovdiff_lib.evaluation.samples import Sample
 from ovdiff_lib.evaluation.store import Counted, ResultStore, _statements, code_digest
-from ovdiff_lib.evaluation.study import measure
+from ovdiff_lib.evaluation.study import Sweep, measure
 from ovdiff_lib.parts import Parts
 from ovdiff_lib.types import Vocabulary
 
@@ -233,10 +233,28 @@ def test_the_key_holds_what_changes_labels(bench):
 
 def test_thresholds_by_hand():
     scores = np.array([[[9, 9]], [[0.2, 0.5]], [[0.1, 0.7]]], np.float32)  # (C + 1, 1, 2)
-    maps = at_thresholds(scores)
+    maps = at_thresholds(scores).maps()
     assert maps.shape == (len(THRESHOLDS), 1, 2)
     assert maps[THRESHOLDS.index(0.1)].tolist() == [[1, 2]] and maps[THRESHOLDS.index(0.3)].tolist() == [[0, 2]]
     assert maps[THRESHOLDS.index(0.9)].tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_sweep_counts_as_its_maps_do(background):
+    """One histogram against a confusion matrix of sklearn for each map; scores on thresholds, above all and below all are among them."""
+    few, rng = Few(), np.random.default_rng(3)
+    few.has_background = background
+    thresholds = (0.0, 0.25, 0.5, 0.75)
+    sample = few[0]
+    if not background:
+        sample = Sample("a", sample.image, np.where(sample.labels == 0, 255, sample.labels))
+    sweep = Sweep(rng.choice([-0.1, 0.0, 0.25, 0.3, 0.5, 0.9], (6, 9)).astype(np.float32), rng.integers(1, 3, (6, 9)), thresholds)
+    counts, seen = sweep.counts(few, sample), sample.labels != 255
+    assert counts.shape == (4, 2 + background, 2 + background) and sweep.maps().shape == (4, 6, 9)
+    for matrix, made in zip(counts, sweep.maps(), strict=True):
+        made = made if background else sweep.category
+        labels = [0, 1, 2] if background else [1, 2]
+        assert (matrix == confusion_matrix(sample.labels[seen], made[seen], labels=labels)).all()
 
 
 # ---- shared parts

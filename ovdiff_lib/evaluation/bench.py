@@ -20,7 +20,7 @@ from ovdiff_lib.evaluation.datasets import load_dataset
 from ovdiff_lib.evaluation.protocol import EvaluationResult
 from ovdiff_lib.evaluation.rows import Row, method_of
 from ovdiff_lib.evaluation.samples import Dataset
-from ovdiff_lib.evaluation.study import measure
+from ovdiff_lib.evaluation.study import Sweep, measure
 from ovdiff_lib.parts import Parts
 from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.profiles import Profile, load_profile
@@ -103,7 +103,12 @@ class Bench:
             found = measure({row.label: method}, self.dataset(source, row.names), folder=self.library / "results", limit=self.images,
                             progress=self.progress)[row.label]
             chosen = int(np.argmax([r.miou for r in found]))
-        return lambda image: predict(image)[chosen]
+
+        def labels(image: np.ndarray) -> np.ndarray:
+            made = predict(image)
+            return (made.maps() if isinstance(made, Sweep) else made)[chosen]
+
+        return labels
 
     @staticmethod
     def labelled(cells: Sequence, column: str) -> list:

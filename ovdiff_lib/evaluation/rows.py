@@ -12,7 +12,7 @@ import numpy as np
 from ovdiff_lib.errors import ModelNotAvailable
 from ovdiff_lib.evaluation.protocol import for_dataset, label_predictor
 from ovdiff_lib.evaluation.samples import Dataset
-from ovdiff_lib.evaluation.study import Method
+from ovdiff_lib.evaluation.study import Method, Sweep
 from ovdiff_lib.pipeline import SPEED_ONLY, OVDiff
 from ovdiff_lib.profiles import Profile
 from ovdiff_lib.profiles.profile import UNUSED_BY_THE_METHOD
@@ -143,22 +143,26 @@ class _Baseline:
 
         def predict(image: np.ndarray) -> np.ndarray:
             scores = baseline.scores(image, dataset.vocabulary)
-            if not dataset.has_background:
-                labels = np.repeat(scores[1:].argmax(0)[None] + 1, self.variants, 0)
+            if not self.own_background:
+                labels = at_thresholds(scores)
             else:
-                labels = scores.argmax(0)[None] if self.own_background else at_thresholds(scores)
+                labels = (scores.argmax(0) if dataset.has_background else scores[1:].argmax(0) + 1)[None]
             if not self.row.voted:
                 return labels
-            proposals = ovdiff.segmenter.propose(image, "")
-            return np.stack([majority_vote(one, proposals) for one in labels])
+            proposals, voted = ovdiff.segmenter.propose(image, ""), []
+            if isinstance(labels, Sweep):
+                labels = labels.maps() if dataset.has_background else np.repeat(labels.category[None], self.variants, 0)
+            for index, one in enumerate(labels):  # neighbouring thresholds often make the same map
+                same = index and (one == labels[index - 1]).all()
+                voted.append(voted[-1] if same else majority_vote(one, proposals))
+            return np.stack(voted)
 
         return predict
 
 
-def at_thresholds(scores: np.ndarray) -> np.ndarray:
-    """Scores f32 (C + 1, H, W) -> labels i64 (T, H, W), one map for each of :data:`THRESHOLDS` as background; row 0 is not read."""
-    best, category = scores[1:].max(0), scores[1:].argmax(0) + 1
-    return np.where(best > np.array(THRESHOLDS)[:, None, None], category, 0)
+def at_thresholds(scores: np.ndarray) -> Sweep:
+    """Scores f32 (C + 1, H, W) as label maps, one for each of :data:`THRESHOLDS` as constant background score; row 0 is not read."""
+    return Sweep(scores[1:].max(0), scores[1:].argmax(0) + 1, THRESHOLDS)
 
 
 def identity(profile: Profile, all_models: bool = False) -> dict[str, Any]:

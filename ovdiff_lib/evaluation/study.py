@@ -6,8 +6,10 @@ differ in one setting share the networks' features (:mod:`ovdiff_lib.parts`), an
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,13 +17,47 @@ import numpy as np
 from tqdm import tqdm
 
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.evaluation.metrics import ConfusionMatrix
+from ovdiff_lib.evaluation.metrics import IGNORE, ConfusionMatrix
 from ovdiff_lib.evaluation.protocol import EvaluationResult, count_sample, result_of
-from ovdiff_lib.evaluation.samples import Dataset
+from ovdiff_lib.evaluation.samples import Dataset, Sample
 from ovdiff_lib.evaluation.store import Counted, ResultStore, code_digest
 
 SAVE_EVERY = 20.0
 """Seconds between two writings of unfinished results; what a killed run loses at most."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """T label maps of one image, one for each of ``thresholds`` (ascending): a pixel has its ``category`` i64 (H, W), from 1, where
+    ``best`` f32 (H, W) exceeds the threshold, else 0. They are counted from one histogram; ``maps()`` makes them."""
+
+    best: np.ndarray
+    category: np.ndarray
+    thresholds: tuple[float, ...]
+
+    def maps(self) -> np.ndarray:
+        """i64 (T, H, W)."""
+        return np.where(self.best > np.array(self.thresholds)[:, None, None], self.category, 0)
+
+    def counts(self, dataset: Dataset, sample: Sample) -> np.ndarray:
+        """Confusion of each map, i64 (T, K, K), as :func:`~ovdiff_lib.evaluation.protocol.count_sample` counts it. Where the data set has
+        no background all maps are that of the categories."""
+        if not dataset.has_background:
+            matrix = ConfusionMatrix(len(dataset.vocabulary))
+            count_sample(matrix, dataset, self.category, sample)
+            return np.repeat(matrix.counts[None], len(self.thresholds), 0)
+        # Counted per number of thresholds below the pixel's score; a map has the pixels of all higher numbers.
+        classes, steps = len(dataset.vocabulary) + 1, len(self.thresholds)
+        passed = np.searchsorted(np.array(self.thresholds), self.best.astype(np.float64), side="left")
+        matrices = [ConfusionMatrix(classes) for _ in range(steps + 1)]
+        for number in np.unique(passed):
+            chosen = passed == number
+            part = dataclasses.replace(sample, labels=np.where(chosen, sample.labels, IGNORE))
+            count_sample(matrices[number], dataset, self.category, part)
+        counts = np.stack([m.counts for m in matrices])
+        above = counts[::-1].cumsum(0)[::-1][1:]  # i: pixels that pass more than i thresholds
+        above[:, :, 0] += counts.sum((0, 2)) - above.sum(2)
+        return above
 
 
 class Method(Protocol):
@@ -33,8 +69,9 @@ class Method(Protocol):
     @property
     def key(self) -> dict[str, Any]: ...
 
-    def prepare(self, dataset: Dataset) -> Callable[[np.ndarray], np.ndarray]:
-        """Whatever is needed before the first image; returns image u8 (H, W, 3) -> labels int (T, H, W) for the data set's vocabulary."""
+    def prepare(self, dataset: Dataset) -> Callable[[np.ndarray], np.ndarray | Sweep]:
+        """Whatever is needed before the first image; returns image u8 (H, W, 3) -> labels int (T, H, W) for the data set's vocabulary, or
+        a :class:`Sweep` over T thresholds."""
         ...
 
 
@@ -83,8 +120,12 @@ def _count(pending: dict[str, Method], dataset: Dataset, total: int, states: dic
             if state.done > index:
                 continue
             started = time.perf_counter()
-            labels = np.asarray(predictors[name](sample.image))
+            labels = predictors[name](sample.image)
             spent = time.perf_counter() - started
+            if isinstance(labels, Sweep):
+                states[name] = Counted(index + 1, state.counts + labels.counts(dataset, sample), state.seconds + spent)
+                continue
+            labels = np.asarray(labels)
             if labels.ndim != 3 or len(labels) != method.variants:
                 raise InputError(f"The method {name!r} made labels of shape {labels.shape}; they must be ({method.variants}, H, W).")
             counts = state.counts.copy()
