@@ -88,19 +88,20 @@ def run_all(chosen: Sequence[Path], folder: Path, parameters: dict[str, Any], *,
     """Run notebooks into ``folder``, ``workers`` at a time, whatever becomes of the others; returns one sentence for each that failed.
 
     ``say`` is told of each notebook when it is through. Several at a time share the processors evenly and show no progress bars; those
-    whose parameters cell is tagged "alone" (they measure time) follow one by one. An interrupt (ctrl-C) ends it; what is finished stays.
+    whose parameters cell is tagged "long" begin first, so that no processor waits for them at the end, and those tagged "alone" (they
+    measure time) follow one by one. An interrupt (ctrl-C) ends it; what is finished stays.
     """
     if workers > 1:
-        alone = [notebook for notebook in chosen if _is_alone(notebook)]
-        others = [notebook for notebook in chosen if notebook not in alone]
+        alone = [notebook for notebook in chosen if _has_tag(notebook, "alone")]
+        others = sorted((n for n in chosen if n not in alone), key=lambda n: not _has_tag(n, "long"))
         return [*(_run_all(others, folder, parameters, force, say, workers) if others else ()),
                 *_run_all(alone, folder, parameters, force, say, 1)]
     return _run_all(chosen, folder, parameters, force, say, 1)
 
 
-def _is_alone(notebook: Path) -> bool:
+def _has_tag(notebook: Path, tag: str) -> bool:
     try:
-        return any("alone" in cell["metadata"].get("tags", []) for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"])
+        return any(tag in cell["metadata"].get("tags", []) for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False  # running it will say what is wrong
 

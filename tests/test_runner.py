@@ -287,8 +287,8 @@ def test_one_failure_stops_no_other(tmp_path, monkeypatch):
               "04_e": InputError("no."), "05_f": OSError(28, "No space left on device")}
     done, said = [], []
 
-    def run(path, output, parameters, *, force):
-        assert output == tmp_path / "out" / path.name and parameters == {"a": 1} and force is True
+    def run(path, output, parameters, *, force, progress):
+        assert progress is True and output == tmp_path / "out" / path.name and parameters == {"a": 1} and force is True
         if path.stem in raised:
             raise raised[path.stem]
         done.append(path.stem)
@@ -345,3 +345,35 @@ def test_no_notebook_reaches_what_is_left_out():
 def test_what_is_left_out_exists():
     package = Path(ovdiff_lib.__file__).parent
     assert all(list(package.glob(pattern)) for pattern in NOT_READ)
+
+
+def test_long_notebooks_begin_first_and_those_alone_come_last(tmp_path, monkeypatch):
+    """Two at a time; the order in which they are handed out, and that those alone are run when the others are through."""
+    paths = []
+    for number, tags in enumerate([[], ["long"], ["alone"], ["long"], []]):
+        cell = nbformat.v4.new_code_cell("x = 1  # number", id="parameters", metadata={"tags": ["parameters", *tags]})
+        paths.append(tmp_path / f"0{number}_{'_'.join(tags) or 'plain'}.ipynb")
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), paths[-1])
+    seen = []
+    monkeypatch.setattr(runner, "_run_all", lambda chosen, folder, parameters, force, say, workers: seen.append(
+        ([p.stem for p in chosen], workers)) or [])
+    assert runner.run_all(paths, tmp_path, {}, workers=2) == []
+    assert seen == [(["01_long", "03_long", "00_plain", "04_plain"], 2), (["02_alone"], 1)]
+    seen.clear()
+    runner.run_all(paths, tmp_path, {})
+    assert seen == [([p.stem for p in paths], 1)]
+
+
+def test_two_notebooks_at_a_time_and_one_that_fails(notebook, tmp_path):
+    """Each in a process and with a kernel of its own; the failure names its cell and stops no other."""
+    made = nbformat.read(notebook, as_version=4)
+    other = notebook.with_name("01_other.ipynb")
+    for old, new in (("00_counting", "01_other"), ("log.txt", "other.txt"), ("count >= 0", "count > 9")):
+        made.cells[1].source = made.cells[1].source.replace(old, new)
+    nbformat.write(made, other)
+    said = []
+    parameters = {"count": 3, "output": str(tmp_path / "out")}
+    failures = runner.run_all([notebook, other], tmp_path / "out", parameters, say=said.append, workers=2)
+    assert len(failures) == 1 and "01_other.ipynb failed in cell 'count'" in failures[0] and len(said) == 2
+    assert (tmp_path / "out" / "00_counting.ipynb").exists() and not (tmp_path / "out" / "01_other.ipynb").exists()
+    assert not list(notebook.parent.glob("kernel*"))  # no sockets beside the notebooks
