@@ -119,8 +119,9 @@ CASES = [  # id, claim, verdict, numbers
     ("gains fail", 20, "fails", {
         **SEEDED, **GAINS, "A.1|ReCo|VOC with category filter": 40.0, "A.1|ReCo|VOC without category filter": 20.0}),
     ("gains within noise", 20, "within noise", {**SEEDED, **GAINS, "A.1|MaskCLIP|VOC without category filter": 4.0}),
-    ("gains paired", 20, "holds", {**SEEDED, "A.1|OVDiff|VOC with category filter": (50.0, 40.0), "A.1|OVDiff|VOC without category filter":
-        (45.0, 35.1), "A.1|ReCo|VOC with category filter": (30.0, 31.0), "A.1|ReCo|VOC without category filter": (25.5, 26.6)}),
+    ("gains paired", 20, "holds", {**SEEDED, "A.1|OVDiff|VOC with category filter": (50.0, 40.0, 45.0),
+        "A.1|OVDiff|VOC without category filter": (45.0, 35.1, 40.05), "A.1|ReCo|VOC with category filter": (30.0, 31.0, 30.5),
+        "A.1|ReCo|VOC without category filter": (25.5, 26.6, 26.05)}),
     ("gains of no rival", 20, "not measured", {**SEEDED, **{k: v for k, v in GAINS.items() if "MaskCLIP" not in k}}),
     ("pairs hold", 21, "holds", {**SEEDED, **SEGMENTED}),
     ("a pair fails", 21, "fails", {**SEEDED, **SEGMENTED, "A.2|ReCo + CutLER|Object": 35.0}),

@@ -28,7 +28,7 @@ NOT_COUNTED = ("00_", "01_")
 
 LEGEND = (
     "A difference up to the noise decides nothing (within noise). The noise is twice the standard error of paired differences where both "
-    "cells have runs of the same seeds, else twice the standard deviation over seeds of OVDiff's own row of Table 1, or "
+    "cells have runs of the same three or more seeds, else twice the standard deviation over seeds of OVDiff's own row of Table 1, or "
     f"{TOLERANCE} where that was not measured. Claims that something changes little hold up to a difference of {TOLERANCE} % of mIoU or "
     "the noise, whichever is larger.")
 

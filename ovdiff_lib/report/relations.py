@@ -1,8 +1,9 @@
 """What the claims about results say, as tests of numbers: greater, about equal, largest drop, grows then flat, linear.
 
-**Noise.** Two cells with runs of the same seeds are compared run by run: the mean of the paired differences, with twice its standard error
-as noise. Other cells have one run, or runs that do not pair: then the noise is twice the standard deviation over seeds that OVDiff's own
-row of Table 1 has on the same data set, or :data:`TOLERANCE` where that was not measured. A difference up to the noise decides nothing.
+**Noise.** Two cells with runs of the same three or more seeds are compared run by run: the mean of the paired differences, with twice its
+standard error as noise. Other cells have one or two runs, whose spread says little, or runs that do not pair: then the noise is twice
+the standard deviation over seeds that OVDiff's own row of Table 1 has on the same data set, or :data:`TOLERANCE` where that was not
+measured. A difference up to the noise decides nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ LINEAR_R2 = 0.98
 
 LINEAR_RATIO = (0.5, 2.0)
 """Legal range of (growth in time) / (growth in N); 1 = proportional, 0 = no growth."""
+
+PAIRS = 3
+"""Fewest pairs of runs whose spread is believed: with two, both differences are often alike by chance."""
 
 ORDER = ("fails", "within noise", "holds")
 """Verdicts on numbers, worst first: of several comparisons the worst counts."""
@@ -198,7 +202,7 @@ RELATIONS: dict[str, Callable[[list[Sample], list[Sample], Spread], Part | None]
 
 def _paired(left: Sample, right: Sample) -> bool:
     known = left.seeds and right.seeds
-    return len(left.values) == len(right.values) > 1 and (not known or left.seeds == right.seeds)
+    return len(left.values) == len(right.values) >= PAIRS and (not known or left.seeds == right.seeds)
 
 
 def _gain(with_it: Sample, without: Sample) -> Sample:
