@@ -61,7 +61,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _reproduce(options: argparse.Namespace) -> int:
     from ovdiff_lib.engines import processors
-    from ovdiff_lib.runner import is_fresh, notebooks, run_all
+    from ovdiff_lib.runner import has_tag, is_fresh, notebooks, run_all
 
     if options.workers is not None and options.workers < 1:
         raise InputError(f"--workers is {options.workers}; give at least 1.")
@@ -70,7 +70,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     folder, shown = Path(parameters["output"]), options.out / Path(parameters["output"]).name
     chosen = notebooks(options.notebooks, options.only.split(",") if options.only else ())
     stale = [n for n in chosen if options.force or not is_fresh(n, folder / n.name, parameters)]
-    if stale and workers > 1 and not options.only:
+    if workers > 1 and any(has_tag(notebook, "long") for notebook in stale):  # those measure on all data sets and seeds
         _draw(profile, folder, workers)
     failures = run_all(chosen, folder, parameters, force=options.force, say=lambda text: print(text, flush=True), workers=workers)
     # Also after a failure: what is there is worth seeing, and the report says what is not.

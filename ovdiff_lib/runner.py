@@ -92,14 +92,15 @@ def run_all(chosen: Sequence[Path], folder: Path, parameters: dict[str, Any], *,
     measure time) follow one by one. An interrupt (ctrl-C) ends it; what is finished stays.
     """
     if workers > 1:
-        alone = [notebook for notebook in chosen if _has_tag(notebook, "alone")]
-        others = sorted((n for n in chosen if n not in alone), key=lambda n: not _has_tag(n, "long"))
+        alone = [notebook for notebook in chosen if has_tag(notebook, "alone")]
+        others = sorted((n for n in chosen if n not in alone), key=lambda n: not has_tag(n, "long"))
         return [*(_run_all(others, folder, parameters, force, say, workers) if others else ()),
                 *_run_all(alone, folder, parameters, force, say, 1)]
     return _run_all(chosen, folder, parameters, force, say, 1)
 
 
-def _has_tag(notebook: Path, tag: str) -> bool:
+def has_tag(notebook: Path, tag: str) -> bool:
+    """Whether a cell of the notebook has the tag."""
     try:
         return any(tag in cell["metadata"].get("tags", []) for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
