@@ -305,12 +305,12 @@ def test_a_notebook_runs_with_parameters(tmp_path, capsys, monkeypatch):
     assert main(["run", "00_a.ipynb", "-p", "output=there"]) == 0
     (_, target, parameters), _ = calls.pop()
     assert parameters["output"] == str(tmp_path / "there") and target == tmp_path / "there" / "00_a.ipynb"
-    assert main(["reproduce", "--notebooks", ".", "--out", "o", "--force"]) == 0
+    assert main(["reproduce", "--workers", "1", "--notebooks", ".", "--out", "o", "--force"]) == 0
     assert [c[0][1] for c in calls] == [tmp_path / "o" / "mini" / n for n in ("00_a.ipynb", "01_b.ipynb")]
     assert all(c[1]["force"] for c in calls)
     assert "Done." in capsys.readouterr().out
     calls.clear()
-    assert main(["reproduce", "--notebooks", ".", "--out", "o", "--only", "1"]) == 0
+    assert main(["reproduce", "--workers", "1", "--notebooks", ".", "--out", "o", "--only", "1"]) == 0
     assert [c[0][1].name for c in calls] == ["01_b.ipynb"] and not calls[0][1]["force"]
 
 
@@ -352,7 +352,7 @@ def test_reproduce_ends_with_claims_and_report_whatever_fails(tmp_path, capsys, 
     counting(folder, "00_plain", "print(seed)")
     broken = counting(folder, "01_broken", "raise ValueError('no such thing\\nsecond line')")
     counting(folder, "02_table", TABLE)
-    assert main(["reproduce"]) == 1
+    assert main(["reproduce", "--workers", "1"]) == 1
     said = capsys.readouterr()
     lines = said.out.splitlines()
     assert [line.split(":")[0] for line in lines[:5]] == ["00_plain", "01_broken", "02_table", "claims", "report"]
@@ -367,7 +367,7 @@ def test_reproduce_ends_with_claims_and_report_whatever_fails(tmp_path, capsys, 
 
     # Mended: only that one runs.
     broken.write_text(broken.read_text().replace("raise ValueError", "print"))
-    assert main(["reproduce"]) == 0
+    assert main(["reproduce", "--workers", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert ["fresh" in line for line in lines[:3]] == [True, False, True] and lines[-1] == "Done."
     assert not (out / "01_broken.failed.ipynb").exists()
@@ -386,7 +386,7 @@ def test_a_report_that_cannot_be_written_is_said(tmp_path, capsys, monkeypatch):
     (tmp_path / "00_a.ipynb").write_text("{}")
     (tmp_path / "outputs" / "mini" / "tables").mkdir(parents=True)
     (tmp_path / "outputs" / "mini" / "tables" / "09_old.csv").write_text("a,b\n1,2\n")
-    assert main(["reproduce", "--notebooks", "."]) == 1
+    assert main(["reproduce", "--workers", "1", "--notebooks", "."]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 and "claims could not be written" in errors[0] and "09_old.csv" in errors[0]
     assert errors[1] == "ovdiff: The report could not be written: RuntimeError: no page"
