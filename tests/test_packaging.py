@@ -251,4 +251,4 @@ def test_continuous_integration_runs_the_tests():
     script = ROOT / ".ci" / "run"
     text = script.read_text(encoding="utf-8")
     assert os.access(script, os.X_OK) and text.startswith("#!/usr/bin/env bash\n")
-    assert "set -euo pipefail" in text and text.rstrip().endswith("make test")
+    assert "set -euo pipefail" in text and "\nmake test\n" in text and "OVDIFF_FULL_SIZE=1" in text
