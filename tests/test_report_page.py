@@ -575,6 +575,12 @@ def at(browser, selector):
     return browser.find_element("css selector", selector)
 
 
+def wait(browser, condition):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(browser, 20).until(condition)
+
+
 def opened(browser, path, width=1280, height=900):
     """Load a page at a size; returns what was requested and what the console said."""
     screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
@@ -583,9 +589,7 @@ def opened(browser, path, width=1280, height=900):
         browser.get_log(log)
     browser.get(path.as_uri())
     if "index" in path.name:
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        WebDriverWait(browser, 20).until(lambda b: b.find_elements("css selector", ".panel[data-ready=true]"))
+        wait(browser, lambda b: b.find_elements("css selector", ".panel[data-ready=true]"))
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     requested = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     return requested, [entry["message"] for entry in browser.get_log("browser")]
@@ -694,8 +698,19 @@ def test_images_and_views_can_be_chosen(browser, built):
     buttons = browser.find_elements("css selector", ".choose button")
     assert [b.get_attribute("aria-pressed") for b in buttons] == ["true", "false"] and buttons[0].text == f"one {SCRIPT}"
     buttons[1].click()
-    assert [b.get_attribute("aria-pressed") for b in buttons] == ["false", "true"]
+    wait(browser, lambda b: [b.get_attribute("aria-pressed") for b in buttons] == ["false", "true"])
     assert at(browser, "canvas").get_attribute("aria-label").startswith("two:")
+
+
+def test_of_images_chosen_in_haste_the_last_is_shown(browser, built):
+    opened(browser, built[1])
+    browser.execute_script("""
+        const buttons = document.querySelectorAll(".choose button");
+        buttons[1].click(); buttons[0].click();      // the first is read already, the second is not
+        window.settled = new Promise((done) => setTimeout(done, 500)).then(() => { window.settled = true; });""")
+    wait(browser, lambda b: b.execute_script("return window.settled === true"))
+    assert [b.get_attribute("aria-pressed") for b in browser.find_elements("css selector", ".choose button")] == ["true", "false"]
+    assert at(browser, "canvas").get_attribute("aria-label").startswith(f"one {SCRIPT}:")
 
 
 @pytest.mark.parametrize("width", [320, 360, 768, 1280])
@@ -739,7 +754,6 @@ def test_broken_panel_data_are_a_sentence(browser, built, tmp_path):
     write_panel(folder / "explain" / "06_panel.json", data)
     path = build_report(folder, load_profile("mini"), None)
     browser.get(path.as_uri())
-    from selenium.webdriver.support.ui import WebDriverWait
 
-    assert WebDriverWait(browser, 20).until(lambda b: b.find_elements("css selector", ".panel .problem"))
+    assert wait(browser, lambda b: b.find_elements("css selector", ".panel .problem"))
     assert "cannot be read" in at(browser, ".panel").text

@@ -118,7 +118,7 @@
           make("tbody", {}, ...rows))));
   }
 
-  async function panel(box, data) {
+  async function panel(box, data, broken) {
     const canvas = make("canvas", { tabindex: 0, role: "application" });
     const said = make("p", { class: "hidden", role: "status", "aria-live": "polite" });
     const answer = make("div", { class: "answer" });
@@ -128,13 +128,19 @@
     const views = make("fieldset", {}, make("legend", {}, "Show"), ...["image", "both", "labels"].map((view) => make("label", {},
       make("input", { type: "radio", name: `view-${box.dataset.panel}`, value: view, checked: view === shown.view,
                       onchange: () => { shown.view = view; draw(); } }), ` ${view}`)));
-    const buttons = data.images.map((entry) => make("button", { type: "button", "aria-pressed": "false", onclick: () => choose(entry) },
+    const buttons = data.images.map((entry) => make("button", { type: "button", "aria-pressed": "false", onclick: () => choose(entry).catch(broken) },
       make("img", { src: entry.picture, alt: "" }), make("span", {}, named(entry.title))));
     const cache = new Map();
 
+    let wanted = null;
+
+    // Reading an image takes a moment; of several asked for meanwhile, the last one is shown.
     async function choose(entry) {
-      if (!cache.has(entry)) cache.set(entry, await opened(entry));
-      shown.image = cache.get(entry);
+      wanted = entry;
+      if (!cache.has(entry)) cache.set(entry, opened(entry));
+      const image = await cache.get(entry);
+      if (wanted !== entry) return;
+      shown.image = image;
       buttons.forEach((button, i) => button.setAttribute("aria-pressed", String(data.images[i] === entry)));
       canvas.setAttribute("aria-label", `${entry.title}: arrow keys move the pixel, with Shift by ten`);
       rowField.max = entry.size[0] - 1;
@@ -241,9 +247,9 @@
   for (const box of document.querySelectorAll(".panel")) {
     const data = JSON.parse(document.getElementById(`panel-${box.dataset.panel}`).textContent);
     if (!("DecompressionStream" in window)) continue;
-    panel(box, data).then(() => { box.dataset.ready = "true"; }, (error) => {
+    const broken = (error) =>
       box.replaceChildren(make("p", { class: "problem" }, `The data of this panel cannot be read (${error.message}); write them again.`));
-    });
+    panel(box, data, broken).then(() => { box.dataset.ready = "true"; }, broken);
   }
 
   // On a phone the contents would push the report off the screen; on paper everything that is folded shows.
