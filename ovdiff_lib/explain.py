@@ -68,7 +68,7 @@ def explain(segmentation: Segmentation, bank: PrototypeBank, row: int, column: i
     category, index = (int(found[0, 0]) for found in _resolve(segmentation, bank, here))
     runner_up, margin = _second(segmentation, label, row, column)
     common = dict(row=row, column=column, class_name=segmentation.class_names[label], runner_up=runner_up, margin=margin,
-                  score=float(segmentation.scores[label, row, column]), extractor=extractor)
+                  score=float(segmentation.scores_at(row, column)[label]), extractor=extractor)
     if category < 0:
         return Explanation(**common, category=None, kind=None, region=None, index=None, images=(), masks=np.zeros((0, 0, 0), bool))
     prototypes = bank.prototypes[extractor][category]
@@ -239,7 +239,7 @@ def _resolve(segmentation: Segmentation, bank: PrototypeBank, where: tuple[slice
 
 
 def _second(segmentation: Segmentation, label: int, row: int, column: int) -> tuple[str | None, float | None]:
-    scores = segmentation.scores[:, row, column].copy()
+    scores = segmentation.scores_at(row, column)
     first = float(scores[label])
     scores[label] = -np.inf
     second = int(scores.argmax())

@@ -7,6 +7,8 @@ Then the mean over extractors, over the windows of a scale that cover a pixel, a
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ovdiff_lib.batches import batches
 from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.images import RESAMPLING, resize_short_side
 from ovdiff_lib.models import resolve_device
@@ -77,6 +80,14 @@ def check_matching(settings: Matching) -> None:
         raise ProfileError(f"matching.pamr_dilations is {settings.pamr_dilations}; name at least one distance from 1 pixel up.")
 
 
+def check_image(image: np.ndarray) -> None:
+    """``InputError`` for an image (H, W, 3) that is too elongated."""
+    height, width = image.shape[:2]
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise InputError(f"The image is {height} x {width} pixels: its long side is more than {MAX_ASPECT} times its short side; "
+                         "cut it into pieces.")
+
+
 def check_background(profile: Profile) -> None:
     """``ProfileError`` for a profile that builds no background prototypes and has no score to put in their place."""
     if not profile.prototypes.background and profile.matching.background_threshold is None:
@@ -94,6 +105,32 @@ class _ClassRows:
 
     vectors: list[torch.Tensor | None]  # f32 (p, D)
     index: list[np.ndarray]  # i32 (p,) what `winner` says of each row
+
+
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """An image on its way: what its windows are scored with, and what they add to."""
+
+    shape: tuple[int, int]  # of the image as given
+    resized: np.ndarray
+    rows: dict[str, _ClassRows]
+    fallback: float | None
+    totals: list[torch.Tensor]  # a scale: f32 (C + 1, H, W)
+    cover: list[torch.Tensor]  # a scale: windows over each pixel, (H, W)
+    votes: torch.Tensor  # extractors that score each class, (C + 1, 1, 1)
+    windows: list[_Window]
+    seen: list[tuple[Box, np.ndarray, np.ndarray]]  # what the first extractor saw in each window
+
+
+@dataclass(frozen=True, eq=False)
+class _Window:
+    """One window of an image: where it lies, its pixels u8 (S, S, 3) and its noise seed."""
+
+    image: _Opened
+    scale: int
+    box: Box
+    crop: np.ndarray
+    seed: int
 
 
 class Matcher:
@@ -127,28 +164,54 @@ class Matcher:
         ``bank.prototypes[first][c - 1].vectors`` (rows of both regions counted); for background an index into the background rows
         of all categories, concatenated in the order of the bank; -1 where background won without a prototype or by the minimum score.
         """
-        height, width = image.shape[:2]
-        if max(height, width) > MAX_ASPECT * min(height, width):
-            raise InputError(f"The image is {height} x {width} pixels: its long side is more than {MAX_ASPECT} times its short side; "
-                             "cut it into pieces.")
+        return next(self.scores_many([(image, bank)]))
+
+    def scores_many(self, pairs: Sequence[tuple[np.ndarray, PrototypeBank]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """:meth:`scores` of each image against its own bank, in order; windows of one size share batches, whichever image they are of.
+
+        Scores and windows of all the images are in memory at a time. Errors are raised before the first result.
+        """
+        images = [self._open(image, bank) for image, bank in pairs]
+        groups: dict[int, list[_Window]] = {}
+        for opened in images:
+            for window in opened.windows:
+                groups.setdefault(len(window.crop), []).append(window)
+        for group in groups.values():
+            for start, stop in batches(len(group), self.settings.batch_size, self.device):
+                self._score(group[start:stop])
+        for opened in images:
+            yield self._close(opened)
+
+    def _open(self, image: np.ndarray, bank: PrototypeBank) -> _Opened:
+        check_image(image)
         rows = {name: self._class_rows(name, bank) for name in self.extractors}
         fallback = self._fallback(rows)
         resized = resize_short_side(image, self.settings.short_side, self.settings.resample, self.settings.long_side)
-        total = torch.zeros(len(bank.vocabulary) + 1, *resized.shape[:2], device=self.device)
-        scales, seen, done = self._scales(resized), [], 0
-        seeds = window_seeds(self.profile.features.seed, image, sum(len(boxes) for _, boxes in scales))
-        for crops, boxes in scales:
-            total += self._scale(crops, boxes, seeds[done : done + len(boxes)], rows, total.shape, seen) / len(scales)
-            done += len(boxes)
+        scales = self._scales(resized)
+        seeds = iter(window_seeds(self.profile.features.seed, image, sum(len(boxes) for _, boxes in scales)))
+        shape = (len(bank.vocabulary) + 1, *resized.shape[:2])
+        totals = [torch.zeros(shape, device=self.device) for _ in scales]
+        cover = [torch.zeros(shape[1:], device=self.device) for _ in scales]
+        voters = torch.tensor([sum(r.vectors[c] is not None for r in rows.values()) for c in range(shape[0])], device=self.device)
+        opened = _Opened(image.shape[:2], resized, rows, fallback, totals, cover, voters.clamp(min=1)[:, None, None], [], [])
+        for scale, (crops, boxes) in enumerate(scales):
+            opened.windows.extend(_Window(opened, scale, box, crop, next(seeds)) for crop, box in zip(crops, boxes, strict=True))
+        return opened
+
+    def _close(self, opened: _Opened) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and winner of an image all of whose windows have been scored."""
+        total = torch.zeros_like(opened.totals[0])
+        for one, cover in zip(opened.totals, opened.cover, strict=True):
+            total += one / cover / len(opened.totals)
         if self.settings.refine == "pamr":
-            total = pamr(resized, total, self.settings.pamr_iterations, self.settings.pamr_dilations)
+            total = pamr(opened.resized, total, self.settings.pamr_iterations, self.settings.pamr_dilations)
         # Bilinear weights times -inf are NaN, so a background without prototypes is filled in after the last resizing.
-        scores = F.interpolate(total[None], size=(height, width), mode="bilinear", align_corners=False)[0].cpu().numpy()
+        scores = F.interpolate(total[None], size=opened.shape, mode="bilinear", align_corners=False)[0].cpu().numpy()
         if not np.isfinite(scores).all():
             raise InputError("The image features are not finite; check the extractor's weights, or use dtype float32.")
-        if fallback is not None:
-            scores[0] = fallback
-        winner = self._winner(scores.argmax(0), seen, next(iter(rows.values())), resized.shape[:2])
+        if opened.fallback is not None:
+            scores[0] = opened.fallback
+        winner = self._winner(scores.argmax(0), opened.seen, next(iter(opened.rows.values())), opened.resized.shape[:2])
         if self.settings.minimum_score is not None:
             best = scores.max(0)
             low = best <= self.settings.minimum_score
@@ -198,26 +261,27 @@ class Matcher:
             scales.append((squashed[None], [(0, 0, *resized.shape[:2])]))
         return scales
 
-    def _scale(self, crops: np.ndarray, boxes: list[Box], seeds: np.ndarray, rows: dict[str, _ClassRows], shape: torch.Size,
-               seen: list) -> torch.Tensor:
-        """Scores of one scale, averaged where windows overlap; notes in ``seen`` what the first extractor saw in each window."""
-        total, cover = torch.zeros(shape, device=self.device), torch.zeros(shape[1:], device=self.device)
-        voters = [sum(r.vectors[c] is not None for r in rows.values()) for c in range(shape[0])]
-        votes = torch.tensor(voters, device=self.device).clamp(min=1)[:, None, None]
-        step = max(1, self.settings.batch_size)
-        for start in range(0, len(boxes), step):
-            part = boxes[start : start + step]
-            window_total = 0
-            for name, extractor in self.extractors.items():
-                features = extractor(crops[start : start + step], seeds[start : start + step])
-                values, arguments = self._match(features, rows[name])
-                window_total = window_total + F.interpolate(values, size=part[0][2:], mode="bilinear", align_corners=False)
+    def _score(self, part: Sequence[_Window]) -> None:
+        """Add the scores of windows of one size to their images; notes in ``seen`` what the first extractor saw in each."""
+        crops, seeds = np.stack([window.crop for window in part]), np.array([window.seed for window in part], np.int64)
+        found: list[torch.Tensor | int] = [0] * len(part)
+        for name, extractor in self.extractors.items():
+            features = extractor(crops, seeds)
+            # Neighbours of one image and scale are matched in one product.
+            for _, run in itertools.groupby(range(len(part)), lambda i: (id(part[i].image), part[i].scale)):
+                run = list(run)
+                image, (_, _, height, width) = part[run[0]].image, part[run[0]].box
+                values, arguments = self._match(features[run[0] : run[-1] + 1], image.rows[name])
+                enlarged = F.interpolate(values, size=(height, width), mode="bilinear", align_corners=False)
+                for i, window in zip(run, enlarged, strict=True):
+                    found[i] = found[i] + window
                 if name == next(iter(self.extractors)):
-                    seen += list(zip(part, values.cpu().numpy(), arguments.int().cpu().numpy(), strict=True))
-            for (top, left, height, width), window in zip(part, window_total / votes, strict=True):
-                total[:, top : top + height, left : left + width] += window
-                cover[top : top + height, left : left + width] += 1
-        return total / cover
+                    boxes = [part[i].box for i in run]
+                    image.seen.extend(zip(boxes, values.cpu().numpy(), arguments.int().cpu().numpy(), strict=True))
+        for window, scores in zip(part, found, strict=True):
+            image, (top, left, height, width) = window.image, window.box
+            image.totals[window.scale][:, top : top + height, left : left + width] += scores / image.votes
+            image.cover[window.scale][top : top + height, left : left + width] += 1
 
     def _match(self, features: torch.Tensor, rows: _ClassRows) -> tuple[torch.Tensor, torch.Tensor]:
         """Highest cosine f32 (n, C + 1, h, w) of every feature (n, h, w, D) to each class and its row i64; 0 and -1 without prototypes."""

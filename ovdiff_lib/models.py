@@ -33,6 +33,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 WEIGHT_FILES = (".pth", ".pt", ".pkl", ".bin", ".safetensors")
 IDENTITY_SUFFIXES = (".json", ".txt", ".safetensors", ".bin")
 
+COMPILED = ("ResnetBlock2D", "FeedForward", "CLIPMLP", "ViTMLP", "Mlp")
+"""Classes of modules that ``models.compile`` compiles, of diffusers, transformers and timm."""
+
 _loaded: dict[tuple, Any] = {}
 _file_hashes: dict[tuple[str, int, int], str] = {}
 
@@ -184,14 +187,35 @@ def _check_type(name: str, source: Path | str, options: dict) -> None:
 
 def _cached(name: str, build: Any, identifier: str, profile: Profile, variant: str = "") -> Any:
     source, device, dtype = resolve_model(identifier), resolve_device(profile), resolve_dtype(profile)
-    key = (name, variant, str(source), str(device), dtype)
+    key = (name, variant, str(source), str(device), dtype, profile.models.compile, profile.models.channels_last)
     if key not in _loaded:
         options = {"local_files_only": not profile.models.download}
         quiet = contextlib.nullcontext() if profile.models.download else _no_progress_bars()
         with _loading(identifier, source, profile.models.download), quiet:
             _check_type(name, source, options)
-            _loaded[key] = build(source, device, dtype, options)
+            _loaded[key] = tune(build(source, device, dtype, options), profile)
     return _loaded[key]
+
+
+def tune(loaded: Any, profile: Profile) -> Any:
+    """``loaded``, a network, a pipeline or a tuple with one, with ``models.channels_last`` and ``models.compile`` applied in place.
+
+    Compiled are the blocks of :data:`COMPILED`, many alike in a network, so that one compilation serves several. None of them holds a
+    layer whose output is read or an attention that is recorded: hooks do not reach into compiled code. Results change by rounding alone.
+    """
+    networks = [part for part in (loaded if isinstance(loaded, tuple) else (loaded,)) if isinstance(part, torch.nn.Module)]
+    if hasattr(loaded, "components"):
+        networks = [part for part in loaded.components.values() if isinstance(part, torch.nn.Module)]
+    for network in networks:
+        if profile.models.channels_last:
+            network.to(memory_format=torch.channels_last)
+        if profile.models.compile:
+            # Blocks of one class share this limit, and a UNet has them in many widths and sizes; beyond it they would run uncompiled.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
+            for module in network.modules():
+                if type(module).__name__ in COMPILED:
+                    module.compile()
+    return loaded
 
 
 def _build_diffusion(source: Path | str, device: torch.device, dtype: torch.dtype, options: dict) -> StableDiffusionPipeline:

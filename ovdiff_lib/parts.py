@@ -63,6 +63,16 @@ class Parts:
             self._made[key] = _RememberingFilter(load(), self._memory)
         return self._made[key]
 
+    def baseline(self, name: str, profile: Profile) -> Any:
+        """The baseline called ``name`` with the profile's values. Raises as :func:`~ovdiff_lib.baselines.build_baseline`."""
+        from ovdiff_lib.baselines import build_baseline
+
+        values = {section: fields for section, fields in profile.to_dict().items() if section not in ("name", "description", "evaluation")}
+        key = json.dumps(["baseline", name, values], sort_keys=True)
+        if key not in self._made:
+            self._made[key] = _RememberingBaseline(build_baseline(name, profile), self._memory)
+        return self._made[key]
+
     def _make(self, kind: str, name: str, part: Any, profile: Profile, section: str, remember: type) -> Any:
         models, settings = part.depends_on(profile, section)
         settings.pop("extractors", None)  # which others run beside it
@@ -81,7 +91,8 @@ def _segmenter_part(profile: Profile) -> Any:
 
 
 def _machine(profile: Profile) -> list[Any]:
-    return [profile.models.device, profile.models.dtype, profile.models.download]
+    models = profile.models
+    return [models.device, models.dtype, models.compile, models.channels_last, models.download]
 
 
 def _digest(*arrays: np.ndarray) -> bytes:
@@ -126,6 +137,18 @@ class _RememberingSegmenter:
     def propose(self, image: np.ndarray, words: str) -> np.ndarray:
         key = id(self), _digest(image), words
         return self._memory(key, lambda: np.asarray(self.segmenter.propose(image, words)), lambda masks: masks.nbytes)
+
+
+class _RememberingBaseline:
+    def __init__(self, baseline: Any, memory: _Memory) -> None:
+        self.baseline, self._memory = baseline, memory
+
+    def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+        key = id(self), _digest(image), vocabulary
+        return self._memory(key, lambda: self.baseline.scores(image, vocabulary), lambda scores: scores.nbytes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.baseline, name)
 
 
 class _RememberingFilter:

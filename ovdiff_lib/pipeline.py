@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
+from ovdiff_lib.entries import identify
 from ovdiff_lib.images import read_image
 from ovdiff_lib.library import Library
 from ovdiff_lib.profiles import Profile, load_profile
@@ -66,32 +66,41 @@ class OVDiff:
         """
         vocabulary = Vocabulary.of(classes, stuff)
         self._check_parts()
-        names = self.profile.features.extractors
-        rows: dict[str, list[Prototypes]] = {name: [] for name in names}
+        made_from = self._made_from_all()
+        rows: dict[str, list[Prototypes]] = {name: [] for name in self.profile.features.extractors}
         for category in tqdm(vocabulary, desc="building classes", unit="class", disable=not self.progress or len(vocabulary) == 1):
-            for name, prototypes in self.build_class(category).items():
+            for name, prototypes in self._build_class(category, made_from).items():
                 rows[name].append(prototypes)
         return PrototypeBank(vocabulary, {name: tuple(built) for name, built in rows.items()})
 
     def segment(self, image: Any, classes: PrototypeBank | Vocabulary | Iterable[str | Category] | str) -> Segmentation:
         """Label every pixel of an image (a path, a PIL image or an array) with a class or background (Sec. 3.4, Eq. 4)."""
+        return next(self.segment_many([image], classes))
+
+    def segment_many(self, images: Iterable[Any], classes: PrototypeBank | Vocabulary | Iterable[str | Category] | str,
+                     together: int = 8) -> Iterator[Segmentation]:
+        """:meth:`segment` of each image, in order, ``together`` of them at a time: their windows share the networks' batches.
+
+        Images are read as they are needed. The results are those of one image after the other, up to rounding.
+        """
         from ovdiff_lib.filters.stuff import StuffFilter
 
         bank = classes if isinstance(classes, PrototypeBank) else self.build(classes)
-        pixels = read_image(image)
         filters = self.profile.filters
         if filters.stuff:
             bank = self._part("stuff_filter", lambda: StuffFilter(filters))(bank)
-        if filters.category:
-            kept, probabilities = self.category_filter(pixels, bank.vocabulary)
-        else:
-            kept, probabilities = tuple(range(len(bank.vocabulary))), np.full(len(bank.vocabulary), np.nan, np.float32)
-        matched = bank.restrict(kept)
-        scores, winner = self.matcher.scores(pixels, matched)
-        full = np.full((len(bank.vocabulary) + 1, *scores.shape[1:]), -np.inf, np.float32)
-        full[[0, *(k + 1 for k in kept)]] = scores
-        labels = full.argmax(0).astype(np.int32)
-        return Segmentation(pixels, labels, full, winner, bank.vocabulary, tuple(kept), probabilities, matched)
+        everything = tuple(range(len(bank.vocabulary)))
+        waiting = iter(images)
+        while chosen := [read_image(image) for image in itertools.islice(waiting, max(1, together))]:
+            if filters.category:
+                found = [self.category_filter(pixels, bank.vocabulary) for pixels in chosen]
+            else:
+                found = [(everything, np.full(len(everything), np.nan, np.float32)) for _ in chosen]
+            matched = [bank if kept == everything else bank.restrict(kept) for kept, _ in found]
+            scored = self.matcher.scores_many(list(zip(chosen, matched, strict=True)))
+            for pixels, (kept, probabilities), own, (scores, winner) in zip(chosen, found, matched, scored, strict=True):
+                labels = np.array([0, *(k + 1 for k in kept)], np.int32)[scores.argmax(0)]
+                yield Segmentation(pixels, labels, scores, winner, bank.vocabulary, tuple(kept), probabilities, own)
 
     # ------------------------------------------------------------------ the steps of one class
 
@@ -100,7 +109,8 @@ class OVDiff:
         from ovdiff_lib.support.sampler import sample_support
 
         category = category if isinstance(category, Category) else Category(category)
-        key, count = self._key("support", category), self.profile.support.size
+        made_from, count = self._made_from("support", category), self.profile.support.size
+        key = identify(made_from)
         with self.library.lock(key):
             support = self.library.get_support(key)
             # Image i depends on its number, not on how many there are: a smaller set is the beginning of a larger one.
@@ -109,7 +119,7 @@ class OVDiff:
                 missing = count - have if count > 0 else count  # a size below one is the sampler's to refuse
                 drawn = sample_support(self.diffusion, category, self.profile, missing, progress=self.progress, start=have)
                 support = drawn if support is None else support.joined(drawn)
-                self.library.put_support(key, support, replace=True)
+                self.library.put_support(key, support, made_from=made_from, replace=True)
         # The library knows the words, not what this user calls them.
         return dataclasses.replace(support.take(range(count)), category=category)
 
@@ -119,6 +129,21 @@ class OVDiff:
 
         make = functools.partial(make_masks, support, self.profile, self.segmenter)
         return self._shared.masks(support, self.profile, make) if self._shared else make()
+
+    def masks_of(self, category: Category | str) -> ForegroundBackground:
+        """:meth:`masks` of a category's support set, from the library if they are there."""
+        category = category if isinstance(category, Category) else Category(category)
+        return self._masks_of(self._made_from("masks", category), lambda: self.support(category))
+
+    def _masks_of(self, made_from: dict[str, Any], support: Callable[[], SupportSet]) -> ForegroundBackground:
+        key = identify(made_from)
+        if (found := self.library.get_masks(key)) is None:
+            with self.library.lock(key):
+                found = self.library.get_masks(key)  # another process may have made them meanwhile
+                if found is None:
+                    found = self.masks(support())
+                    self.library.put_masks(key, found, made_from=made_from)
+        return found
 
     def prototypes(self, support: SupportSet, masks: ForegroundBackground) -> dict[str, Prototypes]:
         """Steps 2b, 2c: features of the support images and their prototypes (Eq. 2, 3), one entry an extractor."""
@@ -133,19 +158,22 @@ class OVDiff:
     def build_class(self, category: Category | str) -> dict[str, Prototypes]:
         """Steps 1 and 2 for one category; whatever the library holds already is taken from there."""
         category = category if isinstance(category, Category) else Category(category)
-        names = self.profile.features.extractors
         self._check_parts()
-        keys = {name: self._key(name, category) for name in names}
+        return self._build_class(category, self._made_from_all())
+
+    def _build_class(self, category: Category, tables: dict[str, dict[str, Any]]) -> dict[str, Prototypes]:
+        tables = {step: {**table, "prompt": category.prompt} for step, table in tables.items()}
+        keys = {name: identify(tables[name]) for name in self.profile.features.extractors}
         found = {name: self.library.get_prototypes(key) for name, key in keys.items()}
         if any(prototypes is None for prototypes in found.values()):
             support = self.support(category)
-            masks = self.masks(support)
+            masks = self._masks_of(tables["masks"], lambda: support)
             for name, extractor in self.extractors.items():
                 with self.library.lock(keys[name]):
                     found[name] = self.library.get_prototypes(keys[name])  # another process may have built it meanwhile
                     if found[name] is None:
                         found[name] = self._prototypes(extractor, support, masks)
-                        self.library.put_prototypes(keys[name], found[name])
+                        self.library.put_prototypes(keys[name], found[name], made_from=tables[name])
         return found
 
     # ------------------------------------------------------------------ the parts, loaded when first used
@@ -204,10 +232,18 @@ class OVDiff:
         return CategoryFilter(*_models().load_clip(self.profile), self.profile)
 
     def _key(self, step: str, category: Category) -> str:
-        """Library key: hash of the category's words, the settings the step stands on, and the identity of the models and of the added
-        parts (:attr:`~ovdiff_lib.registry.Part.code`) it runs.
+        """Library key of a step for one category."""
+        return identify(self._made_from(step, category))
 
-        ``step`` is "support" or the name of an extractor. Fields of parts that are not used do not count.
+    def _made_from_all(self) -> dict[str, dict[str, Any]]:
+        """:meth:`_made_from` of the masks and of every extractor, words left out: what all classes of a build have in common."""
+        return {step: self._made_from(step) for step in ("masks", *self.profile.features.extractors)}
+
+    def _made_from(self, step: str, category: Category | None = None) -> dict[str, Any]:
+        """What a step's result is made from: the category's words, the settings the step stands on, and the identity of the models and of
+        the added parts (:attr:`~ovdiff_lib.registry.Part.code`) it runs. Its hash is the library's key.
+
+        ``step`` is "support", "masks" or the name of an extractor. Fields of parts that are not used do not count.
         """
         from ovdiff_lib.features import EXTRACTORS
         from ovdiff_lib.masks import COMMON_SETTINGS, SEGMENTERS
@@ -215,23 +251,27 @@ class OVDiff:
 
         profile = self.profile
         models, settings = {"diffusion": profile.models.diffusion}, {"support": dataclasses.asdict(profile.support)}
-        code = {}
+        code, parts = {}, []
         if step == "support":
             settings["support"].pop("size")  # a support set grows; what it holds does not change
         else:
-            settings["prototypes"] = dataclasses.asdict(profile.prototypes)
             settings["masks"] = Part(None, (), COMMON_SETTINGS).depends_on(profile, "masks")[1]
-            for section, part in (("masks", SEGMENTERS[profile.masks.segmenter]), ("features", EXTRACTORS[step])):
-                loaded, own = part.depends_on(profile, section)
-                models |= loaded
-                code |= {section: part.code} if part.code else {}
-                settings[section] = {**settings.get(section, {}), **own}
-            settings["features"].pop("extractors", None)  # an extractor's prototypes do not depend on which others run
+            parts.append(("masks", SEGMENTERS[profile.masks.segmenter]))
+        if step == "masks":
+            settings["masks"].pop("resize")  # how they meet a feature grid is the prototypes' matter
+        if step not in ("support", "masks"):
+            settings["prototypes"] = dataclasses.asdict(profile.prototypes)
+            parts.append(("features", EXTRACTORS[step]))
+        for section, part in parts:
+            loaded, own = part.depends_on(profile, section)
+            models |= loaded
+            code |= {section: part.code} if part.code else {}
+            settings[section] = {**settings.get(section, {}), **own}
+        settings.get("features", {}).pop("extractors", None)  # an extractor's prototypes do not depend on which others run
         settings = {section: {k: v for k, v in table.items() if k not in SPEED_ONLY} for section, table in settings.items()}
         identities = {name: _models().model_identity(source) for name, source in models.items()} | {"dtype": profile.models.dtype}
-        table = {"step": step, "prompt": category.prompt, "settings": settings, "models": identities}
-        text = json.dumps(table | ({"code": code} if code else {}), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        table = {"step": step, "prompt": category.prompt if category else "", "settings": settings, "models": identities}
+        return table | ({"code": code} if code else {})
 
 
 def _models():

@@ -17,7 +17,7 @@ from ovdiff_lib.errors import ModelNotAvailable, ProfileError
 if TYPE_CHECKING:
     from ovdiff_lib.profiles import Profile
 
-NOT_MODELS = ("device", "dtype", "download")
+NOT_MODELS = ("device", "dtype", "compile", "channels_last", "download")
 """Fields of ``profile.models`` that name no model."""
 
 NEVER_HUB_IDS = ("open_clip", "open_clip_pretrained", "cutler_sha256")

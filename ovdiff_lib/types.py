@@ -40,7 +40,7 @@ class Category:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not isinstance(self.prompt, str):
             wrong = self.prompt if isinstance(self.name, str) else self.name
-            raise InputError(f"A class name and its prompt must be text, not {wrong!r}.")
+            raise InputError(f"A class name and its prompt must be text, not {' '.join(repr(wrong).split())[:60]}.")
         name = unicodedata.normalize("NFC", " ".join(self.name.split()))
         # Separators, control and format characters alone cannot be seen; within emoji and scripts format characters are legal.
         if not _unreadable(name) and all(unicodedata.category(c)[0] in "CZ" for c in name):
@@ -49,7 +49,7 @@ class Category:
             raise InputError(f"The class name {name[:30]!r}... has {len(name)} characters; use at most {MAX_NAME}.")
         for what, text in (("name", name), ("prompt", " ".join(self.prompt.split()))):
             if _unreadable(text):
-                raise InputError(f"The class {what} {text!r} holds a control character or a broken one; remove it.")
+                raise InputError(f"The class {what} {text[:MAX_NAME]!r} holds a control character or a broken one; remove it.")
         if self.kind not in ("thing", "stuff"):
             raise InputError(f"The kind of class {name!r} is {self.kind!r}; it must be 'thing' or 'stuff'.")
         object.__setattr__(self, "name", name)
@@ -211,8 +211,8 @@ class PrototypeBank:
 class Segmentation:
     """A segmented image.
 
-    ``image`` u8 (H, W, 3); ``labels`` i32 (H, W), 0 = background, i + 1 = ``vocabulary.categories[i]``; ``scores`` f32
-    (C + 1, H, W) cosine similarities, -inf for categories that the pre-filter dropped; ``winner`` i32 (H, W) index of the
+    ``image`` u8 (H, W, 3); ``labels`` i32 (H, W), 0 = background, i + 1 = ``vocabulary.categories[i]``; ``kept_scores`` f32
+    (1 + len(kept), H, W) cosine similarities of background and of the categories in ``kept``; ``winner`` i32 (H, W) index of the
     prototype that decided the pixel within the winning class (of the first extractor), -1 where none; ``kept`` indices of the categories
     the pre-filter kept; ``filter_scores`` f32 (C,) its class probabilities; ``bank`` the prototypes it was matched with, after
     the filters.
@@ -220,7 +220,7 @@ class Segmentation:
 
     image: np.ndarray
     labels: np.ndarray
-    scores: np.ndarray
+    kept_scores: np.ndarray
     winner: np.ndarray
     vocabulary: Vocabulary
     kept: tuple[int, ...]
@@ -231,6 +231,20 @@ class Segmentation:
     def class_names(self) -> tuple[str, ...]:
         """Names by label id, "background" first."""
         return (BACKGROUND, *self.vocabulary.names)
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Scores of the whole vocabulary, f32 (C + 1, H, W), -inf for categories that the pre-filter dropped; made at each call, as large
+        as the vocabulary."""
+        full = np.full((len(self.vocabulary) + 1, *self.labels.shape), -np.inf, np.float32)
+        full[[0, *(k + 1 for k in self.kept)]] = self.kept_scores
+        return full
+
+    def scores_at(self, row: int, column: int) -> np.ndarray:
+        """Scores f32 (C + 1,) of one pixel, -inf for categories that the pre-filter dropped."""
+        full = np.full(len(self.vocabulary) + 1, -np.inf, np.float32)
+        full[[0, *(k + 1 for k in self.kept)]] = self.kept_scores[:, row, column]
+        return full
 
     def overlay(self, alpha: float = 0.55):
         """The image with its labels painted over it and a legend, as a PIL image."""

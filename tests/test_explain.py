@@ -46,7 +46,8 @@ def make(label, winner, kept=(0, 2)):
     scores[label, 2, 3] = 0.9
     vocabulary = Vocabulary.of("cat, dog, sofa")
     bank = PrototypeBank(vocabulary, {"sd": (rows(),) * 3, "clip": (rows(),) * 3})
-    return Segmentation(np.zeros((3, 5, 3), np.uint8), labels, scores, winners, vocabulary, kept, np.ones(3, np.float32)), bank
+    return Segmentation(np.zeros((3, 5, 3), np.uint8), labels, scores[[0, *(k + 1 for k in kept)]], winners, vocabulary, kept,
+                        np.ones(3, np.float32)), bank
 
 
 def test_a_part_prototype_leads_to_the_pixels_of_its_cluster():
@@ -90,7 +91,7 @@ def test_a_constant_background_has_no_prototype_and_a_lone_class_no_runner_up():
     assert found.kind is None and found.index is None and found.category is None and found.images == () and found.masks.shape == (0, 0, 0)
     assert "constant background score" in str(found)
     segmentation, bank = make(1, 0, kept=(0,))
-    segmentation.scores[0] = -np.inf
+    segmentation.kept_scores[0] = -np.inf
     lone = explain(segmentation, bank, 2, 3)
     assert lone.runner_up is None and lone.margin is None
 
@@ -134,7 +135,8 @@ def many(seed=0):
     scores = rng.random((4, 4, 7)).astype(np.float32)
     scores[2] = -np.inf
     np.put_along_axis(scores, labels[None], 2.0, 0)
-    return replace(segmentation, image=np.zeros((4, 7, 3), np.uint8), labels=labels, winner=winner, scores=scores, bank=bank), bank
+    return replace(segmentation, image=np.zeros((4, 7, 3), np.uint8), labels=labels, winner=winner, kept_scores=scores[[0, 1, 3]],
+                   bank=bank), bank
 
 
 def test_counts_and_activated_prototypes_are_what_explain_says_of_each_pixel():
@@ -181,7 +183,7 @@ def test_a_segmentation_without_its_bank_and_a_wrong_bank_are_refused():
 def asked(probabilities, kept, kinds=None):
     names = [f"class {i}" for i in range(len(probabilities))]
     vocabulary = Vocabulary(tuple(Category(n, kind=k) for n, k in zip(names, kinds or ["thing"] * len(names), strict=True)))
-    scores = np.zeros((len(names) + 1, 2, 3), np.float32)
+    scores = np.zeros((len(kept) + 1, 2, 3), np.float32)
     return Segmentation(np.zeros((2, 3, 3), np.uint8), np.zeros((2, 3), np.int32), scores, np.zeros((2, 3), np.int32), vocabulary, kept,
                         np.array(probabilities, np.float32))
 

@@ -1,10 +1,12 @@
 """The library: what was put comes back exactly; what is torn, edited or half written is never used; one builder at a time."""
 
 import errno
+import hashlib
 import json
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from ovdiff_lib.entries import ARRAYS, identify
+from ovdiff_lib.entry_files import META
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.library import ARRAYS, META, Library, default_root
-from ovdiff_lib.types import Category, Prototypes, SupportSet
+from ovdiff_lib.library import Library, default_root
+from ovdiff_lib.types import Category, ForegroundBackground, Prototypes, SupportSet
 
 KEY, OTHER = "0123456789abcdef", "f" * 32
 
@@ -34,6 +39,12 @@ def prototypes(seed=0):
         rng.standard_normal((5, 7), dtype=np.float32), np.array(["class", "instance", "part", "class", "part"]),
         np.array(["foreground"] * 3 + ["background"] * 2), np.array([-1, 2, -1, -1, -1], np.int32),
         np.array([-1, -1, 0, -1, 3], np.int32), rng.integers(-1, 8, (3, 4, 6)).astype(np.int16))
+
+
+def masks(seed=0):
+    rng = np.random.default_rng(seed)
+    foreground = rng.random((3, 9, 13)) > 0.5  # pixels that fill no whole number of bytes
+    return ForegroundBackground(foreground, ~foreground & (rng.random((3, 9, 13)) > 0.5), ("threshold", "detector", "threshold"))
 
 
 def assert_equal(left, right):
@@ -53,11 +64,13 @@ def library(tmp_path):
 # ---- round trip
 
 def test_what_was_put_comes_back(library):
-    assert library.get_support(KEY) is None and library.get_prototypes(KEY) is None
+    assert library.get_support(KEY) is None and library.get_masks(KEY) is None and library.get_prototypes(KEY) is None
     assert not library.root.exists()  # looking makes no folders
     library.put_support(KEY, support())
+    library.put_masks(KEY, masks())
     library.put_prototypes(KEY, prototypes())
     again = Library(library.root)
+    assert_equal(again.get_masks(KEY), masks())
     assert_equal(again.get_support(KEY), support())
     assert_equal(again.get_prototypes(KEY), prototypes())
     assert again.get_support(OTHER) is None
@@ -85,7 +98,7 @@ def test_class_names_never_reach_the_file_system(library, name):
     library.put_support(KEY, support(name=name))
     assert library.get_support(KEY).category.name == name
     files = sorted(str(p.relative_to(library.root)) for p in library.root.rglob("*") if p.is_file())
-    assert files == [f"locks/{KEY}.lock", f"support/{KEY}/{ARRAYS}", f"support/{KEY}/{META}"]
+    assert files == [f"locks/{KEY}.lock", f"support/{KEY}/{ARRAYS}", f"support/{KEY}/{META}", f"support/{KEY}/images_000.png"]
     assert all(p.is_relative_to(library.root) for p in library.root.parent.rglob("*") if p.is_file())
 
 
@@ -101,7 +114,7 @@ def test_no_pickle_is_read_or_written(library):
     library.put_support(KEY, support())
     library.put_prototypes(KEY, prototypes())
     for path in library.root.rglob("*.*"):
-        assert path.suffix in (".safetensors", ".json", ".lock")
+        assert path.suffix in (".safetensors", ".json", ".lock", ".png")
 
 
 def test_default_root(monkeypatch, tmp_path):
@@ -110,6 +123,27 @@ def test_default_root(monkeypatch, tmp_path):
     monkeypatch.delenv("OVDIFF_LIBRARY")
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     assert Library().root == tmp_path / ".cache" / "ovdiff"
+
+
+def test_support_images_are_pictures_that_anything_opens(library, monkeypatch):
+    monkeypatch.setattr("ovdiff_lib.entries.STRIP_PIXELS", 2 * 8 * 12)
+    library.put_support(KEY, support())
+    strips = [np.array(Image.open(path)) for path in sorted((library.root / "support" / KEY).glob("*.png"))]
+    assert [strip.shape for strip in strips] == [(16, 12, 3), (8, 12, 3)]
+    assert (np.concatenate(strips).reshape(3, 8, 12, 3) == support().images).all()
+    assert_equal(library.get_support(KEY), support())
+
+
+def test_what_an_entry_was_made_from_is_kept_and_is_its_key(library, caplog):
+    table = {"step": "sd", "prompt": "a furry cat", "settings": {"prototypes": {"clusters": 2}}}
+    key = identify(table)
+    assert key == hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:32]
+    library.put_prototypes(key, prototypes(), made_from=table)
+    assert library.describe(library.entries()[0])["made_from"] == table and library.verify() == []
+    # Another key with a correct sum: what is in it is not what its key stands for.
+    library.put_prototypes(KEY, prototypes(), made_from=table)
+    assert library.get_prototypes(KEY) is None and "not the hash of what" in caplog.text
+    assert_equal(library.get_prototypes(key), prototypes())
 
 
 # ---- damage
@@ -134,7 +168,9 @@ def claim_another_key(path):
     path.write_text(json.dumps(table))
 
 
-DAMAGES = [(ARRAYS, cut), (ARRAYS, flip), (ARRAYS, Path.unlink), (ARRAYS, lambda p: p.write_bytes(b"")), (META, cut), (META, Path.unlink),
+IMAGES = "images_000.png"
+DAMAGES = [(IMAGES, cut), (IMAGES, flip), (IMAGES, Path.unlink),
+           (ARRAYS, cut), (ARRAYS, flip), (ARRAYS, Path.unlink), (ARRAYS, lambda p: p.write_bytes(b"")), (META, cut), (META, Path.unlink),
            (META, edit_prompt), (META, claim_another_key), (META, lambda p: p.write_text("[]")),
            (META, lambda p: p.write_text('{"body": 3}')), (META, lambda p: p.write_bytes(b"\xff\xfe"))]
 
@@ -173,6 +209,59 @@ def test_entries_verify_and_remove(library):
     assert [(e.kind, e.key) for e in library.verify()] == [("prototypes", OTHER)]
     assert library.verify() == [] and len(library.entries()) == 2
     assert library.remove(KEY) == 2 and library.entries() == [] and library.get_support(KEY) is None
+
+
+def test_leftovers_are_swept_but_nothing_that_is_in_use(library):
+    for key in (KEY, OTHER):
+        library.put_support(key, support())
+    torn = library.root / "support" / f".{KEY}.1-2.part"
+    shutil.copytree(library.root / "support" / KEY, torn)
+    flip(library.root / "support" / OTHER / ARRAYS)
+    library.verify()
+    (library.root / ".import-01234567" / "support").mkdir(parents=True)
+    assert len(library.leftovers()) == 3 and library.entries()[0].key == KEY
+    with library.lock(KEY):  # a builder at work: its files stay, whoever sweeps
+        other = threading.Thread(target=lambda: found.append(Library(library.root).sweep()))
+        found = []
+        other.start()
+        other.join(30)
+        assert found[0][0] == 2 and library.leftovers() == [torn] and (library.root / "locks" / f"{KEY}.lock").exists()
+    count, size = library.sweep()
+    assert count == 1 and size > 0 and library.leftovers() == [] and not list((library.root / "locks").iterdir())
+    assert_equal(library.get_support(KEY), support())
+
+
+def test_a_lock_that_was_swept_while_another_waited_still_excludes(library):
+    """The file is unlinked between the waiter's opening it and its getting the lock: the waiter must take the new file's lock."""
+    inside = []
+    first = Library(library.root)
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with first.lock(KEY):
+            entered.set()
+            leave.wait(30)
+            (library.root / "locks" / f"{KEY}.lock").unlink()
+
+    def work():
+        with Library(library.root).lock(KEY):
+            inside.append(1)
+            assert len(inside) == 1
+            time.sleep(0.05)
+            inside.pop()
+
+    threads = [threading.Thread(target=hold)]
+    threads[0].start()
+    entered.wait(30)
+    threads += [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads[1:]:
+        thread.start()
+    time.sleep(0.2)
+    leave.set()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert (library.root / "locks" / f"{KEY}.lock").exists() and inside == []
 
 
 # ---- folders that cannot be written
@@ -266,20 +355,20 @@ def _die_while_writing(root, died_at):
     library.put_support(KEY, support())
 
 
-@pytest.mark.parametrize("died_at", [1, 2, 3, 4])
+@pytest.mark.parametrize("died_at", [1, 2, 3, 4, 5])
 def test_a_killed_writer_leaves_all_or_nothing_and_no_lock(library, died_at):
     process = multiprocessing.get_context("fork").Process(target=_die_while_writing, args=(library.root, died_at))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     found = library.get_support(KEY)
-    if died_at == 4:  # after the rename
+    if died_at == 5:  # after the rename
         assert_equal(found, support())
     else:
         assert found is None and library.entries() == []
     library.put_support(KEY, support())
     assert_equal(library.get_support(KEY), support())
-    assert died_at == 4 or os.listdir(library.root / "support") == [KEY]  # what the dead writer left is swept up
+    assert died_at == 5 or os.listdir(library.root / "support") == [KEY]  # what the dead writer left is swept up
 
 
 def test_threads_exclude_each_other_and_locks_nest(library):

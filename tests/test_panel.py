@@ -182,7 +182,7 @@ def by_hand(shape=(3, 5), names="cat, dog", filtered=True):
     probabilities = np.array([0.9, 0.1] if filtered else [np.nan, np.nan], np.float32)
     bank = PrototypeBank(vocabulary, {"sd": (rows, rows)}).restrict(kept)
     image = np.arange(shape[0] * shape[1] * 3, dtype=np.uint32).reshape(*shape, 3).astype(np.uint8)
-    return Segmentation(image, labels, scores, winner, vocabulary, kept, probabilities, bank)
+    return Segmentation(image, labels, scores[[0, *(k + 1 for k in kept)]], winner, vocabulary, kept, probabilities, bank)
 
 
 def support(name, count=1):
@@ -209,8 +209,8 @@ def test_without_the_category_filter_nothing_is_called_dropped():
 
 def test_a_large_image_is_shown_by_evenly_spaced_pixels():
     result = by_hand((30, 100))
-    result.labels[:], result.winner[:], result.scores[:2] = 0, -1, [[[0.75]], [[0.5]]]
-    result.labels[20:, 61:], result.winner[20:, 61:], result.scores[1, 20:, 61:] = 1, 0, 0.875
+    result.labels[:], result.winner[:], result.kept_scores[:2] = 0, -1, [[[0.75]], [[0.5]]]
+    result.labels[20:, 61:], result.winner[20:, 61:], result.kept_scores[1, 20:, 61:] = 1, 0, 0.875
     data = panel_data([result], [support("cat")], longest=25)
     entry = data["images"][0]
     assert entry["size"] == [30, 100] and entry["grid"] == [8, 25] and picture(entry["picture"]).size == (25, 8)
@@ -235,7 +235,8 @@ def test_what_does_not_fit_is_one_sentence():
     with pytest.raises(InputError, match="has 0 images"):
         panel_data([by_hand()], [support("cat", 0)])
     result = by_hand()
-    bare = Segmentation(result.image, result.labels, result.scores, result.winner, result.vocabulary, result.kept, result.filter_scores)
+    bare = Segmentation(result.image, result.labels, result.kept_scores, result.winner, result.vocabulary, result.kept,
+                        result.filter_scores)
     with pytest.raises(InputError, match="without its prototypes"):
         panel_data([bare], [support("cat")])
 

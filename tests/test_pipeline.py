@@ -207,29 +207,6 @@ def test_a_support_set_grows_and_shrinks_without_drawing_again(tiny_profile, tmp
         OVDiff(tiny_profile, {"support.size": 0}, library=tmp_path, progress=False).support("dog")
 
 
-STEP_SETTINGS = {  # field: (changes the support set, changes the prototypes)
-    "support.size": (False, True), "support.seed": (True, True), "support.prompt": (True, True), "support.guidance_scale": (True, True),
-    "support.mid_block": (True, True), "models.dtype": (True, True),
-    "masks.threshold_classes": (False, True), "masks.resize": (False, True), "features.sd_timestep": (False, True),
-    "features.seed": (False, True), "prototypes.clusters": (False, True), "prototypes.kinds": (False, True),
-    "support.batch_size": (False, False), "features.batch_size": (False, False), "matching.batch_size": (False, False),
-    "matching.stride": (False, False), "filters.category_top": (False, False), "filters.stuff": (False, False),
-    "models.download": (False, False)}
-NEW = {"support.prompt": "a picture of a {name}", "models.dtype": "bfloat16", "masks.resize": "any", "prototypes.kinds": ["class"]}
-
-
-@pytest.mark.parametrize("field, changes", STEP_SETTINGS.items())
-def test_keys_follow_what_a_step_stands_on(tiny_profile, field, changes):
-    section, name = field.split(".")
-    old = tiny_profile.to_dict()[section][name]
-    new = NEW[field] if field in NEW else (not old) if isinstance(old, bool) else old + 1
-    keys = []
-    for profile in (tiny_profile, tiny_profile.override({field: new})):
-        plain = OVDiff(profile)
-        keys.append((plain._key("support", Category("cat")), plain._key("sd", Category("cat"))))
-    assert tuple(a != b for a, b in zip(*keys, strict=True)) == changes
-
-
 def test_keys_tell_words_steps_and_weights_apart(tiny_profile, tiny_models, tmp_path):
     plain = OVDiff(tiny_profile)
     keys = [plain._key(step, Category(word)) for step in ("support", "sd", "clip-keys") for word in ("cat", "dog")]
@@ -273,6 +250,61 @@ def test_a_prediction_does_not_depend_on_what_came_before(tiny_profile, folder, 
 def test_window_batches_change_nothing(tiny_profile, folder, ovdiff, bank):
     small = OVDiff(tiny_profile, {"filters.category": False, "matching.batch_size": 3}, library=folder, progress=False)
     assert np.allclose(small.segment(picture(), bank).scores, ovdiff.segment(picture(), bank).scores, atol=1e-4)
+
+
+def test_images_segmented_together_are_those_segmented_alone(tiny_profile, folder, bank):
+    """Other sizes, batches and numbers of kept classes, with two extractors, two scales and the whole image, and PAMR."""
+    both = OVDiff(tiny_profile, {"features.extractors": ["sd", "clip-keys"], "matching.whole_image": True, "matching.refine": "pamr",
+                                 "matching.batch_size": 5}, library=folder, progress=False)
+    made = both.build(NAMES)
+    images = [picture(i, shape) for i, shape in enumerate([SHAPE, (72, 40), SHAPE, (33, 50), (40, 41)])]
+    kept = [(0, 1, 2), (1,), (0, 2), (0,), (1, 2)]  # as if the filter had chosen so
+    answers = {image.tobytes(): (chosen, np.ones(3, np.float32)) for image, chosen in zip(images, kept, strict=True)}
+    both._parts["category_filter"] = lambda image, vocabulary: answers[image.tobytes()]
+    alone = [both.segment(image, made) for image in images]
+    for together in (2, 5, 8):
+        several = list(both.segment_many(iter(images), made, together))
+        assert len(several) == len(images)
+        for one, many, chosen in zip(alone, several, kept, strict=True):
+            assert many.kept == one.kept == chosen and many.labels.shape == one.labels.shape
+            assert np.allclose(many.kept_scores, one.kept_scores, atol=1e-4)
+            assert (many.labels == one.labels).mean() > 0.99 and (many.winner == one.winner).mean() > 0.98
+            assert np.array_equal(many.filter_scores, one.filter_scores)
+
+
+def test_images_are_read_as_they_are_needed(ovdiff, bank):
+    asked = []
+
+    def images():
+        for i in range(5):
+            asked.append(i)
+            yield picture(i)
+
+    results = ovdiff.segment_many(images(), bank, together=2)
+    assert asked == []
+    next(results)
+    assert asked == [0, 1]
+    assert len(list(results)) == 4 and asked == [0, 1, 2, 3, 4]
+
+
+def test_scores_of_the_whole_vocabulary(ovdiff, bank):
+    result = ovdiff.segment(picture(), bank)
+    kept = dataclasses.replace(result, kept=(0, 2), kept_scores=result.kept_scores[[0, 1, 3]])
+    full = kept.scores
+    assert full.shape == (4, *SHAPE) and full.dtype == np.float32 and (full[2] == -np.inf).all()
+    assert np.array_equal(full[[0, 1, 3]], result.scores[[0, 1, 3]])
+    assert np.array_equal(kept.scores_at(7, 50), full[:, 7, 50])
+
+
+def test_masks_come_from_the_library(tiny_profile, tmp_path, monkeypatch):
+    ovdiff = OVDiff(tiny_profile, library=tmp_path, progress=False)
+    made = ovdiff.masks_of("cat")
+    direct = ovdiff.masks(ovdiff.support("cat"))
+    assert np.array_equal(made.foreground, direct.foreground) and np.array_equal(made.background, direct.background)
+    monkeypatch.setattr(OVDiff, "masks", None)  # not made again, for another extractor's prototypes either
+    again = OVDiff(tiny_profile, {"features.extractors": ["clip-keys"]}, library=tmp_path, progress=False)
+    assert again.masks_of(Category("cat")).source == made.source
+    again.build_class("cat")
 
 
 def test_images_of_every_kind_are_read_alike(tmp_path, ovdiff, bank):

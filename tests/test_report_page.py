@@ -53,7 +53,7 @@ def segmentation() -> Segmentation:
     labels = scores.argmax(0).astype(np.int32)
     winner = np.where(labels == 0, rng.integers(0, 10, labels.shape), rng.integers(0, 5, labels.shape)).astype(np.int32)
     image = rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)
-    return Segmentation(image, labels, scores, winner, vocabulary, (0, 2), np.array([0.6, 0.05, 0.35], np.float32), bank)
+    return Segmentation(image, labels, scores[[0, 1, 3]], winner, vocabulary, (0, 2), np.array([0.6, 0.05, 0.35], np.float32), bank)
 
 
 def supports() -> list[SupportSet]:

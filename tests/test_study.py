@@ -13,6 +13,7 @@ from ovdiff_lib.evaluation.samples import Sample
 from ovdiff_lib.evaluation.store import Counted, ResultStore, _statements, code_digest
 from ovdiff_lib.evaluation.study import Sweep, measure
 from ovdiff_lib.parts import Parts
+from ovdiff_lib.registry import Part
 from ovdiff_lib.types import Vocabulary
 
 
@@ -276,6 +277,32 @@ def test_parts_are_shared_and_remember(tiny_profile, tmp_path):
     kept = first.category_filter(images[0], vocabulary)
     assert first.category_filter(images[0], vocabulary) is kept and kept[0] == plain.category_filter(images[0], vocabulary)[0]
     assert first.category_filter(images[0], Vocabulary.of("dog")) is not kept
+
+
+def test_rows_of_one_baseline_share_it_and_its_scores(tiny_profile, tmp_path, monkeypatch):
+    from ovdiff_lib.baselines import BASELINES
+
+    calls = []
+
+    class Counting:
+        def __init__(self, profile):
+            calls.append("built")
+
+        def scores(self, image, vocabulary):
+            calls.append("scored")
+            return np.random.default_rng(int(image.sum())).random((len(vocabulary) + 1, *image.shape[:2]), np.float32)
+
+    monkeypatch.setitem(BASELINES, "counting", Part(Counting))
+    bench = Bench(tiny_profile, library=tmp_path, seeds=[0], images=2, progress=False)
+    rows = [Row("alone", baseline="counting"), Row("filtered", baseline="counting", filtered=True),
+            Row("voted", baseline="counting", voted=True)]
+    assert bench.missing(rows) == {}
+    found = bench.measure(rows, "mini-voc")
+    assert calls == ["built", "scored", "scored"]
+    separate = [Bench(tiny_profile, library=tmp_path / row.label, seeds=[0], images=2, progress=False).measure([row], "mini-voc")
+                for row in rows]
+    for row, alone in zip(rows, separate, strict=True):
+        assert found[row.label][0].miou == alone[row.label][0].miou  # a filter or a vote changed nothing for the others
 
 
 def test_memory_is_bounded(monkeypatch):

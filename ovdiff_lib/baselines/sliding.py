@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ovdiff_lib.batches import batches
 from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.images import resize_short_side
 from ovdiff_lib.matching import windows
@@ -36,9 +37,9 @@ def sliding_scores(image: np.ndarray, matching: Matching, score: Callable[[np.nd
     mean = None
     for boxes, squares in zip(scales, crops, strict=True):
         total, cover = None, torch.zeros(shape)
-        for start in range(0, len(boxes), matching.batch_size):
-            batch = boxes[start:start + matching.batch_size]
-            grids = score(squares[start:start + matching.batch_size])
+        for start, stop in batches(len(boxes), matching.batch_size, torch.device("cpu")):  # where the maps are put together
+            batch = boxes[start:stop]
+            grids = score(squares[start:stop])
             total = torch.zeros(grids.shape[1], *shape) if total is None else total
             for (top, left, h, w), grid in zip(batch, grids, strict=True):
                 total[:, top:top + h, left:left + w] += resize_maps(grid, (h, w))

@@ -130,9 +130,7 @@ class Bench:
         for row in rows:
             try:
                 if row.baseline:
-                    from ovdiff_lib.baselines import build_baseline
-
-                    build_baseline(row.baseline, self.ovdiff(row.settings).profile)
+                    self.parts.baseline(row.baseline, self.ovdiff(row.settings).profile)
                 else:
                     ovdiff = self.ovdiff(row.settings)
                     ovdiff.extractors, ovdiff.segmenter  # noqa: B018

@@ -14,7 +14,9 @@ BIN = 0.001
 
 def margins(segmentation: Segmentation) -> np.ndarray:
     """How far the winning class is ahead of the next at each pixel, f32 (H, W), in cosine; inf where no other class was considered."""
-    second, first = np.partition(segmentation.scores, -2, axis=0)[-2:]
+    if len(segmentation.kept_scores) < 2:
+        return np.full(segmentation.labels.shape, np.inf, np.float32)
+    second, first = np.partition(segmentation.kept_scores, -2, axis=0)[-2:]
     return first - second
 
 

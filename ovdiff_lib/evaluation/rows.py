@@ -132,12 +132,11 @@ class _Baseline:
         return key if self.own_background else {**key, "thresholds": list(THRESHOLDS)}
 
     def prepare(self, dataset: Dataset) -> Callable[[np.ndarray], np.ndarray]:
-        from ovdiff_lib.baselines import build_baseline
         from ovdiff_lib.baselines.filtered import Filtered
         from ovdiff_lib.baselines.segmenter import majority_vote
 
         ovdiff = self.bench.ovdiff(self.row.settings)
-        baseline = build_baseline(self.row.baseline, self.profile)
+        baseline = self.bench.parts.baseline(self.row.baseline, self.profile)
         if self.row.filtered:
             baseline = Filtered(baseline, ovdiff.category_filter)
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ovdiff_lib.batches import batches
 from ovdiff_lib.errors import OVDiffError, ProfileError
 from ovdiff_lib.models import attention_grid, captured, load_diffusion
 
@@ -58,8 +59,7 @@ class DiffusionExtractor:
         """Images u8 (n, H, W, 3) and one i64 seed an image to queries f32 (n, h, w, D) on the CPU, (h, w) the latent grid."""
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) != len(seeds):
             raise ValueError(f"expected u8 (n, H, W, 3) images and n seeds, got {images.dtype} {images.shape} and {len(seeds)} seeds")
-        step = self.settings.batch_size
-        chunks = [self._extract(images[i:i + step], seeds[i:i + step]) for i in range(0, len(images), step)]
+        chunks = [self._extract(images[i:j], seeds[i:j]) for i, j in batches(len(images), self.settings.batch_size, self.pipe.device)]
         if not chunks:
             side = self.settings.sd_input_size // self.pipe.vae_scale_factor
             return torch.zeros(0, side, side, self.channels)
@@ -117,8 +117,8 @@ class DiffusionExtractor:
         if not 0 <= settings.sd_timestep < steps:
             raise ProfileError(f"features.sd_timestep is {settings.sd_timestep}; it must be from 0 to {steps - 1}.")
         for name in ("sd_noise_samples", "batch_size"):
-            if getattr(settings, name) < 1:
-                raise ProfileError(f"features.{name} is {getattr(settings, name)}; it must be at least 1.")
+            if (value := getattr(settings, name)) is not None and value < 1:
+                raise ProfileError(f"features.{name} is {value}; it must be at least 1.")
         factor = self.pipe.vae_scale_factor
         if settings.sd_input_size < factor or settings.sd_input_size % factor:
             raise ProfileError(f"features.sd_input_size is {settings.sd_input_size}; it must be a positive multiple of {factor}.")

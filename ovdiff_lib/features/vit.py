@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ovdiff_lib.batches import batches
 from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.models import captured
@@ -37,8 +38,8 @@ class ViTExtractor(ABC):
     def __init__(self, name: str, model: Any, settings: Features, size_field: str, patch: int, channels: int) -> None:
         """Raises ``ProfileError`` for sizes that are not positive."""
         for field in (size_field, "batch_size"):
-            if getattr(settings, field) < 1:
-                raise ProfileError(f"features.{field} is {getattr(settings, field)}; it must be at least 1.")
+            if (value := getattr(settings, field)) is not None and value < 1:
+                raise ProfileError(f"features.{field} is {value}; it must be at least 1.")
         self.name, self.model, self.settings, self.patch, self.channels = name, model, settings, patch, channels
         if not 0 < settings.vit_scale <= 16:
             raise ProfileError(f"features.vit_scale is {settings.vit_scale}; set it to a number above 0, at most 16.")
@@ -52,8 +53,8 @@ class ViTExtractor(ABC):
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) != len(seeds):
             raise ValueError(f"expected u8 (n, H, W, 3) images and n seeds, got {images.dtype} {images.shape} and {len(seeds)} seeds")
         size = self.input_size(images.shape[1], images.shape[2])
-        step = self.settings.batch_size
-        chunks = [self._extract(images[i:i + step], size) for i in range(0, len(images), step)]
+        device = next(self.model.parameters()).device
+        chunks = [self._extract(images[i:j], size) for i, j in batches(len(images), self.settings.batch_size, device)]
         if not chunks:
             return torch.zeros(0, size[0] // self.patch, size[1] // self.patch, self.channels)
         features = torch.cat(chunks)

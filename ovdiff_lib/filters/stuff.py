@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,9 @@ import torch.nn.functional as F
 from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.profiles.profile import Filters
 from ovdiff_lib.types import PrototypeBank, Prototypes
+
+BLOCK = 8192
+"""Prototypes compared at a time."""
 
 
 def check_stuff(settings: Filters) -> None:
@@ -52,7 +57,8 @@ def filter_stuff(bank: PrototypeBank, settings: Filters) -> PrototypeBank:
     if stuff and not settings.stuff_parts:
         bank = bank.map(lambda name, i, p: _without_parts(p, bank.vocabulary.names[i]) if i in stuff else p)
     judges = range(len(bank.vocabulary)) if everyone else sorted(stuff)
-    foreground = {name: {i: _unit(rows[i], rows[i].region == "foreground") for i in judges} for name, rows in bank.prototypes.items()}
+    judged_by = {name: _Judges({i: _unit(rows[i], rows[i].region == "foreground") for i in judges})
+                 for name, rows in bank.prototypes.items()}
 
     def keep(extractor: str, index: int, prototypes: Prototypes) -> Prototypes:
         background = prototypes.region == "background"
@@ -60,10 +66,9 @@ def filter_stuff(bank: PrototypeBank, settings: Filters) -> PrototypeBank:
             return prototypes if settings.stuff_background else prototypes.select(~background)
         # App. A.2 (all background by all foreground prototypes) leaves open whether a category judges itself. It does not here: the
         # filter's reason (Sec. 3.4) is background of one class that coincides with the foreground of another.
-        reference = [vectors for i, vectors in foreground[extractor].items() if i != index and len(vectors)]
-        if not background.any() or not reference:
+        nearest = judged_by[extractor].nearest(_unit(prototypes, background), index)
+        if not background.any() or nearest is None:
             return prototypes
-        nearest = _nearest(_unit(prototypes, background), reference)
         kept = np.ones(len(prototypes), dtype=bool)
         kept[background] = (nearest <= settings.stuff_threshold).numpy()
         return prototypes.select(kept)
@@ -85,9 +90,21 @@ def _without_parts(prototypes: Prototypes, name: str) -> Prototypes:
     return Prototypes(kept.vectors, kept.kind, kept.region, kept.image, kept.cluster, assignment)
 
 
-def _nearest(vectors: torch.Tensor, reference: list[torch.Tensor]) -> torch.Tensor:
-    """Highest cosine f32 (p,) of each unit vector (p, D) to any of the unit vectors (r, D) of a list."""
-    return torch.stack([(vectors @ others.T).amax(1) for others in reference]).amax(0)
+class _Judges:
+    """Unit vectors of several categories, one below the other, so that a category is compared with all the others in a few products."""
+
+    def __init__(self, vectors: dict[int, torch.Tensor]) -> None:
+        self.stacked = torch.cat(list(vectors.values())) if vectors else torch.zeros(0, 1)
+        ends = list(itertools.accumulate((len(v) for v in vectors.values()), initial=0))
+        self.place = dict(zip(vectors, itertools.pairwise(ends), strict=True))
+
+    def nearest(self, vectors: torch.Tensor, index: int) -> torch.Tensor | None:
+        """Highest cosine f32 (p,) of each unit vector (p, D) to any of another category than ``index``; None where there is no other."""
+        start, stop = self.place.get(index, (0, 0))
+        others = [block for part in (self.stacked[:start], self.stacked[stop:]) for block in part.split(BLOCK) if len(block)]
+        if not others:
+            return None
+        return torch.stack([(vectors @ block.T).amax(1) for block in others]).amax(0)
 
 
 def _unit(prototypes: Prototypes, chosen: np.ndarray) -> torch.Tensor:

@@ -57,6 +57,8 @@ class Models:
     groupvit: str = ""  # GroupViTModel with its tokenizer (baseline of Table 1)
     device: str = "auto"  # "auto" = cuda if there is one, else cpu
     dtype: str = "float32"  # float32 | float16 | bfloat16
+    compile: bool = False  # torch.compile what is repeated in the networks: slower to start, then faster
+    channels_last: bool = False  # lay the convolutions' images out pixel by pixel, which GPUs with tensor cores prefer
     download: bool = False  # may the hub be asked for a model that is not on disk
 
 
@@ -70,7 +72,7 @@ class Support:
     steps: int = 30  # DPM-Solver++ steps
     guidance_scale: float = 8.0
     image_size: int = 512  # side of the square support images, pixels
-    batch_size: int = ranged(8, least=1)
+    batch_size: int | None = ranged(8, least=1)  # images drawn at a time; null: as many as the GPU's free memory holds
     seed: int = ranged(0, least=0, most=MOST_SEED)
     mid_block: bool = False  # count the mid block's cross-attention too (the released code's attribution tool leaves it out)
 
@@ -121,7 +123,7 @@ class Features:
     dino_input_size: int = 448  # as clip_input_size
     mae_input_size: int = 448  # as clip_input_size
     vit_scale: float = 1.0  # what DINO, MAE and CLIP see is enlarged so much, and so is their grid of patches
-    batch_size: int = ranged(8, least=1)
+    batch_size: int | None = ranged(8, least=1)  # images at a time; null: as many as the GPU's free memory holds
     seed: int = ranged(0, least=0, most=MOST_SEED)
 
 
@@ -168,7 +170,7 @@ class Matching:
     refine: str = "none"  # none | pamr: post-processing of the scores
     pamr_iterations: int = 10
     pamr_dilations: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 12, 24])
-    batch_size: int = ranged(8, least=1)
+    batch_size: int | None = ranged(8, least=1)  # windows at a time; null: as many as the GPU's free memory holds
 
 
 UNUSED_BY_THE_METHOD = ("name", "description", "evaluation", "baselines")

@@ -42,10 +42,10 @@ def write_segmentation(result: Segmentation, folder: str | Path, stem: str, prof
     buffer = io.BytesIO()
     result.overlay().save(buffer, "PNG")
     write_atomic(overlay, buffer.getvalue())
-    rows = []
+    rows, rank = [], {0: 0, **{k + 1: i + 1 for i, k in enumerate(result.kept)}}
     for index, name in enumerate(result.class_names):
         inside = result.labels == index
-        mean = float(result.scores[index][inside].mean()) if inside.any() else None
+        mean = float(result.kept_scores[rank[index]][inside].mean()) if inside.any() else None
         probability = None if index == 0 or np.isnan(result.filter_scores[index - 1]) else float(result.filter_scores[index - 1])
         rows.append({"label": index, "name": name, "colour": class_colour(index), "share": float(inside.mean()), "mean_score": mean,
                      "kept": index == 0 or index - 1 in result.kept, "filter_probability": probability})

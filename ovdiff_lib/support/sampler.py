@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ovdiff_lib.batches import batches
 from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
 from ovdiff_lib.support.attribution import class_token_positions, fill_template, record_attribution
 from ovdiff_lib.types import Category, SupportSet
@@ -41,8 +42,8 @@ def sample_support(pipe: StableDiffusionPipeline, category: Category, profile: P
 
     images, attribution = [], []
     with tqdm(total=count, desc=f"drawing {category.name}", unit="image", disable=not progress) as bar:
-        for first in range(0, count, settings.batch_size):
-            batch = seeds[first:first + settings.batch_size]
+        for first, last in batches(count, settings.batch_size, pipe.device):
+            batch = seeds[first:last]
             with record_attribution(pipe.unet, positions, (side, side), settings.mid_block, guided) as recorder:
                 drawn = pipe(
                     prompt_embeds=positive.expand(len(batch), -1, -1),
@@ -85,8 +86,8 @@ def _check(settings, count: int, factor: int) -> None:
     if count < 1:
         raise InputError(f"A support set needs at least one image, not {count}.")
     for name in ("steps", "batch_size"):
-        if getattr(settings, name) < 1:
-            raise ProfileError(f"support.{name} is {getattr(settings, name)}; it must be at least 1.")
+        if (value := getattr(settings, name)) is not None and value < 1:
+            raise ProfileError(f"support.{name} is {value}; it must be at least 1.")
     multiple = int(np.lcm(8, factor))  # 8: what StableDiffusionPipeline accepts
     if settings.image_size < multiple or settings.image_size % multiple:
         raise ProfileError(f"support.image_size is {settings.image_size}; it must be a positive multiple of {multiple}.")

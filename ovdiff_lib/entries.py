@@ -1,0 +1,149 @@
+"""What an entry of the prototype library holds: support sets, masks and prototypes as files, and back.
+
+    support      images_000.png ...   the support images, one below the other in strips that an image viewer opens
+                 arrays.safetensors   attribution f32, seeds i64
+    masks        arrays.safetensors   foreground and background, a bit a pixel
+    prototypes   arrays.safetensors   vectors f32, and what each is
+
+Each kind gives its files and a description of plain data; the reader gets both back and raises ``ValueError`` for what does not fit
+together. Sums, names and places are :mod:`ovdiff_lib.library`'s matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ovdiff_lib.types import KINDS, REGIONS, Category, ForegroundBackground, Prototypes, SupportSet
+
+ARRAYS = "arrays.safetensors"
+
+STRIP_PIXELS = 2**24
+"""Pixels of a strip of support images at most (64 images of 512 x 512), unless one image alone has more."""
+
+Files = dict[str, bytes]
+Described = dict[str, Any]
+
+
+def identify(made_from: Described) -> str:
+    """The key of an entry: 32 hexadecimal digits, the hash of everything it was made from, as plain data."""
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def strip_name(number: int) -> str:
+    return f"images_{number:03d}.png"
+
+
+def support_files(support: SupportSet) -> tuple[Files, Described]:
+    """Files and description of a support set."""
+    images = support.images
+    step = _strip_length(images.shape)
+    files = {strip_name(i): _png(images[start : start + step]) for i, start in enumerate(range(0, len(images), step))}
+    files[ARRAYS] = _arrays({"attribution": support.attribution, "seeds": support.seeds})
+    category = {"name": support.category.name, "prompt": support.category.prompt, "kind": support.category.kind}
+    return files, {"category": category, "images": list(images.shape), "provenance": support.provenance}
+
+
+def support_from(files: Files, described: Described) -> SupportSet:
+    """The support set of its files."""
+    shape = _shape(described["images"], 4)
+    step = _strip_length(shape)
+    if -(-shape[0] // step) != len(files) - 1:  # looked at before memory is taken
+        raise ValueError(f"{len(files) - 1} strips for images of {shape}")
+    images = np.empty(shape, np.uint8)
+    for i, start in enumerate(range(0, shape[0], step)):
+        _read_png(files[strip_name(i)], images[start : start + step])
+    arrays = _load(files[ARRAYS])
+    support = SupportSet(Category(**described["category"]), images, arrays["attribution"], arrays["seeds"], described["provenance"])
+    if not len(support.seeds) == len(support.attribution) == len(images):
+        raise ValueError(f"{len(images)} images, {len(support.attribution)} attribution maps and {len(support.seeds)} seeds")
+    return support
+
+
+def masks_files(masks: ForegroundBackground) -> tuple[Files, Described]:
+    """Files and description of the masks of a support set."""
+    packed = {"foreground": np.packbits(masks.foreground), "background": np.packbits(masks.background)}
+    return {ARRAYS: _arrays(packed)}, {"masks": list(masks.foreground.shape), "source": list(masks.source)}
+
+
+def masks_from(files: Files, described: Described) -> ForegroundBackground:
+    """The masks of their files."""
+    shape, arrays = _shape(described["masks"], 3), _load(files[ARRAYS])
+    count = math.prod(shape)
+    regions = []
+    for name in ("foreground", "background"):
+        if arrays[name].shape != (-(-count // 8),):
+            raise ValueError(f"{arrays[name].shape} bytes of {name} for masks of {shape}")
+        regions.append(np.unpackbits(arrays[name], count=count).astype(bool).reshape(shape))
+    if len(described["source"]) != shape[0]:
+        raise ValueError(f"{len(described['source'])} sources of {shape[0]} masks")
+    return ForegroundBackground(regions[0], regions[1], tuple(described["source"]))
+
+
+def prototypes_files(prototypes: Prototypes) -> tuple[Files, Described]:
+    """Files and description of the prototypes of one category and extractor."""
+    arrays = {
+        "vectors": prototypes.vectors,
+        "kind": np.array([KINDS.index(k) for k in prototypes.kind], np.uint8),
+        "region": np.array([REGIONS.index(r) for r in prototypes.region], np.uint8),
+        "image": prototypes.image, "cluster": prototypes.cluster, "assignment": prototypes.assignment,
+    }
+    return {ARRAYS: _arrays(arrays)}, {}
+
+
+def prototypes_from(files: Files, described: Described) -> Prototypes:
+    """The prototypes of their files."""
+    arrays = _load(files[ARRAYS])
+    count = len(arrays["vectors"])
+    if any(len(arrays[name]) != count for name in ("kind", "region", "image", "cluster")):
+        raise ValueError(f"{count} vectors that are not all described")
+    return Prototypes(arrays["vectors"], np.array(KINDS)[arrays["kind"]], np.array(REGIONS)[arrays["region"]],
+                      arrays["image"], arrays["cluster"], arrays["assignment"])
+
+
+READERS = {"support": support_from, "masks": masks_from, "prototypes": prototypes_from}
+"""The kinds of entries, in the order in which a class is built, and what reads their files."""
+
+
+def _shape(found: Any, length: int) -> tuple[int, ...]:
+    shape = tuple(found)
+    if len(shape) != length or not all(isinstance(side, int) and 0 <= side < 2**31 for side in shape):
+        raise ValueError(f"the shape {str(found)[:60]}")
+    return shape
+
+
+def _strip_length(shape: tuple[int, ...]) -> int:
+    return max(1, STRIP_PIXELS // max(1, shape[1] * shape[2]))
+
+
+def _png(images: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    # Level 1: of drawings about as small as the slow levels make them.
+    Image.fromarray(np.ascontiguousarray(images).reshape(-1, images.shape[2], 3)).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _read_png(data: bytes, into: np.ndarray) -> None:
+    """Decode a strip into images u8 (n, H, W, 3); its size is looked at before it is decoded."""
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as strip:
+        if strip.mode != "RGB" or (strip.height, strip.width) != (into.shape[0] * into.shape[1], into.shape[2]):
+            raise ValueError(f"a strip of {strip.height} x {strip.width} pixels for images of {into.shape}")
+        into[...] = np.asarray(strip).reshape(into.shape)
+
+
+def _arrays(arrays: dict[str, np.ndarray]) -> bytes:
+    from safetensors.numpy import save
+
+    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+
+
+def _load(data: bytes) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load
+
+    return load(data)
