@@ -1,4 +1,4 @@
-"""The command line: ``ovdiff segment | build | evaluate | convert | doctor | run | reproduce | compare-tables``.
+"""The command line: ``ovdiff segment | build | evaluate | convert | doctor | vocabulary | run | reproduce | compare-tables``.
 
 Errors a user can cause end in one sentence on stderr and exit code 2; what was carried out with a bad result (a notebook that failed,
 tables that differ) ends with exit code 1; ctrl-C ends with exit code 130 and leaves no half-written file.
@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--classes-file", type=Path, help="text file with one class name a line")
     build.add_argument("--stuff", default="", help="which of them are stuff regions")
     _stuff_options(build)
+    from ovdiff_lib.engines.commands import add_engine_options
+
+    add_engine_options(build)
 
     from ovdiff_lib.evaluation.commands import add_commands
 
@@ -61,11 +64,22 @@ def _parser() -> argparse.ArgumentParser:
     from ovdiff_lib.report.commands import add_command
 
     add_command(command)
+    from ovdiff_lib.benchmark.commands import add_command as add_benchmark
+
+    add_benchmark(command)
     _stuff_options(commands.choices["evaluate"])
 
     doctor = command("doctor", _doctor, "Say which models, libraries and data a profile needs, what is here, and how to get the rest.")
     doctor.add_argument("--data", action="append", default=[], metavar="[NAME=]FOLDER", help="a data set's folder; may be repeated")
     doctor.add_argument("--json", type=Path, help="write the report to this file too")
+
+    from ovdiff_lib.vocabulary_commands import add_commands as add_vocabulary_commands
+
+    add_vocabulary_commands(command)
+
+    from ovdiff_lib.library_commands import add_commands as add_library_commands
+
+    add_library_commands(commands)
 
     from ovdiff_lib.notebook_commands import add_commands as add_notebook_commands
 
@@ -113,28 +127,38 @@ def _segment(options: argparse.Namespace) -> None:
 
     from ovdiff_lib.checks import check_output
     from ovdiff_lib.images import list_images, read_image
+    from ovdiff_lib.matching import check_image
     from ovdiff_lib.report.results import output_stems, write_segmentation
 
     vocabulary = _vocabulary(_names(options.classes), options)
     paths = list_images(options.image)
     if len(paths) == 1:
-        read_image(paths[0])  # a broken image is reported before classes are built
+        check_image(read_image(paths[0]))  # a broken image is reported before classes are built
     ovdiff = _ovdiff(options)
     check_output(options.out)
     bank = ovdiff.build(vocabulary)
-    broken = []
-    bar = tqdm.tqdm(paths, desc="segmenting", unit="image", disable=len(paths) == 1)
-    for path, stem in zip(bar, output_stems(paths), strict=True):
-        try:
-            image = read_image(path)
-        except InputError as error:
-            broken.append(str(error))
-            continue
-        written = write_segmentation(ovdiff.segment(image, bank), options.out, stem, ovdiff.profile)
+    broken, read = [], []
+
+    def images():
+        for path, stem in zip(paths, output_stems(paths), strict=True):
+            try:
+                image = read_image(path)
+                check_image(image)
+            except InputError as error:
+                broken.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+                bar.update()
+                continue
+            read.append(stem)
+            yield image
+
+    with tqdm.tqdm(total=len(paths), desc="segmenting", unit="image", disable=len(paths) == 1) as bar:
+        for number, result in enumerate(ovdiff.segment_many(images(), bank)):
+            written = write_segmentation(result, options.out, read[number], ovdiff.profile)
+            bar.update()
     for message in broken:
         print(f"ovdiff: {message}", file=sys.stderr)
     if broken:
-        raise InputError(f"{len(broken)} of {len(paths)} images could not be read; the others are in {options.out}.")
+        raise InputError(f"{len(broken)} of {len(paths)} images could not be segmented; the others are in {options.out}.")
     example = f" ({written[0].name}, ...)" if len(paths) == 1 else ""
     print(f"{len(paths)} image{'s' * (len(paths) > 1)} segmented; results in {options.out}{example}")
 
@@ -150,8 +174,12 @@ def _build(options: argparse.Namespace) -> None:
     else:
         names = _names(options.classes)
     vocabulary = _vocabulary(names, options)
+    from ovdiff_lib.engines.commands import build_with, engine_of
+
     ovdiff = _ovdiff(options)
-    started = time.time()
+    engine, started = engine_of(options, ovdiff.profile), time.time()
+    if engine:
+        build_with(engine, ovdiff, vocabulary)
     bank = ovdiff.build(vocabulary)
     for name in bank.extractors:
         counts = sum(len(p) for p in bank.prototypes[name])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import colorsys
+import functools
 import io
 import os
 import secrets
 import struct
+import textwrap
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,45 +21,73 @@ MAX_PIXELS = 100_000_000
 """Largest image that is read or made by resizing, in pixels."""
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-"""Files that :func:`list_images` finds in a folder; a file named by itself may be of any format that Pillow reads."""
+"""Files that :func:`list_images` finds in a folder; a file named by itself may be of any of :data:`FORMATS`, whatever its suffix."""
 
-_BROKEN = (OSError, SyntaxError, ValueError, KeyError, IndexError, TypeError, EOFError, struct.error)
-"""What Pillow's decoders raise on damaged files."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF", "ICO", "PCX", "TGA")
+"""Formats that are read, told from a file's content; the last has no mark to be told by. Pillow has others that nobody keeps pictures
+in, one of them (EPS) a program that it has Ghostscript run."""
+
+_BROKEN = (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, EOFError,
+           MemoryError, RuntimeError, struct.error, zlib.error)
+"""What Pillow's decoders raise on damaged files; they have no one error for it."""
 
 
 def read_image(source: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     """An image as u8 RGB (H, W, 3), upright.
 
-    ``source`` is a path, a PIL image, or a u8 array (H, W), (H, W, 3) or (H, W, 4). EXIF rotation is applied, grey, palette, CMYK and
-    16-bit images are converted, transparency is composited on white, and of an animation the first frame is taken. Raises ``InputError``
-    for a missing, broken or empty image, one above :data:`MAX_PIXELS`, and pixels whose range is not known (floats, 32-bit).
+    ``source`` is the path of a file (:data:`FORMATS`), a PIL image, or a u8 array (H, W), (H, W, 3) or (H, W, 4). EXIF rotation is
+    applied, grey, palette, CMYK and 16-bit images are converted, transparency is composited on white, and of an animation the first frame
+    is taken. Raises ``InputError`` for a missing, broken or empty image, one above :data:`MAX_PIXELS`, and pixels whose range is not
+    known (floats, 32-bit).
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
         return _convert(source, "The image")
-    path = Path(source)
+    path, name = Path(source), shown(source)
     if path.is_dir():
-        raise InputError(f"{path} is a folder, not an image; name an image file in it.")
+        raise InputError(f"{name} is a folder, not an image; name an image file in it.")
     try:
         if path.stat().st_size == 0:
-            raise InputError(f"The image {path} is empty (0 bytes); copy or download it again.")
+            raise InputError(f"The image {name} is empty (0 bytes); copy or download it again.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _convert applies this module's own, stated limit
-            with Image.open(path) as image:
-                return _convert(image, f"The image {path}")
+            with Image.open(path, formats=_formats()) as image:
+                return _convert(image, f"The image {name}")
     except FileNotFoundError:
-        raise InputError(f"The image {path} does not exist; check the path.") from None
+        raise InputError(f"The image {name} does not exist; check the path.") from None
     except PermissionError:
-        raise InputError(f"The image {path} may not be read; check its permissions.") from None
+        raise InputError(f"The image {name} may not be read; check its permissions.") from None
     except Image.DecompressionBombError:
-        raise InputError(f"The image {path} has more than {MAX_PIXELS // 10**6} million pixels; scale it down first.") from None
+        raise InputError(_too_large(f"The image {name}")) from None
     except Image.UnidentifiedImageError:
-        raise InputError(f"The file {path} is not an image that can be read; convert it to PNG or JPEG.") from None
+        raise InputError(f"The file {name} is not an image that can be read; convert it to PNG or JPEG.") from None
     except InputError:
         raise
     except _BROKEN as error:
-        raise InputError(f"The image {path} cannot be opened ({error}); copy or download it again.") from None
+        raise InputError(f"The image {name} cannot be opened ({_reason(error)}); copy or download it again.") from None
+
+
+def shown(path: str | Path) -> str:
+    """A path as it can be printed: on one line, with characters that cannot be seen or would steer the terminal, and bytes that are no
+    text, written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of :data:`FORMATS` that this build of Pillow has; it fails at the name of another."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _too_large(what: str) -> str:
+    return f"{what} has more than {MAX_PIXELS // 10**6} million pixels; scale it down first."
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, on one line of moderate length; its kind if it says nothing."""
+    return textwrap.shorten(str(error), 120, placeholder="").rstrip(".") or type(error).__name__
 
 
 def _from_array(array: np.ndarray) -> np.ndarray:
@@ -81,14 +111,18 @@ def _convert(image: Image.Image, what: str) -> np.ndarray:
             image = _grey16(image, what)
         if image.mode == "F":
             raise InputError(f"{what} holds floating-point pixels of unknown range; convert it to 8 bits a channel.")
+        if image.mode in ("LAB", "La"):  # which Pillow converts to neither RGB nor RGBA
+            raise InputError(f"{what} holds pixels of the kind {image.mode}; convert it to RGB first.")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return np.array(image.convert("RGB"))
     except InputError:
         raise
+    except Image.DecompressionBombError:  # the header said less than the decoder found
+        raise InputError(_too_large(what)) from None
     except _BROKEN as error:
-        raise InputError(f"{what} is damaged ({error}); copy or download it again.") from None
+        raise InputError(f"{what} is damaged ({_reason(error)}); copy or download it again.") from None
 
 
 def _grey16(image: Image.Image, what: str) -> Image.Image:
@@ -103,12 +137,12 @@ def list_images(path: str | Path) -> list[Path]:
     """The file itself, or the images directly in a folder (:data:`SUFFIXES`, any case), sorted by name; ``InputError`` if there is none."""
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path} does not exist; name an image file or a folder of images.")
+        raise InputError(f"{shown(path)} does not exist; name an image file or a folder of images.")
     if not path.is_dir():
         return [path]
     found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
     if not found:
-        raise InputError(f"The folder {path} holds no image ({', '.join(s[1:] for s in SUFFIXES)}); name a folder that does.")
+        raise InputError(f"The folder {shown(path)} holds no image ({', '.join(s[1:] for s in SUFFIXES)}); name a folder that does.")
     return found
 
 
@@ -137,27 +171,15 @@ def resize_short_side(image: np.ndarray, short: int, resample: str = "bilinear",
     return np.array(Image.fromarray(image).resize((new_width, new_height), RESAMPLING[resample]))
 
 
-def class_colour(index: int) -> tuple[int, int, int]:
-    """RGB of label ``index``: 0 (background) is dark grey, the others walk the colour circle by the golden angle."""
-    if index == 0:
-        return 40, 40, 46
-    hue = (0.02 + 0.618034 * (index - 1)) % 1.0
-    light, strength = ((0.52, 0.78), (0.66, 0.70), (0.40, 0.72))[(index - 1) // 7 % 3]
-    return tuple(round(255 * c) for c in colorsys.hls_to_rgb(hue, light, strength))
-
-
-def palette(count: int) -> np.ndarray:
-    """Colours u8 (count, 3) of labels 0 to count - 1; label maps, overlays and legends all use them."""
-    return np.array([class_colour(i) for i in range(count)], np.uint8)
-
-
-def save_label_png(path: str | Path, labels: np.ndarray, n: int) -> None:
-    """Write labels (H, W) in [0, n) as a PNG whose pixel values are the labels: with a palette up to 256 classes, else 16-bit grey.
+def save_label_png(path: str | Path, labels: np.ndarray, colours: np.ndarray) -> None:
+    """Write labels (H, W) in [0, n) as a PNG whose pixel values are the labels, shown in their ``colours`` u8 (n, 3): as a palette up to
+    256 classes, else 16-bit grey.
 
     The file is complete or absent, never half written. Raises ``InputError`` if it cannot be written or a label is out of range.
     """
     if labels.ndim != 2 or labels.size == 0:
         raise InputError(f"A label map must have the shape (H, W) with at least one pixel, not {labels.shape}.")
+    n = len(colours)
     if labels.min() < 0 or labels.max() >= n or n > 65536:
         raise InputError(f"Labels from {labels.min()} to {labels.max()} do not fit {n} classes;"
                          f" here a PNG holds labels 0 to {min(n, 65536) - 1}.")
@@ -165,7 +187,7 @@ def save_label_png(path: str | Path, labels: np.ndarray, n: int) -> None:
         image = Image.fromarray(labels.astype(np.uint16))
     else:
         image = Image.fromarray(labels.astype(np.uint8), mode="L")
-        image.putpalette(palette(n).tobytes())
+        image.putpalette(np.ascontiguousarray(colours, np.uint8).tobytes())
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     write_atomic(path, buffer.getvalue())
@@ -192,7 +214,7 @@ def write_atomic(path: str | Path, data: bytes) -> None:
                 raise
         fsync_folder(path.parent)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror or error});"
+        raise InputError(f"{shown(path)} cannot be written ({error.strerror or error});"
                          " free space or choose a folder that you may write to.") from None
 
 

@@ -246,7 +246,7 @@ class Segmentation:
         full[[0, *(k + 1 for k in self.kept)]] = self.kept_scores[:, row, column]
         return full
 
-    def overlay(self, alpha: float = 0.55):
+    def overlay(self, alpha: float = 0.6):
         """The image with its labels painted over it and a legend, as a PIL image."""
         from ovdiff_lib.report.figures import draw_overlay
 

@@ -13,7 +13,7 @@ from tiny import tiny_overrides
 import ovdiff_lib.pipeline as pipeline
 from ovdiff_lib.cli import main
 from ovdiff_lib.evaluation import load_dataset
-from ovdiff_lib.report.figures import palette
+from ovdiff_lib.report.colours import colours_of
 
 SHAPE = (40, 72)
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -55,7 +55,7 @@ def test_one_image(images, tiny, tmp_path, capsys):
     with Image.open(out / "a_labels.png") as picture:
         labels = np.asarray(picture)
         assert picture.mode == "P" and labels.shape == SHAPE and labels.max() <= 2
-        assert np.array_equal(np.asarray(picture.convert("RGB")), palette(3)[labels])
+        assert np.array_equal(np.asarray(picture.convert("RGB")), colours_of(["background", "cat", "dog"])[labels])
     record = json.loads((out / "a.json").read_text(encoding="utf-8"))
     assert record["size"] == list(SHAPE) and record["profile"] == "mini"
     assert [c["name"] for c in record["classes"]] == ["background", "cat", "dog"]
@@ -241,7 +241,7 @@ def test_ctrl_c_ends_with_130(images, tiny, tmp_path, capsys, monkeypatch):
     def interrupted(self, image, bank):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline.OVDiff, "segment", interrupted)
+    monkeypatch.setattr(pipeline.OVDiff, "segment_many", interrupted)
     out = tmp_path / "out"
     assert main(["segment", str(images / "a.png"), "--classes", "cat", "--out", str(out), *tiny]) == 130
     assert "interrupted" in capsys.readouterr().err.splitlines()[-1]

@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ovdiff_lib import images
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.images import list_images, palette, read_image, resize_short_side, save_label_png, write_atomic
+from ovdiff_lib.images import list_images, read_image, resize_short_side, save_label_png, write_atomic
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
@@ -224,22 +224,19 @@ def test_resize_refuses_what_would_be_huge():
 def test_label_png_holds_the_labels(tmp_path, n, mode):
     labels = np.random.default_rng(0).integers(0, n, (9, 13))
     labels[0, 0] = n - 1
-    save_label_png(tmp_path / "new" / "l.png", labels, n)
+    colours = np.random.default_rng(1).integers(0, 256, (n, 3), dtype=np.uint8)
+    save_label_png(tmp_path / "new" / "l.png", labels, colours)
     with Image.open(tmp_path / "new" / "l.png") as image:
         assert image.mode == mode and (np.asarray(image) == labels).all()
         if mode == "P":
-            assert (np.asarray(image.convert("RGB")) == palette(n)[labels]).all()
+            assert (np.asarray(image.convert("RGB")) == colours[labels]).all()
     assert os.listdir(tmp_path / "new") == ["l.png"]
-
-
-def test_palette_colours_differ():
-    assert palette(60).shape == (60, 3) and len({tuple(c) for c in palette(60)}) == 60
 
 
 @pytest.mark.parametrize("labels", [np.array([[-1, 0]]), np.array([[0, 3]]), np.zeros((0, 4), int), np.zeros(4, int)])
 def test_labels_that_do_not_fit(tmp_path, labels):
     with pytest.raises(InputError) as caught:
-        save_label_png(tmp_path / "l.png", labels, 3)
+        save_label_png(tmp_path / "l.png", labels, np.zeros((3, 3), np.uint8))
     sentence(caught)
     assert not list(tmp_path.iterdir())
 

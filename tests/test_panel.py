@@ -11,9 +11,9 @@ from PIL import Image
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.explain import BELOW, NOT_BEST, explain
-from ovdiff_lib.images import class_colour
 from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.profiles import load_profile
+from ovdiff_lib.report.colours import colours_of
 from ovdiff_lib.report.panel import FORMAT, MAX_SUPPORT, NONE, panel_data, read_panel, write_panel
 from ovdiff_lib.types import Category, PrototypeBank, Prototypes, Segmentation, SupportSet, Vocabulary
 
@@ -129,7 +129,7 @@ def test_pictures_and_colours_of_the_images(data, results):
         shown = picture(entry["picture"])
         assert shown.size == result.image.shape[1::-1]
         assert np.abs(np.asarray(shown.convert("RGB"), int) - result.image).mean() < 10
-        assert entry["colours"] == [list(class_colour(i)) for i in range(len(CLASSES) + 1)]
+        assert entry["colours"] == colours_of(["background", *CLASSES]).tolist()
         assert entry["classes"] == ["background", *CLASSES]
 
 

@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from skimage.color import rgb2lab
 
 from ovdiff_lib.errors import InputError
+from ovdiff_lib.evaluation import load_dataset
+from ovdiff_lib.evaluation.classes import vocabulary_of
 from ovdiff_lib.profiles import load_profile
 from ovdiff_lib.report import figures
+from ovdiff_lib.report.colours import colours_of
 from ovdiff_lib.report.paper import PaperCell, paper_cell, paper_table
 from ovdiff_lib.report.results import output_stems, write_segmentation
 from ovdiff_lib.report.tables import COLUMNS, STAMP, Cell, read_record, read_table, write_table
@@ -43,30 +47,45 @@ def segmentation(names: str = "cat, dog, sofa", kept=(0, 2), shape=(HEIGHT, WIDT
 
 # ---------------------------------------------------------------------- colours and pictures
 
-def test_the_first_thirty_labels_have_colours_one_can_tell_apart():
-    colours = [np.array(figures.class_colour(i), int) for i in range(30)]
-    assert all(c.shape == (3,) and c.min() >= 0 and c.max() <= 255 for c in colours)
-    def nearest(count):  # smallest difference, summed over red, green and blue
-        return min(np.abs(a - b).sum() for a, b in combinations(colours[:count], 2))
+def lab_distance(colours):
+    """Smallest distance of any two colours u8 (n, 3) in CIELAB, where 2.3 is just noticed."""
+    lab = rgb2lab(np.array(colours, np.uint8)[None] / 255)[0]
+    return min(np.linalg.norm(a - b) for a, b in combinations(lab, 2))
 
-    assert nearest(21) >= 40 and nearest(30) >= 12
-    assert np.array_equal(figures.palette(30), np.array(colours, np.uint8))
-    # A class keeps its colour when the vocabulary grows.
-    assert np.array_equal(figures.palette(5), figures.palette(30)[:5])
+
+def test_classes_of_the_data_sets_have_colours_one_can_tell_apart():
+    for name, least in (("mini-voc", 25), ("mini-context", 20), ("mini-object", 15)):
+        colours = colours_of(["background", *load_dataset(name).vocabulary.names])
+        assert lab_distance(colours) > least and colours.dtype == np.uint8
+    assert lab_distance(colours_of(["background", *vocabulary_of("voc").names])) > 15
+    assert lab_distance(colours_of(["background", *vocabulary_of("ade20k").names])) > 3
+
+
+def test_a_class_has_one_colour_in_every_vocabulary():
+    whole = dict(zip(NAMES := ["background", *load_dataset("mini-object").vocabulary.names], colours_of(NAMES).tolist(), strict=True))
+    some = ["background", "sheep", "a zebra crossing", "car", "cow"]
+    assert [colours_of(some)[i].tolist() for i in (0, 1, 3, 4)] == [whole[some[i]] for i in (0, 1, 3, 4)]
+    unknown = [f"word {i}" for i in range(100)]
+    colours = colours_of(["background", *unknown])
+    assert len({tuple(c) for c in colours}) == 101  # words that hash to one colour are moved apart
+    assert colours_of(["background", "word 7", "cow"])[1].tolist() == colours_of(["background", "dog", "word 7"])[2].tolist()
+    assert colours_of(["background", *map(str, range(2000))]).shape == (2001, 3)
 
 
 def test_paint_mixes_each_pixel_with_its_colour():
-    image = np.full((HEIGHT, WIDTH, 3), 200, np.uint8)
+    image = np.full((HEIGHT, WIDTH, 3), (250, 200, 150), np.uint8)
     labels = np.zeros((HEIGHT, WIDTH), np.int32)
     labels[5:, 10:] = 2
-    painted = figures.paint(image, labels, alpha=0.5)
-    assert painted.shape == image.shape and painted.dtype == np.uint8 and (image == 200).all()
-    assert np.abs(painted[15, 25] - (100 + np.array(figures.class_colour(2)) / 2)).max() <= 0.5
-    assert np.abs(painted[0, 0] - (0.55 * 200 + 0.45 * np.array(figures.class_colour(0)))).max() <= 0.5
+    names = ["background", "cat", "dog"]
+    painted = figures.paint(image, labels, names, alpha=0.5)
+    assert painted.shape == image.shape and painted.dtype == np.uint8 and (image == (250, 200, 150)).all()
+    below = 0.35 * np.array([250, 200, 150]) + 0.65 * 200  # faded to its grey
+    assert np.abs(painted[15, 25] - (below / 2 + colours_of(names)[2] / 2)).max() <= 0.5
+    assert np.abs(painted[0, 0] - (0.55 * image[0, 0] + 0.45 * colours_of(names)[0])).max() <= 0.5
     # A white line where the label changes, above and left of the region, and nowhere else.
     white = (painted == 255).all(-1)
     assert white[5, 10:].all() and white[5:, 10].all() and white.sum() == (WIDTH - 10) + (HEIGHT - 5) - 1
-    assert not np.array_equal(figures.paint(image, labels, alpha=0.9), painted)
+    assert not np.array_equal(figures.paint(image, labels, names, alpha=0.9), painted)
 
 
 @pytest.mark.parametrize("shape", [(HEIGHT, WIDTH), (700, 30), (1, 7), (9, 1200)])
@@ -79,9 +98,9 @@ def test_an_overlay_has_a_legend_below_the_picture(shape):
     pixels = np.asarray(sheet)
     legend = pixels[shape[0] * factor :].reshape(-1, 3)
     for label in np.unique(result.labels):
-        shown = (legend == np.array(figures.class_colour(int(label)), np.uint8)).all(-1).any()
+        shown = (legend == colours_of(result.class_names)[label]).all(-1).any()
         assert shown == (label > 0), label
-    assert not (legend == np.array(figures.class_colour(2), np.uint8)).all(-1).any()  # dog is nowhere, so not in the legend
+    assert not (legend == colours_of(result.class_names)[2]).all(-1).any()  # dog is nowhere, so not in the legend
 
 
 def test_a_long_name_under_a_narrow_picture_is_not_cut():
@@ -143,7 +162,7 @@ def test_grids_and_captions_are_written_whole(tmp_path):
     support = SupportSet(Category("Sofa"), rng.integers(0, 256, (2, HEIGHT, WIDTH, 3), dtype=np.uint8),
                          rng.random((2, 4, 6), dtype=np.float32), np.arange(2))
     figure = figures.support_grid(support, 8, masks())
-    figures.class_legend(figure, ["sofa"], [1])
+    figures.class_legend(figure, ["background", "sofa"], [1])
     assert len(figure.axes) == 6  # 2 images x (image, attribution, masks), though 8 were asked for
     path = figures.save_figure(figure, tmp_path / "figures" / "grid.png", "Caption with “quotes” and 🛋.")
     with Image.open(path) as picture:
@@ -312,7 +331,7 @@ def test_a_written_segmentation_decodes_to_itself(tmp_path, profile):
     with Image.open(labels) as picture:
         assert picture.mode == "P" and np.array_equal(np.asarray(picture), result.labels)
         painted = np.asarray(picture.convert("RGB"))
-    assert np.array_equal(painted, figures.palette(4)[result.labels])
+    assert np.array_equal(painted, colours_of(result.class_names)[result.labels])
     with Image.open(overlay) as picture:
         assert picture.height > HEIGHT
     record = json.loads(table.read_text(encoding="utf-8"))
@@ -324,7 +343,7 @@ def test_a_written_segmentation_decodes_to_itself(tmp_path, profile):
     assert rows[1]["share"] == pytest.approx(11 / 33) and rows[3]["share"] == pytest.approx(10 * 22 / (20 * 33))
     assert rows[2]["mean_score"] is None and rows[3]["mean_score"] == pytest.approx(0.75) and rows[0]["mean_score"] == pytest.approx(0.25)
     assert rows[0]["filter_probability"] is None and rows[1]["filter_probability"] == pytest.approx(0.6)
-    assert [tuple(r["colour"]) for r in rows] == [figures.class_colour(i) for i in range(4)]
+    assert [r["colour"] for r in rows] == colours_of(result.class_names).tolist()
 
 
 def test_the_record_is_strict_json_without_a_filter(tmp_path, profile):

@@ -27,6 +27,7 @@ from ovdiff_lib.explain import explain
 from ovdiff_lib.profiles import load_profile
 from ovdiff_lib.report import claims, figures
 from ovdiff_lib.report.collect import collect, command
+from ovdiff_lib.report.colours import colours_of
 from ovdiff_lib.report.commands import run_report
 from ovdiff_lib.report.notebook_html import formula, notebook_body
 from ovdiff_lib.report.panel import panel_data, write_panel
@@ -691,7 +692,7 @@ def test_images_and_views_can_be_chosen(browser, built):
 
     at(browser, "input[value=labels]").click()
     result = segmentation()
-    palette = {label: list(figures.class_colour(int(label))) for label in np.unique(result.labels)}
+    palette = {label: colours_of(result.class_names)[label].tolist() for label in np.unique(result.labels)}
     assert colours() == [palette[label] for label in result.labels.ravel()]
     at(browser, "input[value=image]").click()
     assert colours() != [palette[label] for label in result.labels.ravel()]

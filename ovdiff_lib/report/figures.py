@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from ovdiff_lib.images import class_colour, palette, write_atomic
+from ovdiff_lib.images import write_atomic
+from ovdiff_lib.report.colours import colours_of
 from ovdiff_lib.types import ForegroundBackground, Prototypes, Segmentation, SupportSet
 
 if TYPE_CHECKING:
@@ -29,11 +30,17 @@ COLOURS = 256
 """Colours of a saved figure."""
 
 
-def paint(image: np.ndarray, labels: np.ndarray, alpha: float = 0.55) -> np.ndarray:
-    """The image u8 (H, W, 3) with labels (H, W) painted over it; background (0) is only dimmed."""
-    colours = palette(int(labels.max()) + 1)[labels].astype(np.float32)
+FADED = 0.65
+"""How far the colours of an image fade to grey under the colour of a class, which they would change."""
+
+
+def paint(image: np.ndarray, labels: np.ndarray, class_names: Sequence[str], alpha: float = 0.6) -> np.ndarray:
+    """The image u8 (H, W, 3) with labels (H, W) painted over it; background (0) is only dimmed. ``class_names``, background first."""
+    colours = colours_of(class_names)[labels].astype(np.float32)
     weight = np.where(labels == 0, 0.45, alpha)[..., None]
-    mixed = image.astype(np.float32) * (1 - weight) + colours * weight
+    faded = np.where(labels == 0, 0, FADED)[..., None]
+    below = image.astype(np.float32) * (1 - faded) + image.mean(-1, keepdims=True, dtype=np.float32) * faded
+    mixed = below * (1 - weight) + colours * weight
     edge = np.zeros(labels.shape, bool)
     edge[1:] |= labels[1:] != labels[:-1]
     edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
@@ -41,7 +48,7 @@ def paint(image: np.ndarray, labels: np.ndarray, alpha: float = 0.55) -> np.ndar
     return mixed.round().astype(np.uint8)
 
 
-def draw_overlay(result: Segmentation, alpha: float = 0.55) -> Image.Image:
+def draw_overlay(result: Segmentation, alpha: float = 0.6) -> Image.Image:
     """Overlay with a legend of the classes found and the share of pixels of each; small images are enlarged to be readable."""
     from PIL import ImageDraw, ImageFont
 
@@ -49,7 +56,7 @@ def draw_overlay(result: Segmentation, alpha: float = 0.55) -> Image.Image:
     factor = max(1, round(512 / max(height, width)))
     picture = Image.fromarray(result.image).resize((width * factor, height * factor), Image.BICUBIC)
     labels = np.kron(result.labels, np.ones((factor, factor), result.labels.dtype))
-    picture = Image.fromarray(paint(np.asarray(picture), labels, alpha))
+    picture = Image.fromarray(paint(np.asarray(picture), labels, result.class_names, alpha))
     found, counts = np.unique(result.labels, return_counts=True)
     order = [int(i) for i in found[np.argsort(-counts)] if i > 0]
     size = max(13, picture.width // 28)
@@ -69,9 +76,10 @@ def draw_overlay(result: Segmentation, alpha: float = 0.55) -> Image.Image:
     sheet = Image.new("RGB", (max(picture.width, widest), picture.height + y + size + pad), "white")
     sheet.paste(picture)
     draw = ImageDraw.Draw(sheet)
+    colours = colours_of(result.class_names)
     for x, y, index, text in places:
         top = picture.height + y
-        draw.rectangle([x, top + 1, x + size - 2, top + size - 1], fill=class_colour(index))
+        draw.rectangle([x, top + 1, x + size - 2, top + size - 1], fill=tuple(colours[index].tolist()))
         draw.text((x + size + pad // 2, top), text, fill="black", font=font, anchor="la")
     return sheet
 
@@ -153,11 +161,12 @@ def support_grid(support: SupportSet, count: int = 8, masks: ForegroundBackgroun
     return image_grid(rows, names)
 
 
-def class_legend(figure: Figure, names: Sequence[str], labels: Sequence[int]) -> None:
-    """A legend of class colours below a figure."""
+def class_legend(figure: Figure, class_names: Sequence[str], labels: Sequence[int]) -> None:
+    """A legend below a figure of the colours of ``labels``; ``class_names`` are those of all labels, background first."""
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=np.array(class_colour(i)) / 255, label=name) for i, name in zip(labels, names, strict=True)]
+    colours = colours_of(class_names) / 255
+    handles = [Patch(color=colours[i], label=class_names[i]) for i in labels]
     figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=min(len(handles), 7), frameon=False, fontsize=9)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ovdiff_lib.images import class_colour
+from ovdiff_lib.report.colours import colours_of
 from ovdiff_lib.report.figures import paint
 
 if TYPE_CHECKING:
@@ -43,16 +43,16 @@ def gallery(columns: Sequence[Column], class_names: Sequence[str], row_names: Se
     rooms = [max(width, 0.078 * max(map(len, texts))) for texts, width in zip(heads, widths, strict=True)]
     head = line * max(map(len, heads)) + 0.08
     size = (left + sum(rooms) + gap * len(columns), head + len(row_names) * (height + gap))
-    figure = new_figure(size, 90)
+    figure, colours = new_figure(size, 90), colours_of(class_names) / 255
     x = left
     for column, texts, width, room in zip(columns, heads, widths, rooms, strict=True):
-        for r, picture in enumerate([column.image, *(paint(column.image, labels) for labels in column.maps)]):
+        for r, picture in enumerate([column.image, *(paint(column.image, labels, class_names) for labels in column.maps)]):
             top = head + r * (height + gap)
             axis = figure.add_axes([(x + (room - width) / 2) / size[0], 1 - (top + height) / size[1], width / size[0], height / size[1]])
             axis.imshow(picture, aspect="auto")
             axis.set_axis_off()
         for i, text in enumerate(texts):
-            colour = "black" if i == 0 else np.array(class_colour(column.asked[i - 1])) / 255 * 0.85
+            colour = "black" if i == 0 else colours[column.asked[i - 1]] * 0.85
             figure.text((x + room / 2) / size[0], 1 - (head - 0.06 - line * (len(texts) - 1 - i)) / size[1], text, ha="center", va="bottom",
                         fontsize=8, color=colour, weight="bold" if i else "normal")
         x += room + gap
@@ -69,6 +69,7 @@ def _legend(figure: Figure, labels: Sequence[int], class_names: Sequence[str]) -
     from matplotlib.patches import Patch
 
     if labels:
-        handles = [Patch(color=np.array(class_colour(i)) / 255, label=class_names[i]) for i in labels]
+        colours = colours_of(class_names) / 255
+        handles = [Patch(color=colours[i], label=class_names[i]) for i in labels]
         figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=min(len(handles), 7), frameon=False, fontsize=8,
                       handlelength=1.2, columnspacing=1.2)

@@ -19,8 +19,9 @@ from PIL import Image
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.explain import Explanation, absent_classes
-from ovdiff_lib.images import class_colour, write_atomic
+from ovdiff_lib.images import write_atomic
 from ovdiff_lib.profiles.profile import Filters
+from ovdiff_lib.report.colours import colours_of
 from ovdiff_lib.types import Segmentation, SupportSet
 
 FORMAT = "ovdiff panel 1"
@@ -126,7 +127,7 @@ def _image(title: str, result: Segmentation, pool: _Pool, filters: Filters | Non
     step = max(float(margin.max(initial=0)), 1e-6) / 255
     maps = {"labels": labels, "winner": _winners(result, rows, columns, pool), "runner_up": runner_up}
     return {"title": title, "size": [height, width], "grid": grid, "picture": _picture(result.image, longest),
-            "classes": list(result.class_names), "colours": [list(class_colour(i)) for i in range(len(result.class_names))],
+            "classes": list(result.class_names), "colours": colours_of(result.class_names).tolist(),
             **{name: _packed(values.astype("<u2")) for name, values in maps.items()},
             "margin": _packed(np.round(margin / step).astype(np.uint8)), "step": step, "queried": _queried(result, filters)}
 

@@ -86,11 +86,11 @@ def comparison_figure(images: Sequence[np.ndarray], labels: Mapping[str, Sequenc
                       class_names: Sequence[str], cell: float = 1.3) -> Figure:
     """Images over the labels of several methods and the truth, with one legend; labels int (H, W), 255 in ``truth`` counts as 0.
 
-    ``class_names`` by label id, background first. A colour stands for the same class in every figure of a data set.
+    ``class_names`` by label id, background first. A colour stands for the same class in every figure.
     """
     truth = [np.where(t == 255, 0, t) for t in truth]
-    rows = [list(images), *([paint(i, m) for i, m in zip(images, maps, strict=True)] for maps in [*labels.values(), truth])]
+    rows = [list(images), *([paint(i, m, class_names) for i, m in zip(images, maps, strict=True)] for maps in [*labels.values(), truth])]
     figure = image_grid(rows, ["image", *labels, "truth"], cell=cell)
     found = sorted({int(v) for maps in [*labels.values(), truth] for m in maps for v in np.unique(m)} - {0})
-    class_legend(figure, [class_names[i] for i in found], found)
+    class_legend(figure, class_names, found)
     return figure

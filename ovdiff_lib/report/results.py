@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ovdiff_lib.images import class_colour, save_label_png, write_atomic
+from ovdiff_lib.images import save_label_png, write_atomic
 from ovdiff_lib.profiles import Profile
+from ovdiff_lib.report.colours import colours_of
 from ovdiff_lib.types import Segmentation
 
 
@@ -38,7 +39,8 @@ def write_segmentation(result: Segmentation, folder: str | Path, stem: str, prof
 
     folder = Path(folder)
     labels, overlay, table = folder / f"{stem}_labels.png", folder / f"{stem}_overlay.png", folder / f"{stem}.json"
-    save_label_png(labels, result.labels, len(result.class_names))
+    colours = colours_of(result.class_names)
+    save_label_png(labels, result.labels, colours)
     buffer = io.BytesIO()
     result.overlay().save(buffer, "PNG")
     write_atomic(overlay, buffer.getvalue())
@@ -47,7 +49,7 @@ def write_segmentation(result: Segmentation, folder: str | Path, stem: str, prof
         inside = result.labels == index
         mean = float(result.kept_scores[rank[index]][inside].mean()) if inside.any() else None
         probability = None if index == 0 or np.isnan(result.filter_scores[index - 1]) else float(result.filter_scores[index - 1])
-        rows.append({"label": index, "name": name, "colour": class_colour(index), "share": float(inside.mean()), "mean_score": mean,
+        rows.append({"label": index, "name": name, "colour": colours[index].tolist(), "share": float(inside.mean()), "mean_score": mean,
                      "kept": index == 0 or index - 1 in result.kept, "filter_probability": probability})
     record = {"image": stem, "size": list(result.labels.shape), "classes": rows, "profile": profile.name, "settings": profile.digest(),
               "version": __version__}
