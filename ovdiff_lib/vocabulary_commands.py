@@ -1,0 +1,60 @@
+"""``ovdiff vocabulary``: the command line of the vocabulary doctor."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from ovdiff_lib.errors import InputError
+from ovdiff_lib.profiles.profile import parse_assignments
+
+
+def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the command: ``command(name, run, help)`` adds one with the options of a profile."""
+    from ovdiff_lib.cli import _stuff_options
+
+    text = ("Say which classes collide, which words are ambiguous or unknown and which are badly drawn, before any image is segmented; "
+            "exit code 1 if a class is not fine.")
+    vocabulary = command("vocabulary", run_vocabulary, text)
+    vocabulary.add_argument("names", nargs="?", metavar="CLASSES", help='class names, for example "mouse, keyboard, picture frame"')
+    vocabulary.add_argument("--classes", help="the same as an option")
+    vocabulary.add_argument("--classes-file", type=Path, help="text file with one class name a line")
+    vocabulary.add_argument("--stuff", default="", help="which of them are stuff regions")
+    _stuff_options(vocabulary)
+    vocabulary.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE",
+                            help="from which value on something is worth a look or bad (--limit collide_bad=0.4; the report lists all); "
+                                 "may be repeated")
+    vocabulary.add_argument("--json", type=Path, help="write the report to this file too")
+
+
+def run_vocabulary(options: argparse.Namespace) -> int:
+    """Print the report; 1 if a class is not fine, else 0."""
+    from ovdiff_lib.checks import check_output
+    from ovdiff_lib.cli import _names, _ovdiff, _vocabulary
+    from ovdiff_lib.vocabulary import examine
+    from ovdiff_lib.vocabulary_report import Limits, render
+
+    given = [source for source in (options.names, options.classes, options.classes_file) if source is not None]
+    if len(given) != 1:
+        raise InputError('Name the classes once: ovdiff vocabulary "cat, sofa", or --classes, or --classes-file FILE.')
+    limits = Limits.of(parse_assignments(options.limit, "--limit"))
+    vocabulary = _vocabulary(_lines(given[0]) if options.classes_file else _names(given[0]), options)
+    ovdiff = _ovdiff(options)
+    if options.json:
+        check_output(options.json.parent)  # before classes are drawn
+    report = examine(ovdiff, vocabulary, limits=limits)
+    if options.json:
+        from ovdiff_lib.images import write_atomic
+
+        write_atomic(options.json, report.to_json().encode())
+    print(render(report))
+    return int(any(c.verdict != "fine" for c in report.classes))
+
+
+def _lines(path: Path) -> list[str]:
+    """The class names of a file with one a line."""
+    try:
+        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"The classes file {path} cannot be read; give a UTF-8 text file with one class a line.") from None
