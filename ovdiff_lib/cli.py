@@ -17,8 +17,8 @@ from ovdiff_lib.profiles.profile import parse_assignments
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the ``ovdiff`` command; returns the exit code."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         return options.run(options) or 0
     except OVDiffError as error:
         print(f"ovdiff: {error}", file=sys.stderr)
@@ -126,7 +126,7 @@ def _segment(options: argparse.Namespace) -> None:
     import tqdm
 
     from ovdiff_lib.checks import check_output
-    from ovdiff_lib.images import list_images, read_image
+    from ovdiff_lib.images import list_images, read_image, shown
     from ovdiff_lib.matching import check_image
     from ovdiff_lib.report.results import output_stems, write_segmentation
 
@@ -145,7 +145,7 @@ def _segment(options: argparse.Namespace) -> None:
                 image = read_image(path)
                 check_image(image)
             except InputError as error:
-                broken.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+                broken.append(str(error) if shown(path) in str(error) else f"{shown(path)}: {error}")
                 bar.update()
                 continue
             read.append(stem)
@@ -158,9 +158,9 @@ def _segment(options: argparse.Namespace) -> None:
     for message in broken:
         print(f"ovdiff: {message}", file=sys.stderr)
     if broken:
-        raise InputError(f"{len(broken)} of {len(paths)} images could not be segmented; the others are in {options.out}.")
-    example = f" ({written[0].name}, ...)" if len(paths) == 1 else ""
-    print(f"{len(paths)} image{'s' * (len(paths) > 1)} segmented; results in {options.out}{example}")
+        raise InputError(f"{len(broken)} of {len(paths)} images could not be segmented; the others are in {shown(options.out)}.")
+    example = f" ({shown(written[0].name)}, ...)" if len(paths) == 1 else ""
+    print(f"{len(paths)} image{'s' * (len(paths) > 1)} segmented; results in {shown(options.out)}{example}")
 
 
 def _build(options: argparse.Namespace) -> None:

@@ -61,6 +61,7 @@ def support_from(files: Files, described: Described) -> SupportSet:
         _read_png(files[strip_name(i)], images[start : start + step])
     arrays = _load(files[ARRAYS])
     support = SupportSet(Category(**described["category"]), images, arrays["attribution"], arrays["seeds"], described["provenance"])
+    _check_array("attribution", support.attribution, np.float32, 3)
     if not len(support.seeds) == len(support.attribution) == len(images):
         raise ValueError(f"{len(images)} images, {len(support.attribution)} attribution maps and {len(support.seeds)} seeds")
     return support
@@ -100,6 +101,8 @@ def prototypes_files(prototypes: Prototypes) -> tuple[Files, Described]:
 def prototypes_from(files: Files, described: Described) -> Prototypes:
     """The prototypes of their files."""
     arrays = _load(files[ARRAYS])
+    _check_array("vectors", arrays["vectors"], np.float32, 2)
+    _check_array("assignment", arrays["assignment"], np.int16, 3)
     count = len(arrays["vectors"])
     if any(len(arrays[name]) != count for name in ("kind", "region", "image", "cluster")):
         raise ValueError(f"{count} vectors that are not all described")
@@ -109,6 +112,11 @@ def prototypes_from(files: Files, described: Described) -> Prototypes:
 
 READERS = {"support": support_from, "masks": masks_from, "prototypes": prototypes_from}
 """The kinds of entries, in the order in which a class is built, and what reads their files."""
+
+
+def _check_array(name: str, array: np.ndarray, dtype: type, axes: int) -> None:
+    if array.dtype != dtype or array.ndim != axes or not np.isfinite(array).all():
+        raise ValueError(f"{name} {array.dtype} {array.shape}, not finite {np.dtype(dtype)} of {axes} axes")
 
 
 def _shape(found: Any, length: int) -> tuple[int, ...]:

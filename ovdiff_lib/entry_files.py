@@ -13,6 +13,7 @@ from typing import Any
 
 from ovdiff_lib.entries import READERS, Described, Files, identify
 from ovdiff_lib.errors import InputError
+from ovdiff_lib.types import Category
 
 FORMAT = 2
 """Layout of an entry; entries of another format count as missing."""
@@ -44,6 +45,8 @@ def check_meta(data: bytes, kind: str, key: str) -> Described:
             raise Broken(f"{META} is of format {body['format']}, kind {body['kind']} and key {body['key']}")
         if "made_from" in body and identify(body["made_from"]) != key:
             raise Broken("its key is not the hash of what it says it was made from")
+        if "made_from" in body:
+            Category(body["made_from"]["step"], body["made_from"]["prompt"])  # shown to users: text, and nothing that steers a terminal
         if bad := [name for name in body["sha256"] if not FILE.fullmatch(name)]:
             raise Broken(f"{META} names a file {bad[0][:40]!r}")
         return body

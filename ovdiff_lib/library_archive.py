@@ -9,6 +9,7 @@ not at all. Sums tell an archive that was damaged from one that was not; they do
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import lzma
@@ -100,6 +101,7 @@ def import_archive(library: Library, path: str | Path, progress: bool = False) -
             return Imported(**counts)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+            (library.root / "locks" / f"{number}.lock").unlink(missing_ok=True)
 
 
 def _unpack(library: Library, path: Path, staging: Path, progress: bool) -> list[tuple[str, str]]:
@@ -107,7 +109,7 @@ def _unpack(library: Library, path: Path, staging: Path, progress: bool) -> list
     seen: dict[tuple[str, str], set[str]] = {}
     total, index = 0, None
     try:
-        with tarfile.open(path, "r:*") as archive:
+        with _unpacked(path) as file, tarfile.open(fileobj=_Bounded(file), mode="r:") as archive:
             for member in tqdm(archive, desc="importing", unit="file", disable=not progress):
                 if member.name == INDEX and member.isreg() and index is None:
                     _check_size(library, path, member.size, 0)
@@ -155,6 +157,28 @@ def _unpack(library: Library, path: Path, staging: Path, progress: bool) -> list
             raise InputError(f"The entry {kind}/{key} in {path} does not verify ({broken}); nothing was imported. Get the archive again."
                              ) from None
     return sorted(seen, key=lambda entry: (list(READERS).index(entry[0]), entry[1]))
+
+
+class _Bounded:
+    """A file of which no more than :data:`LONGEST_META` bytes are read at once: a tar file may have headers of any length, which are read
+    whole, and a compressed one of gigabytes is small."""
+
+    def __init__(self, file) -> None:
+        self.file, self.seek, self.tell, self.close = file, file.seek, file.tell, file.close
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= LONGEST_META:
+            raise tarfile.ReadError(f"a header of more than {LONGEST_META >> 20} MiB")
+        return self.file.read(size)
+
+
+def _unpacked(path: Path):
+    """The tar file in ``path``, whether compressed or not."""
+    with open(path, "rb") as file:
+        start = file.read(6)
+    if start.startswith(b"\x1f\x8b"):
+        return gzip.open(path)
+    return lzma.open(path) if start == b"\xfd7zXZ\0" else open(path, "rb")
 
 
 def _place(library: Library, kind: str, key: str, folder: Path) -> str:

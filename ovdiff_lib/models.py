@@ -11,7 +11,9 @@ import hashlib
 import importlib.util
 import json
 import math
+import pickle
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,7 +192,7 @@ def _cached(name: str, build: Any, identifier: str, profile: Profile, variant: s
     key = (name, variant, str(source), str(device), dtype, profile.models.compile, profile.models.channels_last)
     if key not in _loaded:
         options = {"local_files_only": not profile.models.download}
-        quiet = contextlib.nullcontext() if profile.models.download else _no_progress_bars()
+        quiet = contextlib.nullcontext() if profile.models.download else _from_disk_alone()
         with _loading(identifier, source, profile.models.download), quiet:
             _check_type(name, source, options)
             _loaded[key] = tune(build(source, device, dtype, options), profile)
@@ -270,8 +272,10 @@ def _loading(identifier: str, source: Path | str, download: bool) -> Iterator[No
 
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, pickle.UnpicklingError):  # of which torch says at length how to have it run
+            first_line = "its weights are a pickle that is damaged or holds more than tensors, and it was not run"
         reason = textwrap.shorten(first_line, 160, placeholder=" ...").rstrip(".: ")
         if isinstance(source, Path):
             looked = f"from the {'file' if source.is_file() else 'folder'} {source}"
@@ -285,17 +289,23 @@ def _loading(identifier: str, source: Path | str, download: bool) -> Iterator[No
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Silence the libraries' bars over tensors, which are gone in a second, while loading from disk."""
+def _from_disk_alone() -> Iterator[None]:
+    """Loading without the hub, and without the libraries' bars over tensors, which are gone in a second."""
     from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub import constants
     from transformers.utils import logging as transformers_logging
 
     shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     for library in shown:
         library.disable_progress_bar()
+    # Told to use local files only, the hub's library still fetches a list of programs that it may be called by, for its own statistics.
+    offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")  # an argument that diffusers still gives
+            yield
     finally:
+        constants.HF_HUB_OFFLINE = offline
         for library in shown:
             library.enable_progress_bar()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,8 @@ class Vocabulary:
             return classes
         if isinstance(classes, str):
             classes = classes.split(",")
+        if not isinstance(classes, Iterable):
+            raise InputError(f'Classes are names, as in "cat, sofa" or ["cat", "sofa"], or a Vocabulary, not {shorten(repr(classes), 40)}.')
         stuff = [s for s in stuff.split(",") if s.strip()] if isinstance(stuff, str) else stuff
         marked = {Category(s).name.casefold() for s in stuff}
         made = []

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix
 
-from ovdiff_lib import InputError, OVDiff
+from ovdiff_lib import InputError, OVDiff, ProfileError
 from ovdiff_lib.evaluation import evaluate, grid_search_threshold, load_dataset, study
 from ovdiff_lib.evaluation.banks import of_kinds, rows_of_sizes, synonyms, with_words
 from ovdiff_lib.evaluation.bench import Bench
@@ -320,3 +320,9 @@ def test_memory_is_bounded(monkeypatch):
     memory(9, lambda: made.append(1) or 1000, int)
     assert len(made) == 7  # one that does not fit is still remembered until the next
 
+
+
+def test_a_setting_that_cannot_be_is_refused_before_anything_is_measured(tiny_profile, tmp_path):
+    for wrong in ({"features.extractors": ["nosuch"]}, {"matching.stride": 0}, {"masks.segmenter": "nosuch"}):
+        with pytest.raises(ProfileError, match=next(iter(wrong)).replace(".", r"\.")):
+            Bench(tiny_profile, wrong, library=tmp_path)

@@ -147,3 +147,9 @@ def test_class_names_of_a_segmentation_start_with_background():
                           np.zeros(shape, np.int32), Vocabulary.of("cat, dog"), (0, 1), np.array([0.5, 0.5], np.float32))
     assert result.class_names == ("background", "cat", "dog")
     assert result.class_names[int(result.labels[0, 0])] == "cat"
+
+
+@pytest.mark.parametrize("classes", [None, 5, object()])
+def test_classes_that_are_no_names_are_one_sentence(classes):
+    with pytest.raises(InputError, match="Classes are names"):
+        Vocabulary.of(classes)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ovdiff_lib.checks import check_profile
 from ovdiff_lib.errors import InputError, ModelNotAvailable, ProfileError
 from ovdiff_lib.evaluation.datasets import load_dataset
 from ovdiff_lib.evaluation.protocol import EvaluationResult
@@ -35,11 +36,14 @@ class Bench:
         seeds: a row is measured once for each (default: ``evaluation.seeds``, each plus ``first_seed``); a seed moves the drawings, their
             noise and the clustering. The noise on test images stays (``features.seed``), so that seeds share the features of the images.
         images: the first so many images of each data set (default: ``evaluation.images``).
+
+    Raises ``ProfileError`` and ``ModelNotAvailable`` as :func:`~ovdiff_lib.checks.check_profile`, whatever rows replace later.
     """
 
     def __init__(self, profile: str | Path | Profile = "mini", overrides: Mapping[str, Any] | None = None, *, library: str | Path,
                  seeds: Sequence[int] | None = None, first_seed: int = 0, images: int | None = None, progress: bool = True) -> None:
         self.profile = load_profile(profile, dict(overrides or {}))
+        check_profile(self.profile)
         seeds = [first_seed + s for s in self.profile.evaluation.seeds] if seeds is None else seeds
         images = self.profile.evaluation.images if images is None else images
         if not seeds:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def write_segmentation(result: Segmentation, folder: str | Path, stem: str, prof
         probability = None if index == 0 or np.isnan(result.filter_scores[index - 1]) else float(result.filter_scores[index - 1])
         rows.append({"label": index, "name": name, "colour": colours[index].tolist(), "share": float(inside.mean()), "mean_score": mean,
                      "kept": index == 0 or index - 1 in result.kept, "filter_probability": probability})
-    record = {"image": stem, "size": list(result.labels.shape), "classes": rows, "profile": profile.name, "settings": profile.digest(),
+    shown = os.fsencode(stem).decode(errors="replace")  # a file name need not be text, JSON must be
+    record = {"image": shown, "size": list(result.labels.shape), "classes": rows, "profile": profile.name, "settings": profile.digest(),
               "version": __version__}
     write_atomic(table, (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode())
     return labels, overlay, table
