@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ovdiff_lib.engines.commands import add_engine_options, build_with, engine_of
 from ovdiff_lib.errors import InputError
 
 
@@ -29,6 +30,7 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser],
     evaluate.add_argument("--resume", type=Path, metavar="FOLDER",
                           help="keep the state here while evaluating; the same command goes on where it was interrupted")
     evaluate.add_argument("--json", type=Path, help="write the result to this file too")
+    add_engine_options(evaluate)
 
     text = "Make label maps: PASCAL Context from its JSON file; train ids of COCO and Cityscapes for other tools."
     convert = commands.add_parser("convert", help=text, description=text)
@@ -42,17 +44,20 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser],
 def run_evaluate(options: argparse.Namespace, make_ovdiff: Callable[[argparse.Namespace], Any]) -> None:
     """Evaluate OVDiff, or saved predictions, and print IoU by class and mIoU."""
     from ovdiff_lib.checks import check_output
-    from ovdiff_lib.evaluation import evaluate, label_predictor, load_dataset, predictions_from
-    from ovdiff_lib.evaluation.protocol import for_dataset
+    from ovdiff_lib.evaluation import evaluate, load_dataset, predictions_from
 
     if options.zero_based and not options.predictions:
         raise InputError("--zero-based says how label maps are numbered; use it together with --predictions FOLDER.")
     if options.resume and options.predictions:
         raise InputError("Scoring saved predictions needs no --resume; leave it out.")
+    if options.predictions and (options.engine != "local" or options.workers is not None):
+        raise InputError("Scoring saved predictions is done in this process; leave out --engine and --workers.")
     check_stuff_options(options)
     if options.json:
         check_output(options.json.parent)
-    given = {"folder": options.data, "names": options.names}
+    # Workers on other machines are elsewhere: they are told the whole path.
+    folder = options.data.expanduser().absolute() if options.data and options.engine == "ray" else options.data
+    given = {"folder": folder, "names": options.names}
     dataset = load_dataset(options.dataset, split=options.split, **{k: v for k, v in given.items() if v is not None})
     record: dict[str, Any] = {"dataset": dataset.name, "split": options.split, "names": options.names or "fixed"}
     if options.predictions:
@@ -66,11 +71,8 @@ def run_evaluate(options: argparse.Namespace, make_ovdiff: Callable[[argparse.Na
 
             vocabulary = with_kinds(vocabulary, options.stuff_from, options.stuff_default)
             record["stuff"] = [c.name for c in vocabulary if c.kind == "stuff"]
-        bank = for_dataset(ovdiff, dataset).build(vocabulary)
         settings = {**record, "data": str(options.data and options.data.resolve()), "profile": ovdiff.profile.digest()}
-        if options.resume:
-            settings |= _identities(ovdiff.profile, bank)
-        result = evaluate(label_predictor(ovdiff, bank, dataset), dataset, limit=options.limit, settings=settings, resume=options.resume)
+        result = _segment_and_count(options, ovdiff, dataset, vocabulary, settings)
         record["profile"], by = ovdiff.profile.to_dict(), f"profile {ovdiff.profile.name}, settings {ovdiff.profile.digest()}"
     width = max(len(n) for n in result.class_names)
     for name, value in zip(result.class_names, result.iou, strict=True):
@@ -89,6 +91,27 @@ def run_evaluate(options: argparse.Namespace, make_ovdiff: Callable[[argparse.Na
         table = {**record, "images": result.images, "background": dataset.has_background, "miou": miou,
                  "iou": dict(zip(result.class_names, iou, strict=True))}
         write_atomic(options.json, (json.dumps(table, indent=1) + "\n").encode())
+
+
+def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any, vocabulary: Any, settings: dict[str, Any]):
+    """The result of OVDiff on the data set, its classes built first; on the workers of an engine where the options ask for one."""
+    from ovdiff_lib.evaluation import evaluate, label_predictor
+    from ovdiff_lib.evaluation.parallel import Segmenter, evaluate_on
+    from ovdiff_lib.evaluation.protocol import for_dataset, image_count
+
+    engine, builder = engine_of(options, ovdiff.profile), for_dataset(ovdiff, dataset)
+    if engine is None:
+        bank = builder.build(vocabulary)
+        if options.resume:
+            settings |= _identities(ovdiff.profile, bank)
+        return evaluate(label_predictor(ovdiff, bank, dataset), dataset, limit=options.limit, settings=settings, resume=options.resume)
+    if options.resume:
+        raise InputError("--resume keeps the state of one process; leave it out, or --engine and --workers.")
+    image_count(dataset, options.limit)  # a limit of no images is reported before classes are built
+    with engine:
+        build_with(engine, builder, vocabulary)
+        segmenter = Segmenter(ovdiff.profile, builder.build(vocabulary))
+        return evaluate_on(engine, segmenter, dataset, limit=options.limit, settings=settings)
 
 
 def check_stuff_options(options: argparse.Namespace) -> None:

@@ -101,11 +101,11 @@ def evaluate(predict: Predict | SavedPredictions, dataset: Dataset, limit: int |
     the next image, to the same result; ``settings`` must then hold all that the predictions depend on. Raises ``InputError`` for an empty
     data set and for predictions of the wrong shape or range.
     """
-    total = _total(dataset, limit)
+    total = image_count(dataset, limit)
     saved = isinstance(predict, SavedPredictions)
     if saved:
         predict.check(dataset.ids[:total])
-    matrix = _matrix(dataset)
+    matrix = empty_matrix(dataset)
     state, kept = (0, matrix.counts), None
     if resume is not None:
         kept = Progress(resume, dataset.name, _key(dataset, total, settings))
@@ -139,8 +139,8 @@ def grid_search_threshold(score: Score, dataset: Dataset, thresholds: Sequence[f
         raise InputError("The list of thresholds is empty; give at least one.")
     if not dataset.has_background:
         raise InputError(f"The data set {dataset.name} has no background, so there is no threshold to search; use evaluate.")
-    total = _total(dataset, limit)
-    matrices = [_matrix(dataset) for _ in thresholds]
+    total = image_count(dataset, limit)
+    matrices = [empty_matrix(dataset) for _ in thresholds]
     for _, sample in _samples(dataset, total, progress):
         foreground = np.asarray(score(sample.image))[1:]
         if len(foreground) != len(dataset.vocabulary):
@@ -154,7 +154,8 @@ def grid_search_threshold(score: Score, dataset: Dataset, thresholds: Sequence[f
     return ThresholdSearch(tuple(float(t) for t in thresholds), results)
 
 
-def _total(dataset: Dataset, limit: int | None) -> int:
+def image_count(dataset: Dataset, limit: int | None) -> int:
+    """How many images of the data set are evaluated, all or the first ``limit``. Raises ``InputError`` if there is none."""
     if limit is not None and limit < 1:
         raise InputError(f"The limit of images is {limit}; it must be at least 1.")
     total = len(dataset) if limit is None else min(limit, len(dataset))
@@ -169,7 +170,8 @@ def _samples(dataset: Dataset, total: int, progress: bool, start: int = 0) -> It
         yield index + 1, dataset[index]
 
 
-def _matrix(dataset: Dataset) -> ConfusionMatrix:
+def empty_matrix(dataset: Dataset) -> ConfusionMatrix:
+    """A confusion matrix of zeros for the classes of the data set, background among them where it is one."""
     return ConfusionMatrix(len(dataset.vocabulary) + dataset.has_background)
 
 
