@@ -1,7 +1,8 @@
 """k-means for part prototypes (Sec. 3.3): few clusters, very many channels, and data that may not fit in memory twice.
 
-Seeding (greedy k-means++) and most of Lloyd's iterations run on a sample of :data:`SAMPLE` points a cluster; a few iterations over all
-points then settle centroids and assignment. A mini support set is smaller than its sample, so there it is plain Lloyd's algorithm.
+Seeding (greedy k-means++) and most of Lloyd's iterations run on a sample of :data:`SAMPLE` points a cluster, in :data:`PROJECTED` random
+directions, which keep distances nearly as they are (Johnson and Lindenstrauss, 1984); a few iterations over all points and channels then
+settle centroids and assignment. A mini support set is smaller than its sample, so there it is plain Lloyd's algorithm.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import torch.nn.functional as F
 
 SAMPLE = 256
 """Points a cluster in the sample: the centroid of that many strays from the true one by 1/256 of the cluster's variance."""
+
+PROJECTED = 256
+"""Directions that the sample is projected to, where it has more channels."""
 
 REFINE = 5
 """Most iterations over all points, once the sample has converged."""
@@ -36,16 +40,17 @@ def kmeans(x: torch.Tensor | np.ndarray, k: int, seed: int = 0, iterations: int 
     generator = torch.Generator().manual_seed(seed)
     # Distances are differences of squares, so the common mean is taken off first: without it they drown in rounding.
     mean = x.mean(0, dtype=torch.float32)
-    sample = x
-    if len(x) > k * SAMPLE:
-        sample = x[torch.randperm(len(x), generator=generator)[: k * SAMPLE].sort().values.to(x.device)]
+    sample, origin = x, mean
+    if sampled := len(x) > k * SAMPLE:
+        whole = x[torch.randperm(len(x), generator=generator)[: k * SAMPLE].sort().values.to(x.device)]
+        sample, origin = _projected(whole, mean, generator) if x.shape[1] > PROJECTED else (whole, mean)
     best = None
     for _ in range(max(1, restarts)):
-        found = _lloyd(sample, mean, _seed_centroids(sample, mean, k, generator), iterations, tolerance)
+        found = _lloyd(sample, origin, _seed_centroids(sample, origin, k, generator), iterations, tolerance)
         if best is None or found[2] < best[2]:
             best = found
-    if sample is not x:
-        best = _lloyd(x, mean, best[0], REFINE, tolerance)
+    if sampled:
+        best = _lloyd(x, mean, _means(whole, mean, best[1], len(best[0])), REFINE, tolerance)
     return best[0] + mean, best[1]
 
 
@@ -54,6 +59,23 @@ def inertia(x: torch.Tensor, centroids: torch.Tensor, assignment: torch.Tensor) 
     rows = max(1, BLOCK // x.shape[1])
     return sum(float((part.float() - centroids[index]).square().sum(dtype=torch.float64))
                for part, index in zip(x.split(rows), assignment.split(rows), strict=True))
+
+
+def _projected(x: torch.Tensor, mean: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """The points less ``mean`` in :data:`PROJECTED` random directions, f32 (M, d), and their own origin, which is zero."""
+    directions = torch.randn(x.shape[1], PROJECTED, generator=generator).to(x.device) / PROJECTED ** 0.5
+    parts = [(part.float() - mean) @ directions for part in x.split(max(1, BLOCK // x.shape[1]))]
+    return torch.cat(parts), torch.zeros(PROJECTED, device=x.device)
+
+
+def _means(x: torch.Tensor, mean: torch.Tensor, assignment: torch.Tensor, k: int) -> torch.Tensor:
+    """Means f32 (k, D), relative to ``mean``, of the points of each cluster; none is empty."""
+    rows = max(1, BLOCK // x.shape[1])
+    sums = torch.zeros(k, x.shape[1], dtype=torch.float64, device=x.device)
+    for part, index in zip(x.split(rows), assignment.split(rows), strict=True):
+        points = part.float() - mean
+        sums += F.one_hot(index, k).to(points.dtype).T @ points
+    return (sums / torch.bincount(assignment, minlength=k)[:, None]).float()
 
 
 def _seed_centroids(x: torch.Tensor, mean: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:
@@ -86,8 +108,9 @@ def _distances(points: torch.Tensor, norms: torch.Tensor, centres: torch.Tensor)
 def _lloyd(x: torch.Tensor, mean: torch.Tensor, centroids: torch.Tensor, iterations: int,
            tolerance: float) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Centroids (relative to ``mean``), assignment and inertia after Lloyd's iterations from ``centroids``."""
+    norms: list[torch.Tensor] = []  # of the first pass
     for _ in range(max(1, iterations)):
-        assignment, distance, sums, counts, spread = _assign(x, mean, centroids)
+        assignment, distance, sums, counts, spread = _assign(x, mean, centroids, norms)
         means = (sums / counts.clamp(min=1)[:, None]).float()
         empty = counts == 0
         if empty.any():
@@ -101,21 +124,26 @@ def _lloyd(x: torch.Tensor, mean: torch.Tensor, centroids: torch.Tensor, iterati
     return centroids[keep], relabel[assignment], float(distance.sum(dtype=torch.float64))
 
 
-def _assign(x: torch.Tensor, mean: torch.Tensor, centroids: torch.Tensor):
-    """One pass: nearest centroid and squared distance of every point; sum and number of the points of every centroid; total spread."""
+def _assign(x: torch.Tensor, mean: torch.Tensor, centroids: torch.Tensor, norms: list[torch.Tensor]):
+    """One pass: nearest centroid and squared distance of every point; sum and number of the points of every centroid; total spread.
+
+    ``norms``, the squared lengths of the points by block, is filled if it is empty.
+    """
     k = len(centroids)
     square = centroids.square().sum(1)
     sums = torch.zeros(centroids.shape, dtype=torch.float64, device=x.device)
     counts = torch.zeros(k, dtype=torch.float64, device=x.device)
-    assignment, distance, spread = [], [], 0.0
-    for part in x.split(max(1, BLOCK // x.shape[1])):
-        points = part.float() - mean
-        norms = points.square().sum(1)
+    assignment, distance, spread, rows = [], [], 0.0, max(1, BLOCK // x.shape[1])
+    buffer, known = torch.empty(min(rows, len(x)), x.shape[1], device=x.device), bool(norms)
+    for number, part in enumerate(x.split(rows)):
+        points = torch.sub(part.float(), mean, out=buffer[: len(part)])
+        if not known:
+            norms.append(points.square().sum(1))
         nearest, index = torch.addmm(square, points, centroids.T, alpha=-2).min(1)
         member = F.one_hot(index, k).to(points.dtype)
         sums += member.T @ points
         counts += member.sum(0)
         assignment.append(index)
-        distance.append((nearest + norms).clamp(min=0))
-        spread += float(norms.sum(dtype=torch.float64))
+        distance.append((nearest + norms[number]).clamp(min=0))
+        spread += float(norms[number].sum(dtype=torch.float64))
     return torch.cat(assignment), torch.cat(distance), sums, counts, spread

@@ -119,7 +119,7 @@ class _Opened:
     cover: list[torch.Tensor]  # a scale: windows over each pixel, (H, W)
     votes: torch.Tensor  # extractors that score each class, (C + 1, 1, 1)
     windows: list[_Window]
-    seen: list[tuple[Box, np.ndarray, np.ndarray]]  # what the first extractor saw in each window
+    seen: list[tuple[int, Box, np.ndarray, np.ndarray]]  # what the first extractor saw in each window
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +127,7 @@ class _Window:
     """One window of an image: where it lies, its pixels u8 (S, S, 3) and its noise seed."""
 
     image: _Opened
+    number: int
     scale: int
     box: Box
     crop: np.ndarray
@@ -167,18 +168,17 @@ class Matcher:
         return next(self.scores_many([(image, bank)]))
 
     def scores_many(self, pairs: Sequence[tuple[np.ndarray, PrototypeBank]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """:meth:`scores` of each image against its own bank, in order; windows of one size share batches, whichever image they are of.
+        """:meth:`scores` of each image against its own bank, in order; windows share batches, whichever image they are of.
 
         Scores and windows of all the images are in memory at a time. Errors are raised before the first result.
         """
         images = [self._open(image, bank) for image, bank in pairs]
-        groups: dict[int, list[_Window]] = {}
-        for opened in images:
-            for window in opened.windows:
-                groups.setdefault(len(window.crop), []).append(window)
-        for group in groups.values():
-            for start, stop in batches(len(group), self.settings.batch_size, self.device):
-                self._score(group[start:stop])
+        # Extractors that take one size at a time get whole batches of it; the others do not mind.
+        windows = [window for opened in images for window in opened.windows]
+        if not all(getattr(extractor, "any_size", False) for extractor in self.extractors.values()):
+            windows.sort(key=lambda window: len(window.crop))
+        for start, stop in batches(len(windows), self.settings.batch_size, self.device):
+            self._score(windows[start:stop])
         for opened in images:
             yield self._close(opened)
 
@@ -195,7 +195,8 @@ class Matcher:
         voters = torch.tensor([sum(r.vectors[c] is not None for r in rows.values()) for c in range(shape[0])], device=self.device)
         opened = _Opened(image.shape[:2], resized, rows, fallback, totals, cover, voters.clamp(min=1)[:, None, None], [], [])
         for scale, (crops, boxes) in enumerate(scales):
-            opened.windows.extend(_Window(opened, scale, box, crop, next(seeds)) for crop, box in zip(crops, boxes, strict=True))
+            for crop, box in zip(crops, boxes, strict=True):
+                opened.windows.append(_Window(opened, len(opened.windows), scale, box, crop, next(seeds)))
         return opened
 
     def _close(self, opened: _Opened) -> tuple[np.ndarray, np.ndarray]:
@@ -211,7 +212,9 @@ class Matcher:
             raise InputError("The image features are not finite; check the extractor's weights, or use dtype float32.")
         if opened.fallback is not None:
             scores[0] = opened.fallback
-        winner = self._winner(scores.argmax(0), opened.seen, next(iter(opened.rows.values())), opened.resized.shape[:2])
+        # In the windows' own order, whatever batches they came in: of equal cosines the first counts.
+        seen = sorted(opened.seen, key=lambda noted: noted[0])
+        winner = self._winner(scores.argmax(0), [noted[1:] for noted in seen], next(iter(opened.rows.values())), opened.resized.shape[:2])
         if self.settings.minimum_score is not None:
             best = scores.max(0)
             low = best <= self.settings.minimum_score
@@ -262,22 +265,21 @@ class Matcher:
         return scales
 
     def _score(self, part: Sequence[_Window]) -> None:
-        """Add the scores of windows of one size to their images; notes in ``seen`` what the first extractor saw in each."""
-        crops, seeds = np.stack([window.crop for window in part]), np.array([window.seed for window in part], np.int64)
+        """Add the scores of windows to their images; notes in ``seen`` what the first extractor saw in each."""
         found: list[torch.Tensor | int] = [0] * len(part)
         for name, extractor in self.extractors.items():
-            features = extractor(crops, seeds)
+            features = _features(extractor, [window.crop for window in part], np.array([window.seed for window in part], np.int64))
             # Neighbours of one image and scale are matched in one product.
             for _, run in itertools.groupby(range(len(part)), lambda i: (id(part[i].image), part[i].scale)):
                 run = list(run)
                 image, (_, _, height, width) = part[run[0]].image, part[run[0]].box
-                values, arguments = self._match(features[run[0] : run[-1] + 1], image.rows[name])
+                values, arguments = self._match(torch.stack(features[run[0] : run[-1] + 1]), image.rows[name])
                 enlarged = F.interpolate(values, size=(height, width), mode="bilinear", align_corners=False)
                 for i, window in zip(run, enlarged, strict=True):
                     found[i] = found[i] + window
                 if name == next(iter(self.extractors)):
-                    boxes = [part[i].box for i in run]
-                    image.seen.extend(zip(boxes, values.cpu().numpy(), arguments.int().cpu().numpy(), strict=True))
+                    numbers, boxes = [part[i].number for i in run], [part[i].box for i in run]
+                    image.seen.extend(zip(numbers, boxes, values.cpu().numpy(), arguments.int().cpu().numpy(), strict=True))
         for window, scores in zip(part, found, strict=True):
             image, (top, left, height, width) = window.image, window.box
             image.totals[window.scale][:, top : top + height, left : left + width] += scores / image.votes
@@ -326,3 +328,14 @@ class Matcher:
             best[where] = np.where(better, value, best[where])
             winner[where] = np.where(better, table[label, arguments[label, cell_y, cell_x]], winner[where])
         return winner
+
+
+def _features(extractor: Any, crops: list[np.ndarray], seeds: np.ndarray) -> list[torch.Tensor]:
+    """Features f32 (h, w, D) of each square crop u8 (S, S, 3), in as few calls as the extractor allows."""
+    if getattr(extractor, "any_size", False):
+        return list(extractor(crops, seeds))
+    found: list[torch.Tensor] = []
+    for _, run in itertools.groupby(range(len(crops)), lambda i: crops[i].shape):
+        run = list(run)
+        found += list(extractor(np.stack([crops[i] for i in run]), seeds[run]))
+    return found

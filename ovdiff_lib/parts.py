@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -124,9 +124,10 @@ class _Memory:
 class _RememberingExtractor:
     def __init__(self, extractor: Any, memory: _Memory) -> None:
         self.extractor, self.name, self.channels, self._memory = extractor, extractor.name, extractor.channels, memory
+        self.any_size = getattr(extractor, "any_size", False)
 
-    def __call__(self, images: np.ndarray, seeds: np.ndarray) -> Any:
-        key = id(self), _digest(images, np.asarray(seeds))
+    def __call__(self, images: np.ndarray | Sequence[np.ndarray], seeds: np.ndarray) -> Any:
+        key = id(self), _digest(*images, np.asarray(seeds))
         return self._memory(key, lambda: self.extractor(images, seeds), lambda features: features.nbytes)
 
 

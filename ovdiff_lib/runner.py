@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -28,7 +29,8 @@ PACKAGE = Path(__file__).parent
 CODE = (".py", ".yaml", ".json", ".csv", ".safetensors", ".txt", ".webp", ".png")
 
 NOT_READ = (
-    "cli.py", "engines.py", "notebook_commands.py", "doctor.py", "evaluation/commands.py", "evaluation/convert.py", "report/commands.py",
+    "cli.py", "engines/*.py", "notebook_commands.py", "vocabulary_commands.py", "library_commands.py", "library_archive.py", "doctor.py",
+    "evaluation/commands.py", "evaluation/convert.py", "report/commands.py",
     "report/report.py", "report/collect.py", "report/notebook_html.py", "report/provenance.py", "report/views.py",
     "report/claims.py", "report/relations.py", "report/compare.py", "report/claims.csv", "report/explanations.csv",
     "mini/train_*.py", "mini/training.py", "mini/art.py", "mini/build.py", "mini/card.py", "mini/pseudo_masks.py", "mini/quality.py",
@@ -38,6 +40,10 @@ NOT_READ = (
 
 FOLDERS = ("tables", "figures", "explain")
 """Where notebooks write, below the outputs folder."""
+
+EXECUTED = "tables/notebooks.json"
+"""Below the outputs folder: stem -> sum of the code (:func:`code_sum`) of every notebook whose last good run wrote there. It is kept with
+the tables, so that it shows where notebooks have changed since they made them."""
 
 
 def notebooks(folder: Path, only: Sequence[str] = ()) -> list[Path]:
@@ -155,8 +161,9 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
     """Execute ``notebook`` into ``output`` with ``parameters``; returns False when a fresh result was there already.
 
     Raises ``InputError`` for an unknown parameter or one of the wrong type, ``OVDiffError`` (one sentence, naming the cell by its id and
-    its place in the notebook, and its error) when a cell fails. The executed copy of a failed run stays beside the output as
-    ``*.failed.ipynb``; ``output`` itself is replaced by good runs only.
+    its place in the notebook, and its error) when a cell fails. The copy that is being executed is ``*.partial.ipynb`` beside the output;
+    that of a failed run stays as ``*.failed.ipynb``, and ``output`` itself is replaced by good runs only. What ran is noted in
+    :data:`EXECUTED`.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -164,15 +171,17 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
 
     check_parameters(notebook, parameters)
     stamp = output.with_suffix(".stamp.json")
-    failed = output.with_suffix(".failed.ipynb")
+    failed, partial_copy = output.with_suffix(".failed.ipynb"), output.with_suffix(".partial.ipynb")
     state = _state(notebook, parameters)
     if not force and is_fresh(notebook, output, parameters):
         failed.unlink(missing_ok=True)  # of a run with other settings or code: it says nothing of this result
+        _note(notebook, output.parent)
         return False
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"The folder {output.parent} cannot be made ({error.strerror}); name another with --out.") from None
+    failed.unlink(missing_ok=True)  # of an earlier run
     started = time.time()
     try:
         with tempfile.TemporaryDirectory(prefix="ovdiff-") as sockets:
@@ -181,21 +190,51 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
             # And a kernel that is interrupted only to be closed says nothing: an "ERROR" after a run that went well frightens people.
             quiet = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"},
                             "NotebookClient": {"extra_arguments": ["--log-level=CRITICAL"]}})
-            papermill.execute_notebook(_literal(notebook), _literal(failed), parameters=parameters, cwd=str(notebook.parent),
+            papermill.execute_notebook(_literal(notebook), _literal(partial_copy), parameters=parameters, cwd=str(notebook.parent),
                                        progress_bar=progress, kernel_name="python3", config=quiet)
     except papermill.PapermillExecutionError as error:
         if error.ename == "KeyboardInterrupt":  # the interrupt reached the kernel first
             raise KeyboardInterrupt from None
+        os.replace(partial_copy, failed)
         raise OVDiffError(f"The notebook {notebook.name} failed in {_last_cell(failed, notebook)}: {error.ename}: "
                           f"{_first_line(error.evalue)} (executed copy: {failed})") from None
     except DeadKernelError:
+        os.replace(partial_copy, failed)
         raise OVDiffError(f"The notebook {notebook.name} lost its kernel in {_last_cell(failed, notebook)}, most often for want of memory; "
                           f"close other programs or use smaller settings (executed copy: {failed})") from None
-    os.replace(failed, output)
+    else:
+        os.replace(partial_copy, output)
+    finally:
+        partial_copy.unlink(missing_ok=True)  # of a run that was interrupted
     record = {**state, "outputs": _outputs(output), "seconds": round(time.time() - started, 1),
               "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
     write_atomic(stamp, json.dumps(record, indent=1).encode())
+    _note(notebook, output.parent)
     return True
+
+
+def code_sum(notebook: Path) -> str:
+    """SHA-256, in hexadecimal, of the sources of a notebook's code cells, as a JSON list of text."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return hashlib.sha256(json.dumps(["".join(c["source"]) for c in cells if c["cell_type"] == "code"]).encode()).hexdigest()
+
+
+def _note(notebook: Path, folder: Path) -> None:
+    """Enter the notebook into ``folder``/:data:`EXECUTED`; several processes may do so at a time."""
+    path = folder / EXECUTED
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path.parent, os.O_RDONLY)  # the folder itself, so that no lock file is left among the tables
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError:
+            known = {}  # a torn file proves nothing
+        noted = {**(known if isinstance(known, dict) else {}), notebook.stem: code_sum(notebook)}
+        if noted != known:
+            write_atomic(path, (json.dumps(noted, indent=1, sort_keys=True) + "\n").encode())
+    finally:
+        os.close(lock)
 
 
 def _number(notebook: Path) -> int:

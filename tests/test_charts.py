@@ -10,7 +10,7 @@ from ovdiff_lib.masks.select import select
 from ovdiff_lib.report.canvas import new_figure
 from ovdiff_lib.report.charts import difference_chart, growth_chart
 from ovdiff_lib.report.figures import BACKGROUND, FOREGROUND, square
-from ovdiff_lib.report.pictures import comparison_figure, divided, feature_colours, selection_figure
+from ovdiff_lib.report.pictures import comparison_figure, divided, divided_figure, feature_colours, selection_figure
 from ovdiff_lib.types import Category, ForegroundBackground, SupportSet
 
 
@@ -36,7 +36,18 @@ def test_growth_has_means_and_spreads():
     low, high = axis.containers[0].lines[2][0].get_segments()[0][:, 1]
     assert (high - low) / 2 == pytest.approx(np.std([10, 14], ddof=1))
     assert [t.get_text() for t in axis.get_xticklabels()] == ["1", "2", "4"] and axis.get_ylabel() == "mIoU"
+    assert [t.get_text() for t in axis.texts] == ["n = 2", "n = 1", "n = 3"]
+    assert np.array([t.xy for t in axis.texts]) == pytest.approx(np.array([(1, 12 - np.sqrt(8)), (2, 20), (4, 30)]))  # below their bars
     assert picture(figure).std() > 5
+
+
+def test_a_switch_that_was_not_exercised_has_no_bar():
+    figure = difference_chart(["a", "idle", "b"], [2.0, None, -1.0], "mIoU")
+    axis = figure.axes[0]
+    assert [bar.get_width() for bar in axis.patches if bar.get_height() == pytest.approx(0.62)] == [2.0, -1.0]
+    assert [t.get_text() for t in axis.texts] == ["+2.0", "not exercised here", "-1.0"]
+    (marker,) = [line for line in axis.lines if line.get_marker() == "o"]
+    assert (marker.get_xdata(), marker.get_ydata(), marker.get_markerfacecolor()) == ([0], [1], "white")
 
 
 def test_differences_point_both_ways():
@@ -86,6 +97,21 @@ def test_divided_tints_only_its_masks():
     foreground[0, :2], background[0, -2:] = True, True
     made = divided(drawn, ForegroundBackground(foreground, background, ("a", "a")), 0, alpha=1.0)
     assert (made[:2] == FOREGROUND).all() and (made[-2:] == BACKGROUND).all() and (made[2:-2] == drawn.images[0][2:-2]).all()
+
+
+def test_the_name_of_a_class_stands_over_the_middle_of_its_images():
+    drawn = support()
+    empty = ForegroundBackground(np.zeros((2, 8, 12), bool), np.zeros((2, 8, 12), bool), ("a", "a"))
+    full = ForegroundBackground(np.ones((2, 8, 12), bool), np.zeros((2, 8, 12), bool), ("a", "a"))
+    cow = SupportSet(Category("cow"), drawn.images[:1], drawn.attribution[:1], drawn.seeds[:1])
+    one = ForegroundBackground(np.ones((1, 8, 12), bool), np.zeros((1, 8, 12), bool), ("a",))
+    figure = divided_figure([drawn, cow], {"none": [empty, one], "all": [full, one]}, shown=4)
+    assert len(figure.axes) == 2 * 3
+    names = {t.get_text(): t.get_position()[0] for t in figure.texts}
+    boxes = [axis.get_position() for axis in figure.axes[:3]]
+    assert names["dog"] == pytest.approx((boxes[0].x0 + boxes[1].x1) / 2) and names["cow"] == pytest.approx((boxes[2].x0 + boxes[2].x1) / 2)
+    assert (np.asarray(figure.axes[0].images[0].get_array()) == drawn.images[0]).all()
+    assert not (np.asarray(figure.axes[3].images[0].get_array()) == drawn.images[0]).all()
 
 
 def test_alike_features_have_alike_colours():

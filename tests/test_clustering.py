@@ -35,6 +35,23 @@ def test_sampling_loses_little(monkeypatch):
     assert inertia(torch.from_numpy(x), centroids, assignment) <= 1.02 * KMeans(7, n_init=4, random_state=0).fit(x).inertia_
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_projecting_the_sample_loses_little(monkeypatch, seed):
+    """Wide points of low rank in noise, in clusters that overlap; the centroids are means in all channels nevertheless."""
+    rng = np.random.default_rng(seed)
+    x = (blobs(points=3000, centres=12, channels=20, spread=2.5, seed=seed) @ rng.normal(size=(20, 400)) / 4
+         + rng.normal(0, 1.0, (3000, 400))).astype(np.float32)
+    monkeypatch.setattr(clustering, "SAMPLE", 80)
+    monkeypatch.setattr(clustering, "PROJECTED", 64)
+    centroids, assignment = kmeans(x, 12, seed, restarts=3)
+    assert centroids.shape == (12, 400)
+    for j in range(12):
+        assert np.allclose(x[assignment.numpy() == j].mean(0), centroids[j], atol=0.35)  # a few iterations only
+    assert inertia(torch.from_numpy(x), centroids, assignment) <= 1.01 * KMeans(12, n_init=4, random_state=0).fit(x).inertia_
+    again = kmeans(x, 12, seed, restarts=3)
+    assert torch.equal(again[0], centroids) and torch.equal(again[1], assignment)
+
+
 def test_centroids_are_the_means_of_their_points_and_none_is_empty():
     x = blobs(seed=5)
     centroids, assignment = kmeans(x, 9)

@@ -1,9 +1,11 @@
 """The committed tables of the mini profile are what the commands produce: whole, of today's settings, and some measured again here."""
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from ovdiff_lib import OVDiff
@@ -37,6 +39,19 @@ def test_every_table_is_whole_and_of_one_notebook():
         assert len(json.loads(figure.with_suffix(".json").read_text(encoding="utf-8"))["caption"]) > 20
     # History is not to grow by pictures.
     assert sum(p.stat().st_size for p in (OUTPUTS / "figures").iterdir()) < 2_500_000
+
+
+def test_the_tables_are_of_todays_notebooks():
+    """``notebooks.json`` holds what ran; the code cells are summed anew as nbformat reads them."""
+    path = OUTPUTS / "tables" / "notebooks.json"
+    assert path.exists(), "outputs/mini/tables/notebooks.json is missing: run `make reproduce` and commit what it writes."
+    today = {}
+    for notebook in sorted((OUTPUTS.parent.parent / "notebooks").glob("[0-9]*.ipynb")):
+        cells = [cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
+        today[notebook.stem] = hashlib.sha256(json.dumps(cells).encode()).hexdigest()
+    noted = json.loads(path.read_text(encoding="utf-8"))
+    stale = sorted(stem for stem in {*noted, *today} if noted.get(stem) != today.get(stem))
+    assert not stale, f"{', '.join(stale)} changed since the committed tables were made: run `make reproduce` and commit what it writes."
 
 
 def test_tables_are_of_todays_settings():

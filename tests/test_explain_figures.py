@@ -8,8 +8,8 @@ from test_explain import asked, many
 
 from ovdiff_lib.evaluation.margins import MarginStatistics
 from ovdiff_lib.explain import Activated, activated
-from ovdiff_lib.images import class_colour
 from ovdiff_lib.profiles.profile import Filters
+from ovdiff_lib.report.colours import colours_of
 from ovdiff_lib.report.explain_figures import (
     COLOURS,
     REASON_COLOURS,
@@ -149,7 +149,20 @@ def test_bars_of_the_absent_figure_tell_probability_reason_and_what_is_shown():
     assert [t.get_text() for t in labels] == ["● class 0", "class 1", "class 2", "class 3"]
     assert [t.get_weight() for t in labels] == ["normal", "bold", "normal", "normal"]  # class 1 has pixels
     assert bars.lines[0].get_xdata()[0] == pytest.approx(0.2)
-    assert len(figure.legends[0].get_texts()) == 4 and pixels(figure).std() > 10
+    assert [t.get_text() for t in figure.legends[0].get_texts()][-1] == "shown, dropped" and len(figure.legends[0].get_texts()) == 5
+    assert [p.get_hatch() for p in bars.patches] == ["////", None, None, None] and not any(p.get_hatch() for p in figure.axes[3].patches)
+    assert pixels(figure).std() > 10
+
+
+def test_a_shown_class_that_was_dropped_has_a_bar_however_improbable():
+    """It takes the place of the least probable of the others, and its bar is as long as the axis tells apart."""
+    result = replace(asked([0.55, 0.28, 0.15, 0.02, 1e-9], (0,)), image=np.full((2, 3, 3), 128, np.uint8))
+    figure = absent_figure([result], Filters(category_top=2), ["first"], [["class 4", "class 0"]], bars=3)
+    bars = figure.axes[1]
+    assert [t.get_text() for t in bars.get_yticklabels()] == ["● class 0", "class 1", "● class 4"]
+    assert [p.get_width() for p in bars.patches] == pytest.approx([0.55, 0.28, 1e-4]) and bars.get_xlim()[0] < 1e-4
+    assert [p.get_hatch() for p in bars.patches] == [None, None, "////"]
+    assert "shown, dropped" in [t.get_text() for t in figure.legends[0].get_texts()]
 
 
 def test_a_gallery_keeps_shapes_and_names_words_in_their_colours():
@@ -165,7 +178,7 @@ def test_a_gallery_keeps_shapes_and_names_words_in_their_colours():
         assert box.height * height == pytest.approx(0.8) and box.width * width == pytest.approx(0.8 * image.shape[1] / image.shape[0])
         assert box.x0 >= 0 and box.x1 <= 1 and box.y0 >= 0 and box.y1 <= 1
     word = next(t for t in figure.texts if t.get_text() == "cat")
-    assert tuple(word.get_color()) == pytest.approx(tuple(np.array(class_colour(1)) / 255 * 0.85))
+    assert tuple(word.get_color()) == pytest.approx(tuple(colours_of(names)[1] / 255 * 0.85))
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["dog"]  # cat is named above
     assert not gallery(columns, names, ["image", "one", "two"], legend_maps=[0]).legends
     assert pixels(figure).std() > 10

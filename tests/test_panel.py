@@ -14,7 +14,7 @@ from ovdiff_lib.explain import BELOW, NOT_BEST, explain
 from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.profiles import load_profile
 from ovdiff_lib.report.colours import colours_of
-from ovdiff_lib.report.panel import FORMAT, MAX_SUPPORT, NONE, panel_data, read_panel, write_panel
+from ovdiff_lib.report.panel import FORMAT, MAX_SUPPORT, NONE, chosen_images, panel_data, read_panel, write_panel
 from ovdiff_lib.types import Category, PrototypeBank, Prototypes, Segmentation, SupportSet, Vocabulary
 
 CLASSES = ("cat", "dog", "sofa", "boat")
@@ -248,3 +248,12 @@ def test_settings_of_the_filter_tell_the_reason():
     without = panel_data([result], [support("cat")])["images"][0]["queried"][1]["reason"]
     filters = load_profile("mini").filters
     assert " or " in without and panel_data([result], [support("cat")], filters)["images"][0]["queried"][1]["reason"] == NOT_BEST
+
+
+def test_the_panel_shows_every_class_and_one_that_was_dropped():
+    shown = [["cat"], ["cat"], ["cat", "dog"], ["dog"], ["boat"], ["cow", "boat"], ["horse"]]
+    kept = [["cat", "boat"], ["cat"], ["cat", "dog"], [], ["boat"], ["boat"], ["horse"]]
+    assert chosen_images(shown, kept) == [0, 3, 4, 5, 6]  # 3 was dropped; 2 and 1 show nothing new
+    assert chosen_images(shown, kept, dropped=2) == [0, 3, 5, 6]  # 5 shows the boat as well
+    assert chosen_images(shown, kept, dropped=0, most=3) == [0, 2, 4]
+    assert chosen_images(shown, shown) == [0, 2, 4, 5, 6] and chosen_images([], []) == []

@@ -273,9 +273,29 @@ def test_what_was_run_stands_beside_the_table(tmp_path, profile, monkeypatch):
         write_table(tmp_path / "u.csv", "u", [Cell("r", "c", 1)], profile, "x", details={"path": tmp_path})
     assert not (tmp_path / "u.csv").exists()
 
+def test_a_cell_without_anything_to_measure_shows_its_words(tmp_path, profile):
+    paper = PaperCell("9", "x", "z", 7.0)
+    cells = [Cell("as they are", "VOC", 50.0), Cell("corrected", "VOC", source="idle: no name needs it | here", paper=paper)]
+    lines = write_table(tmp_path / "t.csv", "t", cells, profile, "x").splitlines()
+    assert lines[-1] == "| corrected | no name needs it \\| here | 7.0 |" and lines[-2].startswith("| as they are | 50.0 |")
+    read = read_table(tmp_path / "t.csv")
+    assert (read[1].measured, read[1].idle, read[0].idle) == (None, "no name needs it | here", "")
+    assert Cell("r", "c", 1.0).idle == Cell("r", "c", 1.0, source="predictions").idle == ""
+
+
+@pytest.mark.parametrize("details, said", [
+    ({"images": 80, "seeds": [0]}, "80 images, seed 0. "), ({"images": 1, "seeds": [3, 5]}, "1 image, seeds 3, 5. "),
+    ({"images": {"mini-voc": 80, "mini-context": 80}, "seeds": [0, 1, 2, 3]}, "80 images of each data set, seeds 0 to 3. "),
+    ({"images": {"voc:/data/VOC": 100, "mini-voc": 80}}, "Images: 100 of voc, 80 of mini-voc. "),
+    ({"images": {"mini-voc": 7}}, "7 images. "), ({"seeds": [0, 1, 3]}, "Seeds 0, 1, 3. "), ({"volatile": True}, ""), (None, "")])
+def test_a_table_says_of_how_many_images_and_seeds_it_is(tmp_path, profile, details, said):
+    head = write_table(tmp_path / "t.csv", "t", [Cell("r", "c", 1)], profile, "What was run.", details=details).splitlines()[0]
+    assert head.startswith(f"**What was run.** {said}Profile `mini`")
+
 
 @pytest.mark.parametrize("arguments, words", [
     ({"measured": 1, "source": "guessed"}, "measured, published, predictions"), ({}, "no measured number"),
+    ({"source": "idle: "}, "or idle: and why"), ({"measured": 1, "source": "idle: as it is"}, "is idle and has a number"),
     ({"measured": 1, "paper": 64.4}, "paper_cell"),
     ({"measured": 1, "paper": PaperCell("1", "r", "c", 2), "source": "published"}, "no measured"), ({"source": "published"}, "paper_cell"),
     ({"measured": float("nan")}, "finite"), ({"measured": 1, "values": (1, 2)}, "n = 1")])

@@ -1,6 +1,7 @@
 """Running notebooks: wrong parameters stop before anything runs, fresh results are kept, failures leave the last good result."""
 
 import ast
+import hashlib
 import json
 from fnmatch import fnmatch
 from pathlib import Path
@@ -171,7 +172,7 @@ def test_fresh_results_are_kept_and_failures_harm_nothing(notebook, tmp_path, sm
     assert log.read_text() == "2,"
     executed = nbformat.read(target, 4)
     assert any("counted 2" in o.get("text", "") for c in executed.cells for o in c.get("outputs", []))
-    assert not list(folder.glob("*.failed.ipynb"))
+    assert not list(folder.glob("*.failed.ipynb")) and not list(folder.glob("*.partial.ipynb"))
     stamp = json.loads((folder / "00_counting.stamp.json").read_text())
     assert stamp["seconds"] >= 0 and set(stamp["outputs"]) == {"00_counting.ipynb", "tables/00_counting.csv"}
 
@@ -187,6 +188,7 @@ def test_fresh_results_are_kept_and_failures_harm_nothing(notebook, tmp_path, sm
         run(-1)
     assert "\n" not in str(caught.value) and "second line" not in str(caught.value) and "00_counting.failed.ipynb" in str(caught.value)
     assert target.read_bytes() == good and (folder / "00_counting.failed.ipynb").exists()
+    assert not list(folder.glob("*.partial.ipynb"))
     # Its table was overwritten by the failed run, so the good result is no longer whole: it runs again and cleans up.
     assert run(3) is True and log.read_text() == "2,3,-1,3,"
     assert not (folder / "00_counting.failed.ipynb").exists()
@@ -249,6 +251,55 @@ def test_whatever_a_result_stands_on_makes_it_stale(notebook, tmp_path, small_pa
     assert run_notebook(notebook, target, parameters, force=change == "force") is True
     assert len(runs) == 2
     assert run_notebook(notebook, target, parameters) is False
+
+
+def sum_of_code(path: Path) -> str:
+    """As an nbformat reader sees the cells."""
+    return hashlib.sha256(json.dumps([c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"]).encode()).hexdigest()
+
+
+def test_while_a_notebook_runs_no_failed_copy_is_there(notebook, tmp_path, monkeypatch):
+    """An earlier run's is gone, an interrupt leaves no copy, and nothing but a good run is noted."""
+    import papermill
+
+    folder, seen = tmp_path / "out", []
+    (folder / "tables").mkdir(parents=True)
+    (folder / "00_counting.failed.ipynb").write_text("{}")
+
+    def execute(source, output, **options):
+        Path(output).write_text("{}")
+        seen.append(sorted(p.name for p in folder.glob("*.ipynb")))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    with pytest.raises(KeyboardInterrupt):
+        run_notebook(notebook, folder / "00_counting.ipynb", {}, progress=False)
+    assert seen == [["00_counting.partial.ipynb"]] and not list(folder.glob("*.ipynb")) and not (folder / runner.EXECUTED).exists()
+
+
+def test_what_ran_is_noted_by_the_sum_of_its_code(notebook, tmp_path, monkeypatch):
+    """Merged with what is there, in order, and again where a fresh result lacks its note; text and outputs do not count."""
+    import papermill
+
+    folder = tmp_path / "out"
+    noted, target = folder / runner.EXECUTED, folder / "00_counting.ipynb"
+    monkeypatch.setattr(papermill, "execute_notebook", lambda source, output, **options: Path(output).write_text("{}"))
+    noted.parent.mkdir(parents=True)
+    noted.write_text('{"01_other": "a", "00_counting": "b"}')
+    assert run_notebook(notebook, target, {"count": 1}) is True
+    assert json.loads(noted.read_text()) == {"00_counting": sum_of_code(notebook), "01_other": "a"}
+    assert list(json.loads(noted.read_text())) == ["00_counting", "01_other"]
+    noted.write_text("{torn")
+    assert run_notebook(notebook, target, {"count": 1}) is False
+    assert json.loads(noted.read_text()) == {"00_counting": sum_of_code(notebook)}
+    before = sum_of_code(notebook)
+    made = nbformat.read(notebook, 4)
+    made.cells.append(nbformat.v4.new_markdown_cell("# Text"))
+    nbformat.write(made, notebook)
+    assert runner.code_sum(notebook) == sum_of_code(notebook) == before
+    made.cells[1].source += "\nprint(1)"
+    nbformat.write(made, notebook)
+    assert runner.code_sum(notebook) == sum_of_code(notebook) != before
 
 
 def test_a_folder_that_cannot_be_made_is_named(notebook, tmp_path):
@@ -376,4 +427,5 @@ def test_two_notebooks_at_a_time_and_one_that_fails(notebook, tmp_path):
     failures = runner.run_all([notebook, other], tmp_path / "out", parameters, say=said.append, workers=2)
     assert len(failures) == 1 and "01_other.ipynb failed in cell 'count'" in failures[0] and len(said) == 2
     assert (tmp_path / "out" / "00_counting.ipynb").exists() and not (tmp_path / "out" / "01_other.ipynb").exists()
+    assert list(json.loads((tmp_path / "out" / runner.EXECUTED).read_text())) == ["00_counting"]  # the other failed
     assert not list(notebook.parent.glob("kernel*"))  # no sockets beside the notebooks

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Extractor(Protocol):
-    """Phi_v of Sec. 3.3. ``channels`` is D."""
+    """Phi_v of Sec. 3.3. ``channels`` is D. One that has a true ``any_size`` also takes a list of images u8 (H, W, 3) of several sizes."""
 
     name: str
     channels: int

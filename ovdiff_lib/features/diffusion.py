@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +36,7 @@ class DiffusionExtractor:
     def __init__(self, pipe: StableDiffusionPipeline, settings: Features) -> None:
         """Raises ``ProfileError`` for layers the UNet does not have and for values out of range."""
         self.pipe, self.settings = pipe, settings
+        self.device = pipe.device  # which diffusers looks for in all modules at each call
         modules = dict(pipe.unet.named_modules())
         legal = [name.removesuffix(QUERY) for name in modules if name.endswith(QUERY)]
         unknown = [layer for layer in settings.sd_layers if layer not in legal]
@@ -54,12 +57,18 @@ class DiffusionExtractor:
         """The extractor of a profile. Raises ``ModelNotAvailable`` and ``ProfileError``."""
         return cls(load_diffusion(profile), profile.features)
 
+    any_size = True
+    """Images of one call may differ in size: all of them become the same square."""
+
     @torch.no_grad()
-    def __call__(self, images: np.ndarray, seeds: np.ndarray) -> torch.Tensor:
-        """Images u8 (n, H, W, 3) and one i64 seed an image to queries f32 (n, h, w, D) on the CPU, (h, w) the latent grid."""
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) != len(seeds):
-            raise ValueError(f"expected u8 (n, H, W, 3) images and n seeds, got {images.dtype} {images.shape} and {len(seeds)} seeds")
-        chunks = [self._extract(images[i:j], seeds[i:j]) for i, j in batches(len(images), self.settings.batch_size, self.pipe.device)]
+    def __call__(self, images: np.ndarray | Sequence[np.ndarray], seeds: np.ndarray) -> torch.Tensor:
+        """Images u8 (n, H, W, 3), or n images u8 (H, W, 3) of any sizes, and one i64 seed an image to queries f32 (n, h, w, D) on the CPU,
+        (h, w) the latent grid."""
+        wrong = [i for i in images if i.ndim != 3 or i.shape[-1] != 3 or i.dtype != np.uint8]
+        if wrong or len(images) != len(seeds):
+            found = f"{wrong[0].dtype} {wrong[0].shape}" if wrong else f"{len(images)} images"
+            raise ValueError(f"expected u8 (H, W, 3) images and as many seeds, got {found} and {len(seeds)} seeds")
+        chunks = [self._extract(images[i:j], seeds[i:j]) for i, j in batches(len(images), self.settings.batch_size, self.device)]
         if not chunks:
             side = self.settings.sd_input_size // self.pipe.vae_scale_factor
             return torch.zeros(0, side, side, self.channels)
@@ -68,12 +77,19 @@ class DiffusionExtractor:
             raise OVDiffError("The diffusion model gave features that are not finite; use models.dtype float32 or check its weights.")
         return features
 
-    def _extract(self, images: np.ndarray, seeds: np.ndarray) -> torch.Tensor:
+    def _squares(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        """f32 (n, 3, S, S) in [-1, 1]; neighbours of one size are resized together."""
+        side, squares = self.settings.sd_input_size, []
+        for shape, alike in itertools.groupby(images, lambda image: image.shape):
+            pixels = torch.from_numpy(np.stack(list(alike))).permute(0, 3, 1, 2).to(self.device, torch.float32) / 127.5 - 1
+            if shape[:2] != (side, side):
+                pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+            squares.append(pixels)
+        return torch.cat(squares)
+
+    def _extract(self, images: Sequence[np.ndarray], seeds: np.ndarray) -> torch.Tensor:
         pipe, settings = self.pipe, self.settings
-        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).to(pipe.device, torch.float32) / 127.5 - 1
-        side = settings.sd_input_size
-        if pixels.shape[-2:] != (side, side):
-            pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+        pixels = self._squares(images)
         posterior = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist
         noises, wiggle = self._draw(seeds, tuple(posterior.mean.shape[1:]))
         latents = posterior.mean.float()
@@ -92,7 +108,7 @@ class DiffusionExtractor:
         for seed in seeds:
             generator = torch.Generator().manual_seed(int(seed) if self.settings.sd_noise == "seeded" else self.settings.seed)
             drawn.append(torch.randn(self.settings.sd_noise_samples + 1, *shape, generator=generator))
-        drawn = torch.stack(drawn, dim=1).to(self.pipe.device)
+        drawn = torch.stack(drawn, dim=1).to(self.device)
         return drawn[:-1], drawn[-1]
 
     def _queries_of(self, latents: torch.Tensor) -> torch.Tensor:

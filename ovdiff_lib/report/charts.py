@@ -17,7 +17,8 @@ LINES = ("#1f3b57", "#e4572e", "#2e9d6a", "#b07aa1", "#c99a2e")
 
 def growth_chart(x: Sequence[float], series: Mapping[str, Sequence[Sequence[float]]], xlabel: str, ylabel: str, *,
                  logarithmic: bool = True, mark: float | None = None) -> Figure:
-    """Mean and standard deviation of each series over ``x``; ``series[name][i]`` holds the values measured at ``x[i]``.
+    """Mean and standard deviation of each series over ``x``; ``series[name][i]`` holds the values measured at ``x[i]``, whose number n
+    stands at the point: a spread of two says less than one of four, and one value has none.
 
     ``logarithmic``: the x axis counts doublings. ``mark`` draws a vertical line, for a setting in use.
     """
@@ -26,6 +27,10 @@ def growth_chart(x: Sequence[float], series: Mapping[str, Sequence[Sequence[floa
         mean = [float(np.mean(v)) for v in values]
         spread = [float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for v in values]
         axis.errorbar(x, mean, spread, marker="o", markersize=4, capsize=3, linewidth=1.6, color=colour, label=name)
+        for place, middle, half, measured in zip(x, mean, spread, values, strict=True):
+            axis.annotate(f"n = {len(measured)}", (place, middle - half), xytext=(0, -5), textcoords="offset points", ha="center", va="top",
+                          fontsize=8, color=colour)
+    axis.margins(x=0.07, y=0.16)  # room for n below the lowest point
     if mark is not None:
         axis.axvline(mark, color=GREY, linewidth=1, linestyle="--", zorder=0)
     if logarithmic:
@@ -38,19 +43,27 @@ def growth_chart(x: Sequence[float], series: Mapping[str, Sequence[Sequence[floa
     return figure
 
 
-def difference_chart(names: Sequence[str], differences: Sequence[float], xlabel: str, noise: float | None = None) -> Figure:
-    """Horizontal bars of differences, in the order given from the top; ``noise`` shades what a change of seed alone does (+-)."""
+def difference_chart(names: Sequence[str], differences: Sequence[float | None], xlabel: str, noise: float | None = None) -> Figure:
+    """Horizontal bars of differences, in the order given from the top; ``noise`` shades what a change of seed alone does (+-).
+
+    None is a switch that was not exercised: a hollow marker and words, no bar.
+    """
     figure, axis = _panel(6.4, 0.9 + 0.25 * len(names))
     places = np.arange(len(names))[::-1]
     if noise:
         axis.axvspan(-noise, noise, color="#edf0f3", zorder=0)
-    axis.barh(places, differences, height=0.62, color=[RISE if d >= 0 else FALL for d in differences])
+    acting = [(place, d) for place, d in zip(places, differences, strict=True) if d is not None]
+    axis.barh([place for place, _ in acting], [d for _, d in acting], height=0.62, color=[RISE if d >= 0 else FALL for _, d in acting])
     axis.axvline(0, color=INK, linewidth=0.8)
     axis.set_yticks(places, names)
     axis.set(xlabel=xlabel, ylim=(-0.7, len(names) - 0.3))
     low, high = axis.get_xlim()
     axis.set_xlim(low - 0.09 * (high - low), high + 0.09 * (high - low))
     for place, value in zip(places, differences, strict=True):
+        if value is None:
+            axis.plot(0, place, "o", markersize=5, markerfacecolor="white", markeredgecolor=GREY, zorder=3)
+            axis.annotate("not exercised here", (0, place), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8, color=GREY)
+            continue
         axis.annotate(f"{value:+.1f}", (value, place), xytext=(3 if value >= 0 else -3, 0), textcoords="offset points", va="center",
                       ha="left" if value >= 0 else "right", fontsize=8)
     return figure

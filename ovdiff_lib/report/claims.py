@@ -3,6 +3,9 @@
 ``claims.csv`` says of every claim which cells are compared and how (:mod:`ovdiff_lib.report.relations`). A cell is written
 ``table|row|column``, the key that tables carry; ``{set}`` runs over the data sets of the column ``sets``, ``{rival}`` over the rivals that
 were measured, ``N=*`` over every N; ``a or b`` is the first of the two that was measured; `` & `` separates cells.
+
+Each data set gives a verdict of its own. The noise that differences are held against is that of :mod:`ovdiff_lib.report.relations`; its
+reference is OVDiff's row of Table 1 with the extractors of the claim's own table: those of :data:`SD_TABLES` have SD features alone.
 """
 
 from __future__ import annotations
@@ -26,11 +29,19 @@ RIVALS = {"{rival}": ("MaskCLIP", "ReCo", "CLIP-DIY", "GroupViT"), "{training-fr
 NOT_COUNTED = ("00_", "01_")
 """Tables of these notebooks are introductions on one seed: they carry the paper's keys, and other notebooks measure the same with care."""
 
+SD_TABLES = ("3", "A.2sec-text", "A.4", "A.5", "A.6", "chatgpt", "fig5")
+"""Tables of the paper, by the keys of cells, whose rows have SD features alone."""
+
+REFERENCES = {False: ("OVDiff",), True: ("OVDiff, SD features", "OVDiff")}
+"""Rows of Table 1 whose spread over seeds is the reference, the first that was measured, by whether a claim is about SD features."""
+
 LEGEND = (
     "A difference up to the noise decides nothing (within noise). The noise is twice the standard error of paired differences where both "
-    "cells have runs of the same three or more seeds, else twice the standard deviation over seeds of OVDiff's own row of Table 1, or "
-    f"{TOLERANCE} where that was not measured. Claims that something changes little hold up to a difference of {TOLERANCE} % of mIoU or "
-    "the noise, whichever is larger.")
+    "cells have runs of the same three or more seeds, else twice the largest of the standard deviations over seeds that are known: of the "
+    "two cells, where they have two or more runs, and of OVDiff's own row of Table 1 with the same extractors on the same data set (also "
+    f"for rivals, which have no seeds); {TOLERANCE} where none is known. A claim that something changes little holds up to a difference of "
+    f"{TOLERANCE} % of mIoU, and fails beyond that and the noise. A claim about several data sets holds if it holds on each and fails if "
+    "it fails on one; one about most of them fails where even the undecided ones would make no majority.")
 
 FIELDS = ("id", "claim", "source", "paper", "measured", "verdict", "note", "how")
 
@@ -71,13 +82,16 @@ class Evidence:
     """The measured cells of a folder by their key, and the profile that its tables name."""
 
     samples: dict[tuple[str, str, str], Sample] = field(default_factory=dict)
-    deviations: dict[str, float] = field(default_factory=dict)  # column of Table 1 -> OVDiff's standard deviation over seeds
+    deviations: dict[tuple[str, str], float] = field(default_factory=dict)  # row, column of Table 1 -> standard deviation over seeds
     profile: str = ""
 
-    def spread(self, name: str) -> Spread:
-        """OVDiff's spread over seeds on a data set; for a variant without background (VOC-20) that of the data set itself."""
-        base = next((column for column in self.deviations if name.startswith(column)), None)
-        return Spread(name, self.deviations.get(base))
+    def spread(self, name: str, sd: bool = False) -> Spread:
+        """The reference's spread over seeds on a data set; for a variant without background (VOC-20) that of the data set itself."""
+        for wanted in REFERENCES[sd]:
+            found = next((std for (row, column), std in self.deviations.items() if row == wanted and name.startswith(column)), None)
+            if found is not None:
+                return Spread(name, found, wanted)
+        return Spread(name)
 
 
 def claims() -> tuple[Claim, ...]:
@@ -117,9 +131,9 @@ def gather(folder: Path) -> Evidence:
             runs[cell.paper.key] = cell.n
             label = ", ".join(part for part in (row, column) if part not in sets)
             known = tuple(seeds) if isinstance(seeds, list) and len(seeds) == len(cell.values) else ()
-            evidence.samples[cell.paper.key] = Sample(label, cell.measured, cell.values, known)
-            if (table, row) == ("1", "OVDiff") and cell.std is not None:
-                evidence.deviations[column] = cell.std
+            evidence.samples[cell.paper.key] = Sample(label, cell.measured, cell.values, known, std=cell.std)
+            if table == "1" and row in REFERENCES[True] and cell.std is not None:
+                evidence.deviations[row, column] = cell.std
     return evidence
 
 
@@ -149,7 +163,7 @@ def _test(claim: Claim, evidence: Evidence) -> ClaimResult:
         left, right, unmeasured, missing = _cells(claim, name, evidence)
         if claim.missing == "paper only" and not missing and {(s.mean, s.values) for s in left} == {(s.mean, s.values) for s in right}:
             missing = f"a difference on {name}, where both sides are the same runs"
-        part = None if missing else RELATIONS[claim.relation](left, right, evidence.spread(name))
+        part = None if missing else RELATIONS[claim.relation](left, right, evidence.spread(name, claim.left[0].split("|")[0] in SD_TABLES))
         if part is None:
             absent[name] = missing or f"too few of {claim.left[0].replace('{set}', name)}"
         else:
@@ -158,8 +172,8 @@ def _test(claim: Claim, evidence: Evidence) -> ClaimResult:
     verdict = _verdict(claim, list(parts.values()))
     several = len(claim.sets) > 1
     measured = join((f"{name}: " if several else "") + part.measured for name, part in parts.items())
-    if several and verdict in ("fails", "within noise"):
-        notes.append(f"{verdict.capitalize()} on {', '.join(n for n, p in parts.items() if p.verdict == verdict)}.")
+    if several and any(part.verdict != "holds" for part in parts.values()):
+        notes.append(_each(parts, claim.relation))
     if absent and verdict in ("not measured", *ORDER):
         notes.append("Not measured: " + "; ".join(absent.values()) + ".")
     notes.append(_explanations().get((evidence.profile, claim.id, verdict), ""))
@@ -172,10 +186,21 @@ def _verdict(claim: Claim, parts: list[Part]) -> str:
     if claim.relation.endswith("on most"):  # data sets that are not there do not count; one alone is no majority
         if len(parts) < 2:
             return claim.missing
-        return next((v for v in ("holds", "fails") if 2 * verdicts.count(v) > len(parts)), "within noise")
+        most = [2 * count > len(parts) for count in (verdicts.count("holds"), len(parts) - verdicts.count("fails"))]
+        return "holds" if most[0] else "within noise" if most[1] else "fails"
     if "fails" in verdicts:
         return "fails"  # refuted, whatever the data sets that are not there would say
     return claim.missing if len(parts) < len(claim.sets) else min(verdicts, key=ORDER.index)
+
+
+def _each(parts: dict[str, Part], relation: str) -> str:
+    """The verdict of every data set as one sentence, so that none is hidden behind the claim's own."""
+    words = {"holds": "leads", "fails": "loses"} if relation.endswith("on most") else {}
+    said = []
+    for verdict in dict.fromkeys(part.verdict for part in parts.values()):
+        said.append(f"{words.get(verdict, verdict)} on {', '.join(n for n, part in parts.items() if part.verdict == verdict)}")
+    text = "; ".join(said)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _cells(claim: Claim, name: str, evidence: Evidence) -> tuple[list[Sample], list[Sample], list[str], str]:
@@ -208,7 +233,7 @@ def _find(pattern: str, evidence: Evidence) -> list[Sample]:
             continue
         wanted = re.compile(re.escape(option).replace(r"\*", r"(\d+)"))
         matches = [(wanted.fullmatch("|".join(k)), s) for k, s in evidence.samples.items()]
-        found = [Sample(f"N={m[1]}", s.mean, s.values, s.seeds, int(m[1])) for m, s in matches if m]
+        found = [Sample(f"N={m[1]}", s.mean, s.values, s.seeds, int(m[1]), s.std) for m, s in matches if m]
         if found:
             return found
     return []

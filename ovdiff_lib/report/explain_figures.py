@@ -11,8 +11,8 @@ from PIL import Image
 
 from ovdiff_lib.evaluation.margins import BIN, MarginStatistics
 from ovdiff_lib.explain import BELOW, NOT_AMONG_TOP, NOT_BEST, NOT_TOLD, Activated, absent_classes
-from ovdiff_lib.images import class_colour
 from ovdiff_lib.profiles.profile import Filters
+from ovdiff_lib.report.colours import colours_of
 from ovdiff_lib.report.figures import paint
 from ovdiff_lib.types import Segmentation, SupportSet
 
@@ -24,6 +24,10 @@ COLOURS = ((255, 127, 14), (0, 190, 225), (222, 60, 178), (248, 214, 40), (80, 2
 """RGB of the prototypes in a figure, in the order of :func:`~ovdiff_lib.explain.activated`; after the last the first comes again."""
 
 REASON_COLOURS = {"kept": "#2a9d5c", BELOW: "#b9bcc4", NOT_AMONG_TOP: "#e0a03a", NOT_BEST: "#d1495b", NOT_TOLD: "#d1495b"}
+
+LEAST, SHOWN, HATCH = 1e-4, "shown, dropped", "////"
+"""Of the figure of absent classes: the probability below which all bars are alike, and how classes are marked that an image shows although
+the pre-filter dropped them."""
 
 SHARP = 256
 """Smaller images are enlarged to about this long side before regions are drawn into them, so that outlines stay thin."""
@@ -89,16 +93,16 @@ def chosen_images(prototypes: Sequence[Activated], count: int) -> list[tuple[str
     return chosen[:count]
 
 
-def prototype_figure(traces: Sequence[Trace], shown: int = 4, cell: float = 1.25, title: str = "") -> Figure:
+def prototype_figure(traces: Sequence[Trace], shown: int = 4, cell: float = 1.3, title: str = "") -> Figure:
     """Fig. 4: at the left each segmentation, in the middle the regions that its prototypes decided, each in its own colour, at the right
     ``shown`` support images with the regions that these prototypes were made from in the same colours.
     """
     from ovdiff_lib.report.canvas import new_figure
 
-    left, gap, head = 1.55, 0.14, 0.32 + (0.3 if title else 0)
+    left, gap, head = 2.1, 0.14, 0.36 + (0.34 if title else 0)
     places = [left, left + cell + gap, *(left + (2 + i) * cell + 2 * gap for i in range(shown))]
     size = (places[-1] + cell, head + len(traces) * (cell + 0.04))
-    figure = new_figure(size, 90)
+    figure = new_figure(size, 110)
     for r, trace in enumerate(traces):
         top = size[1] - head - r * (cell + 0.04)
         for x, picture in zip(places, _pictures(trace, shown), strict=False):
@@ -109,9 +113,9 @@ def prototype_figure(traces: Sequence[Trace], shown: int = 4, cell: float = 1.25
     middle = places[2] + shown * cell / 2
     for x, text in ((places[0] + cell / 2, "segmentation"), (places[1] + cell / 2, "decided (enlarged)"),
                     (middle, "where these prototypes come from in the support images")):
-        figure.text(x / size[0], 1 - (head - 0.06) / size[1], text, ha="center", va="bottom", fontsize=9)
+        figure.text(x / size[0], 1 - (head - 0.06) / size[1], text, ha="center", va="bottom", fontsize=11)
     if title:
-        figure.text(0.5, 1 - 0.04 / size[1], title, ha="center", va="top", fontsize=11)
+        figure.text(0.5, 1 - 0.04 / size[1], title, ha="center", va="top", fontsize=13)
     return figure
 
 
@@ -120,7 +124,7 @@ def _pictures(trace: Trace, shown: int) -> list[np.ndarray]:
     image, labels = trace.segmentation.image, trace.segmentation.labels
     factor = max(1, round(SHARP / max(image.shape[:2])))
     large = Image.fromarray(image).resize((image.shape[1] * factor, image.shape[0] * factor), Image.Resampling.BICUBIC)
-    painted = paint(np.asarray(large), np.kron(labels, np.ones((factor, factor), labels.dtype)))
+    painted = paint(np.asarray(large), np.kron(labels, np.ones((factor, factor), labels.dtype)), trace.segmentation.class_names)
     activated = highlight(image, [p.pixels for p in trace.prototypes], colours)
     top, bottom, left, right = (factor * side for side in _around(trace))
     pictures = [painted, activated[top:bottom, left:right]]
@@ -158,14 +162,14 @@ def _mark(picture: np.ndarray, row: int, column: int) -> None:
 
 
 def _row_names(figure: Figure, trace: Trace, size: tuple[float, float], top: float) -> None:
-    figure.text(0.08 / size[0], top / size[1], trace.name, fontsize=10, va="top", weight="bold")
+    figure.text(0.08 / size[0], top / size[1], trace.name, fontsize=13, va="top", weight="bold")
     lines = trace.name.count("\n") + 1
     for i, prototype in enumerate(trace.prototypes):
-        y = top - 0.17 * lines - 0.1 - 0.19 * i
+        y = top - 0.22 * lines - 0.12 - 0.25 * i
         share = 100 * prototype.pixels.sum() / max(1, (trace.segmentation.labels == _label(trace, prototype)).sum())
         which = f"{prototype.kind} {prototype.index}" if prototype.kind != "class" else "class"
-        figure.text(0.1 / size[0], y / size[1], "■", fontsize=10, va="center", color=np.array(COLOURS[i % len(COLOURS)]) / 255)
-        figure.text(0.26 / size[0], y / size[1], f"{which}: {share:.0f} %", fontsize=8, va="center")
+        figure.text(0.1 / size[0], y / size[1], "■", fontsize=13, va="center", color=np.array(COLOURS[i % len(COLOURS)]) / 255)
+        figure.text(0.31 / size[0], y / size[1], f"{which}: {share:.0f} %", fontsize=12, va="center")
 
 
 def _label(trace: Trace, prototype: Activated) -> int:
@@ -201,46 +205,57 @@ def absent_figure(segmentations: Sequence[Segmentation], filters: Filters, names
                   bars: int = 7) -> Figure:
     """For each image CLIP's ``bars`` most probable classes, with the threshold 1/C and why the pre-filter dropped those it dropped.
 
-    ``shown`` are the classes that each image really shows; their names are marked with a dot. A class that was segmented has its name
-    in the colour of its pixels.
+    ``shown`` are the classes that each image really shows; their names are marked with a dot. Those of them that were dropped are always
+    among the bars, hatched, and take the place of the least probable others; a bar is at least :data:`LEAST` long. A class that was
+    segmented has its name in the colour of its pixels.
     """
     from matplotlib.patches import Patch
 
     from ovdiff_lib.report.canvas import new_figure
 
     count = len(segmentations)
-    figure = new_figure((3.1 * count, 3.3), 110, layout="constrained")
+    figure = new_figure((3.1 * count, 3.7), 110, layout="constrained")
     axes = figure.subplots(2, count, squeeze=False, height_ratios=[1, 1.25])
     used: dict[str, None] = {"kept": None}
     for i, (result, name) in enumerate(zip(segmentations, names, strict=True)):
-        axes[0, i].imshow(paint(result.image, result.labels))
+        axes[0, i].imshow(paint(result.image, result.labels, result.class_names))
         axes[0, i].set_axis_off()
-        axes[0, i].set_title(name, fontsize=9)
+        axes[0, i].set_title(name, fontsize=12)
         used |= dict.fromkeys(_bars(axes[1, i], result, filters, shown[i] if shown else (), bars))
-    handles = [Patch(color=REASON_COLOURS[reason], label=reason if reason == "kept" else f"dropped: {reason}") for reason in used]
-    figure.legend(handles=handles, loc="outside lower center", ncol=len(handles), frameon=False, fontsize=9)
+    handles = [Patch(color=REASON_COLOURS[reason], label=reason if reason == "kept" else f"dropped: {reason}")
+               for reason in used if reason != SHOWN]
+    if SHOWN in used:
+        handles.append(Patch(facecolor="white", edgecolor="black", hatch=HATCH, label=SHOWN))
+    figure.legend(handles=handles, loc="outside lower center", ncol=max(1, min(len(handles), count)), frameon=False, fontsize=11)
     return figure
 
 
 def _bars(axis: Axes, result: Segmentation, filters: Filters, shown: Collection[str], bars: int) -> list[str]:
     """Bars of one image; returns the reasons that occur."""
     absent = {a.name: a for a in absent_classes(result, filters)}
-    order = np.argsort(-result.filter_scores, kind="stable")[:bars]
+    ranked = np.argsort(-result.filter_scores, kind="stable").tolist()
+    lost = [i for i in ranked if result.vocabulary.names[i] in shown and i not in result.kept]
+    others = [i for i in ranked if i not in lost][: max(1, bars - len(lost))]
+    order = np.array(sorted([*others, *lost], key=ranked.index))
     names = [result.vocabulary.names[i] for i in order]
     reasons = [absent[n].reason if n in absent else "kept" for n in names]
-    axis.barh(range(len(names)), np.maximum(result.filter_scores[order], 1e-4), color=[REASON_COLOURS[r] for r in reasons])
+    drawn = axis.barh(range(len(names)), np.maximum(result.filter_scores[order], LEAST), color=[REASON_COLOURS[r] for r in reasons])
+    for bar, i in zip(drawn, order, strict=True):
+        if i in lost:
+            bar.set(hatch=HATCH, edgecolor="black")
     threshold = next((a.threshold for a in absent.values()), 1 / len(result.vocabulary))
     axis.axvline(threshold, color="#31435e", linestyle="--", linewidth=1)
-    axis.text(threshold, -0.75, " 1/C", fontsize=8, color="#31435e", va="bottom")
-    axis.set_yticks(range(len(names)), [f"● {n}" if n in shown else n for n in names], fontsize=8)
+    axis.text(threshold, -0.75, " 1/C", fontsize=10, color="#31435e", va="bottom")
+    axis.set_yticks(range(len(names)), [f"● {n}" if n in shown else n for n in names], fontsize=10.5)
     for label, i in zip(axis.get_yticklabels(), order, strict=True):
         if (result.labels == i + 1).any():
-            label.set_color(np.array(class_colour(int(i) + 1)) / 255 * 0.8)
+            label.set_color(colours_of(result.class_names)[i + 1] / 255 * 0.8)
             label.set_weight("bold")
     axis.invert_yaxis()
     axis.set_xscale("log")
-    axis.set_xlim(1e-4, 1)
-    axis.tick_params(axis="x", labelsize=8)
-    axis.set_xlabel("CLIP probability", fontsize=8)
+    axis.set_xlim(LEAST / 3, 1)  # the shortest bar is still one
+    axis.set_xticks([LEAST, 0.01, 1], [f"≤ {LEAST:g}", "0.01", "1"])
+    axis.tick_params(axis="x", labelsize=10)
+    axis.set_xlabel("CLIP probability", fontsize=10.5)
     axis.spines[["top", "right"]].set_visible(False)
-    return reasons
+    return [*reasons, *([SHOWN] if lost else ())]

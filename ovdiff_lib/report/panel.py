@@ -60,6 +60,22 @@ def panel_data(results: Mapping[str, Segmentation] | Sequence[Segmentation], sup
     return {"format": FORMAT, "caption": caption, "images": images, "prototypes": pool.prototypes, "pictures": pool.pictures}
 
 
+def chosen_images(shown: Sequence[Sequence[str]], kept: Sequence[Sequence[str]], dropped: int = 1, most: int = 20) -> list[int]:
+    """Numbers of the images worth a panel, ascending, at most ``most``: one for every class, and ``dropped`` in which a class that is there
+    was dropped.
+
+    ``shown`` and ``kept`` hold for each image the classes it shows and those the pre-filter kept. First come the images with a dropped
+    class; then, for every class that none of the chosen shows, the first image that shows it.
+    """
+    chosen = [i for i, (there, left) in enumerate(zip(shown, kept, strict=True)) if set(there) - set(left)][:dropped]
+    seen = {name for i in chosen for name in shown[i]}
+    for i, there in enumerate(shown):
+        if set(there) - seen and len(chosen) < most:
+            chosen.append(i)
+            seen |= set(there)
+    return sorted(chosen)
+
+
 def write_panel(path: str | Path, data: dict[str, Any]) -> Path:
     """Write the panel's data (:func:`panel_data`) as JSON, whole or not at all; returns the path. The report embeds every such file in
     ``<outputs>/explain``."""

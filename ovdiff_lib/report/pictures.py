@@ -59,6 +59,22 @@ def divided(support: SupportSet, masks: ForegroundBackground, index: int, alpha:
     return image.round().astype(np.uint8)
 
 
+def divided_figure(supports: Sequence[SupportSet], ways: Mapping[str, Sequence[ForegroundBackground]], shown: int = 4,
+                   cell: float = 0.8) -> Figure:
+    """The first ``shown`` images of each support set, :func:`divided` by the masks of each way of making them; ``ways[name]`` holds those
+    of every set. The name of a category stands over the middle of its images."""
+    rows = [[divided(s, m, i) for s, m in zip(supports, masks, strict=True) for i in range(min(shown, len(s)))] for masks in ways.values()]
+    figure = image_grid(rows, list(ways), [" "], cell=cell)  # a blank name leaves the room for ours
+    first = 0
+    for support in supports:
+        last = first + min(shown, len(support)) - 1
+        left, right = (figure.axes[i].get_position() for i in (first, last))
+        figure.text((left.x0 + right.x1) / 2, left.y1 + 0.05 / figure.get_figheight(), support.category.name, ha="center", va="bottom",
+                    fontsize=12)
+        first = last + 1
+    return figure
+
+
 def feature_colours(features: torch.Tensor | np.ndarray) -> np.ndarray:
     """Feature maps (n, h, w, D) as colours u8 (n, h, w, 3): the three directions of most variance of the unit vectors, over all n maps.
 

@@ -19,7 +19,7 @@ from ovdiff_lib.report.paper import PaperCell
 
 COLUMNS = ("table", "row", "column", "measured", "std", "n", "values", "source", "paper", "paper_std", "paper_table", "paper_row",
            "paper_column", "profile", "settings")
-SOURCES = ("measured", "published", "predictions")
+SOURCES, IDLE = ("measured", "published", "predictions"), "idle: "
 STAMP = "The paper's column is from its own data sets and models."
 
 
@@ -30,7 +30,8 @@ class Cell:
     ``measured`` is the mean of ``n`` runs with sample standard deviation ``std`` (None when n = 1) and ``values`` those runs in the order
     of their seeds, where they were kept: paired comparisons need them. ``paper`` is the published cell it is set beside, or with
     ``PaperCell.own`` only its key. ``source``: "measured" here by this code; "published": taken from the paper, not measured
-    (``measured`` is None); "predictions": measured here from a folder of another program's label maps.
+    (``measured`` is None); "predictions": measured here from a folder of another program's label maps; "idle: WORDS": what the cell is
+    about does not act here, so that a number would only repeat another; the words stand in its place (``measured`` is None).
 
     Raises ``InputError`` for a cell that contradicts itself and for numbers that are not finite.
     """
@@ -46,18 +47,25 @@ class Cell:
 
     def __post_init__(self) -> None:
         where = f"The cell {self.row!r}, {self.column!r}"
-        if self.source not in SOURCES:
-            raise InputError(f"{where} has the source {self.source!r}; write one of {', '.join(SOURCES)}.")
+        if self.source not in SOURCES and not self.idle:
+            raise InputError(f"{where} has the source {self.source!r}; write one of {', '.join(SOURCES)}, or {IDLE}and why.")
         if self.paper is not None and not isinstance(self.paper, PaperCell):
             raise InputError(f"{where} has the paper's value {self.paper!r}; give it with its key: paper_cell(table, row, column).")
         if self.source == "published" and (self.measured is not None or self.paper is None):
             raise InputError(f"{where} is published; give it a paper_cell and no measured number.")
-        if self.source != "published" and self.measured is None:
+        if self.idle and self.measured is not None:
+            raise InputError(f"{where} is idle and has a number; leave the number out.")
+        if self.source != "published" and not self.idle and self.measured is None:
             raise InputError(f"{where} has no measured number; leave the cell out, or say source='published'.")
         if any(x is not None and not math.isfinite(x) for x in (self.measured, self.std, *self.values)):
             raise InputError(f"{where} holds a number that is not finite; leave the cell out and say why in the text.")
         if self.values and len(self.values) != self.n:
             raise InputError(f"{where} has {len(self.values)} values but n = {self.n}; use Cell.of(row, column, values).")
+
+    @property
+    def idle(self) -> str:
+        """The words in place of a number where there is nothing to measure, "" elsewhere."""
+        return self.source.removeprefix(IDLE) if self.source.startswith(IDLE) else ""
 
     @classmethod
     def of(cls, row: str, column: str, values: Iterable[float], paper: PaperCell | None = None, source: str = "measured") -> Cell:
@@ -75,9 +83,9 @@ def write_table(path: str | Path, name: str, cells: list[Cell], profile: Profile
 
     ``digits``: decimals shown in the Markdown, for all columns or by column ({"images": 0}; others get 1); the CSV keeps six significant
     digits. ``title``: what it corresponds to ("Table 1"). ``details``: further facts of the run for the JSON, such as
-    {"images": 211, "seeds": [0, 1, 2]}; {"volatile": True} says that the numbers differ from run to run (times),
-    {"volatile": ["seconds"]} that those of these columns do: :func:`~ovdiff_lib.report.compare.compare_tables` passes them over. Raises
-    ``InputError`` when a cell comes twice.
+    {"images": 211, "seeds": [0, 1, 2]}, which the Markdown says at its head ("images" of several data sets: {"voc": 211}).
+    {"volatile": True} says that the numbers differ from run to run (times), {"volatile": ["seconds"]} that those of these columns do:
+    :func:`~ovdiff_lib.report.compare.compare_tables` passes them over. Raises ``InputError`` when a cell comes twice.
     """
     path = Path(path)
     by_place = {(c.row, c.column): c for c in cells}
@@ -94,7 +102,7 @@ def write_table(path: str | Path, name: str, cells: list[Cell], profile: Profile
                          ) from None
     write_atomic(path, _csv(name, cells, profile.name, digest).encode())
     write_atomic(path.with_suffix(".json"), (text + "\n").encode())
-    markdown = _markdown(by_place, profile, caption, digits)
+    markdown = _markdown(by_place, profile, caption, digits, _amount(details or {}))
     write_atomic(path.with_suffix(".md"), markdown.encode())
     return markdown
 
@@ -149,14 +157,14 @@ def _cell(row: dict[str, str]) -> Cell:
     return Cell(row["row"], row["column"], measured, spread, int(row["n"]), paper, tuple(map(float, row["values"].split())), row["source"])
 
 
-def _markdown(by_place: dict[tuple[str, str], Cell], profile: Profile, caption: str, digits: int | dict[str, int]) -> str:
+def _markdown(by_place: dict[tuple[str, str], Cell], profile: Profile, caption: str, digits: int | dict[str, int], amount: str) -> str:
     columns = list(dict.fromkeys(column for _, column in by_place))
     printed = {column: any(c.paper and (c.paper.value is not None or c.source == "published")
                            for c in by_place.values() if c.column == column) for column in columns}
     shown = [c for column in columns for c in (column, *([f"{column} (paper, its own data)"] if printed[column] else ()))]
     stamp = f" {STAMP}" if any(printed.values()) else ""
     description = f" ({profile.description.rstrip('.')})" if profile.description else ""
-    lines = [f"**{caption}** Profile `{profile.name}`{description}, settings `{profile.digest()}`.{stamp}", "",
+    lines = [f"**{caption}** {amount}Profile `{profile.name}`{description}, settings `{profile.digest()}`.{stamp}", "",
              "| |" + "".join(f" {_escape(c)} |" for c in shown), "|---|" + "---:|" * len(shown)]
     for row in dict.fromkeys(row for row, _ in by_place):
         texts = []
@@ -170,11 +178,28 @@ def _markdown(by_place: dict[tuple[str, str], Cell], profile: Profile, caption: 
     return "\n".join(lines) + "\n"
 
 
+def _amount(details: dict[str, Any]) -> str:
+    """Of how many images and which seeds a table is: "80 images of each data set, seeds 0 to 3. ", "" where the details do not say."""
+    images, seeds = details.get("images"), details.get("seeds")
+    said = []
+    if isinstance(images, dict) and len(set(images.values())) == 1:
+        said.append(f"{next(iter(images.values()))} images" + " of each data set" * (len(images) > 1))
+    elif isinstance(images, dict) and images:
+        said.append("images: " + ", ".join(f"{number} of {source.partition(':')[0]}" for source, number in images.items()))
+    elif isinstance(images, int):
+        said.append(f"{images} image{'s' * (images != 1)}")
+    if isinstance(seeds, (list, tuple)) and seeds:
+        run = len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1))
+        said.append(f"seed{'s' * (len(seeds) > 1)} {f'{seeds[0]} to {seeds[-1]}' if run else ', '.join(map(str, seeds))}")
+    text = ", ".join(said)
+    return f"{text[0].upper()}{text[1:]}. " if text else ""
+
+
 def _measured(cell: Cell | None, places: int) -> str:
     if cell is None:
         return ""
-    if cell.source == "published":
-        return "published"
+    if cell.source == "published" or cell.idle:
+        return _escape(cell.idle) or "published"
     spread = f" ± {cell.std:.{places}f}" if cell.std is not None else ""
     return f"{cell.measured:.{places}f}{spread}" + " (from predictions)" * (cell.source == "predictions")
 
