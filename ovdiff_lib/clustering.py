@@ -16,10 +16,10 @@ import torch.nn.functional as F
 SAMPLE = 256
 """Points a cluster in the sample: the centroid of that many strays from the true one by 1/256 of the cluster's variance."""
 
-PROJECTED = 256
+PROJECTED = 512
 """Directions that the sample is projected to, where it has more channels."""
 
-REFINE = 5
+REFINE = 3
 """Most iterations over all points, once the sample has converged."""
 
 BLOCK = 2**23

@@ -71,6 +71,8 @@ def _cell(cell: Cell | None, digits: int, compared: bool, with_runs: bool) -> di
         return view
     if cell.source == "published":
         view["measured"] = "not measured"
+    elif cell.idle:
+        view["measured"] = cell.idle
     else:
         view |= {"measured": number(cell.measured, digits), "std": number(cell.std, digits), "predictions": cell.source == "predictions",
                  "runs": f"n = {cell.n}" if with_runs else "", "values": ", ".join(number(v, digits) for v in cell.values[:20])}
