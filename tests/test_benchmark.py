@@ -380,7 +380,7 @@ def test_rows_as_data():
     assert json.loads(json.dumps(table, allow_nan=False)) is not None and table["ratios"][0]["ratio"] is None and table["passed"]
     assert table["growth"][2] == {"growth": "K", "size": 4, "seconds": 4.0, "fastest": 3.5, "slowest": 4.5, "rounds": 2, "added": 2_000_000,
                                   "bytes": 40, "line": 4.0}
-    assert table["estimates"][0]["paper"] == 8e9 and table["fits"]["K"]["slope"] == 1
+    assert table["estimates"][0]["published"] == 8e9 and table["fits"]["K"]["slope"] == 1
     assert "2.0 GFLOP" in render(Outcome("x", (Estimate("e", "FLOP", 2e9, 8e9, 0.5),))) and Estimate("b", "bytes", 1, 2, 3).rate is None
     assert "4 " in render(Outcome("x", (grown,)))
 

@@ -81,7 +81,7 @@ def record(outcome: Outcome) -> dict[str, Any]:
             "growth": [point for row in outcome.rows if isinstance(row, Growth) for point in row.rows],
             "fits": {row.name: {"slope": row.fit.slope, "intercept": row.fit.intercept, "r2": _finite(row.fit.r2)}
                      for row in outcome.rows if isinstance(row, Growth)},
-            "estimates": [{"name": row.name, "unit": row.unit, "profile": row.profile, "paper": row.paper, "seconds": row.seconds}
+            "estimates": [{"name": row.name, "unit": row.unit, "profile": row.profile, "published": row.paper, "seconds": row.seconds}
                           for row in outcome.rows if isinstance(row, Estimate)]}
 
 
