@@ -198,6 +198,9 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
         os.replace(partial_copy, failed)
         raise OVDiffError(f"The notebook {notebook.name} failed in {_last_cell(failed, notebook)}: {error.ename}: "
                           f"{_first_line(error.evalue)} (executed copy: {failed})") from None
+    except OSError as error:  # papermill's writing of the executed copy; what cells raise came above
+        raise InputError(f"The executed copy {partial_copy} cannot be written ({error.strerror or error}); free space or choose another "
+                         "folder with --out.") from None
     except DeadKernelError:
         os.replace(partial_copy, failed)
         raise OVDiffError(f"The notebook {notebook.name} lost its kernel in {_last_cell(failed, notebook)}, most often for want of memory; "

@@ -308,6 +308,20 @@ def test_a_folder_that_cannot_be_made_is_named(notebook, tmp_path):
         run_notebook(notebook, tmp_path / "file" / "out" / "00_counting.ipynb", {})
 
 
+def test_a_disk_that_fills_is_one_sentence(notebook, tmp_path, monkeypatch):
+    import errno
+
+    import papermill
+
+    def full(*_arguments, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(papermill, "execute_notebook", full)
+    with pytest.raises(InputError, match="No space left on device") as caught:
+        run_notebook(notebook, tmp_path / "00_counting.ipynb", {})
+    assert "\n" not in str(caught.value) and [p.name for p in tmp_path.iterdir() if p.suffix == ".ipynb" and p != notebook] == []
+
+
 def test_a_kernel_that_dies_is_one_sentence(notebook, tmp_path):
     made = nbformat.read(notebook, 4)
     made.cells[1].source = "import os; os._exit(1)"
