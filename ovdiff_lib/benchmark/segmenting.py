@@ -23,7 +23,8 @@ PAMR_SHAPE, PAMR_CLASSES = (448, 600), 21
 def segmenting(scene: Scene) -> list[Ratio]:
     """Images against :data:`FEW` classes, all texts of the filter known, against the networks alone on the same windows.
 
-    A second row sets the image pass of the category filter's CLIP beside the same bare pass: it is part of the first row.
+    The second row does the same with the windows of all images in common batches, on both sides. A third sets the image pass of the
+    category filter's CLIP beside the bare pass: it is part of the others.
     """
     bank, images, settings = scene.made_up(FEW), [scene.image(i) for i in range(TOGETHER)], scene.profile
     bare = [bare_features(scene.pipe, settings.features, [crop for crop, _ in window_crops(image, settings)], settings.matching.batch_size)
@@ -39,11 +40,17 @@ def segmenting(scene: Scene) -> list[Ratio]:
     against = "VAE encoder and one UNet pass over the same windows, prepared before, all windows of an image in one batch"
     rows = [Ratio("segmenting", f"{len(images)} images, {windows:.1f} windows each, against {FEW} classes, category filter "
                   f"{'on with known texts' if settings.filters.category else 'off'}", against, pair.ours, pair.theirs, Bound(1.2))]
+    every = bare_features(scene.pipe, settings.features, [crop for image in images for crop, _ in window_crops(image, settings)],
+                          settings.matching.batch_size)
+    with quiet():
+        pair = alternate(lambda _: list(scene.ovdiff.segment_many(images, bank)), lambda _: every(), scene.repeats, device=scene.device)
+    rows.append(Ratio("segmenting together", f"the same {len(images)} images in one call", "the same bare pass, windows of all images in "
+                      f"batches of {settings.matching.batch_size}", pair.ours, pair.theirs, Bound(1.2)))
     if settings.filters.category:
         embed = scene.ovdiff.category_filter.embed_image
         own = alternate(lambda _: [embed(image) for image in images], theirs, scene.repeats, device=scene.device)
         rows.append(Ratio("segmenting: the filter's image pass", f"CLIP's image tower on the same {len(images)} images", against,
-                          own.ours, own.theirs, note="part of the row above"))
+                          own.ours, own.theirs, note="part of the rows above"))
     return rows
 
 
