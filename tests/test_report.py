@@ -157,6 +157,20 @@ def test_part_pictures_give_each_part_its_colour():
     assert (red[:2] > blue[:2]).all() and (blue[3:] > red[3:]).all()  # warm inside, cool outside
 
 
+def test_a_saved_figure_keeps_the_colours_of_its_legend():
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (120, 200, 3), dtype=np.uint8)  # far more colours than a palette has
+    legend = colours_of(["background", *load_dataset("mini-object").vocabulary.names])
+    for i, colour in enumerate(legend):
+        picture[4 * (i // 10) + 1 : 4 * (i // 10) + 5, 20 * (i % 10) : 20 * (i % 10) + 18] = colour
+    small = figures.reduced(Image.fromarray(picture))
+    assert small.mode == "P" and len(small.getcolors()) <= 256
+    found = np.asarray(small.convert("RGB"))
+    for i, colour in enumerate(legend):
+        assert (found[4 * (i // 10) + 2, 20 * (i % 10) + 5] == colour).all()
+    assert np.abs(found.astype(int) - picture).mean() < 32
+
+
 def test_grids_and_captions_are_written_whole(tmp_path):
     rng = np.random.default_rng(0)
     support = SupportSet(Category("Sofa"), rng.integers(0, 256, (2, HEIGHT, WIDTH, 3), dtype=np.uint8),

@@ -29,6 +29,9 @@ FOREGROUND, BACKGROUND, UNUSED = (228, 87, 46), (46, 134, 193), (225, 225, 225)
 COLOURS = 256
 """Colours of a saved figure."""
 
+FLAT, FLAT_AREA = 64, 60
+"""Colours of flat areas at most that a saved figure keeps as they are, and the pixels that make an area."""
+
 
 FADED = 0.65
 """How far the colours of an image fade to grey under the colour of a class, which they would change."""
@@ -170,6 +173,25 @@ def class_legend(figure: Figure, class_names: Sequence[str], labels: Sequence[in
     figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=min(len(handles), 7), frameon=False, fontsize=9)
 
 
+def reduced(picture: Image.Image) -> Image.Image:
+    """An RGB picture in :data:`COLOURS` colours; the colours of flat areas, a legend's among them, stay exactly what they are.
+
+    Not dithered: its noise would take more bytes than the picture.
+    """
+    pixels = np.asarray(picture).astype(np.int32)
+    values, inverse, counts = np.unique(pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2], return_inverse=True, return_counts=True)
+    flat = np.argsort(-counts, kind="stable")[: min(FLAT, int((counts >= FLAT_AREA).sum()))]
+    found = picture.quantize(COLOURS - len(flat), Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
+    palette = np.array(found.getpalette(), np.uint8).reshape(-1, 3)[: COLOURS - len(flat)]
+    own = np.full(len(values), -1)
+    own[flat] = len(palette) + np.arange(len(flat))
+    own = own[inverse].reshape(pixels.shape[:2])
+    made = Image.fromarray(np.where(own >= 0, own, np.asarray(found)).astype(np.uint8), mode="P")
+    exact = np.stack([values[flat] >> 16, values[flat] >> 8 & 255, values[flat] & 255], -1).astype(np.uint8)
+    made.putpalette(np.concatenate([palette, exact]).tobytes())
+    return made
+
+
 def save_figure(figure: Figure | Image.Image, path: str | Path, caption: str) -> Path:
     """Write a figure as PNG of :data:`COLOURS` colours with its caption beside it (``.json``); both appear whole or not at all.
 
@@ -181,9 +203,7 @@ def save_figure(figure: Figure | Image.Image, path: str | Path, caption: str) ->
         figure.savefig(drawn, format="png", bbox_inches="tight", pad_inches=0.06, facecolor="white", metadata={"Software": None})
         figure = Image.open(drawn)
     buffer = io.BytesIO()
-    # Not dithered: its noise would take more bytes than the picture.
-    colours = figure.convert("RGB").quantize(COLOURS, Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
-    colours.save(buffer, "PNG", optimize=True)
+    reduced(figure.convert("RGB")).save(buffer, "PNG", optimize=True)
     write_atomic(path, buffer.getvalue())
     write_atomic(path.with_suffix(".json"), (json.dumps({"caption": caption}, ensure_ascii=False, indent=1) + "\n").encode())
     return path
