@@ -179,7 +179,8 @@ def reduced(picture: Image.Image) -> Image.Image:
     Not dithered: its noise would take more bytes than the picture.
     """
     pixels = np.asarray(picture).astype(np.int32)
-    values, inverse, counts = np.unique(pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2], return_inverse=True, return_counts=True)
+    packed = pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]
+    values, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
     flat = np.argsort(-counts, kind="stable")[: min(FLAT, int((counts >= FLAT_AREA).sum()))]
     found = picture.quantize(COLOURS - len(flat), Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
     palette = np.array(found.getpalette(), np.uint8).reshape(-1, 3)[: COLOURS - len(flat)]
