@@ -330,3 +330,15 @@ def test_features_that_are_not_finite_are_reported(tiny_profile, monkeypatch, na
     monkeypatch.setattr(weights, "data", torch.full_like(weights, float("nan")))
     with pytest.raises(OVDiffError, match="not finite"):
         extractor(pictures(1, 64, 64), np.array([0]))
+
+
+def test_features_do_not_depend_on_how_an_image_lies_in_memory(tiny_profile):
+    """To the last bit: an entry of the library is the same whether its images were just drawn or read from a file."""
+    from ovdiff_lib.features import EXTRACTORS
+
+    images, seeds = np.random.default_rng(0).integers(0, 256, (3, 40, 72, 3), dtype=np.uint8), np.arange(3)
+    turned = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)  # as a pipeline gives them: channel by channel
+    assert (turned == images).all() and turned.strides != images.strides
+    for name in ("sd", "clip-keys"):
+        extractor = EXTRACTORS[name](tiny_profile)
+        assert torch.equal(extractor(images, seeds), extractor(turned, seeds))

@@ -81,7 +81,9 @@ class DiffusionExtractor:
         """f32 (n, 3, S, S) in [-1, 1]; neighbours of one size are resized together."""
         side, squares = self.settings.sd_input_size, []
         for shape, alike in itertools.groupby(images, lambda image: image.shape):
-            pixels = torch.from_numpy(np.stack(list(alike))).permute(0, 3, 1, 2).to(self.device, torch.float32) / 127.5 - 1
+            # Contiguous: the order of an array in memory would show in the last bits of the features.
+            array = np.ascontiguousarray(np.stack(list(alike)))
+            pixels = torch.from_numpy(array).permute(0, 3, 1, 2).to(self.device, torch.float32) / 127.5 - 1
             if shape[:2] != (side, side):
                 pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
             squares.append(pixels)
