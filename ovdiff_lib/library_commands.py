@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import time
 from collections import defaultdict
@@ -84,8 +85,16 @@ def _all_there(wanted: Iterable[str], there: set[str | None], library: Library, 
                          "is.")
 
 
-def _list(options: argparse.Namespace) -> None:
+def _there(options: argparse.Namespace) -> Library:
+    """The library that the options name; ``InputError`` if its folder is not there, which is a mistyped name rather than an empty library."""
     library = Library(options.library)
+    if not library.root.is_dir():
+        raise InputError(f"There is no library folder {library.root}; name one with --library, or build classes, which makes it.")
+    return library
+
+
+def _list(options: argparse.Namespace) -> None:
+    library = _there(options)
     found = chosen(library, options.classes, options.keys)
     if options.json:
         from ovdiff_lib.images import write_atomic
@@ -110,7 +119,7 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    library = Library(options.library)
+    library = _there(options)
     total = len(library.entries())
     broken = library.verify(progress=True)
     for entry in broken:
@@ -123,7 +132,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> None:
     from ovdiff_lib.library_archive import export_entries
 
-    library = Library(options.library)
+    library = _there(options)
     entries = [entry for entry, _ in chosen(library, options.classes, options.keys)
                if entry.kind == "prototypes" or not options.prototypes_only]
     count = export_entries(library, entries, options.file, progress=True)
@@ -139,10 +148,14 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _remove(options: argparse.Namespace) -> None:
-    library = Library(options.library)
+    library = _there(options)
     selected = options.classes or options.keys or options.all or options.unused_for is not None
     if not (selected or options.leftovers):
         raise InputError("Say what to remove: --classes, --keys, --unused-for DAYS, --all or --leftovers; --dry-run shows it first.")
+    if options.unused_for is not None and not 0 < options.unused_for < math.inf:
+        raise InputError(f"--unused-for is {options.unused_for:g}; give a number of days above 0, or --all for every entry.")
+    if options.all and (options.classes or options.keys or options.unused_for is not None):
+        raise InputError("--all means every entry; leave it out to remove those of --classes, --keys or --unused-for alone.")
     if selected:
         found = chosen(library, options.classes, options.keys)
         if options.unused_for is not None:
@@ -154,7 +167,8 @@ def _remove(options: argparse.Namespace) -> None:
                 library.remove(entry.key, entry.kind)
         print(f"{len(found)} entries, {_size(e for e, _ in found)}, {'would go' if options.dry_run else 'removed'} from {library.root}")
     if options.leftovers and options.dry_run:
-        print(*library.leftovers(), sep="\n")
+        left = library.leftovers()
+        print(*left, f"{len(left)} leftovers would go from {library.root}", sep="\n")
     elif options.leftovers:
         count, size = library.sweep()
         print(f"{count} leftovers, {_readable(size)}, removed from {library.root}")

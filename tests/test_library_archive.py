@@ -301,12 +301,23 @@ def test_the_commands(library, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, word", [
     (["list", "--classes", "horse"], "horse"), (["export", "x.tar", "--keys", "ffff"], "ffff"), (["remove"], "Say what to remove"),
-    (["import", "none.tar"], "none.tar")])
+    (["import", "none.tar"], "none.tar"), (["remove", "--unused-for", "-3"], "days above 0"),
+    (["remove", "--unused-for", "nan"], "days above 0"), (["remove", "--unused-for", "0"], "days above 0"), (["remove", "--all", "--classes", "cat"], "every entry")])
 def test_mistakes_are_one_sentence(library, capsys, arguments, word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["library", *arguments, "--library", str(library.root)]) == 2
     said = capsys.readouterr().err.strip()
     assert word in said and "\n" not in said and len(library.entries()) == 6
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["verify"], ["export", "x.tar"], ["remove", "--all"]])
+@pytest.mark.parametrize("kind", ["missing", "file"])
+def test_a_library_that_is_not_there_is_a_mistake(tmp_path, monkeypatch, capsys, arguments, kind):
+    monkeypatch.chdir(tmp_path)
+    if kind == "file":
+        (tmp_path / "lib").write_text("")
+    assert main(["library", *arguments, "--library", str(tmp_path / "lib")]) == 2
+    assert "There is no library folder" in capsys.readouterr().err
 
 
 def test_reading_an_entry_counts_as_use(library):
