@@ -86,7 +86,7 @@ def _all_there(wanted: Iterable[str], there: set[str | None], library: Library, 
 
 
 def _there(options: argparse.Namespace) -> Library:
-    """The library that the options name; ``InputError`` if its folder is not there, which is a mistyped name rather than an empty library."""
+    """The library that the options name; ``InputError`` if its folder is not there, which is rather a mistyped name than an empty one."""
     library = Library(options.library)
     if not library.root.is_dir():
         raise InputError(f"There is no library folder {library.root}; name one with --library, or build classes, which makes it.")

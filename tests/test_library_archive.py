@@ -302,7 +302,8 @@ def test_the_commands(library, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, word", [
     (["list", "--classes", "horse"], "horse"), (["export", "x.tar", "--keys", "ffff"], "ffff"), (["remove"], "Say what to remove"),
     (["import", "none.tar"], "none.tar"), (["remove", "--unused-for", "-3"], "days above 0"),
-    (["remove", "--unused-for", "nan"], "days above 0"), (["remove", "--unused-for", "0"], "days above 0"), (["remove", "--all", "--classes", "cat"], "every entry")])
+    (["remove", "--unused-for", "nan"], "days above 0"), (["remove", "--unused-for", "0"], "days above 0"),
+    (["remove", "--all", "--classes", "cat"], "every entry")])
 def test_mistakes_are_one_sentence(library, capsys, arguments, word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["library", *arguments, "--library", str(library.root)]) == 2
