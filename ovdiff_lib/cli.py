@@ -97,6 +97,14 @@ def _names(classes: str) -> list[str]:
     return classes.split(",") if classes.strip() else []
 
 
+def _lines(path: Path) -> list[str]:
+    """The class names of a file with one a line."""
+    try:
+        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"The classes file {path} cannot be read; give a UTF-8 text file with one class a line.") from None
+
+
 def _stuff_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stuff-from", metavar="c8|coco-stuff|FILE",
                         help="which classes are stuff: the paper's Table C.8, the split of COCO-Stuff, or a CSV file with class,label")
@@ -164,18 +172,9 @@ def _segment(options: argparse.Namespace) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    if options.classes_file:
-        try:
-            lines = options.classes_file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError):
-            raise InputError(f"The classes file {options.classes_file} cannot be read; give a UTF-8 text file with one class a line."
-                             ) from None
-        names = [line for line in lines if line.strip()]
-    else:
-        names = _names(options.classes)
-    vocabulary = _vocabulary(names, options)
     from ovdiff_lib.engines.commands import build_with, engine_of
 
+    vocabulary = _vocabulary(_lines(options.classes_file) if options.classes_file else _names(options.classes), options)
     ovdiff = _ovdiff(options)
     engine, started = engine_of(options, ovdiff.profile), time.time()
     if engine:

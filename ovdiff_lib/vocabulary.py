@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 NAMED = 3
 """Rivals that a sentence about one class names."""
 
+
 def examine(ovdiff: OVDiff, classes: Vocabulary | Iterable[str | Category] | str, stuff: Iterable[str] = (),
             limits: Limits | None = None) -> VocabularyReport:
     """Build the classes, or take them from the library, and examine them as ``ovdiff`` would use them.

@@ -31,7 +31,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
 def run_vocabulary(options: argparse.Namespace) -> int:
     """Print the report; 1 if a class is not fine, else 0."""
     from ovdiff_lib.checks import check_output
-    from ovdiff_lib.cli import _names, _ovdiff, _vocabulary
+    from ovdiff_lib.cli import _lines, _names, _ovdiff, _vocabulary
     from ovdiff_lib.vocabulary import examine
     from ovdiff_lib.vocabulary_report import Limits, render
 
@@ -50,11 +50,3 @@ def run_vocabulary(options: argparse.Namespace) -> int:
         write_atomic(options.json, report.to_json().encode())
     print(render(report))
     return int(any(c.verdict != "fine" for c in report.classes))
-
-
-def _lines(path: Path) -> list[str]:
-    """The class names of a file with one a line."""
-    try:
-        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError):
-        raise InputError(f"The classes file {path} cannot be read; give a UTF-8 text file with one class a line.") from None

@@ -85,8 +85,8 @@ def select(only: Sequence[str] | None, full_size: bool) -> list[str]:
     for name in only or ():
         if name not in SCENARIOS:
             near = difflib.get_close_matches(name, SCENARIOS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(SCENARIOS)}."
-            raise InputError(f"There is no scenario {name!r}; {hint}")
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise InputError(f"There is no scenario {name!r}; {hint}choose from {', '.join(SCENARIOS)}.")
     return [name for name, scenario in SCENARIOS.items() if (name in only if only else full_size or not scenario.full_size)]
 
 

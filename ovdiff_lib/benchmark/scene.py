@@ -29,6 +29,12 @@ NOISE = 0.1
 """Noise on the copies, in standard deviations of a channel: enough that no two prototypes are equal."""
 
 
+def check_repeats(repeats: int) -> None:
+    """``InputError`` for fewer than one round."""
+    if repeats < 1:
+        raise InputError(f"--repeats is {repeats}; give at least 1.")
+
+
 class Scene:
     """One session of the benchmark: ``profile`` with the extractor sd alone, ``repeats`` rounds a scenario.
 
@@ -37,8 +43,7 @@ class Scene:
     """
 
     def __init__(self, profile: Profile, repeats: int = 3, library: str | Path | None = None) -> None:
-        if repeats < 1:
-            raise InputError(f"--repeats is {repeats}; give at least 1.")
+        check_repeats(repeats)
         self.profile = profile.override({"features.extractors": ["sd"]})
         self.repeats = repeats
         self.device = resolve_device(self.profile)
