@@ -40,13 +40,14 @@ def kmeans(x: torch.Tensor | np.ndarray, k: int, seed: int = 0, iterations: int 
     generator = torch.Generator().manual_seed(seed)
     # Distances are differences of squares, so the common mean is taken off first: without it they drown in rounding.
     mean = x.mean(0, dtype=torch.float32)
-    sample, origin = x, mean
     if sampled := len(x) > k * SAMPLE:
         whole = x[torch.randperm(len(x), generator=generator)[: k * SAMPLE].sort().values.to(x.device)]
-        sample, origin = _projected(whole, mean, generator) if x.shape[1] > PROJECTED else (whole, mean)
+        sample = _projected(whole, mean, generator) if x.shape[1] > PROJECTED else whole.float() - mean
+    else:
+        sample = x.float() - mean
     best = None
     for _ in range(max(1, restarts)):
-        found = _lloyd(sample, origin, _seed_centroids(sample, origin, k, generator), iterations, tolerance)
+        found = _lloyd(sample, None, _seed_centroids(sample, k, generator), iterations, tolerance)
         if best is None or found[2] < best[2]:
             best = found
     if sampled:
@@ -61,11 +62,10 @@ def inertia(x: torch.Tensor, centroids: torch.Tensor, assignment: torch.Tensor) 
                for part, index in zip(x.split(rows), assignment.split(rows), strict=True))
 
 
-def _projected(x: torch.Tensor, mean: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """The points less ``mean`` in :data:`PROJECTED` random directions, f32 (M, d), and their own origin, which is zero."""
+def _projected(x: torch.Tensor, mean: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The points less ``mean`` in :data:`PROJECTED` random directions, f32 (M, d)."""
     directions = torch.randn(x.shape[1], PROJECTED, generator=generator).to(x.device) / PROJECTED ** 0.5
-    parts = [(part.float() - mean) @ directions for part in x.split(max(1, BLOCK // x.shape[1]))]
-    return torch.cat(parts), torch.zeros(PROJECTED, device=x.device)
+    return torch.cat([(part.float() - mean) @ directions for part in x.split(max(1, BLOCK // x.shape[1]))])
 
 
 def _means(x: torch.Tensor, mean: torch.Tensor, assignment: torch.Tensor, k: int) -> torch.Tensor:
@@ -78,9 +78,8 @@ def _means(x: torch.Tensor, mean: torch.Tensor, assignment: torch.Tensor, k: int
     return (sums / torch.bincount(assignment, minlength=k)[:, None]).float()
 
 
-def _seed_centroids(x: torch.Tensor, mean: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:
+def _seed_centroids(points: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:
     """Greedy k-means++ (Arthur and Vassilvitskii, 2007): of a few points drawn by squared distance, the one that lowers inertia most."""
-    points = x.float() - mean
     norms = points.square().sum(1)
     trials = 2 + int(math.log(k))
     first = int(torch.randint(len(points), (1,), generator=generator))
@@ -102,19 +101,20 @@ def _seed_centroids(x: torch.Tensor, mean: torch.Tensor, k: int, generator: torc
 
 def _distances(points: torch.Tensor, norms: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
     """Squared distances (M, c)."""
-    return (norms[:, None] - 2 * points @ centres.T + centres.square().sum(1)).clamp(min=0)
+    return torch.addmm(centres.square().sum(1), points, centres.T, alpha=-2).add_(norms[:, None]).clamp_(min=0)
 
 
-def _lloyd(x: torch.Tensor, mean: torch.Tensor, centroids: torch.Tensor, iterations: int,
+def _lloyd(x: torch.Tensor, mean: torch.Tensor | None, centroids: torch.Tensor, iterations: int,
            tolerance: float) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Centroids (relative to ``mean``), assignment and inertia after Lloyd's iterations from ``centroids``."""
+    """Centroids (relative to ``mean``), assignment and inertia after Lloyd's iterations from ``centroids``; ``mean`` None: ``x`` is f32
+    and has it taken off."""
     norms: list[torch.Tensor] = []  # of the first pass
     for _ in range(max(1, iterations)):
         assignment, distance, sums, counts, spread = _assign(x, mean, centroids, norms)
         means = (sums / counts.clamp(min=1)[:, None]).float()
         empty = counts == 0
         if empty.any():
-            means[empty] = x[distance.topk(int(empty.sum())).indices].float() - mean
+            means[empty] = _centred(x[distance.topk(int(empty.sum())).indices], mean)
         shift = float((means - centroids).square().sum())
         centroids = means
         if shift <= tolerance * spread / x.numel():
@@ -124,7 +124,11 @@ def _lloyd(x: torch.Tensor, mean: torch.Tensor, centroids: torch.Tensor, iterati
     return centroids[keep], relabel[assignment], float(distance.sum(dtype=torch.float64))
 
 
-def _assign(x: torch.Tensor, mean: torch.Tensor, centroids: torch.Tensor, norms: list[torch.Tensor]):
+def _centred(x: torch.Tensor, mean: torch.Tensor | None, out: torch.Tensor | None = None) -> torch.Tensor:
+    return x if mean is None else torch.sub(x.float(), mean, out=out)
+
+
+def _assign(x: torch.Tensor, mean: torch.Tensor | None, centroids: torch.Tensor, norms: list[torch.Tensor]):
     """One pass: nearest centroid and squared distance of every point; sum and number of the points of every centroid; total spread.
 
     ``norms``, the squared lengths of the points by block, is filled if it is empty.
@@ -134,9 +138,9 @@ def _assign(x: torch.Tensor, mean: torch.Tensor, centroids: torch.Tensor, norms:
     sums = torch.zeros(centroids.shape, dtype=torch.float64, device=x.device)
     counts = torch.zeros(k, dtype=torch.float64, device=x.device)
     assignment, distance, spread, rows = [], [], 0.0, max(1, BLOCK // x.shape[1])
-    buffer, known = torch.empty(min(rows, len(x)), x.shape[1], device=x.device), bool(norms)
+    buffer, known = torch.empty(0 if mean is None else min(rows, len(x)), x.shape[1], device=x.device), bool(norms)
     for number, part in enumerate(x.split(rows)):
-        points = torch.sub(part.float(), mean, out=buffer[: len(part)])
+        points = _centred(part, mean, buffer[: len(part)])
         if not known:
             norms.append(points.square().sum(1))
         nearest, index = torch.addmm(square, points, centroids.T, alpha=-2).min(1)

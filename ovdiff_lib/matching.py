@@ -308,26 +308,22 @@ class Matcher:
     @staticmethod
     def _winner(labels: np.ndarray, seen: list, rows: _ClassRows, resized: tuple[int, int]) -> np.ndarray:
         """Of all windows over a pixel, the row with the highest cosine within the class that won the pixel: i32 (H, W)."""
-        best = np.full(labels.shape, -np.inf, np.float32)
-        winner = np.full(labels.shape, -1, np.int32)
+        best, argument = np.full(labels.shape, -np.inf, np.float32), np.full(labels.shape, -1)
         centre = [((np.arange(n) + 0.5) * r / n).astype(int) for n, r in zip(labels.shape, resized, strict=True)]
-        table = np.full((len(rows.index), max(map(len, rows.index)) + 1), -1, np.int32)  # last column: no prototype
-        for c, index in enumerate(rows.index):
-            table[c, : len(index)] = index
         for (top, left, height, width), values, arguments in seen:
-            y = np.flatnonzero((centre[0] >= top) & (centre[0] < top + height))
-            x = np.flatnonzero((centre[1] >= left) & (centre[1] < left + width))
-            if not len(y) or not len(x):
-                continue
-            where = np.ix_(y, x)
-            cell_y = ((centre[0][y] - top) * values.shape[1] // height)[:, None]
-            cell_x = ((centre[1][x] - left) * values.shape[2] // width)[None]
-            label = labels[where]
-            value = values[label, cell_y, cell_x]
-            better = value > best[where]
-            best[where] = np.where(better, value, best[where])
-            winner[where] = np.where(better, table[label, arguments[label, cell_y, cell_x]], winner[where])
-        return winner
+            y, x = (slice(*np.searchsorted(at, (first, first + length))) for at, first, length in zip(
+                centre, (top, left), (height, width), strict=True))
+            cell_y = (centre[0][y] - top) * values.shape[1] // height
+            cell_x = (centre[1][x] - left) * values.shape[2] // width
+            index = labels[y, x] * values[0].size + (cell_y[:, None] * values.shape[2] + cell_x)
+            value = values.take(index)  # of the pixel's class in the pixel's cell
+            better = value > best[y, x]
+            np.copyto(best[y, x], value, where=better)
+            np.copyto(argument[y, x], arguments.take(index), where=better)
+        table = np.full((len(rows.index), max(map(len, rows.index)) + 1), -1, np.int32)  # last column: no prototype
+        for c, own in enumerate(rows.index):
+            table[c, : len(own)] = own
+        return table[labels, argument]
 
 
 def _features(extractor: Any, crops: list[np.ndarray], seeds: np.ndarray) -> list[torch.Tensor]:

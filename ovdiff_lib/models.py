@@ -154,14 +154,34 @@ def attention_grid(tokens: int, latent: tuple[int, int]) -> tuple[int, int]:
     return h, w
 
 
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether none of the values is NaN or infinite."""
+    # Either would make the sum one of them; looking at each value takes many times as long and is left to a sum that overflows.
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose remaining layers nobody reads."""
+
+
 @contextlib.contextmanager
-def captured(modules: dict[str, torch.nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
-    """What each module put out last inside the ``with`` block, by name; the hooks are removed in any case."""
+def captured(modules: dict[str, torch.nn.Module], stop: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+    """What each module put out last inside the ``with`` block, by name; the hooks are removed in any case.
+
+    With ``stop`` the block ends as soon as all of them have put something out: layers behind the last are not run.
+    """
     outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, output: torch.Tensor) -> None:
+        outputs[name] = output
+        if stop and len(outputs) == len(modules):
+            raise _Enough
+
     with contextlib.ExitStack() as stack:
         for name, module in modules.items():
-            handle = module.register_forward_hook(lambda _module, _inputs, output, name=name: outputs.__setitem__(name, output))
+            handle = module.register_forward_hook(lambda _module, _inputs, output, name=name: keep(name, output))
             stack.callback(handle.remove)
+        stack.enter_context(contextlib.suppress(_Enough))
         yield outputs
 
 

@@ -22,9 +22,10 @@ from ovdiff_lib.costs import prototype_rows
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.features import ClipExtractor, DinoExtractor
 from ovdiff_lib.features.diffusion import QUERY
-from ovdiff_lib.filters.category import ROWS, pack
+from ovdiff_lib.filters.category import ROWS, WIDTH, pack
 from ovdiff_lib.images import resize_short_side
 from ovdiff_lib.matching import windows
+from ovdiff_lib.models import captured
 from ovdiff_lib.profiles.profile import Profile, PrototypeSettings
 from ovdiff_lib.support.attribution import record_attribution
 
@@ -144,12 +145,17 @@ def window_boxes(shape: tuple[int, int], profile: Profile) -> list[tuple[int, in
     return boxes + [(0, 0, max(settings.windows, default=settings.short_side))] * settings.whole_image
 
 
-def unet_operations(networks: Networks, side: int, batch: int = 1) -> int:
-    """FLOP of one UNet call on latents of ``side`` x ``side``."""
+def unet_operations(networks: Networks, side: int, batch: int = 1, upto: dict[str, torch.nn.Module] | None = None) -> int:
+    """FLOP of one UNet call on latents of ``side`` x ``side``; of one that ends when all modules of ``upto`` have put something out."""
     config = networks.unet.config
     tokens = networks.text_encoder.config.max_position_embeddings
-    return flop_of(networks.unet, _meta(batch, config.in_channels, side, side), 1,
-                   encoder_hidden_states=_meta(batch, tokens, config.cross_attention_dim))
+
+    def call() -> None:
+        with captured(upto or {}, stop=bool(upto)):
+            networks.unet(_meta(batch, config.in_channels, side, side), 1,
+                          encoder_hidden_states=_meta(batch, tokens, config.cross_attention_dim))
+
+    return flop_of(call)
 
 
 def feature_cost(networks: Networks, profile: Profile, name: str, side: int) -> FeatureCost:
@@ -164,8 +170,10 @@ def _diffusion_cost(networks: Networks, profile: Profile, _side: int) -> Feature
     size = settings.sd_input_size
     latent = size // networks.vae_factor
     modules = dict(networks.unet.named_modules())
-    flop = flop_of(networks.vae.encode, _meta(1, 3, size, size)) + settings.sd_noise_samples * unet_operations(networks, latent)
-    return FeatureCost(flop, latent * latent, sum(modules[layer + QUERY].out_features for layer in settings.sd_layers))
+    wanted = {layer: modules[layer + QUERY] for layer in settings.sd_layers}
+    flop = flop_of(networks.vae.encode, _meta(1, 3, size, size))
+    flop += settings.sd_noise_samples * unet_operations(networks, latent, upto=wanted)
+    return FeatureCost(flop, latent * latent, sum(module.out_features for module in wanted.values()))
 
 
 def _vit_cost(extractor: ClipExtractor | DinoExtractor, side: int) -> FeatureCost:
@@ -198,12 +206,12 @@ def joined_prompt_operations(networks: Networks, names: int) -> int:
     start, joiner, end = 0, names + 1, names + 2
     subsets = [s for size in range(1, names + 1) for s in itertools.combinations(range(1, names + 1), size)]
     sequences = [(start, *_joined(subset, joiner), end) for subset in subsets]
-    rows = [len(tokens) for tokens, _, _ in pack(sequences, length)[0]]
+    rows = [len(tokens) for tokens, _, _ in pack(sequences, max(WIDTH, length))[0]]
     total = 2 * len(sequences) * math.prod(clip.text_projection.weight.shape)
     for first in range(0, len(rows), ROWS):
         part = rows[first:first + ROWS]
         width = max(part)
-        total += flop_of(clip.text_model, input_ids=_tokens(len(part), width), position_ids=_tokens(len(part), width),
+        total += flop_of(clip.text_model.encoder, inputs_embeds=_meta(len(part), width, clip.text_projection.in_features),
                          attention_mask=_meta(len(part), 1, width, width))
     return total
 

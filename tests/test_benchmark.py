@@ -349,8 +349,8 @@ def test_the_command(tiny, tmp_path, capsys, monkeypatch):
     assert [s["scenario"] for s in json.loads(target.read_text(encoding="utf-8"))["scenarios"]] == ["growth-K"]
 
 
-@pytest.mark.parametrize("options, word", [(["--only", "kmean"], "kmeans"), (["--only", ""], "names no scenario"), (["--repeats", "0"], "at least 1"),
-                                           (["--library", "somewhere"], "leave out --library")])
+@pytest.mark.parametrize("options, word", [(["--only", "kmean"], "kmeans"), (["--only", ""], "names no scenario"),
+                                           (["--repeats", "0"], "at least 1"), (["--library", "somewhere"], "leave out --library")])
 def test_mistakes_are_one_sentence(options, word, tiny, capsys):
     assert main(["benchmark", *options, *tiny]) == 2
     error = capsys.readouterr().err.strip()

@@ -251,10 +251,23 @@ def test_sd_hooks_are_removed_after_an_error(tiny_profile, monkeypatch):
     def fail(*_args, **_kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(extractor.pipe.unet.conv_out, "forward", fail)  # after every cross-attention has run
+    monkeypatch.setattr(extractor.pipe.unet.up_blocks[0], "forward", fail)  # after some cross-attention has run
     with pytest.raises(RuntimeError, match="out of memory"):
         extractor(pictures(1, 64, 64), np.array([0]))
     assert not any(query._forward_hooks for query in extractor.queries.values())
+
+
+def test_sd_runs_no_layer_behind_the_last_it_reads(tiny_profile, monkeypatch):
+    """The same queries, whether they are read at the end of a run or in the middle."""
+    images, seeds, first = pictures(2, 64, 64), np.arange(2), ["down_blocks.0.attentions.0"]
+    every = sd(tiny_profile)(images, seeds)
+    extractor = sd(tiny_profile, sd_layers=first)
+
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("ran")
+
+    monkeypatch.setattr(extractor.pipe.unet.mid_block, "forward", fail)
+    torch.testing.assert_close(extractor(images, seeds), every[..., : extractor.channels], rtol=0, atol=0)
 
 
 def test_sd_layers_of_the_paper_give_its_7680_channels():

@@ -2,16 +2,19 @@
 
 import itertools
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
 from ovdiff_lib.errors import InputError, ProfileError
-from ovdiff_lib.filters import CategoryFilter, StuffFilter, filter_stuff
+from ovdiff_lib.filters import CategoryFilter, StuffFilter, category, filter_stuff
 from ovdiff_lib.filters.category import CLIP_MEAN, CLIP_STD, TextEncoder, check_category, pack, square_image
+from ovdiff_lib.models import load_clip
 from ovdiff_lib.profiles import load_profile
 from ovdiff_lib.types import Category, PrototypeBank, Prototypes, Vocabulary
 
@@ -47,6 +50,11 @@ def clip():
 @pytest.fixture(scope="module")
 def image():
     return np.random.default_rng(0).integers(0, 256, (20, 31, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def shipped_clip():
+    return load_clip(load_profile("mini"))
 
 
 def make_filter(clip, **overrides):
@@ -96,9 +104,40 @@ def test_rows_hold_few_tokens_and_every_token_sees_its_own_text():
     assert all(len(tokens) <= LENGTH for tokens, _, _ in rows)
     assert sum(len(tokens) for tokens, _, _ in rows) < 0.7 * sum(map(len, sequences))
     for sequence, (row, column) in zip(sequences, place, strict=True):
-        tokens, positions, visible = rows[row]
-        seen = np.flatnonzero(visible[column])
+        tokens, positions, last = rows[row]
+        seen = [j for j in range(column + 1) if last[j] >= column]
         assert sorted(zip(np.array(positions)[seen], np.array(tokens)[seen], strict=True)) == list(enumerate(sequence))
+
+
+WORDS = st.one_of(st.text(max_size=8), st.sampled_from(["dog's", "it's", "a", "and", "don't", "naïve", "<|endoftext|>", "10,5"]))
+
+
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(text=st.lists(WORDS, max_size=6).map(" ".join))
+def test_words_looked_up_alone_give_the_tokens_of_the_whole_text(shipped_clip, text):
+    clip, tokenizer = shipped_clip
+    assert TextEncoder(clip, tokenizer)._tokens(text) == tuple(tokenizer([text])["input_ids"][0])
+
+
+def test_rows_longer_than_a_text_and_padding_change_no_embedding(shipped_clip, monkeypatch):
+    """CLIP that ships, rows of several widths, the last of a pass shorter than others."""
+    clip, tokenizer = shipped_clip
+    texts = [text for text in joined_prompts(("cat", "red dog", "boat", "zebra crossing", "car", "house")) if len(text) < 40]
+    with torch.inference_mode():
+        expected = torch.cat([clip.get_text_features(**tokenizer([text], return_tensors="pt")).pooler_output for text in texts])
+    for width in (0, 50, 96, 500):
+        monkeypatch.setattr(category, "WIDTH", width)
+        torch.testing.assert_close(TextEncoder(clip, tokenizer)(texts), F.normalize(expected, dim=-1), atol=1e-5, rtol=0)
+
+
+def test_what_was_dropped_makes_room_and_comes_back_the_same(clip):
+    """Against an encoder that drops nothing, in many small calls of changing texts."""
+    small, large, rng = TextEncoder(clip, WordTokenizer(), cached=7), TextEncoder(clip, WordTokenizer()), np.random.default_rng(0)
+    texts = joined_prompts(NAMES)
+    for _ in range(40):
+        chosen = [texts[i] for i in rng.integers(0, len(texts), rng.integers(0, 12))]
+        torch.testing.assert_close(small(chosen), large(chosen), atol=1e-5, rtol=0)
+    assert len(small._known) == 7 and len(small._table) < 30 and small([]).shape == (0, 12)
 
 
 def test_texts_are_encoded_once_and_the_cache_is_bounded(clip, monkeypatch):

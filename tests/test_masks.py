@@ -7,7 +7,7 @@ import pytest
 
 from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.masks import check_segmenter
-from ovdiff_lib.masks.select import check_masks, make_masks, select, separate, upsample
+from ovdiff_lib.masks.select import TOGETHER, check_masks, make_masks, select, separate, upsample
 from ovdiff_lib.masks.threshold import BINS, fixed_thresholds, multi_otsu
 from ovdiff_lib.profiles import load_profile
 from ovdiff_lib.types import Category, SupportSet
@@ -144,6 +144,32 @@ def make_support(n=2, size=(6, 10), grid=(3, 5)):
     images = np.zeros((n, *size, 3), np.uint8)
     images[0] = 9
     return SupportSet(Category("cat"), images, attribution, np.arange(n))
+
+
+def test_make_masks_asks_a_segmenter_for_several_images_at_a_time_where_it_can():
+    """The same masks as one by one, also where their number is no multiple of the group."""
+    support, single = make_support(n=TOGETHER + 3), FirstColumn()
+    support.images[::2] = 9
+
+    asked = []
+
+    class Many(FirstColumn):
+        def propose(self, image, words):
+            raise AssertionError("asked for one")
+
+        def propose_many(self, images, words):
+            asked.append(len(images))
+            return [single.propose(image, words) for image in images]
+
+    class Changed(Many):
+        def propose(self, image, words):
+            return np.zeros((0, *image.shape[:2]), bool)
+
+    profile = load_profile("mini")
+    expected, found, changed = (make_masks(support, profile, segmenter) for segmenter in (single, Many(), Changed()))
+    assert asked == [TOGETHER, 3] and found.source == expected.source and len(set(found.source)) == 2
+    assert (found.foreground == expected.foreground).all() and (found.background == expected.background).all()
+    assert set(changed.source) == {"threshold"}  # it is asked, not the method that it inherited
 
 
 def test_make_masks_falls_back_to_the_threshold_where_nothing_is_proposed():

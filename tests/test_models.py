@@ -12,7 +12,7 @@ from ovdiff_lib import models
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
 from ovdiff_lib.features.mae import load_mae
 from ovdiff_lib.features.open_clip import load_open_clip
-from ovdiff_lib.models import attention_grid, captured, load_clip, load_diffusion, load_dino, model_identity, resolve_model
+from ovdiff_lib.models import all_finite, attention_grid, captured, load_clip, load_diffusion, load_dino, model_identity, resolve_model
 from ovdiff_lib.published import MODEL_TYPES
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -194,6 +194,27 @@ def test_captured_hands_out_outputs_and_removes_its_hooks():
     with pytest.raises(RuntimeError, match="stop"), captured({"layer": layer}):
         raise RuntimeError("stop")
     assert not layer._forward_hooks
+
+
+def test_captured_may_stop_at_the_last_module_wanted():
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU(), torch.nn.Linear(2, 5), torch.nn.Linear(7, 1))  # which cannot run
+    with captured({"first": layers[0], "third": layers[2]}, stop=True) as outputs:
+        layers(torch.ones(1, 3))
+        raise AssertionError("the block goes on")
+    assert outputs["third"].shape == (1, 5) and torch.equal(layers[2](outputs["first"].relu()), outputs["third"])
+    with pytest.raises(RuntimeError, match="shapes"), captured({"third": layers[2]}):
+        layers(torch.ones(1, 3))
+    assert not any(layer._forward_hooks for layer in layers)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_value_that_is_not_finite_is_found(value):
+    values = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
+    assert all_finite(values) and all_finite(torch.full((4,), 3e38)) and all_finite(torch.zeros(0))  # a sum that overflows is no proof
+    values[1, 2, 3] = value
+    assert not all_finite(values)
+    values[2, 0, 0] = -value
+    assert not all_finite(values)
 
 
 # ---- models.compile, models.channels_last

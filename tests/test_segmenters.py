@@ -77,6 +77,11 @@ def check_proposals(segmenter, shape):
     assert masks.any(axis=(1, 2)).all()
     segmenter.propose(picture((40, 40), 1), "dog")  # nothing of another image may remain
     assert np.array_equal(masks, segmenter.propose(image, "cat"))
+    if hasattr(segmenter, "propose_many"):
+        others = np.stack([picture(image.shape[:2], seed) for seed in range(3)])
+        for other, found in zip(others, segmenter.propose_many(others, "cat"), strict=True):
+            alone = segmenter.propose(other, "cat")
+            assert found.shape == alone.shape and (found != alone).mean() < 1e-3  # rounding moves a pixel at a mask's edge
     assert np.array_equal(image, picture(shape))
 
 

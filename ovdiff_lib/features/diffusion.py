@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ovdiff_lib.batches import batches
 from ovdiff_lib.errors import OVDiffError, ProfileError
-from ovdiff_lib.models import attention_grid, captured, load_diffusion
+from ovdiff_lib.models import all_finite, attention_grid, captured, load_diffusion
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -44,7 +44,8 @@ class DiffusionExtractor:
             wrong = f"names {', '.join(unknown)}, which the UNet does not have" if unknown else "is empty"
             raise ProfileError(f"features.sd_layers {wrong}; the legal ones are {', '.join(legal)}.")
         self.queries = {layer: modules[layer + QUERY] for layer in settings.sd_layers}
-        self.channels = sum(self.queries[layer].out_features for layer in settings.sd_layers)
+        self.widths = [self.queries[layer].out_features for layer in settings.sd_layers]
+        self.channels = sum(self.widths)
         self._check_settings()
         # The closed form of Sec. 3 of DDPM, z_tau = sqrt(a) z_0 + sqrt(1 - a) noise. Not the scheduler's add_noise: that of
         # DPMSolverMultistepScheduler looks the timestep up in its current sampling grid and is silently wrong outside it.
@@ -72,8 +73,8 @@ class DiffusionExtractor:
         if not chunks:
             side = self.settings.sd_input_size // self.pipe.vae_scale_factor
             return torch.zeros(0, side, side, self.channels)
-        features = torch.cat(chunks)
-        if not torch.isfinite(features).all():
+        features = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+        if not all_finite(features):
             raise OVDiffError("The diffusion model gave features that are not finite; use models.dtype float32 or check its weights.")
         return features
 
@@ -98,11 +99,11 @@ class DiffusionExtractor:
         if settings.sd_latent == "sample":
             latents = latents + posterior.std.float() * wiggle
         latents = latents * pipe.vae.config.scaling_factor
-        total = 0
+        total: torch.Tensor | None = None
         for noise in noises:
-            noised = self.signal ** 0.5 * latents + (1 - self.signal) ** 0.5 * noise
-            total = total + self._queries_of(noised)
-        return (total / len(noises)).permute(0, 2, 3, 1).cpu()
+            queries = self._queries_of(self.signal ** 0.5 * latents + (1 - self.signal) ** 0.5 * noise)
+            total = queries if total is None else total.add_(queries)
+        return total.div_(len(noises)).cpu()
 
     def _draw(self, seeds: np.ndarray, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise at tau (samples, n, c, h, w) and for the VAE posterior (n, c, h, w), from each image's own generator."""
@@ -114,17 +115,19 @@ class DiffusionExtractor:
         return drawn[:-1], drawn[-1]
 
     def _queries_of(self, latents: torch.Tensor) -> torch.Tensor:
-        """Concatenated queries f32 (n, D, h, w) of one UNet call on noised latents f32 (n, c, h, w)."""
+        """Concatenated queries f32 (n, h, w, D) of one UNet call on noised latents f32 (n, c, h, w); it ends at the last layer wanted."""
         unet, size = self.pipe.unet, tuple(latents.shape[-2:])
-        with captured(self.queries) as outputs:
+        with captured(self.queries, stop=True) as outputs:
             unet(latents.to(unet.dtype), self.settings.sd_timestep, encoder_hidden_states=self.prompt.expand(len(latents), -1, -1),
                  return_dict=False)
-        grids = []
-        for layer in self.settings.sd_layers:
-            query = outputs[layer].float()  # (n, hw, C), heads already side by side
-            grid = query.transpose(1, 2).unflatten(2, attention_grid(query.shape[1], size))
-            grids.append(F.interpolate(grid, size=size, mode="bilinear", align_corners=False))
-        return torch.cat(grids, dim=1)
+        # Straight to where they belong: a concatenation and a transposition of all channels would move each value twice more.
+        queries = torch.empty(len(latents), *size, self.channels, device=latents.device)
+        for layer, place in zip(self.settings.sd_layers, queries.split(self.widths, dim=-1), strict=True):
+            grid = outputs[layer].unflatten(1, attention_grid(outputs[layer].shape[1], size))  # (n, h', w', C), heads side by side
+            if grid.shape[1:3] != size:
+                grid = F.interpolate(grid.float().permute(0, 3, 1, 2), size=size, mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+            place.copy_(grid)
+        return queries
 
     def _check_settings(self) -> None:
         settings, steps = self.settings, self.pipe.scheduler.config.num_train_timesteps

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ovdiff_lib.batches import batches
 from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
-from ovdiff_lib.models import captured
+from ovdiff_lib.models import all_finite, captured
 
 if TYPE_CHECKING:
     from ovdiff_lib.profiles.profile import Features
@@ -57,8 +57,8 @@ class ViTExtractor(ABC):
         chunks = [self._extract(images[i:j], size) for i, j in batches(len(images), self.settings.batch_size, device)]
         if not chunks:
             return torch.zeros(0, size[0] // self.patch, size[1] // self.patch, self.channels)
-        features = torch.cat(chunks)
-        if not torch.isfinite(features).all():
+        features = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+        if not all_finite(features):
             raise OVDiffError(f"{self.title} gave features that are not finite; use models.dtype float32 or check its weights.")
         return features
 

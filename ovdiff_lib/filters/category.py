@@ -33,8 +33,12 @@ MAX_TOP = 16
 CACHED_TEXTS = 2**15
 """Text embeddings kept across images (67 MB at 512 channels)."""
 
-ROWS = 64
-"""Packed rows of tokens per forward pass of the text tower."""
+WIDTH = 96
+"""Tokens of a packed row, or the length of a text where that is more. Each row begins with a text as a whole, so few long rows repeat
+less than many short ones, but attention has more to hide."""
+
+ROWS = 32
+"""Packed rows per forward pass of the text tower."""
 
 
 def check_category(settings: Filters) -> None:
@@ -71,7 +75,7 @@ class CategoryFilter:
         embedding = self.embed_image(image)
         judged = self._judged(vocabulary)
         probabilities = self._probabilities(embedding, vocabulary, judged)
-        always = tuple(i for i in range(len(vocabulary)) if i not in judged)
+        always = tuple(sorted(set(range(len(vocabulary))).difference(judged)))
         if not judged:
             return always, probabilities
         order = sorted(judged, key=lambda i: (-probabilities[i], i))
@@ -127,94 +131,127 @@ class TextEncoder:
     """Normalised CLIP text embeddings, each distinct text computed once (least recently used ones are dropped).
 
     Each text attends to its own earlier tokens only and is read at its end token. So texts with a common beginning can share the
-    computation of it: sorted texts form a tree of tokens, whose branches are laid side by side in one row of at most the model's length,
-    with positions and an attention mask that show each token its ancestors. The result is that of encoding every text alone.
+    computation of it: sorted texts form a tree of tokens, whose branches are laid side by side in one row, with positions and an
+    attention mask that show each token its ancestors. The result is that of encoding every text alone.
     """
 
     def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer, cached: int = CACHED_TEXTS) -> None:
         self.clip, self.tokenizer, self.cached = clip, tokenizer, cached
         self.length = min(clip.config.text_config.max_position_embeddings, tokenizer.model_max_length)
-        self._known: OrderedDict[str, torch.Tensor] = OrderedDict()
-        self._tokens: dict[str, tuple[int, ...]] = {}
+        # One table rather than a tensor a text: thousands of small objects keep Python's garbage collector busy.
+        self._table = torch.zeros(0, clip.text_projection.out_features)
+        self._free: list[int] = []
+        self._known: OrderedDict[str, int] = OrderedDict()  # text -> row of the table
+        self._words: dict[str, tuple[int, ...]] = {}
+        self._lengths: dict[str, int] = {}
+        (self._start, *_, self._end), = tokenizer([""])["input_ids"]
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """f32 (n, E) on the CPU, unit length, for n texts that :meth:`fits` accepts."""
-        if not texts:
-            return torch.zeros(0, self.clip.text_projection.out_features)
         missing = [text for text in dict.fromkeys(texts) if text not in self._known]
         if missing:
-            self._known.update(zip(missing, self._encode(self._tokenise(missing)), strict=True))
+            found = self._encode([self._tokens(text) for text in missing])
+            places = self._places(len(missing))
+            self._table[places] = found
+            self._known.update(zip(missing, places, strict=True))
         for text in texts:
             self._known.move_to_end(text)
-        found = torch.stack([self._known[text] for text in texts])
+        embeddings = self._table[[self._known[text] for text in texts]]
         while len(self._known) > self.cached:
-            self._known.popitem(last=False)
-        return found
+            self._free.append(self._known.popitem(last=False)[1])
+        return embeddings
 
     def fits(self, texts: Sequence[str]) -> list[bool]:
         """Whether each text, with start and end token, is within the model's length."""
-        return [len(tokens) <= self.length for tokens in self._tokenise(texts)]
+        if len(self._lengths) > 2 * self.cached:
+            self._lengths.clear()
+        missing = [text for text in texts if text not in self._lengths]
+        self._lengths.update((text, len(self._tokens(text))) for text in missing)
+        return [self._lengths[text] <= self.length for text in texts]
 
-    def _tokenise(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        if len(self._tokens) > 2 * self.cached:
-            self._tokens.clear()
-        missing = [text for text in texts if text not in self._tokens]
-        if missing:
-            ids = self.tokenizer(missing, truncation=False, verbose=False)["input_ids"]
-            self._tokens.update(zip(missing, map(tuple, ids), strict=True))
-        return [self._tokens[text] for text in texts]
+    def _places(self, count: int) -> list[int]:
+        """Rows of the table that no text has."""
+        rows = len(self._table)
+        if len(self._free) < count:
+            grown = max(count - len(self._free), min(rows, self.cached))
+            self._table = torch.cat([self._table, torch.zeros(grown, self._table.shape[1])])
+            self._free += range(rows + grown - 1, rows - 1, -1)
+        return [self._free.pop() for _ in range(count)]
+
+    def _tokens(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text, from start to end token. CLIP's tokens never span a space, so each word is looked up alone, once."""
+        words = text.split(" ")
+        for word in words:
+            if word not in self._words:
+                if len(self._words) > 2 * self.cached:
+                    self._words.clear()
+                    return self._tokens(text)
+                self._words[word] = tuple(self.tokenizer([word], truncation=False, verbose=False)["input_ids"][0][1:-1])
+        return (self._start, *itertools.chain.from_iterable(self._words[word] for word in words), self._end)
 
     @torch.inference_mode()
-    def _encode(self, sequences: list[tuple[int, ...]]) -> list[torch.Tensor]:
-        weight = self.clip.text_projection.weight
-        rows, place = pack(sequences, self.length)
-        hidden = []
+    def _encode(self, sequences: list[tuple[int, ...]]) -> torch.Tensor:
+        text, weight = self.clip.text_model, self.clip.text_projection.weight
+        rows, place = pack(sequences, max(WIDTH, self.length))
+        ends = torch.empty(len(sequences), weight.shape[1], dtype=weight.dtype, device=weight.device)
         for start in range(0, len(rows), ROWS):
             part = rows[start : start + ROWS]
             width = max(len(tokens) for tokens, _, _ in part)
-            ids = torch.zeros(len(part), width, dtype=torch.long)
-            positions = torch.zeros(len(part), width, dtype=torch.long)
-            visible = torch.eye(width, dtype=torch.bool).repeat(len(part), 1, 1)  # padding sees itself, and nobody sees padding
-            for n, (tokens, depth, ancestors) in enumerate(part):
-                ids[n, : len(tokens)] = torch.tensor(tokens)
-                positions[n, : len(tokens)] = torch.tensor(depth)
-                visible[n, : len(tokens), : len(tokens)] = torch.from_numpy(ancestors)
-            mask = torch.zeros(visible.shape, dtype=weight.dtype).masked_fill(~visible, torch.finfo(weight.dtype).min)
-            output = self.clip.text_model(input_ids=ids.to(weight.device), position_ids=positions.to(weight.device),
-                                          attention_mask=mask[:, None].to(weight.device))
-            hidden += list(output.last_hidden_state)
-        ends = torch.stack([hidden[row][column] for row, column in place])
-        return list(_finite(F.normalize(self.clip.text_projection(ends).float(), dim=-1).cpu()))
+            ids, positions = (np.zeros((len(part), width), np.int64) for _ in range(2))
+            last = np.tile(np.arange(width), (len(part), 1))  # padding sees itself, and nobody sees padding
+            for n, row in enumerate(part):
+                for array, values in zip((ids, positions, last), row, strict=True):
+                    array[n, : len(values)] = values
+            # Below the embedding, not by `text`: that one refuses rows longer than a text may be.
+            ids, positions, last = (torch.from_numpy(array).to(weight.device) for array in (ids, positions, last))
+            hidden = text.embeddings.token_embedding(ids) + text.embeddings.position_embedding(positions)
+            column = torch.arange(width, device=weight.device)
+            hidden_from = (column[:, None] < column) | (column[:, None] > last[:, None])
+            mask = torch.zeros(hidden_from.shape, dtype=weight.dtype, device=weight.device)
+            mask.masked_fill_(hidden_from, torch.finfo(weight.dtype).min)
+            hidden = text.encoder(inputs_embeds=hidden, attention_mask=mask[:, None]).last_hidden_state
+            here = np.flatnonzero((place[:, 0] >= start) & (place[:, 0] < start + len(part)))
+            row, end = torch.from_numpy(place[here] - (start, 0)).to(weight.device).T
+            ends[torch.from_numpy(here).to(weight.device)] = hidden[row, end]
+        return _finite(F.normalize(self.clip.text_projection(text.final_layer_norm(ends)).float(), dim=-1).cpu())
 
 
-def pack(sequences: Sequence[tuple[int, ...]], width: int) -> tuple[list[tuple[list[int], list[int], np.ndarray]], list[tuple[int, int]]]:
+Row = tuple[list[int], list[int], list[int]]
+
+
+def pack(sequences: Sequence[tuple[int, ...]], width: int) -> tuple[list[Row], np.ndarray]:
     """Token sequences as prefix trees in rows of at most ``width`` tokens.
 
-    Returns the rows, each (tokens, positions, visible bool (n, n): token i sees token j), and for every sequence the (row, column) of
-    its last token. Every sequence has 1 to ``width`` tokens.
+    Returns the rows, each (tokens, positions, last): a token's descendants are those behind it up to column ``last``, so token i sees
+    token j if j <= i <= last[j]. And for every sequence the row and column of its last token, i64 (n, 2). Every sequence has 1 to
+    ``width`` tokens.
     """
-    rows: list[tuple[list[int], list[int], np.ndarray]] = []
-    place: list[tuple[int, int]] = [(0, 0)] * len(sequences)
+    rows: list[Row] = []
+    place = np.zeros((len(sequences), 2), np.int64)
     path: list[int] = []  # columns of the previous sequence's tokens
     previous: tuple[int, ...] = ()
-    for number in sorted(range(len(sequences)), key=lambda n: sequences[n]):
+    for number in sorted(range(len(sequences)), key=sequences.__getitem__):
         sequence = sequences[number]
         shared = 0
-        while shared < min(len(previous), len(sequence)) and previous[shared] == sequence[shared]:
+        for one, other in zip(previous, sequence, strict=False):
+            if one != other:
+                break
             shared += 1
-        if not rows or len(rows[-1][0]) + len(sequence) - shared > width:
-            rows.append(([], [], np.zeros((width, width), dtype=bool)))
-            shared = 0
-        tokens, depth, visible = rows[-1]
-        path = path[:shared]
-        for position in range(shared, len(sequence)):
-            path.append(len(tokens))
-            tokens.append(sequence[position])
-            depth.append(position)
-            visible[path[-1], path] = True
-        place[number] = (len(rows) - 1, path[-1])
+        new = len(sequence) - shared
+        if not rows or len(rows[-1][0]) + new > width:
+            rows.append(([], [], []))
+            path, shared, new = [], 0, len(sequence)
+        tokens, positions, last = rows[-1]
+        column = len(tokens)
+        tokens += sequence[shared:]
+        positions += range(shared, len(sequence))
+        last += range(column, column + new)
+        path[shared:] = range(column, column + new)
+        for ancestor in path:
+            last[ancestor] = len(tokens) - 1
+        place[number] = len(rows) - 1, path[-1]
         previous = sequence
-    return [(tokens, depth, visible[: len(tokens), : len(tokens)]) for tokens, depth, visible in rows], place
+    return rows, place
 
 
 def square_image(image: np.ndarray, side: int, crop: str) -> np.ndarray:

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 
 class Segmenter(Protocol):
-    """Class-agnostic mask proposals for one image. ``name`` says in results what made a mask."""
+    """Class-agnostic mask proposals for one image. ``name`` says in results what made a mask.
+
+    A segmenter that is faster on several images at a time may also have ``propose_many(images, words)``: images u8 (n, H, W, 3), and a
+    list of what ``propose`` returns for each, up to rounding.
+    """
 
     name: str
 

@@ -6,7 +6,9 @@ The network is torchvision's, with a residual backbone and heads of its own; wha
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,17 +185,26 @@ def paste(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor
     return F.grid_sample(probabilities[:, None], grid, align_corners=False)[:, 0]
 
 
-@torch.no_grad()
-def detect(model: MaskRCNN, image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Masks bool (M, H, W), scores f32 (M,) descending, boxes f32 (M, 4) as (x0, y0, x1, y1), of an image u8 (H, W, 3), by a
-    model in eval mode.
+Detections = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Masks bool (M, H, W), scores f32 (M,) descending, boxes f32 (M, 4) as (x0, y0, x1, y1), of one image."""
 
-    The image is resized by ``short_side`` and ``long_side``, antialiased where it shrinks. A pixel is in a mask from probability 0.5.
-    Raises ``InputError`` for an image so elongated that nothing of its short side would be left.
+
+def detect(model: MaskRCNN, image: np.ndarray, score: float = 0.0) -> Detections:
+    """:func:`detect_many` of one image u8 (H, W, 3)."""
+    return detect_many(model, image[None], score)[0]
+
+
+@torch.no_grad()
+def detect_many(model: MaskRCNN, images: np.ndarray, score: float = 0.0) -> list[Detections]:
+    """:data:`Detections` of each of the images u8 (n, H, W, 3), in one batch, by a model in eval mode. Those below ``score`` are left out
+    before their masks are computed.
+
+    Images are resized by ``short_side`` and ``long_side``, antialiased where they shrink. A pixel is in a mask from probability 0.5.
+    Raises ``InputError`` for images so elongated that nothing of their short side would be left.
     """
     from torchvision.models.detection.image_list import ImageList
 
-    height, width = image.shape[:2]
+    height, width = images.shape[1:3]
     short, long = model.transform.min_size[-1], model.transform.max_size
     scale = min(short / min(height, width), long / max(height, width))
     if min(height, width) * scale < SMALLEST:
@@ -201,16 +212,34 @@ def detect(model: MaskRCNN, image: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
                          f"use one whose sides differ by a factor of at most {long // SMALLEST}.")
     resized = (round(height * scale), round(width * scale))
     device = next(model.parameters()).device
-    pixels = torch.from_numpy(np.array(image)).to(device).permute(2, 0, 1)[None].float() / 255
-    pixels = F.interpolate(pixels, resized, mode="bilinear", antialias=True)[0]
-    batch = model.transform.batch_images([model.transform.normalize(pixels)])  # padded to a multiple of the largest stride
-    images = ImageList(batch, [resized])
+    pixels = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float() / 255
+    pixels = F.interpolate(pixels, resized, mode="bilinear", antialias=True)
+    batch = model.transform.batch_images([model.transform.normalize(one) for one in pixels])  # padded to a multiple of the largest stride
+    listed = ImageList(batch, [resized] * len(images))
     features = model.backbone(batch)
-    regions, _ = model.rpn(images, features)
-    found = model.roi_heads(features, regions, images.image_sizes)[0][0]
-    boxes = found["boxes"] * torch.tensor([width / resized[1], height / resized[0]] * 2, device=device)
-    masks = paste(found["masks"][:, 0], boxes, (height, width)) >= 0.5
+    regions, _ = model.rpn(listed, features)
+    with _least_score(model, score):
+        found = model.roi_heads(features, regions, listed.image_sizes)[0]
+    stretch = torch.tensor([width / resized[1], height / resized[0]] * 2, device=device)
+    return [_detections(one, one["boxes"] * stretch, (height, width)) for one in found]
+
+
+def _detections(found: dict[str, Tensor], boxes: Tensor, size: tuple[int, int]) -> Detections:
+    masks = paste(found["masks"][:, 0], boxes, size) >= 0.5
     return masks.cpu().numpy(), found["scores"].cpu().numpy(), boxes.cpu().numpy()
+
+
+@contextlib.contextmanager
+def _least_score(model: MaskRCNN, score: float) -> Iterator[None]:
+    """Detections below ``score`` do not reach the mask head, which takes most of the time. Those above are the same: in descending order
+    of score, neither suppression of overlaps nor the largest number of detections looks at what comes later."""
+    heads, former = model.roi_heads, model.roi_heads.score_thresh
+    # torchvision keeps what is above its threshold.
+    heads.score_thresh = max(former, float(np.nextafter(np.float32(score), np.float32(-1))))
+    try:
+        yield
+    finally:
+        heads.score_thresh = former
 
 
 class DetectorSegmenter:
@@ -235,5 +264,9 @@ class DetectorSegmenter:
 
     def propose(self, image: np.ndarray, words: str) -> np.ndarray:
         """bool (M, H, W), best first; empty masks and those below the score are left out. ``words`` are not read."""
-        masks, scores, _ = detect(self.model, image)
-        return masks[(scores >= self.score) & masks.any(axis=(1, 2))]
+        return self.propose_many(image[None], words)[0]
+
+    def propose_many(self, images: np.ndarray, words: str) -> list[np.ndarray]:
+        """:meth:`propose` of each of the images u8 (n, H, W, 3), in one batch."""
+        found = detect_many(self.model, images, self.score)
+        return [masks[(scores >= self.score) & masks.any(axis=(1, 2))] for masks, scores, _ in found]
