@@ -22,7 +22,7 @@ from ovdiff_lib.costs import prototype_rows
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.features import ClipExtractor, DinoExtractor
 from ovdiff_lib.features.diffusion import QUERY
-from ovdiff_lib.filters.category import ROWS, WIDTH, pack
+from ovdiff_lib.filters.text import WIDTH, encode, pack
 from ovdiff_lib.images import resize_short_side
 from ovdiff_lib.matching import windows
 from ovdiff_lib.models import captured
@@ -206,14 +206,7 @@ def joined_prompt_operations(networks: Networks, names: int) -> int:
     start, joiner, end = 0, names + 1, names + 2
     subsets = [s for size in range(1, names + 1) for s in itertools.combinations(range(1, names + 1), size)]
     sequences = [(start, *_joined(subset, joiner), end) for subset in subsets]
-    rows = [len(tokens) for tokens, _, _ in pack(sequences, max(WIDTH, length))[0]]
-    total = 2 * len(sequences) * math.prod(clip.text_projection.weight.shape)
-    for first in range(0, len(rows), ROWS):
-        part = rows[first:first + ROWS]
-        width = max(part)
-        total += flop_of(clip.text_model.encoder, inputs_embeds=_meta(len(part), width, clip.text_projection.in_features),
-                         attention_mask=_meta(len(part), 1, width, width))
-    return total
+    return flop_of(encode, clip, *pack(sequences, max(WIDTH, length)))
 
 
 def _joined(subset: tuple[int, ...], joiner: int) -> tuple[int, ...]:

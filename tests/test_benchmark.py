@@ -20,7 +20,7 @@ from ovdiff_lib.benchmark.render import ratio_text, record, render, seconds_text
 from ovdiff_lib.benchmark.scene import Scene, difference, made_up
 from ovdiff_lib.cli import main
 from ovdiff_lib.errors import InputError, OVDiffError
-from ovdiff_lib.filters.category import TextEncoder
+from ovdiff_lib.filters.text import TextEncoder
 from ovdiff_lib.matching import windows
 from ovdiff_lib.measuring import LinearFit, Measured
 from ovdiff_lib.models import load_clip, load_diffusion

@@ -12,8 +12,9 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
 from ovdiff_lib.errors import InputError, ProfileError
-from ovdiff_lib.filters import CategoryFilter, StuffFilter, category, filter_stuff
-from ovdiff_lib.filters.category import CLIP_MEAN, CLIP_STD, TextEncoder, check_category, pack, square_image
+from ovdiff_lib.filters import CategoryFilter, StuffFilter, filter_stuff
+from ovdiff_lib.filters.category import CLIP_MEAN, CLIP_STD, check_category, square_image
+from ovdiff_lib.filters.text import TextEncoder, pack
 from ovdiff_lib.models import load_clip
 from ovdiff_lib.profiles import load_profile
 from ovdiff_lib.types import Category, PrototypeBank, Prototypes, Vocabulary
@@ -126,7 +127,7 @@ def test_rows_longer_than_a_text_and_padding_change_no_embedding(shipped_clip, m
     with torch.inference_mode():
         expected = torch.cat([clip.get_text_features(**tokenizer([text], return_tensors="pt")).pooler_output for text in texts])
     for width in (0, 50, 96, 500):
-        monkeypatch.setattr(category, "WIDTH", width)
+        monkeypatch.setattr("ovdiff_lib.filters.text.WIDTH", width)
         torch.testing.assert_close(TextEncoder(clip, tokenizer)(texts), F.normalize(expected, dim=-1), atol=1e-5, rtol=0)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ovdiff_lib.benchmark.alternatives import padded_texts
 from ovdiff_lib.benchmark.ratio import AT_LEAST, Bound, Check, Ratio, alternate
 from ovdiff_lib.benchmark.scene import Scene, difference
-from ovdiff_lib.filters.category import TextEncoder
+from ovdiff_lib.filters.text import TextEncoder
 from ovdiff_lib.models import load_clip
 
 if TYPE_CHECKING:
