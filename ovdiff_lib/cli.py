@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from ovdiff_lib.errors import InputError, OVDiffError
+from ovdiff_lib.errors import InputError, OVDiffError, counted
 from ovdiff_lib.profiles.profile import parse_assignments
 
 
@@ -182,8 +182,8 @@ def _build(options: argparse.Namespace) -> None:
     bank = ovdiff.build(vocabulary)
     for name in bank.extractors:
         counts = sum(len(p) for p in bank.prototypes[name])
-        print(f"{len(bank.vocabulary)} classes, {counts} prototypes of extractor {name!r}, {time.time() - started:.0f} s, "
-              f"in {ovdiff.library.root}")
+        print(f"{counted(len(bank.vocabulary), 'class', 'classes')}, {counted(counts, 'prototype')} of extractor {name!r}, "
+              f"{time.time() - started:.0f} s, in {ovdiff.library.root}")
 
 
 def _doctor(options: argparse.Namespace) -> int:

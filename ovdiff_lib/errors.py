@@ -15,3 +15,8 @@ class ProfileError(OVDiffError, ValueError):
 
 class ModelNotAvailable(OVDiffError, RuntimeError):
     """Weights that are not on this machine; the message names the model, where it was looked for, and how to get it."""
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """"1 entry", "2 entries"; ``many`` defaults to ``one`` with an s."""
+    return f"{number} {one if number == 1 else many or one + 's'}"

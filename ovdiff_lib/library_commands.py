@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ovdiff_lib.errors import InputError
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ovdiff_lib.errors import InputError, counted
 from ovdiff_lib.library import Entry, Library
 from ovdiff_lib.types import Category
 
@@ -36,6 +38,7 @@ def add_commands(commands: Any) -> None:
     export = command("export", _export, "Write entries into one file that `import` reads.")
     export.add_argument("file", type=Path, help="a .tar, or .tar.gz or .tar.xz to compress it")
     _choice(export)
+    export.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     export.add_argument("--prototypes-only", action="store_true", help="leave support images and masks out: enough to segment with")
     imported = command("import", _import, "Add the entries of an exported file, once all of them have been verified.")
     imported.add_argument("file", type=Path, help="a file that `export` wrote")
@@ -113,15 +116,16 @@ def _list(options: argparse.Namespace) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows if found else ():
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print(f"{len(by_words)} classes, {len(found)} entries, {_size(e for e, _ in found)} in {library.root}")
+    print(f"{counted(len(by_words), 'class', 'classes')}, {_amount(found)} in {library.root}")
     if left := library.leftovers():
-        print(f"{len(left)} leftovers of interrupted runs or broken entries; `ovdiff library remove --leftovers` deletes them.")
+        print(f"{counted(len(left), 'leftover')} of interrupted runs or broken entries; `ovdiff library remove --leftovers` deletes them.")
 
 
 def _verify(options: argparse.Namespace) -> int:
     library = _there(options)
     total = len(library.entries())
-    broken = library.verify(progress=True)
+    with logging_redirect_tqdm():  # what is said of a broken entry has a line of its own
+        broken = library.verify(progress=True)
     for entry in broken:
         print(f"broken, set aside: {entry.path}")
     again = " What is broken is built again when it is next wanted." if broken else ""
@@ -133,10 +137,14 @@ def _export(options: argparse.Namespace) -> None:
     from ovdiff_lib.library_archive import export_entries
 
     library = _there(options)
+    if not options.file.absolute().parent.is_dir():
+        raise InputError(f"There is no folder {options.file.absolute().parent}; make it, or give a file in another.")
+    if options.file.exists() and not options.overwrite:
+        raise InputError(f"{options.file} is there already; give another name, or --overwrite to replace it.")
     entries = [entry for entry, _ in chosen(library, options.classes, options.keys)
                if entry.kind == "prototypes" or not options.prototypes_only]
     count = export_entries(library, entries, options.file, progress=True)
-    print(f"{count} entries, {_size(entries)}, in {options.file}")
+    print(f"{counted(count, 'entry', 'entries')}, {_size(entries)}, in {options.file}")
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -144,7 +152,8 @@ def _import(options: argparse.Namespace) -> None:
 
     library = Library(options.library)
     done = import_archive(library, options.file, progress=True)
-    print(f"{done.new} entries are new in {library.root}, {done.grown} support sets grew, {done.kept} were there already.")
+    print(f"{counted(done.new, 'new entry', 'new entries')} in {library.root}; {counted(done.grown, 'support set')} grew, {done.kept} "
+          f"of the archive's entries {'was' if done.kept == 1 else 'were'} there already.")
 
 
 def _remove(options: argparse.Namespace) -> None:
@@ -165,13 +174,17 @@ def _remove(options: argparse.Namespace) -> None:
                 print(f"{entry.kind} {entry.key}  {words_of(described) or '(not said)'}")
             else:
                 library.remove(entry.key, entry.kind)
-        print(f"{len(found)} entries, {_size(e for e, _ in found)}, {'would go' if options.dry_run else 'removed'} from {library.root}")
+        print(f"{_amount(found)}, {'would go' if options.dry_run else 'removed'} from {library.root}")
     if options.leftovers and options.dry_run:
         left = library.leftovers()
-        print(*left, f"{len(left)} leftovers would go from {library.root}", sep="\n")
+        print(*left, f"{counted(len(left), 'leftover')} would go from {library.root}", sep="\n")
     elif options.leftovers:
         count, size = library.sweep()
-        print(f"{count} leftovers, {_readable(size)}, removed from {library.root}")
+        print(f"{counted(count, 'leftover')}, {_readable(size)}, removed from {library.root}")
+
+
+def _amount(found: list[tuple[Entry, dict[str, Any]]]) -> str:
+    return f"{counted(len(found), 'entry', 'entries')}, {_size(entry for entry, _ in found)}"
 
 
 def _size(entries: Iterable[Entry]) -> str:

@@ -211,6 +211,8 @@ def _cached(name: str, build: Any, identifier: str, profile: Profile, variant: s
     source, device, dtype = resolve_model(identifier), resolve_device(profile), resolve_dtype(profile)
     key = (name, variant, str(source), str(device), dtype, profile.models.compile, profile.models.channels_last)
     if key not in _loaded:
+        if profile.models.compile:
+            _check_compiler()
         options = {"local_files_only": not profile.models.download}
         quiet = contextlib.nullcontext() if profile.models.download else _from_disk_alone()
         with _loading(identifier, source, profile.models.download), quiet:
@@ -238,6 +240,18 @@ def tune(loaded: Any, profile: Profile) -> Any:
                 if type(module).__name__ in COMPILED:
                     module.compile()
     return loaded
+
+
+def _check_compiler() -> None:
+    """``ProfileError`` if PyTorch's compiler has no C++ compiler to call, which it would tell in the middle of the first image."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise ProfileError("models.compile is true, but PyTorch finds no working C++ compiler; install g++ (or name one in $CXX), or set "
+                           "models.compile to false.") from None
 
 
 def _build_diffusion(source: Path | str, device: torch.device, dtype: torch.dtype, options: dict) -> StableDiffusionPipeline:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ovdiff_lib.collisions import Collisions
-from ovdiff_lib.errors import InputError
+from ovdiff_lib.errors import InputError, counted
 from ovdiff_lib.types import Vocabulary
 
 VERDICTS = ("fine", "look", "bad")
@@ -155,7 +155,7 @@ def render(report: VocabularyReport, pairs: int = 40) -> str:
                      v.get("rival") or "-", _percent(v, "lost"), _percent(v, "passes"), _number(v, "highest"), _number(v, "mean"),
                      v.get("background_rival") or "-", _percent(v, "sunk"), str(v["pieces"])))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [f"Vocabulary of {len(report.classes)} classes, profile {report.profile}", ""]
+    lines = [f"Vocabulary of {counted(len(report.classes), 'class', 'classes')}, profile {report.profile}", ""]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for c in report.classes:
         lines += ["", f"{c.name}:", *(f"  {reason}" for reason in c.reasons)] if c.reasons else []

@@ -275,9 +275,17 @@ def test_the_commands(library, tmp_path, capsys):
     assert [(e["kind"], e["made_from"]["prompt"]) for e in listed] == [("support", "cat"), ("masks", "cat"), ("prototypes", "cat")]
 
     assert main(["library", "export", *at, str(tmp_path / "cat.tar"), "--classes", "cat", "--prototypes-only"]) == 0
+    said, before = capsys.readouterr().out, (tmp_path / "cat.tar").read_bytes()
+    assert said.splitlines()[-1].startswith("1 entry, ")
+    for arguments, wrong in (([], "is there already; give another name, or --overwrite"), (["--keys", "zz"], "is there already")):
+        assert main(["library", "export", *at, str(tmp_path / "cat.tar"), *arguments]) == 2
+        assert wrong in capsys.readouterr().err and (tmp_path / "cat.tar").read_bytes() == before
+    assert main(["library", "export", *at, str(tmp_path / "nowhere" / "cat.tar")]) == 2 and "There is no folder" in capsys.readouterr().err
+    assert main(["library", "export", *at, str(tmp_path / "cat.tar"), "--classes", "cat", "--prototypes-only", "--overwrite"]) == 0
+    assert (tmp_path / "cat.tar").read_bytes() == before
     other = ["--library", str(tmp_path / "other")]
     assert main(["library", "import", *other, str(tmp_path / "cat.tar")]) == 0
-    assert "1 entries are new" in capsys.readouterr().out
+    assert "1 new entry in " in capsys.readouterr().out
     assert [e.kind for e in Library(tmp_path / "other").entries()] == ["prototypes"]
 
     assert main(["library", "remove", *at, "--classes", "grey dog", "--dry-run"]) == 0
@@ -290,7 +298,7 @@ def test_the_commands(library, tmp_path, capsys):
     path.write_bytes(b"")
     assert main(["library", "verify", *at]) == 1
     assert "1 of 2 entries" in capsys.readouterr().out
-    assert main(["library", "list", *at]) == 0 and "1 leftovers" in capsys.readouterr().out
+    assert main(["library", "list", *at]) == 0 and "1 leftover of " in capsys.readouterr().out
     assert main(["library", "remove", *at, "--leftovers"]) == 0
     assert main(["library", "verify", *at]) == 0 and library.leftovers() == []
     old = library.entries()[0].path / META

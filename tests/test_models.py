@@ -239,6 +239,7 @@ def test_compiled_networks_give_the_same_features_and_attribution(tiny_profile, 
 
     plain_compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: plain_compile(module, backend="eager"))
+    monkeypatch.setattr(models, "_check_compiler", lambda: None)
     fast_profile = tiny_profile.override({"models.compile": True})
     images = np.random.default_rng(0).integers(0, 256, (2, 40, 72, 3), dtype=np.uint8)
     for name in ("sd", "clip-keys"):
@@ -249,6 +250,15 @@ def test_compiled_networks_give_the_same_features_and_attribution(tiny_profile, 
     assert np.allclose(drawn[0].attribution, drawn[1].attribution, atol=1e-2)
     assert compiled(load_diffusion(fast_profile).unet) == {"ResnetBlock2D", "FeedForward"}
     assert compiled(load_clip(fast_profile)[0]) == {"CLIPMLP"} and not compiled(load_diffusion(tiny_profile).unet)
+
+
+def test_a_machine_without_a_compiler_is_told_before_any_work(tiny_profile, monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(models, "_loaded", {})
+    no_compiler = config.patch({"cpp.cxx": (None, "no-such-compiler")})
+    with no_compiler, pytest.raises(ProfileError, match="finds no working C"):
+        load_clip(tiny_profile.override({"models.compile": True}))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")

@@ -23,10 +23,12 @@ Row = Ratio | Growth | Estimate
 
 @dataclass(frozen=True)
 class Scenario:
-    """``run(scene)`` gives rows. ``full_size``: only with ``--full-size`` or by name. ``quick``: seconds, for a notebook."""
+    """``run(scene)`` gives rows. ``full_size``: only with ``--full-size`` or by name. ``named``: only by name. ``quick``: seconds, for a
+    notebook."""
 
     run: Callable[[Scene], Sequence[Row]]
     full_size: bool = False
+    named: bool = False
     quick: bool = False
 
 
@@ -45,6 +47,9 @@ SCENARIOS: dict[str, Scenario] = {
     "pamr": Scenario(segmenting.pamr_memory),
     "bfloat16": Scenario(partial(segmenting.number_type, dtype="bfloat16"), quick=True),
     "float16": Scenario(partial(segmenting.number_type, dtype="float16")),
+    "channels-last": Scenario(segmenting.channels_last),
+    "automatic-batches": Scenario(segmenting.automatic_batches),
+    "compile": Scenario(segmenting.compiled, named=True),  # a minute or two, and a C++ compiler
     "growth-classes": Scenario(growth.classes),
     "growth-images": Scenario(growth.images, quick=True),
     "growth-N": Scenario(growth.support_images, quick=True),
@@ -80,14 +85,16 @@ class Outcome:
 
 
 def select(only: Sequence[str] | None, full_size: bool) -> list[str]:
-    """Names of the scenarios to run: those named in ``only``, whatever their size, else all that ``full_size`` allows. Raises
-    ``InputError`` for a name that is none."""
+    """Names of the scenarios to run: those named in ``only``, whatever their size, else all that ``full_size`` allows and that need not be
+    named. Raises ``InputError`` for a name that is none."""
     for name in only or ():
         if name not in SCENARIOS:
             near = difflib.get_close_matches(name, SCENARIOS, 1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise InputError(f"There is no scenario {name!r}; {hint}choose from {', '.join(SCENARIOS)}.")
-    return [name for name, scenario in SCENARIOS.items() if (name in only if only else full_size or not scenario.full_size)]
+    if only:
+        return [name for name in SCENARIOS if name in only]
+    return [name for name, scenario in SCENARIOS.items() if (full_size or not scenario.full_size) and not scenario.named]
 
 
 def outcomes(profile: Profile | str | Path = "mini", only: Sequence[str] | None = None, full_size: bool = False,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from ovdiff_lib.batches import ON_CPU
 from ovdiff_lib.benchmark.alternatives import bare_features, pamr_unfolded, scores_at_once, window_crops
 from ovdiff_lib.benchmark.fresh import alternate_fresh
 from ovdiff_lib.benchmark.ratio import Bound, Check, Ratio, alternate
@@ -78,15 +81,40 @@ def matching_memory(scene: Scene, classes: int = 500) -> list[Ratio]:
 
 
 def number_type(scene: Scene, dtype: str) -> list[Ratio]:
-    """Segmenting with networks in ``dtype`` against float32, the same prototypes: time, and pixels with the same label."""
+    """Networks in ``dtype`` against float32."""
+    return [_switched(scene, dtype, f"networks in {dtype}", "float32", {"models.dtype": dtype}, {"models.dtype": "float32"})]
+
+
+def channels_last(scene: Scene) -> list[Ratio]:
+    """Networks whose weights and activations keep the channels of a pixel together."""
+    field = "models.channels_last"
+    return [_switched(scene, "channels-last", "networks with channels last in memory", "channels first", {field: True}, {field: False})]
+
+
+def compiled(scene: Scene) -> list[Ratio]:
+    """Compiled blocks of the networks, once they are compiled, against the same uncompiled."""
+    field = "models.compile"
+    return [_switched(scene, "compile", "networks with compiled blocks (not counted: compiling them)", "uncompiled",
+                      {field: True}, {field: False})]
+
+
+def automatic_batches(scene: Scene) -> list[Ratio]:
+    """Batches from the free memory of a GPU (a fixed number on a CPU) against one window at a time."""
+    fields = ("matching.batch_size", "features.batch_size")
+    free = "as many windows at a time as the GPU's free memory holds" if scene.device.type == "cuda" else f"{ON_CPU} windows at a time"
+    return [_switched(scene, "automatic batches", free, "one at a time", dict.fromkeys(fields), dict.fromkeys(fields, 1))]
+
+
+def _switched(scene: Scene, name: str, what: str, against: str, ours: dict[str, Any], theirs: dict[str, Any]) -> Ratio:
+    """Images segmented together with the profile's fields ``ours`` and ``theirs``, the same prototypes: time, and pixels with one label."""
     bank, images = scene.bank, [scene.image(i) for i in range(TOGETHER)]
-    half, full = (scene.method({"models.dtype": name}) for name in (dtype, "float32"))
-    pair = alternate(lambda _: [half.segment(image, bank).labels for image in images],
-                     lambda _: [full.segment(image, bank).labels for image in images], scene.repeats, device=scene.device)
+    methods = scene.method(ours), scene.method(theirs)
+    pair = alternate(*(lambda _, method=method: [found.labels for found in method.segment_many(images, bank)] for method in methods),
+                     scene.repeats, device=scene.device)
     equal = [a == b for a, b in zip(pair.our_result, pair.their_result, strict=True)]
     share = sum(int(e.sum()) for e in equal) / sum(e.size for e in equal)
-    return [Ratio(dtype, f"{len(images)} images against {len(bank.vocabulary)} classes, networks in {dtype}", "float32", pair.ours,
-                  pair.theirs, note=f"{share:.2%} of the pixels have the label of float32, on {scene.device.type}")]
+    return Ratio(name, f"{len(images)} images against {len(bank.vocabulary)} classes, {what}", against, pair.ours, pair.theirs,
+                 note=f"{share:.2%} of the pixels have the same label, on {scene.device.type}")
 
 
 def pamr_memory(scene: Scene) -> list[Ratio]:
