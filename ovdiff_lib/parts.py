@@ -109,6 +109,9 @@ class _Memory:
         self._kept: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
         self._bytes = 0
 
+    def __contains__(self, key: Any) -> bool:
+        return key in self._kept
+
     def __call__(self, key: Any, make: Callable[[], Any], size: Callable[[Any], int]) -> Any:
         """What ``make`` gives for ``key``, made now or remembered; ``size`` tells a result's bytes."""
         if key not in self._kept:
@@ -138,6 +141,19 @@ class _RememberingSegmenter:
     def propose(self, image: np.ndarray, words: str) -> np.ndarray:
         key = id(self), _digest(image), words
         return self._memory(key, lambda: np.asarray(self.segmenter.propose(image, words)), lambda masks: masks.nbytes)
+
+
+    def propose_many(self, images: np.ndarray, words: str) -> list[np.ndarray]:
+        from ovdiff_lib.masks.select import proposals
+
+        keys = [(id(self), _digest(image), words) for image in images]
+        new = [n for n, key in enumerate(keys) if key not in self._memory]
+        made = dict(zip(new, proposals(self.segmenter, images[new], words), strict=True))
+
+        def make(n: int) -> np.ndarray:  # what was remembered may have made room for what is new
+            return np.asarray(made[n] if n in made else self.segmenter.propose(images[n], words))
+
+        return [self._memory(key, lambda n=n: make(n), lambda masks: masks.nbytes) for n, key in enumerate(keys)]
 
 
 class _RememberingBaseline:

@@ -321,6 +321,38 @@ def test_memory_is_bounded(monkeypatch):
     assert len(made) == 7  # one that does not fit is still remembered until the next
 
 
+@pytest.mark.parametrize("room", [2**20, 700])
+@pytest.mark.parametrize("together", [True, False])
+def test_a_remembering_segmenter_asks_for_several_images_at_a_time_and_for_none_twice(room, together, monkeypatch):
+    """Also where results (of 6 x 8 x 5 bytes) make room for each other; and of one that knows single images alone."""
+    from ovdiff_lib import parts
+
+    monkeypatch.setattr(parts, "MEMORY", room)
+    asked = []
+
+    class Alone:
+        name = "alone"
+
+        def propose(self, image, words):
+            asked.append(1)
+            return np.repeat((image[..., 0] > 100)[None], 5, 0)
+
+    class Many(Alone):
+        def propose_many(self, images, words):
+            asked.append(len(images))
+            return [np.repeat((image[..., 0] > 100)[None], 5, 0) for image in images]
+
+    segmenter = parts._RememberingSegmenter(Many() if together else Alone(), parts._Memory())
+    images = np.random.default_rng(0).integers(0, 255, (11, 6, 8, 3), np.uint8)
+    for chosen in (images[:4], images[2:], images):
+        for image, masks in zip(chosen, segmenter.propose_many(chosen, "cat"), strict=True):
+            assert masks.shape == (5, 6, 8) and (masks == (image[..., 0] > 100)).all()
+    if room == 2**20:
+        assert asked == ([4, 7] if together else [1] * 11)
+        assert segmenter.propose(images[3], "cat").any() and sum(asked) == 11
+        segmenter.propose(images[3], "dog")
+        assert sum(asked) == 12
+
 
 def test_a_setting_that_cannot_be_is_refused_before_anything_is_measured(tiny_profile, tmp_path):
     for wrong in ({"features.extractors": ["nosuch"]}, {"matching.stride": 0}, {"masks.segmenter": "nosuch"}):

@@ -10,25 +10,27 @@ from ovdiff_lib.benchmark.ratio import Ratio
 from ovdiff_lib.report.paper import PaperCell
 from ovdiff_lib.report.tables import Cell
 
-DIGITS = {"ovdiff, s": 4, "alternative, s": 4, "ovdiff, added MB": 1, "alternative, added MB": 1, "ratio": 2, "lowest": 2, "highest": 2,
-          "bound": 2, "met": 0, "seconds": 4, "seconds for one more": 5, "added, MB": 1, "inputs, MB": 1, "R2": 3}
+DIGITS = {"ovdiff, s": 4, "alternative, s": 4, "ovdiff, added MB": 1, "alternative, added MB": 1, "ovdiff, peak MB": 0,
+          "alternative, peak MB": 0, "ratio": 2, "lowest": 2, "highest": 2, "bound": 2, "met (1) or missed (0)": 0, "seconds": 4,
+          "seconds for one more": 5, "added, MB": 1, "inputs, MB": 1, "R2": 3}
 """Decimals of each column, for :func:`~ovdiff_lib.report.tables.write_table`."""
 
 
 def ratio_cells(ratios: Iterable[Ratio]) -> list[Cell]:
-    """A row a ratio: seconds and added memory of both sides, the ratio with its lowest and highest round, the bound, and 1 where it and
-    all checks are met, 0 where not. What a row has no value for is left out."""
+    """A row a ratio: seconds, added memory and the process's peak of both sides, the ratio with its lowest and highest round, the bound,
+    and 1 where it and all checks are met, 0 where not. What a row has no value for is left out."""
     cells = []
     for ratio in ratios:
         row = f"{ratio.name}, against {ratio.alternative}"
         sides = (("ovdiff", ratio.ours), ("alternative", ratio.theirs))
         cells += [Cell(row, f"{who}, s", side.median, n=len(side.seconds), values=side.seconds) for who, side in sides]
         cells += [Cell(row, f"{who}, added MB", side.peak / 1e6) for who, side in sides if side.peak is not None]
+        cells += [Cell(row, f"{who}, peak MB", side.whole / 1e6) for who, side in sides if side.whole is not None]
         if math.isfinite(ratio.value):
             own = PaperCell.own("benchmark", ratio.name, "ratio")
             cells.append(Cell(row, "ratio", ratio.value, n=len(ratio.ours.seconds), paper=own))
         further = {"lowest": ratio.spread and ratio.spread[0], "highest": ratio.spread and ratio.spread[1],
-                   "bound": ratio.bound and ratio.bound.limit, "met": ratio.met}
+                   "bound": ratio.bound and ratio.bound.limit, "met (1) or missed (0)": ratio.met}
         cells += [Cell(row, column, float(value)) for column, value in further.items() if value is not None]
     return cells
 

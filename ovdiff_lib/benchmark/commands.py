@@ -48,7 +48,7 @@ def run_benchmark(options: argparse.Namespace) -> int:
         check_output(options.json.parent)
     here = machine(resolve_device(profile))
     print(f"profile {profile.name}, {', '.join(f'{name} {value}' for name, value in here.items())}; medians of at most {options.repeats} "
-          f"rounds in turns, memory above what the process held\n{HEADER}", flush=True)
+          f"rounds in turns; memory: what a round added to what the process held, and the process's peak\n{HEADER}", flush=True)
     found: list[dict[str, Any]] = []
     try:
         for outcome in outcomes(profile, only, options.full_size, options.repeats):

@@ -20,11 +20,13 @@ AT_MOST, AT_LEAST = "at most", "at least"
 @dataclass(frozen=True)
 class Side:
     """One of the two ways: ``seconds`` of every round, and ``peak``, the most bytes of resident memory that a round added to what the
-    process held when it began (None where memory was not looked at); ``device`` the peak of the GPU's memory, None on a CPU."""
+    process held when it began (None where memory was not looked at); ``whole`` the most that the whole process held during a round;
+    ``device`` the peak of the GPU's memory, None on a CPU."""
 
     seconds: tuple[float, ...]
     peak: int | None = None
     device: int | None = None
+    whole: int | None = None
 
     @property
     def median(self) -> float:
@@ -146,4 +148,5 @@ def alternate(ours: Callable[[int], Any], theirs: Callable[[int], Any], rounds: 
             side.append(measured(function, [(number,)], device=device))
     first, second = (joined(side) for side in runs)
     peaks = [max(run.peak - run.held for run in side) for side in runs]
-    return Pair(Side(first.seconds, peaks[0], first.device), Side(second.seconds, peaks[1], second.device), first.result, second.result)
+    sides = [Side(run.seconds, peak, run.device, run.peak) for run, peak in zip((first, second), peaks, strict=True)]
+    return Pair(*sides, first.result, second.result)

@@ -8,10 +8,10 @@ from typing import Any
 from ovdiff_lib.benchmark.catalogue import Outcome, Row
 from ovdiff_lib.benchmark.estimates import Estimate
 from ovdiff_lib.benchmark.growth import Growth
-from ovdiff_lib.benchmark.ratio import AT_LEAST, Ratio, Side
+from ovdiff_lib.benchmark.ratio import AT_LEAST, Ratio
 from ovdiff_lib.costs import size_text
 
-HEADER = f"{'name':38} {'ovdiff':>9} {'other':>9} {'memory':>9} {'other':>9}  {'ratio':24} {'bound':9} result"
+HEADER = f"{'name':38} {'ovdiff':>9} {'other':>9} {'added':>9} {'other':>9} {'peak':>9} {'other':>9}  {'ratio':24} {'bound':9} result"
 RESULT = {True: "met", False: "MISSED", None: "-"}
 
 
@@ -29,8 +29,9 @@ def _lines(row: Row) -> list[str]:
 
 
 def _ratio_lines(row: Ratio) -> list[str]:
-    numbers = (f"{row.name:38} {seconds_text(row.ours.median):>9} {seconds_text(row.theirs.median):>9} {_memory(row.ours):>9} "
-               f"{_memory(row.theirs):>9}  {ratio_text(row):24} {row.bound or '-'!s:9} {RESULT[row.met]}")
+    memory = " ".join(f"{_memory(amount):>9}" for amount in (row.ours.peak, row.theirs.peak, row.ours.whole, row.theirs.whole))
+    numbers = (f"{row.name:38} {seconds_text(row.ours.median):>9} {seconds_text(row.theirs.median):>9} {memory}  {ratio_text(row):24} "
+               f"{row.bound or '-'!s:9} {RESULT[row.met]}")
     lines = [numbers, f"    {row.measures}", f"    against {row.alternative}"]
     lines += [f"    {check.what}: {check.value:.3g}, at most {check.limit:g}: {RESULT[check.met]}" for check in row.checks]
     return lines + [f"    {row.note}"] * bool(row.note)
@@ -70,8 +71,8 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds * 1e6:.0f} us"
 
 
-def _memory(side: Side) -> str:
-    return size_text(side.peak)
+def _memory(amount: int | None) -> str:
+    return "-" if amount is None else size_text(amount)
 
 
 def record(outcome: Outcome) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def record(outcome: Outcome) -> dict[str, Any]:
 
 
 def _ratio_record(row: Ratio) -> dict[str, Any]:
-    sides = {key: {"seconds": side.seconds, "median": side.median, "added": side.peak, "device": side.device}
+    sides = {key: {"seconds": side.seconds, "median": side.median, "added": side.peak, "whole": side.whole, "device": side.device}
              for key, side in (("ours", row.ours), ("theirs", row.theirs))}
     bound = {"limit": row.bound.limit, "sense": row.bound.sense} if row.bound else None
     checks = [{"what": c.what, "value": _finite(c.value), "limit": c.limit, "met": c.met} for c in row.checks]

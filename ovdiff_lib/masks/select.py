@@ -84,27 +84,27 @@ def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | Non
         raise InputError(NOT_FINITE)
     foreground, background = (np.zeros(attribution.shape, dtype=bool) for _ in range(2))
     source, images = [], support.images
-    proposed = _proposals(segmenter, images, support.category.prompt)
+    proposed = proposals(segmenter, images, support.category.prompt)
     waited = tqdm(zip(images, proposed, strict=True), desc=f"masks of {support.category.name}", total=len(images), leave=False, delay=3)
-    for n, (image, proposals) in enumerate(waited):
-        proposals = np.asarray(proposals, dtype=bool)
-        if proposals.ndim != 3 or proposals.shape[1:] != image.shape[:2]:
-            raise InputError(f"The segmenter {label!r} returned masks of shape {proposals.shape}; "
+    for n, (image, found) in enumerate(waited):
+        masks = np.asarray(found, dtype=bool)
+        if masks.ndim != 3 or masks.shape[1:] != image.shape[:2]:
+            raise InputError(f"The segmenter {label!r} returned masks of shape {masks.shape}; "
                              f"propose() must return bool (M, {image.shape[0]}, {image.shape[1]}).")
-        found = bool(proposals.any())
-        if found and settings.overlaps == "attribution":
-            proposals = separate(proposals, attribution[n])
-        if found:
-            foreground[n], background[n] = select(proposals, attribution[n])
-        source.append(label if found else "threshold")
+        some = bool(masks.any())
+        if some and settings.overlaps == "attribution":
+            masks = separate(masks, attribution[n])
+        if some:
+            foreground[n], background[n] = select(masks, attribution[n])
+        source.append(label if some else "threshold")
     bare = [n for n, made_by in enumerate(source) if made_by == "threshold"]
     if bare:  # searching thresholds costs as much as a network
         foreground[bare], background[bare] = _thresholds(attribution, bare, settings)
     return ForegroundBackground(foreground, _tighten(background, attribution, settings), tuple(source))
 
 
-def _proposals(segmenter: Segmenter, images: np.ndarray, words: str) -> Iterator[np.ndarray]:
-    """Proposals for each of the images u8 (N, H, W, 3), some at a time where the segmenter has ``propose_many``."""
+def proposals(segmenter: Segmenter, images: np.ndarray, words: str) -> Iterator[np.ndarray]:
+    """What ``segmenter`` proposes for each of the images u8 (N, H, W, 3), :data:`TOGETHER` at a time where it has ``propose_many``."""
     own = next((vars(kind) for kind in type(segmenter).__mro__ if {"propose", "propose_many"} & vars(kind).keys()), {})
     if "propose_many" not in own:  # or a subclass changed `propose` alone, which an inherited one would pass over
         yield from (segmenter.propose(image, words) for image in images)
