@@ -32,8 +32,9 @@ from ovdiff_lib.types import Category
 SHAPE = (52, 88)
 
 
-def ratio(ours=(1.0,), theirs=(2.0,), bound=None, checks=(), by="seconds", peaks=(10, 20), name="a"):
-    return Ratio(name, "what", "other", Side(tuple(ours), peaks[0]), Side(tuple(theirs), peaks[1]), bound, tuple(checks), by)
+def ratio(ours=(1.0,), theirs=(2.0,), bound=None, checks=(), by="seconds", peaks=(10, 20), name="a", whole=(None, None)):
+    sides = [Side(tuple(seconds), peak, None, most) for seconds, peak, most in zip((ours, theirs), peaks, whole, strict=True)]
+    return Ratio(name, "what", "other", *sides, bound, tuple(checks), by)
 
 
 @pytest.fixture(scope="module")
@@ -285,10 +286,25 @@ def test_estimates_count_both_sizes(small):
 
 def test_memory_in_a_process_of_its_own(small):
     found = run_fresh(small, "pamr", unfolded=True, shape=[120, 200], classes=20)
-    assert found["added"] > 20 * 48 * 120 * 200 * 4 * 0.8 and found["held"] > 50e6
+    assert found["added"] > 20 * 48 * 120 * 200 * 4 * 0.8 and found["whole"] > found["added"] + 50e6
     with pytest.raises(OVDiffError, match="nothing") as caught:
         run_fresh(small, "nothing")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["channels-last", "automatic-batches"])
+def test_what_changes_speed_alone_changes_no_label(small, name):
+    row, = SCENARIOS[name].run(small)
+    assert "100.00% of the pixels" in row.note and row.bound is None and min(row.ours.whole, row.theirs.whole) > 50e6
+
+
+def test_compiled_networks_are_measured_only_by_name(small, monkeypatch):
+    plain_compile, made = torch.nn.Module.compile, []
+    monkeypatch.setattr("ovdiff_lib.models._check_compiler", lambda: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: made.append(module) or plain_compile(module, backend="eager"))
+    assert "compile" in select(["compile"], False) and "compile" not in select(None, True) and "compile" not in select(None, False)
+    row, = SCENARIOS["compile"].run(small)
+    assert made and float(row.note.split("%")[0]) > 99.9
 
 
 # ---- running them
@@ -360,10 +376,12 @@ def test_mistakes_are_one_sentence(options, word, tiny, capsys):
 # ---- what is shown
 
 def test_rows_as_text():
-    row = ratio((0.5, 0.25), (1.0, 1.0), Bound(2, AT_LEAST), [Check("difference", 1e-6, 1e-5)], peaks=(3_000_000, None))
+    row = ratio((0.5, 0.25), (1.0, 1.0), Bound(2, AT_LEAST), [Check("difference", 1e-6, 1e-5)], peaks=(3_000_000, None),
+                whole=(2_000_000_000, None))
     text = render(Outcome("x", (row,)))
     first, *rest = text.splitlines()
-    assert first.split() == ["a", "375", "ms", "1.00", "s", "3.00", "MB", "?", "2.67x", "faster", "(2-4)", ">=", "2", "met"]
+    assert first.split() == ["a", "375", "ms", "1.00", "s", "3.00", "MB", "?", "2.00", "GB", "?",
+                             "2.67x", "faster", "(2-4)", ">=", "2", "met"]
     assert [line.strip() for line in rest] == ["what", "against other", "difference: 1e-06, at most 1e-05: met"]
     assert ratio_text(ratio(by="memory")) == "0.5x the memory"
     assert render(Outcome("x", (), "No.")) == "x: FAILED: No."
@@ -387,12 +405,13 @@ def test_rows_as_data():
 
 def test_cells_of_a_notebook(tiny_profile, tmp_path):
     grown = growth.Growth("K", "prototypes", "clusters K", points(1.0, 2.0), LinearFit(1.0, 0.0, 1.0))
-    rows = [ratio((1.0, 2.0), (2.0, 2.0), Bound(1.15), name="one"), ratio(peaks=(None, None), name="two"),
+    rows = [ratio((1.0, 2.0), (2.0, 2.0), Bound(1.15), name="one"), ratio(peaks=(None, None), name="two", whole=(3_000_000, None)),
             ratio(by="memory", peaks=(1, 0), name="three")]
     made = ratio_cells(rows)
     by_place = {(cell.row, cell.column): cell.measured for cell in made}
-    assert by_place["one, against other", "ratio"] == 0.75 and by_place["one, against other", "met"] == 1
+    assert by_place["one, against other", "ratio"] == 0.75 and by_place["one, against other", "met (1) or missed (0)"] == 1
     assert [by_place["one, against other", column] for column in ("lowest", "highest", "bound")] == [0.5, 1, 1.15]
+    assert by_place["two, against other", "ovdiff, peak MB"] == 3 and ("two, against other", "alternative, peak MB") not in by_place
     assert ("two, against other", "bound") not in by_place and ("two, against other", "ovdiff, added MB") not in by_place
     assert ("three, against other", "ratio") not in by_place
     write_table(tmp_path / "t.csv", "t", [*made, *growth_cells([grown])], tiny_profile, "Caption.", DIGITS)

@@ -29,7 +29,7 @@ def _lines(row: Row) -> list[str]:
 
 
 def _ratio_lines(row: Ratio) -> list[str]:
-    memory = " ".join(f"{_memory(amount):>9}" for amount in (row.ours.peak, row.theirs.peak, row.ours.whole, row.theirs.whole))
+    memory = " ".join(f"{size_text(amount):>9}" for amount in (row.ours.peak, row.theirs.peak, row.ours.whole, row.theirs.whole))
     numbers = (f"{row.name:38} {seconds_text(row.ours.median):>9} {seconds_text(row.theirs.median):>9} {memory}  {ratio_text(row):24} "
                f"{row.bound or '-'!s:9} {RESULT[row.met]}")
     lines = [numbers, f"    {row.measures}", f"    against {row.alternative}"]
@@ -69,10 +69,6 @@ def seconds_text(seconds: float) -> str:
         if seconds >= scale:
             return f"{seconds / scale:.{3 - len(str(int(seconds / scale))) if seconds < 100 * scale else 0}f} {unit}"
     return f"{seconds * 1e6:.0f} us"
-
-
-def _memory(amount: int | None) -> str:
-    return "-" if amount is None else size_text(amount)
 
 
 def record(outcome: Outcome) -> dict[str, Any]:
