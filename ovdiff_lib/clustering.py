@@ -19,6 +19,9 @@ SAMPLE = 256
 PROJECTED = 512
 """Directions that the sample is projected to, where it has more channels."""
 
+RESTARTS = 2
+"""Seedings tried on a sample: a second costs little beside the passes over all points; the better of two had 0.6 % less inertia."""
+
 REFINE = 3
 """Most iterations over all points, once the sample has converged."""
 
@@ -26,13 +29,14 @@ BLOCK = 2**23
 """Values per block of rows: what a pass over the data allocates beside it (32 MB a copy)."""
 
 
-def kmeans(x: torch.Tensor | np.ndarray, k: int, seed: int = 0, iterations: int = 50, restarts: int = 1,
+def kmeans(x: torch.Tensor | np.ndarray, k: int, seed: int = 0, iterations: int = 50, restarts: int | None = None,
            tolerance: float = 1e-4) -> tuple[torch.Tensor, torch.Tensor]:
     """Centroids f32 (k', D) and assignment i64 (M,) of the points ``x`` (M, D), on the device of ``x``; deterministic in ``seed``.
 
     k' <= k: fewer only where ``x`` has fewer distinct points than k. Each centroid is the mean of the points assigned to it and no
     cluster is empty. Lloyd's iterations stop after ``iterations``, or when the centroids' squared shift falls below ``tolerance`` times
-    the mean variance of a channel (as in scikit-learn). ``restarts`` seedings are tried and the one of least inertia on the sample is kept.
+    the mean variance of a channel (as in scikit-learn). ``restarts`` seedings are tried and the one of least inertia is kept (default:
+    :data:`RESTARTS` where a sample is taken, and judged on it, else 1).
     """
     x = torch.as_tensor(x)
     if k < 1 or x.ndim != 2 or len(x) == 0:
@@ -46,7 +50,7 @@ def kmeans(x: torch.Tensor | np.ndarray, k: int, seed: int = 0, iterations: int 
     else:
         sample = x.float() - mean
     best = None
-    for _ in range(max(1, restarts)):
+    for _ in range(max(1, restarts or (RESTARTS if sampled else 1))):
         found = _lloyd(sample, None, _seed_centroids(sample, k, generator), iterations, tolerance)
         if best is None or found[2] < best[2]:
             best = found

@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ovdiff_lib.architectures import Networks
-from ovdiff_lib.clustering import REFINE, SAMPLE
+from ovdiff_lib.clustering import REFINE, RESTARTS, SAMPLE
 from ovdiff_lib.costs import prototype_rows
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.features import ClipExtractor, DinoExtractor
@@ -195,9 +195,10 @@ def clustering_operations(points: int, channels: int, settings: PrototypeSetting
     """Most FLOP of k-means over ``points`` features in two regions: seeding and iterations on the samples, then iterations over all."""
     k, regions = settings.clusters, 1 + settings.background
     sample = min(points, regions * k * SAMPLE)
+    tries = RESTARTS if points > sample else 1
     seeding = 2 * sample * channels * (1 + (k - 1) * (2 + int(math.log(k))))
     one_pass = 4 * channels * k  # a point's distances to the centroids, and the sums of the clusters
-    return seeding + one_pass * (ITERATIONS * sample + REFINE * points)
+    return tries * (seeding + one_pass * ITERATIONS * sample) + one_pass * REFINE * points
 
 
 def joined_prompt_operations(networks: Networks, names: int) -> int:

@@ -57,6 +57,7 @@ SCENARIOS: dict[str, Scenario] = {
     "estimates": Scenario(estimates),
     "sampling-full-size": Scenario(drawing.sampling_full_size, full_size=True),
     "kmeans-full-size": Scenario(clusters.kmeans_full_size, full_size=True),
+    "kmeans-support-set": Scenario(clusters.kmeans_support_set, named=True),  # 13 GB of memory
     "kmeans-noise": Scenario(clusters.kmeans_noise, full_size=True),
 }
 """Name -> scenario, in the order they run."""

@@ -60,6 +60,11 @@ def kmeans_full_size(scene: Scene) -> list[Ratio]:
     return [compare(scene, clustered_points(*PAPER), "k-means, full size", Bound(10, AT_LEAST), budget=90)]
 
 
+def kmeans_support_set(scene: Scene) -> list[Ratio]:
+    """All features of a support set, as many as both regions of a class have together: 4 GB of points."""
+    return [compare(scene, clustered_points(2 * PAPER[0], PAPER[1]), "k-means, all of a support set", Bound(10, AT_LEAST), budget=90)]
+
+
 def kmeans_noise(scene: Scene) -> list[Ratio]:
     """The same shape without any structure."""
     return [compare(scene, noise_points(*PAPER), "k-means, full size, noise", None, budget=90)]
