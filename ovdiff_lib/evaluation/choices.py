@@ -29,7 +29,7 @@ BASES: dict[str, dict[str, Any]] = {
 
 NOT_SWITCHED = (
     "Not switched: MAE's variant (the released code's weights are another model; Table 2 has MAE as the profile has it), and the restarts "
-    "of k-means (the code's n_init \"auto\" is one start with k-means++, as here where all points are clustered at once, and not a sample).")
+    "of k-means (the code's n_init \"auto\" is one start with k-means++, as here where all points are clustered and not a sample).")
 """Choices of the released code without a row, and why."""
 
 
