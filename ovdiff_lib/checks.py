@@ -65,3 +65,10 @@ def check_output(folder: str | Path) -> None:
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error.strerror or error}); free space or choose a folder that you may write to."
                          ) from None
+
+
+def check_output_file(path: Path) -> None:
+    """``InputError`` if the file ``path``, which need not exist yet, cannot be written to; nothing is left behind."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file in it.")
+    check_output(path.parent)

@@ -33,7 +33,8 @@ def kmeans(x: torch.Tensor | np.ndarray, k: int, seed: int = 0, iterations: int 
            tolerance: float = 1e-4) -> tuple[torch.Tensor, torch.Tensor]:
     """Centroids f32 (k', D) and assignment i64 (M,) of the points ``x`` (M, D), on the device of ``x``; deterministic in ``seed``.
 
-    k' <= k: fewer only where ``x`` has fewer distinct points than k. Each centroid is the mean of the points assigned to it and no
+    k' <= k: fewer only where ``x``, or the sample of it that is clustered first, has fewer distinct points than k, up to the rounding of
+    its distances. Each centroid is the mean of the points assigned to it and no
     cluster is empty. Lloyd's iterations stop after ``iterations``, or when the centroids' squared shift falls below ``tolerance`` times
     the mean variance of a channel (as in scikit-learn). ``restarts`` seedings are tried and the one of least inertia is kept (default:
     :data:`RESTARTS` where a sample is taken, and judged on it, else 1).
@@ -43,7 +44,7 @@ def kmeans(x: torch.Tensor | np.ndarray, k: int, seed: int = 0, iterations: int 
         raise ValueError(f"kmeans needs k >= 1 and points of shape (M, D) with M >= 1, not k={k} and shape {tuple(x.shape)}.")
     generator = torch.Generator().manual_seed(seed)
     # Distances are differences of squares, so the common mean is taken off first: without it they drown in rounding.
-    mean = x.mean(0, dtype=torch.float32)
+    mean = _mean(x)
     if sampled := len(x) > k * SAMPLE:
         whole = x[torch.randperm(len(x), generator=generator)[: k * SAMPLE].sort().values.to(x.device)]
         sample = _projected(whole, mean, generator) if x.shape[1] > PROJECTED else whole.float() - mean
@@ -64,6 +65,11 @@ def inertia(x: torch.Tensor, centroids: torch.Tensor, assignment: torch.Tensor) 
     rows = max(1, BLOCK // x.shape[1])
     return sum(float((part.float() - centroids[index]).square().sum(dtype=torch.float64))
                for part, index in zip(x.split(rows), assignment.split(rows), strict=True))
+
+
+def _mean(x: torch.Tensor) -> torch.Tensor:
+    """Mean f32 (D,) of the points, by blocks: as a whole, points in half precision would be copied."""
+    return (sum(part.sum(0, dtype=torch.float32).double() for part in x.split(max(1, BLOCK // x.shape[1]))) / len(x)).float()
 
 
 def _projected(x: torch.Tensor, mean: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -146,7 +152,7 @@ def _assign(x: torch.Tensor, mean: torch.Tensor | None, centroids: torch.Tensor,
     for number, part in enumerate(x.split(rows)):
         points = _centred(part, mean, buffer[: len(part)])
         if not known:
-            norms.append(points.square().sum(1))
+            norms.append(torch.linalg.vector_norm(points, dim=1).square_())  # without a block of squares
         nearest, index = torch.addmm(square, points, centroids.T, alpha=-2).min(1)
         member = F.one_hot(index, k).to(points.dtype)
         sums += member.T @ points

@@ -20,7 +20,7 @@ from ovdiff_lib.errors import InputError
 MAX_PIXELS = 100_000_000
 """Largest image that is read or made by resizing, in pixels."""
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """Files that :func:`list_images` finds in a folder; a file named by itself may be of any of :data:`FORMATS`, whatever its suffix."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF", "ICO", "PCX", "TGA")

@@ -37,6 +37,9 @@ MEMBER = re.compile(rf"({'|'.join(READERS)})/([0-9a-f]{{8,64}})/(entry\.json|arr
 
 INDEX = "index.json"
 
+MODES = {".tar": "w", ".tar.gz": "w:gz", ".tgz": "w:gz", ".tar.xz": "w:xz", ".txz": "w:xz"}
+"""Ending of an archive's name, in any case, and how it is written."""
+
 LONGEST_META = 2**24
 """Bytes of an ``entry.json`` or of the index at most."""
 
@@ -55,15 +58,17 @@ class Imported:
 
 
 def export_entries(library: Library, entries: Iterable[Entry], path: str | Path, progress: bool = False) -> int:
-    """Write entries into the tar file ``path`` (compressed if it ends in .gz or .xz); returns how many.
+    """Write entries into the tar file ``path`` (of an ending in :data:`MODES`); returns how many.
 
     Each is verified as it is read; the file is whole or not there, and the same entries make the same bytes in a .tar. Raises
-    ``InputError`` for an entry that is broken, for none at all, and where ``path`` cannot be written.
+    ``InputError`` for an entry that is broken, for none at all, for another ending, and where ``path`` cannot be written.
     """
     entries, path = list(entries), Path(path)
     if not entries:
         raise InputError("There is nothing to export: no entry of the library was chosen; `ovdiff library list` shows what there is.")
-    mode = {".gz": "w:gz", ".tgz": "w:gz", ".xz": "w:xz"}.get(path.suffix, "w")
+    mode = next((mode for suffix, mode in MODES.items() if path.name.lower().endswith(suffix)), None)
+    if mode is None:
+        raise InputError(f"{path} does not end in {', '.join(MODES)}; name the archive so that its form is known.")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with _writing(path), open(temporary, "xb") as file:

@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ovdiff_lib.checks import check_output_file
 from ovdiff_lib.errors import InputError, counted
 from ovdiff_lib.library import Entry, Library
 from ovdiff_lib.types import Category
@@ -139,6 +140,7 @@ def _export(options: argparse.Namespace) -> None:
     library = _there(options)
     if not options.file.absolute().parent.is_dir():
         raise InputError(f"There is no folder {options.file.absolute().parent}; make it, or give a file in another.")
+    check_output_file(options.file)
     if options.file.exists() and not options.overwrite:
         raise InputError(f"{options.file} is there already; give another name, or --overwrite to replace it.")
     entries = [entry for entry, _ in chosen(library, options.classes, options.keys)

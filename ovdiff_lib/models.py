@@ -249,7 +249,7 @@ def _check_compiler() -> None:
 
     try:
         get_cpp_compiler()
-    except InvalidCxxCompiler:
+    except (InvalidCxxCompiler, OSError):  # none, or one that cannot be run
         raise ProfileError("models.compile is true, but PyTorch finds no working C++ compiler; install g++ (or name one in $CXX), or set "
                            "models.compile to false.") from None
 

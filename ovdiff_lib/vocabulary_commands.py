@@ -30,7 +30,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 def run_vocabulary(options: argparse.Namespace) -> int:
     """Print the report; 1 if a class is not fine, else 0."""
-    from ovdiff_lib.checks import check_output
+    from ovdiff_lib.checks import check_output_file
     from ovdiff_lib.cli import _lines, _names, _ovdiff, _vocabulary
     from ovdiff_lib.vocabulary import examine
     from ovdiff_lib.vocabulary_report import Limits, render
@@ -42,7 +42,7 @@ def run_vocabulary(options: argparse.Namespace) -> int:
     vocabulary = _vocabulary(_lines(given[0]) if options.classes_file else _names(given[0]), options)
     ovdiff = _ovdiff(options)
     if options.json:
-        check_output(options.json.parent)  # before classes are drawn
+        check_output_file(options.json)  # before classes are drawn
     report = examine(ovdiff, vocabulary, limits=limits)
     if options.json:
         from ovdiff_lib.images import write_atomic

@@ -103,7 +103,8 @@ class VocabularyReport:
         """One sentence: how many classes are fine, how many not, and how many pairs collide."""
         count = Counter(c.verdict for c in self.classes)
         said = ", ".join(f"{count[verdict]} {verdict}" for verdict in VERDICTS if count[verdict])
-        pairs = f"{len(self.pairs)} pair{'s' * (len(self.pairs) != 1)} of classes collide{'s' * (len(self.pairs) == 1)}"
+        number = len({frozenset((pair.first, pair.second)) for pair in self.pairs})  # each may be listed from both sides
+        pairs = f"{counted(number, 'pair')} of classes collide{'s' * (number == 1)}"
         return f"{len(self.classes)} class{'es' * (len(self.classes) != 1)}: {said}; {pairs if self.pairs else 'no classes collide'}."
 
     def to_json(self) -> str:

@@ -1,5 +1,8 @@
 """k-means against scikit-learn, by hand, and at its limits."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -124,3 +127,22 @@ def test_half_precision_points_and_nonsense():
             kmeans(bad, 2)
     with pytest.raises(ValueError, match="kmeans needs"):
         kmeans(x, 0)
+
+
+@pytest.mark.parametrize("shape, kind", [((40_000, 960), torch.float32), ((12_000, 3_000), torch.float16)])
+def test_memory_beside_the_points_is_bounded(shape, kind):
+    """In a process of its own: the passes over all points take blocks, whatever their number and precision."""
+    code = f"""
+import torch
+from ovdiff_lib.clustering import kmeans
+from ovdiff_lib.measuring import measured
+generator = torch.Generator().manual_seed(0)
+points = torch.empty({shape}, dtype={kind})
+for part in points.split(2_000):
+    part.copy_(torch.randn(part.shape, generator=generator) + 3 * torch.randint(5, (len(part), 1), generator=generator))
+kmeans(points[:500], 4)
+step = measured(kmeans, [(points, 4)])
+print(points.nbytes, step.peak - step.held)
+"""
+    held, added = map(int, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert held > 70e6 and added < 140e6, added  # two or three blocks of 32 MB and the sample

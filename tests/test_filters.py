@@ -117,13 +117,15 @@ WORDS = st.one_of(st.text(max_size=8), st.sampled_from(["dog's", "it's", "a", "a
 @hypothesis.given(text=st.lists(WORDS, max_size=6).map(" ".join))
 def test_words_looked_up_alone_give_the_tokens_of_the_whole_text(shipped_clip, text):
     clip, tokenizer = shipped_clip
-    assert TextEncoder(clip, tokenizer)._tokens(text) == tuple(tokenizer([text])["input_ids"][0])
+    whole = tokenizer([text])["input_ids"][0]
+    assert TextEncoder(clip, tokenizer)._tokens(text) == tuple(whole[: whole.index(tokenizer.eos_token_id) + 1])  # where CLIP reads it
 
 
 def test_rows_longer_than_a_text_and_padding_change_no_embedding(shipped_clip, monkeypatch):
     """CLIP that ships, rows of several widths, the last of a pass shorter than others."""
     clip, tokenizer = shipped_clip
     texts = [text for text in joined_prompts(("cat", "red dog", "boat", "zebra crossing", "car", "house")) if len(text) < 40]
+    texts += ["<|endoftext|> cat", "a<|endoftext|>b", ""]
     with torch.inference_mode():
         expected = torch.cat([clip.get_text_features(**tokenizer([text], return_tensors="pt")).pooler_output for text in texts])
     for width in (0, 50, 96, 500):

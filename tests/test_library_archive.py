@@ -280,6 +280,11 @@ def test_the_commands(library, tmp_path, capsys):
     for arguments, wrong in (([], "is there already; give another name, or --overwrite"), (["--keys", "zz"], "is there already")):
         assert main(["library", "export", *at, str(tmp_path / "cat.tar"), *arguments]) == 2
         assert wrong in capsys.readouterr().err and (tmp_path / "cat.tar").read_bytes() == before
+    for name in ("cat.zip", "cat", "cat.gz"):
+        assert main(["library", "export", *at, str(tmp_path / name)]) == 2 and "does not end in .tar, .tar.gz" in capsys.readouterr().err
+    assert main(["library", "export", *at, str(tmp_path), "--overwrite"]) == 2 and "is a folder" in capsys.readouterr().err
+    assert main(["library", "export", *at, str(tmp_path / "ALL.TAR.GZ")]) == 0 and (tmp_path / "ALL.TAR.GZ").read_bytes()[:2] == b"\x1f\x8b"
+    capsys.readouterr()
     assert main(["library", "export", *at, str(tmp_path / "nowhere" / "cat.tar")]) == 2 and "There is no folder" in capsys.readouterr().err
     assert main(["library", "export", *at, str(tmp_path / "cat.tar"), "--classes", "cat", "--prototypes-only", "--overwrite"]) == 0
     assert (tmp_path / "cat.tar").read_bytes() == before

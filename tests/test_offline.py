@@ -127,7 +127,7 @@ def test_segment_build_and_doctor_reach_for_nothing(guarded, tiny_models):
         ["build", "--classes", "sofa", *tiny, *library], ["build", "--classes", "cat", *library, *assigned(HUB)],
         ["doctor", "--profile", "paper"], ["doctor", "--profile", "official"], ["doctor"])
     assert segmented[0] == 0 and "1 image segmented" in segmented[1] and (guarded.folder / "out" / "a_labels.png").is_file(), segmented
-    assert built[0] == 0 and built[1].startswith("1 classes"), built
+    assert built[0] == 0 and built[1].startswith("1 class, "), built
     code, out, err = missing
     assert code == 2 and out == "" and err.startswith("ovdiff: The model 'nobody/diffusion'") and err.count("\n") == 1, err
     for code, out, err in (paper, official):

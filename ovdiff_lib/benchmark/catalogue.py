@@ -90,7 +90,7 @@ def select(only: Sequence[str] | None, full_size: bool) -> list[str]:
     named. Raises ``InputError`` for a name that is none."""
     for name in only or ():
         if name not in SCENARIOS:
-            near = difflib.get_close_matches(name, SCENARIOS, 1)
+            near = [known for known in SCENARIOS if known.lower() == name.lower()] or difflib.get_close_matches(name, SCENARIOS, 1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise InputError(f"There is no scenario {name!r}; {hint}choose from {', '.join(SCENARIOS)}.")
     if only:

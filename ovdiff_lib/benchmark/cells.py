@@ -24,7 +24,7 @@ def ratio_cells(ratios: Iterable[Ratio]) -> list[Cell]:
         row = f"{ratio.name}, against {ratio.alternative}"
         sides = (("ovdiff", ratio.ours), ("alternative", ratio.theirs))
         cells += [Cell(row, f"{who}, s", side.median, n=len(side.seconds), values=side.seconds) for who, side in sides]
-        cells += [Cell(row, f"{who}, added MB", side.peak / 1e6) for who, side in sides if side.peak is not None]
+        cells += [Cell(row, f"{who}, added MB", side.memory / 1e6) for who, side in sides if side.memory is not None]
         cells += [Cell(row, f"{who}, peak MB", side.whole / 1e6) for who, side in sides if side.whole is not None]
         if math.isfinite(ratio.value):
             own = PaperCell.own("benchmark", ratio.name, "ratio")

@@ -19,6 +19,9 @@ SOURCES, RANK, WHITE = 200, 64, 0.05
 FEW_POINTS_ROUNDS = 5
 """Rounds for each of the scene's where a round takes a fraction of a second."""
 
+ADDED = 1e9
+"""Bytes of memory beside the points, however many they are."""
+
 WORSE = 0.01
 """Of inertia, the share by which it may be above scikit-learn's."""
 
@@ -94,4 +97,5 @@ def compare(scene: Scene, points: torch.Tensor, name: str, bound: Bound | None, 
     worse = reached / (sum(theirs) / len(theirs)) - 1
     return Ratio(name, f"k-means of {len(points):,} x {points.shape[1]:,} points in {k} clusters",
                  f'sklearn.cluster.KMeans({k}, n_init="auto")', pair.ours, pair.theirs, bound,
-                 (Check("share of mean inertia above the alternative's", worse, WORSE),), note="" if bound else "no bound at this shape")
+                 (Check("share of mean inertia above the alternative's", worse, WORSE),
+                  Check("bytes added to the points", pair.ours.peak, ADDED)), note="" if bound else "no bound at this shape")

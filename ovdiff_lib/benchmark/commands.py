@@ -32,7 +32,7 @@ def run_benchmark(options: argparse.Namespace) -> int:
     from ovdiff_lib.benchmark.catalogue import outcomes, select
     from ovdiff_lib.benchmark.render import HEADER, record, render
     from ovdiff_lib.benchmark.scene import check_repeats
-    from ovdiff_lib.checks import check_output
+    from ovdiff_lib.checks import check_output_file
     from ovdiff_lib.measuring import machine
     from ovdiff_lib.models import resolve_device
     from ovdiff_lib.profiles import load_profile
@@ -46,10 +46,10 @@ def run_benchmark(options: argparse.Namespace) -> int:
     select(only, options.full_size)
     check_repeats(options.repeats)
     if options.json:
-        check_output(options.json.parent)
+        check_output_file(options.json)
     here = machine(resolve_device(profile))
-    print(f"profile {profile.name}, {', '.join(f'{name} {value}' for name, value in here.items())}; medians of at most {options.repeats} "
-          f"rounds in turns; memory: what a round added to what the process held, and the process's peak\n{HEADER}", flush=True)
+    print(f"profile {profile.name}, {', '.join(f'{name} {value}' for name, value in here.items())}; medians of rounds in turns; memory: "
+          f"what a round added to what the process held (on a GPU: its peak), and the process's peak\n{HEADER}", flush=True)
     found: list[dict[str, Any]] = []
     try:
         for outcome in outcomes(profile, only, options.full_size, options.repeats):

@@ -47,13 +47,14 @@ def run_fresh(scene: Scene, task: str, **arguments: Any) -> Record:
 def alternate_fresh(scene: Scene, task: str, ours: Record, theirs: Record, rounds: int = 1) -> Pair:
     """Both ways of a task in turns, each time in a new process; results are the last records."""
     records = [(run_fresh(scene, task, **ours), run_fresh(scene, task, **theirs)) for _ in range(rounds)]
-    sides = [Side(tuple(r["seconds"] for r in side), max(r["added"] for r in side), whole=max(r["whole"] for r in side))
+    sides = [Side(tuple(r["seconds"] for r in side), max(r["added"] for r in side),
+                  max((r["device"] for r in side if r["device"] is not None), default=None), max(r["whole"] for r in side))
              for side in zip(*records, strict=True)]
     return Pair(*sides, *records[-1])
 
 
 def _record(step: Measured) -> Record:
-    return {"seconds": step.median, "added": step.peak - step.held, "whole": step.peak}
+    return {"seconds": step.median, "added": step.peak - step.held, "whole": step.peak, "device": step.device}
 
 
 def attribution(scene: Scene, stored: bool) -> Record:

@@ -32,6 +32,11 @@ class Side:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
+    @property
+    def memory(self) -> int | None:
+        """What is compared: the GPU's peak where there is one, else what was added to the process."""
+        return self.peak if self.device is None else self.device
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -86,14 +91,14 @@ class Ratio:
     def __post_init__(self) -> None:
         if self.by not in ("seconds", "memory"):
             raise InputError(f"The ratio {self.name!r} is by {self.by!r}; write 'seconds' or 'memory'.")
-        if self.by == "memory" and None in (self.ours.peak, self.theirs.peak):
+        if self.by == "memory" and None in (self.ours.memory, self.theirs.memory):
             raise InputError(f"The ratio {self.name!r} is of memory that was not measured; measure both sides with `alternate`.")
 
     @property
     def value(self) -> float:
         """Ratio of the medians, or of the peaks: ours by theirs, and theirs by ours under a bound of "at least"."""
         if self.by == "memory":
-            return self._over(self.ours.peak, self.theirs.peak)
+            return self._over(self.ours.memory, self.theirs.memory)
         return self._over(self.ours.median, self.theirs.median)
 
     @property

@@ -29,7 +29,7 @@ def _lines(row: Row) -> list[str]:
 
 
 def _ratio_lines(row: Ratio) -> list[str]:
-    memory = " ".join(f"{size_text(amount):>9}" for amount in (row.ours.peak, row.theirs.peak, row.ours.whole, row.theirs.whole))
+    memory = " ".join(f"{size_text(amount):>9}" for amount in (row.ours.memory, row.theirs.memory, row.ours.whole, row.theirs.whole))
     numbers = (f"{row.name:38} {seconds_text(row.ours.median):>9} {seconds_text(row.theirs.median):>9} {memory}  {ratio_text(row):24} "
                f"{row.bound or '-'!s:9} {RESULT[row.met]}")
     lines = [numbers, f"    {row.measures}", f"    against {row.alternative}"]

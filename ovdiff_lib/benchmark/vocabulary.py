@@ -22,8 +22,8 @@ def growing(scene: Scene) -> list[Ratio]:
     """2,000 classes against the first 20 of them: images whose prompts the filter knows, and images that were not seen before, for which
     it knows the single names but not the joined ones.
 
-    The bound is for the former. Among many classes a new image always has eta likely ones, and so 2^eta - 1 joined prompts to encode; among
-    few classes it has fewer. That does not grow further with the vocabulary, but beside small networks it takes long.
+    Among many classes a new image always has eta likely ones, and so up to 2^eta - 1 joined prompts to encode; among few classes it has
+    fewer. That does not grow further with the vocabulary, but beside small networks it takes long.
     """
     bank = scene.made_up(MANY)
     part = bank.restrict(range(FEW))
@@ -36,8 +36,8 @@ def growing(scene: Scene) -> list[Ratio]:
         with quiet():
             pair = alternate(segment(bank, new), segment(part, new), scene.repeats, device=scene.device)
         rows.append(Ratio(f"vocabulary of 2,000, {kind}", f"{TOGETHER} images against {MANY:,} classes, copies of real ones with noise",
-                          f"the same against the first {FEW}", pair.ours, pair.theirs, None if new else Bound(GROWTH),
-                          note=_too_long(scene) + "; joined prompts are encoded for every image, no bound" * new))
+                          f"the same against the first {FEW}", pair.ours, pair.theirs, Bound(GROWTH),
+                          note=_too_long(scene) + "; joined prompts are encoded for every image" * new))
     return rows
 
 

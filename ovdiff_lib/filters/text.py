@@ -93,7 +93,8 @@ class TextEncoder:
                     self._words.clear()
                     return self._tokens(text)
                 self._words[word] = tuple(self.tokenizer([word], truncation=False, verbose=False)["input_ids"][0][1:-1])
-        return (self._start, *itertools.chain.from_iterable(self._words[word] for word in words), self._end)
+        ids = (self._start, *itertools.chain.from_iterable(self._words[word] for word in words), self._end)
+        return ids[: ids.index(self._end) + 1]  # where a text spells the end token out, CLIP reads it there
 
     @torch.inference_mode()
     def _encode(self, sequences: list[tuple[int, ...]]) -> torch.Tensor:
