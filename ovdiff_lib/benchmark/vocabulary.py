@@ -51,7 +51,8 @@ def stored(scene: Scene) -> list[Ratio]:
     found = run_fresh(scene, "library", classes=STORED, few=FEW, repeats=max(3, 3 * scene.repeats))
     checks = (Check("seconds to load the classes in a new process", found["load"], LOAD),
               Check("bytes of memory of the whole process", found["resident"], RESIDENT))
-    ours, theirs = (Side(tuple(found[key]), added) for key, added in zip(("all", "few"), found["added"], strict=True))
+    ours, theirs = (Side(tuple(found[key]), added, whole=found["resident"])
+                    for key, added in zip(("all", "few"), found["added"], strict=True))
     return [Ratio("library of 1,000", f"an image seen before against {STORED:,} classes that came from the library",
                   f"the same against {FEW} of them", ours, theirs, Bound(GROWTH), checks, note=_too_long(scene))]
 
