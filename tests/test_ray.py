@@ -147,10 +147,10 @@ def test_a_running_cluster_is_used_and_left_running(cluster, tiny, tmp_path):
 
 
 SLEEPER = """
-import sys, time
-from functools import partial
+import signal, sys
 from ovdiff_lib.engines import RayEngine
 from test_engines import Slow
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore ctrl-C
 try:
     for outcome in RayEngine(1).run(Slow, [0, 600]):
         print("done", outcome.index, flush=True)
