@@ -69,7 +69,10 @@ def inertia(x: torch.Tensor, centroids: torch.Tensor, assignment: torch.Tensor) 
 
 def _mean(x: torch.Tensor) -> torch.Tensor:
     """Mean f32 (D,) of the points, by blocks: as a whole, points in half precision would be copied."""
-    return (sum(part.sum(0, dtype=torch.float32).double() for part in x.split(max(1, BLOCK // x.shape[1]))) / len(x)).float()
+    rows = max(1, BLOCK // x.shape[1])
+    buffer = torch.empty(0 if x.dtype == torch.float32 else min(rows, len(x)), x.shape[1], device=x.device)
+    parts = (part if x.dtype == torch.float32 else buffer[: len(part)].copy_(part) for part in x.split(rows))
+    return (sum(part.sum(0).double() for part in parts) / len(x)).float()
 
 
 def _projected(x: torch.Tensor, mean: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -135,7 +138,9 @@ def _lloyd(x: torch.Tensor, mean: torch.Tensor | None, centroids: torch.Tensor, 
 
 
 def _centred(x: torch.Tensor, mean: torch.Tensor | None, out: torch.Tensor | None = None) -> torch.Tensor:
-    return x if mean is None else torch.sub(x.float(), mean, out=out)
+    if mean is None:
+        return x
+    return x.float() - mean if out is None else out.copy_(x).sub_(mean)  # into `out` without a copy of its own in between
 
 
 def _assign(x: torch.Tensor, mean: torch.Tensor | None, centroids: torch.Tensor, norms: list[torch.Tensor]):
