@@ -28,7 +28,7 @@ lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
 mini-world: $(STAMP) ## draw the mini world and train its models anew (hours; needs npm)
-	$(BIN)/python -m ovdiff_lib.mini.rebuild
+	$(BIN)/python -m ovdiff_lib.recipes.rebuild
 
 clean: ## delete caches and executed notebooks; committed tables and figures stay
 	rm -rf outputs/*/cache outputs/*/*.ipynb outputs/*/*.stamp.json .pytest_cache .ruff_cache .hypothesis build

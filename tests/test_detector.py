@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from ovdiff_lib.errors import InputError, ModelNotAvailable, ProfileError
 from ovdiff_lib.masks import SEGMENTERS, build_segmenter
 from ovdiff_lib.masks.detector import CONFIG, DetectorSegmenter, build_detector, detect, load_detector, paste, save_detector
-from ovdiff_lib.mini import proposals, pseudo_masks, train_detector
-from ovdiff_lib.mini.pseudo_masks import PseudoMasks, as_target, boxes_of, merge, views
-from ovdiff_lib.mini.train_detector import DropLossHeads, box_recall, losses, main
-from ovdiff_lib.mini.training import round_weights
 from ovdiff_lib.profiles import load_profile
+from ovdiff_lib.recipes import proposals, pseudo_masks, train_detector
+from ovdiff_lib.recipes.pseudo_masks import PseudoMasks, as_target, boxes_of, merge, views
+from ovdiff_lib.recipes.train_detector import DropLossHeads, box_recall, losses, main
+from ovdiff_lib.recipes.training import round_weights
 
 SMALL = CONFIG | {"widths": [8, 8, 16, 16], "pyramid": 16, "short_side": 64, "long_side": 256, "anchors": [8, 16, 32, 56], "canonical": 56,
                   "box_head": 24, "mask_head": [16], "detections": 6}

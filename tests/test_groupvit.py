@@ -17,10 +17,10 @@ from ovdiff_lib.baselines.groupvit import PROMPT, GroupViT, group_scores, load_g
 from ovdiff_lib.errors import InputError, ModelNotAvailable, ProfileError
 from ovdiff_lib.evaluation import evaluate, grid_search_threshold, load_dataset
 from ovdiff_lib.matching import windows
-from ovdiff_lib.mini import train_groupvit
-from ovdiff_lib.mini.training import round_weights
 from ovdiff_lib.models import load_clip
 from ovdiff_lib.profiles import load_profile
+from ovdiff_lib.recipes import train_groupvit
+from ovdiff_lib.recipes.training import round_weights
 from ovdiff_lib.types import Vocabulary
 
 TEMPLATES = ("a good picture of a {name}",)

@@ -14,8 +14,8 @@ from ovdiff_lib.evaluation import load_dataset
 from ovdiff_lib.masks import maskcut
 from ovdiff_lib.masks.maskcut import WEAK, MaskCut, cut, cut_vector, salient_part
 from ovdiff_lib.masks.refine import iou, refine, resize_mask, walker
-from ovdiff_lib.mini import proposals
 from ovdiff_lib.profiles import load_profile
+from ovdiff_lib.recipes import proposals
 
 
 def blurred_blocks(n, blocks, seed=0, noise=0.1):

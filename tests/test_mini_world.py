@@ -9,9 +9,9 @@ from PIL import Image
 from scipy import ndimage
 
 import ovdiff_lib
-from ovdiff_lib.mini.build import SEEDS
-from ovdiff_lib.mini.scenes import PALETTES, draw_scene, draw_stuff
 from ovdiff_lib.mini.world import IGNORE, World, load_world
+from ovdiff_lib.recipes.build import SEEDS
+from ovdiff_lib.recipes.scenes import PALETTES, draw_scene, draw_stuff
 
 DATA = Path(ovdiff_lib.__file__).parent / "mini" / "data"
 SPLITS = ("val", "wild")

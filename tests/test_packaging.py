@@ -115,7 +115,7 @@ def test_every_import_is_declared():
     for folder, allowed in declared.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
             # Training the mini world is development: it may use what only the extra has.
-            extra = set(EXTRAS["dev"]) if "mini" in path.parts else set()
+            extra = set(EXTRAS["dev"]) if "recipes" in path.parts else set()
             for module in set(imports(path)) - local - set(sys.stdlib_module_names):
                 names = distributions.get(module) or optional.get(module, set())
                 assert names & (allowed | extra), f"{path.relative_to(ROOT)} imports {module}, which pyproject.toml does not declare"
@@ -197,7 +197,7 @@ def test_licence_and_notice():
     assert "Apache License" in licence and "TERMS AND CONDITIONS" in licence and "APPENDIX" in licence and len(licence) > 11_000
     assert PROJECT["license"] == "Apache-2.0" and PROJECT["license-files"] == ["LICENSE", "NOTICE"]
     notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
-    from ovdiff_lib.mini.art import PACKAGES
+    from ovdiff_lib.recipes.art import PACKAGES
 
     for package in PACKAGES.values():
         name, _, version = package.rpartition("@")
@@ -216,9 +216,9 @@ def make(*arguments, cwd=ROOT):
 
 def test_make_targets_run_what_they_say():
     for target, command in [("test", "-m pytest"), ("reproduce", "ovdiff reproduce --profile mini"), ("lab", "jupyter lab notebooks"),
-                            ("mini-world", "-m ovdiff_lib.mini.rebuild"), ("install", "pip install")]:
+                            ("mini-world", "-m ovdiff_lib.recipes.rebuild"), ("install", "pip install")]:
         assert command in make("--dry-run", "--always-make", target)
-    assert (ROOT / "ovdiff_lib" / "mini" / "rebuild.py").exists()
+    assert (ROOT / "ovdiff_lib" / "recipes" / "rebuild.py").exists()
     described = dict(line.split(maxsplit=1) for line in make("help").splitlines())
     assert set(described) == {"help", "install", "reproduce", "test", "lab", "mini-world", "clean"}
 

@@ -22,10 +22,10 @@ from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.features import DinoExtractor
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD
 from ovdiff_lib.matching import windows
-from ovdiff_lib.mini.build import SEEDS, build_archive
-from ovdiff_lib.mini.scenes import draw_scene
 from ovdiff_lib.mini.world import load_world
 from ovdiff_lib.models import load_clip
+from ovdiff_lib.recipes.build import SEEDS, build_archive
+from ovdiff_lib.recipes.scenes import draw_scene
 from ovdiff_lib.types import Vocabulary
 
 SHIPPED = Path(ovdiff_lib.__file__).parent / "mini" / "data" / "archive"

@@ -218,9 +218,9 @@ def test_whatever_a_result_stands_on_makes_it_stale(notebook, tmp_path, small_pa
     (small_package / "__pycache__").mkdir()
     (small_package / "__pycache__" / "code.py").write_text("not code")
     (small_package / "report").mkdir()
-    (small_package / "mini").mkdir()
+    (small_package / "recipes").mkdir()
     for name in ("cli.py", "doctor.py", "report/report.py", "report/claims.csv", "report/explanations.csv", "report/page.html",
-                 "mini/train_unet.py"):
+                 "recipes/train_unet.py"):
         (small_package / name).write_text("whatever")  # no result stands on it
     target.with_suffix(".failed.ipynb").write_text("{}")  # of other settings
     outputs_added = nbformat.read(notebook, 4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ovdiff_lib.mini.training import repeat_rare, round_weights
+from ovdiff_lib.recipes.training import repeat_rare, round_weights
 
 
 def test_scenes_of_rare_nouns_are_repeated():
@@ -31,7 +31,7 @@ def test_rounded_weights_have_bfloat16_fractions(dtype):
 
 
 def test_sinkhorn_uses_prototypes_alike_and_keeps_rows_probabilities():
-    from ovdiff_lib.mini.train_dino import sinkhorn
+    from ovdiff_lib.recipes.train_dino import sinkhorn
 
     scores = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)) * 3
     scores[:, 0] += 10  # without balancing, everything would go to the first prototype
@@ -42,7 +42,7 @@ def test_sinkhorn_uses_prototypes_alike_and_keeps_rows_probabilities():
 
 
 def test_distillation_loss_is_the_cross_entropy_of_other_views():
-    from ovdiff_lib.mini.train_dino import STUDENT_TEMPERATURE, distillation_loss
+    from ovdiff_lib.recipes.train_dino import STUDENT_TEMPERATURE, distillation_loss
 
     generator = torch.Generator().manual_seed(2)
     student = [torch.randn(5, 4, generator=generator) for _ in range(3)]
@@ -52,7 +52,7 @@ def test_distillation_loss_is_the_cross_entropy_of_other_views():
 
 
 def test_crops_stay_inside_and_mirror():
-    from ovdiff_lib.mini.train_dino import crop
+    from ovdiff_lib.recipes.train_dino import crop
 
     columns = torch.linspace(0, 1, 64).expand(16, 3, 64, 64)
     out = crop(columns, 32, (0.2, 0.5), torch.Generator().manual_seed(3))
@@ -68,7 +68,7 @@ def test_the_trainer_learns_from_pairs_of_frames(tmp_path):
 
     from transformers import ViTModel
 
-    from ovdiff_lib.mini import train_dino
+    from ovdiff_lib.recipes import train_dino
 
     rng = np.random.default_rng(0)
     np.save(tmp_path / "train_images.npy", rng.integers(0, 255, (4, 64, 64, 3), dtype=np.uint8))
@@ -86,7 +86,7 @@ def test_the_trainer_learns_from_pairs_of_frames(tmp_path):
 
 
 def test_an_error_costs_more_on_a_coloured_pixel():
-    from ovdiff_lib.mini.train_vae import reconstruction_loss
+    from ovdiff_lib.recipes.train_vae import reconstruction_loss
 
     target = torch.zeros(1, 3, 4, 6)
     target[0, :, 1, 2] = torch.tensor([0.8, -0.4, -0.4])  # red; its distance from grey is 0.8
@@ -103,8 +103,8 @@ def test_an_error_costs_more_on_a_coloured_pixel():
 
 
 def test_frames_show_one_object_twice_in_two_places(tmp_path, monkeypatch):
-    from ovdiff_lib.mini import build
     from ovdiff_lib.mini.world import load_world
+    from ovdiff_lib.recipes import build
 
     world = load_world()
     glyphs = {}

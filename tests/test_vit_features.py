@@ -562,7 +562,7 @@ def test_clip_folder_is_shared_by_nobody(tiny_profile):
 # ---- the mini world's MAE
 
 def test_mae_training_saves_an_encoder_that_the_extractor_reads(tiny_profile, tmp_path):
-    from ovdiff_lib.mini import train_mae
+    from ovdiff_lib.recipes import train_mae
 
     np.save(tmp_path / "train_images.npy", pictures(8, 64, 64))
     np.save(tmp_path / "eval_images.npy", pictures(12, 64, 64, seed=1))

@@ -1,7 +1,7 @@
 """A small class-agnostic Mask R-CNN (He et al., 2017) as segmenter: CutLER's recipe (Wang et al., 2023) at the size of the mini world.
 
 The network is torchvision's, with a residual backbone and heads of its own; what it learned comes from MaskCut's masks alone
-(``ovdiff_lib.mini.train_detector``). A model is a folder with ``config.json`` (the fields of :data:`CONFIG`) and ``model.safetensors``.
+(``ovdiff_lib.recipes.train_detector``). A model is a folder with ``config.json`` (the fields of :data:`CONFIG`) and ``model.safetensors``.
 """
 
 from __future__ import annotations

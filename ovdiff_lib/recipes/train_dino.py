@@ -1,6 +1,6 @@
 """Train the mini DINO (a real ``transformers.ViTModel``) by self-distillation with multi-crop; no label is seen.
 
-``python -m ovdiff_lib.mini.train_dino --data DIR --out DIR --work DIR``
+``python -m ovdiff_lib.recipes.train_dino --data DIR --out DIR --work DIR``
 
 The images are pairs of frames: one object met in two places (``frames.npy``), as a video that follows it would show it. With crops of one
 scene instead, the surroundings that they share are the easier thing to agree on, and the mini world's few of them leave the object out of
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
-from ovdiff_lib.mini.training import Run, load_data, round_weights, seed_everything, shuffled_indices, training_parser, warmup_cosine
+from ovdiff_lib.recipes.training import Run, load_data, round_weights, seed_everything, shuffled_indices, training_parser, warmup_cosine
 
 GLOBAL, LOCAL = 64, 32  # pixels of a crop
 GLOBAL_SCALE, LOCAL_SCALE = (0.3, 1.0), (0.08, 0.3)  # share of the scene's area that a crop shows

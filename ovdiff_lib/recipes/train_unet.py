@@ -1,6 +1,6 @@
 """Train the mini Stable Diffusion UNet and write a ``StableDiffusionPipeline`` folder.
 
-``python -m ovdiff_lib.mini.train_unet --data DIR --vae DIR --clip DIR --out DIR --work DIR``
+``python -m ovdiff_lib.recipes.train_unet --data DIR --vae DIR --clip DIR --out DIR --work DIR``
 
 Latents and text states never change, so both are computed once into WORK.
 To train longer, call it again with the same WORK and a larger ``--minutes``. To go on from finished weights, give ``--init`` and a new
@@ -23,9 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from ovdiff_lib.mini.train_clip import save_text_encoder, save_tokenizer
-from ovdiff_lib.mini.train_vae import to_signed
-from ovdiff_lib.mini.training import (
+from ovdiff_lib.recipes.train_clip import save_text_encoder, save_tokenizer
+from ovdiff_lib.recipes.train_vae import to_signed
+from ovdiff_lib.recipes.training import (
     EMA,
     Run,
     load_data,

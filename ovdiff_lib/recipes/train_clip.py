@@ -1,6 +1,6 @@
 """Train the mini CLIP (a real ``transformers.CLIPModel``) and its BPE tokenizer.
 
-``python -m ovdiff_lib.mini.train_clip --data DIR --out DIR --work DIR``
+``python -m ovdiff_lib.recipes.train_clip --data DIR --out DIR --work DIR``
 
 The text tower is the text encoder of the mini Stable Diffusion as well, so the
 tokenizer is written in ``CLIPTokenizer`` format.
@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD
-from ovdiff_lib.mini.training import Run, load_data, seed_everything, shuffled_indices, training_parser, warmup_cosine
+from ovdiff_lib.recipes.training import Run, load_data, seed_everything, shuffled_indices, training_parser, warmup_cosine
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 TEMPLATE = "a good picture of a {}"

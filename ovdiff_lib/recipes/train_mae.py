@@ -1,6 +1,6 @@
 """Train the mini MAE (the encoder of a real ``transformers.ViTMAEForPreTraining``) by masked reconstruction; no label is seen.
 
-``python -m ovdiff_lib.mini.train_mae --data DIR --out DIR --work DIR``
+``python -m ovdiff_lib.recipes.train_mae --data DIR --out DIR --work DIR``
 
 Three quarters of a crop's patches are hidden; the encoder sees the rest and a small decoder must fill the gaps (He et al., 2022). Only
 the encoder is kept. Labels of held-out scenes are read only to log a nearest-neighbour accuracy.
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import ViTImageProcessor, ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
-from ovdiff_lib.mini.train_dino import IMAGENET_MEAN, IMAGENET_STD, crop, nearest_neighbour, normalise
-from ovdiff_lib.mini.training import Run, load_data, round_weights, seed_everything, shuffled_indices, training_parser, warmup_cosine
+from ovdiff_lib.recipes.train_dino import IMAGENET_MEAN, IMAGENET_STD, crop, nearest_neighbour, normalise
+from ovdiff_lib.recipes.training import Run, load_data, round_weights, seed_everything, shuffled_indices, training_parser, warmup_cosine
 
 SIZE, PATCH = 64, 8  # pixels
 SCALE = (0.25, 1.0)  # share of the scene's area that a crop shows

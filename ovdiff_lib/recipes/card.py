@@ -1,6 +1,6 @@
 """Write what a model folder should say about itself: README.md, training_log.csv and a loss curve.
 
-``python -m ovdiff_lib.mini.card --model DIR --work DIR --kind clip``
+``python -m ovdiff_lib.recipes.card --model DIR --work DIR --kind clip``
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from pathlib import Path
 from PIL import Image
 
 KINDS = {
-    "clip": ("Mini CLIP", "transformers.CLIPModel", "ovdiff_lib.mini.train_clip",
+    "clip": ("Mini CLIP", "transformers.CLIPModel", "ovdiff_lib.recipes.train_clip",
              "Contrastive image-text model for 64x64 px scenes; images with the same caption share their target."),
-    "vae": ("Mini autoencoder", "diffusers.AutoencoderKL", "ovdiff_lib.mini.train_vae",
+    "vae": ("Mini autoencoder", "diffusers.AutoencoderKL", "ovdiff_lib.recipes.train_vae",
             "Convolutional autoencoder, 64x64 px to 16x16 latents; L1, gradient L1, squared error and a small KL."),
-    "unet": ("Mini Stable Diffusion", "diffusers.StableDiffusionPipeline", "ovdiff_lib.mini.train_unet",
+    "unet": ("Mini Stable Diffusion", "diffusers.StableDiffusionPipeline", "ovdiff_lib.recipes.train_unet",
              "Text-to-image latent diffusion; epsilon prediction, min-SNR-5 weights, 10 % empty captions, averaged weights."),
-    "dino": ("Mini DINO", "transformers.ViTModel", "ovdiff_lib.mini.train_dino",
+    "dino": ("Mini DINO", "transformers.ViTModel", "ovdiff_lib.recipes.train_dino",
              "Vision transformer trained by self-distillation with multi-crop on pairs of frames that show one object in two places; "
              "no label or caption is read."),
-    "mae": ("Mini MAE", "transformers.ViTMAEModel", "ovdiff_lib.mini.train_mae",
+    "mae": ("Mini MAE", "transformers.ViTMAEModel", "ovdiff_lib.recipes.train_mae",
             "Encoder of a masked autoencoder, 75 % of the patches hidden, normalised pixels as target; no label or caption is read."),
-    "groupvit": ("Mini GroupViT", "transformers.GroupViTModel", "ovdiff_lib.mini.train_groupvit",
+    "groupvit": ("Mini GroupViT", "transformers.GroupViTModel", "ovdiff_lib.recipes.train_groupvit",
                  "Vision transformer that groups its patches in two stages, trained contrastively on captions and on prompts for what they "
                  "name; no mask is read."),
-    "detector": ("Mini detector", "torchvision Mask R-CNN", "ovdiff_lib.mini.train_detector",
+    "detector": ("Mini detector", "torchvision Mask R-CNN", "ovdiff_lib.recipes.train_detector",
                  "Class-agnostic Mask R-CNN trained on MaskCut's masks of training scenes, which is CutLER's recipe; no label is read."),
 }
 

@@ -13,9 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ovdiff_lib.mini.card import write_card
-from ovdiff_lib.mini.quality import WEIGHTS
 from ovdiff_lib.profiles import load_profile
+from ovdiff_lib.recipes.card import write_card
+from ovdiff_lib.recipes.quality import WEIGHTS
 
 MINUTES = {"clip": 24, "vae": 24, "unet": 110, "dino": 42, "mae": 35, "detector": 25, "groupvit": 38}
 """Training time of each model; the learning rate anneals over it."""
@@ -30,11 +30,11 @@ def stages(work: Path) -> list[list[str]]:
     data, out, run = work / "scenes", work / "models", work / "training"
 
     def train(script: str, name: str, *more: str) -> list[str]:
-        return [f"ovdiff_lib.mini.{script}", "--data", str(data), "--out", str(out / name), "--work", str(run / name),
+        return [f"ovdiff_lib.recipes.{script}", "--data", str(data), "--out", str(out / name), "--work", str(run / name),
                 "--steps", "1000000", "--minutes", str(MINUTES[name]), *more]
 
     return [
-        ["ovdiff_lib.mini.build", "--work", str(work)],
+        ["ovdiff_lib.recipes.build", "--work", str(work)],
         train("train_clip", "clip", "--threads", "2"),
         train("train_vae", "vae", "--threads", "2"),
         train("train_unet", "unet", "--vae", str(out / "vae"), "--clip", str(out / "clip")),
@@ -56,15 +56,15 @@ def assemble(work: Path, weights: Path = WEIGHTS) -> None:
 
 DATA_NOTE = """## Data
 
-80,000 scenes of the mini world at 64x64 px (`python -m ovdiff_lib.mini.build`, seed 0): 42 nouns in three drawing styles over eight kinds
-of surroundings, 24 % with two objects, 6 % with none, up to four captions a scene. None of them is in the val or wild split."""
+80,000 scenes of the mini world at 64x64 px (`python -m ovdiff_lib.recipes.build`, seed 0): 42 nouns in three drawing styles over eight
+kinds of surroundings, 24 % with two objects, 6 % with none, up to four captions a scene. None of them is in the val or wild split."""
 
 LICENCE = """Apache-2.0, as the project. Its training scenes are composed of Microsoft Fluent Emoji (MIT) and Noto Emoji (Apache-2.0);
 see NOTICE."""
 
 
 def write_cards(training: Path, weights: Path = WEIGHTS, remarks: dict[str, str] | None = None) -> None:
-    """Model cards from the training logs and the measurements of :mod:`ovdiff_lib.mini.quality`; ``remarks`` adds text by kind."""
+    """Model cards from the training logs and the measurements of :mod:`ovdiff_lib.recipes.quality`; ``remarks`` adds text by kind."""
     measured = json.loads((weights / "quality.json").read_text(encoding="utf-8"))
     by_class = measured["drawn_recognised_by_class"]
     weakest = ", ".join(f"{noun} {100 * share:.0f} %" for noun, share in sorted(by_class.items(), key=lambda item: item[1])[:5])
@@ -96,7 +96,7 @@ def write_cards(training: Path, weights: Path = WEIGHTS, remarks: dict[str, str]
                            f"{100 * groups['whole_image_miou']:.1f} %).")
     for kind in quality:
         folder = weights / FOLDERS.get(kind, kind)
-        notes = f"## Quality\n\nMeasured by `python -m ovdiff_lib.mini.quality`. {quality[kind]}\n\n{DATA_NOTE}"
+        notes = f"## Quality\n\nMeasured by `python -m ovdiff_lib.recipes.quality`. {quality[kind]}\n\n{DATA_NOTE}"
         if remarks and kind in remarks:
             notes += f"\n\n## This run\n\n{remarks[kind]}"
         write_card(folder, training / kind, kind, license_note=LICENCE, notes=notes)
@@ -110,7 +110,7 @@ def main() -> None:
         print("python -m " + " ".join(stage), flush=True)
         subprocess.run([sys.executable, "-m", *stage], check=True)
     assemble(arguments.work)
-    subprocess.run([sys.executable, "-m", "ovdiff_lib.mini.quality"], check=True)
+    subprocess.run([sys.executable, "-m", "ovdiff_lib.recipes.quality"], check=True)
     write_cards(arguments.work / "training")
 
 

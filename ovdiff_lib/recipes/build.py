@@ -1,7 +1,7 @@
 """Draw the data of the mini world: training scenes (not shipped), the val and wild splits, and an archive of scenes (both shipped).
 
-Run as ``python -m ovdiff_lib.mini.build --work DIR`` (``make mini-world`` does). Training arrays go to ``DIR/scenes``; the splits and the
-archive go to the package's ``mini/data``. Every array is a function of the seeds in :data:`SEEDS` alone.
+Run as ``python -m ovdiff_lib.recipes.build --work DIR`` (``make mini-world`` does). Training arrays go to ``DIR/scenes``; splits and
+the archive go to the package's ``mini/data``. Every array is a function of the seeds in :data:`SEEDS` alone.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ovdiff_lib.mini.art import build_glyphs
-from ovdiff_lib.mini.scenes import Glyphs, Scene, draw_scene
+from ovdiff_lib import mini
 from ovdiff_lib.mini.world import World, load_world
+from ovdiff_lib.recipes.art import build_glyphs
+from ovdiff_lib.recipes.scenes import Glyphs, Scene, draw_scene
 
 SEEDS = {"train": 0, "eval": 1, "val": 2, "wild": 3, "frames": 4}
 """Stream of scenes each split is drawn from; no scene is in two splits."""
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(mini.__file__).parent / "data"
 """The splits that ship."""
 
 SHAPES = ((128, 160), (128, 192), (160, 128), (128, 144), (176, 128), (128, 176))

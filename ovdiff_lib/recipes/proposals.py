@@ -1,6 +1,6 @@
 """How well a segmenter's proposals cover the objects of the mini world, and what a profile's settings change about that.
 
-``python -m ovdiff_lib.mini.proposals --segmenter maskcut --limit 60 --set masks.maskcut_tau=0.3`` prints the recall as JSON.
+``python -m ovdiff_lib.recipes.proposals --segmenter maskcut --limit 60 --set masks.maskcut_tau=0.3`` prints the recall as JSON.
 """
 
 from __future__ import annotations

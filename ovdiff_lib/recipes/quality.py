@@ -1,6 +1,6 @@
 """Measure the models of the mini world on images none of them was trained on; the numbers go on their model cards.
 
-``python -m ovdiff_lib.mini.quality`` prints them and writes ``mini/weights/quality.json``.
+``python -m ovdiff_lib.recipes.quality`` prints them and writes ``mini/weights/quality.json``.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ovdiff_lib import mini
 from ovdiff_lib.baselines.groupvit import GroupViT, load_groupvit
 from ovdiff_lib.evaluation import evaluate, grid_search_threshold, load_dataset
 from ovdiff_lib.filters.category import CategoryFilter
 from ovdiff_lib.images import write_atomic
-from ovdiff_lib.mini.train_vae import psnr
 from ovdiff_lib.mini.world import IGNORE, load_world
 from ovdiff_lib.models import load_clip, load_diffusion
 from ovdiff_lib.profiles import Profile, load_profile
+from ovdiff_lib.recipes.train_vae import psnr
 from ovdiff_lib.support.attribution import class_token_positions, fill_template, record_attribution
 from ovdiff_lib.support.sampler import sample_support
 from ovdiff_lib.types import Category, Vocabulary
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(mini.__file__).parent / "weights"
 FOLDERS = {"diffusion": "stable-diffusion", "clip": "clip", "dino": "dino", "mae": "mae", "detector": "detector", "groupvit": "groupvit"}
 """Field of ``profile.models`` -> folder of a set of mini models."""
 
@@ -132,7 +133,7 @@ def neighbour_top1(profile: Profile, neighbours: int = 5) -> dict[str, float]:
 def proposal_recall(profile: Profile) -> dict[str, float]:
     """Mean over validation objects of the best IoU among the proposals of MaskCut and of the detector."""
     from ovdiff_lib.masks import SEGMENTERS
-    from ovdiff_lib.mini.proposals import recall
+    from ovdiff_lib.recipes.proposals import recall
 
     return {name: recall(SEGMENTERS[name](profile)).best for name in ("maskcut", "detector")}
 

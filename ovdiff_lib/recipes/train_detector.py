@@ -1,6 +1,6 @@
 """Train the mini detector as CutLER does (Wang et al., 2023): a Mask R-CNN learns from the masks that MaskCut finds in unlabelled scenes.
 
-``python -m ovdiff_lib.mini.train_detector --data DIR --out DIR --work DIR``
+``python -m ovdiff_lib.recipes.train_detector --data DIR --out DIR --work DIR``
 
 First MaskCut runs over some training scenes (resumable, ``pseudo_masks.npz`` in the work folder), then the detector is trained on what it
 found, with copy-paste and DropLoss. ``--masks FILE --teacher DIR`` is the self-training round: the masks of that file, with the confident
@@ -24,12 +24,12 @@ from torchvision.ops import box_iou
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.masks import SEGMENTERS, build_segmenter
 from ovdiff_lib.masks.detector import CONFIG, DetectorSegmenter, build_detector, detect, load_detector, save_detector
-from ovdiff_lib.mini.proposals import recall
-from ovdiff_lib.mini.pseudo_masks import PseudoMasks, boxes_of, merge, views
-from ovdiff_lib.mini.training import EMA, Run, round_weights, seed_everything, shuffled_indices, training_parser, warmup_cosine
 from ovdiff_lib.models import model_identity
 from ovdiff_lib.profiles import load_profile
 from ovdiff_lib.profiles.profile import parse_assignments
+from ovdiff_lib.recipes.proposals import recall
+from ovdiff_lib.recipes.pseudo_masks import PseudoMasks, boxes_of, merge, views
+from ovdiff_lib.recipes.training import EMA, Run, round_weights, seed_everything, shuffled_indices, training_parser, warmup_cosine
 
 DROP_IOU = 0.01  # CutLER's DROPLOSS_IOU_THRESH
 CANVASES = (80, 96, 112, 128)  # pixels; CutLER varies the size of the images too

@@ -1,6 +1,6 @@
 """Train the mini autoencoder (a real ``diffusers.AutoencoderKL``): 64x64 px to 16x16 latents.
 
-``python -m ovdiff_lib.mini.train_vae --data DIR --out DIR --work DIR``
+``python -m ovdiff_lib.recipes.train_vae --data DIR --out DIR --work DIR``
 
 No adversary and no perceptual network: at this size L1 plus the L1 of image
 gradients keeps edges, and a very small KL keeps the latents near unit scale
@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from ovdiff_lib.mini.training import (
+from ovdiff_lib.recipes.training import (
     EMA,
     Run,
     load_data,

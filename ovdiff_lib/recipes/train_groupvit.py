@@ -1,6 +1,6 @@
 """Train the mini GroupViT (a real ``transformers.GroupViTModel``) on the captions of the mini world; no mask is read.
 
-``python -m ovdiff_lib.mini.train_groupvit --data DIR --out DIR --work DIR --clip DIR``
+``python -m ovdiff_lib.recipes.train_groupvit --data DIR --out DIR --work DIR --clip DIR``
 
 The two losses of Xu et al. (2022, Sec. 3.3): images against captions, and images against a prompt for each thing their caption names.
 The tokenizer is the mini CLIP's. Nouns of held-out scenes and masks of mini-voc are read only to log accuracies.
@@ -24,9 +24,9 @@ from ovdiff_lib.baselines.groupvit import GroupViT, normalise
 from ovdiff_lib.evaluation import grid_search_threshold, load_dataset
 from ovdiff_lib.evaluation.samples import Dataset
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
-from ovdiff_lib.mini.train_clip import TEMPLATE, augment, contrastive_loss, pad_ids, to_float
-from ovdiff_lib.mini.training import Run, load_data, round_weights, seed_everything, shuffled_indices, training_parser, warmup_cosine
 from ovdiff_lib.profiles import Profile, load_profile
+from ovdiff_lib.recipes.train_clip import TEMPLATE, augment, contrastive_loss, pad_ids, to_float
+from ovdiff_lib.recipes.training import Run, load_data, round_weights, seed_everything, shuffled_indices, training_parser, warmup_cosine
 
 TEMPLATES = ("a picture of a {}", TEMPLATE, "{}", "a {}")
 """How the captions speak of a thing; number i belongs to the i-th alternative of a scene's captions."""
