@@ -7,18 +7,24 @@ Whatever the model libraries raise while loading becomes :class:`~ovdiff_lib.err
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import math
 import pickle
 import textwrap
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
 from ovdiff_lib.published import MODEL_TYPES, how_to_get
@@ -37,6 +43,10 @@ IDENTITY_SUFFIXES = (".json", ".txt", ".safetensors", ".bin")
 
 COMPILED = ("ResnetBlock2D", "FeedForward", "CLIPMLP", "ViTMLP", "Mlp")
 """Classes of modules that ``models.compile`` compiles, of diffusers, transformers and timm."""
+
+LIBRARIES = {"diffusers": "diffusers", "transformers": "transformers", "open_clip": "open_clip_torch", "torchvision": "torchvision",
+             "timm": "timm"}
+"""Module -> distribution of the libraries whose networks are loaded, and read at layers whose names they do not promise to keep."""
 
 _loaded: dict[tuple, Any] = {}
 _file_hashes: dict[tuple[str, int, int], str] = {}
@@ -114,6 +124,18 @@ def model_identity(identifier: str) -> str:
         if isinstance(cached, str):
             return f"hub:{source}@{Path(cached).parent.name}"  # .../snapshots/<revision>/<file>
     return f"hub:{source}@not-cached"
+
+
+def check_libraries() -> None:
+    """``ModelNotAvailable`` if one of :data:`LIBRARIES` is outside the range that this package declares in pyproject.toml.
+
+    Asked before anything is loaded: another version fails later, somewhere inside a network, or gives other features.
+    """
+    for distribution in LIBRARIES.values():
+        installed, supported = _versions(distribution)
+        if installed and not SpecifierSet(supported).contains(installed, prereleases=True):
+            raise ModelNotAvailable(f"{distribution} {installed} is installed, and ovdiff_lib works with {distribution}{supported}; get "
+                                    f"such a version with `pip install \"{distribution}{supported}\"`.")
 
 
 def resolve_device(profile: Profile) -> torch.device:
@@ -211,6 +233,7 @@ def _cached(name: str, build: Any, identifier: str, profile: Profile, variant: s
     source, device, dtype = resolve_model(identifier), resolve_device(profile), resolve_dtype(profile)
     key = (name, variant, str(source), str(device), dtype, profile.models.compile, profile.models.channels_last)
     if key not in _loaded:
+        check_libraries()
         if profile.models.compile:
             _check_compiler()
         options = {"local_files_only": not profile.models.download}
@@ -306,7 +329,8 @@ def _loading(identifier: str, source: Path | str, download: bool) -> Iterator[No
 
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError,
+            TypeError, AttributeError, KeyError, ImportError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if isinstance(error, pickle.UnpicklingError):  # of which torch says at length how to have it run
             first_line = "its weights are a pickle that is damaged or holds more than tensors, and it was not run"
@@ -319,7 +343,42 @@ def _loading(identifier: str, source: Path | str, download: bool) -> Iterator[No
         else:
             looked = "from the hub cache on this machine"
             remedy = f"fetch it with `{how_to_get(str(source))}`, set models.download to true, or give a folder that holds the model"
+        if isinstance(error, (TypeError, AttributeError, KeyError, ImportError)):  # what libraries that do not fit each other raise
+            reason = f"{reason}: {_place(error)}"
+            remedy = "`pip check` tells whether the installed libraries fit each other; if they do, " + remedy
         raise ModelNotAvailable(f"The model {identifier!r} could not be loaded {looked} ({reason}); {remedy}.") from error
+
+
+def _place(error: BaseException) -> str:
+    """Where an error comes from, as far as a user can tell it to somebody: its type, module and line, and the model library."""
+    frames = [(frame.f_globals["__name__"], line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    module, line = frames[-1]
+    # What lacks an attribute, or cannot be imported, is of a library that need not have been running.
+    lacking = getattr(error, "obj", None)
+    owners = [name for name, _ in frames] + [getattr(lacking, "__module__", None) or getattr(lacking, "__name__", "")]
+    owners += [error.name or ""] if isinstance(error, ImportError) else []
+    text = f"{type(error).__name__} in {module}, line {line}"
+    for owner in reversed(owners):
+        if distribution := LIBRARIES.get(owner.split(".")[0]):
+            installed, supported = _versions(distribution)
+            return f"{text}, with {distribution} {installed or 'not installed'}{f' of {supported}' if supported else ''}"
+    return text
+
+
+@functools.cache
+def _versions(distribution: str) -> tuple[str, str]:
+    """The installed version ("" if there is none) and the range, ">=1,<2", that this package's own metadata name ("" if they do not)."""
+    try:
+        installed = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        installed = ""
+    try:
+        requirements = [Requirement(line) for line in importlib.metadata.requires("ovdiff-lib") or []]
+    except importlib.metadata.PackageNotFoundError:  # run from its sources, without an installation
+        requirements = []
+    wanted = canonicalize_name(distribution)
+    supported = next((r.specifier for r in requirements if canonicalize_name(r.name) == wanted), SpecifierSet())
+    return installed, ",".join(sorted(map(str, supported), reverse=True))  # the lower bound first
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Loading: the right objects once, one sentence for whatever is wrong with the weights, identities that follow the content."""
 
+import json
 import os
 import shutil
 
@@ -146,6 +147,135 @@ def test_damaged_weights_are_refused(tiny_profile, tiny_models, tmp_path, damage
     with pytest.raises(ModelNotAvailable) as caught:
         load_diffusion(with_model(tiny_profile, diffusion=folder))
     assert told in sentence(caught) and str(folder) in str(caught.value)
+
+
+# ---- libraries of other versions
+
+@pytest.fixture
+def reload(monkeypatch):
+    """Nothing is loaded yet, and no version was asked for."""
+    monkeypatch.setattr(models, "_loaded", {})
+    models._versions.cache_clear()
+    yield
+    models._versions.cache_clear()
+
+
+@pytest.fixture
+def installed(monkeypatch, reload):
+    """Sets what the metadata say: versions of libraries, and the lines that this package requires."""
+    def pretend(requires, **versions):
+        known = models.importlib.metadata.version
+        monkeypatch.setattr(models.importlib.metadata, "version", lambda name: versions.get(name) or known(name))
+        monkeypatch.setattr(models.importlib.metadata, "requires", lambda name: {"ovdiff-lib": requires}[name])
+    return pretend
+
+
+RANGES = ["diffusers<1,>=0.40", "transformers<6,>=5.9", "open-clip-torch<4,>=3"]
+
+
+@pytest.mark.parametrize(("library", "version", "load"), [
+    ("diffusers", "0.39.0", load_diffusion), ("transformers", "5.8.1", load_dino), ("transformers", "6.0.0", load_mae),
+    ("open_clip_torch", "2.32.0", load_open_clip)])
+def test_a_library_outside_its_range_is_refused_before_it_is_used(tiny_profile, monkeypatch, installed, library, version, load):
+    from transformers import PreTrainedModel
+
+    installed(RANGES, **{library: version})
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("it was used"))
+    monkeypatch.setattr(models, "_build_diffusion", lambda *_: pytest.fail("it was used"))
+    with pytest.raises(ModelNotAvailable, match="pip install") as caught:
+        load(tiny_profile)
+    floor = {"diffusers": ">=0.40", "transformers": ">=5.9", "open_clip_torch": ">=3"}[library]
+    assert f"{library} {version} is installed" in sentence(caught) and floor in sentence(caught)
+
+
+def test_ranges_are_those_of_this_package(tiny_profile, installed):
+    installed(["diffusers<1,>=0.41.5; python_version > '3'", "transformers>=5"], diffusers="0.41.4", transformers="7.1.dev0")
+    with pytest.raises(ModelNotAvailable, match=r"0\.41\.4 .*diffusers>=0\.41\.5,<1;"):
+        load_diffusion(tiny_profile)
+    models._versions.cache_clear()
+    installed(["diffusers", "transformers>=5"], diffusers="0.1", transformers="7.1.dev0")
+    assert load_diffusion(tiny_profile)
+
+
+def test_without_an_installation_there_is_no_range_to_keep(tiny_profile, reload, monkeypatch):
+    def unknown(name):
+        raise models.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(models.importlib.metadata, "requires", unknown)
+    assert load_clip(tiny_profile)
+
+
+class Old:
+    """A network of diffusers before 0.40: what it is not told of goes to its constructor."""
+
+    def __init__(self, *, torch_dtype=None):
+        pass
+
+    @classmethod
+    def from_pretrained(cls, source, subfolder=None, torch_dtype=None, output_loading_info=False, **options):
+        return cls(torch_dtype=torch_dtype, **{k: v for k, v in options.items() if k not in ("local_files_only", "low_cpu_mem_usage")}), {}
+
+
+def test_an_old_diffusers_that_does_not_know_dtype(tiny_profile, monkeypatch, installed):
+    import diffusers
+
+    installed(["diffusers"], diffusers="0.39.0")  # even where nobody named a range
+    monkeypatch.setattr(diffusers, "UNet2DConditionModel", Old)
+    with pytest.raises(ModelNotAvailable, match="unexpected keyword argument 'dtype'") as caught:
+        load_diffusion(tiny_profile)
+    assert "TypeError" in sentence(caught) and "pip check" in str(caught.value)
+    assert isinstance(caught.value.__cause__, TypeError)
+
+
+def raising(error):
+    def fail(*_arguments, **_options):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [
+    TypeError("got an unexpected keyword argument 'x'"), AttributeError("no attribute 'layers'"), KeyError("vision_config"),
+    ImportError("cannot import name 'ViTModel'", name="transformers"), ModuleNotFoundError("No module named 'y'", name="y"),
+    ImportError("")])
+@pytest.mark.parametrize(("load", "where"), [
+    (load_diffusion, ("diffusers", "AutoencoderKL")), (load_clip, ("transformers", "CLIPModel")),
+    (load_dino, ("transformers", "ViTModel")), (load_mae, ("transformers", "ViTMAEModel"))])
+def test_what_libraries_that_do_not_fit_raise_becomes_a_sentence(tiny_profile, monkeypatch, reload, error, load, where):
+    module, name = where
+    monkeypatch.setattr(getattr(__import__(module), name), "from_pretrained", raising(error))
+    with pytest.raises(ModelNotAvailable) as caught:
+        load(tiny_profile)
+    assert f"{type(error).__name__} in " in sentence(caught) and "could not be loaded" in str(caught.value)
+    assert caught.value.__cause__ is error  # with its traceback, for whoever calls from Python
+    if str(error):
+        assert str(error).strip("'") in str(caught.value)
+
+
+def test_the_library_in_which_it_happened_is_named_with_its_version(tiny_profile, tiny_models, tmp_path, reload):
+    import transformers
+
+    folder = shutil.copytree(tiny_models / "dino", tmp_path / "dino")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_act": "no-such-activation"}))
+    with pytest.raises(ModelNotAvailable, match=r"KeyError in transformers\.") as caught:
+        load_dino(with_model(tiny_profile, dino=folder))
+    assert f"transformers {transformers.__version__} of >=" in sentence(caught) and str(folder) in str(caught.value)
+
+
+def test_the_library_of_what_lacks_an_attribute_is_named(tiny_profile, reload):
+    import open_clip
+    import transformers
+
+    def lacking(source, device, dtype, options):
+        return transformers.ViTModel(transformers.ViTConfig(hidden_size=4, num_attention_heads=2, num_hidden_layers=1)).no_such_layers
+
+    with pytest.raises(ModelNotAvailable, match=f"AttributeError in .*transformers {transformers.__version__}"):
+        models.load_network(tiny_profile, "dino", lacking)
+    with pytest.raises(ModelNotAvailable, match=f"open_clip_torch {models.importlib.metadata.version('open_clip_torch')}"):
+        models.load_network(tiny_profile, "dino", lambda *_: open_clip.no_such_function)
+    with pytest.raises(ModelNotAvailable, match=r"ImportError in .*, with open_clip_torch"):
+        models.load_network(tiny_profile, "dino", lambda *_: exec("from open_clip import no_such_name"))
 
 
 def test_identity_follows_content_not_place(tiny_models, tmp_path):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
 from ovdiff_lib.features.clip import clip_layer, clip_statistics
 from ovdiff_lib.features.vit import ViTExtractor
-from ovdiff_lib.models import complete, load_network, resolve_model
+from ovdiff_lib.models import check_libraries, complete, load_network, resolve_model
 
 if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer
@@ -96,6 +96,7 @@ def load_open_clip(profile: Profile) -> VisionTransformer:
                            "ViT-B-16-quickgelu with models.open_clip_pretrained openai, or to a folder of transformers' CLIPModel.")
     if isinstance(resolve_model(name), Path):
         return load_network(profile, "open_clip", _convert)
+    check_libraries()
     trained = _check_names(name, weights)
     file = _weights_file(name, weights, trained, profile.models.download) if trained else weights
     build = functools.partial(_create, architecture=name, quick_gelu=bool(trained.get("quick_gelu")))
