@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,14 @@ def tiny_models(tmp_path_factory) -> Path:
 def tiny_profile(tiny_models) -> Profile:
     """The mini profile with the tiny models and small sizes."""
     return load_profile("mini", tiny_overrides(tiny_models))
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """``without(package)``: as where it is not installed, whether it is or not, and whatever of it was imported before."""
+    def block(package: str) -> None:
+        loaded = [name for name in sys.modules if name.partition(".")[0] == package]
+        for name in [package, *loaded]:
+            monkeypatch.setitem(sys.modules, name, None)  # how Python notes a module that cannot be imported
+
+    return block

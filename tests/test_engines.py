@@ -327,8 +327,8 @@ def test_ray_is_not_imported_unless_it_runs(tmp_path):
     assert run.stdout.split() == ["[3.0]", "False"]
 
 
-def test_ray_that_is_not_installed(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "ray", None)  # how Python notes a module that cannot be imported
+def test_ray_that_is_not_installed(without, tmp_path):
+    without("ray")
     with pytest.raises(OVDiffError, match=r'pip install "ovdiff-lib\[ray\]"') as caught:
         list(RayEngine(1).run(partial(Inverse, tmp_path), [1]))
     assert "\n" not in str(caught.value)

@@ -272,8 +272,8 @@ def test_the_dense_crf_moves_the_border_to_the_edge():
     assert iou(refine(coarse, image, "crf"), truth) > 0.98
 
 
-def test_the_dense_crf_says_what_it_needs(monkeypatch, dino):
-    monkeypatch.setitem(__import__("sys").modules, "pydensecrf", None)
+def test_the_dense_crf_says_what_it_needs(without, dino):
+    without("pydensecrf")
     with pytest.raises(ProfileError, match="pip install pydensecrf2"):
         MaskCut(dino, settings(maskcut_refine="crf"))
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import pickle
-import sys
 import types
 
 import numpy as np
@@ -201,8 +200,8 @@ def test_cutler_without_instances_proposes_nothing():
         CutLER(network, 1.5)
 
 
-def test_without_detectron2_one_sentence_says_what_to_do(monkeypatch, models):
-    monkeypatch.setitem(sys.modules, "detectron2", None)
+def test_without_detectron2_one_sentence_says_what_to_do(without, models):
+    without("detectron2")
     with pytest.raises(ProfileError, match=r"(?s)detectron2.*environment\.yml.*maskcut.*detector.*threshold"):
         SEGMENTERS["cutler"](profile(models, "cutler"))
 
