@@ -2,8 +2,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
+LOWEST := .venv-lowest/.installed
 
-.PHONY: help install reproduce test lab mini-world clean
+.PHONY: help install reproduce test test-lowest lab mini-world clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -24,6 +25,14 @@ reproduce: $(STAMP) ## every table and figure of the mini profile, into outputs/
 test: $(STAMP) ## the tests
 	$(BIN)/python -m pytest -q
 
+test-lowest: $(LOWEST) ## the tests of the method with the lowest versions that pyproject.toml allows
+	.venv-lowest/bin/python -m pytest -q -n 2 tests/method
+
+$(LOWEST): pyproject.toml .ci/lowest.py | $(STAMP)
+	@echo "Installing the lowest versions into .venv-lowest (a minute) ..."
+	@$(BIN)/python .ci/lowest.py
+	@touch $@
+
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
@@ -32,4 +41,4 @@ mini-world: $(STAMP) ## draw the mini world and train its models anew (hours; ne
 
 clean: ## delete caches and executed notebooks; committed tables and figures stay
 	rm -rf outputs/*/cache outputs/*/*.ipynb outputs/*/*.stamp.json .pytest_cache .ruff_cache .hypothesis build
-	find . -path ./.venv -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

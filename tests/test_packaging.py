@@ -217,12 +217,13 @@ def make(*arguments, cwd=ROOT):
 
 
 def test_make_targets_run_what_they_say():
-    for target, command in [("test", "-m pytest"), ("reproduce", "ovdiff reproduce --profile mini"), ("lab", "jupyter lab notebooks"),
+    for target, command in [("test", "-m pytest"), ("test-lowest", "-m pytest"),
+                            ("reproduce", "ovdiff reproduce --profile mini"), ("lab", "jupyter lab notebooks"),
                             ("mini-world", "-m ovdiff_lib.recipes.rebuild"), ("install", "pip install")]:
         assert command in make("--dry-run", "--always-make", target)
     assert (ROOT / "ovdiff_lib" / "recipes" / "rebuild.py").exists()
     described = dict(line.split(maxsplit=1) for line in make("help").splitlines())
-    assert set(described) == {"help", "install", "reproduce", "test", "lab", "mini-world", "clean"}
+    assert set(described) == {"help", "install", "reproduce", "test", "test-lowest", "lab", "mini-world", "clean"}
 
 
 def test_make_clean_keeps_tables_and_figures(tmp_path):

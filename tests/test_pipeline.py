@@ -268,7 +268,8 @@ def test_images_segmented_together_are_those_segmented_alone(tiny_profile, folde
         for one, many, chosen in zip(alone, several, kept, strict=True):
             assert many.kept == one.kept == chosen and many.labels.shape == one.labels.shape
             assert np.allclose(many.kept_scores, one.kept_scores, atol=1e-4)
-            assert (many.labels == one.labels).mean() > 0.99 and (many.winner == one.winner).mean() > 0.98
+            # Of prototypes that are alike, rounding tells the winner.
+            assert (many.labels == one.labels).mean() > 0.99 and (many.winner == one.winner).mean() > 0.95
             assert np.array_equal(many.filter_scores, one.filter_scores)
 
 
