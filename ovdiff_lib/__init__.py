@@ -8,8 +8,10 @@
 Importing the package loads no model and opens no file.
 """
 
+from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError, ModelNotAvailable, OVDiffError, ProfileError
-from ovdiff_lib.types import Category, PrototypeBank, Segmentation, SupportSet, Vocabulary
+from ovdiff_lib.segmentation import Segmentation
+from ovdiff_lib.types import PrototypeBank, SupportSet
 
 __version__ = "0.1.0"
 __all__ = ["Category", "InputError", "ModelNotAvailable", "OVDiff", "OVDiffError", "ProfileError", "PrototypeBank",

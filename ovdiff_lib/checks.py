@@ -6,12 +6,10 @@ list of them.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
-from ovdiff_lib.errors import InputError, ProfileError
-from ovdiff_lib.profiles import Profile
+from ovdiff_lib.errors import ProfileError
+from ovdiff_lib.profiles.schema import Profile
 
 
 def check_profile(profile: Profile) -> None:
@@ -39,9 +37,9 @@ def _checks(profile: Profile, models: bool = True) -> list[Callable[[], None]]:
     from ovdiff_lib.filters.stuff import check_stuff
     from ovdiff_lib.masks import check_segmenter
     from ovdiff_lib.masks.select import check_masks
-    from ovdiff_lib.matching import check_background, check_matching
-    from ovdiff_lib.models import resolve_model
-    from ovdiff_lib.prototypes import check_prototypes, check_resize
+    from ovdiff_lib.matching.matcher import check_background, check_matching
+    from ovdiff_lib.networks.identity import resolve_model
+    from ovdiff_lib.prototypes.build import check_prototypes, check_resize
 
     checks = [lambda: check_extractors(profile), lambda: check_segmenter(profile), lambda: check_masks(profile.masks),
               lambda: check_resize(profile.masks.resize), lambda: check_prototypes(profile.prototypes)]
@@ -53,22 +51,3 @@ def _checks(profile: Profile, models: bool = True) -> list[Callable[[], None]]:
     if profile.filters.category and models:
         checks.append(lambda: resolve_model(profile.models.clip))
     return checks
-
-
-def check_output(folder: str | Path) -> None:
-    """``InputError`` if ``folder``, which need not exist yet, cannot be written to; nothing is left behind."""
-    folder = Path(folder)
-    try:
-        nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror or error}); free space or choose a folder that you may write to."
-                         ) from None
-
-
-def check_output_file(path: Path) -> None:
-    """``InputError`` if the file ``path``, which need not exist yet, cannot be written to; nothing is left behind."""
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name a file in it.")
-    check_output(path.parent)

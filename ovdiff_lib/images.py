@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import os
-import secrets
 import struct
 import textwrap
 import warnings
@@ -16,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ovdiff_lib.errors import InputError
+from ovdiff_lib.files import shown, write_atomic
 
 MAX_PIXELS = 100_000_000
 """Largest image that is read or made by resizing, in pixels."""
@@ -66,12 +65,6 @@ def read_image(source: str | Path | Image.Image | np.ndarray) -> np.ndarray:
         raise
     except _BROKEN as error:
         raise InputError(f"The image {name} cannot be opened ({_reason(error)}); copy or download it again.") from None
-
-
-def shown(path: str | Path) -> str:
-    """A path as it can be printed: on one line, with characters that cannot be seen or would steer the terminal, and bytes that are no
-    text, written as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
 
 
 @functools.cache
@@ -191,37 +184,3 @@ def save_label_png(path: str | Path, labels: np.ndarray, colours: np.ndarray) ->
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     write_atomic(path, buffer.getvalue())
-
-
-def write_atomic(path: str | Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` through a temporary file beside it, flushed to disk, then renamed; missing folders are made.
-
-    Readers see the old file or the new one, whatever happens between. Raises ``InputError`` where the folder cannot be written.
-    """
-    path = Path(path)
-    # Not tempfile: its files are private to the user, and a renamed one stays so.
-    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            try:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(temporary, path)
-            except BaseException:
-                temporary.unlink()
-                raise
-        fsync_folder(path.parent)
-    except OSError as error:
-        raise InputError(f"{shown(path)} cannot be written ({error.strerror or error});"
-                         " free space or choose a folder that you may write to.") from None
-
-
-def fsync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, so that a rename in it survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -19,14 +19,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from ovdiff_lib.entries import identify
+from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.images import read_image
-from ovdiff_lib.library import Library
-from ovdiff_lib.profiles import Profile, load_profile
-from ovdiff_lib.types import Category, ForegroundBackground, PrototypeBank, Prototypes, Segmentation, SupportSet, Vocabulary
+from ovdiff_lib.library.codec import identify
+from ovdiff_lib.library.store import Library
+from ovdiff_lib.networks.identity import model_identity
+from ovdiff_lib.profiles.reading import load_profile
+from ovdiff_lib.profiles.schema import Profile
+from ovdiff_lib.segmentation import Segmentation
+from ovdiff_lib.types import ForegroundBackground, PrototypeBank, Prototypes, SupportSet
 
 if TYPE_CHECKING:
-    from ovdiff_lib.parts import Parts
+    from ovdiff_lib.workbench.evaluation.shared import Parts
 
 # Fields that change how fast a result comes, not the result; they stay out of the library's keys.
 SPEED_ONLY = {"batch_size"}
@@ -40,7 +44,7 @@ class OVDiff:
         overrides: profile fields to replace, for example ``{"support.size": 8}``; unknown ones raise ``ProfileError``.
         library: folder that keeps support sets and prototypes between runs (default: the user's cache folder).
         progress: show progress bars for long work.
-        parts: networks shared with other objects (:class:`~ovdiff_lib.parts.Parts`), for measuring many settings; default: its own.
+        parts: networks shared with other objects (:class:`~ovdiff_lib.workbench.evaluation.shared.Parts`), for measuring many settings; default: its own.
 
     Models are loaded when first needed. Raises ``ModelNotAvailable`` then when weights are not on this machine.
     """
@@ -150,7 +154,7 @@ class OVDiff:
         return {name: self._prototypes(extractor, support, masks) for name, extractor in self.extractors.items()}
 
     def _prototypes(self, extractor, support: SupportSet, masks: ForegroundBackground) -> Prototypes:
-        from ovdiff_lib.prototypes import build_prototypes
+        from ovdiff_lib.prototypes.build import build_prototypes
 
         features = extractor(support.images, support.seeds)
         return build_prototypes(features, masks, self.profile.prototypes, self.profile.masks.resize)
@@ -206,7 +210,7 @@ class OVDiff:
     @property
     def matcher(self):
         """Windows, cosine similarity and Eq. 4."""
-        from ovdiff_lib.matching import Matcher
+        from ovdiff_lib.matching.matcher import Matcher
 
         return self._part("matcher", lambda: Matcher(self.extractors, self.profile))
 
@@ -269,12 +273,12 @@ class OVDiff:
             settings[section] = {**settings.get(section, {}), **own}
         settings.get("features", {}).pop("extractors", None)  # an extractor's prototypes do not depend on which others run
         settings = {section: {k: v for k, v in table.items() if k not in SPEED_ONLY} for section, table in settings.items()}
-        identities = {name: _models().model_identity(source) for name, source in models.items()} | {"dtype": profile.models.dtype}
+        identities = {name: model_identity(source) for name, source in models.items()} | {"dtype": profile.models.dtype}
         table = {"step": step, "prompt": category.prompt if category else "", "settings": settings, "models": identities}
         return table | ({"code": code} if code else {})
 
 
 def _models():
-    from ovdiff_lib import models  # torch and diffusers are imported only when a model is needed
+    from ovdiff_lib.networks import loading as models  # torch and diffusers are imported only when a model is needed
 
     return models

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
 
 if TYPE_CHECKING:
-    from ovdiff_lib.profiles import Profile
+    from ovdiff_lib.profiles.schema import Profile
 
 NOT_MODELS = ("device", "dtype", "compile", "channels_last", "download")
 """Fields of ``profile.models`` that name no model."""
@@ -85,7 +85,7 @@ def _matches(declared: str, key: str) -> bool:
 
 def _is_here(name: str, identifier: str) -> bool:
     """Whether a field names a model that could have been loaded: a part that declares none needs none that it does not use."""
-    from ovdiff_lib.models import model_identity, resolve_model
+    from ovdiff_lib.networks.identity import model_identity, resolve_model
 
     try:
         if not identifier or not isinstance(resolve_model(identifier), str):

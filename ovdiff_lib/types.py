@@ -6,109 +6,17 @@ D feature channels, P prototypes. Shapes are (H, W) everywhere; images are u8 RG
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from textwrap import shorten
 from typing import Any
 
 import numpy as np
 
+from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError
-
-BACKGROUND = "background"
-"""Name of class 0 of every segmentation; its positives are the background prototypes of the kept categories."""
-
-MAX_NAME = 80
-"""Longest category name, in characters."""
 
 KINDS = ("class", "instance", "part")
 REGIONS = ("foreground", "background")
-
-
-@dataclass(frozen=True)
-class Category:
-    """One class of a vocabulary.
-
-    ``name`` is what the user calls it, ``prompt`` the words given to the networks (default: the name), ``kind`` whether it is a
-    countable "thing" or a region of "stuff" (Sec. 3.4, "stuff" filtering).
-    """
-
-    name: str
-    prompt: str = ""
-    kind: str = "thing"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not isinstance(self.prompt, str):
-            wrong = self.prompt if isinstance(self.name, str) else self.name
-            raise InputError(f"A class name and its prompt must be text, not {' '.join(repr(wrong).split())[:60]}.")
-        name = unicodedata.normalize("NFC", " ".join(self.name.split()))
-        # Separators, control and format characters alone cannot be seen; within emoji and scripts format characters are legal.
-        if not _unreadable(name) and all(unicodedata.category(c)[0] in "CZ" for c in name):
-            raise InputError("A class name is empty: give each class at least one visible character.")
-        if len(name) > MAX_NAME:
-            raise InputError(f"The class name {name[:30]!r}... has {len(name)} characters; use at most {MAX_NAME}.")
-        for what, text in (("name", name), ("prompt", " ".join(self.prompt.split()))):
-            if _unreadable(text):
-                raise InputError(f"The class {what} {text[:MAX_NAME]!r} holds a control character or a broken one; remove it.")
-        if self.kind not in ("thing", "stuff"):
-            raise InputError(f"The kind of class {name!r} is {self.kind!r}; it must be 'thing' or 'stuff'.")
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "prompt", " ".join(self.prompt.split()) or name)
-
-
-def _unreadable(text: str) -> bool:
-    """Whether the text holds control characters or lone surrogates (what undecodable bytes on a command line become)."""
-    return any(unicodedata.category(c) in ("Cc", "Cs") for c in text)
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Ordered, validated categories: at least one, no two of one name (compared without case), none called "background"."""
-
-    categories: tuple[Category, ...]
-
-    def __post_init__(self) -> None:
-        if not self.categories:
-            raise InputError("The vocabulary has no class: name at least one, for example --classes \"cat, sofa\".")
-        seen: dict[str, str] = {}
-        for category in self.categories:
-            key = category.name.casefold()
-            if key == BACKGROUND:
-                raise InputError("The class 'background' is added by the method itself; leave it out of the vocabulary.")
-            if key in seen:
-                raise InputError(f"The class {category.name!r} is named twice in the vocabulary; name it once.")
-            seen[key] = category.name
-
-    @classmethod
-    def of(cls, classes: Vocabulary | Iterable[str | Category] | str, stuff: Iterable[str] | str = ()) -> Vocabulary:
-        """A vocabulary from names ("cat, sofa" or ["cat", "sofa"]) or categories; names in ``stuff``, written alike, become stuff."""
-        if isinstance(classes, Vocabulary):
-            return classes
-        if isinstance(classes, str):
-            classes = classes.split(",")
-        if not isinstance(classes, Iterable):
-            raise InputError(f'Classes are names, as in "cat, sofa" or ["cat", "sofa"], or a Vocabulary, not {shorten(repr(classes), 40)}.')
-        stuff = [s for s in stuff.split(",") if s.strip()] if isinstance(stuff, str) else stuff
-        marked = {Category(s).name.casefold() for s in stuff}
-        made = []
-        for entry in classes:
-            if not isinstance(entry, Category):
-                entry = Category(entry)
-                if entry.name.casefold() in marked:
-                    entry = Category(entry.name, entry.prompt, "stuff")
-            made.append(entry)
-        return cls(tuple(made))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(c.name for c in self.categories)
-
-    def __len__(self) -> int:
-        return len(self.categories)
-
-    def __iter__(self) -> Iterator[Category]:
-        return iter(self.categories)
 
 
 @dataclass(frozen=True)
@@ -210,55 +118,35 @@ class PrototypeBank:
             name: tuple(function(name, i, p) for i, p in enumerate(rows)) for name, rows in self.prototypes.items()})
 
 
-@dataclass(frozen=True)
-class Segmentation:
-    """A segmented image.
+def origin(prototypes: Prototypes, index: int) -> tuple[tuple[int, ...], np.ndarray]:
+    """Support images that prototype ``index`` was made from, most pixels first, and its pixels in them: bool (len(images), h, w).
 
-    ``image`` u8 (H, W, 3); ``labels`` i32 (H, W), 0 = background, i + 1 = ``vocabulary.categories[i]``; ``kept_scores`` f32
-    (1 + len(kept), H, W) cosine similarities of background and of the categories in ``kept``; ``winner`` i32 (H, W) index of the
-    prototype that decided the pixel within the winning class (of the first extractor), -1 where none; ``kept`` indices of the categories
-    the pre-filter kept; ``filter_scores`` f32 (C,) its class probabilities; ``bank`` the prototypes it was matched with, after
-    the filters.
+    A part prototype comes from the features assigned to its cluster, an instance prototype from the masked features of its image, the
+    class prototype from those of all images.
     """
+    kind, region = prototypes.kind[index], prototypes.region[index]
+    if kind == "part":
+        pixels = prototypes.assignment == prototypes.cluster[index]
+    else:
+        pixels = region_mask(prototypes, str(region))
+        if kind == "instance":
+            pixels = pixels & (np.arange(len(pixels)) == prototypes.image[index])[:, None, None]
+    count = pixels.sum((1, 2))
+    images = [int(n) for n in np.argsort(-count, kind="stable") if count[n]]
+    return tuple(images), pixels[images]
 
-    image: np.ndarray
-    labels: np.ndarray
-    kept_scores: np.ndarray
-    winner: np.ndarray
-    vocabulary: Vocabulary
-    kept: tuple[int, ...]
-    filter_scores: np.ndarray
-    bank: PrototypeBank | None = field(default=None, repr=False, compare=False)
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names by label id, "background" first."""
-        return (BACKGROUND, *self.vocabulary.names)
+def region_mask(prototypes: Prototypes, region: str) -> np.ndarray:
+    """bool (N, h, w): the support features that made the prototypes of ``region``.
 
-    @property
-    def scores(self) -> np.ndarray:
-        """Scores of the whole vocabulary, f32 (C + 1, H, W), -inf for categories that the pre-filter dropped; made at each call, as large
-        as the vocabulary."""
-        full = np.full((len(self.vocabulary) + 1, *self.labels.shape), -np.inf, np.float32)
-        full[[0, *(k + 1 for k in self.kept)]] = self.kept_scores
-        return full
-
-    def scores_at(self, row: int, column: int) -> np.ndarray:
-        """Scores f32 (C + 1,) of one pixel, -inf for categories that the pre-filter dropped."""
-        full = np.full(len(self.vocabulary) + 1, -np.inf, np.float32)
-        full[[0, *(k + 1 for k in self.kept)]] = self.kept_scores[:, row, column]
-        return full
-
-    def overlay(self, alpha: float = 0.6):
-        """The image with its labels painted over it and a legend, as a PIL image."""
-        from ovdiff_lib.report.figures import draw_overlay
-
-        return draw_overlay(self, alpha)
-
-    def explain(self, row: int, column: int):
-        """Why the pixel at (row, column) got its label: an :class:`~ovdiff_lib.explain.Explanation` (Sec. 4.4)."""
-        from ovdiff_lib.explain import explain
-
-        if self.bank is None:
-            raise InputError("This segmentation was made without its prototypes, so it cannot be explained; segment the image with OVDiff.")
-        return explain(self, self.bank, row, column)
+    Foreground codes of the assignment are those of the foreground part prototypes, or 0 in a set built without parts. A set whose
+    parts were taken away afterwards no longer says which codes are which: ``InputError``.
+    """
+    codes = prototypes.cluster[(prototypes.kind == "part") & (prototypes.region == "foreground")]
+    if not len(codes):
+        if len(np.unique(prototypes.assignment[prototypes.assignment >= 0])) > 2:
+            raise InputError("The part prototypes were taken out of this bank, so it cannot be explained; set prototypes.kinds and build "
+                             "it again.")
+        codes = np.zeros(1, np.int32)
+    foreground = np.isin(prototypes.assignment, codes)
+    return foreground if region == "foreground" else (prototypes.assignment >= 0) & ~foreground

@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import make_tiny_models, tiny_overrides
 
-from ovdiff_lib.profiles import Profile, load_profile
+from ovdiff_lib.profiles.reading import load_profile
+from ovdiff_lib.profiles.schema import Profile
 
 # Tiny models gain nothing from threads, and on a busy machine two threads wait for each other.
 torch.set_num_threads(1)

@@ -107,7 +107,7 @@ def make_grounding(folder: Path) -> None:
 
 def make_detector(folder: Path) -> None:
     """The package's own Mask R-CNN, narrower."""
-    from ovdiff_lib.masks.detector import CONFIG, build_detector, save_detector
+    from ovdiff_lib.masks.segmenters.detector import CONFIG, build_detector, save_detector
 
     config = {**CONFIG, "widths": [8, 8, 16, 16], "pyramid": 16, "box_head": 16, "mask_head": [16], "short_side": 64, "detections": 5}
     save_detector(build_detector(config), config, folder)

@@ -21,7 +21,7 @@ from ovdiff_lib.features.open_clip import OpenClipExtractor
 from ovdiff_lib.registry import Part, check_part
 
 if TYPE_CHECKING:
-    from ovdiff_lib.profiles import Profile
+    from ovdiff_lib.profiles.schema import Profile
 
 
 class Extractor(Protocol):

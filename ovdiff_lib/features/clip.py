@@ -9,13 +9,12 @@ import torch
 from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.features.vit import ViTExtractor
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
-from ovdiff_lib.models import load_clip
+from ovdiff_lib.networks.loading import load_clip
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
 
-    from ovdiff_lib.profiles import Profile
-    from ovdiff_lib.profiles.profile import Features
+    from ovdiff_lib.profiles.schema import Features, Profile
 
 NORMALISATIONS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}
 

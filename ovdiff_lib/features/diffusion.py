@@ -10,15 +10,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ovdiff_lib.batches import batches
 from ovdiff_lib.errors import OVDiffError, ProfileError
-from ovdiff_lib.models import all_finite, attention_grid, captured, load_diffusion
+from ovdiff_lib.networks.instruments import all_finite, attention_grid, batches, captured
+from ovdiff_lib.networks.loading import load_diffusion
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-    from ovdiff_lib.profiles import Profile
-    from ovdiff_lib.profiles.profile import Features
+    from ovdiff_lib.profiles.schema import Features, Profile
 
 QUERY = ".transformer_blocks.0.attn2.to_q"
 

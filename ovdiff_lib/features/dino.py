@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from ovdiff_lib.features.vit import ViTExtractor
-from ovdiff_lib.models import load_dino
+from ovdiff_lib.networks.loading import load_dino
 
 if TYPE_CHECKING:
     from transformers import ViTModel
 
-    from ovdiff_lib.profiles import Profile
-    from ovdiff_lib.profiles.profile import Features
+    from ovdiff_lib.profiles.schema import Features, Profile
 
 
 class DinoExtractor(ViTExtractor):

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from ovdiff_lib.features.vit import ViTExtractor
-from ovdiff_lib.models import complete, load_network
+from ovdiff_lib.networks.loading import complete, load_network
 
 if TYPE_CHECKING:
     from transformers import ViTMAEModel
 
-    from ovdiff_lib.profiles import Profile
-    from ovdiff_lib.profiles.profile import Features
+    from ovdiff_lib.profiles.schema import Features, Profile
 
 NOT_ENCODER = ("decoder_", "mask_token")
 """How tensors begin that only pre-training needs."""

@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
 from ovdiff_lib.features.clip import clip_layer, clip_statistics
 from ovdiff_lib.features.vit import ViTExtractor
-from ovdiff_lib.models import check_libraries, complete, load_network, resolve_model
+from ovdiff_lib.networks.identity import resolve_model
+from ovdiff_lib.networks.loading import check_libraries, complete, load_network
 
 if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer
     from transformers import CLIPModel
 
-    from ovdiff_lib.profiles import Profile
-    from ovdiff_lib.profiles.profile import Features
+    from ovdiff_lib.profiles.schema import Features, Profile
 
 DEFAULT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Files open_clip looks for in a hub repository that a tag names without a file."""

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ovdiff_lib.batches import batches
 from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
-from ovdiff_lib.models import all_finite, captured
+from ovdiff_lib.networks.instruments import all_finite, batches, captured
 
 if TYPE_CHECKING:
-    from ovdiff_lib.profiles.profile import Features
+    from ovdiff_lib.profiles.schema import Features
 
 MOST_PATCHES = 16_384
 """Attention goes by the square of their number: 128 x 128 of them is the most that an image may make."""

@@ -2,6 +2,6 @@
 
 from ovdiff_lib.filters.category import CategoryFilter
 from ovdiff_lib.filters.stuff import StuffFilter, filter_stuff
-from ovdiff_lib.filters.things import kinds, with_kinds
+from ovdiff_lib.workbench.data.things import kinds, with_kinds
 
 __all__ = ["CategoryFilter", "StuffFilter", "filter_stuff", "kinds", "with_kinds"]

@@ -1,7 +1,7 @@
 """Category pre-filter (Sec. 3.4): CLIP decides which categories of the vocabulary an image shows at all.
 
 Single names narrow the vocabulary to at most eta categories; then every non-empty subset of those becomes one prompt, "a and b and c",
-and the prompt most like the image decides. Those are 2^eta - 1 prompts, which :mod:`~ovdiff_lib.filters.text` encodes together.
+and the prompt most like the image decides. Those are 2^eta - 1 prompts, which :mod:`~ovdiff_lib.networks.clip_text` encodes together.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError, ProfileError
-from ovdiff_lib.filters.text import TextEncoder, check_finite
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD
-from ovdiff_lib.profiles.profile import Filters, Profile
-from ovdiff_lib.types import Category, Vocabulary
+from ovdiff_lib.networks.clip_text import TextEncoder, check_finite
+from ovdiff_lib.profiles.schema import Filters, Profile
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer

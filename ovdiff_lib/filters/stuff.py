@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ovdiff_lib.errors import InputError, ProfileError
-from ovdiff_lib.profiles.profile import Filters
+from ovdiff_lib.profiles.schema import Filters
 from ovdiff_lib.types import PrototypeBank, Prototypes
 
 BLOCK = 8192

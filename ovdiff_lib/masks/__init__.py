@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from ovdiff_lib.errors import ProfileError
-from ovdiff_lib.masks.cutler import CutLER
-from ovdiff_lib.masks.detector import DetectorSegmenter
-from ovdiff_lib.masks.maskcut import MaskCut
-from ovdiff_lib.masks.sam import GroundedSam, SegmentAnything
+from ovdiff_lib.masks.segmenters.cutler import CutLER
+from ovdiff_lib.masks.segmenters.detector import DetectorSegmenter
+from ovdiff_lib.masks.segmenters.maskcut import MaskCut
+from ovdiff_lib.masks.segmenters.sam import GroundedSam, SegmentAnything
 from ovdiff_lib.registry import Part, check_part
 
 if TYPE_CHECKING:
-    from ovdiff_lib.profiles.profile import Masks, Profile
+    from ovdiff_lib.profiles.schema import Masks, Profile
 
 
 class Segmenter(Protocol):

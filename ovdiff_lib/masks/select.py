@@ -9,7 +9,7 @@ import numpy as np
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.masks import Segmenter, build_segmenter, check_choices
 from ovdiff_lib.masks.threshold import NOT_FINITE, check_fixed, check_multi_otsu, fixed_thresholds, multi_otsu
-from ovdiff_lib.profiles.profile import Masks, Profile
+from ovdiff_lib.profiles.schema import Masks, Profile
 from ovdiff_lib.types import ForegroundBackground, SupportSet
 
 TOGETHER = 8

@@ -97,7 +97,7 @@ def build_archive(world: World, glyphs: Glyphs, folder: Path, count: int) -> Non
     """Write ``folder/archive``: ``count`` training scenes, 64 px, side by side in one picture (WebP), and ``sheet.json``, which says how.
 
     They come in the order of the training stream. A scene is left out while what it shows, its nouns or, without any, its stuff, is
-    ahead of the rarest such word; no label or caption is written. ReCo retrieves from them (:mod:`ovdiff_lib.baselines.archive`).
+    ahead of the rarest such word; no label or caption is written. ReCo retrieves from them (:mod:`ovdiff_lib.workbench.baselines.archive`).
     """
     _start(glyphs)
     shown, chosen = dict.fromkeys(world.names, 0), []

@@ -13,11 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from ovdiff_lib.errors import InputError, OVDiffError
-from ovdiff_lib.evaluation import load_dataset
-from ovdiff_lib.evaluation.metrics import IGNORE
 from ovdiff_lib.masks import Segmenter, build_segmenter
-from ovdiff_lib.profiles import load_profile
-from ovdiff_lib.profiles.profile import parse_assignments
+from ovdiff_lib.profiles.reading import load_profile, parse_assignments
+from ovdiff_lib.workbench.data.datasets import load_dataset
+from ovdiff_lib.workbench.data.metrics import IGNORE
 
 
 @dataclass(frozen=True)

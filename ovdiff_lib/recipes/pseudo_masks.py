@@ -16,8 +16,8 @@ from torchvision.ops import masks_to_boxes
 from tqdm import tqdm
 
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.images import write_atomic
-from ovdiff_lib.masks.refine import iou
+from ovdiff_lib.files import write_atomic
+from ovdiff_lib.masks.segmenters.refine import iou
 
 PASTE_RATIO = (0.3, 1.0)  # CutLER's COPY_PASTE_MIN_RATIO, COPY_PASTE_MAX_RATIO
 ZOOM = 1.6  # a view shows at least 1 / ZOOM of a scene's sides

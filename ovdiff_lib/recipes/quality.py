@@ -15,17 +15,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from ovdiff_lib import mini
-from ovdiff_lib.baselines.groupvit import GroupViT, load_groupvit
-from ovdiff_lib.evaluation import evaluate, grid_search_threshold, load_dataset
+from ovdiff_lib.categories import Category, Vocabulary
+from ovdiff_lib.files import write_atomic
 from ovdiff_lib.filters.category import CategoryFilter
-from ovdiff_lib.images import write_atomic
 from ovdiff_lib.mini.world import IGNORE, load_world
-from ovdiff_lib.models import load_clip, load_diffusion
-from ovdiff_lib.profiles import Profile, load_profile
+from ovdiff_lib.networks.loading import load_clip, load_diffusion
+from ovdiff_lib.profiles.reading import load_profile
+from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.recipes.train_vae import psnr
 from ovdiff_lib.support.attribution import class_token_positions, fill_template, record_attribution
 from ovdiff_lib.support.sampler import sample_support
-from ovdiff_lib.types import Category, Vocabulary
+from ovdiff_lib.workbench.baselines.groupvit import GroupViT, load_groupvit
+from ovdiff_lib.workbench.data.datasets import load_dataset
+from ovdiff_lib.workbench.evaluation.measure import evaluate, grid_search_threshold
 
 WEIGHTS = Path(mini.__file__).parent / "weights"
 FOLDERS = {"diffusion": "stable-diffusion", "clip": "clip", "dino": "dino", "mae": "mae", "detector": "detector", "groupvit": "groupvit"}

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ovdiff_lib.profiles import load_profile
+from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.recipes.card import write_card
 from ovdiff_lib.recipes.quality import WEIGHTS
 

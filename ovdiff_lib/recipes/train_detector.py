@@ -23,10 +23,9 @@ from torchvision.ops import box_iou
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.masks import SEGMENTERS, build_segmenter
-from ovdiff_lib.masks.detector import CONFIG, DetectorSegmenter, build_detector, detect, load_detector, save_detector
-from ovdiff_lib.models import model_identity
-from ovdiff_lib.profiles import load_profile
-from ovdiff_lib.profiles.profile import parse_assignments
+from ovdiff_lib.masks.segmenters.detector import CONFIG, DetectorSegmenter, build_detector, detect, load_detector, save_detector
+from ovdiff_lib.networks.identity import model_identity
+from ovdiff_lib.profiles.reading import load_profile, parse_assignments
 from ovdiff_lib.recipes.proposals import recall
 from ovdiff_lib.recipes.pseudo_masks import PseudoMasks, boxes_of, merge, views
 from ovdiff_lib.recipes.training import EMA, Run, round_weights, seed_everything, shuffled_indices, training_parser, warmup_cosine

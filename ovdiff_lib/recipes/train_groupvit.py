@@ -20,13 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTokenizer, GroupViTConfig, GroupViTModel
 
-from ovdiff_lib.baselines.groupvit import GroupViT, normalise
-from ovdiff_lib.evaluation import grid_search_threshold, load_dataset
-from ovdiff_lib.evaluation.samples import Dataset
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
-from ovdiff_lib.profiles import Profile, load_profile
+from ovdiff_lib.profiles.reading import load_profile
+from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.recipes.train_clip import TEMPLATE, augment, contrastive_loss, pad_ids, to_float
 from ovdiff_lib.recipes.training import Run, load_data, round_weights, seed_everything, shuffled_indices, training_parser, warmup_cosine
+from ovdiff_lib.workbench.baselines.groupvit import GroupViT, normalise
+from ovdiff_lib.workbench.data.datasets import load_dataset
+from ovdiff_lib.workbench.data.samples import Dataset
+from ovdiff_lib.workbench.evaluation.measure import grid_search_threshold
 
 TEMPLATES = ("a picture of a {}", TEMPLATE, "{}", "a {}")
 """How the captions speak of a thing; number i belongs to the i-th alternative of a scene's captions."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ovdiff_lib.errors import InputError, ProfileError
-from ovdiff_lib.models import attention_grid
+from ovdiff_lib.networks.instruments import attention_grid
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ovdiff_lib.batches import batches
+from ovdiff_lib.categories import Category
 from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
+from ovdiff_lib.networks.instruments import batches
 from ovdiff_lib.support.attribution import class_token_positions, fill_template, record_attribution
-from ovdiff_lib.types import Category, SupportSet
+from ovdiff_lib.types import SupportSet
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-    from ovdiff_lib.profiles import Profile
+    from ovdiff_lib.profiles.schema import Profile
 
 
 def sample_support(pipe: StableDiffusionPipeline, category: Category, profile: Profile, count: int | None = None,

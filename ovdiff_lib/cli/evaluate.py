@@ -1,0 +1,139 @@
+"""``ovdiff evaluate`` and ``ovdiff convert``: the command line of this package."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ovdiff_lib.cli.options import add_engine_options, build_with, check_stuff_options, engine_of
+from ovdiff_lib.errors import InputError
+
+
+def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser], ovdiff: Callable[[argparse.Namespace], Any]) -> None:
+    """Add both commands: ``commands`` is the object of ``add_subparsers``, ``command(name, run, help)`` adds one with the options of a
+    profile, ``ovdiff(options)`` makes the :class:`~ovdiff_lib.pipeline.OVDiff` they ask for."""
+    evaluate = command("evaluate", lambda options: run_evaluate(options, ovdiff), "Measure mIoU on a data set.")
+    evaluate.add_argument("dataset", help="mini-voc, mini-object, mini-context; or, with --data, voc, context, coco-object, and without"
+                                          " background voc20, context59, coco-stuff, ade20k, cityscapes")
+    evaluate.add_argument("--data", type=Path, metavar="FOLDER", help="where the data set is, for example VOCdevkit")
+    evaluate.add_argument("--split", default="val", help="val, train, or wild of the mini world (default: val)")
+    evaluate.add_argument("--names", help="class names given to the networks: fixed (the paper's corrections, default), raw, fourteen")
+    evaluate.add_argument("--limit", type=int, help="use the first LIMIT images only")
+    evaluate.add_argument("--predictions", type=Path, metavar="FOLDER",
+                          help="score label maps in this folder, named by image id, instead of segmenting")
+    evaluate.add_argument("--zero-based", action="store_true",
+                          help="with --predictions: label 0 is the first category (default: background, or nothing)")
+    evaluate.add_argument("--resume", type=Path, metavar="FOLDER",
+                          help="keep the state here while evaluating; the same command goes on where it was interrupted")
+    evaluate.add_argument("--json", type=Path, help="write the result to this file too")
+    add_engine_options(evaluate)
+
+    text = "Make label maps: PASCAL Context from its JSON file; train ids of COCO and Cityscapes for other tools."
+    convert = commands.add_parser("convert", help=text, description=text)
+    convert.set_defaults(run=run_convert)
+    convert.add_argument("dataset", choices=["context", "coco-object", "coco-stuff", "cityscapes"])
+    convert.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="where the data set is; label maps are written into it")
+    convert.add_argument("--json", type=Path, help="trainval_merged.json of PASCAL in Detail (context)")
+    convert.add_argument("--split", default="val", help="val or train (default: val; context: both)")
+
+
+def run_evaluate(options: argparse.Namespace, make_ovdiff: Callable[[argparse.Namespace], Any]) -> None:
+    """Evaluate OVDiff, or saved predictions, and print IoU by class and mIoU."""
+    from ovdiff_lib.files import check_output
+    from ovdiff_lib.workbench.data.datasets import load_dataset
+    from ovdiff_lib.workbench.data.predictions import predictions_from
+    from ovdiff_lib.workbench.evaluation.measure import evaluate
+
+    if options.zero_based and not options.predictions:
+        raise InputError("--zero-based says how label maps are numbered; use it together with --predictions FOLDER.")
+    if options.resume and options.predictions:
+        raise InputError("Scoring saved predictions needs no --resume; leave it out.")
+    if options.predictions and (options.engine != "local" or options.workers is not None):
+        raise InputError("Scoring saved predictions is done in this process; leave out --engine and --workers.")
+    check_stuff_options(options)
+    if options.json:
+        check_output(options.json.parent)
+    # Workers on other machines are elsewhere: they are told the whole path.
+    folder = options.data.expanduser().absolute() if options.data and options.engine == "ray" else options.data
+    given = {"folder": folder, "names": options.names}
+    dataset = load_dataset(options.dataset, split=options.split, **{k: v for k, v in given.items() if v is not None})
+    record: dict[str, Any] = {"dataset": dataset.name, "split": options.split, "names": options.names or "fixed"}
+    if options.predictions:
+        result = evaluate(predictions_from(options.predictions, options.zero_based), dataset, limit=options.limit)
+        record["predictions"], by = str(options.predictions), f"predictions in {options.predictions}"
+    else:
+        ovdiff = make_ovdiff(options)
+        vocabulary = dataset.vocabulary
+        if getattr(options, "stuff_from", None):
+            from ovdiff_lib.workbench.data.things import with_kinds
+
+            vocabulary = with_kinds(vocabulary, options.stuff_from, options.stuff_default)
+            record["stuff"] = [c.name for c in vocabulary if c.kind == "stuff"]
+        settings = {**record, "data": str(options.data and options.data.resolve()), "profile": ovdiff.profile.digest()}
+        result = _segment_and_count(options, ovdiff, dataset, vocabulary, settings)
+        record["profile"], by = ovdiff.profile.to_dict(), f"profile {ovdiff.profile.name}, settings {ovdiff.profile.digest()}"
+    width = max(len(n) for n in result.class_names)
+    for name, value in zip(result.class_names, result.iou, strict=True):
+        print(f"{name:{width}s} {'  -  ' if value != value else f'{100 * value:5.1f}'}")
+    if not dataset.has_background:
+        print("Background is not evaluated: every pixel that counts shows one of the classes.")
+    standard = dataset.standard_images
+    if standard is not None and not options.limit and result.images != standard:
+        print(f"The literature evaluates on {standard} images of this split; here there are {result.images}.")
+    print(f"{'mIoU':{width}s} {100 * result.miou:5.1f}   {dataset.name} {options.split}, {result.images} images, {by}")
+    if options.json:
+        from ovdiff_lib.files import write_atomic
+
+        iou = [None if v != v else float(v) for v in result.iou]  # NaN where a class is nowhere
+        miou = None if result.miou != result.miou else result.miou
+        table = {**record, "images": result.images, "background": dataset.has_background, "miou": miou,
+                 "iou": dict(zip(result.class_names, iou, strict=True))}
+        write_atomic(options.json, (json.dumps(table, indent=1) + "\n").encode())
+
+
+def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any, vocabulary: Any, settings: dict[str, Any]):
+    """The result of OVDiff on the data set, its classes built first; on the workers of an engine where the options ask for one."""
+    from ovdiff_lib.workbench.evaluation.measure import evaluate, for_dataset, image_count, label_predictor
+    from ovdiff_lib.workbench.evaluation.parallel import Segmenter, evaluate_on
+
+    engine, builder = engine_of(options, ovdiff.profile), for_dataset(ovdiff, dataset)
+    if engine is None:
+        bank = builder.build(vocabulary)
+        if options.resume:
+            settings |= _identities(ovdiff.profile, bank)
+        return evaluate(label_predictor(ovdiff, bank, dataset), dataset, limit=options.limit, settings=settings, resume=options.resume)
+    if options.resume:
+        raise InputError("--resume keeps the state of one process; leave it out, or --engine and --workers.")
+    image_count(dataset, options.limit)  # a limit of no images is reported before classes are built
+    with engine:
+        build_with(engine, builder, vocabulary)
+        segmenter = Segmenter(ovdiff.profile, builder.build(vocabulary))
+        return evaluate_on(engine, segmenter, dataset, limit=options.limit, settings=settings)
+
+
+def _identities(profile, bank) -> dict[str, str]:
+    """What a profile's names do not show: the prototypes themselves and the weights of the category filter."""
+    from ovdiff_lib.networks.identity import model_identity
+
+    digest = hashlib.sha256()
+    for name in bank.extractors:
+        for prototypes in bank.prototypes[name]:
+            digest.update(f"{name} {prototypes.vectors.shape}".encode() + prototypes.vectors.tobytes())
+    return {"prototypes": digest.hexdigest()[:16], "clip": model_identity(profile.models.clip) if profile.filters.category else ""}
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    """Make the label maps of a data set and say how many."""
+    from ovdiff_lib.workbench.data.convert import convert_context, convert_train_ids
+
+    if options.dataset == "context":
+        if options.json is None:
+            raise InputError("PASCAL Context is converted from its annotation file; name it with --json trainval_merged.json.")
+        counts = convert_context(options.json, options.data)
+        print(f"PASCAL Context: {', '.join(f'{count} {phase} images' for phase, count in counts.items())}; label maps and lists written.")
+    else:
+        print(f"{options.dataset}: {convert_train_ids(options.dataset, options.data, options.split)} label maps written.")

@@ -1,0 +1,79 @@
+"""Files that are whole or not there, and paths that can be written."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from pathlib import Path
+
+from ovdiff_lib.errors import InputError
+
+
+def check_output(folder: str | Path) -> None:
+    """``InputError`` if ``folder``, which need not exist yet, cannot be written to; nothing is left behind."""
+    folder = Path(folder)
+    try:
+        nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror or error}); free space or choose a folder that you may write to."
+                         ) from None
+
+
+def check_output_file(path: Path) -> None:
+    """``InputError`` if the file ``path``, which need not exist yet, cannot be written to; nothing is left behind."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file in it.")
+    check_output(path.parent)
+
+
+def size_text(size: int | None) -> str:
+    """Bytes as a person reads them, in decimal units; "?" for None."""
+    if size is None:
+        return "?"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.{2 if size < 10 * scale else 1 if size < 100 * scale else 0}f} {unit}"
+    return f"{size} B"
+
+
+def shown(path: str | Path) -> str:
+    """A path as it can be printed: on one line, with characters that cannot be seen or would steer the terminal, and bytes that are no
+    text, written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` through a temporary file beside it, flushed to disk, then renamed; missing folders are made.
+
+    Readers see the old file or the new one, whatever happens between. Raises ``InputError`` where the folder cannot be written.
+    """
+    path = Path(path)
+    # Not tempfile: its files are private to the user, and a renamed one stays so.
+    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink()
+                raise
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise InputError(f"{shown(path)} cannot be written ({error.strerror or error});"
+                         " free space or choose a folder that you may write to.") from None
+
+
+def fsync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk, so that a rename in it survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

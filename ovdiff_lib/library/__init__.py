@@ -1,0 +1,1 @@
+"""The prototype library: support sets, masks and prototypes that are kept between runs."""

@@ -1,0 +1,1 @@
+"""Segmenters Gamma: what proposes masks for Eq. 1."""

@@ -1,0 +1,273 @@
+"""A small class-agnostic Mask R-CNN (He et al., 2017) as segmenter: CutLER's recipe (Wang et al., 2023) at the size of the mini world.
+
+The network is torchvision's, with a residual backbone and heads of its own; what it learned comes from MaskCut's masks alone
+(``ovdiff_lib.recipes.train_detector``). A model is a folder with ``config.json`` (the fields of :data:`CONFIG`) and ``model.safetensors``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.files import write_atomic
+from ovdiff_lib.networks.loading import complete, load_network
+
+if TYPE_CHECKING:
+    from torchvision.models.detection import MaskRCNN
+
+    from ovdiff_lib.profiles.schema import Profile
+
+
+CONFIG: dict[str, Any] = {
+    "widths": [32, 64, 96, 128],  # channels at strides 4, 8, 16, 32
+    "blocks": [1, 1, 1, 1],  # residual blocks of each stride
+    "pyramid": 64,  # channels of the feature pyramid
+    "short_side": 128,  # pixels an image's short side is resized to
+    "long_side": 512,  # but its long side never exceeds this
+    "anchors": [16, 32, 64, 112],  # side of the anchors of each stride, pixels of the resized image
+    "ratios": [0.5, 1.0, 2.0],  # height over width of the anchors
+    "canonical": 112,  # a box of this side is pooled at stride 16, of half of it at stride 8
+    "box_head": 128,  # width of the two fully connected layers
+    "mask_head": [64, 64, 64],  # channels of its convolutions
+    "detections": 20,  # most proposals an image
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
+"""The shipped network; a folder's ``config.json`` holds the same fields."""
+
+STRIDES = (4, 8, 16, 32)
+SMALLEST = 8
+"""Least short side of a resized image, pixels: below it the deepest features are less than one cell."""
+
+
+class Residual(nn.Module):
+    """Two 3 x 3 convolutions with a shortcut (He et al., 2016), group-normalised: the same for a batch of one and of many."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
+        self.norm1 = nn.GroupNorm(after // 8, after)
+        self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
+        self.norm2 = nn.GroupNorm(after // 8, after)
+        # Pooling before the 1 x 1 convolution, not a stride in it: better (He et al., 2019), and oneDNN's gradient of the strided one
+        # corrupts memory for few channels in channels_last.
+        pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
+        self.shortcut = nn.Sequential(pool, nn.Conv2d(before, after, 1)) if stride > 1 or before != after else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x), inplace=True)
+
+
+class Backbone(nn.Module):
+    """Residual stages at strides 4, 8, 16 and 32 with a feature pyramid over them: (B, 3, H, W) to four maps of equal channels."""
+
+    def __init__(self, widths: list[int], blocks: list[int], pyramid: int) -> None:
+        from torchvision.ops import FeaturePyramidNetwork
+
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.GroupNorm(widths[0] // 8, widths[0]), nn.ReLU(True))
+        self.stages = nn.ModuleList(
+            nn.Sequential(Residual(before, after, 2), *(Residual(after, after, 1) for _ in range(count - 1)))
+            for before, after, count in zip([widths[0], *widths], widths, blocks, strict=False))
+        self.pyramid = FeaturePyramidNetwork(widths, pyramid)
+        self.out_channels = pyramid
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps, x = {}, self.stem(x)
+        for level, stage in enumerate(self.stages):
+            maps[str(level)] = x = stage(x)
+        return self.pyramid(maps)
+
+
+def build_detector(config: dict[str, Any]) -> MaskRCNN:
+    """A torchvision ``MaskRCNN`` with random weights and two classes, background and object.
+
+    ``config`` has the fields of :data:`CONFIG`, all of them and no others; ``ValueError`` if it has not, or a value is of another type.
+    """
+    from torchvision.models.detection import MaskRCNN
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.faster_rcnn import TwoMLPHead
+    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+    from torchvision.ops import MultiScaleRoIAlign
+    from torchvision.ops.poolers import initLevelMapper
+
+    _check(config)
+    channels = config["pyramid"]
+    names = [str(level) for level in range(len(STRIDES))]
+
+    def pool(size: int) -> MultiScaleRoIAlign:
+        made = MultiScaleRoIAlign(names, size, 2, canonical_scale=config["canonical"])
+        # Left alone it guesses the strides from the first image it sees, wrongly if that one is narrow, and keeps the guess.
+        made.scales, made.map_levels = [1 / stride for stride in STRIDES], initLevelMapper(2, 5, config["canonical"])
+        return made
+
+    mask_head = MaskRCNNHeads(channels, config["mask_head"], 1)
+    return MaskRCNN(
+        Backbone(config["widths"], config["blocks"], channels),
+        min_size=config["short_side"], max_size=config["long_side"], image_mean=config["image_mean"], image_std=config["image_std"],
+        rpn_anchor_generator=AnchorGenerator(tuple((side,) for side in config["anchors"]), (tuple(config["ratios"]),) * len(STRIDES)),
+        rpn_pre_nms_top_n_train=150, rpn_pre_nms_top_n_test=150, rpn_post_nms_top_n_train=100, rpn_post_nms_top_n_test=60,
+        rpn_batch_size_per_image=128,
+        box_roi_pool=pool(7), box_head=TwoMLPHead(channels * 7 * 7, config["box_head"]), box_predictor=_BoxPredictor(config["box_head"]),
+        box_score_thresh=0.0, box_detections_per_img=config["detections"], box_batch_size_per_image=32,
+        mask_roi_pool=pool(14), mask_head=mask_head, mask_predictor=MaskRCNNPredictor(config["mask_head"][-1], config["mask_head"][-1], 2))
+
+
+class _BoxPredictor(nn.Module):
+    """Logits of background and object, and the box refinement of both: (R, D) to (R, 2) and (R, 8)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.cls_score, self.bbox_pred = nn.Linear(width, 2), nn.Linear(width, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cls_score(x), self.bbox_pred(x)
+
+
+def _check(config: Any) -> None:
+    if not isinstance(config, dict) or set(config) != set(CONFIG):
+        wrong = sorted(set(config) ^ set(CONFIG)) if isinstance(config, dict) else [type(config).__name__]
+        raise ValueError(f"its configuration lacks {wrong[0]} or should not have it")
+    for name, default in CONFIG.items():
+        value, element = config[name], type(default[0] if isinstance(default, list) else default)
+        values = value if isinstance(value, list) else [value]
+        size = len(default) if name != "mask_head" and isinstance(default, list) and name != "ratios" else len(values)
+        if type(value) is not type(default) or len(values) != size or not values or any(type(v) is not element or v <= 0 for v in values):
+            raise ValueError(f"{name} of its configuration is {value!r}, it should be like {default!r}")
+    if any(width % 8 for width in config["widths"]):
+        raise ValueError(f"widths of its configuration are {config['widths']!r}, they should be multiples of 8")
+
+
+def save_detector(model: MaskRCNN, config: dict[str, Any], folder: Path) -> None:
+    """Write ``config.json`` and ``model.safetensors`` (float16) to ``folder``."""
+    from safetensors.torch import save
+
+    half = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
+    write_atomic(folder / "model.safetensors", save(half))
+    write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def load_detector(folder: Path | str, device: torch.device | str = "cpu") -> MaskRCNN:
+    """The network of ``folder``, float32, eval mode. ``OSError`` or ``ValueError`` if files are missing, incomplete, or not finite."""
+    from safetensors.torch import load_file
+
+    if not isinstance(folder, Path) or not folder.is_dir():
+        raise ValueError("a detector is a folder with config.json and model.safetensors")
+    model = build_detector(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    weights, own = load_file(folder / "model.safetensors"), model.state_dict()
+    for name, value in weights.items():
+        if name in own and value.shape != own[name].shape:
+            raise ValueError(f"its weights {name} are of shape {list(value.shape)}, its configuration asks for {list(own[name].shape)}")
+    found = model.load_state_dict({name: value.float() for name, value in weights.items()}, strict=False)
+    if found.unexpected_keys:
+        raise ValueError(f"its weights hold {len(found.unexpected_keys)} tensors too many, {sorted(found.unexpected_keys)[0]} first")
+    return complete("detector", (model, {"missing_keys": found.missing_keys})).to(device)
+
+
+def paste(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Each mask f32 (M, h, w), stretched over its box (x0, y0, x1, y1) f32 (M, 4), at every pixel centre: f32 (M, H, W), 0 outside.
+
+    Bilinear, as detectron2 pastes masks: no rounding of boxes to whole pixels, which matters at 64 px.
+    """
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
+    x = (torch.arange(size[1], device=boxes.device) + 0.5 - x0) / (x1 - x0) * 2 - 1
+    y = (torch.arange(size[0], device=boxes.device) + 0.5 - y0) / (y1 - y0) * 2 - 1
+    grid = torch.stack([x[:, None, :].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])], dim=-1)
+    return F.grid_sample(probabilities[:, None], grid, align_corners=False)[:, 0]
+
+
+Detections = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Masks bool (M, H, W), scores f32 (M,) descending, boxes f32 (M, 4) as (x0, y0, x1, y1), of one image."""
+
+
+def detect(model: MaskRCNN, image: np.ndarray, score: float = 0.0) -> Detections:
+    """:func:`detect_many` of one image u8 (H, W, 3)."""
+    return detect_many(model, image[None], score)[0]
+
+
+@torch.no_grad()
+def detect_many(model: MaskRCNN, images: np.ndarray, score: float = 0.0) -> list[Detections]:
+    """:data:`Detections` of each of the images u8 (n, H, W, 3), in one batch, by a model in eval mode. Those below ``score`` are left out
+    before their masks are computed.
+
+    Images are resized by ``short_side`` and ``long_side``, antialiased where they shrink. A pixel is in a mask from probability 0.5.
+    Raises ``InputError`` for images so elongated that nothing of their short side would be left.
+    """
+    from torchvision.models.detection.image_list import ImageList
+
+    height, width = images.shape[1:3]
+    short, long = model.transform.min_size[-1], model.transform.max_size
+    scale = min(short / min(height, width), long / max(height, width))
+    if min(height, width) * scale < SMALLEST:
+        raise InputError(f"The image of {height} x {width} pixels is too elongated for the detector; "
+                         f"use one whose sides differ by a factor of at most {long // SMALLEST}.")
+    resized = (round(height * scale), round(width * scale))
+    device = next(model.parameters()).device
+    pixels = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float() / 255
+    pixels = F.interpolate(pixels, resized, mode="bilinear", antialias=True)
+    batch = model.transform.batch_images([model.transform.normalize(one) for one in pixels])  # padded to a multiple of the largest stride
+    listed = ImageList(batch, [resized] * len(images))
+    features = model.backbone(batch)
+    regions, _ = model.rpn(listed, features)
+    with _least_score(model, score):
+        found = model.roi_heads(features, regions, listed.image_sizes)[0]
+    stretch = torch.tensor([width / resized[1], height / resized[0]] * 2, device=device)
+    return [_detections(one, one["boxes"] * stretch, (height, width)) for one in found]
+
+
+def _detections(found: dict[str, Tensor], boxes: Tensor, size: tuple[int, int]) -> Detections:
+    masks = paste(found["masks"][:, 0], boxes, size) >= 0.5
+    return masks.cpu().numpy(), found["scores"].cpu().numpy(), boxes.cpu().numpy()
+
+
+@contextlib.contextmanager
+def _least_score(model: MaskRCNN, score: float) -> Iterator[None]:
+    """Detections below ``score`` do not reach the mask head, which takes most of the time. Those above are the same: in descending order
+    of score, neither suppression of overlaps nor the largest number of detections looks at what comes later."""
+    heads, former = model.roi_heads, model.roi_heads.score_thresh
+    # torchvision keeps what is above its threshold.
+    heads.score_thresh = max(former, float(np.nextafter(np.float32(score), np.float32(-1))))
+    try:
+        yield
+    finally:
+        heads.score_thresh = former
+
+
+class DetectorSegmenter:
+    """Masks of a class-agnostic Mask R-CNN of at least some score.
+
+    The network computes in float32 whatever ``models.dtype`` says: it is small, and half precision moves box corners.
+    """
+
+    name = "detector"
+
+    def __init__(self, model: MaskRCNN, score: float) -> None:
+        """``score`` in [0, 1] is the least a mask must have; ``ProfileError`` otherwise."""
+        if not 0 <= score <= 1:
+            raise ProfileError(f"masks.detector_score is {score}; set it to a number from 0 to 1.")
+        self.model, self.score = model, score
+
+    @classmethod
+    def build(cls, profile: Profile) -> DetectorSegmenter:
+        """From ``models.detector`` and ``masks.detector_score``. Raises ``ProfileError`` and ``ModelNotAvailable``."""
+        model = load_network(profile, "detector", lambda source, device, dtype, options: load_detector(source, device))
+        return cls(model, profile.masks.detector_score)
+
+    def propose(self, image: np.ndarray, words: str) -> np.ndarray:
+        """bool (M, H, W), best first; empty masks and those below the score are left out. ``words`` are not read."""
+        return self.propose_many(image[None], words)[0]
+
+    def propose_many(self, images: np.ndarray, words: str) -> list[np.ndarray]:
+        """:meth:`propose` of each of the images u8 (n, H, W, 3), in one batch."""
+        found = detect_many(self.model, images, self.score)
+        return [masks[(scores >= self.score) & masks.any(axis=(1, 2))] for masks, scores, _ in found]

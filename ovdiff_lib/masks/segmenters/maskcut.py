@@ -1,0 +1,161 @@
+"""MaskCut (Wang et al., 2023, "Cut and Learn"): proposals from normalised cuts of DINO features; CutLER learns from them.
+
+The first cut separates the most salient object from the rest, its patches are painted out, and the next cut looks at what is left.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ovdiff_lib.errors import OVDiffError, ProfileError
+from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
+from ovdiff_lib.masks.segmenters.refine import check_refinement, iou, refine, resize_mask
+from ovdiff_lib.networks.instruments import captured
+from ovdiff_lib.networks.loading import load_dino
+
+if TYPE_CHECKING:
+    from transformers import ViTModel
+
+    from ovdiff_lib.profiles.schema import Masks, Profile
+
+
+FACETS = {"keys": "k_proj", "queries": "q_proj", "values": "v_proj"}
+WEAK = 1e-5
+"""Affinity of two patches whose cosine is not above tau: small, but the graph stays connected."""
+
+LANCZOS_VECTORS = 20
+"""Vectors that the eigen-solver keeps; an affinity with no more patches than that is decomposed whole."""
+
+LARGEST_OVERLAP, SMALLEST_AREA = 0.5, 0.01
+"""A later cut counts only if its IoU with the one before is at most the first and its share of the patches above the second."""
+
+
+class MaskCut:
+    """Keys, or another facet, of DINO's last layer, cut ``maskcut_rounds`` times; images become squares of ``maskcut_size`` pixels."""
+
+    name = "maskcut"
+
+    def __init__(self, model: ViTModel, settings: Masks) -> None:
+        """Raises ``ProfileError`` for settings out of range."""
+        self.model, self.settings, self.patch = model, settings, model.config.patch_size
+        if settings.maskcut_rounds < 1:
+            raise ProfileError(f"masks.maskcut_rounds is {settings.maskcut_rounds}; it must be at least 1.")
+        if settings.maskcut_size < 2 * self.patch:
+            raise ProfileError(f"masks.maskcut_size is {settings.maskcut_size}; it must be at least {2 * self.patch}, two patches of this "
+                               "DINO.")
+        if not -1 < settings.maskcut_tau < 1:
+            raise ProfileError(f"masks.maskcut_tau is {settings.maskcut_tau}; it is a cosine, set it between -1 and 1.")
+        check_refinement(settings.maskcut_refine)
+        self.side = settings.maskcut_size // self.patch * self.patch
+        # Pre-norm: the projections read the layer-normed stream, so its output needs no further care.
+        if settings.maskcut_facet not in FACETS:
+            raise ProfileError(f"masks.maskcut_facet is {settings.maskcut_facet!r}; set it to one of {', '.join(FACETS)}.")
+        self.source = getattr(model.layers[-1].attention, FACETS[settings.maskcut_facet])
+
+    @classmethod
+    def build(cls, profile: Profile) -> MaskCut:
+        """The segmenter of a profile. Raises ``ProfileError`` and ``ModelNotAvailable``."""
+        return cls(load_dino(profile), profile.masks)
+
+    def propose(self, image: np.ndarray, words: str) -> np.ndarray:
+        """bool (M, H, W), M <= ``maskcut_rounds``, for u8 (H, W, 3): disjoint before refinement, without holes, none empty."""
+        square = np.array(Image.fromarray(image).resize((self.side, self.side), Image.Resampling.LANCZOS))
+        found = []
+        for mask in cut(self.features(square), self.settings.maskcut_rounds, self.settings.maskcut_tau):
+            fine = refine(mask, square, self.settings.maskcut_refine)
+            if fine is not None:
+                full = resize_mask(fine, image.shape[:2])
+                if full.any():
+                    found.append(full)
+        return np.array(found, dtype=bool).reshape(-1, *image.shape[:2])
+
+    @torch.no_grad()
+    def features(self, square: np.ndarray) -> np.ndarray:
+        """The facet f32 (h, w, D) of an image u8 (side, side, 3), one a patch, heads concatenated, without the class token."""
+        device = self.model.device
+        pixels = torch.from_numpy(square).permute(2, 0, 1)[None].to(device, torch.float32) / 255
+        mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        with captured({"facet": self.source}) as outputs:
+            self.model(((pixels - mean) / std).to(self.model.dtype), interpolate_pos_encoding=True)
+        facet = outputs["facet"][0, 1:].float()
+        if not torch.isfinite(facet).all():
+            raise OVDiffError("DINO gave features that are not finite; use models.dtype float32 or check its weights.")
+        return facet.unflatten(0, (self.side // self.patch,) * 2).cpu().numpy()
+
+
+def cut(features: np.ndarray, rounds: int, tau: float) -> list[np.ndarray]:
+    """At most ``rounds`` disjoint, non-empty patch masks, bool (h, w) each, of features (h, w, D), most salient first.
+
+    A later cut that overlaps the one before or is tiny is dropped and ends the search: nothing is painted out for it, so the next cut
+    would be the same one again. Patches that are all alike have no cut.
+    """
+    grid = features.shape[:2]
+    flat = features.reshape(-1, features.shape[-1]).astype(np.float64)
+    unit = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
+    covered, before, masks = np.zeros(grid, dtype=bool), None, []
+    for _ in range(rounds):
+        unit[covered.reshape(-1)] = 0  # cosine 0 with every patch
+        joined = unit @ unit.T > tau
+        if joined.all():
+            break
+        mask = salient_part(cut_vector(joined), grid)
+        if before is not None and (iou(mask, before) > LARGEST_OVERLAP or mask.mean() <= SMALLEST_AREA):
+            break
+        if (new := mask & ~covered).any():
+            masks.append(new)
+        before, covered = mask, covered | mask
+    return masks
+
+
+def cut_vector(joined: np.ndarray) -> np.ndarray:
+    """Second smallest generalised eigenvector x, f64 (n,), of (D - A) x = lambda D x; its entry of largest size is positive.
+
+    ``joined`` bool (n, n), symmetric, says which pairs have affinity 1 in A, all others have :data:`WEAK`; D = diag(sums of the rows of A).
+    With y = sqrt(D) x this is the second largest eigenvector of the normalised affinity D^-1/2 A D^-1/2. The largest is known, sqrt(D): it
+    is moved to the bottom of the spectrum, so that Lanczos iterations look for the one vector at the top.
+    """
+    from scipy.linalg import eigh
+    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+
+    n = len(joined)
+    strong = joined.astype(np.float64)
+    degree = WEAK * n + (1 - WEAK) * strong.sum(axis=1)
+    scale, first = 1 / np.sqrt(degree), np.sqrt(degree / degree.sum())
+
+    def multiply(y: np.ndarray) -> np.ndarray:
+        y = y.reshape(-1)
+        x = scale * y
+        return scale * (WEAK * x.sum() + (1 - WEAK) * (strong @ x)) - 2 * first * (first @ y)
+
+    def dense() -> np.ndarray:
+        return eigh(np.column_stack([multiply(column) for column in np.eye(n)]), subset_by_index=(n - 1, n - 1))[1]
+
+    if n <= LANCZOS_VECTORS:
+        y = dense()
+    else:
+        start = np.random.default_rng(0).standard_normal(n)
+        try:
+            y = eigsh(LinearOperator((n, n), multiply, dtype=np.float64), k=1, which="LA", v0=start, ncv=LANCZOS_VECTORS)[1]
+        except ArpackNoConvergence:  # several eigenvalues at the top that nearly agree
+            y = dense()
+    x = scale * y[:, 0]
+    return x if x[np.abs(x).argmax()] > 0 else -x
+
+
+def salient_part(vector: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """bool ``grid``: the side of the cut that is the object, as the connected part around its most extreme patch.
+
+    ``vector`` f64 (h * w,) is what :func:`cut_vector` returns. The object is the side above the mean, which has the extreme entry, unless
+    three of the image's corners lie in it.
+    """
+    from scipy.ndimage import label
+
+    side = (vector > vector.mean()).reshape(grid)
+    if side[[0, 0, -1, -1], [0, -1, 0, -1]].sum() >= 3:
+        side, vector = ~side, -vector
+    parts, _ = label(side)  # 4-connected
+    return (parts == parts.reshape(-1)[vector.argmax()]) & side

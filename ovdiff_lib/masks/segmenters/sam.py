@@ -1,0 +1,141 @@
+"""Segment Anything (Kirillov et al., 2023) as segmenter, prompted by a grid of points or by Grounding DINO's boxes (App. A.1).
+
+A grid of points asks for everything in the image, boxes for what the support image was drawn for. The networks are those of transformers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.networks.loading import complete, load_network
+
+if TYPE_CHECKING:
+    from transformers import GroundingDinoForObjectDetection, GroundingDinoProcessor, SamModel, SamProcessor
+
+    from ovdiff_lib.profiles.schema import Masks, Profile
+
+
+POINTS_AT_ONCE = 64
+BOX_NMS = 0.7
+"""Of two masks whose boxes overlap with a higher IoU the one of lower predicted IoU is dropped."""
+
+
+class SegmentAnything:
+    """Automatic mask generation: ``sam_points`` x ``sam_points`` prompts, three masks each, filtered by ``sam_iou``, ``sam_stability`` and
+    :data:`BOX_NMS`."""
+
+    name = "sam"
+
+    def __init__(self, model: SamModel, processor: SamProcessor, settings: Masks) -> None:
+        """Raises ``ProfileError`` for settings out of range."""
+        from transformers import MaskGenerationPipeline
+
+        if settings.sam_points < 1:
+            raise ProfileError(f"masks.sam_points is {settings.sam_points}; it must be at least 1.")
+        _check_shares(settings, "sam_iou", "sam_stability")
+        self.settings = settings
+        self.generate = MaskGenerationPipeline(model=model, image_processor=processor.image_processor, device=model.device)
+
+    @classmethod
+    def build(cls, profile: Profile) -> SegmentAnything:
+        """The segmenter of a profile. Raises ``ProfileError`` and ``ModelNotAvailable``."""
+        return cls(*load_network(profile, "sam", _load_sam), profile.masks)
+
+    def propose(self, image: np.ndarray, words: str) -> np.ndarray:
+        """bool (M, H, W) of an image u8 (H, W, 3), highest predicted IoU first, none empty. ``words`` are not read."""
+        _check_elongation(image, self.generate.image_processor)
+        found = self.generate(Image.fromarray(image), points_per_crop=self.settings.sam_points, points_per_batch=POINTS_AT_ONCE,
+                              pred_iou_thresh=self.settings.sam_iou, stability_score_thresh=self.settings.sam_stability,
+                              crops_nms_thresh=BOX_NMS)
+        return _filled([mask.numpy() for mask in found["masks"]], image)
+
+
+class GroundedSam:
+    """Boxes of Grounding DINO (Liu et al., 2023) for the words, each turned into one mask by Segment Anything.
+
+    A box counts if one of its words scores above ``grounding_box``, and if a word of it scores above ``grounding_text``.
+    """
+
+    name = "grounded-sam"
+
+    def __init__(self, detector: tuple[GroundingDinoForObjectDetection, GroundingDinoProcessor], model: SamModel, processor: SamProcessor,
+                 settings: Masks) -> None:
+        """Raises ``ProfileError`` for settings out of range."""
+        _check_shares(settings, "grounding_box", "grounding_text")
+        self.detector, self.read = detector
+        self.model, self.processor, self.settings = model, processor, settings
+
+    @classmethod
+    def build(cls, profile: Profile) -> GroundedSam:
+        """The segmenter of a profile. Raises ``ProfileError`` and ``ModelNotAvailable``."""
+        return cls(load_network(profile, "grounding", _load_grounding), *load_network(profile, "sam", _load_sam), profile.masks)
+
+    @torch.no_grad()
+    def propose(self, image: np.ndarray, words: str) -> np.ndarray:
+        """bool (M, H, W) of an image u8 (H, W, 3), highest score first, none empty. ``InputError`` without ``words``."""
+        _check_elongation(image, self.processor.image_processor)
+        boxes = self.boxes(image, words)
+        if not len(boxes):
+            return np.zeros((0, *image.shape[:2]), dtype=bool)
+        inputs = self.processor(Image.fromarray(image), input_boxes=[boxes.tolist()], return_tensors="pt")
+        device, dtype = self.model.device, self.model.dtype
+        output = self.model(pixel_values=inputs["pixel_values"].to(device, dtype), input_boxes=inputs["input_boxes"].to(device, dtype),
+                            multimask_output=False)
+        masks = self.processor.image_processor.post_process_masks(
+            output.pred_masks.float().cpu(), inputs["original_sizes"], inputs["reshaped_input_sizes"])[0]
+        return _filled(list(masks[:, 0].numpy()), image)
+
+    def boxes(self, image: np.ndarray, words: str) -> np.ndarray:
+        """Boxes f32 (M, 4) as (x0, y0, x1, y1) in pixels of ``image`` u8 (H, W, 3), highest score first."""
+        # Grounding DINO was trained on lower-case phrases that end in a full stop.
+        text = " ".join(words.lower().split()).rstrip(" .")
+        if not text:
+            raise InputError("The segmenter 'grounded-sam' looks for what an image was drawn for, but no words were given; give some.")
+        device, dtype = self.detector.device, self.detector.dtype
+        inputs = self.read(images=Image.fromarray(image), text=text + ".", return_tensors="pt", truncation=True,
+                           max_length=self.detector.config.max_text_len).to(device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+        found = self.read.post_process_grounded_object_detection(
+            self.detector(**inputs), inputs["input_ids"], self.settings.grounding_box, self.settings.grounding_text,
+            target_sizes=[image.shape[:2]])[0]
+        scores, boxes = found["scores"].float().cpu().numpy(), found["boxes"].float().cpu().numpy().reshape(-1, 4)
+        order = [i for i in np.argsort(-scores, kind="stable") if found["text_labels"][i].strip()]
+        return boxes[order]
+
+
+def _filled(masks: list[np.ndarray], image: np.ndarray) -> np.ndarray:
+    return np.array([mask for mask in masks if mask.any()], dtype=bool).reshape(-1, *image.shape[:2])
+
+
+def _check_shares(settings: Masks, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(settings, name) <= 1:
+            raise ProfileError(f"masks.{name} is {getattr(settings, name)}; set it to a number from 0 to 1.")
+
+
+def _check_elongation(image: np.ndarray, image_processor) -> None:
+    long = image_processor.size["longest_edge"]
+    if 2 * long * min(image.shape[:2]) < max(image.shape[:2]):
+        raise InputError(f"The image of {image.shape[0]} x {image.shape[1]} pixels is too elongated for Segment Anything, which "
+                         f"sees {long} pixels of the long side; use one that is less so.")
+
+
+def _load_sam(source: Path | str, device: torch.device, dtype: torch.dtype, options: dict) -> tuple[SamModel, SamProcessor]:
+    from transformers import SamModel, SamProcessor
+
+    model = complete("Segment Anything", SamModel.from_pretrained(source, dtype=dtype, output_loading_info=True, **options))
+    return model.to(device), SamProcessor.from_pretrained(source, **options)
+
+
+def _load_grounding(source: Path | str, device: torch.device, dtype: torch.dtype,
+                    options: dict) -> tuple[GroundingDinoForObjectDetection, GroundingDinoProcessor]:
+    from transformers import GroundingDinoForObjectDetection, GroundingDinoProcessor
+
+    loaded = GroundingDinoForObjectDetection.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    return complete("Grounding DINO", loaded).to(device), GroundingDinoProcessor.from_pretrained(source, **options)

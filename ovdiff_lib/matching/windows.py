@@ -1,0 +1,45 @@
+"""Where the windows of an image lie (Sec. 3.4)."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from ovdiff_lib.errors import InputError
+
+MAX_ASPECT = 64
+"""Longest side over shortest; beyond it the resized image would outgrow memory."""
+
+Box = tuple[int, int, int, int]  # top, left, height, width in the resized image
+
+
+def windows(shape: tuple[int, int], size: int, stride: int) -> list[tuple[int, int, int]]:
+    """Square windows (top, left, size) that cover an image of ``shape`` (H, W), row by row.
+
+    ceil((L - size) / stride) + 1 windows along a side of length L; the last is shifted back to end at the image's border, as in
+    mmsegmentation's sliding inference. ``size`` must not exceed either side, nor ``stride`` the size.
+    """
+    if not 0 < size <= min(shape):
+        raise InputError(f"A window of {size} pixels does not fit in an image of {shape[0]} x {shape[1]}; use a smaller window.")
+    if not 0 < stride <= size:
+        raise InputError(f"A stride of {stride} leaves gaps between windows of {size} pixels; use a stride from 1 to {size}.")
+    starts = [[min(i * stride, length - size) for i in range(-(-(length - size) // stride) + 1)] for length in shape]
+    return [(top, left, size) for top in starts[0] for left in starts[1]]
+
+
+def window_seeds(seed: int, image: np.ndarray, count: int) -> np.ndarray:
+    """Noise seeds i64 (count,) of an image's windows: from its pixels u8 (H, W, 3) and the window's number, never from the order images
+    come in."""
+    digest = hashlib.sha256(f"{seed}:{image.shape}:".encode() + np.ascontiguousarray(image).tobytes()).digest()
+    # 63 bits: torch, NumPy and int64 arrays all take them.
+    drawn = [int.from_bytes(hashlib.sha256(digest + str(i).encode()).digest()[:8], "big") >> 1 for i in range(count)]
+    return np.array(drawn, dtype=np.int64)
+
+
+def check_image(image: np.ndarray) -> None:
+    """``InputError`` for an image (H, W, 3) that is too elongated."""
+    height, width = image.shape[:2]
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise InputError(f"The image is {height} x {width} pixels: its long side is more than {MAX_ASPECT} times its short side; "
+                         "cut it into pieces.")

@@ -1,0 +1,1 @@
+"""The frozen networks: where their weights are, loading them once, looking inside."""

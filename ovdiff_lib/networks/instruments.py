@@ -1,0 +1,93 @@
+"""Looking inside a network while it runs: outputs of its layers, grids of its attention."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+
+    pass
+
+
+# ------------------------------------------------------------------ How many items a network takes at a time: a number of the profile, or as many as the GPU's free memory holds.
+
+ON_CPU = 8
+"""Items of a batch on a CPU, where more bring nothing."""
+
+MOST = 64
+"""Items of a batch on a GPU at most: beyond it the cores are busy anyway."""
+
+SHARE = 0.8
+"""Of the free memory that a batch may take; the rest is for what the allocator cannot use."""
+
+
+def batches(count: int, size: int | None, device: torch.device) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive batches of ``count`` items, ``size`` items each.
+
+    ``size`` None: on a CPU :data:`ON_CPU`. On a GPU the first batch is one item, and what it took of the memory until the next batch
+    is asked for says how many fit into what is free; each further batch is measured as well, since the first may have allocated what
+    later ones share. Items are alike in size. Results do not depend on the batches, up to rounding.
+    """
+    gpu = size is None and device.type == "cuda"
+    start, step = 0, size or (1 if gpu else ON_CPU)
+    while start < count:
+        stop = min(count, start + step)
+        if gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+            held = torch.cuda.memory_allocated(device)
+        yield start, stop
+        if gpu:
+            an_item = max(1, torch.cuda.max_memory_allocated(device) - held) / (stop - start)
+            # What PyTorch keeps of its own is free for the next batch too.
+            free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            step = max(1, min(MOST, int(SHARE * free / an_item)))
+        start = stop
+
+
+def attention_grid(tokens: int, latent: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of an attention layer with ``tokens`` positions in a UNet whose latents are ``latent`` = (h, w).
+
+    Each down-sampling is a stride-2 convolution that rounds up, also for latents that are not a multiple of 8.
+    """
+    h, w = latent
+    while h * w > tokens and (h, w) != (1, 1):
+        h, w = math.ceil(h / 2), math.ceil(w / 2)
+    if h * w != tokens:
+        raise ValueError(f"{tokens} attention positions do not come from halving latents of {latent[0]} x {latent[1]}")
+    return h, w
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether none of the values is NaN or infinite."""
+    # Either would make the sum one of them; looking at each value takes many times as long and is left to a sum that overflows.
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose remaining layers nobody reads."""
+
+
+@contextlib.contextmanager
+def captured(modules: dict[str, torch.nn.Module], stop: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+    """What each module put out last inside the ``with`` block, by name; the hooks are removed in any case.
+
+    With ``stop`` the block ends as soon as all of them have put something out: layers behind the last are not run.
+    """
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, output: torch.Tensor) -> None:
+        outputs[name] = output
+        if stop and len(outputs) == len(modules):
+            raise _Enough
+
+    with contextlib.ExitStack() as stack:
+        for name, module in modules.items():
+            handle = module.register_forward_hook(lambda _module, _inputs, output, name=name: keep(name, output))
+            stack.callback(handle.remove)
+        stack.enter_context(contextlib.suppress(_Enough))
+        yield outputs

@@ -1,0 +1,106 @@
+"""Step 2c, Sec. 3.3: masked support features to class, instance and part prototypes (Eq. 2 and 3)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
+from ovdiff_lib.profiles.schema import MOST_CLUSTERS, PrototypeSettings
+from ovdiff_lib.prototypes.kmeans import kmeans
+from ovdiff_lib.types import KINDS, REGIONS, ForegroundBackground, Prototypes
+
+
+def check_prototypes(settings: PrototypeSettings) -> None:
+    """``ProfileError`` for values of ``profile.prototypes`` that cannot be."""
+    for kind in settings.kinds:
+        if kind not in KINDS:
+            raise ProfileError(f"prototypes.kinds holds {kind!r}; choose from {', '.join(KINDS)}.")
+    if not settings.kinds or not 1 <= settings.clusters <= MOST_CLUSTERS:
+        raise ProfileError("prototypes.kinds must name at least one kind and prototypes.clusters must be at least 1 and at most "
+                           f"{MOST_CLUSTERS:,}.")
+    if len(set(settings.kinds)) < len(settings.kinds):
+        raise ProfileError(f"prototypes.kinds is {settings.kinds}; name each kind once.")
+
+
+def check_resize(how: str) -> None:
+    """``ProfileError`` unless ``masks.resize`` is a way that :func:`resize_masks` knows."""
+    if how not in ("area", "any"):
+        raise ProfileError(f"masks.resize is {how!r}; set it to 'area' or 'any'.")
+
+
+def build_prototypes(features: torch.Tensor | np.ndarray, masks: ForegroundBackground, settings: PrototypeSettings,
+                     resize: str = "area") -> Prototypes:
+    """Prototypes of one category from its support features f32 (N, h, w, D), raw, and masks bool (N, H, W).
+
+    For each region, in this order: the class prototype (mean of all masked features of the set), one instance prototype (Eq. 2) for each
+    image whose mask is not empty, ``settings.clusters`` part prototypes (k-means centroids of the pooled masked features; fewer
+    where there are fewer features). Foreground comes before background (Eq. 3).
+
+    ``cluster`` of a part prototype is its code in ``assignment``: k in the foreground, K + k in the background, K = ``settings.clusters``.
+    Without part prototypes ``assignment`` holds 0 on the foreground and K on the background. Where resized masks of both regions
+    share a cell it is recorded as foreground. An empty background gives no background prototypes; an empty foreground
+    raises ``OVDiffError``.
+    """
+    check_prototypes(settings)
+    check_resize(resize)
+    features = torch.as_tensor(features)
+    if features.ndim != 4 or len(features) != len(masks.foreground):
+        raise InputError(f"Support features of shape {tuple(features.shape)} do not go with {len(masks.foreground)} masks; "
+                         "give features (N, h, w, D) and masks (N, H, W) of the same images.")
+    rows: list[tuple[torch.Tensor, str, str, int, int]] = []
+    assignment = np.full(tuple(features.shape[:3]), -1, dtype=np.int16)
+    # Background first, so that the foreground overwrites it in the assignment; its prototypes still come last.
+    for region, full in reversed(list(zip(REGIONS, (masks.foreground, masks.background), strict=True))):
+        if region == "background" and not settings.background:
+            continue
+        inside = resize_masks(full, tuple(features.shape[1:3]), resize)
+        if not inside.any():
+            if region == "foreground":
+                raise OVDiffError(f"None of the {len(features)} support images has any foreground, so the class gets no prototypes; word "
+                                  "the class differently, draw more support images, or set masks.segmenter to another segmenter.")
+            continue
+        made, code = _region(features, inside, settings)
+        offset = settings.clusters if region == "background" else 0
+        rows = [(vector, kind, region, image, cluster + offset if cluster >= 0 else -1) for vector, kind, image, cluster in made] + rows
+        assignment[inside.numpy()] = code + offset
+    vectors, kinds, regions, images, clusters = zip(*rows, strict=True)
+    stacked = torch.stack(vectors).float().cpu().numpy()
+    if not np.isfinite(stacked).all():
+        raise InputError("The support features hold values that are not finite; check the extractor's weights, or use dtype float32.")
+    return Prototypes(stacked, np.array(kinds), np.array(regions), np.array(images, np.int32), np.array(clusters, np.int32), assignment)
+
+
+def _region(features: torch.Tensor, inside: torch.Tensor, settings: PrototypeSettings):
+    """Rows (vector, kind, image, cluster) of one region and the cluster i16 of each of its features; ``inside`` is not empty."""
+    made = []
+    counts = inside.sum((1, 2))
+    images = torch.nonzero(counts)[:, 0].tolist()
+    sums = [features[n][inside[n]].sum(0, dtype=torch.float64) for n in images]
+    if "class" in settings.kinds:
+        made.append((sum(sums) / counts.sum(), "class", -1, -1))
+    if "instance" in settings.kinds:
+        made += [(total / counts[n], "instance", n, -1) for n, total in zip(images, sums, strict=True)]
+    code = np.zeros(int(counts.sum()), dtype=np.int16)
+    if "part" in settings.kinds:
+        centroids, cluster = kmeans(features[inside], settings.clusters, settings.seed)
+        made += [(centroid.double(), "part", -1, k) for k, centroid in enumerate(centroids)]
+        code = cluster.cpu().numpy().astype(np.int16)
+    return made, code
+
+
+def resize_masks(masks: np.ndarray, size: tuple[int, int], how: str = "area") -> torch.Tensor:
+    """Masks bool (N, H, W) on the feature grid: bool tensor (N, *size).
+
+    "area": a cell is inside if more than half of it is; a mask too thin for that keeps its fullest cells, so no mask vanishes.
+    "any": a cell is inside if any pixel of it is.
+    """
+    check_resize(how)
+    tensor = torch.from_numpy(np.ascontiguousarray(masks))[:, None].float()
+    covered = F.adaptive_avg_pool2d(tensor, size)[:, 0]
+    if how == "any":
+        return covered > 0
+    inside = covered > 0.5
+    fullest = covered.amax((1, 2), keepdim=True)
+    return inside | ((fullest <= 0.5) & (fullest > 0) & (covered == fullest))

@@ -1,1 +1,0 @@
-"""Tables, figures and captions: what the notebooks save."""

@@ -1,0 +1,1 @@
+"""What measures, compares, draws and reports; the method never imports it."""

@@ -1,0 +1,1 @@
+"""Looks at results: absent classes, margins, examples."""

@@ -1,0 +1,62 @@
+"""Methods that the paper's tables compare OVDiff with (Table 1, A.1, A.2; App. C.4), run under the same protocol.
+
+All of them use ``support.prompt`` of the profile for class names, and its sizes and windows where they use windows. To add one, write a
+class with the two members of :class:`Baseline` and one line in :data:`BASELINES`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from ovdiff_lib.categories import Vocabulary
+from ovdiff_lib.errors import ProfileError
+from ovdiff_lib.registry import Part
+from ovdiff_lib.workbench.baselines.clip_diy import ClipDIY
+from ovdiff_lib.workbench.baselines.filtered import Filtered
+from ovdiff_lib.workbench.baselines.groupvit import GroupViT
+from ovdiff_lib.workbench.baselines.maskclip import MaskCLIP
+from ovdiff_lib.workbench.baselines.reco import ReCo
+from ovdiff_lib.workbench.baselines.segmenter import ClipSegmenter, majority_vote
+
+if TYPE_CHECKING:
+    from ovdiff_lib.profiles.schema import Profile
+
+
+
+class Baseline(Protocol):
+    """Open-vocabulary segmentation of one image at a time."""
+
+    def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+        """f32 (C + 1, H, W) of an image u8 (H, W, 3), row 0 the background: -inf or a constant where the method has no model of it."""
+        ...
+
+    def predict(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+        """Labels i64 (H, W): 0 = background, i + 1 = category i."""
+        ...
+
+
+BASELINES: dict[str, Part] = {
+    "maskclip": Part(MaskCLIP.build, models=("clip",), settings=()),
+    "clip-diy": Part(ClipDIY.build, models=("clip", "dino"), settings=("clip_diy_",)),
+    "reco": Part(ReCo.build, models=("clip", "dino"), settings=("archive", "reco_")),
+    "groupvit": Part(GroupViT.build, models=("groupvit",), settings=()),
+    "clip-segmenter": Part(ClipSegmenter.build, models=None, settings=()),
+}
+"""Name -> how the baseline is built, and which models and fields of ``baselines`` are its own (None: it depends on the segmenter)."""
+
+OWN_BACKGROUND = frozenset({"clip-diy", "clip-segmenter"})
+"""Baselines that model the background themselves. Row 0 of the others is -inf as built, and a constant threshold stands for the background
+(:func:`~ovdiff_lib.workbench.evaluation.measure.grid_search_threshold`)."""
+
+
+def build_baseline(name: str, profile: Profile) -> Baseline:
+    """The baseline of :data:`BASELINES` called ``name``. Raises ``ProfileError`` for an unknown one, and ``ModelNotAvailable``."""
+    if name not in BASELINES:
+        raise ProfileError(f"There is no baseline {name!r}; choose one of {', '.join(BASELINES)}.")
+    return BASELINES[name](profile)
+
+
+__all__ = ["BASELINES", "OWN_BACKGROUND", "Baseline", "ClipDIY", "ClipSegmenter", "Filtered", "GroupViT", "MaskCLIP", "ReCo",
+           "build_baseline", "majority_vote"]

@@ -1,0 +1,154 @@
+"""CLIP-DIY (Wysoczanska et al., 2024; Table 1): CLIP classifies patches of several sizes, and a saliency map parts object from background.
+
+How this differs from the published method:
+
+- CLIP is the profile's (``models.clip``), not the ViT-B/32 trained on LAION-2B; the prompt is ``support.prompt``, not "a photo of a ...".
+- FOUND's trained saliency is replaced by FOUND's first, training-free step (:mod:`~ovdiff_lib.workbench.baselines.clip_diy`), as soft values.
+- Scores and saliency come to the image's size before they are multiplied, so that labels are not enlarged; a cosine below zero counts as
+  zero; the words for background are ``baselines.clip_diy_background``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ovdiff_lib.categories import Vocabulary
+from ovdiff_lib.errors import ProfileError
+from ovdiff_lib.networks.loading import load_clip
+from ovdiff_lib.profiles.schema import Baselines, Profile
+from ovdiff_lib.workbench.baselines.clip import TextEmbeddings, embed_images
+from ovdiff_lib.workbench.baselines.sliding import resize_maps
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPTokenizer
+from ovdiff_lib.features.dino import DinoExtractor
+from ovdiff_lib.networks.instruments import captured
+
+
+class ClipDIY:
+    """Open-vocabulary segmentation by CLIP as a classifier of patches.
+
+    ``clip`` and ``tokenizer`` are a transformers ``CLIPModel`` and its tokenizer, ``saliency`` maps an image u8 (H, W, 3) to f32 (h, w) in
+    [0, 1] (h, w at will), ``settings`` are a profile's ``baselines``, ``templates`` texts with ``{name}`` for the class; ``batch_size``
+    patches run through CLIP at a time. The background is a class of its own: no threshold is needed.
+    """
+
+    def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer, saliency: Callable[[np.ndarray], Tensor], settings: Baselines,
+                 templates: Sequence[str], batch_size: int = 64) -> None:
+        """Raises ``ProfileError`` for sizes that cannot be halved as often as asked, and ``InputError`` for the templates."""
+        steps = 2 ** settings.clip_diy_scales
+        if settings.clip_diy_scales < 1 or settings.clip_diy_size < steps or settings.clip_diy_size % steps:
+            raise ProfileError(f"baselines.clip_diy_size is {settings.clip_diy_size} and clip_diy_scales {settings.clip_diy_scales}; give "
+                               "at least one scale and a size that is a multiple of 2 to the power of their number.")
+        self.clip, self.saliency, self.settings, self.batch_size = clip, saliency, settings, batch_size
+        self.texts = TextEmbeddings(clip, tokenizer, templates)
+
+    @classmethod
+    def build(cls, profile: Profile) -> ClipDIY:
+        """With the CLIP and the DINO of a profile. Raises ``ProfileError`` and ``ModelNotAvailable``."""
+        return cls(*load_clip(profile), BackgroundSeed.build(profile), profile.baselines, (profile.support.prompt,))
+
+    def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+        """Probabilities f32 (C + 1, H, W) of an image u8 (H, W, 3), row 0 the background.
+
+        Background words that the vocabulary names are classes and not background; where none is left, row 0 is -inf.
+        """
+        named = {word.casefold() for c in vocabulary for word in (c.name, c.prompt)}
+        words = [word for word in self.settings.clip_diy_background if word.casefold() not in named]
+        texts = self.texts((*words, *(c.prompt for c in vocabulary)))
+        # A negative score would win where it is multiplied by a small number.
+        cosines = resize_maps(self.cosines(image, texts), image.shape[:2]).clamp(min=0)
+        salient = resize_maps(self.saliency(image)[None], image.shape[:2])
+        foreground = cosines[len(words):] * salient
+        if not words:
+            nothing = torch.full((1, *image.shape[:2]), -torch.inf)
+            return torch.cat([nothing, foreground.softmax(0)]).numpy()
+        background = cosines[:len(words)].amax(0, keepdim=True) * (1 - salient)
+        return torch.cat([background, foreground]).softmax(0).numpy()
+
+    def predict(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+        """Labels i64 (H, W): 0 = background, i + 1 = category i."""
+        return self.scores(image, vocabulary).argmax(axis=0)
+
+    def cosines(self, image: np.ndarray, texts: Tensor) -> Tensor:
+        """Cosines f32 (C, S, S) of the image u8 (H, W, 3), squashed to S = ``clip_diy_size``, with unit texts f32 (C, D).
+
+        At each scale overlapping patches (stride: half a patch) each get one score, whose grid is enlarged to S; scales are averaged.
+        """
+        side = self.settings.clip_diy_size
+        squashed = np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
+        scales = []
+        for scale in range(self.settings.clip_diy_scales):
+            patches, count = self._patches(squashed, side // 2 ** scale)
+            grid = (torch.cat([embed_images(self.clip, patches[start:start + self.batch_size])
+                               for start in range(0, len(patches), self.batch_size)]) @ texts.T)
+            scales.append(resize_maps(grid.T.unflatten(1, (count, count)), (side, side)))
+        return torch.stack(scales).mean(0)
+
+    def _patches(self, square: np.ndarray, size: int) -> tuple[np.ndarray, int]:
+        """All patches of ``size`` pixels, row by row, as u8 (n * n, s, s, 3) of CLIP's input size s, and n."""
+        views = np.lib.stride_tricks.sliding_window_view(square, (size, size), axis=(0, 1))[::size // 2, ::size // 2]
+        patches = torch.from_numpy(views.reshape(-1, 3, size, size).copy())
+        wanted = self.clip.config.vision_config.image_size
+        if size != wanted:
+            patches = F.interpolate(patches.float(), (wanted, wanted), mode="bicubic", antialias=True).clamp(0, 255).round().byte()
+        return patches.permute(0, 2, 3, 1).numpy(), len(views)
+
+
+# ------------------------------------------------------------------ Where an image shows an object at all, without training: the first step of FOUND (Siméoni et al., 2023), by a frozen DINO.
+
+TINY = 1e-10
+"""Keeps the logarithm finite for a head that attends nowhere."""
+
+
+class BackgroundSeed:
+    """Saliency of the patches of an image, by the last layer of ``extractor``'s DINO; ``cosine`` is the similarity to the background seed
+    at which a patch is half salient."""
+
+    def __init__(self, extractor: DinoExtractor, cosine: float) -> None:
+        """Raises ``ProfileError`` for a cosine outside (0, 0.5]: beyond, the seed itself would not be background."""
+        if not 0 < cosine <= 0.5:
+            raise ProfileError(f"baselines.clip_diy_seed_cosine is {cosine}; set it to a number above 0 and at most 0.5.")
+        self.extractor, self.cosine = extractor, cosine
+        attention = extractor.model.layers[-1].attention
+        self.sources = {"queries": attention.q_proj, "keys": attention.k_proj}
+
+    @classmethod
+    def build(cls, profile: Profile) -> BackgroundSeed:
+        """With ``models.dino``. Raises ``ProfileError`` and ``ModelNotAvailable``."""
+        return cls(DinoExtractor.build(profile), profile.baselines.clip_diy_seed_cosine)
+
+    @torch.no_grad()
+    def __call__(self, image: np.ndarray) -> Tensor:
+        """f32 (n, n) in [0, 1], one value a patch, of an image u8 (H, W, 3), which is squashed to a square of ``features.dino_input_size``.
+
+        0 at the seed and at what is much like it, 1 where nothing is.
+        """
+        side = self.extractor.short
+        square = np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
+        with captured(self.sources) as outputs:
+            grid = self.extractor(square[None], np.zeros(1, np.int64)).shape[1:3]
+        heads = self.extractor.model.config.num_attention_heads
+        queries, keys = (outputs[name][0].float().cpu().unflatten(1, (heads, -1)) for name in ("queries", "keys"))
+        attention = torch.softmax(torch.einsum("hd,nhd->hn", queries[0], keys) * keys.shape[-1] ** -0.5, dim=1)[:, 1:]
+        return saliency(attention, keys[1:], self.cosine).reshape(tuple(grid))
+
+
+def saliency(attention: Tensor, keys: Tensor, cosine: float) -> Tensor:
+    """f32 (n,) in [0, 1]: 1 for patches of no similarity to the background seed, 0.5 at ``cosine``, 0 from twice that on.
+
+    ``attention`` (heads, n) is what each head's class token pays to each patch, ``keys`` (n, heads, d) are the patches' features. Heads
+    that attend to few patches count more, for the seed and for the similarity (FOUND's sparsity weights).
+    """
+    spread = (attention > attention.mean()).float().mean(1) + TINY
+    weight = torch.log(spread.sum() / spread)  # (heads,)
+    unit = F.normalize((keys * weight[:, None]).flatten(1), dim=1)
+    seed = (attention * weight[:, None]).sum(0).argmin()
+    return 1 - (unit @ unit[seed] / (2 * cosine)).clamp(0, 1)

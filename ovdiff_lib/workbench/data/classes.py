@@ -1,0 +1,46 @@
+"""Class names, prompts and kinds of the published data sets, from the file ``classes.json`` beside this module."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ovdiff_lib.categories import Category, Vocabulary
+from ovdiff_lib.errors import InputError
+
+FILE = Path(__file__).with_name("classes.json")
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "fixed": ("given", "high", "convention"),
+    "raw": (),
+    "fourteen": ("given", "high", "medium", "low", "convention"),
+}
+"""Which prompt fixes a selection takes, by their confidence in ``classes.json``; the paper (App. C.3) made 14 and printed three."""
+
+
+@cache
+def class_table() -> dict[str, Any]:
+    """The contents of ``classes.json``; its field "about" explains them."""
+    return json.loads(FILE.read_text(encoding="utf-8"))
+
+
+def check_names(names: str) -> None:
+    """``InputError`` for a selection that :data:`NAMES` does not hold."""
+    if names not in NAMES:
+        raise InputError(f"There is no selection of class names {names!r}; choose {', '.join(NAMES)}.")
+
+
+def vocabulary_of(data_set: str, names: str = "fixed") -> Vocabulary:
+    """The categories of a data set of ``classes.json`` in evaluation order.
+
+    Their names are those of the data set, their prompts follow ``names``: "fixed" (what the paper says or shows it replaced), "raw" (the
+    names themselves) or "fourteen" ("fixed" and guesses, up to the paper's count). Raises ``InputError`` for another selection.
+    """
+    check_names(names)
+    table = class_table()
+    entry = table["data_sets"][data_set]
+    prompts = {fix["name"]: fix["prompt"] for fix in table["fixes"] if fix["data_set"] == data_set and fix["confidence"] in NAMES[names]}
+    stuff = set(entry["stuff"])
+    return Vocabulary(tuple(Category(name, prompts.get(name, ""), "stuff" if name in stuff else "thing") for name in entry["classes"]))

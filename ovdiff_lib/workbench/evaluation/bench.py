@@ -1,0 +1,157 @@
+"""The bench: rows of a table as data, measured on data sets over seeds.
+
+    bench = Bench("mini", library=folder, seeds=[0, 1, 2])
+    cells = bench.cells([Row("full"), Row("without category filter", {"filters.category": False})], {"VOC": "mini-voc"})
+
+A row names the profile fields in which it differs; rows share networks and features, and results are kept in the library's folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ovdiff_lib.checks import check_profile
+from ovdiff_lib.errors import InputError, ModelNotAvailable, ProfileError
+from ovdiff_lib.pipeline import OVDiff
+from ovdiff_lib.profiles.reading import load_profile
+from ovdiff_lib.profiles.schema import Profile
+from ovdiff_lib.workbench.data.datasets import load_dataset
+from ovdiff_lib.workbench.data.samples import Dataset
+from ovdiff_lib.workbench.evaluation.measure import EvaluationResult
+from ovdiff_lib.workbench.evaluation.rows import Row, method_of
+from ovdiff_lib.workbench.evaluation.shared import Parts
+from ovdiff_lib.workbench.evaluation.study import Sweep, measure
+
+
+class Bench:
+    """Measures rows on data sets.
+
+    Args:
+        profile, overrides: as for :class:`~ovdiff_lib.pipeline.OVDiff`; rows replace further fields.
+        library: folder of support sets, prototypes and, below ``results``, of what was measured.
+        seeds: a row is measured once for each (default: ``evaluation.seeds``, each plus ``first_seed``); a seed moves the drawings, their
+            noise and the clustering. The noise on test images stays (``features.seed``), so that seeds share the features of the images.
+        images: the first so many images of each data set (default: ``evaluation.images``).
+
+    Raises ``ProfileError`` and ``ModelNotAvailable`` as :func:`~ovdiff_lib.checks.check_profile`, whatever rows replace later.
+    """
+
+    def __init__(self, profile: str | Path | Profile = "mini", overrides: Mapping[str, Any] | None = None, *, library: str | Path,
+                 seeds: Sequence[int] | None = None, first_seed: int = 0, images: int | None = None, progress: bool = True) -> None:
+        self.profile = load_profile(profile, dict(overrides or {}))
+        check_profile(self.profile)
+        seeds = [first_seed + s for s in self.profile.evaluation.seeds] if seeds is None else seeds
+        images = self.profile.evaluation.images if images is None else images
+        if not seeds:
+            raise InputError("The list of seeds is empty; give at least one.")
+        self.library, self.seeds, self.images, self.progress = Path(library), tuple(seeds), images, progress
+        self.parts = Parts()
+        self._methods: dict[str, OVDiff] = {}
+        self._datasets: dict[tuple[str, str], Dataset] = {}
+
+    def ovdiff(self, settings: Mapping[str, Any] | None = None, seed: int | None = None) -> OVDiff:
+        """OVDiff with the bench's profile, ``settings`` replaced and ``seed`` (default: the first)."""
+        seed = self.seeds[0] if seed is None else seed
+        profile = self.profile.override({"support.seed": seed, "prototypes.seed": seed, **(settings or {})})
+        key = repr(profile)
+        if key not in self._methods:
+            self._methods[key] = OVDiff(profile, library=self.library, progress=self.progress, parts=self.parts)
+        return self._methods[key]
+
+    def dataset(self, source: str, names: str = "fixed") -> Dataset:
+        """The data set of ``source`` = "name", "name/split" or, with its folder, "name:folder". Raises ``InputError``."""
+        if (source, names) not in self._datasets:
+            name, _, folder = source.partition(":")
+            name, _, split = name.partition("/")
+            self._datasets[source, names] = load_dataset(name, split or "val", folder or None, names)
+        return self._datasets[source, names]
+
+    def measure(self, rows: Sequence[Row], source: str) -> dict[str, tuple[EvaluationResult, ...]]:
+        """For each row by label its results on the data set ``source``, one a seed; of a search the best."""
+        if len({row.label for row in rows}) < len(rows):
+            raise InputError("Two rows of the table have the same label; give each its own.")
+        found: dict[str, tuple[EvaluationResult, ...]] = {}
+        for names in dict.fromkeys(row.names for row in rows):
+            named = [row for row in rows if row.names == names]
+            methods = {f"{row.label}\0{seed}": method_of(self, row, seed) for row in named for seed in self._seeds(row)}
+            found |= measure(methods, self.dataset(source, names), folder=self.library / "results", limit=self.images,
+                             progress=self.progress)
+        best = {name: max(results, key=lambda r: r.miou) for name, results in found.items()}
+        return {row.label: tuple(best[f"{row.label}\0{seed}"] for seed in self._seeds(row)) for row in rows}
+
+    def cells(self, rows: Sequence[Row], columns: Mapping[str, str], table: str = "") -> list:
+        """Cells of mIoU in percent, rows by data sets; ``columns`` maps the paper's column to the source of a data set.
+
+        Cells carry their place in the paper's table ``table`` and, where it has one, its value.
+        """
+        from ovdiff_lib.workbench.tables.tables import Cell
+
+        cells = []
+        for column, source in columns.items():
+            measured = self.measure(rows, source)
+            for row in rows:
+                paper = _published(table, row.paper or row.label, column) if table else None
+                cells.append(Cell.of(row.label, self.dataset(source).name, [100 * r.miou for r in measured[row.label]], paper))
+        return sorted(cells, key=lambda cell: [row.label for row in rows].index(cell.row))
+
+    def predictor(self, row: Row, source: str) -> Callable[[np.ndarray], np.ndarray]:
+        """Image u8 (H, W, 3) -> labels int (H, W) of a row on the data set ``source``, with the first seed; of a search, with the constant
+        that was measured to be best."""
+        method = method_of(self, row, self.seeds[0])
+        predict, chosen = method.prepare(self.dataset(source, row.names)), 0
+        if method.variants > 1:
+            found = measure({row.label: method}, self.dataset(source, row.names), folder=self.library / "results", limit=self.images,
+                            progress=self.progress)[row.label]
+            chosen = int(np.argmax([r.miou for r in found]))
+
+        def labels(image: np.ndarray) -> np.ndarray:
+            made = predict(image)
+            return (made.maps() if isinstance(made, Sweep) else made)[chosen]
+
+        return labels
+
+    @staticmethod
+    def labelled(cells: Sequence, column: str) -> list:
+        """The cells with another label of their column; their place in the paper's table stays."""
+        return [dataclasses.replace(cell, column=column) for cell in cells]
+
+    def published(self, cells: Sequence, columns: Mapping[str, str], table: str) -> list:
+        """``cells`` and, after them, the rows of the paper's table ``table`` that are not among them, with the paper's numbers alone."""
+        from ovdiff_lib.workbench.tables.paper import paper_table
+        from ovdiff_lib.workbench.tables.tables import Cell
+
+        here = {cell.paper.row for cell in cells if cell.paper}
+        return [*cells, *(Cell(p.row, self.dataset(columns[p.column]).name, paper=p, source="published") for p in paper_table(table)
+                          if p.row not in here and p.column in columns and p.value is not None)]
+
+    def missing(self, rows: Sequence[Row]) -> dict[str, str]:
+        """Why rows cannot be measured here, by label: a model that the profile does not name or that is not on this machine."""
+        reasons = {}
+        for row in rows:
+            try:
+                if row.baseline:
+                    self.parts.baseline(row.baseline, self.ovdiff(row.settings).profile)
+                else:
+                    ovdiff = self.ovdiff(row.settings)
+                    ovdiff.extractors, ovdiff.segmenter  # noqa: B018
+            except (ModelNotAvailable, ProfileError) as error:
+                reasons[row.label] = str(error)
+        return reasons
+
+    def _seeds(self, row: Row) -> tuple[int, ...]:
+        return self.seeds[:1] if row.baseline else self.seeds[: row.seeds]
+
+
+def _published(table: str, row: str, column: str):
+    """The paper's cell, or one of our own in its table."""
+    from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell
+
+    try:
+        return paper_cell(table, row, column)
+    except InputError:
+        return PaperCell.own(table, row, column)

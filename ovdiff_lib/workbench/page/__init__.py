@@ -1,0 +1,3 @@
+"""Tables, figures and captions: what the notebooks save."""
+
+

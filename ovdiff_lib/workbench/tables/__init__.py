@@ -1,0 +1,1 @@
+"""Tables: measured beside published, and the paper's claims."""

@@ -1,0 +1,1 @@
+"""The vocabulary doctor: which words will be confused, before and after building."""

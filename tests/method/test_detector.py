@@ -1,0 +1,410 @@
+"""The class-agnostic Mask R-CNN and CutLER's recipe: geometry, DropLoss, pseudo-masks and views against values computed by hand."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ovdiff_lib.errors import InputError, ModelNotAvailable, ProfileError
+from ovdiff_lib.masks import SEGMENTERS, build_segmenter
+from ovdiff_lib.masks.segmenters.detector import CONFIG, DetectorSegmenter, build_detector, detect, load_detector, paste, save_detector
+from ovdiff_lib.profiles.reading import load_profile
+from ovdiff_lib.recipes import proposals, pseudo_masks, train_detector
+from ovdiff_lib.recipes.pseudo_masks import PseudoMasks, as_target, boxes_of, merge, views
+from ovdiff_lib.recipes.train_detector import DropLossHeads, box_recall, losses, main
+from ovdiff_lib.recipes.training import round_weights
+
+SMALL = CONFIG | {"widths": [8, 8, 16, 16], "pyramid": 16, "short_side": 64, "long_side": 256, "anchors": [8, 16, 32, 56], "canonical": 56,
+                  "box_head": 24, "mask_head": [16], "detections": 6}
+
+
+def small(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build_detector(SMALL).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("detector")
+    save_detector(small(), SMALL, path)
+    return path
+
+
+def profile_of(folder, score=0.0):
+    return load_profile("mini", {"masks.segmenter": "detector", "models.detector": str(folder), "masks.detector_score": score})
+
+
+def noise(shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+
+def rectangle(shape, top, left, bottom, right):
+    mask = np.zeros(shape, dtype=bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+# ---- the network
+
+def test_the_shipped_size_is_small_and_its_levels_have_the_named_strides():
+    model = build_detector(CONFIG)
+    assert sum(p.numel() for p in model.parameters()) <= 1_600_000
+    maps = model.backbone(torch.zeros(1, 3, 128, 192))
+    assert [tuple(m.shape) for m in maps.values()] == [(1, 64, 128 // s, 192 // s) for s in (4, 8, 16, 32)]
+    # A box of 112 px is pooled at stride 16, of 56 at 8, and so on (equation 1 of the feature pyramid paper); a narrow image that
+    # comes first must not change the strides.
+    boxes = torch.tensor([[0, 0, side, side] for side in (27.0, 29.0, 57.0, 113.0, 225.0)])
+    pool = model.roi_heads.box_roi_pool
+    pool(model.backbone(torch.zeros(1, 3, 32, 256)), [boxes], [(12, 256)])
+    assert pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    assert pool.map_levels([boxes]).tolist() == [0, 0, 1, 2, 3]
+
+
+def test_saved_and_loaded_again_gives_the_same_proposals(folder):
+    model = small()
+    model.load_state_dict(round_weights(model.state_dict()))
+    weights = load_file(folder / "model.safetensors")
+    assert {v.dtype for v in weights.values()} == {torch.float16} and json.loads((folder / "config.json").read_text()) == SMALL
+    loaded = load_detector(folder)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32} and not any(p.requires_grad for p in loaded.parameters())
+    for name, value in small().half().float().state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+def test_proposals_of_images_that_are_not_square(folder):
+    segmenter = build_segmenter(profile_of(folder))
+    assert segmenter.name == "detector" and isinstance(segmenter, DetectorSegmenter)
+    for shape in ((40, 70), (70, 40), (64, 64), (130, 200), (9, 200)):
+        masks = segmenter.propose(noise(shape), "cat")
+        assert masks.dtype == bool and masks.shape[1:] == shape and masks.any(axis=(1, 2)).all()
+        again = DetectorSegmenter(load_detector(folder), 0.0).propose(noise(shape), "dog")
+        assert (masks == again).all() and masks.shape == again.shape
+
+
+def test_transposing_the_image_swaps_height_and_width_of_the_result(folder):
+    # Random features know no symmetry; a constant image and boxes of anchors alone would. So compare only what geometry decides.
+    _, _, boxes = detect(load_detector(folder), noise((40, 90)))
+    assert boxes[:, [0, 2]].max() > 40 and boxes[:, [0, 2]].max() <= 90 and boxes[:, [1, 3]].max() <= 40
+
+
+def test_scores_descend_and_the_threshold_is_inclusive(folder):
+    model, image = load_detector(folder), noise((48, 64))
+    masks, scores, _ = detect(model, image)
+    assert len(scores) > 2 and (np.diff(scores) <= 0).all()
+    shown = masks.any(axis=(1, 2))
+    for cut in (0.0, float(scores[1]), 1.0):
+        expected = masks[(scores >= np.float32(cut)) & shown]
+        assert (DetectorSegmenter(model, cut).propose(image, "") == expected).all()
+
+
+def test_paste_against_a_direct_loop():
+    rng = np.random.default_rng(0)
+    masks, boxes = rng.random((2, 4, 5)).astype(np.float32), np.array([[2.3, 1.1, 9.7, 6.0], [-3.0, 2.5, 4.2, 12.0]], np.float32)
+    pasted = paste(torch.from_numpy(masks), torch.from_numpy(boxes), (9, 13)).numpy()
+    assert pasted.shape == (2, 9, 13)
+    for m, (x0, y0, x1, y1) in enumerate(boxes):
+        padded = np.pad(masks[m], 1)
+        for row in range(9):
+            for column in range(13):
+                # Where the pixel's centre falls between the centres of the mask's cells.
+                v = (row + 0.5 - y0) / (y1 - y0) * 4 + 0.5
+                u = (column + 0.5 - x0) / (x1 - x0) * 5 + 0.5
+                if not (0 <= v < 5 and 0 <= u < 6):
+                    expected = 0.0
+                else:
+                    i, j = int(v), int(u)
+                    a, b = v - i, u - j
+                    expected = ((1 - a) * (1 - b) * padded[i, j] + (1 - a) * b * padded[i, j + 1]
+                                + a * (1 - b) * padded[i + 1, j] + a * b * padded[i + 1, j + 1])
+                assert pasted[m, row, column] == pytest.approx(expected, abs=1e-4)
+
+
+# ---- what can go wrong with a model folder
+
+def broken(folder, tmp_path, change):
+    weights, config = load_file(folder / "model.safetensors"), dict(SMALL)
+    change(weights, config)
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda w, c: w.pop("rpn.head.cls_logits.bias"), "lack 1 tensors, rpn.head.cls_logits.bias"),
+    (lambda w, c: w.update(extra=torch.zeros(2)), "1 tensors too many, extra"),
+    (lambda w, c: w["rpn.head.cls_logits.bias"].fill_(torch.nan), "not finite, in rpn.head.cls_logits.bias"),
+    (lambda w, c: w.update({"rpn.head.cls_logits.bias": torch.zeros(5)}), "shape [5]"),
+    (lambda w, c: c.pop("pyramid"), "lacks pyramid or"),
+    (lambda w, c: c.update(stages=3), "lacks stages or"),
+    (lambda w, c: c.update(short_side="64"), "short_side"),
+    (lambda w, c: c.update(anchors=[8, 16]), "anchors"),
+    (lambda w, c: c.update(widths=[8, 8, 12, 16]), "multiples of 8"),
+])
+def test_an_unfit_folder_is_refused_in_one_sentence(folder, tmp_path, change, words):
+    with pytest.raises(ModelNotAvailable, match="could not be loaded") as caught:
+        build_segmenter(profile_of(broken(folder, tmp_path, change)))
+    message = str(caught.value)
+    assert words in message and "\n" not in message and message.count(". ") == 0, message
+
+
+def test_missing_files_and_settings_are_named(folder, tmp_path):
+    with pytest.raises(ModelNotAvailable, match=r"config\.json"):
+        build_segmenter(profile_of(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelNotAvailable):
+        build_segmenter(profile_of(tmp_path))
+    with pytest.raises(ModelNotAvailable, match="folder with config"):
+        build_segmenter(profile_of(folder / "config.json"))
+    with pytest.raises(ProfileError, match=r"models\.detector is not set"):
+        build_segmenter(load_profile("mini", {"masks.segmenter": "detector", "models.detector": ""}))
+    with pytest.raises(ProfileError, match=r"detector_score is 1\.5"):
+        build_segmenter(profile_of(folder, 1.5))
+    with pytest.raises(InputError, match="1 x 4000 pixels is too elongated"):
+        detect(load_detector(folder), noise((1, 4000)))
+
+
+def test_results_depend_on_the_model_and_its_settings_alone(folder):
+    models, settings = SEGMENTERS["detector"].depends_on(profile_of(folder), "masks")
+    assert models == {"detector": str(folder)} and settings == {"detector_score": 0.0}
+
+
+# ---- DropLoss
+
+def test_drop_loss_against_a_case_computed_by_hand():
+    heads = DropLossHeads.take_over(small().roi_heads)
+    box = torch.tensor([[10.0, 10.0, 20.0, 20.0]])
+    regions = torch.tensor([
+        [10.0, 10.0, 20.0, 18.0],  # IoU 0.8: object
+        [15.0, 10.0, 25.0, 20.0],  # IoU 1/3: background
+        [19.0, 10.0, 28.0, 20.0],  # IoU 10/180 = 0.056: background
+        [19.0, 19.0, 29.0, 29.0],  # IoU 1/199 = 0.005: dropped
+        [40.0, 40.0, 50.0, 50.0],  # IoU 0: dropped
+    ])
+    target = {"boxes": box, "labels": torch.ones(1, dtype=torch.int64), "masks": torch.zeros(1, 64, 64, dtype=torch.uint8)}
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": torch.zeros(0, 64, 64, dtype=torch.uint8)}
+    kept, _, labels, _ = heads.select_training_samples([regions, regions.clone()], [target, nothing])
+    found = {tuple(r.tolist()): int(label) for r, label in zip(kept[0], labels[0], strict=True)}
+    # The sampler keeps all: 6 regions (the box itself joins them) are fewer than it may take.
+    assert found == {**{tuple(r.tolist()): v for r, v in zip(regions, (1, 0, 0, -100, -100), strict=True)}, tuple(box[0].tolist()): 1}
+    assert set(labels[1].tolist()) == {-100}
+    plain = small().roi_heads.select_training_samples([regions.clone()], [target])[2][0]
+    assert sorted(plain.tolist()) == [0, 0, 0, 0, 1, 1]
+
+
+def test_dropped_regions_give_no_loss_and_no_gradient():
+    from torchvision.models.detection.roi_heads import fastrcnn_loss
+
+    logits = torch.tensor([[0.3, -0.2], [1.0, 0.5], [2.0, -1.0]], requires_grad=True)
+    regression, targets = torch.randn(3, 8, requires_grad=True), torch.randn(3, 4)
+    classifier, box = fastrcnn_loss(logits, regression, [torch.tensor([1, 0, DropLossHeads.IGNORED])], [targets])
+    rows = logits.detach().double().numpy()
+    by_hand = np.mean([np.log(np.exp(row).sum()) - row[label] for row, label in zip(rows, (1, 0), strict=False)])
+    assert float(classifier.detach()) == pytest.approx(by_hand, rel=1e-5)
+    (classifier + box).backward()
+    assert logits.grad[2].abs().sum() == 0 and regression.grad[1:].abs().sum() == 0
+    assert logits.grad[:2].abs().min() > 0 and regression.grad[0, 4:].abs().min() > 0
+
+
+# ---- pseudo-masks
+
+def some_masks(scene, size):
+    return np.random.default_rng(scene).random((scene % 3, *size)) < 0.3
+
+
+def test_the_store_gives_back_what_it_was_given(tmp_path):
+    size, path = (5, 7), tmp_path / "masks.npz"  # 35 pixels do not fill whole bytes
+    store = PseudoMasks(path, "key", size).gather([4, 0, 9, 2], lambda scene: some_masks(scene, size))
+    for made in (store, PseudoMasks.load(path)):
+        assert made.scenes == [4, 0, 9, 2] and len(made) == 4 and made.size == size and made.key == "key"
+        for i, scene in enumerate(made.scenes):
+            assert made[i].dtype == bool and np.array_equal(made[i], some_masks(scene, size)) and made[i].shape == (scene % 3, *size)
+
+
+def test_gathering_goes_on_where_it_was_interrupted(tmp_path):
+    size, path, asked = (4, 6), tmp_path / "masks.npz", []
+
+    def propose(scene):
+        asked.append(scene)
+        if len(asked) == 6:
+            raise KeyboardInterrupt
+        return some_masks(scene, size)
+
+    with pytest.raises(KeyboardInterrupt):
+        PseudoMasks(path, "key", size).gather(range(8), propose, every=2)
+    assert PseudoMasks.load(path).scenes == [0, 1, 2, 3]
+    store = PseudoMasks(path, "key", size).gather(range(8), propose, every=2)
+    assert asked == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7] and store.scenes == list(range(8))
+    assert all(np.array_equal(store[i], some_masks(i, size)) for i in range(8))
+    before = path.stat().st_mtime_ns
+    PseudoMasks(path, "key", size).gather(range(5), propose)
+    assert path.stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="other settings"):
+        PseudoMasks(path, "another key", size).gather(range(8), propose)
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(InputError, match="cannot be read"):
+        PseudoMasks.load(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        PseudoMasks.load(tmp_path / "none.npz")
+
+
+def test_confident_detections_take_the_place_of_masks_they_overlap():
+    size = (10, 14)
+    detected = np.array([rectangle(size, 0, 0, 4, 4)])
+    same, shifted, other = rectangle(size, 0, 0, 4, 5), rectangle(size, 2, 0, 6, 4), rectangle(size, 6, 8, 9, 12)  # IoU 0.8, 1/3, 0
+    assert np.array_equal(merge(detected, np.array([same, shifted, other])), np.array([detected[0], shifted, other]))
+    nothing = np.zeros((0, *size), dtype=bool)
+    assert np.array_equal(merge(nothing, np.array([same])), np.array([same])) and np.array_equal(merge(detected, nothing), detected)
+
+
+# ---- views
+
+def scene(size=(48, 64), colour=200, box=(10, 20, 30, 44)):
+    image = np.full((*size, 3), 20, np.uint8)
+    mask = rectangle(size, *box)
+    image[mask] = colour
+    return image, mask[None]
+
+
+@pytest.mark.parametrize("paste_share", [0.0, 1.0])
+def test_masks_of_a_view_follow_its_pixels(paste_share):
+    images, masks = zip(*(scene(colour=c, box=b) for c, b in ((200, (10, 20, 30, 44)), (200, (2, 3, 20, 25)), (200, (28, 30, 46, 60)))),
+                        strict=True)
+    generator = torch.Generator().manual_seed(3)
+    seen = 0
+    for _ in range(12):
+        shown, targets = views(np.stack(images), list(masks), 96, paste_share, generator)
+        assert shown.shape == (3, 3, 96, 96) and 0 <= float(shown.min()) and float(shown.max()) <= 1
+        for picture, target in zip(shown, targets, strict=True):
+            found = target["masks"].bool()
+            assert 1 <= len(found) <= 1 + paste_share and found.flatten(1).sum(1).min() >= pseudo_masks.LEAST_AREA
+            assert found.sum(0).max() == 1  # what is pasted hides what was there
+            # Objects are bright; pixels that mix object and ground, near a border, may fall either way.
+            bright = (picture[0] > 110 / 255).numpy()
+            wrong = bright ^ found.any(0).numpy()
+            rim = torch.nn.functional.max_pool2d(torch.from_numpy(bright).float()[None, None], 5, 1, 2)[0, 0].bool().numpy()
+            core = -torch.nn.functional.max_pool2d(-torch.from_numpy(bright).float()[None, None], 5, 1, 2)[0, 0]
+            assert not (wrong & (core.bool().numpy() | ~rim)).any()
+            rows, columns = np.nonzero(found[0].numpy())
+            assert target["boxes"][0].tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert target["labels"].tolist() == [1] * len(found)
+            seen += len(found)
+    assert seen > 36 if paste_share else seen == 36
+
+
+def test_views_are_those_of_their_generator_and_pasting_shrinks():
+    image, mask = scene()
+    batch, masks = np.stack([image, image]), [mask, mask]
+    one = views(batch, masks, 64, 1.0, torch.Generator().manual_seed(5))
+    two = views(batch, masks, 64, 1.0, torch.Generator().manual_seed(5))
+    assert torch.equal(one[0], two[0]) and all(torch.equal(a["masks"], b["masks"]) for a, b in zip(one[1], two[1], strict=True))
+    assert not torch.equal(one[0], views(batch, masks, 64, 1.0, torch.Generator().manual_seed(6))[0])
+    share = mask.sum() / mask[0].size * 64 * 64
+    generator = torch.Generator().manual_seed(0)
+    areas = [float(t["masks"][-1].sum()) for _ in range(30) for t in views(batch, masks, 64, 1.0, generator)[1] if len(t["masks"]) == 2]
+    assert len(areas) > 20 and max(areas) <= share * 1.05 and min(areas) < share / 4
+
+
+def test_boxes_reach_the_outer_edges_and_specks_are_no_objects():
+    masks = torch.zeros(3, 12, 20, dtype=torch.bool)
+    masks[0, 3, 4] = True
+    masks[1, 2:8, 5:11] = True
+    assert boxes_of(masks[:2]).tolist() == [[4, 3, 5, 4], [5, 2, 11, 8]]
+    assert as_target(masks, masks)["boxes"].tolist() == [[5, 2, 11, 8]]
+    assert as_target(masks[[0, 2]], masks[[0, 2]])["boxes"].tolist() == [[4, 3, 5, 4]]  # better a speck than a view without object
+
+
+# ---- training
+
+def test_a_few_steps_lower_the_loss_and_find_a_bright_square():
+    torch.manual_seed(0)
+    model = build_detector(SMALL)
+    model.roi_heads = DropLossHeads.take_over(model.roi_heads)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    boxes = ((8, 10, 28, 30), (20, 20, 44, 44), (4, 24, 24, 46), (24, 4, 44, 28))
+    images, masks = zip(*(scene((48, 48), box=b) for b in boxes), strict=True)
+    generator = torch.Generator().manual_seed(0)
+    history = []
+    for _ in range(60):
+        batch, targets = views(np.stack(images), list(masks), 64, 0.0, generator)
+        loss = losses(model.train(), batch, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(float(loss.detach()))
+    assert np.mean(history[-10:]) < 0.65 * np.mean(history[:3])
+    model.eval()
+    pairs = list(zip(images, masks, strict=True))
+    best = [[proposals.best_ious(detect(m, image)[0], mask[0].astype(np.uint8))[1] for image, mask in pairs] for m in (model, small())]
+    assert np.mean(best[0]) > 0.55 > 1.5 * np.mean(best[1])
+    assert box_recall(model, pairs, score=0.0) >= 0.75
+
+
+def test_box_recall_by_hand():
+    size = (10, 14)
+    boxes = np.array([[0, 0, 5, 4], [8, 6, 12, 9]], np.float32)
+    truth = np.array([rectangle(size, 0, 0, 4, 4), rectangle(size, 5, 0, 9, 4), rectangle(size, 6, 8, 9, 12)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_detector, "detect", lambda model, image: (None, np.array([0.9, 0.4], np.float32), boxes))
+        assert box_recall(None, [(noise(size), truth)], 0.5) == pytest.approx(1 / 3)
+        assert box_recall(None, [(noise(size), truth)], 0.4) == pytest.approx(2 / 3)
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """Twelve scenes of one bright rectangle and a segmenter that finds it; the network is made small."""
+    rng = np.random.default_rng(0)
+    scenes = [scene((64, 64), box=(r, c, r + 20, c + 24)) for r, c in rng.integers(0, 40, (12, 2))]
+    np.save(tmp_path / "train_images.npy", np.stack([image for image, _ in scenes]))
+
+    class Bright:
+        name = "bright"
+
+        def propose(self, image, words):
+            return (image[..., 0] > 100)[None]
+
+    from ovdiff_lib.registry import Part
+    monkeypatch.setitem(SEGMENTERS, "bright", Part(lambda profile: Bright(), models=(), settings=("maskcut_",)))
+    monkeypatch.setattr(train_detector, "CONFIG", SMALL)
+    monkeypatch.setattr(train_detector, "HELD_OUT", 2)
+    return tmp_path
+
+
+def test_the_script_trains_resumes_and_teaches_itself(world, capsys):
+    def train(out, work, *more):
+        main(["--data", str(world), "--out", str(world / out), "--work", str(world / work), "--batch", "2", "--no-bf16", *more])
+        return capsys.readouterr().out
+
+    said = train("model", "work", "--segmenter", "bright", "--scenes", "10", "--steps", "3")
+    assert "10 scenes, 10 with masks, 10 masks" in said and "done: 3 steps" in said
+    first = load_file(world / "model" / "model.safetensors")
+    float16 = torch.stack([v.flatten()[0] for v in first.values()])
+    assert torch.equal(float16, round_weights({"x": float16})["x"])
+    # The same seed gives the same weights, to the bit.
+    train("again", "work2", "--segmenter", "bright", "--scenes", "10", "--steps", "3")
+    assert all(torch.equal(v, first[k]) for k, v in load_file(world / "again" / "model.safetensors").items())
+    said = train("model", "work", "--segmenter", "bright", "--scenes", "10", "--steps", "4")
+    assert "resumed at step 3" in said and "done: 4 steps" in said
+    with pytest.raises(InputError, match="other settings"):
+        train("model", "work", "--segmenter", "bright", "--scenes", "10", "--set", "masks.maskcut_tau=0.3")
+    masks = str(world / "work" / "pseudo_masks.npz")
+    said = train("second", "work3", "--masks", masks, "--teacher", str(world / "model"), "--steps", "1")
+    assert "done: 1 steps" in said and len(PseudoMasks.load(world / "work3" / "pseudo_masks.npz")) == 10
+    assert len(build_segmenter(profile_of(world / "second")).propose(noise((30, 50)), "")) >= 0
+    with pytest.raises(InputError, match="--teacher needs --masks"):
+        train("x", "work4", "--teacher", str(world / "model"))
+    with pytest.raises(InputError, match=r"Only 4 scenes have pseudo-masks; 6 are needed"):
+        train("x", "work5", "--segmenter", "bright", "--scenes", "4", "--batch", "4")
+    np.save(world / "train_images.npy", np.zeros((20, 32, 32, 3), np.uint8))
+    with pytest.raises(InputError, match="are not of the scenes"):
+        train("x", "work6", "--masks", masks)
+
+
+def test_importing_the_masks_loads_no_network_library():
+    import subprocess
+    code = "import sys, ovdiff_lib.masks; print([m for m in ('transformers', 'diffusers', 'torchvision') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]", run.stdout

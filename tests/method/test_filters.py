@@ -1,0 +1,401 @@
+"""Step 3a: the category pre-filter against plain CLIP calls, the "stuff" filter against a loop."""
+
+import itertools
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import CLIPConfig, CLIPModel
+
+from ovdiff_lib.categories import Category, Vocabulary
+from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.filters.category import CLIP_MEAN, CLIP_STD, CategoryFilter, check_category, square_image
+from ovdiff_lib.filters.stuff import StuffFilter, filter_stuff
+from ovdiff_lib.networks.clip_text import TextEncoder, pack
+from ovdiff_lib.networks.loading import load_clip
+from ovdiff_lib.profiles.reading import load_profile
+from ovdiff_lib.types import PrototypeBank, Prototypes
+
+NAMES = ("cat", "sofa bed", "grass", "boat", "red car")
+LENGTH = 20
+BOS, EOS = 0, 99
+
+
+class WordTokenizer:
+    """One id a word, between start and end token; the end token has the largest id, as in CLIP."""
+
+    model_max_length = LENGTH
+
+    def __call__(self, texts, **settings):
+        return {"input_ids": [[BOS, *(1 + sum(word.encode()) % 97 for word in text.split()), EOS] for text in texts]}
+
+
+@pytest.fixture(scope="module")
+def clip():
+    torch.manual_seed(0)
+    text = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "max_position_embeddings": LENGTH, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": EOS}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
+              "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).eval()
+    with torch.no_grad():  # further apart than the usual small initialisation puts them
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def image():
+    return np.random.default_rng(0).integers(0, 256, (20, 31, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def shipped_clip():
+    return load_clip(load_profile("mini"))
+
+
+def make_filter(clip, **overrides):
+    return CategoryFilter(clip, WordTokenizer(), load_profile("mini", {f"filters.{k}": v for k, v in overrides.items()}))
+
+
+@torch.inference_mode()
+def plain_text(clip, texts):
+    """CLIP's own text embeddings: every prompt alone, padded to the model's length."""
+    ids = [tokens + [EOS] * (LENGTH - len(tokens)) for tokens in WordTokenizer()(texts)["input_ids"]]
+    return F.normalize(clip.get_text_features(input_ids=torch.tensor(ids)).pooler_output, dim=-1)
+
+
+@torch.inference_mode()
+def plain_image(clip, image):
+    pixels = np.array(Image.fromarray(image).resize((16, 16), Image.Resampling.BICUBIC)) / 255
+    pixels = torch.tensor((pixels - CLIP_MEAN) / CLIP_STD, dtype=torch.float32).permute(2, 0, 1)[None]
+    return F.normalize(clip.get_image_features(pixel_values=pixels).pooler_output, dim=-1)[0]
+
+
+def plain_filter(clip, image, names, scale, top):
+    """The paper's words, one step after another."""
+    embedding = plain_image(clip, image)
+    probabilities = torch.softmax(scale * plain_text(clip, list(names)) @ embedding, 0).numpy()
+    above = [i for i in range(len(names)) if probabilities[i] > 1 / len(names)]
+    above = sorted(sorted(above, key=lambda i: -probabilities[i])[:top])
+    subsets = [s for k in range(1, len(above) + 1) for s in itertools.combinations(above, k)]
+    joined = plain_text(clip, [" and ".join(names[i] for i in s) for s in subsets]) @ embedding
+    return subsets[int(joined.argmax())], probabilities
+
+
+def joined_prompts(names):
+    return [" and ".join(s) for k in range(1, len(names) + 1) for s in itertools.combinations(names, k)]
+
+
+def test_shared_beginnings_change_no_embedding(clip):
+    texts = joined_prompts(NAMES)
+    texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
+    expected = plain_text(clip, texts)
+    assert (torch.cdist(expected, expected) + torch.eye(len(texts))).min() > 0.05  # distinct, so a mix-up would show
+    assert torch.allclose(TextEncoder(clip, WordTokenizer())(texts), expected, atol=1e-5)
+
+
+def test_rows_hold_few_tokens_and_every_token_sees_its_own_text():
+    sequences = [tuple(s) for s in WordTokenizer()(joined_prompts(NAMES))["input_ids"]]
+    rows, place = pack(sequences, LENGTH)
+    assert all(len(tokens) <= LENGTH for tokens, _, _ in rows)
+    assert sum(len(tokens) for tokens, _, _ in rows) < 0.7 * sum(map(len, sequences))
+    for sequence, (row, column) in zip(sequences, place, strict=True):
+        tokens, positions, last = rows[row]
+        seen = [j for j in range(column + 1) if last[j] >= column]
+        assert sorted(zip(np.array(positions)[seen], np.array(tokens)[seen], strict=True)) == list(enumerate(sequence))
+
+
+WORDS = st.one_of(st.text(max_size=8), st.sampled_from(["dog's", "it's", "a", "and", "don't", "naïve", "<|endoftext|>", "10,5"]))
+
+
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(text=st.lists(WORDS, max_size=6).map(" ".join))
+def test_words_looked_up_alone_give_the_tokens_of_the_whole_text(shipped_clip, text):
+    clip, tokenizer = shipped_clip
+    whole = tokenizer([text])["input_ids"][0]
+    assert TextEncoder(clip, tokenizer)._tokens(text) == tuple(whole[: whole.index(tokenizer.eos_token_id) + 1])  # where CLIP reads it
+
+
+def test_rows_longer_than_a_text_and_padding_change_no_embedding(shipped_clip, monkeypatch):
+    """CLIP that ships, rows of several widths, the last of a pass shorter than others."""
+    clip, tokenizer = shipped_clip
+    texts = [text for text in joined_prompts(("cat", "red dog", "boat", "zebra crossing", "car", "house")) if len(text) < 40]
+    texts += ["<|endoftext|> cat", "a<|endoftext|>b", ""]
+    with torch.inference_mode():
+        expected = torch.cat([clip.get_text_features(**tokenizer([text], return_tensors="pt")).pooler_output for text in texts])
+    for width in (0, 50, 96, 500):
+        monkeypatch.setattr("ovdiff_lib.networks.clip_text.WIDTH", width)
+        torch.testing.assert_close(TextEncoder(clip, tokenizer)(texts), F.normalize(expected, dim=-1), atol=1e-5, rtol=0)
+
+
+def test_what_was_dropped_makes_room_and_comes_back_the_same(clip):
+    """Against an encoder that drops nothing, in many small calls of changing texts."""
+    small, large, rng = TextEncoder(clip, WordTokenizer(), cached=7), TextEncoder(clip, WordTokenizer()), np.random.default_rng(0)
+    texts = joined_prompts(NAMES)
+    for _ in range(40):
+        chosen = [texts[i] for i in rng.integers(0, len(texts), rng.integers(0, 12))]
+        torch.testing.assert_close(small(chosen), large(chosen), atol=1e-5, rtol=0)
+    assert len(small._known) == 7 and len(small._table) < 30 and small([]).shape == (0, 12)
+
+
+def test_texts_are_encoded_once_and_the_cache_is_bounded(clip, monkeypatch):
+    encoder = TextEncoder(clip, WordTokenizer(), cached=4)
+    runs = []
+    monkeypatch.setattr(encoder, "_encode", lambda s, run=encoder._encode: runs.append(len(s)) or run(s))
+    first = encoder(["cat", "boat", "cat"])
+    again = encoder(["boat", "cat"])
+    assert runs == [2] and torch.equal(first[[1, 0]], again) and torch.equal(first[0], first[2])
+    encoder(["a", "b", "c", "boat"])
+    assert len(encoder._known) == 4 and "boat" in encoder._known and "cat" not in encoder._known
+    assert torch.allclose(encoder(["cat"])[0], first[0], atol=1e-6) and runs == [2, 3, 1]
+
+
+@pytest.mark.parametrize(("scale", "top"), [(3.0, 10), (1.0, 10), (1.0, 2), (0.1, 3)])
+def test_filter_follows_the_paper(clip, image, scale, top):
+    rng = np.random.default_rng(1)
+    chosen = make_filter(clip, category_logit_scale=scale, category_top=top)
+    seen = set()
+    for picture in [image, *rng.integers(0, 256, (5, 17, 24, 3), dtype=np.uint8), np.full((9, 30, 3), 200, np.uint8)]:
+        kept, probabilities = chosen(picture, Vocabulary.of(NAMES))
+        expected, scores = plain_filter(clip, picture, NAMES, scale, top)
+        assert kept == expected and len(kept) <= top
+        assert probabilities.dtype == np.float32 and np.allclose(probabilities, scores, atol=1e-5)
+        assert np.allclose(chosen.scores(picture, Vocabulary.of(NAMES)), scores, atol=1e-5)
+        seen.add(kept)
+    assert len(seen) > 1  # the image matters
+
+
+def test_default_logit_scale_is_the_models(clip, image):
+    scale = float(clip.logit_scale.detach().exp())
+    assert np.allclose(make_filter(clip).scores(image, Vocabulary.of(NAMES)), plain_filter(clip, image, NAMES, scale, 10)[1], atol=1e-4)
+
+
+def test_one_class_and_equal_classes_pass(clip, image):
+    assert make_filter(clip)(image, Vocabulary.of("cat"))[0] == (0,)
+    kept, probabilities = make_filter(clip, category_logit_scale=1e-6)(image, Vocabulary.of(NAMES))
+    texts, subsets = joined_prompts(NAMES), [s for k in range(1, 6) for s in itertools.combinations(range(5), k)]
+    assert kept == subsets[int((plain_text(clip, texts) @ plain_image(clip, image)).argmax())]  # nobody is below 1/C
+    assert np.allclose(probabilities, 0.2)
+
+
+def test_prompts_and_templates_are_used(clip, image):
+    vocabulary = Vocabulary((Category("mouse", "computer mouse"), Category("cat")))
+    made = make_filter(clip, category_prompt="a photo of {names}", category_joiner=" with ", category_logit_scale=1e-6)
+    kept, _ = made(image, vocabulary)
+    assert set(made.text._known) == {"a photo of computer mouse", "a photo of cat", "a photo of computer mouse with cat"}
+    texts = ["a photo of computer mouse", "a photo of cat", "a photo of computer mouse with cat"]
+    assert kept == ((0,), (1,), (0, 1))[int((plain_text(clip, texts) @ plain_image(clip, image)).argmax())]
+
+
+def test_the_released_codes_settings_can_be_expressed(clip, image):
+    """"a x and a y", things only, no logit scale, squashed: all by fields."""
+    made = make_filter(clip, category_prompt="a {names}", category_joiner=" and a ", category_logit_scale=1.0, category_keep_stuff=True,
+                       category_crop="squash", category_top=2)
+    things = [n for n in NAMES if n != "grass"]
+    for picture in [image, *np.random.default_rng(1).integers(0, 256, (5, 17, 24, 3), dtype=np.uint8), np.full((9, 30, 3), 200, np.uint8)]:
+        kept, probabilities = made(picture, Vocabulary.of(NAMES, stuff=["grass"]))
+        embedding = plain_image(clip, picture)
+        expected = torch.softmax(plain_text(clip, [f"a {n}" for n in things]) @ embedding, 0).numpy()
+        assert np.allclose(np.delete(probabilities, 2), expected, atol=1e-5)
+        top = sorted(i for i in np.argsort(-expected)[:2] if expected[i] >= 1 / 4)
+        subsets = [s for k in (1, 2) for s in itertools.combinations(top, k)]
+        joined = plain_text(clip, [" and ".join(f"a {things[i]}" for i in s) for s in subsets]) @ embedding
+        assert kept == tuple(sorted([2, *(NAMES.index(things[i]) for i in subsets[int(joined.argmax())])]))
+    assert any(" and a " in text for text in made.text._known)
+
+
+def test_stuff_can_be_kept_always(clip, image):
+    made = make_filter(clip, category_keep_stuff=True, category_logit_scale=2.0)
+    kept, probabilities = made(image, Vocabulary.of(NAMES, stuff=["grass"]))
+    things = [n for n in NAMES if n != "grass"]
+    expected, scores = plain_filter(clip, image, things, 2.0, 10)
+    assert kept == tuple(sorted([2, *(NAMES.index(things[i]) for i in expected)]))
+    assert probabilities[2] == 1 and np.allclose(np.delete(probabilities, 2), scores, atol=1e-5)
+    assert made(image, Vocabulary.of(["sky", "grass"], stuff=["sky", "grass"]))[0] == (0, 1)
+
+
+def test_too_long_names_and_joined_prompts(clip, image):
+    with pytest.raises(InputError, match="longer than CLIP's 20 tokens"):
+        make_filter(clip)(image, Vocabulary.of(["cat", " ".join("abcdefghijklmnopqrs")]))
+    long = [f"{a} b c d e f g h" for a in "xyz"]  # two fit into 20 tokens with "and", three do not
+    with pytest.warns(UserWarning, match="left out 1 of 7"):
+        kept, _ = make_filter(clip, category_logit_scale=1e-6)(image, Vocabulary.of(long))
+    assert len(kept) <= 2
+
+
+def test_settings_are_checked(clip):
+    for bad in ({"category_top": 0}, {"category_top": 40}, {"category_crop": "crop"}, {"category_prompt": "a {name}"}):
+        with pytest.raises(ProfileError, match=rf"filters\.{next(iter(bad))}"):
+            make_filter(clip, **bad)
+        with pytest.raises(ProfileError, match=rf"filters\.{next(iter(bad))}"):
+            check_category(settings(**bad))
+    check_category(settings(category_top=16, category_crop="centre"))
+
+
+def test_square_image():
+    image = np.zeros((10, 30, 3), np.uint8)
+    image[:, 10:20] = 255
+    image[:, :10, 0] = 90
+    squashed, centre = square_image(image, 12, "squash"), square_image(image, 12, "centre")
+    assert squashed.shape == centre.shape == (12, 12, 3)
+    assert (centre[:, 1:-1] == 255).all() and squashed[5, 1].tolist() == [90, 0, 0] and squashed[5, 10].tolist() == [0, 0, 0]
+    assert (square_image(image.transpose(1, 0, 2), 12, "centre") == centre.transpose(1, 0, 2)).all()
+
+
+def test_broken_weights_are_reported(clip, image):
+    import copy
+
+    broken = copy.deepcopy(clip)
+    with torch.no_grad():
+        broken.visual_projection.weight[0, 0] = torch.nan
+    with pytest.raises(InputError, match="not finite"):
+        make_filter(broken)(image, Vocabulary.of(NAMES))
+
+
+# ------------------------------------------------------------------ "stuff"
+
+
+def make_bank(kinds, seed=0, extractors=("sd", "clip"), channels=3):
+    rng = np.random.default_rng(seed)
+    rows = {}
+    for name in extractors:
+        made = []
+        for _ in kinds:
+            f, b = 4, 6
+            made.append(Prototypes((rng.normal(size=(f + b, channels)) * 5).astype(np.float32), np.array(["part"] * (f + b)),
+                                   np.array(["foreground"] * f + ["background"] * b), np.full(f + b, -1, np.int32),
+                                   np.arange(f + b, dtype=np.int32), np.zeros((2, 2, 3), np.int16)))
+        rows[name] = tuple(made)
+    return PrototypeBank(Vocabulary(tuple(Category(f"c{i}", kind=k) for i, k in enumerate(kinds))), rows)
+
+
+def settings(**fields):
+    return load_profile("mini", {f"filters.{k}": v for k, v in fields.items()}).filters
+
+
+def slow_filter(bank, judged, judges, threshold):
+    """Rows that stay, by extractor and category: of ``judged(i)`` categories no background row alike a foreground row of ``judges(i)``."""
+    found = {}
+    for name, rows in bank.prototypes.items():
+        for i, prototypes in enumerate(rows):
+            kept = []
+            for row, (vector, region) in enumerate(zip(prototypes.vectors, prototypes.region, strict=True)):
+                others = [v for j in judges(i) for v, r in zip(rows[j].vectors, rows[j].region, strict=True) if r == "foreground"]
+                alike = any(vector @ v / np.linalg.norm(vector) / np.linalg.norm(v) > threshold for v in others)
+                if region == "foreground" or not judged(i) or not alike:
+                    kept.append(row)
+            found[name, i] = kept
+    return found
+
+
+def clusters(bank):
+    return {(name, i): p.cluster.tolist() for name, rows in bank.prototypes.items() for i, p in enumerate(rows)}
+
+
+def test_stuff_filter_drops_what_the_definition_says():
+    bank = make_bank(["thing", "stuff", "thing", "stuff"])
+    expected = slow_filter(bank, lambda i: i in (0, 2), lambda i: (1, 3), 0.85)
+    expected |= {(name, i): [0, 1, 2, 3] for name in bank.extractors for i in (1, 3)}
+    assert clusters(filter_stuff(bank, settings())) == expected
+    assert {4 < len(kept) < 10 for (_, i), kept in expected.items() if i in (0, 2)} == {True}
+
+
+def test_stuff_may_keep_its_background():
+    bank = make_bank(["thing", "stuff", "thing", "stuff"])
+    expected = slow_filter(bank, lambda i: i in (0, 2), lambda i: (1, 3), 0.85)
+    assert clusters(filter_stuff(bank, settings(stuff_background=True))) == expected
+    assert all(len(expected[name, i]) == 10 for name in bank.extractors for i in (1, 3))
+
+
+@pytest.mark.parametrize("kinds", [["thing", "stuff", "thing", "stuff"], ["thing"] * 4])
+def test_all_against_all_needs_no_kinds(kinds):
+    bank = make_bank(kinds)
+    expected = slow_filter(bank, lambda i: True, lambda i: {0, 1, 2, 3} - {i}, 0.9)
+    for stuff_background in (False, True):
+        chosen = settings(stuff_against="all", stuff_threshold=0.9, stuff_background=stuff_background)
+        assert clusters(filter_stuff(bank, chosen)) == expected
+    dropped = [10 - len(kept) for kept in expected.values()]
+    assert min(dropped) < max(dropped) and expected != slow_filter(bank, lambda i: True, lambda i: range(4), 0.9)
+    alone = make_bank(["thing"])
+    assert clusters(filter_stuff(alone, settings(stuff_against="all", stuff_threshold=-1))) == clusters(alone)
+
+
+def with_class_prototypes(bank):
+    """The bank with a class prototype in front of each region, and an assignment that shows every part code once."""
+    rng = np.random.default_rng(5)
+
+    def add(extractor, index, p):
+        rows = np.concatenate([np.zeros(1, int), np.arange(4), np.zeros(1, int), np.arange(4, 10)])
+        vectors, cluster, kind = p.vectors[rows].copy(), p.cluster[rows].copy(), np.array(["part"] * len(rows), dtype="<U8")
+        vectors[[0, 5]] = rng.normal(size=(2, vectors.shape[1]))
+        cluster[[0, 5]], kind[[0, 5]] = -1, "class"
+        region = np.array(["foreground"] * 5 + ["background"] * 7)
+        assignment = np.array([*range(10), -1, -1], np.int16).reshape(1, 3, 4)
+        return Prototypes(vectors, kind, region, np.full(12, -1, np.int32), cluster, assignment)
+
+    return bank.map(add)
+
+
+def test_stuff_without_parts():
+    bank = with_class_prototypes(make_bank(["thing", "stuff", "thing"]))
+    found = filter_stuff(bank, settings(stuff_parts=False))
+    for name in bank.extractors:
+        rows = found.prototypes[name]
+        assert rows[1].kind.tolist() == ["class"] and rows[1].region.tolist() == ["foreground"]
+        stuff = bank.prototypes[name][1].vectors[0]  # its class prototype alone judges the others
+        for i in (0, 2):
+            p = bank.prototypes[name][i]
+            cosine = p.vectors @ stuff / np.linalg.norm(p.vectors, axis=1) / np.linalg.norm(stuff)
+            assert np.array_equal(rows[i].vectors, p.vectors[(p.region == "foreground") | (cosine <= 0.85)])
+    kept = filter_stuff(bank, settings(stuff_parts=False, stuff_background=True)).prototypes["sd"][1]
+    assert kept.kind.tolist() == ["class", "class"] and kept.region.tolist() == ["foreground", "background"]
+    with pytest.raises(InputError, match="'c1' has part prototypes alone"):
+        filter_stuff(make_bank(["thing", "stuff"]), settings(stuff_parts=False))
+
+
+def test_filtered_prototypes_can_still_be_traced():
+    """An explanation finds the support pixels of every row that is left, whatever was taken away."""
+    from ovdiff_lib.types import origin
+
+    bank = with_class_prototypes(make_bank(["thing", "stuff", "thing"]))
+    codes = np.array([*range(10), -1, -1]).reshape(1, 3, 4)
+    seen = set()
+    for fields in ({}, {"stuff_against": "all", "stuff_threshold": 0.5}, {"stuff_parts": False, "stuff_background": True}):
+        for rows in filter_stuff(bank, settings(**fields)).prototypes.values():
+            for prototypes in rows:
+                for row in range(len(prototypes)):
+                    foreground, part = prototypes.region[row] == "foreground", prototypes.kind[row] == "part"
+                    wanted = codes == prototypes.cluster[row] if part else (codes < 4) & (codes >= 0) if foreground else codes >= 4
+                    images, pixels = origin(prototypes, row)
+                    assert images == (0,) and np.array_equal(pixels, wanted)
+                    seen.add((str(prototypes.kind[row]), bool(foreground)))
+                assert set(np.unique(prototypes.part_assignment("foreground"))) <= {-1, *range(4)}
+    assert len(seen) == 4
+
+
+def test_stuff_filter_limits():
+    bank = make_bank(["thing", "thing"])
+    assert filter_stuff(bank, settings()) is bank
+    mixed = make_bank(["thing", "stuff"])
+    assert [len(p) for p in filter_stuff(mixed, settings(stuff_threshold=1)).prototypes["sd"]] == [10, 4]
+    assert [len(p) for p in filter_stuff(mixed, settings(stuff_threshold=-1)).prototypes["sd"]] == [4, 4]
+    assert [len(p) for p in mixed.prototypes["sd"]] == [10, 10]  # the bank that came in is as it was
+    with pytest.raises(ProfileError, match=r"filters\.stuff_against"):
+        filter_stuff(mixed, settings(stuff_against="things"))
+
+
+def test_one_bank_is_filtered_once(monkeypatch):
+    import ovdiff_lib.filters.stuff as module
+
+    calls = []
+    monkeypatch.setattr(module, "filter_stuff", lambda bank, s: calls.append(bank) or filter_stuff(bank, s))
+    chosen, first, second = StuffFilter(settings()), make_bank(["thing", "stuff"]), make_bank(["thing", "stuff"], seed=1)
+    results = [chosen(first), chosen(first), chosen(second), chosen(first)]
+    assert results[0] is results[1] and [c is first for c in calls] == [True, False, True]
+    assert clusters(results[0]) == clusters(results[3]) == clusters(filter_stuff(first, settings())) != clusters(results[2])

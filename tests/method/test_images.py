@@ -1,0 +1,279 @@
+"""Reading: whatever a user has becomes upright RGB or one sentence. Writing: whole files or none."""
+
+import errno
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ovdiff_lib import images
+from ovdiff_lib.errors import InputError
+from ovdiff_lib.files import write_atomic
+from ovdiff_lib.images import list_images, read_image, resize_short_side, save_label_png
+
+RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
+def sentence(caught) -> str:
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(".") and len(text) < 400
+    return text
+
+
+def save(path, array, **options):
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+# ---- reading
+
+def test_rgb_comes_back_exactly_from_path_pil_and_array(tmp_path):
+    path = save(tmp_path / "ä b.png", RGB)
+    for source in (path, str(path), Image.open(path), RGB):
+        read = read_image(source)
+        assert read.dtype == np.uint8 and read.shape == (5, 7, 3) and (read == RGB).all()
+        read[:] = 0  # writable, and not the caller's memory
+    assert RGB.any()
+
+
+@pytest.mark.parametrize(("orientation", "undo"), [
+    (1, lambda a: a), (2, np.fliplr), (3, lambda a: np.rot90(a, 2)), (4, np.flipud), (5, lambda a: a.transpose(1, 0, 2)),
+    (6, lambda a: np.rot90(a, -1)), (7, lambda a: np.rot90(a.transpose(1, 0, 2), 2)), (8, lambda a: np.rot90(a, 1))])
+def test_exif_rotation(tmp_path, orientation, undo):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    read = read_image(save(tmp_path / "turned.png", RGB, exif=exif))
+    assert read.shape == undo(RGB).shape and (read == undo(RGB)).all()
+
+
+def test_grey_and_16_bit_grey(tmp_path):
+    grey = RGB[..., 0]
+    expected = np.repeat(grey[..., None], 3, axis=2)
+    assert (read_image(save(tmp_path / "8.png", grey)) == expected).all()
+    assert (read_image(grey) == expected).all()
+    assert (read_image(save(tmp_path / "16.png", grey.astype(np.uint16) * 257)) == expected).all()
+    assert (read_image(save(tmp_path / "16.tif", grey.astype(np.uint16) * 257)) == expected).all()
+    assert (read_image(Image.fromarray(grey.astype(np.int32) * 257)) == expected).all()
+
+
+def test_alpha_is_composited_on_white():
+    alpha = np.array([[0, 255, 51]], np.uint8)
+    rgba = np.dstack([np.full((1, 3, 3), 100, np.uint8), alpha])
+    expected = [255, 100, 224]  # 224 = 255 + (100 - 255) * 51 / 255
+    assert read_image(rgba)[0, :, 1].tolist() == expected
+    assert read_image(Image.fromarray(rgba).convert("LA"))[0, :, 0].tolist() == expected
+
+
+def test_palette_with_a_transparent_colour(tmp_path):
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), mode="L")
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    image.save(tmp_path / "p.png")
+    assert read_image(tmp_path / "p.png")[0].tolist() == [[10, 20, 30], [40, 50, 60], [70, 80, 90]]
+    image.save(tmp_path / "t.png", transparency=1)
+    assert read_image(tmp_path / "t.png")[0].tolist() == [[10, 20, 30], [255, 255, 255], [70, 80, 90]]
+
+
+def test_cmyk_bilevel_and_ycbcr(tmp_path):
+    Image.fromarray(np.full((4, 6, 4), (0, 255, 255, 0), np.uint8), mode="CMYK").save(tmp_path / "c.jpg", quality=100)
+    red = read_image(tmp_path / "c.jpg")
+    assert red.shape == (4, 6, 3) and red[0, 0, 0] > 240 and red[0, 0, 1:].max() < 15
+    assert read_image(Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1"))[0, :, 0].tolist() == [0, 255]
+    assert np.abs(read_image(Image.fromarray(RGB).convert("YCbCr")).astype(int) - RGB).max() <= 3
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_first_frame_of_an_animation(tmp_path, suffix):
+    frames = [Image.new("RGB", (7, 5), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], **({"lossless": True} if suffix == "webp" else {}))
+    assert Image.open(tmp_path / f"a.{suffix}").n_frames == 2
+    assert (read_image(tmp_path / f"a.{suffix}") == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0\x00\x10JFIF", b"RIFF\x00\x00\x00\x00WEBP"])
+def test_files_that_are_no_image(tmp_path, content):
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.png") as caught:
+        read_image(tmp_path / "x.png")
+    sentence(caught)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "tif", "bmp"])
+def test_truncated_files(tmp_path, suffix):
+    noise = np.random.default_rng(1).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    whole = save(tmp_path / f"whole.{suffix}", noise).read_bytes()
+    for share in (0.05, 0.5, 0.9):
+        (tmp_path / f"cut.{suffix}").write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(InputError, match="cut") as caught:
+            read_image(tmp_path / f"cut.{suffix}")
+        sentence(caught)
+
+
+def test_a_flipped_byte_never_ends_in_a_traceback(tmp_path):
+    rng = np.random.default_rng(2)
+    for suffix in ("png", "jpg", "webp", "gif"):
+        whole = bytearray(save(tmp_path / f"w.{suffix}", RGB).read_bytes())
+        for position in rng.integers(0, len(whole), 40):
+            damaged = whole.copy()
+            damaged[position] ^= 0xFF
+            (tmp_path / f"d.{suffix}").write_bytes(damaged)
+            try:
+                assert read_image(tmp_path / f"d.{suffix}").dtype == np.uint8  # a damage that no decoder can see
+            except InputError as error:
+                assert str(error).endswith(".")
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(InputError, match="does not exist") as caught:
+        read_image(tmp_path / "gone.png")
+    sentence(caught)
+    with pytest.raises(InputError, match="is a folder") as caught:
+        read_image(tmp_path)
+    sentence(caught)
+
+
+def test_too_many_pixels(tmp_path, monkeypatch):
+    for width, height in ((20_000, 20_000), (11_000, 10_000)):  # for the first Pillow's own limit is met before ours
+        header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        data = b"".join(struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (header, b"IDAT", b"IEND"))
+        (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+        with pytest.raises(InputError, match="100 million") as caught:
+            read_image(tmp_path / "bomb.png")
+        sentence(caught)
+    monkeypatch.setattr(images, "MAX_PIXELS", 34)
+    with pytest.raises(InputError, match="7 x 5 pixels"):
+        read_image(RGB)
+    monkeypatch.setattr(images, "MAX_PIXELS", 35)
+    read_image(RGB)
+
+
+def test_a_text_chunk_bomb_is_reported(tmp_path):
+    info = PngInfo()
+    info.add_text("comment", "a" * 2_000_000, zip=True)
+    Image.fromarray(RGB).save(tmp_path / "t.png", pnginfo=info)
+    with pytest.raises(InputError) as caught:
+        read_image(tmp_path / "t.png")
+    sentence(caught)
+
+
+@pytest.mark.parametrize("array", [
+    RGB / 255, RGB.astype(np.int64), RGB[None], RGB[..., :2], RGB[:0], np.zeros((3, 0), np.uint8), np.uint8(3)])
+def test_arrays_that_are_no_image(array):
+    with pytest.raises(InputError) as caught:
+        read_image(np.asarray(array))
+    sentence(caught)
+
+
+@pytest.mark.parametrize("image", [Image.fromarray(RGB[..., 0].astype(np.float32)), Image.fromarray(np.full((2, 3), 70_000, np.int32)),
+                                   Image.fromarray(np.full((2, 3), -1, np.int32)), Image.new("RGB", (0, 4))])
+def test_pixels_of_unknown_range(image):
+    with pytest.raises(InputError) as caught:
+        read_image(image)
+    sentence(caught)
+
+
+def test_one_pixel_and_a_wide_strip(tmp_path):
+    assert read_image(save(tmp_path / "1.png", RGB[:1, :1])).shape == (1, 1, 3)
+    assert read_image(save(tmp_path / "w.png", np.zeros((2, 30_000, 3), np.uint8))).shape == (2, 30_000, 3)
+
+
+# ---- finding
+
+def test_list_images(tmp_path):
+    for name in ("b.PNG", "a.jpeg", "c.webp", "notes.txt", "d.jpg"):
+        (tmp_path / name).touch()
+    (tmp_path / "e.png").mkdir()
+    assert [p.name for p in list_images(tmp_path)] == ["a.jpeg", "b.PNG", "c.webp", "d.jpg"]
+    assert list_images(str(tmp_path / "notes.txt")) == [tmp_path / "notes.txt"]  # named outright: read_image decides
+    for path, what in ((tmp_path / "e.png", "holds no image"), (tmp_path / "gone", "does not exist")):
+        with pytest.raises(InputError, match=what) as caught:
+            list_images(path)
+        sentence(caught)
+
+
+# ---- resizing
+
+@pytest.mark.parametrize(("shape", "short", "expected"), [
+    ((128, 160), 64, (64, 80)), ((160, 128), 64, (80, 64)), ((375, 500), 448, (448, 597)), ((100, 149), 64, (64, 95)),
+    ((1, 1), 64, (64, 64)), ((64, 99), 64, (64, 99))])
+def test_resize_short_side_shapes(shape, short, expected):
+    assert resize_short_side(np.zeros((*shape, 3), np.uint8), short).shape == (*expected, 3)
+
+
+def test_resize_halves_by_a_triangle_filter():
+    ramp = np.repeat(np.arange(0, 160, 10, dtype=np.uint8)[None, :, None], 8, axis=0).repeat(3, axis=2)
+    halved = resize_short_side(ramp, 4)
+    # Antialiased bilinear at scale 1/2: weights 1 3 3 1 (over 8) keep a straight ramp straight between the borders.
+    assert halved[1, 1:-1, 0].tolist() == [25, 45, 65, 85, 105, 125]
+    checker = (np.indices((8, 16)).sum(0) % 2 * 200).astype(np.uint8)[..., None].repeat(3, axis=2)
+    assert np.abs(resize_short_side(checker, 4).astype(int) - 100).max() <= 2  # plain bilinear would alias: 0 or 200
+
+
+def test_resize_refuses_what_would_be_huge():
+    with pytest.raises(InputError, match="too narrow") as caught:
+        resize_short_side(np.zeros((1, 30_000, 3), np.uint8), 448)
+    sentence(caught)
+
+
+# ---- writing
+
+@pytest.mark.parametrize(("n", "mode"), [(1, "P"), (21, "P"), (256, "P"), (257, "I;16"), (2001, "I;16")])
+def test_label_png_holds_the_labels(tmp_path, n, mode):
+    labels = np.random.default_rng(0).integers(0, n, (9, 13))
+    labels[0, 0] = n - 1
+    colours = np.random.default_rng(1).integers(0, 256, (n, 3), dtype=np.uint8)
+    save_label_png(tmp_path / "new" / "l.png", labels, colours)
+    with Image.open(tmp_path / "new" / "l.png") as image:
+        assert image.mode == mode and (np.asarray(image) == labels).all()
+        if mode == "P":
+            assert (np.asarray(image.convert("RGB")) == colours[labels]).all()
+    assert os.listdir(tmp_path / "new") == ["l.png"]
+
+
+@pytest.mark.parametrize("labels", [np.array([[-1, 0]]), np.array([[0, 3]]), np.zeros((0, 4), int), np.zeros(4, int)])
+def test_labels_that_do_not_fit(tmp_path, labels):
+    with pytest.raises(InputError) as caught:
+        save_label_png(tmp_path / "l.png", labels, np.zeros((3, 3), np.uint8))
+    sentence(caught)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_atomic(path, b"old")
+
+    def full(_handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="No space left") as caught:
+        write_atomic(path, b"new")
+    sentence(caught)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x.json"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written") as caught:
+        write_atomic(tmp_path / "file" / "x.json", b"")
+    sentence(caught)
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(_handle):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(tmp_path / "x", b"data")
+    assert not list(tmp_path.iterdir())
+
+
+def test_written_files_have_ordinary_permissions(tmp_path):
+    write_atomic(tmp_path / "x", b"")
+    (tmp_path / "y").touch()
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode

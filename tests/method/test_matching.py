@@ -1,0 +1,380 @@
+"""Step 3b: Eq. 4 over windows, against a slow version written from the definition, with extractors that read pixels."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ovdiff_lib.categories import Category, Vocabulary
+from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.matching.matcher import Matcher, check_background, check_matching
+from ovdiff_lib.matching.pamr import pamr
+from ovdiff_lib.matching.windows import window_seeds, windows
+from ovdiff_lib.profiles.reading import load_profile
+from ovdiff_lib.types import PrototypeBank, Prototypes
+
+D = 6
+
+
+class Pixels:
+    """Averages ``step`` x ``step`` pixels and mixes their colours into D channels; ``noise`` adds what the seeds say."""
+
+    def __init__(self, step=4, mix=0, noise=0.0):
+        self.step, self.noise, self.calls = step, noise, []
+        self.matrix = torch.from_numpy(np.random.default_rng(mix).normal(size=(3, D)).astype(np.float32))
+        self.name, self.channels = f"pixels{mix}", D
+
+    def __call__(self, images, seeds):
+        assert images.dtype == np.uint8 and seeds.dtype == np.int64 and len(images) == len(seeds)
+        self.calls.append((images.shape, seeds.tolist()))
+        x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - 0.4
+        features = F.avg_pool2d(x, self.step).permute(0, 2, 3, 1) @ self.matrix
+        if self.noise:
+            features = features + self.noise * torch.stack([
+                torch.randn(features.shape[1:], generator=torch.Generator().manual_seed(int(s))) for s in seeds])
+        return features
+
+
+def prototypes(foreground, background, seed):
+    rng, n = np.random.default_rng(seed), foreground + background
+    order = rng.permutation(["foreground"] * foreground + ["background"] * background)  # rows of both regions may be mixed
+    return Prototypes((rng.normal(size=(n, D)) * 3).astype(np.float32), np.array(["part"] * n), order, np.full(n, -1, np.int32),
+                      np.arange(n, dtype=np.int32), np.zeros((1, 2, 2), np.int16))
+
+
+def make_bank(names="abc", extractors=("one",), background=4, seed=0):
+    return PrototypeBank(Vocabulary.of(list(names)), {
+        name: tuple(prototypes(5 + i, background, 100 * seed + 10 * e + i) for i in range(len(names)))
+        for e, name in enumerate(extractors)})
+
+
+def make_profile(**matching):
+    settings = {"short_side": 24, "windows": [24, 16], "stride": 8, "batch_size": 3, **matching}
+    return load_profile("mini", {f"matching.{k}": v for k, v in settings.items()})
+
+
+def picture(height=30, width=41, seed=0):
+    small = np.random.default_rng(seed).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def slow_scores(image, bank, extractors, sizes, stride, short):
+    """Eq. 4 as the words say it: one window, one class, one extractor at a time."""
+    scale = short / min(image.shape[:2])
+    height, width = (int(side * scale + 0.5) for side in image.shape[:2])
+    resized = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    result = np.zeros((len(bank.vocabulary) + 1, height, width))
+    for size in sizes:
+        total, cover = np.zeros_like(result), np.zeros((height, width))
+        tops = sorted({min(t, height - size) for t in range(0, height, stride)})
+        lefts = sorted({min(t, width - size) for t in range(0, width, stride)})
+        for top in tops:
+            for left in lefts:
+                crop = resized[top : top + size, left : left + size]
+                for name, extractor in extractors.items():
+                    features = extractor(crop[None], np.zeros(1, np.int64))[0].numpy().astype(np.float64)
+                    unit = features / np.linalg.norm(features, axis=-1, keepdims=True)
+                    rows = bank.prototypes[name]
+                    classes = [np.concatenate([p.vectors[p.region == "background"] for p in rows]),
+                               *(p.vectors[p.region == "foreground"] for p in rows)]
+                    for c, vectors in enumerate(classes):
+                        cosine = (unit @ (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).T.astype(np.float64)).max(-1)
+                        up = F.interpolate(torch.from_numpy(cosine)[None, None], size=(size, size), mode="bilinear", align_corners=False)
+                        total[c, top : top + size, left : left + size] += up[0, 0].numpy() / len(extractors)
+                cover[top : top + size, left : left + size] += 1
+        result += total / cover / len(sizes)
+    return F.interpolate(torch.from_numpy(result)[None], size=image.shape[:2], mode="bilinear", align_corners=False)[0].numpy()
+
+
+@pytest.mark.parametrize(("shape", "size", "stride", "tops", "lefts"), [
+    ((448, 448), 448, 224, [0], [0]),
+    ((448, 448), 336, 224, [0, 112], [0, 112]),
+    ((448, 597), 448, 224, [0], [0, 149]),
+    ((700, 448), 336, 224, [0, 224, 364], [0, 112]),
+    ((64, 85), 48, 32, [0, 16], [0, 32, 37]),
+])
+def test_windows_of_the_paper(shape, size, stride, tops, lefts):
+    assert windows(shape, size, stride) == [(top, left, size) for top in tops for left in lefts]
+
+
+def test_windows_cover_everything_and_stay_inside():
+    for shape in ((24, 57), (40, 24)):
+        for size, stride in ((24, 24), (24, 8), (17, 5), (1, 1)):
+            covered = np.zeros(shape, int)
+            for top, left, _ in windows(shape, size, stride):
+                assert top >= 0 and left >= 0 and top + size <= shape[0] and left + size <= shape[1]
+                covered[top : top + size, left : left + size] += 1
+            assert covered.all()
+    for size, stride in ((25, 8), (0, 1), (24, 25), (24, 0)):
+        with pytest.raises(InputError):
+            windows((24, 57), size, stride)
+
+
+@pytest.mark.parametrize("shape", [(30, 41), (53, 30), (24, 24), (10, 11)])
+@pytest.mark.parametrize("names", [("one",), ("one", "two")])
+def test_scores_follow_equation_4(shape, names):
+    extractors = {name: Pixels(step=4 * (1 + i), mix=i) for i, name in enumerate(names)}
+    bank, image = make_bank(extractors=names), picture(*shape)
+    scores, winner = Matcher(extractors, make_profile()).scores(image, bank)
+    expected = slow_scores(image, bank, extractors, [24, 16], 8, 24)
+    assert scores.dtype == np.float32 and winner.dtype == np.int32 and scores.shape == (4, *shape) and winner.shape == shape
+    assert np.allclose(scores, expected, atol=1e-5)
+    assert len(np.unique(expected.argmax(0))) > 1
+
+
+def test_block_and_batch_sizes_change_nothing(monkeypatch):
+    bank, image = make_bank(background=30), picture()
+    scores, winner = Matcher({"one": Pixels(noise=0.3)}, make_profile()).scores(image, bank)
+    monkeypatch.setattr("ovdiff_lib.matching.matcher.BLOCK", 7)
+    for batch in (1, 100):
+        again, same = Matcher({"one": Pixels(noise=0.3)}, make_profile(batch_size=batch)).scores(image, bank)
+        assert np.allclose(scores, again, atol=1e-6) and (winner == same).all()
+
+
+def test_scale_of_features_and_prototypes_does_not_matter():
+    bank, image = make_bank(), picture()
+    plain = Matcher({"one": Pixels()}, make_profile()).scores(image, bank)[0]
+    rng = np.random.default_rng(0)
+    scaled = bank.map(lambda e, i, p: Prototypes(p.vectors * rng.uniform(0.1, 9, (len(p), 1)).astype(np.float32), p.kind, p.region, p.image,
+                                                 p.cluster, p.assignment))
+    extractor = Pixels()
+    extractor.matrix = extractor.matrix * 40
+    assert np.allclose(Matcher({"one": extractor}, make_profile()).scores(image, scaled)[0], plain, atol=1e-5)
+
+
+def test_a_planted_object_is_found_at_its_place():
+    image = np.zeros((24, 40, 3), np.uint8)
+    image[:, :, 2] = 255
+    image[8:16, 20:32] = (255, 0, 0)
+    extractor = Pixels()
+
+    def feature(colour):
+        return extractor(np.tile(np.uint8(colour), (1, 4, 4, 1)), np.zeros(1, np.int64))[0, 0, 0].numpy()
+
+    rows = Prototypes(np.stack([feature((0, 255, 0)), feature((0, 0, 255)), feature((255, 0, 0))]), np.array(["class", "class", "part"]),
+                      np.array(["foreground", "background", "foreground"]), np.full(3, -1, np.int32), np.array([-1, -1, 0], np.int32),
+                      np.zeros((1, 1, 1), np.int16))
+    bank = PrototypeBank(Vocabulary.of("ball"), {"one": (rows,)})
+    scores, winner = Matcher({"one": extractor}, make_profile()).scores(image, bank)
+    labels = scores.argmax(0)
+    truth = np.zeros((24, 40), int)
+    truth[8:16, 20:32] = 1
+    assert (labels == truth).mean() > 0.9 and (labels[10:14, 22:30] == 1).all() and (labels[:, :16] == 0).all()
+    assert (winner[labels == 1] == 2).all()  # row 2 of the category: the red part prototype
+    assert (winner[labels == 0] == 0).all()  # first background prototype of the bank
+
+
+def test_winner_points_at_the_best_prototype_of_the_winning_class():
+    bank, image, extractor = make_bank(), picture(24, 40), Pixels(step=1)
+    scores, winner = Matcher({"one": extractor}, make_profile(windows=[24])).scores(image, bank)
+    labels = scores.argmax(0)
+    # Grid and window are the pixels themselves, so the score is the cosine of the winner.
+    features = F.normalize(extractor(image[None], np.zeros(1, np.int64))[0], dim=-1).numpy()
+    pooled = np.concatenate([p.vectors[p.region == "background"] for p in bank.prototypes["one"]])
+    for y, x in np.ndindex(labels.shape):
+        rows = pooled if labels[y, x] == 0 else bank.prototypes["one"][labels[y, x] - 1].vectors
+        if labels[y, x]:
+            assert bank.prototypes["one"][labels[y, x] - 1].region[winner[y, x]] == "foreground"
+        cosine = rows[winner[y, x]] @ features[y, x] / np.linalg.norm(rows[winner[y, x]])
+        assert cosine == pytest.approx(scores[labels[y, x], y, x], abs=1e-5)
+    assert len(np.unique(labels)) > 2
+
+
+def test_noise_seeds_depend_on_pixels_and_window_alone():
+    image = picture()
+    seeds = window_seeds(0, image, 9)
+    assert seeds.dtype == np.int64 and len(set(seeds.tolist())) == 9 and (seeds >= 0).all()
+    assert (window_seeds(0, image.copy(), 12)[:9] == seeds).all()
+    other = image.copy()
+    other[0, 0, 0] ^= 1
+    for changed in (window_seeds(0, other, 9), window_seeds(1, image, 9), window_seeds(0, image.reshape(41, 30, 3), 9)):
+        assert not set(changed.tolist()) & set(seeds.tolist())
+    extractor = Pixels(noise=0.3)
+    matcher, bank = Matcher({"one": extractor}, make_profile()), make_bank()
+    first = matcher.scores(image, bank)[0]
+    matcher.scores(picture(seed=5), bank)
+    assert np.array_equal(matcher.scores(image, bank)[0], first)
+    used = [seed for _, seeds in extractor.calls for seed in seeds]
+    assert len(set(used)) == len(used) * 2 // 3  # the two pictures, the first of them twice
+
+
+def test_without_background_prototypes():
+    image, bank = picture(), make_bank(background=0)
+    scores, winner = Matcher({"one": Pixels()}, make_profile(background_threshold=0.8)).scores(image, bank)
+    assert (scores[0] == np.float32(0.8)).all()
+    background = scores.argmax(0) == 0
+    assert background.any() and not background.all()
+    assert (winner[background] == -1).all() and (winner[~background] >= 0).all()
+    never, _ = Matcher({"one": Pixels()}, make_profile()).scores(image, bank)  # filters may remove every background prototype
+    assert (never[0] == -np.inf).all() and np.allclose(never[1:], scores[1:])
+    with pytest.raises(InputError, match="background_threshold"):
+        Matcher({"one": Pixels()}, make_profile().override({"prototypes.background": False})).scores(image, bank)
+
+
+def test_background_is_voted_by_the_extractors_that_have_it():
+    image = picture()
+    both = make_bank(extractors=("one", "two"))
+    partly = PrototypeBank(both.vocabulary, {
+        "one": tuple(p.select(p.region == "foreground") for p in both.prototypes["one"]), "two": both.prototypes["two"]})
+    extractors = {"one": Pixels(), "two": Pixels(mix=1)}
+    scores, winner = Matcher(extractors, make_profile()).scores(image, partly)
+    alone, _ = Matcher({"two": extractors["two"]}, make_profile()).scores(image, both)
+    full, _ = Matcher(extractors, make_profile()).scores(image, both)
+    assert np.allclose(scores[0], alone[0], atol=1e-6) and np.allclose(scores[1:], full[1:], atol=1e-6)
+    assert (winner[scores.argmax(0) == 0] == -1).all()  # the first extractor has none to show
+
+
+def test_whole_image_is_one_more_scale():
+    image, bank, extractor = picture(24, 40), make_bank(), Pixels()
+    with_whole = Matcher({"one": extractor}, make_profile(windows=[24], whole_image=True)).scores(image, bank)[0]
+    plain = Matcher({"one": extractor}, make_profile(windows=[24])).scores(image, bank)[0]
+    squashed = np.array(Image.fromarray(image).resize((24, 24), Image.Resampling.BILINEAR))
+    alone = slow_cells(squashed, bank, extractor)
+    up = F.interpolate(torch.from_numpy(alone)[None], size=(24, 40), mode="bilinear", align_corners=False)[0].numpy()
+    assert np.allclose(with_whole, (plain + up) / 2, atol=1e-5)
+
+
+def slow_cells(image, bank, extractor):
+    unit = F.normalize(extractor(image[None], np.zeros(1, np.int64))[0], dim=-1).numpy()
+    rows = bank.prototypes["one"]
+    classes = [np.concatenate([p.vectors[p.region == "background"] for p in rows]), *(p.vectors[p.region == "foreground"] for p in rows)]
+    return np.stack([(unit @ (v / np.linalg.norm(v, axis=1, keepdims=True)).T).max(-1) for v in classes])
+
+
+def test_a_dropped_category_takes_its_prototypes_along():
+    image, bank = picture(), make_bank("abcd")
+    scores, _ = Matcher({"one": Pixels()}, make_profile()).scores(image, bank.restrict([1, 3]))
+    assert np.allclose(scores, slow_scores(image, bank.restrict([1, 3]), {"one": Pixels()}, [24, 16], 8, 24), atol=1e-5)
+    full, _ = Matcher({"one": Pixels()}, make_profile()).scores(image, bank)
+    assert np.allclose(scores[1:], full[[2, 4]], atol=1e-6) and (scores[0] < full[0] - 1e-6).any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (2, 3)])
+def test_tiny_images(shape):
+    scores, winner = Matcher({"one": Pixels()}, make_profile()).scores(np.full((*shape, 3), 99, np.uint8), make_bank())
+    assert scores.shape == (4, *shape) and np.isfinite(scores).all() and winner.shape == shape and (winner >= 0).all()
+
+
+def test_errors_say_what_to_do():
+    image, bank = picture(), make_bank()
+    with pytest.raises(InputError, match="more than 64 times"):
+        Matcher({"one": Pixels()}, make_profile()).scores(np.zeros((1, 100, 3), np.uint8), bank)
+    with pytest.raises(InputError, match="matches with 'two'"):
+        Matcher({"two": Pixels()}, make_profile()).scores(image, bank)
+    with pytest.raises(InputError, match="'a' has no foreground"):
+        Matcher({"one": Pixels()}, make_profile()).scores(image, bank.map(lambda e, i, p: p.select(p.region == "background")))
+    narrow = Pixels()
+    narrow.matrix = narrow.matrix[:, :4]
+    with pytest.raises(InputError, match="6 channels but the image features 4"):
+        Matcher({"one": narrow}, make_profile()).scores(image, bank)
+    broken = Pixels()
+    broken.matrix = broken.matrix * np.nan
+    with pytest.raises(InputError, match="not finite"):
+        Matcher({"one": broken}, make_profile()).scores(image, bank)
+    for bad in ({"windows": []}, {"windows": [25]}, {"windows": [0]}, {"stride": 17}, {"stride": 0}):
+        with pytest.raises(ProfileError, match=rf"matching\.{next(iter(bad))}"):
+            Matcher({"one": Pixels()}, make_profile(**bad))
+    with pytest.raises(ProfileError, match="extractors"):
+        Matcher({}, make_profile())
+
+
+def test_vocabulary_kinds_do_not_matter_here():
+    bank, image = make_bank(), picture()
+    stuff = PrototypeBank(Vocabulary(tuple(Category(c.name, kind="stuff") for c in bank.vocabulary)), bank.prototypes)
+    matcher = Matcher({"one": Pixels()}, make_profile())
+    assert np.array_equal(matcher.scores(image, bank)[0], matcher.scores(image, stuff)[0])
+
+
+def test_lanczos_brings_the_image_to_size():
+    image, bank = picture(), make_bank()
+    resized = np.array(Image.fromarray(image).resize((33, 24), Image.Resampling.LANCZOS))
+    scores = Matcher({"one": Pixels()}, make_profile(windows=[24], stride=24, resample="lanczos")).scores(image, bank)[0]
+    already = Matcher({"one": Pixels()}, make_profile(windows=[24], stride=24)).scores(resized, bank)[0]
+    up = F.interpolate(torch.from_numpy(already)[None], size=(30, 41), mode="bilinear", align_corners=False)[0].numpy()
+    assert np.allclose(scores, up, atol=1e-5)
+    plain = Matcher({"one": Pixels()}, make_profile(windows=[24], stride=24)).scores(image, bank)[0]
+    assert np.abs(scores - plain).max() > 0.01
+
+
+def test_pamr_refines_the_merged_scores_at_the_size_of_the_resized_image():
+    image, bank = picture(), make_bank()
+    resized = np.array(Image.fromarray(image).resize((33, 24), Image.Resampling.BILINEAR))
+    merged, _ = Matcher({"one": Pixels()}, make_profile()).scores(resized, bank)
+    expected = pamr(resized, torch.from_numpy(merged), 3, [1, 2])
+    up = F.interpolate(expected[None], size=(30, 41), mode="bilinear", align_corners=False)[0].numpy()
+    profile = make_profile(refine="pamr", pamr_iterations=3, pamr_dilations=[1, 2])
+    scores, winner = Matcher({"one": Pixels()}, profile).scores(image, bank)
+    assert np.allclose(scores, up, atol=1e-5)
+    plain, plain_winner = Matcher({"one": Pixels()}, make_profile()).scores(image, bank)
+    assert np.abs(scores - plain).max() > 0.01
+    same = scores.argmax(0) == plain.argmax(0)
+    assert not same.all() and (winner[same] == plain_winner[same]).all() and (winner >= 0).all()
+
+
+def test_pamr_leaves_a_constant_background_alone():
+    image, bank = picture(), make_bank(background=0)
+    for extra, value in (({"background_threshold": 0.8}, np.float32(0.8)), ({}, -np.inf)):
+        scores, winner = Matcher({"one": Pixels()}, make_profile(refine="pamr", **extra)).scores(image, bank)
+        assert (scores[0] == value).all() and np.isfinite(scores[1:]).all()
+        assert (winner[scores.argmax(0) == 0] == -1).all()
+
+
+def test_pixels_without_a_good_score_become_background():
+    image, bank = picture(), make_bank()
+    plain, plain_winner = Matcher({"one": Pixels()}, make_profile()).scores(image, bank)
+    best = plain.max(0)
+    bar = float(np.median(best))
+    scores, winner = Matcher({"one": Pixels()}, make_profile(minimum_score=bar)).scores(image, bank)
+    low = best <= np.float32(bar)
+    assert 0.3 < low.mean() < 0.7 and (plain.argmax(0)[low] > 0).any()
+    assert np.array_equal(scores.argmax(0), np.where(low, 0, plain.argmax(0)))
+    assert np.array_equal(winner, np.where(low, -1, plain_winner))
+    assert np.array_equal(scores[1:], plain[1:]) and np.array_equal(scores[0], np.where(low, best, plain[0]))
+    # Not above: a pixel whose score is the minimum itself is background too.
+    exact = float(plain.max())
+    assert (Matcher({"one": Pixels()}, make_profile(minimum_score=exact)).scores(image, bank)[0].argmax(0) == 0).all()
+    never = Matcher({"one": Pixels()}, make_profile(minimum_score=-2.0)).scores(image, bank)
+    assert np.array_equal(never[0], plain) and np.array_equal(never[1], plain_winner)
+    nothing = make_bank(background=0)  # no background prototypes: the minimum alone makes background
+    alone = Matcher({"one": Pixels()}, make_profile(minimum_score=bar)).scores(image, nothing)
+    assert (alone[0].argmax(0) == 0).any() and (alone[1][alone[0].argmax(0) == 0] == -1).all()
+
+
+def test_settings_of_the_refinement_are_checked():
+    for bad in ({"refine": "crf"}, {"resample": "nearest"}, {"pamr_iterations": 0}, {"pamr_dilations": []}, {"pamr_dilations": [1, 0]}):
+        with pytest.raises(ProfileError, match=rf"matching\.{next(iter(bad))}"):
+            Matcher({"one": Pixels()}, make_profile(**bad))
+
+
+def test_settings_are_judged_without_a_matcher():
+    for name in ("mini", "paper", "official"):
+        check_matching(load_profile(name).matching)
+        check_background(load_profile(name))
+    for good in ({"long_side": 24}, {"long_side": None}, {"windows": [], "whole_image": True}):
+        check_matching(make_profile(**good).matching)
+    for bad in ({"long_side": -5}, {"long_side": 23}, {"windows": [25]}, {"windows": []}, {"stride": 17}, {"refine": "PAMR"}):
+        for judge in (check_matching, lambda settings, bad=bad: Matcher({"one": Pixels()}, make_profile(**bad))):
+            with pytest.raises(ProfileError, match=rf"matching\.{next(iter(bad))}"):
+                judge(make_profile(**bad).matching)
+    without = make_profile().override({"prototypes.background": False})
+    with pytest.raises(ProfileError, match=r"prototypes\.background is false and nothing else .*; set matching\.background_threshold"):
+        check_background(without)
+    check_background(without.override({"matching.background_threshold": 0.0}))
+
+
+def test_a_long_strip_is_scaled_until_its_long_side_fits():
+    from ovdiff_lib.images import resize_short_side
+
+    strip = np.random.default_rng(0).integers(0, 255, (10, 100, 3), dtype=np.uint8)
+    assert resize_short_side(strip, 40).shape == (40, 400, 3)
+    assert resize_short_side(strip, 40, long_side=200).shape == (20, 200, 3)
+    assert resize_short_side(strip, 40, long_side=400).shape == (40, 400, 3)
+    assert resize_short_side(strip.transpose(1, 0, 2), 40, long_side=150).shape == (150, 15, 3)
+
+
+def test_a_long_strip_gets_windows_as_large_as_its_short_side():
+    bank, image, extractor = make_bank(), picture(10, 100), Pixels(step=1)
+    # Long side 120: scaled by 1.2 to 12 x 120, where windows of 24 and 16 do not fit.
+    found, _ = Matcher({"one": extractor}, make_profile(long_side=120)).scores(image, bank)
+    np.testing.assert_allclose(found, slow_scores(image, bank, {"one": extractor}, [12, 12], 8, 12), atol=1e-4)

@@ -1,0 +1,456 @@
+"""The whole method on tiny models: what a result may depend on, and what it may not."""
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_overrides
+
+import ovdiff_lib.networks.loading as models
+import ovdiff_lib.support.sampler as sampler
+from ovdiff_lib import InputError, ModelNotAvailable, OVDiff, OVDiffError, ProfileError
+from ovdiff_lib.categories import Category, Vocabulary
+from ovdiff_lib.checks import check_profile, setting_problems
+from ovdiff_lib.profiles.reading import load_profile
+from ovdiff_lib.types import PrototypeBank, Prototypes
+from ovdiff_lib.workbench.doctor import examine
+
+NAMES = ("cat", "dog", "sofa")
+SHAPE = (40, 72)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("library")
+
+
+@pytest.fixture(scope="module")
+def ovdiff(tiny_profile, folder) -> OVDiff:
+    """The tiny method without the category filter, whose random CLIP would leave one class of three."""
+    return OVDiff(tiny_profile, {"filters.category": False}, library=folder, progress=False)
+
+
+@pytest.fixture(scope="module")
+def bank(ovdiff) -> PrototypeBank:
+    return ovdiff.build(NAMES)
+
+
+def picture(seed: int = 0, shape=SHAPE) -> np.ndarray:
+    """Patches of random colour, u8 (H, W, 3)."""
+    small = np.random.default_rng(seed).integers(0, 256, (5, 9, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize(shape[::-1], Image.NEAREST))
+
+
+def equal(a: Prototypes, b: Prototypes) -> bool:
+    return all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(Prototypes))
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("a support set was drawn")
+
+    monkeypatch.setattr(sampler, "sample_support", refuse)
+
+
+# ---------------------------------------------------------------------- what comes out
+
+def test_a_bank_has_every_kind_for_every_class(bank, tiny_profile):
+    assert bank.vocabulary.names == NAMES and bank.extractors == ("sd",)
+    channels = {p.vectors.shape[1] for p in bank.prototypes["sd"]}
+    assert len(channels) == 1
+    for own in bank.prototypes["sd"]:
+        assert own.vectors.dtype == np.float32 and np.isfinite(own.vectors).all()
+        assert len(own.assignment) == tiny_profile.support.size
+        for region in ("foreground", "background"):
+            here = own.region == region
+            count = {kind: int((own.kind[here] == kind).sum()) for kind in ("class", "instance", "part")}
+            assert count["class"] == 1
+            assert 1 <= count["instance"] <= tiny_profile.support.size and 1 <= count["part"] <= tiny_profile.prototypes.clusters
+    assert not equal(*bank.prototypes["sd"][:2])
+
+
+def test_a_segmentation_fits_its_image(ovdiff, bank):
+    image = picture()
+    result = ovdiff.segment(image, bank)
+    assert np.array_equal(result.image, image)
+    assert result.labels.shape == SHAPE and result.labels.dtype == np.int32 and 0 <= result.labels.min() <= result.labels.max() <= 3
+    assert result.scores.shape == (4, *SHAPE) and result.scores.dtype == np.float32
+    assert np.abs(result.scores).max() <= 1 + 1e-5
+    assert np.array_equal(result.labels, result.scores.argmax(0))
+    assert len(np.unique(result.labels)) >= 3  # the labels of patches differ
+    assert result.kept == (0, 1, 2) and np.isnan(result.filter_scores).all()
+    assert result.winner.shape == SHAPE and result.winner.dtype == np.int32
+    for label, own in enumerate(bank.prototypes["sd"], 1):
+        won = np.unique(result.winner[result.labels == label])
+        assert (own.region[won] == "foreground").all()
+    assert result.overlay().height > SHAPE[0]
+
+
+def test_the_filter_drops_classes_and_only_classes(tiny_profile, folder, bank):
+    filtered = OVDiff(tiny_profile, library=folder, progress=False)
+    image = picture()
+    result = filtered.segment(image, bank)
+    assert result.filter_scores.shape == (3,) and result.filter_scores.sum() == pytest.approx(1, abs=1e-5)
+    assert 0 < len(result.kept) < 3, "choose another picture: the test needs a class that is dropped"
+    for index in range(3):
+        assert np.isinf(result.scores[index + 1]).all() == (index not in result.kept)
+    assert set(np.unique(result.labels)) <= {0, *(k + 1 for k in result.kept)}
+    # What is kept scores as if the vocabulary were those classes alone.
+    unfiltered = OVDiff(tiny_profile, {"filters.category": False}, library=folder, progress=False)
+    alone = unfiltered.segment(image, bank.restrict(result.kept))
+    assert np.array_equal(alone.scores, result.scores[[0, *(k + 1 for k in result.kept)]])
+
+
+def test_one_class_alone_competes_with_its_background(tiny_profile, folder, no_drawing):
+    for filtered in (True, False):
+        single = OVDiff(tiny_profile, {"filters.category": filtered}, library=folder, progress=False)
+        result = single.segment(picture(1), "cat")
+        assert result.kept == (0,) and result.scores.shape == (2, *SHAPE) and set(np.unique(result.labels)) <= {0, 1}
+
+
+def test_stuff_loses_its_background_prototypes(tiny_profile, folder, bank, no_drawing):
+    ovdiff = OVDiff(tiny_profile, {"filters.category": False, "filters.stuff_threshold": -1.0}, library=folder, progress=False)
+    mixed = ovdiff.build(NAMES, stuff=["sofa"])
+    assert all(equal(a, b) for a, b in zip(mixed.prototypes["sd"], bank.prototypes["sd"], strict=True))
+    # At threshold -1 every background prototype is too like the stuff: background cannot win.
+    result = ovdiff.segment(picture(), mixed)
+    assert np.isinf(result.scores[0]).all() and result.labels.min() >= 1 and (result.winner >= 0).all()
+    # The filter can be switched off, and at threshold 1 it takes the stuff's own background alone.
+    off = OVDiff(tiny_profile, {"filters.category": False, "filters.stuff": False}, library=folder, progress=False)
+    assert np.array_equal(off.segment(picture(), mixed).scores, off.segment(picture(), bank).scores)
+    lenient = OVDiff(tiny_profile, {"filters.category": False, "filters.stuff_threshold": 1.0}, library=folder, progress=False)
+    assert np.isfinite(lenient.segment(picture(), mixed).scores).all()
+
+
+def test_without_background_prototypes_a_constant_decides(tiny_profile, folder, bank):
+    overrides = {"filters.category": False, "matching.background_threshold": 0.3}
+    result = OVDiff(tiny_profile, overrides, library=folder, progress=False).segment(picture(), bank.without_background())
+    assert (result.scores[0] == np.float32(0.3)).all()
+
+
+# ---------------------------------------------------------------------- what a class depends on
+
+def test_a_new_class_changes_no_other(ovdiff, bank):
+    grown = ovdiff.build((*NAMES, "boat"))
+    assert all(equal(a, b) for a, b in zip(bank.prototypes["sd"], grown.prototypes["sd"][:3], strict=True))
+    assert not any(equal(grown.prototypes["sd"][3], own) for own in bank.prototypes["sd"])
+
+
+def test_classes_built_afresh_in_another_order_are_the_same(tiny_profile, tmp_path, bank):
+    """Nothing is shared with the other library: the classes are drawn again, without dog, last first."""
+    again = OVDiff(tiny_profile, library=tmp_path, progress=False).build(["sofa", "cat"])
+    assert equal(again.prototypes["sd"][0], bank.prototypes["sd"][2]) and equal(again.prototypes["sd"][1], bank.prototypes["sd"][0])
+
+
+def test_the_batch_size_changes_rounding_only(tiny_profile, tmp_path, bank):
+    settings = {"support.batch_size": 2, "features.batch_size": 1}
+    own = OVDiff(tiny_profile, settings, library=tmp_path, progress=False).build("cat").prototypes["sd"][0]
+    other = bank.prototypes["sd"][0]
+    for region in ("foreground", "background"):
+        a, b = (p.vectors[(p.kind == "class") & (p.region == region)][0] for p in (own, other))
+        assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(b)  # a grey level here or there
+
+
+def test_the_order_of_classes_only_renumbers(ovdiff, bank):
+    turned = ovdiff.build(NAMES[::-1])
+    assert all(equal(a, b) for a, b in zip(bank.prototypes["sd"], turned.prototypes["sd"][::-1], strict=True))
+    first, second = ovdiff.segment(picture(), bank), ovdiff.segment(picture(), turned)
+    assert np.array_equal(first.scores[[0, 3, 2, 1]], second.scores)
+    assert np.array_equal(first.labels, np.array([0, 3, 2, 1])[second.labels])
+
+
+def test_a_class_is_its_words_not_its_label(ovdiff, bank, no_drawing):
+    renamed = ovdiff.build([Category("mine", prompt="cat", kind="stuff")])
+    assert equal(renamed.prototypes["sd"][0], bank.prototypes["sd"][0])
+    assert renamed.vocabulary.categories == (Category("mine", "cat", "stuff"),)
+    assert ovdiff.support(Category("mine", prompt="cat")).category.name == "mine"
+
+
+# ---------------------------------------------------------------------- the library
+
+def test_a_second_build_draws_nothing(tiny_profile, folder, bank, no_drawing, monkeypatch):
+    monkeypatch.setattr(models, "load_diffusion", lambda profile: pytest.fail("the model was loaded"))
+    again = OVDiff(tiny_profile, library=folder, progress=False).build(NAMES)
+    assert all(equal(a, b) for a, b in zip(bank.prototypes["sd"], again.prototypes["sd"], strict=True))
+
+
+def test_support_sets_outlive_prototype_settings(tiny_profile, folder, bank, no_drawing):
+    """Other clusters need other prototypes, but no other drawings."""
+    other = OVDiff(tiny_profile, {"prototypes.clusters": 2}, library=folder, progress=False).build("cat")
+    assert (other.prototypes["sd"][0].kind == "part").sum() == 4
+
+
+def test_a_support_set_grows_and_shrinks_without_drawing_again(tiny_profile, tmp_path, monkeypatch):
+    """Two images, then five: three are drawn; then one: none is. What was there stays bit by bit."""
+    from ovdiff_lib.support import sampler
+
+    drawn, real = [], sampler.sample_support
+
+    def counted(pipe, category, profile, count=None, progress=True, start=0):
+        drawn.append((start, count))
+        return real(pipe, category, profile, count, progress, start)
+
+    monkeypatch.setattr(sampler, "sample_support", counted)
+    sets = {n: OVDiff(tiny_profile, {"support.size": n}, library=tmp_path, progress=False).support("dog") for n in (2, 5, 1)}
+    assert drawn == [(0, 2), (2, 3)]
+    whole = real(OVDiff(tiny_profile).diffusion, Category("dog"), tiny_profile, 5, progress=False)
+    for n, support in sets.items():
+        assert len(support) == n and np.array_equal(support.seeds, whole.seeds[:n])
+        assert np.array_equal(support.images, sets[5].images[:n]) and np.array_equal(support.attribution, sets[5].attribution[:n])
+    # Drawn at once or in two parts: rounding of other batches at most.
+    assert np.abs(sets[5].images.astype(int) - whole.images).max() <= 2
+    with pytest.raises(InputError, match="at least one"):
+        OVDiff(tiny_profile, {"support.size": 0}, library=tmp_path, progress=False).support("dog")
+
+
+def test_keys_tell_words_steps_and_weights_apart(tiny_profile, tiny_models, tmp_path):
+    plain = OVDiff(tiny_profile)
+    keys = [plain._key(step, Category(word)) for step in ("support", "sd", "clip-keys") for word in ("cat", "dog")]
+    assert len(set(keys)) == 6
+    assert plain._key("sd", Category("x", prompt="cat")) == plain._key("sd", Category("cat"))
+    # Which other extractors run changes nothing for one of them.
+    both = OVDiff(tiny_profile.override({"features.extractors": ["sd", "clip-keys"]}))
+    assert both._key("sd", Category("cat")) == plain._key("sd", Category("cat"))
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(tiny_models / "stable-diffusion", moved)
+    elsewhere = OVDiff(tiny_profile.override({"models.diffusion": str(moved)}))
+    assert elsewhere._key("support", Category("cat")) == keys[0]  # the same weights in another place
+    config = moved / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("0.012", "0.02"))
+    assert elsewhere._key("support", Category("cat")) != keys[0]
+
+
+def test_an_ensemble_has_one_space_an_extractor(tiny_profile, folder, bank, no_drawing):
+    both = OVDiff(tiny_profile, {"features.extractors": ["sd", "clip-keys"], "filters.category": False}, library=folder, progress=False)
+    made = both.build("cat, dog")
+    assert made.extractors == ("sd", "clip-keys")
+    assert equal(made.prototypes["sd"][0], bank.prototypes["sd"][0])
+    result = both.segment(picture(), made)
+    alone = OVDiff(tiny_profile, {"filters.category": False}, library=folder, progress=False).segment(picture(), "cat, dog")
+    assert result.scores.shape == alone.scores.shape and not np.allclose(result.scores, alone.scores, atol=1e-3)
+
+
+# ---------------------------------------------------------------------- what a prediction depends on
+
+def test_a_prediction_does_not_depend_on_what_came_before(tiny_profile, folder, ovdiff, bank):
+    first = ovdiff.segment(picture(0), bank)
+    other = ovdiff.segment(picture(1, (72, 40)), bank)
+    again = ovdiff.segment(picture(0), bank)
+    fresh = OVDiff(tiny_profile, {"filters.category": False}, library=folder, progress=False).segment(picture(0), bank)
+    for result in (again, fresh):
+        assert np.array_equal(result.scores, first.scores) and np.array_equal(result.labels, first.labels)
+        assert np.array_equal(result.winner, first.winner)
+    assert other.labels.shape == (72, 40)
+
+
+def test_window_batches_change_nothing(tiny_profile, folder, ovdiff, bank):
+    small = OVDiff(tiny_profile, {"filters.category": False, "matching.batch_size": 3}, library=folder, progress=False)
+    assert np.allclose(small.segment(picture(), bank).scores, ovdiff.segment(picture(), bank).scores, atol=1e-4)
+
+
+def test_images_segmented_together_are_those_segmented_alone(tiny_profile, folder, bank):
+    """Other sizes, batches and numbers of kept classes, with two extractors, two scales and the whole image, and PAMR."""
+    both = OVDiff(tiny_profile, {"features.extractors": ["sd", "clip-keys"], "matching.whole_image": True, "matching.refine": "pamr",
+                                 "matching.batch_size": 5}, library=folder, progress=False)
+    made = both.build(NAMES)
+    images = [picture(i, shape) for i, shape in enumerate([SHAPE, (72, 40), SHAPE, (33, 50), (40, 41)])]
+    kept = [(0, 1, 2), (1,), (0, 2), (0,), (1, 2)]  # as if the filter had chosen so
+    answers = {image.tobytes(): (chosen, np.ones(3, np.float32)) for image, chosen in zip(images, kept, strict=True)}
+    both._parts["category_filter"] = lambda image, vocabulary: answers[image.tobytes()]
+    alone = [both.segment(image, made) for image in images]
+    for together in (2, 5, 8):
+        several = list(both.segment_many(iter(images), made, together))
+        assert len(several) == len(images)
+        for one, many, chosen in zip(alone, several, kept, strict=True):
+            assert many.kept == one.kept == chosen and many.labels.shape == one.labels.shape
+            assert np.allclose(many.kept_scores, one.kept_scores, atol=1e-4)
+            # Of prototypes that are alike, rounding tells the winner.
+            assert (many.labels == one.labels).mean() > 0.99 and (many.winner == one.winner).mean() > 0.95
+            assert np.array_equal(many.filter_scores, one.filter_scores)
+
+
+def test_images_are_read_as_they_are_needed(ovdiff, bank):
+    asked = []
+
+    def images():
+        for i in range(5):
+            asked.append(i)
+            yield picture(i)
+
+    results = ovdiff.segment_many(images(), bank, together=2)
+    assert asked == []
+    next(results)
+    assert asked == [0, 1]
+    assert len(list(results)) == 4 and asked == [0, 1, 2, 3, 4]
+
+
+def test_scores_of_the_whole_vocabulary(ovdiff, bank):
+    result = ovdiff.segment(picture(), bank)
+    kept = dataclasses.replace(result, kept=(0, 2), kept_scores=result.kept_scores[[0, 1, 3]])
+    full = kept.scores
+    assert full.shape == (4, *SHAPE) and full.dtype == np.float32 and (full[2] == -np.inf).all()
+    assert np.array_equal(full[[0, 1, 3]], result.scores[[0, 1, 3]])
+    assert np.array_equal(kept.scores_at(7, 50), full[:, 7, 50])
+
+
+def test_masks_come_from_the_library(tiny_profile, tmp_path, monkeypatch):
+    ovdiff = OVDiff(tiny_profile, library=tmp_path, progress=False)
+    made = ovdiff.masks_of("cat")
+    direct = ovdiff.masks(ovdiff.support("cat"))
+    assert np.array_equal(made.foreground, direct.foreground) and np.array_equal(made.background, direct.background)
+    monkeypatch.setattr(OVDiff, "masks", None)  # not made again, for another extractor's prototypes either
+    again = OVDiff(tiny_profile, {"features.extractors": ["clip-keys"]}, library=tmp_path, progress=False)
+    assert again.masks_of(Category("cat")).source == made.source
+    again.build_class("cat")
+
+
+def test_images_of_every_kind_are_read_alike(tmp_path, ovdiff, bank):
+    image = picture()
+    expected = ovdiff.segment(image, bank).scores
+    Image.fromarray(image).save(tmp_path / "plain.png")
+    turned = Image.fromarray(np.rot90(image).copy())  # stored on its side, EXIF says how to turn it back
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    opaque = np.dstack([image, np.full(SHAPE, 255, np.uint8)])
+    for source in (tmp_path / "plain.png", str(tmp_path / "plain.png"), tmp_path / "turned.png", Image.fromarray(image), opaque):
+        assert np.array_equal(ovdiff.segment(source, bank).scores, expected)
+    clear = np.dstack([image, np.zeros(SHAPE, np.uint8)])
+    white = ovdiff.segment(np.full((*SHAPE, 3), 255, np.uint8), bank)
+    assert np.array_equal(ovdiff.segment(clear, bank).scores, white.scores)
+    grey = image[..., 0]
+    assert np.array_equal(ovdiff.segment(grey, bank).scores, ovdiff.segment(np.dstack([grey] * 3), bank).scores)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 50), (130, 20)])
+def test_odd_shapes_are_segmented(ovdiff, bank, shape):
+    result = ovdiff.segment(picture(2, shape), bank)
+    assert result.labels.shape == result.winner.shape == shape and result.scores.shape == (4, *shape)
+
+
+# ---------------------------------------------------------------------- what goes wrong
+
+def method(profile, folder, overrides=None) -> OVDiff:
+    return OVDiff(profile, overrides, library=folder, progress=False)
+
+
+@pytest.mark.parametrize("make, error, word", [
+    (lambda p, f: OVDiff("nothing"), ProfileError, "nothing"),
+    (lambda p, f: OVDiff(p, {"support.sizes": 3}), ProfileError, "support.size"),
+    (lambda p, f: method(p, f, {"features.extractors": ["dino2"]}).build("cat"), ProfileError, "sd, clip-keys"),
+    (lambda p, f: method(p, f, {"features.extractors": []}).segment(picture(), "cat"), OVDiffError, "features.extractors is empty"),
+    (lambda p, f: method(p, f).build([]), InputError, "no class"),
+    (lambda p, f: method(p, f).build(["cat", "Cat"]), InputError, "twice"),
+    (lambda p, f: method(p, f).segment(f / "no.jpg", "cat"), InputError, "no.jpg"),
+    (lambda p, f: method(p, f, {"support.size": 0}).build("cat"), InputError, "at least one"),
+    (lambda p, f: method(p, f, {"support.prompt": "A picture"}).build("cat"), OVDiffError, "name"),
+    (lambda p, f: method(p, f, {"models.diffusion": str(f / "gone")}).build("cat"), ModelNotAvailable, "gone"),
+    (lambda p, f: method(p, f, {"models.diffusion": "package:gone"}).build("cat"), ModelNotAvailable, "package:gone"),
+    (lambda p, f: method(p, f, {"models.diffusion": "someone/something"}).build("cat"), ModelNotAvailable, "hf download"),
+    (lambda p, f: method(p, f, {"models.clip": str(f / "gone")}).segment(picture(), "cat"), ModelNotAvailable, "gone"),
+])
+def test_mistakes_are_one_sentence(tiny_profile, folder, bank, make, error, word):
+    with pytest.raises(error, match=word) as caught:
+        make(tiny_profile, folder)
+    assert "\n" not in str(caught.value)
+
+
+NEEDED_LAST = [
+    ({"matching.refine": "PAMR"}, "matching.refine"), ({"filters.stuff_against": "x"}, "filters.stuff_against"),
+    ({"filters.category_crop": "x"}, "filters.category_crop"), ({"models.clip": "/nowhere"}, "/nowhere"),
+    ({"matching.windows": [65]}, "matching.windows"), ({"matching.long_side": 63}, "matching.long_side"),
+    ({"prototypes.background": False}, "matching.background_threshold"), ({"prototypes.kinds": ["foo"]}, "prototypes.kinds"),
+    ({"prototypes.kinds": ["class", "class"]}, "prototypes.kinds"), ({"masks.resize": "x"}, "masks.resize"),
+    ({"masks.threshold_classes": 9}, "masks.threshold_classes")]
+
+
+@pytest.mark.parametrize("overrides, word", NEEDED_LAST, ids=lambda value: value if isinstance(value, str) else None)
+def test_what_a_later_step_needs_is_asked_for_before_anything_is_drawn(tiny_profile, tmp_path, no_drawing, overrides, word):
+    own = OVDiff(tiny_profile, overrides, library=tmp_path, progress=False)
+    kind = ModelNotAvailable if "models.clip" in overrides else ProfileError
+    for start in (lambda: own.build(NAMES), lambda: own.build_class("cat"), lambda: own.segment(picture(), "cat, dog")):
+        with pytest.raises(kind, match=word) as caught:
+            start()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(kind, match=word):
+        check_profile(own.profile)
+    assert not list(tmp_path.iterdir())
+    # The doctor says the same; of models it has its own list.
+    assert [word in problem for problem in setting_problems(own.profile)] == [True] * (kind is ProfileError)
+    assert any(word in problem for problem in examine(own.profile).problems)
+
+
+def test_what_no_step_needs_is_not_asked_for(tiny_profile, tmp_path):
+    unused = {"filters.category": False, "filters.category_crop": "x", "models.clip": "/nowhere", "filters.stuff": False,
+              "filters.stuff_against": "x", "masks.fallback": "fixed", "masks.threshold_classes": 9}
+    check_profile(tiny_profile.override(unused))
+    assert setting_problems(tiny_profile.override(unused)) == []
+    for name in ("mini", "paper", "official"):
+        check_profile(load_profile(name))  # a hub id is no missing folder
+    both = tiny_profile.override({"matching.refine": "x", "prototypes.kinds": []})
+    assert [p.split(" ")[0] for p in setting_problems(both)] == ["prototypes.kinds", "matching.refine"]
+
+
+def test_replaced_shares_all_but_the_fields(tiny_profile, tmp_path):
+    parts = object()
+    own = OVDiff(tiny_profile, library=tmp_path, progress=False, parts=parts)
+    other = own.replaced({"matching.background_threshold": 0.5})
+    assert other.profile == tiny_profile.override({"matching.background_threshold": 0.5}) and own.profile == tiny_profile
+    assert (other.library.root, other.progress, other._shared) == (tmp_path, False, parts)
+
+
+def test_a_bank_of_another_extractor_is_refused(tiny_profile, folder, bank):
+    other = OVDiff(tiny_profile, {"features.extractors": ["clip-keys"], "filters.category": False}, library=folder, progress=False)
+    with pytest.raises(InputError, match="build them again"):
+        other.segment(picture(), bank)
+
+
+def test_a_class_that_fails_leaves_the_others_built(tiny_profile, tmp_path, monkeypatch):
+    drawn, original = [], sampler.sample_support
+
+    def interrupted(pipe, category, *arguments, **options):
+        if category.name == "dog":
+            raise KeyboardInterrupt
+        drawn.append(category.name)
+        return original(pipe, category, *arguments, **options)
+
+    monkeypatch.setattr(sampler, "sample_support", interrupted)
+    one_image = {"support.size": 1, "support.steps": 1}
+    with pytest.raises(KeyboardInterrupt):
+        OVDiff(tiny_profile, one_image, library=tmp_path, progress=False).build("cat, dog")
+    assert drawn == ["cat"] and not list(tmp_path.rglob("*.part"))
+
+    def noted(pipe, category, *arguments, **options):
+        drawn.append(category.name)
+        return original(pipe, category, *arguments, **options)
+
+    monkeypatch.setattr(sampler, "sample_support", noted)
+    OVDiff(tiny_profile, one_image, library=tmp_path, progress=False).build("cat, dog")
+    assert drawn == ["cat", "dog"]
+
+
+def test_importing_the_package_is_light():
+    code = ("import sys, ovdiff_lib; ovdiff_lib.Vocabulary.of('cat'); ovdiff_lib.__version__\n"
+            "heavy = {'torch', 'diffusers', 'transformers', 'sklearn', 'skimage', 'matplotlib', 'scipy', 'papermill'} & set(sys.modules)\n"
+            "print(*sorted(heavy))")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.strip() == "", run.stdout + run.stderr
+
+
+def test_the_public_names_exist():
+    import ovdiff_lib
+
+    for name in ovdiff_lib.__all__:
+        assert getattr(ovdiff_lib, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = ovdiff_lib.Nothing
+    assert isinstance(Vocabulary.of("cat"), ovdiff_lib.Vocabulary)
+
+
+def test_tiny_overrides_are_profile_fields(tiny_models):
+    assert load_profile("mini", tiny_overrides(tiny_models)).models.clip.endswith("clip")

@@ -1,0 +1,456 @@
+"""What every registered segmenter must keep, and the adapters of CutLER, SAM and Grounded SAM."""
+
+import hashlib
+import pickle
+import types
+
+import numpy as np
+import pytest
+import torch
+from segmenter_models import make_segmenter_models, segmenter_overrides
+
+from ovdiff_lib.errors import InputError, ModelNotAvailable, OVDiffError, ProfileError
+from ovdiff_lib.masks import COMMON_SETTINGS, SEGMENTERS
+from ovdiff_lib.masks.segmenters import cutler
+from ovdiff_lib.masks.segmenters.cutler import CONFIG, CutLER, check_checksum, input_size, read_checkpoint
+from ovdiff_lib.masks.segmenters.sam import GroundedSam, SegmentAnything
+from ovdiff_lib.profiles.reading import load_profile
+from ovdiff_lib.profiles.schema import Masks, Models
+
+NEEDS = {"cutler": "detectron2"}
+"""Segmenters that an optional library provides."""
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    return make_segmenter_models(tmp_path_factory.mktemp("segmenters"))
+
+
+def profile(models, name, **fields):
+    return load_profile("mini", {**segmenter_overrides(models, name), **fields})
+
+
+@pytest.fixture(scope="session")
+def built(models, tmp_path_factory):
+    """name -> segmenter, built once."""
+    made = {}
+
+    def build(name):
+        if name in NEEDS:
+            pytest.importorskip(NEEDS[name])
+        if name not in made:
+            fields = cutler_fields(tmp_path_factory.mktemp("cutler")) if name == "cutler" else {}
+            made[name] = SEGMENTERS[name](profile(models, name, **fields))
+        return made[name]
+
+    return build
+
+
+def cutler_fields(folder):
+    """Overrides that name a checkpoint of random weights, in CutLER's layout."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save({"model": cutler.build_network("cpu").state_dict()}, folder / "cutler.pth")
+    return {"models.cutler": str(folder / "cutler.pth"), "models.cutler_sha256": sha256(folder / "cutler.pth"), "masks.cutler_score": 0.0}
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def picture(shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+
+# The contract: what every entry of the registry keeps
+
+
+SHAPES = [(36, 60), (61, 33)]
+EXTREMES = [(1, 1), (2, 3), (3, 3), (1, 200), (200, 1)]
+
+
+def check_proposals(segmenter, shape):
+    """Boolean masks of the image, none empty, the same whenever asked for, and the image left alone."""
+    image = picture(shape)
+    masks = segmenter.propose(image, "cat")
+    assert isinstance(masks, np.ndarray) and masks.dtype == bool and masks.ndim == 3 and masks.shape[1:] == shape
+    assert masks.any(axis=(1, 2)).all()
+    segmenter.propose(picture((40, 40), 1), "dog")  # nothing of another image may remain
+    assert np.array_equal(masks, segmenter.propose(image, "cat"))
+    if hasattr(segmenter, "propose_many"):
+        others = np.stack([picture(image.shape[:2], seed) for seed in range(3)])
+        for other, found in zip(others, segmenter.propose_many(others, "cat"), strict=True):
+            alone = segmenter.propose(other, "cat")
+            assert found.shape == alone.shape and (found != alone).mean() < 1e-3  # rounding moves a pixel at a mask's edge
+    assert np.array_equal(image, picture(shape))
+
+
+def check_extreme_size(segmenter, shape):
+    """Masks or one sentence."""
+    try:
+        masks = segmenter.propose(picture(shape), "cat")
+    except OVDiffError as error:
+        assert len(str(error)) < 300
+    else:
+        assert masks.dtype == bool and masks.shape[1:] == shape
+
+
+def check_one_colour(segmenter):
+    """An image that shows nothing is no trouble."""
+    masks = segmenter.propose(np.full((40, 56, 3), 128, np.uint8), "cat")
+    assert masks.dtype == bool and masks.shape[1:] == (40, 56)
+
+
+def check_dependencies(part):
+    """What its results depend on are profile fields, or it declares nothing."""
+    for model in part.models or ():
+        assert model in Models.__dataclass_fields__
+    for setting in (*(part.settings or ()), *COMMON_SETTINGS):
+        assert any(field == setting or (setting.endswith("_") and field.startswith(setting)) for field in Masks.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_name_is_the_registered_one(built, name):
+    assert built(name).name == name
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_proposals_are_boolean_masks_of_the_image_and_repeatable(built, name, shape):
+    check_proposals(built(name), shape)
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+@pytest.mark.parametrize("shape", EXTREMES)
+def test_extreme_sizes_work_or_give_one_sentence(built, name, shape):
+    check_extreme_size(built(name), shape)
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_an_image_of_one_colour_is_no_trouble(built, name):
+    check_one_colour(built(name))
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_what_results_depend_on_are_profile_fields(name):
+    check_dependencies(SEGMENTERS[name])
+
+
+@pytest.mark.parametrize("name", [name for name in SEGMENTERS if SEGMENTERS[name].models and name not in NEEDS])
+def test_a_model_that_is_not_set_or_not_there_is_named(models, name):
+    field = SEGMENTERS[name].models[0]
+    with pytest.raises(ProfileError, match=rf"models\.{field}"):
+        SEGMENTERS[name](profile(models, name, **{f"models.{field}": ""}))
+    with pytest.raises(ModelNotAvailable, match="does not exist"):
+        SEGMENTERS[name](profile(models, name, **{f"models.{field}": "/no/such/folder"}))
+    with pytest.raises(ModelNotAvailable):  # a folder of another model
+        SEGMENTERS[name](profile(models, name, **{f"models.{field}": str(models)}))
+
+
+# CutLER
+
+
+@pytest.mark.parametrize(("shape", "expected"), [
+    ((512, 512), (800, 800)), ((480, 640), (800, 1067)), ((640, 480), (1067, 800)), ((300, 900), (444, 1333)), ((1, 1), (800, 800)),
+    ((2, 3), (800, 1200)), ((1, 5000), (1, 1333)), ((800, 1333), (800, 1333)), ((1600, 3000), (711, 1333)),
+])
+def test_the_resize_rule_by_hand(shape, expected):
+    assert input_size(*shape) == expected
+
+
+def test_the_resize_rule_is_detectron2s():
+    transforms = pytest.importorskip("detectron2.data.transforms")
+    for shape in [(a, b) for a in (37, 480, 512, 1000, 2111) for b in (41, 600, 640, 1777)]:
+        assert input_size(*shape) == tuple(transforms.ResizeShortestEdge.get_output_shape(*shape, 800, 1333))
+
+
+class Instances(types.SimpleNamespace):
+    def to(self, device):
+        return self
+
+
+def fake_network(scores, masks):
+    """A network that returns these and keeps what it was given."""
+    seen = []
+
+    def call(batch):
+        seen.append(batch)
+        return [{"instances": Instances(scores=torch.tensor(scores), pred_masks=torch.from_numpy(masks))}]
+
+    return call, seen
+
+
+def test_cutler_gives_rgb_pixels_of_the_resized_image_and_takes_scores_from_the_threshold_up():
+    masks = np.random.default_rng(0).random((5, 20, 30)) < 0.3
+    masks[3] = False  # pasting may leave nothing
+    network, seen = fake_network([0.2, 0.35, 0.9, 0.8, 0.5], masks)
+    image = np.zeros((20, 30, 3), np.uint8)
+    image[..., 0], image[..., 2] = 200, 10
+    found = CutLER(network, 0.35).propose(image, "")
+    assert np.array_equal(found, masks[[2, 4, 1]])
+    (given,), = seen
+    assert given["image"].shape == (3, 800, 1200) and given["image"].dtype == torch.float32
+    assert (given["height"], given["width"]) == (20, 30)
+    assert [channel.unique().tolist() for channel in given["image"]] == [[200], [0], [10]]
+
+
+def test_cutler_without_instances_proposes_nothing():
+    network, _ = fake_network(np.zeros(0, np.float32), np.zeros((0, 4, 6), bool))
+    assert CutLER(network, 0.35).propose(np.zeros((4, 6, 3), np.uint8), "").shape == (0, 4, 6)
+    with pytest.raises(ProfileError, match="cutler_score"):
+        CutLER(network, 1.5)
+
+
+def test_without_detectron2_one_sentence_says_what_to_do(without, models):
+    without("detectron2")
+    with pytest.raises(ProfileError, match=r"(?s)detectron2.*environment\.yml.*maskcut.*detector.*threshold"):
+        SEGMENTERS["cutler"](profile(models, "cutler"))
+
+
+def test_a_checkpoint_is_opened_only_with_its_checksum(monkeypatch, tmp_path, models):
+    monkeypatch.setattr(cutler, "_detectron2", lambda: None)
+    monkeypatch.setattr(torch, "load", lambda *arguments, **options: pytest.fail("it was opened"))
+    path = tmp_path / "cutler.pth"
+    path.write_bytes(b"weights")
+
+    def build(**fields):
+        return SEGMENTERS["cutler"](profile(models, "cutler", **{f"models.{key}": value for key, value in fields.items()}))
+
+    with pytest.raises(ProfileError, match="cutler_sha256 is not set"):
+        build(cutler=str(path))
+    with pytest.raises(ModelNotAvailable, match=f"{sha256(path)}.*not opened"):
+        build(cutler=str(path), cutler_sha256="0" * 64)
+    for wrong in (str(tmp_path), "facebook/cutler"):
+        with pytest.raises(ModelNotAvailable, match="no file"):
+            build(cutler=wrong, cutler_sha256="0" * 64)
+    with pytest.raises(ProfileError, match=r"models\.cutler is not set"):
+        build()
+    check_checksum(str(path), f" {sha256(path).upper()}\n")
+
+
+class Trap:
+    def __reduce__(self):
+        return print, ("a pickle was run",)
+
+
+def test_a_checkpoint_is_read_without_running_it(tmp_path, capsys):
+    weights = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": np.arange(4, dtype=np.float32), "c": np.int64(3)}
+    torch.save({"model": weights, "optimizer": {"step": 3, "lr": np.float64(0.1)}, "iteration": 5}, tmp_path / "good.pth")
+    read = read_checkpoint(tmp_path / "good.pth")
+    assert {name: (value.shape, value.dtype) for name, value in read.items()} == {
+        "a.weight": ((2, 3), torch.float32), "b": ((4,), torch.float32), "c": ((), torch.int64)}
+    assert torch.equal(read["b"], torch.arange(4.0))
+    torch.save(weights["a.weight"], tmp_path / "tensor.pth")
+    torch.save({"model": {"a": "text"}}, tmp_path / "text.pth")
+    torch.save({"model": {"a": Trap()}}, tmp_path / "trap.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Trap()))
+    for name in ("tensor", "text", "trap", "plain"):
+        with pytest.raises(ValueError):
+            read_checkpoint(tmp_path / f"{name}.pth")
+    assert "a pickle was run" not in capsys.readouterr().out
+
+
+def test_a_broken_checkpoint_becomes_one_sentence(monkeypatch, tmp_path, models):
+    monkeypatch.setattr(cutler, "_detectron2", lambda: None)
+    for number, content in enumerate((b"", b"no checkpoint", b"PK\x03\x04" + bytes(40), bytes(range(256)), pickle.dumps(Trap()))):
+        path = tmp_path / f"{number}.pth"
+        path.write_bytes(content)
+        with pytest.raises(ModelNotAvailable, match=str(path)):
+            SEGMENTERS["cutler"](profile(models, "cutler", **{"models.cutler": str(path), "models.cutler_sha256": sha256(path)}))
+
+
+def test_the_weights_must_be_complete(monkeypatch, tmp_path, models):
+    network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).eval()
+    monkeypatch.setattr(cutler, "_detectron2", lambda: None)
+    monkeypatch.setattr(cutler, "build_network", lambda device: network)
+    weights = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
+    fields = {}
+    for name, kept in (("good", weights), ("bad", {k: v for k, v in weights.items() if k != "1.running_mean"})):
+        torch.save({"model": kept}, tmp_path / f"{name}.pth")
+        fields[name] = {"models.cutler": str(tmp_path / f"{name}.pth"), "models.cutler_sha256": sha256(tmp_path / f"{name}.pth")}
+    assert SEGMENTERS["cutler"](profile(models, "cutler", **fields["good"])).model is network
+    with pytest.raises(ModelNotAvailable, match=r"lack 1 tensors, 1\.running_mean"):
+        SEGMENTERS["cutler"](profile(models, "cutler", **fields["bad"]))
+
+
+def test_the_configuration_is_cutlers():
+    assert CONFIG["INPUT.FORMAT"] == "RGB" and CONFIG["MODEL.RESNETS.NORM"] == CONFIG["MODEL.FPN.NORM"] == "BN"
+    assert CONFIG["MODEL.PIXEL_MEAN"][0] > CONFIG["MODEL.PIXEL_MEAN"][2]  # red first
+    assert CONFIG["MODEL.ROI_HEADS.NAME"] == "CascadeROIHeads" and CONFIG["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"] is True
+    assert CONFIG["MODEL.ROI_HEADS.NUM_CLASSES"] == 1 and CONFIG["MODEL.RPN.NMS_THRESH"] == 0.65
+
+
+@pytest.mark.slow
+def test_the_real_cascade_finds_instances():
+    """Batch norm without statistics overflows in random weights, group norm does not."""
+    pytest.importorskip("detectron2")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = cutler.build_network("cpu", {"MODEL.RESNETS.NORM": "GN", "MODEL.FPN.NORM": "GN"})
+    assert type(network.roi_heads).__name__ == "CascadeROIHeads" and network.input_format == "RGB"
+    assert len(network.roi_heads.box_predictor) == 3
+    masks = CutLER(network, 0.0).propose(picture((96, 144)), "")
+    assert len(masks) and masks.shape[1:] == (96, 144)
+
+
+# Segment Anything
+
+
+def parts(built):
+    generate = built("sam").generate
+    return generate.model, built("grounded-sam").processor
+
+
+def masks_by_hand(model, processor, image, point):
+    """The three masks (f32, at the image) and scores of one point (x, y), resized by the processor's own conventions but step by step."""
+    height, width = image.shape[:2]
+    side = processor.image_processor.size["longest_edge"]
+    scale = side / max(height, width)
+    rows, columns = int(height * scale + 0.5), int(width * scale + 0.5)
+    tensor = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    tensor = torch.nn.functional.interpolate(tensor, (rows, columns), mode="bilinear", antialias=True).round() / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    pixels = torch.zeros(1, 3, side, side)
+    pixels[..., :rows, :columns] = (tensor - mean) / std
+    where = torch.tensor([[[[point[0] * columns / width, point[1] * rows / height]]]])
+    with torch.no_grad():
+        output = model(pixel_values=pixels, input_points=where, input_labels=torch.ones(1, 1, 1, dtype=torch.long))
+    large = torch.nn.functional.interpolate(output.pred_masks[0], (side, side), mode="bilinear")[..., :rows, :columns]
+    return torch.nn.functional.interpolate(large, (height, width), mode="bilinear")[0], output.iou_scores[0, 0]
+
+
+def test_sam_prompts_a_grid_and_keeps_what_passes_every_filter(models, built):
+    model, processor = parts(built)
+    image = picture((40, 60))
+    candidates = []
+    for row in range(2):
+        for column in range(2):
+            masks, scores = masks_by_hand(model, processor, image, ((column + 0.5) * 30, (row + 0.5) * 20))
+            candidates += list(zip(masks, scores.tolist(), strict=True))
+    iou = float(np.quantile([score for _, score in candidates], 0.22))
+    stability = float(np.quantile([(m > 1).sum() / (m > -1).sum() for m, _ in candidates], 0.22))
+    kept = [((mask > 0).numpy(), score) for mask, score in candidates
+            if score > iou and (mask > 1).sum() / (mask > -1).sum() > stability and (mask > 0).any()]
+    assert 0 < len(kept) < len(candidates)
+    expected = []
+    for mask, _ in sorted(kept, key=lambda pair: -pair[1]):
+        if all(box_iou(mask, other) <= 0.7 for other in expected):
+            expected.append(mask)
+    fields = {"masks.sam_points": 2, "masks.sam_iou": iou, "masks.sam_stability": stability}
+    found = SEGMENTERS["sam"](profile(models, "sam", **fields)).propose(image, "")
+    assert len(found) == len(expected)
+    for mask, other in zip(found, expected, strict=True):
+        assert (mask == other).mean() > 0.99
+
+
+def box_iou(a, b):
+    (ay, ax), (by, bx) = np.nonzero(a), np.nonzero(b)
+    height = min(ay.max(), by.max()) - max(ay.min(), by.min())
+    width = min(ax.max(), bx.max()) - max(ax.min(), bx.min())
+    area = (np.ptp(ay) * np.ptp(ax)) + (np.ptp(by) * np.ptp(bx))
+    inside = max(height, 0) * max(width, 0)
+    return inside / (area - inside) if area > inside else 0.0
+
+
+@pytest.mark.parametrize(("name", "field", "value"), [
+    ("sam", "sam_points", 0), ("sam", "sam_iou", 1.5), ("sam", "sam_stability", -0.1), ("grounded-sam", "grounding_box", 2.0),
+    ("grounded-sam", "grounding_text", -1.0),
+])
+def test_settings_of_sam_out_of_range_are_named(models, name, field, value):
+    with pytest.raises(ProfileError, match=rf"masks\.{field}"):
+        SEGMENTERS[name](profile(models, name, **{f"masks.{field}": value}))
+
+
+def test_grounded_sam_reads_the_words(models, built):
+    segmenter, image = built("grounded-sam"), picture((40, 60))
+    boxes = segmenter.boxes(image, "cat")
+    assert boxes.shape == (6, 4) and boxes.dtype == np.float32
+    assert np.array_equal(boxes, segmenter.boxes(image, " Cat. "))  # lower case, one full stop
+    assert not np.array_equal(boxes, segmenter.boxes(image, "dog and sofa"))
+    for empty in ("", "  ", "."):
+        with pytest.raises(InputError, match="words"):
+            segmenter.propose(image, empty)
+
+
+def test_the_text_given_to_grounding_dino_ends_in_a_full_stop(built):
+    segmenter, given = built("grounded-sam"), []
+    reader = segmenter.read
+
+    class Reader:
+        def __call__(self, **options):
+            given.append(options["text"])
+            return reader(**options)
+
+        def __getattr__(self, name):
+            return getattr(reader, name)
+
+    segmenter.read = Reader()
+    try:
+        segmenter.boxes(picture((20, 30)), "A  Potted Plant.")
+        segmenter.boxes(picture((20, 30)), "cat " * 100)  # longer than the model reads
+    finally:
+        segmenter.read = reader
+    assert given[0] == "a potted plant."
+
+
+def test_boxes_come_in_pixels_by_score_and_thresholds_cut_them(models, built):
+    segmenter, image = built("grounded-sam"), picture((40, 60))
+    inputs = segmenter.read(images=image, text="cat.", return_tensors="pt")
+    with torch.no_grad():
+        output = segmenter.detector(**inputs)
+    words = torch.sigmoid(output.logits[0])
+    scores = words.max(-1).values
+    x, y, w, h = (output.pred_boxes[0] * torch.tensor([60, 40, 60, 40])).unbind(-1)
+    corners = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], -1)[scores.argsort(descending=True)].numpy()
+    assert np.allclose(segmenter.boxes(image, "cat"), corners, atol=1e-4)
+    threshold = float(scores.sort(descending=True).values[1:3].mean())
+    cut = SEGMENTERS["grounded-sam"](profile(models, "grounded-sam", **{"masks.grounding_box": threshold}))
+    assert np.allclose(cut.boxes(image, "cat"), corners[:2], atol=1e-4)
+    assert len(cut.propose(image, "cat")) <= 2
+    none = SEGMENTERS["grounded-sam"](profile(models, "grounded-sam", **{"masks.grounding_text": 1.0}))
+    assert none.boxes(image, "cat").shape == (0, 4) and none.propose(image, "cat").shape == (0, 40, 60)
+
+
+def test_each_box_becomes_one_mask(built, monkeypatch):
+    """Two boxes prompt like two calls with one each, and a box is given in the pixels that the network sees."""
+    segmenter, image = built("grounded-sam"), picture((40, 60))
+    boxes = np.array([[5, 5, 30, 30], [20.5, 10, 55, 38]], np.float32)
+    given, forward = [], segmenter.model.forward
+
+    def spy(*arguments, **options):
+        given.append(options["input_boxes"])
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(segmenter.model, "forward", spy)
+    found = []
+    for chosen in (boxes, boxes[:1], boxes[1:]):
+        monkeypatch.setattr(segmenter, "boxes", lambda image, words, chosen=chosen: chosen)
+        found.append(segmenter.propose(image, "cat"))
+    assert np.array_equal(found[0], np.concatenate(found[1:])) and len(found[0]) == 2
+    assert torch.allclose(given[0][0], torch.from_numpy(boxes) * torch.tensor([64 / 60, 43 / 40, 64 / 60, 43 / 40]))
+
+
+def test_an_elongated_image_is_refused_by_its_size(models, built):
+    for name in ("sam", "grounded-sam"):
+        with pytest.raises(InputError, match="1 x 200 pixels is too elongated"):
+            built(name).propose(picture((1, 200)), "cat")
+        assert built(name).propose(picture((2, 200)), "cat").shape[1:] == (2, 200)
+
+
+def test_sam_of_the_published_size():
+    """SAM-B from its configuration: names and sizes without the weights."""
+    from transformers import SamConfig, SamModel
+
+    with torch.device("meta"):
+        model = SamModel(SamConfig())
+    assert 93.5e6 < sum(p.numel() for p in model.parameters()) < 94e6
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    assert shapes["vision_encoder.patch_embed.projection.weight"] == (768, 3, 16, 16)
+    assert shapes["vision_encoder.pos_embed"] == (1, 64, 64, 768)
+    assert shapes["vision_encoder.layers.11.attn.qkv.weight"] == (2304, 768)
+    assert shapes["mask_decoder.iou_token.weight"] == (1, 256) and shapes["mask_decoder.mask_tokens.weight"] == (4, 256)
+
+
+def test_the_registry_builds_the_classes_meant(built):
+    assert isinstance(built("sam"), SegmentAnything) and isinstance(built("grounded-sam"), GroundedSam)
+    assert built("sam").generate.model is built("grounded-sam").model  # loaded once

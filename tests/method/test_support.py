@@ -1,0 +1,271 @@
+"""Support images and attribution against diffusers' own pipeline and its explicit attention."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor
+
+from ovdiff_lib.categories import Category
+from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
+from ovdiff_lib.networks.instruments import attention_grid
+from ovdiff_lib.networks.loading import load_clip, load_diffusion
+from ovdiff_lib.support.attribution import class_token_positions, record_attribution
+from ovdiff_lib.support.sampler import image_seed, initial_latents, min_max, sample_support
+
+TEMPLATE = "A good picture of a {name}"
+CAT = Category("cat")
+
+
+class ExplicitAttention(AttnProcessor):
+    """diffusers' processor that materialises the probabilities; keeps all of them, every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
+        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
+        key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
+        probabilities = attn.get_attention_scores(query, key)
+        self.kept.append(probabilities.unflatten(0, (-1, attn.heads)))  # (B, heads, hw, tokens)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, **kwargs)
+
+
+class Oracle:
+    """Stored probabilities of every cross-attention, merged afterwards by the definition."""
+
+    def __init__(self, unet):
+        self.layers = {n: m for n, m in unet.named_modules() if n.endswith("attn2")}
+        self.former = {n: m.processor for n, m in self.layers.items()}
+
+    def __enter__(self):
+        self.processors = {n: ExplicitAttention() for n in self.layers}
+        for name, module in self.layers.items():
+            module.set_processor(self.processors[name])
+        return self
+
+    def __exit__(self, *_):
+        for name, module in self.layers.items():
+            module.set_processor(self.former[name])
+
+    def maps(self, positions, size, mid_block=False, guided=True):
+        total = 0
+        for name, processor in self.processors.items():
+            if name.startswith("mid_block") and not mid_block:
+                continue
+            calls = torch.stack(processor.kept)  # (steps, B, heads, hw, tokens)
+            if guided:
+                calls = calls[:, calls.shape[1] // 2:]
+            layer = calls[..., positions].mean(dim=(2, 4)).sum(dim=0)  # (n, hw)
+            grid = layer.reshape(-1, 1, *attention_grid(layer.shape[1], size))
+            total = total + F.interpolate(grid, size=size, mode="bicubic", align_corners=False).clamp(min=0)[:, 0]
+        return total
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_profile):
+    return load_diffusion(tiny_profile)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_profile):
+    return load_clip(tiny_profile)[1]
+
+
+def unet_input(pipe, size, entries=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {"sample": torch.randn(entries, 4, *size, generator=generator), "timestep": 500,
+            "encoder_hidden_states": torch.randn(entries, 32, pipe.unet.config.cross_attention_dim, generator=generator)}
+
+
+# ---- class token positions
+
+@pytest.mark.parametrize(("template", "name", "expected"), [
+    (TEMPLATE, "cat", [6]),
+    (TEMPLATE, "chest of drawers", [6, 7, 8]),
+    (TEMPLATE, "good picture", [6, 7]),  # the template's own "good picture" at 2, 3 is not the class
+    ("{name} and a dog", "dog", [1]),
+    ("a cat of {name}, good", "cat", [4])])
+def test_positions_by_hand(tokenizer, template, name, expected):
+    assert class_token_positions(tokenizer, template, name) == expected
+
+
+@pytest.mark.parametrize("name", ["zebra", "Potted Plant", "déjà", "deja\u0300", "🐈‍⬛", "sofa-bed 2", "l'eau", "猫"])
+def test_positions_hold_exactly_the_tokens_of_the_name(tokenizer, name):
+    ids = tokenizer(TEMPLATE.format(name=name)).input_ids
+    positions = class_token_positions(tokenizer, TEMPLATE, name)
+    assert [ids[i] for i in positions] == tokenizer(name).input_ids[1:-1]
+
+
+def test_positions_of_a_name_glued_to_the_template(tokenizer):
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("a good catty").input_ids)
+    positions = class_token_positions(tokenizer, "a good {name}ty", "cat")
+    assert "".join(tokens[i] for i in positions).startswith("cat")
+
+
+@pytest.mark.parametrize("template", ["A good picture", "{name} and {name}", "a {class}"])
+def test_template_needs_one_placeholder(tokenizer, template):
+    with pytest.raises(ProfileError, match="exactly once"):
+        class_token_positions(tokenizer, template, "cat")
+
+
+def test_a_name_longer_than_the_text_encoder_reads(tokenizer):
+    with pytest.raises(InputError, match="text encoder reads 32"):
+        class_token_positions(tokenizer, TEMPLATE, "x" * 60)
+
+
+# ---- attribution
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 24), (10, 14)])
+@pytest.mark.parametrize("mid_block", [False, True])
+def test_attribution_equals_explicit_attention(pipe, size, mid_block):
+    positions = [6, 7, 8]
+    with torch.no_grad():
+        with Oracle(pipe.unet) as oracle:
+            for step in range(2):
+                pipe.unet(**unet_input(pipe, size, seed=step))
+        with record_attribution(pipe.unet, positions, size, mid_block) as recorder:
+            for step in range(2):
+                pipe.unet(**unet_input(pipe, size, seed=step))
+    maps = recorder.maps()
+    assert maps.shape == (2, *size) and maps.dtype == torch.float32
+    torch.testing.assert_close(maps, oracle.maps(positions, size, mid_block), rtol=1e-4, atol=1e-6)
+    assert (maps - oracle.maps(positions, size, not mid_block)).abs().max() > 1e-3  # the mid block is seen in the map
+    assert (maps - oracle.maps([1, 2, 3], size, mid_block)).abs().max() > 1e-3  # and so are the tokens
+
+
+def test_without_guidance_the_whole_batch_is_conditional(pipe):
+    call = unet_input(pipe, (16, 24), entries=3)
+    with torch.no_grad():
+        with Oracle(pipe.unet) as oracle:
+            pipe.unet(**call)
+        with record_attribution(pipe.unet, [6], (16, 24), guided=False) as recorder:
+            pipe.unet(**call)
+        torch.testing.assert_close(recorder.maps(), oracle.maps([6], (16, 24), guided=False), rtol=1e-4, atol=1e-6)
+        with pytest.raises(ValueError, match="two halves"), record_attribution(pipe.unet, [6], (16, 24)):
+            pipe.unet(**call)
+
+
+def test_recording_leaves_the_output_alone(pipe):
+    call = unet_input(pipe, (10, 14))
+    with torch.no_grad():
+        plain = pipe.unet(**call).sample
+        with record_attribution(pipe.unet, [6], (10, 14), mid_block=True):
+            recorded = pipe.unet(**call).sample
+    torch.testing.assert_close(recorded, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_processors_are_restored_even_after_an_error(pipe):
+    before = dict(pipe.unet.attn_processors)
+    with pytest.raises(KeyboardInterrupt), record_attribution(pipe.unet, [6], (16, 16)):
+        changed = pipe.unet.attn_processors
+        assert sum(changed[k] is not before[k] for k in before) == 9  # 3 down, 6 up; not the mid block, not self-attention
+        raise KeyboardInterrupt
+    after = pipe.unet.attn_processors
+    assert before.keys() == after.keys() and all(after[k] is before[k] for k in before)
+
+
+def test_memory_does_not_grow_with_steps(pipe):
+    with torch.no_grad(), record_attribution(pipe.unet, [6], (16, 16)) as recorder:
+        for _ in range(3):
+            pipe.unet(**unet_input(pipe, (16, 16)))
+    assert sum(v.numel() for v in recorder.sums.values()) == 2 * (256 + 64 + 16 + 2 * 16 + 2 * 64 + 2 * 256)
+
+
+def test_nothing_recorded_is_an_error(pipe):
+    with record_attribution(pipe.unet, [6], (16, 16)) as recorder, pytest.raises(ValueError, match="no UNet call"):
+        recorder.maps()
+
+
+# ---- sampling
+
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+def test_support_set_equals_the_plain_pipeline(pipe, tiny_profile, guidance):
+    profile = tiny_profile.override({"support.guidance_scale": guidance, "support.negative_prompt": "water"})
+    support = sample_support(pipe, Category("pet", prompt="chest of drawers"), profile, progress=False)
+    prompt = "A good picture of a chest of drawers"
+    with Oracle(pipe.unet) as oracle:
+        images = pipe([prompt] * 3, negative_prompt=["water"] * 3, latents=initial_latents(support.seeds, (4, 16, 16)), height=64, width=64,
+                      num_inference_steps=2, guidance_scale=guidance, output_type="np").images
+    assert support.images.shape == (3, 64, 64, 3) and support.images.dtype == np.uint8
+    assert np.abs(support.images - images * 255).max() <= 0.51  # rounded to the nearest level
+    expected = oracle.maps([6, 7, 8], (16, 16), guided=guidance > 1).numpy()
+    assert support.attribution.dtype == np.float32
+    np.testing.assert_allclose(support.attribution, min_max(expected), atol=1e-3)
+    assert (support.attribution.min((1, 2)) == 0).all() and (support.attribution.max((1, 2)) == 1).all()
+
+
+def test_an_image_depends_on_its_own_index_alone(pipe, tiny_profile):
+    whole = sample_support(pipe, CAT, tiny_profile, 5, progress=False)  # batches of 4 and 1
+    for batch, count in [(1, 3), (3, 5)]:
+        part = sample_support(pipe, CAT, tiny_profile.override({"support.batch_size": batch}), count, progress=False)
+        assert (part.seeds == whole.seeds[:count]).all()
+        np.testing.assert_allclose(part.attribution, whole.attribution[:count], atol=1e-3)
+        assert np.abs(part.images.astype(int) - whole.images[:count]).max() <= 1
+    assert np.abs(whole.images[0].astype(int) - whole.images[1]).mean() > 5  # and the images do differ
+
+
+def test_half_precision(tiny_profile):
+    half = tiny_profile.override({"models.dtype": "bfloat16"})
+    support = sample_support(load_diffusion(half), CAT, half, 1, progress=False)
+    assert support.images.dtype == np.uint8 and support.attribution.dtype == np.float32 and support.attribution.max() == 1
+
+
+def test_seeds_follow_prompt_seed_and_index():
+    seeds = {image_seed(s, p, i) for s in (0, 1) for p in ("a cat", "a dog") for i in range(4)}
+    assert len(seeds) == 16 and all(0 <= s < 2 ** 63 for s in seeds)
+    assert image_seed(0, "a cat", 0) == image_seed(0, "a cat", 0)
+
+
+def test_categories_with_one_prompt_share_their_images_and_others_do_not(pipe, tiny_profile):
+    cat = sample_support(pipe, CAT, tiny_profile, 1, progress=False)
+    assert (cat.images == sample_support(pipe, Category("Felix", prompt="cat"), tiny_profile, 1, progress=False).images).all()
+    for category, profile in [(Category("dog"), tiny_profile), (CAT, tiny_profile.override({"support.seed": 1}))]:
+        assert (cat.images != sample_support(pipe, category, profile, 1, progress=False).images).any()
+
+
+def test_sampling_leaves_the_global_generators_alone(pipe, tiny_profile):
+    torch.manual_seed(3)
+    np.random.seed(3)
+    before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()
+    sample_support(pipe, CAT, tiny_profile, 1, progress=False)
+    assert torch.equal(torch.get_rng_state(), before) and (np.random.get_state()[1] == before_numpy).all()
+
+
+def test_provenance_and_progress(pipe, tiny_profile, capsys):
+    support = sample_support(pipe, CAT, tiny_profile, 2)
+    assert "drawing cat" in capsys.readouterr().err
+    told = json.loads(json.dumps(support.provenance))
+    assert (told["prompt"], told["steps"], told["guidance_scale"], told["seed"]) == ("A good picture of a cat", 2, 5.0, 0)
+    assert told["model"] == tiny_profile.models.diffusion and len(support) == 2
+    sample_support(pipe, CAT, tiny_profile, 1, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_min_max_of_constant_and_ordinary_maps():
+    maps = np.stack([np.full((2, 3), 7.0), np.arange(6.0).reshape(2, 3) - 2])
+    scaled = min_max(maps)
+    assert (scaled[0] == 0).all() and scaled.dtype == np.float32
+    np.testing.assert_allclose(scaled[1], np.arange(6).reshape(2, 3) / 5)
+
+
+@pytest.mark.parametrize(("field", "value"), [("steps", 0), ("batch_size", 0), ("image_size", 60), ("image_size", 0)])
+def test_values_out_of_range(pipe, tiny_profile, field, value):
+    with pytest.raises(ProfileError, match=f"support.{field}"):
+        sample_support(pipe, CAT, tiny_profile.override({f"support.{field}": value}), progress=False)
+
+
+def test_an_empty_support_set_is_refused(pipe, tiny_profile):
+    with pytest.raises(InputError, match="at least one image"):
+        sample_support(pipe, CAT, tiny_profile, 0, progress=False)
+
+
+def test_values_that_are_not_finite_are_reported(pipe, tiny_profile, monkeypatch):
+    broken = pipe.vae.decoder.conv_out.bias.clone()
+    broken[0] = float("nan")
+    monkeypatch.setattr(pipe.vae.decoder.conv_out.bias, "data", broken)
+    with pytest.raises(OVDiffError, match="not finite"):
+        sample_support(pipe, CAT, tiny_profile, 1, progress=False)

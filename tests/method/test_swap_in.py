@@ -1,0 +1,356 @@
+"""A new extractor and a new segmenter: one class and one line in a registry each, then everything that the package has works with them."""
+
+import functools
+import importlib
+import itertools
+import linecache
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_features import EXTREMES as EXTREME_IMAGES
+from test_features import SHAPES as IMAGE_SHAPES
+from test_features import check_dependencies as check_extractor_dependencies
+from test_features import check_extractor, check_place, check_wrong_arguments
+from test_features import check_extreme_size as check_extreme_images
+from test_segmenters import EXTREMES, SHAPES, check_dependencies, check_extreme_size, check_one_colour, check_proposals
+
+import ovdiff_lib.support.sampler as sampler
+from ovdiff_lib import OVDiff, ProfileError
+from ovdiff_lib.categories import Category
+from ovdiff_lib.features import EXTRACTORS
+from ovdiff_lib.masks import SEGMENTERS, build_segmenter
+from ovdiff_lib.prototypes.build import resize_masks
+from ovdiff_lib.registry import Part
+from ovdiff_lib.workbench.doctor import uses
+from ovdiff_lib.workbench.evaluation.rows import identity
+from ovdiff_lib.workbench.evaluation.shared import Parts
+
+
+class ColourAndPlace:
+    """Mean colour and position of each patch of 8 x 8 pixels, all from 0 to 1."""
+
+    name, channels = "colour", 5
+
+    def __init__(self, profile):
+        """It has no settings and loads nothing."""
+
+    def __call__(self, images, seeds):
+        if images.ndim != 4 or images.dtype != np.uint8 or len(images) != len(seeds):
+            raise ValueError("expected u8 (n, H, W, 3) images and n seeds")
+        h, w = (-(-side // 8) for side in images.shape[1:3])
+        colour = F.adaptive_avg_pool2d(torch.from_numpy(images).permute(0, 3, 1, 2) / 255, (h, w))
+        place = torch.stack(torch.meshgrid(torch.linspace(0, 1, h), torch.linspace(0, 1, w), indexing="ij"))
+        return torch.cat([colour, place.expand(len(images), -1, -1, -1)], dim=1).permute(0, 2, 3, 1)
+
+
+class Bright:
+    """What is brighter than the image on average, and what is darker than half of that."""
+
+    name = "bright"
+
+    def __init__(self, profile):
+        """It has no settings and loads nothing."""
+
+    def propose(self, image, words):
+        grey = image.mean(axis=2)
+        masks = np.stack([grey > grey.mean(), grey < grey.mean() / 2])
+        return masks[masks.any(axis=(1, 2))]
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """The shortest lines that register a part."""
+    monkeypatch.setitem(EXTRACTORS, "colour", Part(ColourAndPlace))
+    monkeypatch.setitem(SEGMENTERS, "bright", Part(Bright))
+
+
+@pytest.fixture
+def declared(monkeypatch):
+    """Lines that say what the parts depend on, which is nothing."""
+    monkeypatch.setitem(EXTRACTORS, "colour", Part(ColourAndPlace, models=(), settings=()))
+    monkeypatch.setitem(SEGMENTERS, "bright", Part(Bright, models=(), settings=()))
+
+
+@pytest.fixture
+def ovdiff(tiny_profile, registered, tmp_path):
+    fields = {"features.extractors": ["colour", "sd"], "masks.segmenter": "bright", "filters.category": False}
+    return OVDiff(tiny_profile, fields, library=tmp_path, progress=False)
+
+
+def test_without_their_lines_nobody_knows_them(tiny_profile, tmp_path):
+    for fields in ({"features.extractors": ["colour"]}, {"masks.segmenter": "bright"}):
+        with pytest.raises(ProfileError, match=r"colour|bright"):
+            OVDiff(tiny_profile, fields, library=tmp_path, progress=False).build("cat")
+
+
+# ---- the contracts that every registered part is held to
+
+@pytest.mark.parametrize("shape", IMAGE_SHAPES)
+def test_the_extractor_keeps_the_contract(tiny_profile, registered, shape):
+    check_extractor(tiny_profile, "colour", shape)
+
+
+def test_the_extractor_keeps_the_rest_of_the_contract(tiny_profile, registered):
+    check_wrong_arguments(tiny_profile, "colour")
+    check_place(tiny_profile, "colour")
+    check_extractor_dependencies(tiny_profile, EXTRACTORS["colour"])
+    for shape in EXTREME_IMAGES:
+        check_extreme_images(tiny_profile, "colour", shape)
+
+
+def test_the_segmenter_keeps_the_contract(tiny_profile, registered):
+    segmenter = build_segmenter(tiny_profile.override({"masks.segmenter": "bright"}))
+    assert segmenter.name == "bright"
+    for shape in SHAPES:
+        check_proposals(segmenter, shape)
+    for shape in EXTREMES:
+        check_extreme_size(segmenter, shape)
+    check_one_colour(segmenter)
+    check_dependencies(SEGMENTERS["bright"])
+
+
+class Careless(ColourAndPlace):
+    """Draws from the global generator."""
+
+    def __call__(self, images, seeds):
+        return super().__call__(images, seeds) + 0.01 * torch.randn(())
+
+
+class Transposed(ColourAndPlace):
+    """Takes rows for columns."""
+
+    def __call__(self, images, seeds):
+        features = super().__call__(images, seeds)
+        return features.flatten(1, 2).unflatten(1, (features.shape[2], features.shape[1]))
+
+
+class Forgetful(Bright):
+    """Answers for the image it saw first."""
+
+    def propose(self, image, words):
+        self.first = getattr(self, "first", image)
+        return super().propose(self.first, words)
+
+
+class Empty(Bright):
+    """Adds a proposal of nothing."""
+
+    def propose(self, image, words):
+        return np.concatenate([super().propose(image, words), np.zeros((1, *image.shape[:2]), bool)])
+
+
+def test_the_contracts_can_be_broken(tiny_profile, monkeypatch):
+    for broken, check in ((Careless, lambda: check_extractor(tiny_profile, "colour", (64, 64))),
+                          (Transposed, lambda: check_place(tiny_profile, "colour"))):
+        monkeypatch.setitem(EXTRACTORS, "colour", Part(broken))
+        with pytest.raises(AssertionError):
+            check()
+    forgetful = Forgetful(tiny_profile)
+    check_proposals(forgetful, (36, 60))
+    for segmenter, shape in ((forgetful, (61, 33)), (Empty(tiny_profile), (36, 60))):
+        with pytest.raises(AssertionError):
+            check_proposals(segmenter, shape)
+
+
+# ---- the whole method
+
+def test_both_run_through_the_whole_method(ovdiff, tiny_profile):
+    bank = ovdiff.build("cat, dog")
+    assert bank.extractors == ("colour", "sd")
+    for category, prototypes in zip(bank.vocabulary, bank.prototypes["colour"], strict=True):
+        support = ovdiff.support(category)
+        masks = ovdiff.masks(support)
+        assert masks.source == ("bright",) * len(support)
+        brighter = support.images.mean(-1) > support.images.mean((1, 2, 3))[:, None, None]
+        darker = support.images.mean(-1) < support.images.mean((1, 2, 3))[:, None, None] / 2
+        for n in range(len(support)):  # Eq. 1 picks one of these or what neither covers
+            choices = (brighter[n], darker[n], ~(brighter[n] | darker[n]))
+            assert any((masks.foreground[n] == choice).all() for choice in choices)
+        colours = support.images.reshape(len(support), 8, 8, 8, 8, 3).mean((2, 4)) / 255
+        inside = resize_masks(masks.foreground, (8, 8)).numpy()
+        own = prototypes.region == "foreground"
+        assert prototypes.vectors.shape[1] == 5
+        np.testing.assert_allclose(prototypes.vectors[own & (prototypes.kind == "class")][0, :3], colours[inside].mean(0), atol=1e-5)
+    image = np.random.default_rng(0).integers(0, 256, (40, 72, 3), dtype=np.uint8)
+    found = ovdiff.segment(image, bank)
+    assert found.labels.shape == (40, 72) and found.scores.shape == (3, 40, 72) and np.isfinite(found.scores).all()
+    assert set(np.unique(found.labels)) <= {0, 1, 2} and (found.winner >= 0).all()
+    told = found.explain(20, 50)
+    assert told.extractor == "colour" and told.class_name == found.class_names[found.labels[20, 50]]
+    both = found.scores
+    alone = OVDiff(tiny_profile, {"features.extractors": ["colour"], "masks.segmenter": "bright", "filters.category": False},
+                   library=ovdiff.library.root, progress=False).segment(image, "cat, dog").scores
+    assert np.abs(both - alone).max() > 1e-3  # the other extractor has its say
+
+
+def test_what_they_built_is_found_again(ovdiff, monkeypatch):
+    first = ovdiff.build("cat").prototypes["colour"][0]
+    monkeypatch.setattr(sampler, "sample_support", lambda *arguments, **options: pytest.fail("drawn again"))
+    monkeypatch.setattr(ColourAndPlace, "__call__", lambda *arguments: pytest.fail("computed again"))
+    monkeypatch.setattr(Bright, "propose", lambda *arguments: pytest.fail("proposed again"))
+    again = OVDiff(ovdiff.profile, library=ovdiff.library.root, progress=False).build("cat").prototypes["colour"][0]
+    assert np.array_equal(first.vectors, again.vectors)
+
+
+# ---- what their results depend on
+
+FIELDS = {"features.dino_input_size": 72, "features.sd_timestep": 100, "features.clip_layer": -1, "masks.maskcut_tau": 0.3,
+          "masks.detector_score": 0.9, "models.dino": "package:clip", "models.mae": ""}
+"""Settings and models of other parts, with another value."""
+
+
+def key(profile, step="colour"):
+    return OVDiff(profile)._key(step, Category("cat"))
+
+
+@pytest.fixture
+def profile(tiny_profile):
+    """Names no model of which the tiny ones hold nothing."""
+    return tiny_profile.override({"features.extractors": ["colour"], "masks.segmenter": "bright", "models.detector": ""})
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_declared_parts_do_not_care_for_the_settings_of_others(profile, declared, field):
+    assert key(profile.override({field: FIELDS[field]})) == key(profile)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_parts_that_declare_nothing_depend_on_everything_of_their_section(profile, registered, field):
+    assert key(profile.override({field: FIELDS[field]})) != key(profile)
+
+
+def test_declared_settings_and_models_count(profile, declared, monkeypatch):
+    monkeypatch.setitem(EXTRACTORS, "colour", Part(EXTRACTORS["colour"].build, models=("dino",), settings=("clip_", "seed")))
+    monkeypatch.setitem(SEGMENTERS, "bright", Part(SEGMENTERS["bright"].build, models=(), settings=("maskcut_",)))
+    for field, value in (("features.clip_layer", -1), ("features.seed", 5), ("models.dino", "package:clip"), ("masks.maskcut_tau", 0.3)):
+        assert key(profile.override({field: value})) != key(profile), field
+    for field in ("features.dino_input_size", "masks.detector_score", "models.mae"):
+        assert key(profile.override({field: FIELDS[field]})) == key(profile), field
+
+
+@pytest.mark.parametrize("wrong", [{"models": ("dinoo",)}, {"models": ("device",)}, {"settings": ("clip",)}, {"settings": ("sd_", "sad_")}])
+def test_a_declaration_of_what_no_profile_has_is_refused(profile, declared, monkeypatch, tmp_path, wrong):
+    named = [name for names in wrong.values() for name in names][-1]
+    for registry, name in ((EXTRACTORS, "colour"), (SEGMENTERS, "bright")):
+        with monkeypatch.context() as patch:
+            patch.setitem(registry, name, Part(registry[name].build, **wrong))
+            for use in (lambda: OVDiff(profile, library=tmp_path, progress=False).build("cat"), lambda: uses(profile)):
+                with pytest.raises(ProfileError, match=r"A part declares the (model|setting) '") as caught:
+                    use()
+                assert named in str(caught.value) or (registry is SEGMENTERS and "'sd_'" in str(caught.value))
+
+
+def test_an_entry_that_is_no_part_is_refused(profile, registered, monkeypatch, tmp_path):
+    for registry, name, entry, shown in ((EXTRACTORS, "colour", ColourAndPlace, "ColourAndPlace"), (SEGMENTERS, "bright", Bright, "Bright"),
+                                         (SEGMENTERS, "bright", None, "NoneType")):
+        with monkeypatch.context() as patch:
+            patch.setitem(registry, name, entry)
+            with pytest.raises(ProfileError, match=rf"wrap it: Part\({shown}\)"):
+                OVDiff(profile, library=tmp_path, progress=False).build("cat")
+
+
+# ---- the code of a part is in the keys
+
+MODULE = """
+from ovdiff_lib.features.clip import ClipExtractor
+
+LEVEL = 1
+
+
+class Mine(ClipExtractor):
+    def run(self, pixels):
+        return LEVEL
+
+
+def build(profile):
+    return Mine
+"""
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """write(text) -> a module ``own_parts`` with this text, as an import of it gives in a new process."""
+    count = itertools.count()
+
+    def write(text):
+        folder = tmp_path / str(next(count))
+        folder.mkdir()
+        (folder / "own_parts.py").write_text(text)
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.delitem(sys.modules, "own_parts", raising=False)
+        return importlib.import_module("own_parts")
+
+    yield write
+    sys.modules.pop("own_parts", None)
+
+
+@pytest.mark.parametrize("choose", [
+    lambda module: module.Mine, lambda module: module.Mine.build, lambda module: module.build, lambda module: module.Mine.run,
+    lambda module: functools.partial(module.Mine.build, kind="keys")])
+def test_an_edited_part_has_other_keys(profile, written, monkeypatch, choose):
+    def keys_and_more(text, **options):
+        for registry, name in ((EXTRACTORS, "colour"), (SEGMENTERS, "bright")):
+            monkeypatch.setitem(registry, name, Part(choose(written(text)), (), (), **options))
+        return key(profile), identity(profile), EXTRACTORS["colour"].code
+
+    first, edited = keys_and_more(MODULE), keys_and_more(MODULE.replace("LEVEL = 1", "LEVEL = 2"))
+    assert first == keys_and_more(MODULE)  # in another folder
+    assert all(a != b for a, b in zip(first, edited, strict=True))
+    assert key(profile, "support") == key(profile.override({"masks.segmenter": "threshold"}), "support")
+    one, same, other = (keys_and_more(text, version=v) for text, v in ((MODULE, "1"), (MODULE + "# more\n", "1"), (MODULE, "2")))
+    assert one == same and all(a != b for a, b in zip(one, other, strict=True)) and one[0] != first[0]
+
+
+def test_the_code_of_each_part_counts(profile, registered, monkeypatch):
+    plain, other = key(profile), set()
+    for registry, name in ((EXTRACTORS, "colour"), (SEGMENTERS, "bright")):
+        with monkeypatch.context() as patch:
+            patch.setitem(registry, name, Part(registry[name].build, version="1"))
+            other.add(key(profile))
+    assert len({plain, *other}) == 3
+
+
+def test_shared_parts_follow_the_code(profile, monkeypatch):
+    shared, made = Parts(), []
+    for version in ("1", "1", "2"):
+        monkeypatch.setitem(EXTRACTORS, "colour", Part(ColourAndPlace, version=version))
+        made.append(shared.extractors(profile)["colour"])
+    assert made[0] is made[1] and made[1] is not made[2]
+
+
+def test_code_without_a_file():
+    """In a notebook a function's own text is there, in what was typed last nothing at all."""
+    def typed(text, seen):
+        names = {"__name__": "__main__"}
+        file = f"<cell {abs(hash(text))}>"
+        exec(compile(text, file, "exec"), names)
+        if seen:
+            linecache.cache[file] = (len(text), None, text.splitlines(True), file)
+        return Part(names["build"])
+
+    texts = ["def build(profile):\n    return 1\n", "def build(profile):\n    return 2\n"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
+        assert typed(texts[0], seen=False).code is None
+        first, second = (typed(text, seen=True).code for text in texts)
+    assert first and second and first != second
+
+
+def test_the_packages_own_parts_have_no_code_in_their_keys(tiny_profile):
+    for registry in (EXTRACTORS, SEGMENTERS):
+        assert [part.code for part in registry.values()] == [None] * len(registry)
+    assert "code" not in identity(tiny_profile)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("support.seed", 3), ("masks.erosion", 1), ("masks.segmenter", "threshold"), ("prototypes.clusters", 3), ("models.dtype", "float16")])
+def test_every_part_depends_on_the_steps_before_it(profile, registered, field, value):
+    assert key(profile.override({field: value})) != key(profile)
+
+
+def test_the_support_set_depends_on_neither(profile, registered, tiny_profile):
+    assert key(profile, "support") == key(tiny_profile, "support")

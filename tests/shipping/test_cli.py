@@ -1,0 +1,414 @@
+"""The command line: what it writes, and that every mistake is one sentence on stderr, exit code 2 and nothing half-written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_overrides
+
+import ovdiff_lib.pipeline as pipeline
+from ovdiff_lib.cli.main import main
+from ovdiff_lib.overlay import colours_of
+from ovdiff_lib.workbench.data.datasets import load_dataset
+
+SHAPE = (40, 72)
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("library")
+
+
+@pytest.fixture
+def tiny(tiny_models, library) -> list[str]:
+    """Options that select the tiny models and this file's library."""
+    settings = {**tiny_overrides(tiny_models), "support.size": 2, "prototypes.clusters": 3, "filters.category": False}
+    return [*(o for key, value in settings.items() for o in ("--set", f"{key}={json.dumps(value)}")), "--library", str(library)]
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """A folder with a.png, a.jpg and b.webp of different shapes, and a file that is no image."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, (name, shape) in enumerate((("a.png", SHAPE), ("a.jpg", (72, 40)), ("b.webp", (33, 61)))):
+        small = np.random.default_rng(i).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+        Image.fromarray(small).resize(shape[::-1], Image.NEAREST).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def test_one_image(images, tiny, tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    assert main(["segment", str(images / "a.png"), "--classes", "cat, dog", "--out", str(out), *tiny]) == 0
+    assert files(out) == ["a.json", "a_labels.png", "a_overlay.png"]
+    assert "1 image segmented" in capsys.readouterr().out
+    with Image.open(out / "a_labels.png") as picture:
+        labels = np.asarray(picture)
+        assert picture.mode == "P" and labels.shape == SHAPE and labels.max() <= 2
+        assert np.array_equal(np.asarray(picture.convert("RGB")), colours_of(["background", "cat", "dog"])[labels])
+    record = json.loads((out / "a.json").read_text(encoding="utf-8"))
+    assert record["size"] == list(SHAPE) and record["profile"] == "mini"
+    assert [c["name"] for c in record["classes"]] == ["background", "cat", "dog"]
+    for row in record["classes"]:
+        assert row["share"] == pytest.approx((labels == row["label"]).mean())
+    with Image.open(out / "a_overlay.png") as picture:
+        assert picture.height > picture.width * SHAPE[0] / SHAPE[1]
+    # The same again replaces the files by equal ones.
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert main(["segment", str(images / "a.png"), "--classes", "cat, dog", "--out", str(out), *tiny]) == 0
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_a_folder_with_names_that_collide(images, tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["segment", str(images), "--classes", "cat", "--out", str(out), *tiny]) == 0
+    assert files(out) == sorted(f"{stem}{end}" for stem in ("a_png", "a_jpg", "b") for end in (".json", "_labels.png", "_overlay.png"))
+    shapes = {}
+    for stem in ("a_png", "a_jpg", "b"):
+        with Image.open(out / f"{stem}_labels.png") as picture:
+            shapes[stem] = picture.size[::-1]
+    assert shapes == {"a_png": SHAPE, "a_jpg": (72, 40), "b": (33, 61)}
+    assert "3 images segmented" in capsys.readouterr().out
+
+
+def test_one_broken_image_of_a_folder_is_named_and_the_others_are_done(images, tiny, tmp_path, capsys):
+    (images / "a.jpg").write_bytes(b"\xff\xd8 not a jpeg")
+    out = tmp_path / "out"
+    assert main(["segment", str(images), "--classes", "cat", "--out", str(out), *tiny]) == 2
+    assert files(out) == sorted(f"{stem}{end}" for stem in ("a_png", "b") for end in (".json", "_labels.png", "_overlay.png"))
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ovdiff: ")]
+    assert len(errors) == 2 and "a.jpg" in errors[0] and "1 of 3" in errors[1]
+
+
+def test_class_names_of_any_sort_reach_the_record(images, tiny, tmp_path):
+    out = tmp_path / "out"
+    assert main(["segment", str(images / "b.webp"), "--classes", "../cat,🐈", "--stuff", "🐈", "--out", str(out), *tiny]) == 0
+    assert [c["name"] for c in json.loads((out / "b.json").read_text(encoding="utf-8"))["classes"]] == ["background", "../cat", "🐈"]
+    assert files(tmp_path) == sorted([*(f"images/{n}" for n in files(images)), *(f"out/{n}" for n in files(out))])
+
+
+def test_things_and_stuff_from_a_table(images, tiny, tmp_path, monkeypatch):
+    """--stuff-from labels the classes, --stuff has the last word, --stuff-default speaks for the rest."""
+    seen = []
+
+    def build(self, classes, stuff=()):
+        seen.append({c.name: c.kind for c in classes})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.OVDiff, "build", build)
+    (tmp_path / "own.csv").write_text("class,label\ncat,stuff\ndog,thing\n")
+    segment = ["segment", str(images / "a.png"), "--out", str(tmp_path / "out"), *tiny, "--classes"]
+    table = ["--stuff-from", str(tmp_path / "own.csv"), "--stuff-default", "stuff"]
+    assert main([*segment, "cat, grass, sand", "--stuff-from", "c8"]) == 130
+    assert main([*segment, "cat, sand, unicorn", "--stuff", "unicorn", "--stuff-from", "gpt"]) == 130
+    assert main([*segment, "cat, grass"]) == 130
+    assert main(["build", "--classes", "cat, dog, sky", *table, *tiny]) == 130
+    assert main(["build", "--classes", "sky", "--stuff", "sky", "--stuff-from", "c8", *tiny]) == 130
+    assert seen == [{"cat": "thing", "grass": "stuff", "sand": "thing"}, {"cat": "thing", "sand": "thing", "unicorn": "stuff"},
+                    {"cat": "thing", "grass": "thing"}, {"cat": "stuff", "dog": "thing", "sky": "stuff"}, {"sky": "stuff"}]
+    assert main(["evaluate", "mini-context", "--stuff-from", "c8", "--stuff-default", "stuff", *tiny]) == 130
+    assert seen[-1]["car"] == "thing" and seen[-1]["sky"] == "stuff" and set(seen[-1].values()) == {"thing", "stuff"}
+    assert main(["evaluate", "mini-context", *tiny]) == 130
+    assert seen[-1] == {c.name: c.kind for c in load_dataset("mini-context").vocabulary} and list(seen[-2]) == list(seen[-1])
+
+
+MISTAKES = [  # name, arguments ({images} is the folder), words of the sentence
+    ("missing image", ["segment", "{images}/none.png", "--classes", "cat"], "none.png"),
+    ("broken image", ["segment", "{images}/broken.png", "--classes", "cat"], "broken.png"),
+    ("empty image", ["segment", "{images}/empty.png", "--classes", "cat"], "0 bytes"),
+    ("no image in the folder", ["segment", "{images}/sub", "--classes", "cat"], "holds no image"),
+    ("no class", ["segment", "{images}/a.png", "--classes", ""], "no class"),
+    ("only spaces", ["segment", "{images}/a.png", "--classes", "  "], "no class"),
+    ("an empty class", ["segment", "{images}/a.png", "--classes", "cat,,dog"], "empty"),
+    ("a class twice", ["segment", "{images}/a.png", "--classes", "cat, Cat"], "twice"),
+    ("background", ["segment", "{images}/a.png", "--classes", "cat, background"], "background"),
+    ("a long class", ["segment", "{images}/a.png", "--classes", "x" * 300], "at most"),
+    ("undecodable bytes", ["segment", "{images}/a.png", "--classes", "cat\udcff"], "broken"),
+    ("stuff that is no class", ["segment", "{images}/a.png", "--classes", "cat", "--stuff", "gras"], "'gras'"),
+    ("unknown profile", ["segment", "{images}/a.png", "--classes", "cat", "--profile", "big"], "'big'"),
+    ("unknown field", ["segment", "{images}/a.png", "--classes", "cat", "--set", "support.sise=3"], "support.size"),
+    ("wrong type", ["segment", "{images}/a.png", "--classes", "cat", "--set", "support.size=many"], "must be int"),
+    ("no value", ["segment", "{images}/a.png", "--classes", "cat", "--set", "support.size"], "NAME=VALUE"),
+    ("no name", ["segment", "{images}/a.png", "--classes", "cat", "--set", "=3"], "NAME=VALUE"),
+    ("broken value", ["segment", "{images}/a.png", "--classes", "cat", "--set", "matching.windows=[64"], "cannot be read"),
+    ("no weights", ["segment", "{images}/a.png", "--classes", "cat", "--set", "models.diffusion=/nowhere/sd"], "/nowhere/sd"),
+    ("no library", ["segment", "{images}/a.png", "--classes", "cat", "--library", "{images}/a.png/library"], "cannot be written"),
+    ("no classes file", ["build", "--classes-file", "{images}/none.txt"], "none.txt"),
+    ("a classes file of bytes", ["build", "--classes-file", "{images}/a.png"], "a.png"),
+    ("an empty classes file", ["build", "--classes-file", "{images}/blank.txt"], "no class"),
+    ("stuff that is not in the file", ["build", "--classes-file", "{images}/classes.txt", "--stuff", "sky"], "'sky'"),
+    ("unknown data set", ["evaluate", "vox"], "mini-voc"),
+    ("a data set that does not ship", ["evaluate", "voc"], "--data"),
+    ("no stuff table", ["segment", "{images}/a.png", "--classes", "cat", "--stuff-from", "{images}/none.csv"], "none.csv"),
+    ("a stuff table of bytes", ["segment", "{images}/a.png", "--classes", "cat", "--stuff-from", "{images}/a.png"], "a.png"),
+    ("a class that no table knows", ["build", "--classes", "cat, unicorn", "--stuff-from", "c8"], "'unicorn'"),
+    ("a data set with unknown classes", ["evaluate", "mini-voc", "--stuff-from", "coco-stuff"], "coco-stuff"),
+    ("a default for no table", ["segment", "{images}/a.png", "--classes", "cat", "--stuff-default", "stuff"], "--stuff-from"),
+    ("a default for no table of a build", ["build", "--classes", "cat", "--stuff-default", "thing"], "--stuff-from"),
+    ("a default for no table of a data set", ["evaluate", "mini-voc", "--stuff-default", "stuff"], "--stuff-from"),
+    ("an unknown refinement", ["segment", "{images}/a.png", "--classes", "cat, dog", "--set", "matching.refine=PAMR"], "matching.refine"),
+    ("a filter that is not here", ["segment", "{images}/a.png", "--classes", "cat", "--set", "models.clip=/nowhere"], "/nowhere"),
+    ("a threshold that is not set", ["segment", "{images}/a.png", "--classes", "cat", "--set", "prototypes.background=false"],
+     "matching.background_threshold"),
+    ("too many clusters", ["segment", "{images}/a.png", "--classes", "cat", "--set", "prototypes.clusters=40000"], "at most 16,383"),
+    ("a seed that is too large", ["build", "--classes", "cat", "--set", "prototypes.seed=99999999999999999999"], "prototypes.seed"),
+    ("a device of another machine", ["segment", "{images}/a.png", "--classes", "cat", "--set", "models.device=ipu"], "models.device"),
+    ("unknown split", ["evaluate", "mini-voc", "--split", "train"], "val or wild"),
+    ("unknown notebook", ["run", "{images}/none.ipynb"], "none.ipynb"),
+    ("no notebook", ["run", "{images}/notes.txt"], "cannot be read as a notebook"),
+    ("no notebooks", ["reproduce", "--notebooks", "{images}"], "No notebook"),
+    ("no such notebook", ["reproduce", "--notebooks", str(NOTEBOOKS), "--only", "00,77"], "'77'"),
+    ("a parameter of the wrong type", ["run", str(NOTEBOOKS / "00_quickstart.ipynb"), "-p", "seed=many"], "'seed'"),
+    ("an unknown parameter", ["run", str(NOTEBOOKS / "00_quickstart.ipynb"), "-p", "sed=1"], "'seed'"),
+    ("unknown profile for a notebook", ["reproduce", "--profile", "big"], "'big'"),
+]
+
+
+@pytest.mark.parametrize("arguments, words", [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
+def test_mistakes(images, tiny_models, tmp_path, capsys, monkeypatch, arguments, words):
+    (images / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n garbage")
+    (images / "empty.png").write_bytes(b"")
+    (images / "sub").mkdir()
+    (images / "blank.txt").write_text("\n  \n")
+    (images / "classes.txt").write_text("cat\n")
+    out, library = tmp_path / "out", tmp_path / "library"
+    monkeypatch.chdir(tmp_path)
+    arguments = [a.replace("{images}", str(images)) for a in arguments]
+    if arguments[0] in ("segment", "run", "reproduce"):
+        arguments += ["--out", str(out)]
+    if "--library" not in arguments:
+        arguments += ["--library", str(library)]
+    models = [f"models.diffusion={tiny_models / 'stable-diffusion'}", f"models.clip={tiny_models / 'clip'}"]
+    # First, so that an argument of the test's own comes after and wins.
+    arguments[1:1] = [o for m in models for o in ("--set", m)]
+    before = files(images)
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("ovdiff: ") and said.err.count("\n") == 1, said.err
+    assert words in said.err and "Traceback" not in said.err
+    assert not out.exists() or files(out) == []
+    assert files(images) == before
+    assert not [p for p in tmp_path.rglob("*.part")]
+
+
+def test_an_output_folder_that_cannot_be_written_is_one_sentence(images, tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["segment", str(images / "a.png"), "--classes", "cat", "--out", str(tmp_path / "file" / "out"), *tiny]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("ovdiff: ")
+    assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize("command", ["segment", "evaluate"])
+def test_where_results_go_is_tried_before_anything_is_built(images, tiny, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr(pipeline.OVDiff, "build", lambda *a, **o: pytest.fail("classes were built"))
+    (tmp_path / "file").write_text("")
+    before = files(tmp_path)
+    for place in (tmp_path / "file" / "out", tmp_path / "file", Path("/proc/none/out")):
+        arguments = {"segment": ["segment", str(images / "a.png"), "--classes", "cat", "--out", str(place)],
+                     "evaluate": ["evaluate", "mini-voc", "--json", str(place / "result.json")]}[command]
+        assert main([*arguments, *tiny]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"ovdiff: {place} cannot be written (") and said.count("\n") == 1
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("arguments", [[], ["segment"], ["segment", "a.png"], ["nothing"], ["evaluate", "mini-voc", "--limit", "x"],
+                                       ["build"], ["build", "--classes", "a", "--classes-file", "b"]])
+def test_wrong_usage_ends_with_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2 and "usage: ovdiff" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["segment", "build", "evaluate", "doctor", "run", "reproduce"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0 and "--profile" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_with_130(images, tiny, tmp_path, capsys, monkeypatch):
+    def interrupted(self, image, bank):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.OVDiff, "segment_many", interrupted)
+    out = tmp_path / "out"
+    assert main(["segment", str(images / "a.png"), "--classes", "cat", "--out", str(out), *tiny]) == 130
+    assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
+    assert not out.exists()
+
+
+def test_build_reads_a_file_and_fills_the_library(tiny, tmp_path, library, capsys):
+    path = tmp_path / "classes.txt"
+    path.write_bytes("\ufeffcat\n\n dog \r\n".encode())
+    assert main(["build", "--classes-file", str(path), "--stuff", "dog", *tiny]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("2 classes, ") and str(library) in said
+    assert len(list((library / "prototypes").iterdir())) >= 2
+
+
+def test_evaluate_prints_and_writes_the_same_numbers(tiny, tmp_path, capsys, monkeypatch):
+    """Two classes of the data set's twenty, by a stand-in for its vocabulary, to save the time of drawing all."""
+    import ovdiff_lib.workbench.evaluation as evaluation
+
+    original = evaluation.load_dataset
+
+    def small(name, split="val"):
+        from ovdiff_lib.categories import Vocabulary
+
+        dataset = original(name, split)
+        dataset.vocabulary = Vocabulary(dataset.vocabulary.categories[:2])
+        dataset._labels[dataset._labels == 0] = 0
+        dataset._labels[(dataset._labels > 2) & (dataset._labels != 255)] = 0
+        return dataset
+
+    monkeypatch.setattr(evaluation, "load_dataset", small)
+    path = tmp_path / "deep" / "result.json"
+    assert main(["evaluate", "mini-voc", "--split", "wild", "--limit", "2", "--json", str(path), *tiny]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = json.loads(path.read_text())
+    assert table["images"] == 2 and table["split"] == "wild" and next(iter(table["iou"])) == "background"
+    assert lines[-1].startswith("mIoU") and f"{100 * table['miou']:.1f}" in lines[-1] and "2 images" in lines[-1]
+    shown = {line.rsplit(maxsplit=1)[0].strip(): line.rsplit(maxsplit=1)[1] for line in lines[:-1]}
+    assert shown == {name: "-" if v is None else f"{100 * v:.1f}" for name, v in table["iou"].items()}
+    assert 0 <= table["miou"] <= 1 and table["profile"]["support"]["size"] == 2
+    assert main(["evaluate", "mini-voc", "--limit", "0", *tiny]) == 2
+    assert "limit" in capsys.readouterr().err
+
+
+def test_a_notebook_runs_with_parameters(tmp_path, capsys, monkeypatch):
+    """What ``ovdiff run`` hands to the runner: profile, overrides and output, and the user's own parameters over them."""
+    import ovdiff_lib.workbench.reproduce as runner
+
+    calls = []
+    monkeypatch.setattr(runner, "run_notebook", lambda *a, **o: calls.append((a, o)) or True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("00_a.ipynb", "01_b.ipynb"):
+        (tmp_path / name).write_text("{}")
+    own = ["-p", "seed=4", "-p", "classes=[cat, dog]", "-p", "word=yes please"]
+    assert main(["run", "00_a.ipynb", "--set", "support.size=3", *own]) == 0
+    (notebook, target, parameters), options = calls.pop()
+    assert notebook == Path("00_a.ipynb") and target == tmp_path / "outputs" / "mini" / "00_a.ipynb" and options["force"]
+    assert parameters == {"profile": "mini", "overrides": {"support.size": 3}, "output": str(tmp_path / "outputs" / "mini"), "seed": 4,
+                          "classes": ["cat", "dog"], "word": "yes please"}
+    # A folder is meant from here, although the notebook runs in its own folder.
+    assert main(["run", "00_a.ipynb", "-p", "output=there"]) == 0
+    (_, target, parameters), _ = calls.pop()
+    assert parameters["output"] == str(tmp_path / "there") and target == tmp_path / "there" / "00_a.ipynb"
+    assert main(["reproduce", "--workers", "1", "--notebooks", ".", "--out", "o", "--force"]) == 0
+    assert [c[0][1] for c in calls] == [tmp_path / "o" / "mini" / n for n in ("00_a.ipynb", "01_b.ipynb")]
+    assert all(c[1]["force"] for c in calls)
+    assert "Done." in capsys.readouterr().out
+    calls.clear()
+    assert main(["reproduce", "--workers", "1", "--notebooks", ".", "--out", "o", "--only", "1"]) == 0
+    assert [c[0][1].name for c in calls] == ["01_b.ipynb"] and not calls[0][1]["force"]
+
+
+def counting(folder: Path, name: str, code: str) -> Path:
+    """A notebook with the common parameters whose cell "work" runs ``code``."""
+    import nbformat
+
+    parameters = "profile = 'mini'  # .\nseed = 0  # .\noverrides = {}  # .\noutput = '.'  # ."
+    made = nbformat.v4.new_notebook(cells=[
+        nbformat.v4.new_markdown_cell("# Title", id="title"),
+        nbformat.v4.new_code_cell(parameters, id="parameters", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(code, id="work")])
+    made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    folder.mkdir(exist_ok=True)
+    nbformat.write(made, folder / f"{name}.ipynb")
+    return folder / f"{name}.ipynb"
+
+
+TABLE = """
+from pathlib import Path
+from ovdiff_lib.profiles import load_profile
+from ovdiff_lib.report.paper import paper_cell
+from ovdiff_lib.report.tables import Cell, write_table
+cells = [Cell.of(row, "VOC", values, paper_cell("1", row, "VOC")) for row, values in {
+    "OVDiff": [49.0, 51.0], "OVDiff (-CutLER)": [40.0, 41.0]}.items()]
+write_table(Path(output) / "tables" / "02_table.csv", "02_table", cells, load_profile(profile), "What was run.")
+"""
+
+
+def test_reproduce_ends_with_claims_and_report_whatever_fails(tmp_path, capsys, monkeypatch):
+    """Real kernels: the second of three notebooks fails, the others run, claims and page are written; a second run does what is left."""
+    import ovdiff_lib.workbench.reproduce as runner
+
+    package = tmp_path / "package"  # a stand-in, so that work on the package beside the test makes nothing stale
+    package.mkdir()
+    monkeypatch.setattr(runner, "PACKAGE", package)
+    monkeypatch.chdir(tmp_path)
+    folder, out = tmp_path / "notebooks", tmp_path / "outputs" / "mini"
+    counting(folder, "00_plain", "print(seed)")
+    broken = counting(folder, "01_broken", "raise ValueError('no such thing\\nsecond line')")
+    counting(folder, "02_table", TABLE)
+    assert main(["reproduce", "--workers", "1"]) == 1
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert [line.split(":")[0] for line in lines[:5]] == ["00_plain", "01_broken", "02_table", "claims", "report"]
+    assert "executed" in lines[0] and "FAILED" in lines[1] and "executed" in lines[2]
+    assert f"{Path('outputs/mini/tables/claims.md')} (holds 1, fails 0" in lines[3]
+    page = Path("outputs/mini/report/index.html")
+    assert str(page) in lines[4] and page.is_file() and lines[-1].startswith("1 failed")
+    errors = [line for line in said.err.splitlines() if line.startswith("ovdiff: ")]
+    assert len(errors) == 1 and "01_broken.ipynb failed in cell 'work' (number 3 of 3): ValueError: no such thing (executed" in errors[0]
+    assert (out / "00_plain.ipynb").exists() and not (out / "01_broken.ipynb").exists() and (out / "01_broken.failed.ipynb").exists()
+    assert "no such thing" in page.read_text(encoding="utf-8")
+
+    # Mended: only that one runs.
+    broken.write_text(broken.read_text().replace("raise ValueError", "print"))
+    assert main(["reproduce", "--workers", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ["fresh" in line for line in lines[:3]] == [True, False, True] and lines[-1] == "Done."
+    assert not (out / "01_broken.failed.ipynb").exists()
+
+
+def test_a_report_that_cannot_be_written_is_said(tmp_path, capsys, monkeypatch):
+    import ovdiff_lib.workbench.page.page as report
+    import ovdiff_lib.workbench.reproduce as runner
+
+    def build(folder, profile, notebooks):
+        raise RuntimeError("no page")
+
+    monkeypatch.setattr(report, "build_report", build)
+    monkeypatch.setattr(runner, "run_notebook", lambda *a, **o: True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "00_a.ipynb").write_text("{}")
+    (tmp_path / "outputs" / "mini" / "tables").mkdir(parents=True)
+    (tmp_path / "outputs" / "mini" / "tables" / "09_old.csv").write_text("a,b\n1,2\n")
+    assert main(["reproduce", "--workers", "1", "--notebooks", "."]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and "claims could not be written" in errors[0] and "09_old.csv" in errors[0]
+    assert errors[1] == "ovdiff: The report could not be written: RuntimeError: no page"
+
+
+def test_compare_tables(tmp_path, capsys):
+    from ovdiff_lib.profiles.reading import load_profile
+    from ovdiff_lib.workbench.tables.tables import Cell, write_table
+
+    for name, value in (("a", 50.0), ("b", 50.4), ("c", 51.0)):
+        write_table(tmp_path / name / "tables" / "05_t.csv", "05_t", [Cell("OVDiff", "VOC", value)], load_profile("mini"), "x")
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    assert main(["compare-tables", a, b]) == 0 and "same (tolerance 0.5)" in capsys.readouterr().out
+    assert main(["compare-tables", a, f"{c}/tables"]) == 1
+    assert capsys.readouterr().out.splitlines() == ["05_t: OVDiff / VOC: measured: 50.0 against 51.0", "1 differences"]
+    assert main(["compare-tables", a, b, "--tolerance", "0.1"]) == 1 and main(["compare-tables", a, c, "--tolerance", "1"]) == 0
+    assert main(["compare-tables", a, str(tmp_path / "none")]) == 2 and "holds no tables" in capsys.readouterr().err
+
+
+def test_the_installed_command(images, tmp_path):
+    """In a process of its own: exit code, one line, no traceback."""
+    arguments = ["segment", str(images / "none.png"), "--classes", "cat", "--out", str(tmp_path / "out")]
+    run = subprocess.run([sys.executable, "-m", "ovdiff_lib.cli.main", *arguments], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stdout == "" and run.stderr.startswith("ovdiff: ") and run.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,87 @@
+"""The committed tables of the mini profile are what the commands produce: whole, of today's settings, and some measured again here."""
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from ovdiff_lib import OVDiff
+from ovdiff_lib.profiles.reading import load_profile
+from ovdiff_lib.workbench.evaluation.bench import Bench
+from ovdiff_lib.workbench.evaluation.rows import Row
+from ovdiff_lib.workbench.tables.claims import judge
+from ovdiff_lib.workbench.tables.tables import read_table
+
+OUTPUTS = Path(__file__).parents[2] / "outputs" / "mini"
+TABLES = sorted(p for p in (OUTPUTS / "tables").glob("*.csv") if p.stem != "claims")
+TOLERANCE = 0.5
+"""Percentage points: another processor rounds otherwise, and a few pixels change sides."""
+
+
+def cell(table: str, row: str, column: str):
+    (found,) = [c for c in read_table(OUTPUTS / "tables" / f"{table}.csv") if (c.row, c.column) == (row, column)]
+    return found
+
+
+def test_every_table_is_whole_and_of_one_notebook():
+    stems = {p.stem for p in (OUTPUTS.parent.parent / "notebooks").glob("*.ipynb")}
+    assert len(TABLES) >= 25
+    for path in TABLES:
+        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        assert record["name"] == path.stem and any(path.stem.startswith(stem) for stem in stems)
+        assert record["profile"] == "mini" and record["caption"] and read_table(path)
+        assert path.with_suffix(".md").read_text(encoding="utf-8").startswith("**")
+    assert {stem for stem in stems if any(p.stem.startswith(stem) for p in TABLES)} == stems
+    for figure in (OUTPUTS / "figures").glob("*.png"):
+        assert len(json.loads(figure.with_suffix(".json").read_text(encoding="utf-8"))["caption"]) > 20
+    # History is not to grow by pictures.
+    assert sum(p.stat().st_size for p in (OUTPUTS / "figures").iterdir()) < 2_500_000
+
+
+def test_the_tables_are_of_todays_notebooks():
+    """``notebooks.json`` holds what ran; the code cells are summed anew as nbformat reads them."""
+    path = OUTPUTS / "tables" / "notebooks.json"
+    assert path.exists(), "outputs/mini/tables/notebooks.json is missing: run `make reproduce` and commit what it writes."
+    today = {}
+    for notebook in sorted((OUTPUTS.parent.parent / "notebooks").glob("[0-9]*.ipynb")):
+        cells = [cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
+        today[notebook.stem] = hashlib.sha256(json.dumps(cells).encode()).hexdigest()
+    noted = json.loads(path.read_text(encoding="utf-8"))
+    stale = sorted(stem for stem in {*noted, *today} if noted.get(stem) != today.get(stem))
+    assert not stale, f"{', '.join(stale)} changed since the committed tables were made: run `make reproduce` and commit what it writes."
+
+
+def test_tables_are_of_todays_settings():
+    """A change of the profile needs `make reproduce`. Notebooks 03 and 06 fix fields of their own."""
+    today = load_profile("mini").digest()
+    hashes = {}
+    for path in TABLES:
+        hashes.setdefault(path.read_text(encoding="utf-8").splitlines()[1].rsplit(",", 1)[1], []).append(path.stem)
+    assert today in hashes, hashes
+    assert sum(map(len, hashes.values())) - len(hashes[today]) <= 0.5 * len(TABLES), hashes
+
+
+@pytest.mark.parametrize(("row", "name"), [("MaskCLIP", "maskclip"), ("CLIP-DIY", "clip-diy")])
+def test_a_rivals_row_is_measured_again(row, name, tmp_path):
+    bench = Bench("mini", library=tmp_path, progress=False)
+    (again,) = bench.cells([Row(row, baseline=name)], {"VOC": bench.profile.evaluation.voc}, "1")
+    assert again.measured == pytest.approx(cell("05_main_results_table1", row, "mini-voc").measured, abs=TOLERANCE)
+
+
+def test_masks_of_a_class_are_made_again(tmp_path):
+    ovdiff = OVDiff("mini", library=tmp_path, progress=False)
+    masks = ovdiff.masks(ovdiff.support("sheep"))
+    for column, mask in (("foreground, % of pixels", masks.foreground), ("background, % of pixels", masks.background)):
+        assert 100 * mask.mean() == pytest.approx(cell("01_support_sampling", "sheep", column).measured, abs=TOLERANCE)
+
+
+def test_the_claims_are_judged_as_committed():
+    with open(OUTPUTS / "tables" / "claims.csv", encoding="utf-8", newline="") as file:
+        committed = {row["id"]: row for row in csv.DictReader(file)}
+    results = judge(OUTPUTS)
+    assert len(results) == len(committed) == 33 and len({r.verdict for r in results}) >= 3
+    for result in results:
+        assert (committed[str(result.id)]["verdict"], committed[str(result.id)]["measured"]) == (result.verdict, result.measured)

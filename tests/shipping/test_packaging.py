@@ -1,0 +1,257 @@
+"""The house in order: dependencies declared once and alike, data that ships, commands that exist, nothing of one machine in the tree."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CONDA = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+*FROM_PIP, INSTALL = next(line["pip"] for line in CONDA["dependencies"] if isinstance(line, dict))
+CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
+"""conda-forge's name -> the Python package index's, where canonical spelling is not enough."""
+
+CONDA_ONLY = {"python", "pip", "setuptools", "detectron2"}
+
+
+def requirements(lines):
+    return {canonicalize_name(r.name): r for r in map(Requirement, lines)}
+
+
+RUNTIME = requirements(PROJECT["dependencies"])
+EXTRAS = {extra: requirements(lines) for extra, lines in PROJECT["optional-dependencies"].items()}
+
+
+def conda_specs():
+    """Package -> version range, by the index's canonical names."""
+    found = {}
+    for line in [line for line in CONDA["dependencies"] if isinstance(line, str)] + FROM_PIP:
+        name, wanted = re.fullmatch(r"([A-Za-z0-9_.-]+?)\s*([<>=!~].*)?", line).groups()
+        found[canonicalize_name(CONDA_NAMES.get(name, name))] = (wanted or "").replace(" ", "")
+    return found
+
+
+def tracked():
+    """Files of the repository, new ones that git does not ignore included."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    return [name for name in listed.stdout.decode().split("\0") if name and (ROOT / name).exists()]
+
+
+# ---- environment.yml and pyproject.toml
+
+def test_environment_is_conda_forge_and_installs_the_project():
+    assert CONDA["name"] == "ovdiff" and CONDA["channels"] == ["conda-forge", "nodefaults"] and INSTALL == "-e ."
+    # Not compiled, so they do not have to match the PyTorch of conda-forge, and not in both places.
+    assert {line.split(">=")[0] for line in FROM_PIP} == {"diffusers"} <= set(RUNTIME)
+    assert not any(str(line).startswith("diffusers") for line in CONDA["dependencies"])
+    assert set(CONDA) == {"name", "channels", "dependencies"}
+
+
+def test_environment_has_every_dependency_in_the_same_range():
+    conda = conda_specs()
+    for name, requirement in RUNTIME.items():
+        assert name in conda, f"{name} of pyproject.toml is missing in environment.yml"
+        assert set(conda[name].split(",")) == set(str(requirement.specifier).split(",")), name
+
+
+def test_environment_has_nothing_that_the_project_does_not_name():
+    known = {**RUNTIME, **{name: r for extra in EXTRAS.values() for name, r in extra.items()}}
+    for name, wanted in conda_specs().items():
+        if name not in CONDA_ONLY:
+            assert name in known, name
+            assert set(wanted.split(",")) == set(str(known[name].specifier).split(",")), name
+
+
+def test_python_versions_agree():
+    assert PROJECT["requires-python"] == ">=3.11" and conda_specs()["python"] == "=3.11"
+    assert conda_specs()["setuptools"] == "<81"  # detectron2 imports pkg_resources, gone in 82
+
+
+def test_the_stack_that_users_asked_for_is_declared():
+    asked = {"jupyterlab", "papermill", "torch", "diffusers", "transformers", "open-clip-torch", "matplotlib", "pandas", "scikit-learn"}
+    assert asked <= set(RUNTIME)
+    assert "detectron2" in conda_specs()
+
+
+@pytest.mark.parametrize(("extra", "requirement"), [(e, r) for e, rs in {"": RUNTIME, "dev": EXTRAS["dev"]}.items() for r in rs.values()])
+def test_what_is_installed_lies_within_the_ranges(extra, requirement):
+    from importlib.metadata import version
+
+    assert requirement.specifier.contains(version(requirement.name), prereleases=True), extra
+
+
+def test_no_host_and_no_pin():
+    for lines in [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]:
+        for line in lines:
+            assert Requirement(line).url is None and "==" not in line
+
+
+# ---- imports
+
+def imports(path):
+    """Top-level names of the modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0]
+
+
+def test_every_import_is_declared():
+    distributions = {module: {canonicalize_name(n) for n in names} for module, names in packages_distributions().items()}
+    optional = {"detectron2": {"detectron2"}, "ray": {"ray"}, "pydensecrf": {"pydensecrf2"}}  # not in every environment
+    declared = {"ovdiff_lib": set(RUNTIME) | set(EXTRAS["ray"]) | set(EXTRAS["crf"]) | {"detectron2"},
+                "tests": set(RUNTIME) | set(EXTRAS["dev"])}
+    local = {"ovdiff_lib", *(p.stem for p in (ROOT / "tests").rglob("*.py"))}
+    for folder, allowed in declared.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            # Training the mini world is development: it may use what only the extra has.
+            extra = set(EXTRAS["dev"]) if "recipes" in path.parts else set()
+            for module in set(imports(path)) - local - set(sys.stdlib_module_names):
+                names = distributions.get(module) or optional.get(module, set())
+                assert names & (allowed | extra), f"{path.relative_to(ROOT)} imports {module}, which pyproject.toml does not declare"
+
+
+def test_importing_the_package_is_light():
+    script = ("import sys, ovdiff_lib, ovdiff_lib.cli.main; "
+              "print([m for m in ('torch', 'diffusers', 'transformers', 'sklearn', 'skimage', 'matplotlib') if m in sys.modules])")
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+# ---- what ships
+
+def test_every_file_of_the_package_ships(monkeypatch):
+    from setuptools import Distribution
+
+    monkeypatch.chdir(ROOT)
+    distribution = Distribution()
+    distribution.parse_config_files(["pyproject.toml"])
+    command = distribution.get_command_obj("build_py")
+    command.ensure_finalized()
+    command.manifest_files = {}  # only what pyproject.toml says; asking setuptools for its manifest would write into the tree
+    shipped = set()
+    for package in command.packages:
+        folder = Path(package.replace(".", "/"))
+        shipped |= {os.path.relpath(path) for path in command.find_data_files(package, str(folder))}
+        shipped |= {str(path) for path in folder.glob("*.py")}
+    for name in tracked():
+        if name.startswith("ovdiff_lib/"):
+            assert name in shipped, f"{name} is in the package's folder but would not be installed"
+
+
+def test_the_command_line_entry_exists():
+    from importlib import import_module
+
+    module, function = PROJECT["scripts"]["ovdiff"].split(":")
+    assert callable(getattr(import_module(module), function))
+
+
+def test_top_level():
+    allowed = {"notebooks", "ovdiff_lib", "outputs", "tests", "environment.yml", "README.md", "pyproject.toml", "Makefile", "LICENSE",
+               "NOTICE", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md"}
+    top = {name.split("/")[0] for name in tracked()}
+    assert {name for name in top - allowed if not name.startswith(".")} == set()
+    assert {"ovdiff_lib", "tests", "environment.yml", "pyproject.toml", "Makefile", "LICENSE", "NOTICE"} <= top
+
+
+def test_nothing_of_one_machine_is_in_the_tree():
+    # Taken apart, so that this file does not match itself.
+    machine = re.compile(r"(^|[^\w.])/(" + "|".join(["ro" + "ot", "wo" + "rk", "ho" + "me"]) + r")/\w|file:" + "//")
+    for name in tracked():
+        path = ROOT / name
+        if path.suffix in (".py", ".yaml", ".yml", ".toml", ".md", ".ipynb", ".json", ".txt", "") and path.stat().st_size < 2**20:
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                assert not machine.search(line), f"{name}:{number}"
+
+
+def test_no_large_files():
+    sizes = {name: (ROOT / name).stat().st_size for name in tracked()}
+    assert max(sizes.values()) < 50 * 2**20 and sum(sizes.values()) < 60 * 2**20
+
+
+def test_nothing_is_unfinished_or_swallowed():
+    words = re.compile("|".join(["TO" + "DO", "FIX" + "ME", "XXX", "NotImplemented" + "Error"]))
+    for path in sorted((ROOT / "ovdiff_lib").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert not words.search(text), path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ExceptHandler):
+                assert node.type is not None, f"{path}:{node.lineno} catches everything"
+                assert not (len(node.body) == 1 and isinstance(node.body[0], ast.Pass)), f"{path}:{node.lineno} swallows an exception"
+
+
+# ---- licences
+
+def test_licence_and_notice():
+    licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in licence and "TERMS AND CONDITIONS" in licence and "APPENDIX" in licence and len(licence) > 11_000
+    assert PROJECT["license"] == "Apache-2.0" and PROJECT["license-files"] == ["LICENSE", "NOTICE"]
+    notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
+    from ovdiff_lib.recipes.art import PACKAGES
+
+    for package in PACKAGES.values():
+        name, _, version = package.rpartition("@")
+        assert f"{name} {version}" in notice  # the art that is drawn is the art that is named
+    for words in ("MIT License", "Permission is hereby granted", "CC-BY 4.0", "Copyright Twitter, Inc", "(c) Microsoft", "CutLER"):
+        assert words in notice
+
+
+# ---- make
+
+def make(*arguments, cwd=ROOT):
+    # The tests are themselves run by make; what it hands down would have this one report the folders it enters.
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, check=True, env=environment).stdout
+
+
+def test_make_targets_run_what_they_say():
+    for target, command in [("test", "-m pytest"), ("test-lowest", "-m pytest"),
+                            ("reproduce", "ovdiff reproduce --profile mini"), ("lab", "jupyter lab notebooks"),
+                            ("mini-world", "-m ovdiff_lib.recipes.rebuild"), ("install", "pip install")]:
+        assert command in make("--dry-run", "--always-make", target)
+    assert (ROOT / "ovdiff_lib" / "recipes" / "rebuild.py").exists()
+    described = dict(line.split(maxsplit=1) for line in make("help").splitlines())
+    assert set(described) == {"help", "install", "reproduce", "test", "test-lowest", "lab", "mini-world", "clean"}
+
+
+def test_make_clean_keeps_tables_and_figures(tmp_path):
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    kept = ["outputs/mini/tables/t.csv", "outputs/mini/figures/f.png", "notebooks/00_a.ipynb", ".venv/lib/__pycache__/a.pyc"]
+    gone = ["outputs/mini/cache/x", "outputs/mini/00_a.ipynb", "outputs/mini/00_a.failed.ipynb", "outputs/mini/00_a.stamp.json",
+            "tests/__pycache__/a.pyc", "notebooks/.ipynb_checkpoints/a.ipynb"]
+    for name in kept + gone:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    make("clean", cwd=tmp_path)
+    assert [n for n in kept if not (tmp_path / n).exists()] == [] and [n for n in gone if (tmp_path / n).exists()] == []
+
+
+def test_git_ignores_runs_but_not_their_tables():
+    def ignored(name):
+        return subprocess.run(["git", "check-ignore", "--quiet", "--no-index", name], cwd=ROOT).returncode == 0
+
+    for name in ("outputs/mini/tables/t.csv", "outputs/mini/figures/f.png", "ovdiff_lib/mini/weights/clip/model.safetensors",
+                 "ovdiff_lib/mini/data/val/labels/0000.png", "notebooks/00_quickstart.ipynb"):
+        assert not ignored(name), name
+    for name in ("outputs/mini/00_quickstart.ipynb", "outputs/mini/cache/x", "outputs/paper/tables/t.csv", ".venv/bin/python",
+                 "ovdiff_lib/__pycache__/a.pyc", "ovdiff_lib.egg-info/PKG-INFO"):
+        assert ignored(name), name
+
+
+def test_continuous_integration_runs_the_tests():
+    script = ROOT / ".ci" / "run"
+    text = script.read_text(encoding="utf-8")
+    assert os.access(script, os.X_OK) and text.startswith("#!/usr/bin/env bash\n")
+    assert "set -euo pipefail" in text and "\nmake test\n" in text and "OVDIFF_FULL_SIZE=1" in text

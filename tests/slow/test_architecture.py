@@ -1,0 +1,297 @@
+"""The published architectures without their weights: layers, grids, schedules and vocabulary, against numbers known from elsewhere.
+
+Networks of real size live on the meta device, which has shapes but no values. Where values matter, Stable Diffusion v1.5's own layout is
+run thin. ViTs, Segment Anything and CutLER at real size are in test_vit_features.py and test_segmenters.py.
+"""
+
+import contextlib
+import copy
+
+import numpy as np
+import pytest
+import torch
+from real_size import (
+    make_clip,
+    make_dino,
+    make_mae,
+    make_pipeline,
+    make_text_encoder,
+    make_tokenizer,
+    make_unet,
+    make_vae,
+    save_pipeline,
+    sharpen,
+)
+from test_support import Oracle
+
+from ovdiff_lib.categories import Category
+from ovdiff_lib.errors import InputError
+from ovdiff_lib.features.diffusion import DiffusionExtractor
+from ovdiff_lib.networks.instruments import attention_grid, captured
+from ovdiff_lib.networks.loading import load_diffusion
+from ovdiff_lib.profiles.reading import load_profile
+from ovdiff_lib.support.attribution import class_token_positions, fill_template
+from ovdiff_lib.support.sampler import min_max, sample_support
+from ovdiff_lib.workbench.data.classes import NAMES, class_table, vocabulary_of
+
+LEVELS = {  # transformer of a cross-attention: (channels, how many times its grid was halved)
+    "down_blocks.0.attentions.0": (320, 0), "down_blocks.0.attentions.1": (320, 0),
+    "down_blocks.1.attentions.0": (640, 1), "down_blocks.1.attentions.1": (640, 1),
+    "down_blocks.2.attentions.0": (1280, 2), "down_blocks.2.attentions.1": (1280, 2),
+    "mid_block.attentions.0": (1280, 3),
+    "up_blocks.1.attentions.0": (1280, 2), "up_blocks.1.attentions.1": (1280, 2), "up_blocks.1.attentions.2": (1280, 2),
+    "up_blocks.2.attentions.0": (640, 1), "up_blocks.2.attentions.1": (640, 1), "up_blocks.2.attentions.2": (640, 1),
+    "up_blocks.3.attentions.0": (320, 0), "up_blocks.3.attentions.1": (320, 0), "up_blocks.3.attentions.2": (320, 0)}
+BLOCK = ".transformer_blocks.0."
+TEMPLATE = load_profile("paper").support.prompt
+
+
+@pytest.fixture(scope="module")
+def published():
+    """The pipeline of Stable Diffusion v1.5 at its real size, without values."""
+    with torch.device("meta"):
+        return make_pipeline()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def thin(tmp_path_factory):
+    """The paper's profile over a thin Stable Diffusion v1.5 of random weights, at 128 pixels."""
+    folder = tmp_path_factory.mktemp("thin")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = make_pipeline(narrow=True)
+        sharpen(pipe.text_encoder, 8)
+        for name, module in pipe.unet.named_modules():
+            if name.endswith(("attn2.to_q", "attn2.to_k")):
+                sharpen(module, 3)
+        save_pipeline(pipe, folder)
+    return load_profile("paper", {"models.diffusion": str(folder), "models.device": "cpu", "features.sd_input_size": 128,
+                                  "support.image_size": 128, "support.size": 2})
+
+
+@contextlib.contextmanager
+def inputs_of(modules):
+    """What each module is given inside the ``with`` block: name -> [(positional, named) of every call]."""
+    calls = {name: [] for name in modules}
+    with contextlib.ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_pre_hook(
+                lambda _module, given, options, name=name: calls[name].append((given, options)), with_kwargs=True).remove)
+        yield calls
+
+
+def pictures(n):
+    return np.random.default_rng(0).integers(0, 256, (n, 128, 128, 3), dtype=np.uint8)
+
+
+# ---- sizes
+
+@pytest.mark.parametrize(("make", "parameters"), [
+    (make_unet, 859_520_964), (make_vae, 83_653_863), (make_text_encoder, 123_060_480), (make_clip, 149_620_737),
+    (make_dino, 85_807_872), (make_mae, 303_301_632)])
+def test_networks_have_the_published_numbers_of_parameters(make, parameters):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in make().parameters()) == parameters
+
+
+def test_the_cross_attentions_are_those_of_the_table(published):
+    modules = dict(published.unet.named_modules())
+    assert {n.removesuffix(BLOCK + "attn2"): m.to_q.out_features for n, m in modules.items() if n.endswith(".attn2")} == {
+        name: channels for name, (channels, _) in LEVELS.items()}
+    for name, (channels, _) in LEVELS.items():
+        attention = modules[name + BLOCK + "attn2"]
+        assert attention.heads == 8 and channels / 8 in (40, 80, 160) and attention.scale == (channels / 8) ** -0.5
+        assert attention.to_q.bias is None and attention.to_k.bias is None and attention.to_k.in_features == 768
+
+
+def test_published_vae_and_text_encoder(published):
+    with torch.device("meta"):
+        latents = published.vae.encode(torch.zeros(1, 3, 512, 448)).latent_dist.mean
+    assert latents.shape == (1, 4, 64, 56) and published.vae_scale_factor == 8 and published.vae.config.scaling_factor == 0.18215
+    assert published.encode_prompt("", published.device, 1, False)[0].shape == (1, 77, 768)
+    with torch.device("meta"):
+        config = make_clip().config
+    assert config.vision_config.hidden_act == config.text_config.hidden_act == published.text_encoder.config.hidden_act == "quick_gelu"
+
+
+def test_open_clip_knows_the_activation_of_the_papers_clip():
+    import open_clip
+    from open_clip.transformer import QuickGELU
+
+    models = load_profile("paper").models
+    with torch.device("meta"):
+        for name, used in ((models.open_clip, True), (models.open_clip.removesuffix("-quickgelu"), False)):
+            model = open_clip.CLIP(**open_clip.get_model_config(name))
+            assert any(isinstance(m, QuickGELU) for m in model.visual.modules()) == used
+            assert sum(p.numel() for p in model.parameters()) == 149_620_737
+
+
+# ---- layers that are read
+
+GROUPS = {"first": ("down_blocks.0.",), "mid": ("mid_block.",), "Up-1": ("up_blocks.1.",), "Up-2": ("up_blocks.2.",),
+          "last": ("up_blocks.3.",)}
+
+
+@pytest.mark.parametrize(("without", "channels"), [
+    ("nothing", 7680), ("first", 7360), ("mid", 6400), ("Up-1", 3840), ("Up-2", 5760), ("last", 7360)])
+def test_channels_of_the_layer_ablation(published, without, channels):
+    """Table A.5."""
+    paper = load_profile("paper")
+    layers = [layer for layer in paper.features.sd_layers if not layer.startswith(GROUPS.get(without, "-"))]
+    extractor = DiffusionExtractor(published, paper.override({"features.sd_layers": layers}).features)
+    assert extractor.channels == channels and len(layers) == {"nothing": 9, "Up-1": 6, "Up-2": 6}.get(without, 8)
+
+
+@pytest.mark.parametrize(("pixels", "grids"), [
+    ((512, 512), [(64, 64), (32, 32), (16, 16), (8, 8)]), ((448, 448), [(56, 56), (28, 28), (14, 14), (7, 7)]),
+    ((336, 336), [(42, 42), (21, 21), (11, 11), (6, 6)]), ((448, 600), [(56, 75), (28, 38), (14, 19), (7, 10)]),
+    ((600, 336), [(75, 42), (38, 21), (19, 11), (10, 6)])])
+def test_grids_are_those_that_the_unet_works_on(published, pixels, grids):
+    latent = (pixels[0] // 8, pixels[1] // 8)
+    unet = published.unet
+    transformers = {name: unet.get_submodule(name) for name in LEVELS}
+    queries = {name: unet.get_submodule(f"{name}{BLOCK}attn2.to_q") for name in LEVELS}
+    with inputs_of(transformers) as received, captured(queries) as outputs, torch.device("meta"):
+        noise = unet(torch.zeros(2, 4, *latent), 200, encoder_hidden_states=torch.zeros(2, 77, 768)).sample
+    assert noise.shape == (2, 4, *latent)
+    for name, (channels, halvings) in LEVELS.items():
+        (given, _), = received[name]
+        assert given[0].shape == (2, channels, *grids[halvings])
+        assert outputs[name].shape == (2, grids[halvings][0] * grids[halvings][1], channels)
+        assert attention_grid(outputs[name].shape[1], latent) == grids[halvings]
+
+
+def test_queries_are_projected_from_the_layer_normed_stream(thin):
+    unet = load_diffusion(thin).unet
+    norms = {name: unet.get_submodule(f"{name}{BLOCK}norm2") for name in LEVELS}
+    with inputs_of({name: unet.get_submodule(f"{name}{BLOCK}attn2.to_q") for name in LEVELS}) as received, captured(norms) as normed:
+        DiffusionExtractor.build(thin)(pictures(1), np.array([0]))
+    for name in LEVELS:
+        (given, _), = received[name]
+        assert type(norms[name]) is torch.nn.LayerNorm and given[0] is normed[name]
+
+
+# ---- what Stable Diffusion is given for features
+
+def test_noise_at_tau_200(thin):
+    """z_tau / 0.18215 = 0.868154 latents + 0.496295 / 0.18215 noise: both coefficients by least squares from what reaches the UNet."""
+    pipe, seeds, images = load_diffusion(thin), np.array([3, 11]), pictures(2)
+    assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    pipe.scheduler.set_timesteps(7)  # a sampling grid without 200
+    with inputs_of({"unet": pipe.unet}) as received:
+        DiffusionExtractor.build(thin)(images, seeds)
+    (given, options), = received["unet"]  # one call, no guidance
+    assert given[0].shape == (2, 4, 16, 16) and given[1] == 200
+    with torch.no_grad():
+        latents = pipe.vae.encode(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean
+        ids = torch.tensor([[49406] + [49407] * 76])  # the empty prompt
+        torch.testing.assert_close(options["encoder_hidden_states"], pipe.text_encoder(ids)[0].expand(2, -1, -1))
+    noise = torch.stack([torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(int(seed)))[0] for seed in seeds])
+    matrix = torch.stack([latents.flatten() * 0.18215, noise.flatten()], dim=1).double()
+    found = torch.linalg.lstsq(matrix, given[0].double().flatten()[:, None])
+    assert found.solution.flatten().tolist() == pytest.approx([0.868154, 0.496295], abs=1e-5)
+    assert (matrix @ found.solution - given[0].double().flatten()[:, None]).abs().max() < 1e-5
+
+
+def test_the_vae_sees_pixels_from_minus_one_to_one(thin):
+    images = np.stack([np.full((40, 60, 3), value, np.uint8) for value in (0, 255)])
+    with inputs_of({"encoder": load_diffusion(thin).vae.encoder}) as received:
+        DiffusionExtractor.build(thin)(images, np.array([0, 1]))
+    (given, _), = received["encoder"]
+    assert given[0].shape == (2, 3, 128, 128) and given[0][0].unique().tolist() == [-1] and given[0][1].unique().tolist() == [1]
+
+
+# ---- sampling
+
+GRID = [999, 966, 932, 899, 866, 832, 799, 766, 733, 699, 666, 633, 599, 566, 533, 499, 466, 433, 400, 366, 333, 300, 266, 233, 200, 166,
+        133, 100, 67, 33]
+
+
+def test_images_are_drawn_in_the_30_steps_of_dpm_solver_from_both_halves(thin):
+    """Attribution equals that of a UNet given the class prompt alone, in diffusers' explicit attention, at every step of the guided run."""
+    profile = thin.override({"support.image_size": 64})
+    pipe = load_diffusion(profile)
+    with inputs_of({"unet": pipe.unet}) as received:
+        support = sample_support(pipe, Category("potted plant"), profile, progress=False)
+    calls = [(given[0], int(given[1]), options["encoder_hidden_states"]) for given, options in received["unet"]]
+    assert [step for _, step, _ in calls] == GRID  # one call a step
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(30)
+    assert scheduler.timesteps.tolist() == GRID
+
+    def encoded(text):
+        ids = pipe.tokenizer(text, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        with torch.no_grad():
+            return pipe.text_encoder(ids)[0].expand(2, -1, -1)
+
+    halves = {"negative": encoded(profile.support.negative_prompt), "positive": encoded("A good picture of a potted plant")}
+    maps = {}
+    for name, steps in (("positive", calls), ("negative", calls[::10])):
+        with torch.no_grad(), Oracle(pipe.unet) as oracle:
+            for sample, step, _ in steps:
+                pipe.unet(sample[2:], step, encoder_hidden_states=halves[name])
+        maps[name] = min_max(oracle.maps([6, 7], (8, 8), guided=False).numpy())
+    for sample, _, words in calls:
+        assert torch.equal(sample[:2], sample[2:]) and words.shape == (4, 77, 32)
+        torch.testing.assert_close(words, torch.cat([halves["negative"], halves["positive"]]))
+    np.testing.assert_allclose(support.attribution, maps["positive"], atol=1e-3)
+    assert np.abs(support.attribution - maps["negative"]).max() > 0.1
+
+
+# ---- tokens
+
+COUNTS = {"airplane": 1, "aeroplane": 2, "pottedplant": 3, "potted plant": 2, "tvmonitor": 2, "diningtable": 3, "computer mouse": 3,
+          "picture frame": 2, "chest of drawers": 3, "a good picture": 3, "picture of a good picture": 5}
+
+
+@pytest.mark.parametrize(("name", "count"), COUNTS.items())
+def test_positions_of_class_tokens(tokenizer, name, count):
+    """BOS a good picture of a: class tokens start at 6, also where a word of the name is in the template."""
+    positions = class_token_positions(tokenizer, TEMPLATE, name)
+    assert positions == list(range(6, 6 + count))
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer(fill_template(TEMPLATE, name)).input_ids)
+    assert pieces[:6] == ["<|startoftext|>", "a</w>", "good</w>", "picture</w>", "of</w>", "a</w>"]
+    assert "".join(pieces[p] for p in positions).replace("</w>", " ").strip() == name
+
+
+@pytest.mark.parametrize("data_set", class_table()["data_sets"])
+def test_positions_of_every_class_of_every_data_set(tokenizer, data_set):
+    """Against open_clip's tokenizer, another implementation of the same vocabulary."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    encode = SimpleTokenizer().encode
+    for names in NAMES:
+        for category in vocabulary_of(data_set, names):
+            ids = tokenizer(fill_template(TEMPLATE, category.prompt)).input_ids
+            assert ids == [49406, *encode(fill_template(TEMPLATE, category.prompt)), 49407]
+            positions = class_token_positions(tokenizer, TEMPLATE, category.prompt)
+            assert positions == list(range(6, len(ids) - 1)) and [ids[p] for p in positions] == encode(category.prompt)
+
+
+def test_a_name_that_fills_the_text_encoder(tokenizer):
+    assert class_token_positions(tokenizer, TEMPLATE, "cat " * 69 + "cat") == list(range(6, 76))
+    with pytest.raises(InputError, match="has 78 tokens and the text encoder reads 77"):
+        class_token_positions(tokenizer, TEMPLATE, "cat " * 70 + "cat")
+
+
+# ---- CutLER
+
+def test_the_cascade_has_the_layers_of_the_published_checkpoint():
+    pytest.importorskip("detectron2")
+    from ovdiff_lib.masks.segmenters.cutler import build_network
+
+    shapes = {name: tuple(value.shape) for name, value in build_network("cpu").state_dict().items()}
+    expected = {"backbone.bottom_up.stem.conv1.weight": (64, 3, 7, 7), "backbone.bottom_up.res5.2.conv3.weight": (2048, 512, 1, 1),
+                "backbone.bottom_up.res2.0.conv1.norm.running_mean": (64,), "backbone.fpn_output2.norm.weight": (256,),
+                "proposal_generator.rpn_head.objectness_logits.weight": (3, 256, 1, 1), "roi_heads.mask_head.mask_fcn4.weight":
+                (256, 256, 3, 3), "roi_heads.mask_head.predictor.weight": (1, 256, 1, 1)}
+    for stage in range(3):
+        expected |= {f"roi_heads.box_head.{stage}.fc1.weight": (1024, 256 * 7 * 7),
+                     f"roi_heads.box_predictor.{stage}.cls_score.weight": (2, 1024),
+                     f"roi_heads.box_predictor.{stage}.bbox_pred.weight": (4, 1024)}
+    assert expected.items() <= shapes.items()

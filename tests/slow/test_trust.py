@@ -1,0 +1,755 @@
+"""What users and machines can do to the program ends in one sentence and leaves the library whole.
+
+Here: ``kill -9`` at random moments of a build, ctrl-C, two builders at once, a disk that fills or may only be read, one flipped byte
+anywhere in the library, malicious names of classes and files, forged archives, pickles offered as weights. Elsewhere:
+
+    images that are broken, empty, 1 x 1, 30,000 pixels wide, CMYK, 16-bit, grey, with alpha, EXIF-rotated, animated    test_images.py
+    damaged and random bytes as images, any text as class names                                                        test_fuzz.py
+    weights with NaN, of another architecture, truncated                         test_models.py, test_vit_features.py, test_detector.py
+    label files of the wrong size, with ids that cannot be, missing                                                test_datasets.py
+    the report escapes what comes from names                                               test_report_page.py, test_panel.py
+    archives that would write outside the library, torn and damaged ones                                        test_library_archive.py
+    a checkpoint of CutLER without its checksum                                                                   test_segmenters.py
+    connections while nothing may be fetched                                                                       test_offline.py
+
+Long builds run in a process of their own: this file as a program (:data:`PROGRAMS`). ``OVDIFF_TRUST=1`` kills 50 builds, else it is
+:data:`KILLS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import logging
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import traceback
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import save
+from segmenter_models import make_segmenter_models, segmenter_overrides
+from tiny import tiny_overrides
+
+from ovdiff_lib.cli.main import main
+from ovdiff_lib.errors import InputError, ModelNotAvailable
+from ovdiff_lib.library.codec import identify, write_meta
+from ovdiff_lib.library.sharing import import_archive
+from ovdiff_lib.library.store import Library
+from ovdiff_lib.pipeline import OVDiff
+from ovdiff_lib.profiles.reading import load_profile
+from ovdiff_lib.profiles.schema import Profile
+
+KILLS = 50 if os.environ.get("OVDIFF_TRUST") else 10
+NAMES = ("cat", "dog")
+SLOW_DISK = 0.03
+"""Seconds that every flush to disk takes longer, so that more of the kills fall into writing."""
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Path below ``folder`` -> SHA-256 of every file."""
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def entries(folder: Path) -> dict[str, str]:
+    """The files of the whole entries of a library, and their sums."""
+    library = Library(folder)
+    return {f"{entry.kind}/{entry.key}/{name}": sha256 for entry in library.entries() for name, sha256 in contents(entry.path).items()}
+
+
+def left(folder: Path) -> list[str]:
+    """What is half written or set aside below ``folder``."""
+    return [path.name for path in folder.rglob("*") if path.name.endswith((".part", ".broken"))]
+
+
+def lines(text: str) -> list[str]:
+    """What a command said to the user: lines of the program itself, without progress bars."""
+    return [line for line in text.replace("\r", "\n").splitlines() if line.startswith("ovdiff: ")]
+
+
+def one_sentence(text: str) -> None:
+    assert "\n" not in text and text.endswith(".") and len(text) < 600, repr(text)
+
+
+def assigned(settings: dict) -> list[str]:
+    return [option for key, value in settings.items() for option in ("--set", f"{key}={json.dumps(value)}")]
+
+
+# ---------------------------------------------------------------------- programs: long builds in a process that may be forked
+
+def fork(work: Callable[[], None]) -> int:
+    """``work()`` in a copy of this process, which ends with it; the copy's id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def killed_builds(method: Callable[[Path], OVDiff], expected: dict[str, str], duration: float, root: Path, kills: int, seed: int) -> dict:
+    """Builds killed after random times, each going on where the last one was killed."""
+    rng, killed, finished, halves, stages = random.Random(seed), 0, 0, 0, set()
+    folder = root / "killed-0"
+    while killed < kills:
+        pid = fork(lambda: method(folder).build(NAMES))  # noqa: B023  (it runs at once, in the copy)
+        time.sleep(rng.uniform(0, duration))
+        os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
+        assert Library(folder).verify() == [] and not list(folder.rglob("*.broken"))
+        found = entries(folder)
+        assert found.items() <= expected.items()  # each entry is there as it shall be, or not at all
+        if os.WIFSIGNALED(status):
+            killed += 1
+            halves += bool(list(folder.rglob("*.part")))
+            stages.add(len({name.rsplit("/", 1)[0] for name in found}))
+            continue
+        assert status == 0
+        assert found == expected
+        finished += 1
+        folder = root / f"killed-{finished}"
+    method(folder).build(NAMES)
+    return {"killed": killed, "finished": finished, "halves": halves, "stages": sorted(stages), "duration": duration,
+            "same": entries(folder) == expected, "entries": len(expected)}
+
+
+def interrupted_builds(settings: dict, expected: dict[str, str], duration: float, root: Path, count: int, seed: int) -> dict:
+    """Builds by the command, each going on where the last was interrupted as ctrl-C does: exit code, what was said, what is not whole."""
+    told, rng = [], random.Random(seed)
+    folder = root / "interrupted-0"
+    while sum(code == 130 for code, _, _ in told) < count and len(told) < 10 * count:
+        log = root / f"said-{len(told)}.txt"
+
+        def build(folder=folder, log=log) -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with open(log, "w", buffering=1) as sys.stderr, contextlib.redirect_stdout(io.StringIO()):
+                code = main(["build", "--classes", ", ".join(NAMES), "--library", str(folder), *assigned(settings)])
+            os._exit(code)
+
+        pid = fork(build)
+        time.sleep(max(0.05, rng.uniform(0, 0.8) * duration))
+        os.kill(pid, signal.SIGINT)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        told.append([code, log.read_text(), len(Library(folder).verify()) + len(left(folder))])
+        if code == 0:  # it had finished
+            folder = root / f"interrupted-{len(told)}"
+            duration *= 0.8
+    code = os.waitstatus_to_exitcode(os.waitpid(fork(lambda: build(folder, root / "said-at-last.txt")), 0)[1])
+    return {"interrupted": told, "code": code, "same": entries(folder) == expected}
+
+
+def two_builders(method: Callable[[Path], OVDiff], expected: dict[str, str], root: Path) -> dict:
+    """Two processes that build the same classes into one library at the same moment: what each drew and what each got."""
+    from ovdiff_lib.support import sampler
+
+    draw, drawn, folder = sampler.sample_support, root / "drawn.txt", root / "shared"
+    reading, writing = os.pipe()
+
+    def build(number: int) -> None:
+        def counted(pipe, category, *arguments, **options):
+            with open(drawn, "a") as file:
+                file.write(f"{category.name}\n")
+            return draw(pipe, category, *arguments, **options)
+
+        sampler.sample_support = counted
+        os.close(writing)
+        os.read(reading, 1)  # until both are here
+        bank = method(folder).build(NAMES)
+        sums = [hashlib.sha256(p.vectors.tobytes()).hexdigest() for rows in bank.prototypes.values() for p in rows]
+        (root / f"builder-{number}.json").write_text(json.dumps(sums))
+
+    running = [fork(lambda number=number: build(number)) for number in range(2)]
+    os.close(writing)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in running]
+    return {"codes": codes, "drawn": sorted(drawn.read_text().split()), "broken": len(Library(folder).verify()),
+            "same": entries(folder) == expected, "left": left(folder),
+            "got": [json.loads((root / f"builder-{number}.json").read_text()) for number in range(2)]}
+
+
+def builds(models: str, root: str, kills: str) -> dict:
+    """Tiny models, loaded and run once; then builds that are killed, interrupted, and two at a time, each beside an undisturbed one."""
+    torch.set_num_threads(1)
+    settings = {**tiny_overrides(Path(models)), "features.extractors": ["sd", "clip-keys"], "support.size": 2}
+    profile, folder, flush = load_profile("mini", settings), Path(root), os.fsync
+
+    def method(library: Path) -> OVDiff:
+        return OVDiff(profile, library=library, progress=False)
+
+    def slowly(handle: int) -> None:
+        time.sleep(SLOW_DISK)
+        flush(handle)
+
+    method(folder / "undisturbed").build(NAMES)
+    os.fsync = slowly
+    started = time.monotonic()
+    assert os.waitpid(fork(lambda: method(folder / "timed").build(NAMES)), 0)[1] == 0
+    expected, duration = entries(folder / "undisturbed"), time.monotonic() - started
+    return {"killed": killed_builds(method, expected, duration, folder, int(kills), 11),
+            "interrupted": interrupted_builds(settings, expected, duration, folder, 4, 3),
+            "together": two_builders(method, expected, folder)}
+
+
+class Disk:
+    """A small disk in memory at ``place``; ``options`` as mount takes them."""
+
+    def __init__(self, place: Path, options: str) -> None:
+        self.place = place
+        place.mkdir(exist_ok=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], check=True)
+
+    def again(self, options: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{options}", str(self.place)], check=True)
+
+    def gone(self) -> None:
+        subprocess.run(["umount", str(self.place)], check=True)
+
+
+GROWING = {"bytes": (lambda n: f"size={4 * n}k,nr_inodes=10k", 1), "files": (lambda n: f"size=32m,nr_inodes={n}", 2)}
+"""How a disk grows: by a page of its space, or by one file or folder that it can hold."""
+
+
+class Work:
+    """Everything that writes files, into one folder; each gives the exit code and what was said on stderr."""
+
+    def __init__(self, models: str, root: Path) -> None:
+        self.settings = assigned({**tiny_overrides(Path(models)), "support.size": 2, "filters.category": False})
+        self.whole, self.image = root / "whole", root / "picture.png"
+        small = np.random.default_rng(0).integers(0, 256, (4, 7, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((70, 40), Image.NEAREST).save(self.image)
+
+    def run(self, *arguments: object) -> list:
+        with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+            try:
+                code = main([*map(str, arguments)])
+            except Exception:
+                code = -1
+                traceback.print_exc()
+        return [code, err.getvalue()]
+
+    def build(self, folder: Path, name: str = "cat") -> list:
+        return self.run("build", "--classes", name, "--library", folder / "library", *self.settings)
+
+    def segment(self, folder: Path, library: Path | None = None) -> list:
+        return self.run("segment", self.image, "--classes", "cat", "--out", folder / "out", *self.settings,
+                        "--library", library or self.whole / "library")
+
+    def tables(self, folder: Path) -> list:
+        from ovdiff_lib.workbench.figures.base import save_figure
+        from ovdiff_lib.workbench.tables.tables import Cell, write_table
+
+        cells = [Cell(f"row {i}", "VOC", float(i)) for i in range(60)]
+        try:
+            write_table(folder / "tables" / "05_t.csv", "05_t", cells, load_profile("mini"), "What was run.")
+            save_figure(Image.open(self.image).resize((200, 120)), folder / "figures" / "05_f.png", "A caption.")
+        except InputError as error:
+            return [2, f"ovdiff: {error}\n"]
+        return [0, ""]
+
+    def doctor(self, folder: Path) -> list:
+        return self.run("doctor", "--json", folder / "deep" / "report.json", *self.settings)
+
+    def notebook(self, folder: Path) -> list:
+        return self.run("run", Path(__file__).parents[2] / "notebooks" / "00_quickstart.ipynb", "--out", folder / "outputs")
+
+
+PLACES = {"build": ("library/support", "library/masks", "library/prototypes"), "segment": ("out",), "tables": ("tables", "figures")}
+"""What writes, and where it does so the same bytes each time."""
+
+GROWING = {"bytes": (lambda n: f"size={4 * n}k,nr_inodes=10k", 1), "files": (lambda n: f"size=32m,nr_inodes={n}", 2)}
+"""How a disk grows: by a page of its space, or by one file or folder that it can hold; and what it begins with."""
+
+
+def filling_disk(work: Work, place: Path) -> dict:
+    """Everything that writes, on a disk that grows until it is large enough."""
+    told = {}
+    for name in PLACES:
+        assert getattr(work, name)(work.whole)[0] == 0
+    expected = contents(work.whole)
+    for name, (what, (options, first)) in itertools.product(PLACES, GROWING.items()):
+        disk, failures = Disk(place, options(first)), []
+        for n in range(first, 500):
+            disk.again(options(n))
+            code, said = getattr(work, name)(place)
+            if code == 0:
+                break
+            found, library = contents(place), Library(place / "library")
+            failures.append({"code": code, "said": said, "left": left(place),
+                             "differ": [f for f in found if f.startswith(PLACES[name]) and found[f] != expected[f]],
+                             "broken": len(library.verify()), "entries": len(library.entries())})
+        found = contents(place)
+        same = all(found.get(f) == expected[f] for f in expected if f.startswith(PLACES[name]))
+        told[f"{name}, {what}"] = {"code": code, "failures": failures, "same": same}
+        disk.gone()
+    return told
+
+
+def read_only_disk(work: Work, place: Path) -> dict:
+    """What writes and what reads, on a disk that may only be read, though this process is root's."""
+    disk = Disk(place, "size=32m")
+    assert work.build(place)[0] == 0
+    before = entries(place / "library")
+    disk.again("ro")
+    told = {name: getattr(work, name)(place) for name in ("build", "segment", "tables", "doctor", "notebook")}
+    told |= {"build more": work.build(place, "dog"), "use": work.segment(place.parent, place / "library")}
+    disk.again("rw")
+    entry = next(entry for entry in Library(place / "library").entries() if entry.kind == "prototypes")
+    flip(entry.path / "arrays.safetensors", 100)
+    disk.again("ro")
+    told["damaged"] = work.build(place)
+    disk.again("rw")
+    told["mended"] = work.build(place)
+    told["same"] = entries(place / "library") == before
+    disk.gone()
+    return told
+
+
+def disks(models: str, root: str) -> dict:
+    """Small disks, in a mount namespace that this process alone has."""
+    torch.set_num_threads(1)
+    work, place = Work(models, Path(root)), Path(root) / "disk"
+    return {"filling": filling_disk(work, place), "read-only": read_only_disk(work, place)}
+
+
+PROGRAMS = {"builds": builds, "disks": disks}
+
+
+def program(tmp_path: Path, models: Path, name: str, *arguments: object, before: tuple[str, ...] = ()):
+    """What a program of :data:`PROGRAMS` returns, run with a folder of its own."""
+    root = tmp_path / name
+    root.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HOME": str(root / "home")}
+    run = subprocess.run([*before, sys.executable, __file__, name, str(models), str(root), *map(str, arguments)], capture_output=True,
+                         text=True, env=environment, timeout=900)
+    assert run.returncode == 0, f"{run.stdout[-3000:]}\n{run.stderr[-6000:]}"
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def flip(path: Path, position: int, mask: int = 0x01) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= mask
+    path.write_bytes(data)
+
+
+# ---------------------------------------------------------------------- processes that die, and that meet
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, tiny_models) -> dict:
+    return program(tmp_path_factory.mktemp("built"), tiny_models, "builds", KILLS)
+
+
+def test_builds_killed_at_random_moments_leave_whole_entries_and_go_on(built):
+    told = built["killed"]
+    assert told["killed"] == KILLS and told["same"] and told["entries"] >= 2 * len(NAMES)
+    assert len(told["stages"]) >= 2  # kills fell before and after entries were written
+    assert KILLS < 50 or told["halves"]  # and into the writing of some
+
+
+def test_ctrl_c_is_one_sentence_and_the_same_command_goes_on(built):
+    told = built["interrupted"]
+    assert sum(code == 130 for code, _, _ in told["interrupted"]) == 4, told
+    for code, text, broken in told["interrupted"]:
+        assert broken == 0 and code in (0, 130) and "Traceback" not in text
+        if code == 130:
+            assert lines(text) == ["ovdiff: interrupted; what is finished is kept, run the same command again to go on."], text
+    assert told["code"] == 0 and told["same"]
+
+
+def test_two_builders_of_one_vocabulary_draw_each_class_once(built):
+    told = built["together"]
+    assert told["codes"] == [0, 0] and told["drawn"] == sorted(NAMES)
+    assert told["got"][0] == told["got"][1] and len(set(told["got"][0])) == 2 * len(NAMES)
+    assert told["broken"] == 0 and told["left"] == [] and told["same"]
+
+
+# ---------------------------------------------------------------------- disks
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory, tiny_models) -> dict:
+    """What the program :func:`disks` returns, with mounts of its own; skips where no small disk can be mounted."""
+    folder = tmp_path_factory.mktemp("disk")
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        pytest.skip("there is no unshare command here, so no small disk can be mounted for one process alone")
+    script = f"mount -t tmpfs -o size=64k tmpfs '{folder}' && mount -o remount,ro '{folder}'"
+    tried = subprocess.run([unshare, "-m", "sh", "-c", script], capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"no small disk can be mounted here ({' '.join(tried.stderr.split())[:120]})")
+    return program(tmp_path_factory.mktemp("small"), tiny_models, "disks", before=(unshare, "-m"))
+
+
+@pytest.mark.parametrize("what", GROWING)
+@pytest.mark.parametrize("work", PLACES)
+def test_a_disk_that_fills_is_one_sentence_and_the_same_command_finishes_when_there_is_space(disk, work, what):
+    told = disk["filling"][f"{work}, {what}"]
+    assert told["code"] == 0 and told["same"] and told["failures"]
+    for failure in told["failures"]:
+        assert failure["code"] == 2, failure
+        said, = lines(failure["said"])
+        one_sentence(said)
+        assert "cannot be written (No space left on device)" in said and "free space" in said and "Traceback" not in failure["said"]
+        assert failure["left"] == [] and failure["broken"] == 0 and failure["differ"] == []
+    if work == "build":  # it filled before the first entry and after others
+        assert {0, 1} <= {failure["entries"] for failure in told["failures"]}
+
+
+def test_a_folder_that_may_only_be_read(disk):
+    told = disk["read-only"]
+    assert told["build"][0] == told["use"][0] == told["mended"][0] == 0 and told["same"], told
+    for what in ("segment", "tables", "doctor", "notebook", "build more", "damaged"):
+        code, text = told[what]
+        assert code == 2 and "Traceback" not in text, told[what]
+        said, = lines(text)
+        one_sentence(said)
+        assert "Read-only file system" in said
+
+
+# ---------------------------------------------------------------------- one byte
+
+def places(size: int) -> list[int]:
+    return sorted({0, 1, 8, size // 4, size // 2, 3 * size // 4, size - 2, size - 1} & set(range(size)))
+
+
+def test_a_flipped_byte_anywhere_is_named_set_aside_and_built_again(tiny_profile, tmp_path, caplog):
+    method = OVDiff(tiny_profile, {"support.size": 2}, library=tmp_path / "library", progress=False)
+    method.build("cat")
+    expected, flipped = entries(method.library.root), 0
+    for entry in method.library.entries():
+        for path in sorted(entry.path.iterdir()):
+            for number, position in enumerate(places(path.stat().st_size)):
+                flip(path, position, (0x01, 0x80, 0xFF)[number % 3])
+                for other in method.library.entries():  # else nobody reads what was made from the entry
+                    if entry.kind != "prototypes" and other.kind == "prototypes":
+                        shutil.rmtree(other.path)
+                    if entry.kind == "support" and other.kind == "masks":
+                        shutil.rmtree(other.path)
+                caplog.clear()
+                with caplog.at_level(logging.WARNING):
+                    method.build("cat")
+                where = f"byte {position} of {path.name} of the entry of {entry.kind}"
+                assert str(entry.path) in caplog.text and "broken" in caplog.text, where
+                aside = [p for p in entry.path.parent.iterdir() if p.name.endswith(".broken")]
+                assert [p.name.startswith(entry.key) for p in aside] == [True], where
+                assert entries(method.library.root) == expected, where
+                assert method.library.verify() == []
+                shutil.rmtree(aside[0])
+                flipped += 1
+    assert flipped >= 6 * len(expected)
+
+
+# ---------------------------------------------------------------------- names
+
+LEGAL = [
+    "../../etc/passwd", "/etc/passwd", "; rm -rf /", "$(touch made)", "`touch made`", "'", "\"quoted\" 'twice'", "a\\..\\b", "--help", "-x",
+    "\u202egpj.tac", "🐈", "\U0001f469\u200d\U0001f680", "<script>x()</script>", "<img src=x onerror=x>", "entry.json", "locks",
+    "..", "CON", "a_labels.png", "{name}", "{0.__class__}", "%s%n", "a;b|c&d", "猫", "كلب"]
+"""Names that are words like any other."""
+
+ILLEGAL = ["a\0b", "\0", "a\x1b[2Jb", "x" * 300, "🐈" * 300, "\u200b", "\ud800", "a\x07", "background", " "]
+"""Names that no class can have."""
+
+
+@pytest.fixture
+def sandbox(tmp_path, tiny_models, monkeypatch):
+    """A home and a working folder of their own, an image, and ``run(*arguments)`` of the command with the tiny models."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("OVDIFF_LIBRARY", raising=False)
+    for name in ("home", "work"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    small = np.random.default_rng(0).integers(0, 256, (4, 7, 3), dtype=np.uint8)
+    Image.fromarray(small).resize((70, 40), Image.NEAREST).save("picture.png")
+    settings = {**tiny_overrides(tiny_models), "support.size": 1, "prototypes.clusters": 2, "filters.category": False}
+    options = [*assigned(settings), "--library", str(tmp_path / "library")]
+    return tmp_path, lambda command, *arguments: main([command, *options, *arguments])
+
+
+def test_malicious_class_names_are_words_and_write_nothing_elsewhere(sandbox, capsys):
+    folder, run = sandbox
+    Path("classes.txt").write_text("\n".join(LEGAL), encoding="utf-8")
+    before = contents(folder)
+    assert run("build", "--classes-file", "classes.txt") == 0, capsys.readouterr().err
+    assert run("segment", "picture.png", f"--classes={','.join(LEGAL)}", "--out", "out", f"--stuff={LEGAL[0]}") == 0
+    after = contents(folder)
+    new = sorted(name for name in after.keys() - before.keys() if not name.startswith("library/"))
+    assert new == ["work/out/picture.json", "work/out/picture_labels.png", "work/out/picture_overlay.png"]
+    assert {name: after[name] for name in before} == before
+    for name in after:
+        if name.startswith("library/"):  # hashes and fixed names only
+            parts = Path(name).parts[1:]
+            assert parts[0] in ("support", "masks", "prototypes", "locks") and len(parts[1].split(".")[0]) == 32, name
+            int(parts[1].split(".")[0], 16)
+    record = json.loads(Path("out/picture.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in record["classes"]] == ["background", *LEGAL]
+    with Image.open("out/picture_overlay.png") as picture:
+        picture.load()
+    assert not lines(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ILLEGAL, ids=lambda name: repr(name)[:20])
+def test_names_that_cannot_be_are_one_sentence_and_write_nothing(sandbox, capsys, name):
+    folder, run = sandbox
+    before = contents(folder)
+    for command in (["build", f"--classes=cat,{name}"], ["segment", "picture.png", f"--classes=cat,{name}", "--out", "out"],
+                    ["segment", "picture.png", "--classes=cat", f"--stuff=cat,{name}x" if name.strip() else "--stuff=sky", "--out", "out"]):
+        assert run(*command) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.count("\n") == 1
+        one_sentence(said.err[:-1])
+    assert contents(folder) == before
+
+
+FILES = [b"a\nb.png", b"-x.png", b"<b>.png", "\u202egpj.png".encode(), b"\x1b[31m.png", b"\xff.png", b"x;touch made.png"]
+"""Names of image files, which their maker chose."""
+
+
+def test_malicious_file_names_are_names_and_steer_no_terminal(sandbox, capsys):
+    folder, run = sandbox
+    pictures = [Path("in", os.fsdecode(name)) for name in FILES]
+    Path("in").mkdir()
+    for path in pictures:
+        shutil.copy("picture.png", path)
+    before = contents(folder)
+    assert run("segment", "in", "--classes=cat", "--out", "out") == 0
+    said = capsys.readouterr()
+    for path in pictures:
+        record = json.loads(Path("out", f"{path.stem}.json").read_text(encoding="utf-8"))
+        assert record["image"] == os.fsencode(path.stem).decode(errors="replace")
+        assert run("segment", f"./{path}", "--classes=cat", "--out", "one") == 0
+        one = capsys.readouterr()
+        assert one.out.count("\n") == 1 and one.out[:-1].isprintable() and not lines(one.err)
+        path.write_bytes(b"no image")
+        assert run("segment", f"./{path}", "--classes=cat", "--out", "none") == 2
+        one = capsys.readouterr().err
+        assert one.count("\n") == 1 and one[:-1].isprintable()
+    assert said.out.count("\n") == 1 and not lines(said.err)
+    new = {name.split("/")[1] for name in contents(folder).keys() - before.keys() if not name.startswith("library/")}
+    assert new == {"out", "one"}
+
+
+def test_names_longer_than_the_networks_read_are_refused_or_built(sandbox, capsys):
+    """80 characters of four bytes each are more tokens than the text encoder takes."""
+    folder, run = sandbox
+    assert run("build", f"--classes={'🐈' * 80}") == 2
+    said = capsys.readouterr().err
+    one_sentence(lines(said)[-1])
+    assert "Traceback" not in said and entries(folder / "library") == {}
+
+
+@pytest.mark.parametrize("arguments", [["--classes", "--help"], ["--classes", "-x"], ["--classes=cat", "--stuff", "--help"]])
+def test_options_where_a_name_should_be_write_nothing(sandbox, capsys, arguments):
+    folder, run = sandbox
+    before = contents(folder)
+    with pytest.raises(SystemExit) as caught:
+        run("build", *arguments)
+    assert caught.value.code == 2 and "usage: ovdiff" in capsys.readouterr().err and contents(folder) == before
+
+
+# ---------------------------------------------------------------------- archives
+
+def archive_of(path: Path, made_from: object, **changed: np.ndarray) -> Path:
+    """An archive of one entry of prototypes whose sums and key are right, whatever it says; ``changed`` are its arrays."""
+    arrays = {"vectors": np.ones((2, 3), np.float32), "kind": np.zeros(2, np.uint8), "region": np.array([0, 1], np.uint8),
+              "image": np.full(2, -1, np.int32), "cluster": np.full(2, -1, np.int32), "assignment": np.zeros((1, 2, 2), np.int16)}
+    key = identify(made_from)
+    files = {"arrays.safetensors": save(arrays | changed)}
+    members = {"index.json": json.dumps([f"prototypes/{key}"]).encode(),
+               f"prototypes/{key}/entry.json": write_meta("prototypes", key, files, {}, made_from),
+               f"prototypes/{key}/arrays.safetensors": files["arrays.safetensors"]}
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+WORDS = {"step": "sd", "prompt": "cat"}
+FORGED = {
+    "words that steer a terminal": ({**WORDS, "prompt": "\x1b[31mred\x1b]0;title\x07"}, {}),
+    "a number for words": ({**WORDS, "prompt": 5}, {}),
+    "a step that is a list": ({**WORDS, "step": ["sd"]}, {}), "a list": (["sd", "cat"], {}), "text": ("sd cat", {}),
+    "no words": ({"step": "sd"}, {}), "not a number": (WORDS, {"vectors": np.full((2, 3), np.nan, np.float32)}),
+    "too large": (WORDS, {"vectors": np.full((2, 3), np.inf, np.float32)}), "one axis": (WORDS, {"vectors": np.ones(2, np.float32)}),
+    "whole numbers": (WORDS, {"vectors": np.ones((2, 3), np.int64)}), "no grid": (WORDS, {"assignment": np.zeros(4, np.int16)}),
+    "kinds that are none": (WORDS, {"kind": np.full(2, 200, np.uint8)}), "fewer kinds": (WORDS, {"kind": np.zeros(1, np.uint8)})}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_archives_forged_with_right_sums_are_refused(tmp_path, capsys, case):
+    made_from, changed = FORGED[case]
+    library = ["--library", str(tmp_path / "library")]
+    good = archive_of(tmp_path / "good.tar", WORDS)
+    assert main(["library", "import", str(good), *library]) == 0
+    before = entries(tmp_path / "library")
+    capsys.readouterr()
+    path = archive_of(tmp_path / "forged.tar", {**WORDS, "seed": 1} if made_from is WORDS else made_from, **changed)
+    assert main(["library", "import", str(path), *library]) == 2
+    said, = lines(capsys.readouterr().err)
+    one_sentence(said)
+    assert "does not verify" in said and "nothing was imported" in said
+    assert entries(tmp_path / "library") == before and main(["library", "list", *library]) == 0
+    assert capsys.readouterr().out.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
+def test_archives_with_gigabytes_of_headers_take_no_memory(tmp_path, kind):
+    """Half a megabyte on disk; only what is looked at is ever unpacked."""
+    size = 400 * 2**20
+    header = tarfile.TarInfo("x")
+    header.type, header.size = kind, size
+    with gzip.open(tmp_path / "bomb.tar.gz", "wb", compresslevel=1) as file:
+        file.write(header.tobuf(tarfile.USTAR_FORMAT))
+        for _ in range(size // 2**24):
+            file.write(bytes(2**24))
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="cannot be read as an archive") as caught:
+            import_archive(Library(tmp_path / "library"), tmp_path / "bomb.tar.gz")
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
+    one_sentence(str(caught.value))
+
+
+# ---------------------------------------------------------------------- pickles
+
+class Payload:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.made),)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tiny_models) -> Path:
+    """Folders of every kind of model."""
+    folder = make_segmenter_models(tmp_path_factory.mktemp("models"))
+    for name in ("stable-diffusion", "clip", "mae"):
+        shutil.copytree(tiny_models / name, folder / name)
+    shutil.copytree(Path(sys.modules["ovdiff_lib"].__file__).parent / "mini" / "weights" / "groupvit", folder / "groupvit")
+    return folder
+
+
+def load(field: str, profile: Profile) -> object:
+    """Load ``profile.models.<field>`` as the part that uses it does."""
+    from ovdiff_lib.features.mae import load_mae
+    from ovdiff_lib.features.open_clip import load_open_clip
+    from ovdiff_lib.masks import SEGMENTERS
+    from ovdiff_lib.networks.loading import load_clip, load_diffusion, load_dino
+    from ovdiff_lib.workbench.baselines.groupvit import load_groupvit
+
+    own = {"diffusion": load_diffusion, "clip": load_clip, "dino": load_dino, "mae": load_mae, "open_clip": load_open_clip,
+           "groupvit": load_groupvit}
+    segmenter = {"detector": "detector", "sam": "sam", "grounding": "grounded-sam"}
+    return own[field](profile) if field in own else SEGMENTERS[segmenter[field]](profile)
+
+
+FOLDERS = {  # field: folder of the model, file of its weights, the name that a pickle of them would have
+    "diffusion": ("stable-diffusion", "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin"),
+    "diffusion: text": ("stable-diffusion", "text_encoder/model.safetensors", "text_encoder/pytorch_model.bin"),
+    "diffusion: vae": ("stable-diffusion", "vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin"),
+    "clip": ("clip", "model.safetensors", "pytorch_model.bin"), "dino": ("dino", "model.safetensors", "pytorch_model.bin"),
+    "mae": ("mae", "model.safetensors", "pytorch_model.bin"), "open_clip": ("clip", "model.safetensors", "pytorch_model.bin"),
+    "groupvit": ("groupvit", "model.safetensors", "pytorch_model.bin"), "sam": ("sam", "model.safetensors", "pytorch_model.bin"),
+    "grounding": ("grounding", "model.safetensors", "pytorch_model.bin"),
+    "detector": ("detector", "model.safetensors", "pytorch_model.bin"),
+}
+
+
+def weights_with(payload: Payload) -> dict[str, bytes]:
+    """A payload among tensors and alone, as torch writes it (new and old layout) and as a bare pickle."""
+    made = {}
+    for name, content, options in (("among", {"conv_in.bias": torch.zeros(3), "x": payload}, {}), ("alone", payload, {}),
+                                   ("old", {"x": payload}, {"_use_new_zipfile_serialization": False})):
+        buffer = io.BytesIO()
+        torch.save(content, buffer, **options)
+        made[name] = buffer.getvalue()
+    return {**made, "bare": pickle.dumps({"x": payload})}
+
+
+def test_the_payload_works(tmp_path):
+    for name, data in weights_with(Payload(tmp_path / "made")).items():
+        if name == "bare":
+            pickle.loads(data)
+        else:
+            torch.load(io.BytesIO(data), weights_only=False)
+        (tmp_path / "made").rmdir()  # so it had been made
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_pickle_in_a_folder_of_weights_is_refused_and_not_run(tiny_profile, models, tmp_path, case):
+    field, (folder, file, pickled) = case.split(":")[0], FOLDERS[case]
+    whole = tiny_profile.override(segmenter_overrides(models, {"grounding": "grounded-sam"}.get(field, "threshold")))
+    assert load(field, whole.override({f"models.{field}": str(models / folder)})) is not None  # what follows is the pickle's doing
+    payload = Payload(tmp_path / "made")
+    for name, data in weights_with(payload).items():
+        for target in (pickled, file):  # under its own name, and under the name of what cannot hold code
+            copy = shutil.copytree(models / folder, tmp_path / f"{name}-{Path(target).suffix[1:]}")
+            (copy / file).unlink()
+            (copy / target).write_bytes(data)
+            with pytest.raises(ModelNotAvailable) as caught:
+                load(field, whole.override({f"models.{field}": str(copy)}))
+            one_sentence(str(caught.value))
+            assert str(copy) in str(caught.value) and not payload.made.exists()
+
+
+def test_a_pickle_as_a_weights_file_of_open_clip_is_refused_and_not_run(tiny_profile, tmp_path, monkeypatch):
+    from open_clip import factory
+
+    small = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 8},
+             "text_cfg": {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}}
+    monkeypatch.setattr(factory, "_MODEL_CONFIGS", {**factory._MODEL_CONFIGS, "small": small})
+    payload = Payload(tmp_path / "made")
+    for name, data in weights_with(payload).items():
+        for suffix in ("pt", "bin", "pth", "safetensors"):
+            path = tmp_path / f"{name}.{suffix}"
+            path.write_bytes(data)
+            with pytest.raises(ModelNotAvailable) as caught:
+                load("open_clip", tiny_profile.override({"models.open_clip": "small", "models.open_clip_pretrained": str(path)}))
+            one_sentence(str(caught.value))
+            assert path.name in str(caught.value) and not payload.made.exists()
+
+
+@pytest.mark.parametrize("component", ["scheduler", "tokenizer"])
+def test_code_beside_the_weights_is_not_run(tiny_profile, models, tmp_path, component):
+    """A folder can name classes of its own, in files of its own, for what the pipeline is made of."""
+    copy = shutil.copytree(models / "stable-diffusion", tmp_path / "model")
+    index = json.loads((copy / "model_index.json").read_text())
+    index[component] = ["payload_of_the_folder", "Payload"]
+    (copy / "model_index.json").write_text(json.dumps(index))
+    code = f"import os\nos.mkdir({str(tmp_path / 'made')!r})\nclass Payload: pass\n"
+    for place in (copy, copy / component):
+        (place / "payload_of_the_folder.py").write_text(code)
+    with pytest.raises(ModelNotAvailable) as caught:
+        load("diffusion", tiny_profile.override({"models.diffusion": str(copy)}))
+    one_sentence(str(caught.value))
+    assert not (tmp_path / "made").exists()
+
+
+if __name__ == "__main__":
+    print(json.dumps(PROGRAMS[sys.argv[1]](*sys.argv[2:])))

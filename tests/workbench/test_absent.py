@@ -1,0 +1,184 @@
+"""Absent queries counted by hand, and example images chosen by their label maps."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from test_explain import many
+
+from ovdiff_lib.errors import InputError
+from ovdiff_lib.segmentation import explain
+from ovdiff_lib.workbench.analysis.absent import AbsentTest, absent_tests, one_absent_word, search_threshold
+from ovdiff_lib.workbench.analysis.examples import Examples, fullest, plainest, showing, shown_labels, side_by_side
+from ovdiff_lib.workbench.data.datasets import load_dataset
+from ovdiff_lib.workbench.data.metrics import ConfusionMatrix
+from ovdiff_lib.workbench.data.samples import Sample
+
+
+def sample(name, *rows, grey=None):
+    labels = np.array(rows, np.uint8)
+    image = np.zeros((*labels.shape, 3), np.uint8) if grey is None else np.repeat(np.array(grey, np.uint8)[..., None], 3, 2)
+    return Sample(name, image, labels)
+
+
+def test_counts_of_two_images_by_hand():
+    test = AbsentTest(least=0.25)
+    # Eight pixels, two ignored; shown: 1. Predicted: 2 on three of six, 3 on one of six (too few), 1 on the ignored ones only.
+    test.update(np.array([[1, 2, 2, 2], [1, 3, 0, 0]]), np.array([[255, 1, 0, 0], [255, 1, 0, 0]]), [1, 2, 3])
+    assert (test.absent, test.segmented, test.shown, test.missed, test.fooled) == (2, 1, 1, 1, 1)
+    assert test.pixel_rate == pytest.approx(4 / 6)
+    # Shown: 1 and 2, both found, in the wrong places; 3 was not asked.
+    test.update(np.array([[2, 2, 1, 1]]), np.array([[1, 1, 2, 2]]), [1, 2])
+    assert test.segmented_rate == pytest.approx(1 / 2) and test.missed_rate == pytest.approx(1 / 3)
+    assert test.fooled_rate == pytest.approx(1 / 2) and test.pixel_rate == pytest.approx(4 / 10)
+
+
+def test_rates_against_a_count_of_every_image_and_class():
+    rng, test, least = np.random.default_rng(0), AbsentTest(0.1), 0.1
+    absent, segmented, shown, missed = [], [], [], []
+    for _ in range(20):
+        target = rng.choice([0, 1, 2, 3, 4, 255], p=[0.5, 0.2, 0.2, 0.02, 0.03, 0.05], size=(3, 7))
+        predicted = rng.choice([0, 1, 3, 4], p=[0.6, 0.1, 0.2, 0.1], size=(3, 7))
+        test.update(predicted, target, [1, 3, 4])
+        for c in (1, 3, 4):
+            pixels = [(p, t) for p, t in zip(predicted.flat, target.flat, strict=True) if t != 255]
+            enough = sum(p == c for p, _ in pixels) >= least * len(pixels)
+            there = any(t == c for _, t in pixels)
+            (shown if there else absent).append(c)
+            if there and not enough:
+                missed.append(c)
+            if enough and not there:
+                segmented.append(c)
+    assert test.segmented_rate == len(segmented) / len(absent) and test.missed_rate == len(missed) / len(shown)
+    assert 0 < test.segmented_rate < 1 and 0 < test.missed_rate < 1
+
+
+def test_nothing_to_count_and_wrong_input():
+    test = AbsentTest()
+    assert all(np.isnan(rate) for rate in (test.segmented_rate, test.fooled_rate, test.pixel_rate, test.missed_rate))
+    with pytest.raises(InputError, match="label 3 is predicted but was not queried"):
+        test.update(np.array([[3, 0]]), np.array([[1, 0]]), [1, 2])
+    with pytest.raises(InputError, match="must be equal"):
+        test.update(np.zeros((2, 3), int), np.zeros((3, 2), int), [1])
+    with pytest.raises(InputError, match="above 0"):
+        AbsentTest(0)
+
+
+def test_one_absent_word_is_absent_and_stays_the_same():
+    samples = [sample(str(i), [0, 1 + i % 5, 255]) for i in range(40)]
+    trials = one_absent_word(samples, 6, seed=1)
+    for s, labels in trials:
+        (extra,) = set(labels) - set(shown_labels(s))
+        assert 1 <= extra <= 6 and set(shown_labels(s)) < set(labels) and labels == tuple(sorted(labels))
+    assert one_absent_word(samples[::-1], 6, seed=1)[::-1] == trials  # the order of the images changes nothing
+    assert one_absent_word(samples, 6, seed=2) != trials
+    assert len({labels for _, labels in trials}) > 10  # and not always the same word
+    with pytest.raises(InputError, match="shows all 2 classes"):
+        one_absent_word([sample("x", [1, 2])], 2)
+
+
+def test_the_best_threshold_against_trying_each():
+    rng = np.random.default_rng(0)
+    trials = [(sample(str(i), *rng.choice([0, 1, 2, 3], size=(4, 6))), labels) for i, labels in enumerate([(1, 3), (2, 3), (1, 2), (3,)])]
+    scores = {len(labels) * 10 + labels[0]: rng.random((len(labels) + 1, 4, 6)) for _, labels in trials}
+
+    def score(image, labels):
+        return scores[len(labels) * 10 + labels[0]]
+
+    thresholds = [0.1, 0.4, 0.5, 0.8]
+    expected = []
+    for threshold in thresholds:
+        matrix = ConfusionMatrix(4)
+        for s, labels in trials:
+            predicted = np.zeros((4, 6), int)
+            for r, c in product(range(4), range(6)):
+                own = scores[len(labels) * 10 + labels[0]][1:, r, c].tolist()
+                predicted[r, c] = labels[own.index(max(own))] if max(own) > threshold else 0
+            matrix.update(predicted, s.labels)
+        expected.append(matrix.miou())
+    assert search_threshold(score, trials, 3, thresholds) == (thresholds[int(np.argmax(expected))], pytest.approx(max(expected)))
+    with pytest.raises(InputError, match="at least one of each"):
+        search_threshold(score, [], 3, thresholds)
+
+
+# ---- example images
+
+def test_the_image_that_shows_most_of_what_is_asked():
+    few, both = sample("a", [1, 0, 0, 0]), sample("b", [1, 2, 0, 0])
+    more, large = sample("c", [1, 2, 3, 0]), sample("d", [1, 1, 2, 255])
+    assert showing([few, more, both], [1, 2]) is both  # as many as `more`, and nothing besides
+    assert showing([few, both, large], [1, 2]) is large
+    assert showing([both, both, few], [5]) is few  # nothing asked is there: the fewest others
+    with pytest.raises(InputError, match="no image"):
+        showing([], [1])
+
+
+def test_two_instances_side_by_side():
+    wide, tall = sample("w", [1, 0, 0, 0, 0], [0] * 5), sample("t", *[[2, 0]] * 4)
+    others = [sample("m", [1, 2], [0, 0]), sample("w2", [0, 255], [0, 1]), sample("t2", *[[0, 2]] * 4), sample("w3", [1, 1], [0, 1])]
+    pair = side_by_side([wide, tall, *others])
+    assert [p.id for p in pair] == ["t + t2", "w + w2"]  # 4 x 4 before 2 x 7; the third of a class is not used
+    assert pair[1].labels.tolist() == [[1, 0, 0, 0, 0, 0, 255], [0, 0, 0, 0, 0, 0, 1]] and pair[1].image.shape == (2, 7, 3)
+    assert side_by_side([wide, sample("other height", [1, 0])]) == []
+
+
+def test_plain_and_full_images():
+    smooth = sample("smooth", [0, 0, 0], [1, 1, 0], grey=[[10, 12, 14], [0, 255, 14]])  # what is rough is the object
+    rough = sample("rough", [0, 0, 0], [1, 1, 0], grey=[[10, 30, 10], [0, 0, 14]])
+    bare = sample("bare", [1, 2, 3], [1, 2, 3])
+    assert plainest([bare, rough, smooth], 2) == [smooth, rough] and plainest([bare, rough], 5) == [rough, bare]
+    assert fullest([smooth, rough, bare, sample("two", [1, 2, 0])], 2)[0] is bare
+
+
+def test_on_the_wild_split():
+    wild = load_dataset("mini-object", "wild")
+    samples = [wild[i] for i in range(0, len(wild), 3)]
+    for pair in side_by_side(samples):
+        assert len(shown_labels(pair)) == 1 and pair.image.shape[:2] == pair.labels.shape
+    assert all(len(shown_labels(s)) >= 2 for s in fullest(samples, 2))
+
+
+def test_examples_are_the_best_images_seen():
+    found, by_hand, by_kind = Examples(), {}, {}
+    for seed in range(5):
+        segmentation, bank = many(seed)
+        target = np.random.default_rng(seed).choice([0, 1, 3, 255], size=(4, 7), p=[0.3, 0.3, 0.3, 0.1])
+        found.update(seed, segmentation, target)
+        for label, name in ((0, "background"), (1, "cat"), (3, "sofa")):
+            pairs = [(p, t) for p, t in zip(segmentation.labels.flat, target.flat, strict=True) if t != 255]
+            iou = sum(p == t == label for p, t in pairs) / sum(label in (p, t) for p, t in pairs)
+            if label:
+                by_hand.setdefault(name, []).append((iou, -seed))
+            pixels = {}
+            for r, c in zip(*np.nonzero(segmentation.labels == label), strict=True):
+                why = explain(segmentation, bank, r, c)
+                if why.kind:
+                    key = (why.kind if label else "background"), why.category, why.index
+                    pixels[key] = pixels.get(key, 0) + 1
+            for (kind, _, _), number in pixels.items():
+                by_kind.setdefault(kind, []).append((iou * number / (segmentation.labels == label).sum(), -seed, name))
+    assert found.classes == {name: (pytest.approx(max(values)[0]), -max(values)[1]) for name, values in by_hand.items()}
+    assert set(found.kinds) == set(by_kind) == {"class", "instance", "part", "background"}
+    for kind, values in by_kind.items():
+        assert found.kinds[kind][0] == pytest.approx(max(values)[0])
+        assert (found.kinds[kind][1:]) in [(-place, name) for value, place, name in values if value == pytest.approx(max(values)[0])]
+
+
+def test_every_method_is_asked_every_trial():
+    samples = [sample("a", [0, 1, 2, 255]), sample("b", [3, 3, 0, 0])]
+    askings = {"all": [(s, (1, 2, 3)) for s in samples], "two": [(samples[0], (1, 2)), (samples[1], (1, 3))]}
+    calls = []
+
+    def last(image, asked):  # the last of the words everywhere
+        calls.append(asked)
+        return np.full(image.shape[:2], len(asked))
+
+    tests = absent_tests({"last": last, "none": lambda image, asked: np.zeros(image.shape[:2], int)}, askings, 3, progress=False)
+    assert set(tests) == {(a, m) for a in askings for m in ("last", "none")}
+    assert calls == [(1, 2, 3), (1, 2), (1, 2, 3), (1, 3)]  # image by image
+    matrix, absent = tests["two", "last"]
+    assert matrix.counts.tolist() == [[0, 0, 1, 2], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 2]]
+    assert (absent.absent, absent.segmented, absent.shown, absent.missed) == (1, 0, 3, 1)
+    assert tests["all", "last"][1].segmented == 1 and tests["all", "none"][1].missed == 3
+    with pytest.raises(InputError, match="different numbers"):
+        absent_tests({}, {"all": askings["all"], "one": askings["two"][:1]}, 3)

@@ -1,0 +1,139 @@
+"""Charts and pictures: they show the numbers they are given, and nothing is cut off."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ovdiff_lib.categories import Category
+from ovdiff_lib.masks.select import select
+from ovdiff_lib.types import ForegroundBackground, SupportSet
+from ovdiff_lib.workbench.figures.base import BACKGROUND, FOREGROUND, new_figure, square
+from ovdiff_lib.workbench.figures.charts import difference_chart, growth_chart
+from ovdiff_lib.workbench.figures.steps import comparison_figure, divided, divided_figure, feature_colours, selection_figure
+
+
+def picture(figure) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(figure._repr_png_())).convert("RGB"))
+
+
+def test_a_figure_shows_itself_in_a_notebook():
+    from IPython.core.formatters import PNGFormatter
+
+    figure = new_figure((2, 1), 100)
+    figure.text(0.5, 0.5, "dog")
+    data = PNGFormatter()(figure)
+    assert data[:4] == b"\x89PNG" and Image.open(io.BytesIO(data)).size[0] > 20
+
+
+def test_growth_has_means_and_spreads():
+    values = [[10.0, 14.0], [20.0], [30.0, 31.0, 32.0]]
+    figure = growth_chart([1, 2, 4], {"mini-voc": values}, "N", "mIoU", mark=2)
+    axis = figure.axes[0]
+    line = axis.containers[0].lines[0]
+    assert line.get_ydata().tolist() == [12, 20, 31] and line.get_xdata().tolist() == [1, 2, 4]
+    low, high = axis.containers[0].lines[2][0].get_segments()[0][:, 1]
+    assert (high - low) / 2 == pytest.approx(np.std([10, 14], ddof=1))
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["1", "2", "4"] and axis.get_ylabel() == "mIoU"
+    assert [t.get_text() for t in axis.texts] == ["n = 2", "n = 1", "n = 3"]
+    assert np.array([t.xy for t in axis.texts]) == pytest.approx(np.array([(1, 12 - np.sqrt(8)), (2, 20), (4, 30)]))  # below their bars
+    assert picture(figure).std() > 5
+
+
+def test_a_switch_that_was_not_exercised_has_no_bar():
+    figure = difference_chart(["a", "idle", "b"], [2.0, None, -1.0], "mIoU")
+    axis = figure.axes[0]
+    assert [bar.get_width() for bar in axis.patches if bar.get_height() == pytest.approx(0.62)] == [2.0, -1.0]
+    assert [t.get_text() for t in axis.texts] == ["+2.0", "not exercised here", "-1.0"]
+    (marker,) = [line for line in axis.lines if line.get_marker() == "o"]
+    assert (marker.get_xdata(), marker.get_ydata(), marker.get_markerfacecolor()) == ([0], [1], "white")
+
+
+def test_differences_point_both_ways():
+    figure = difference_chart(["with a very long name indeed", "b"], [-3.25, 1.5], "mIoU", noise=0.5)
+    axis = figure.axes[0]
+    assert [bar.get_width() for bar in axis.patches if bar.get_height() == pytest.approx(0.62)] == [-3.25, 1.5]
+    assert [t.get_text() for t in axis.texts] == ["-3.2", "+1.5"]
+    # Labels lie within the picture: its margin is white.
+    pixels = picture(figure)
+    assert (pixels[[0, -1]] == 255).all() and (pixels[:, [0, -1]] == 255).all()
+
+
+class Halves:
+    name = "halves"
+
+    def propose(self, image, words):
+        masks = np.zeros((2, *image.shape[:2]), bool)
+        masks[0, :, :4], masks[1, :3] = True, True
+        return masks
+
+
+def support(shape=(8, 12)):
+    rng = np.random.default_rng(0)
+    return SupportSet(Category("dog"), rng.integers(0, 255, (2, *shape, 3), np.uint8), rng.random((2, 4, 6), np.float32), np.arange(2))
+
+
+def test_the_selection_names_the_masks_of_eq_1():
+    drawn = support()
+    foreground, background = select(Halves().propose(drawn.images[0], ""), np.kron(drawn.attribution[0], np.ones((2, 2), np.float32)))
+    masks = ForegroundBackground(np.stack([foreground] * 2), np.stack([background] * 2), ("halves",) * 2)
+    figure = selection_figure([drawn], [masks], Halves(), proposals=3)
+    said = [t.get_text() for axis in figure.axes for t in axis.texts if t.get_text()]
+    assert len(said) == 3 and sum("foreground" in t for t in said) == sum("background" in t for t in said) == 1
+    numbers = [float(t.split(" ")[0]) for t in said]
+    assert max(numbers) == numbers[0] and min(numbers) == numbers[1]
+
+    class Nothing(Halves):
+        def propose(self, image, words):
+            return np.zeros((0, *image.shape[:2]), bool)
+
+    assert selection_figure([drawn], [masks], Nothing()).axes
+
+
+def test_divided_tints_only_its_masks():
+    drawn = support()
+    foreground, background = np.zeros((2, 8, 12), bool), np.zeros((2, 8, 12), bool)
+    foreground[0, :2], background[0, -2:] = True, True
+    made = divided(drawn, ForegroundBackground(foreground, background, ("a", "a")), 0, alpha=1.0)
+    assert (made[:2] == FOREGROUND).all() and (made[-2:] == BACKGROUND).all() and (made[2:-2] == drawn.images[0][2:-2]).all()
+
+
+def test_the_name_of_a_class_stands_over_the_middle_of_its_images():
+    drawn = support()
+    empty = ForegroundBackground(np.zeros((2, 8, 12), bool), np.zeros((2, 8, 12), bool), ("a", "a"))
+    full = ForegroundBackground(np.ones((2, 8, 12), bool), np.zeros((2, 8, 12), bool), ("a", "a"))
+    cow = SupportSet(Category("cow"), drawn.images[:1], drawn.attribution[:1], drawn.seeds[:1])
+    one = ForegroundBackground(np.ones((1, 8, 12), bool), np.zeros((1, 8, 12), bool), ("a",))
+    figure = divided_figure([drawn, cow], {"none": [empty, one], "all": [full, one]}, shown=4)
+    assert len(figure.axes) == 2 * 3
+    names = {t.get_text(): t.get_position()[0] for t in figure.texts}
+    boxes = [axis.get_position() for axis in figure.axes[:3]]
+    assert names["dog"] == pytest.approx((boxes[0].x0 + boxes[1].x1) / 2) and names["cow"] == pytest.approx((boxes[2].x0 + boxes[2].x1) / 2)
+    assert (np.asarray(figure.axes[0].images[0].get_array()) == drawn.images[0]).all()
+    assert not (np.asarray(figure.axes[3].images[0].get_array()) == drawn.images[0]).all()
+
+
+def test_alike_features_have_alike_colours():
+    rng = np.random.default_rng(1)
+    directions = np.linalg.qr(rng.normal(size=(32, 32)))[0][:3]
+    which = rng.integers(0, 3, (2, 5, 7))
+    features = directions[which] * rng.uniform(1, 9, (2, 5, 7, 1))  # lengths do not matter
+    colours = feature_colours(features)
+    assert colours.shape == (2, 5, 7, 3) and colours.dtype == np.uint8
+    found = [np.unique(colours[which == k], axis=0) for k in range(3)]
+    assert all(np.ptp(f, axis=0).max() <= 1 for f in found) and len({tuple(f[0]) for f in found}) == 3
+    again = feature_colours(features.astype(np.float32) * 2)
+    assert np.abs(again.astype(int) - colours).max() <= 2
+    assert feature_colours(rng.normal(size=(1, 3, 4, 2))).shape == (1, 3, 4, 3)
+
+
+def test_comparison_has_a_row_a_method_and_one_legend():
+    rng = np.random.default_rng(2)
+    images = [rng.integers(0, 255, (20, 30, 3), np.uint8) for _ in range(3)]
+    labels = {"ours": [np.full((20, 30), 1)] * 3, "theirs": [np.full((20, 30), 2)] * 3}
+    truth = [np.where(np.arange(30) < 15, 1, 255) * np.ones((20, 1), int)] * 3
+    figure = comparison_figure(images, labels, truth, ("background", "dog", "boat", "cow"))
+    assert len(figure.axes) == 4 * 3
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["dog", "boat"]
+    assert square(images[0], 16).shape == (16, 16, 3)

@@ -1,0 +1,62 @@
+"""Undocumented choices: each row switches one thing alone, to what the profile does not do."""
+
+import pytest
+
+from ovdiff_lib.profiles.reading import load_profile
+from ovdiff_lib.workbench.evaluation.choices import BASES, CHOICES, CLIP, FULL, THRESHOLDS, changes, rows_of_choices
+from ovdiff_lib.workbench.tables.tables import Cell
+
+
+@pytest.mark.parametrize("name", ["mini", "paper", "official"])
+def test_every_row_switches_one_choice(name):
+    profile = load_profile(name)
+    rows = rows_of_choices(profile)
+    assert [row.label for row in rows[:3]] == [FULL, CLIP, THRESHOLDS] == list(BASES)
+    assert len({row.label for row in rows}) == len(rows) == len(CHOICES) + 3
+    for choice, row in zip(CHOICES, rows[3:], strict=True):
+        base = profile.override({row.label: row.settings for row in rows[:3]}[choice.base])
+        changed = base.override(row.settings)
+        assert changed.digest() != base.digest(), row.label
+        before, after = base.to_dict(), changed.to_dict()
+        differing = {f"{s}.{f}" for s in before if isinstance(before[s], dict) for f in before[s] if before[s][f] != after[s][f]}
+        assert differing <= set(choice.code[1]) and differing, row.label
+
+
+def test_profiles_of_paper_and_code_take_opposite_ways():
+    """Where the official profile follows the code, its row is the paper's way, and the other way round."""
+    paper, official = ([row.label for row in rows_of_choices(load_profile(name))[3:]] for name in ("paper", "official"))
+    opposite = [c.paper[0] for c, a, b in zip(CHOICES, paper, official, strict=True) if a == c.code[0] and b == c.paper[0]]
+    assert len(opposite) >= 10
+
+
+def test_changes_are_against_their_own_base():
+    label = CHOICES[0].code[0]
+    clip = next(c.code[0] for c in CHOICES if c.base == CLIP)
+    cells = [Cell.of(FULL, "voc", [50.0, 52.0]), Cell.of(CLIP, "voc", [40.0, 41.0]), Cell.of(label, "voc", [51.0, 51.0]),
+             Cell.of(clip, "voc", [43.0, 40.0])]
+    first, second = changes(cells)
+    assert (first.row, first.column, first.values, first.measured) == (label, "voc, change", (1.0, -1.0), 0.0)
+    assert second.values == (3.0, -1.0) and second.measured == 1.0 and second.n == 2
+
+
+def test_a_switch_that_changes_nothing_was_not_exercised():
+    """In one of two columns, or in all; one run of two that differs is a difference."""
+    stuff = next(c for c in CHOICES if "filters.category_keep_stuff" in c.code[1])
+    label, latent = stuff.paper[0], next(c.code[0] for c in CHOICES if "features.sd_latent" in c.code[1])
+    cells = [Cell.of(FULL, "voc", [50.0, 52.0]), Cell.of(FULL, "context", [30.0, 31.0]), Cell.of(label, "voc", [50.0, 52.0]),
+             Cell.of(label, "context", [30.0, 20.0]), Cell.of(latent, "voc", [50.0, 52.0])]
+    idle, acting, silent = changes(cells)
+    assert (idle.row, idle.column, idle.measured) == (label, "voc, change", None)
+    assert idle.idle == "not exercised: no class of this data set is stuff" and silent.idle == "not exercised"
+    assert acting.values == (0.0, -11.0) and not acting.idle
+
+
+def test_the_thresholds_of_a_set_act_where_every_mask_is_one_of_thresholds():
+    """Their rows differ from a base of the same segmenter; with proposals in every image they could not act."""
+    for name in ("mini", "official"):
+        rows = {row.label: row.settings for row in rows_of_choices(load_profile(name))}
+        for choice in CHOICES:
+            if {"masks.threshold_scope", "masks.fallback"} & set(choice.code[1]):
+                label, _ = choice.other(load_profile(name))
+                assert rows[label]["masks.segmenter"] == rows[THRESHOLDS]["masks.segmenter"] == "threshold" and choice.base == THRESHOLDS
+                assert rows[label] != rows[THRESHOLDS]

@@ -1,0 +1,156 @@
+"""Tables and figures of costs: every number in its place, with the paper's beside it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ovdiff_lib.categories import Category
+from ovdiff_lib.errors import InputError
+from ovdiff_lib.library.store import Library
+from ovdiff_lib.profiles.reading import load_profile
+from ovdiff_lib.types import ForegroundBackground, Prototypes, SupportSet
+from ovdiff_lib.workbench.cost import cost_cells
+from ovdiff_lib.workbench.cost.flops import prototype_bytes
+from ovdiff_lib.workbench.cost.instruments import LinearFit, Measured, linear_fit
+from ovdiff_lib.workbench.cost.steps import Building
+from ovdiff_lib.workbench.figures.charts import Panel, breakdown_figure, growth_figure
+from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell
+from ovdiff_lib.workbench.tables.tables import write_table
+
+N, K, D, GRID = 3, 4, 10, 8
+
+
+def step(*seconds, result=None, held=100, peak=130):
+    return Measured(seconds, result, held, peak)
+
+
+def prototypes(vectors):
+    half = vectors // 2
+    return Prototypes(np.zeros((vectors, D), np.float32), np.full(vectors, "part"), np.repeat(["foreground", "background"], half),
+                      np.full(vectors, -1, np.int32), np.arange(vectors, dtype=np.int32), np.zeros((N, GRID, GRID), np.int16))
+
+
+@pytest.fixture
+def building():
+    support = SupportSet(Category("dog"), np.zeros((N, 16, 16, 3), np.uint8), np.zeros((N, GRID, GRID), np.float32), np.arange(N), {})
+    masks = ForegroundBackground(np.zeros((N, 16, 16), bool), np.zeros((N, 16, 16), bool), ("threshold",) * N)
+    made = {name: step(1.0, 3.0, 2.0, result=prototypes(16)) for name in ("sd", "clip-keys", "dino")}
+    return Building(step(20.0, result=support), step(0.5, 0.7, result=masks), {name: step(4.0) for name in made}, made,
+                    {name: step(0.25, result=prototypes(8)) for name in made})
+
+
+@pytest.fixture
+def profile():
+    return load_profile("mini", {"support.size": N, "support.image_size": 16, "prototypes.clusters": K})
+
+
+def by_place(cells):
+    return {(cell.row, cell.column): cell for cell in cells}
+
+
+def test_a_class_beside_the_papers(building):
+    cells = by_place(cost_cells.building_cells(building))
+    total = cells["sd, with clustering", "seconds"]
+    assert total.measured == pytest.approx(20 + 0.6 + 4 + 2) and total.n == 1
+    assert cells["sd, without clustering", "seconds"].measured == pytest.approx(20 + 0.6 + 4 + 0.25)
+    assert [cells[f"{name}, {how} clustering", "seconds"].paper.value for name in ("sd", "clip-keys", "dino") for how in ("with", "without")
+            ] == [110, 50.2, 49.2, 47.7, None, None]
+    made = cells["sd, with clustering", "prototypes"]
+    assert (made.measured, made.n, made.values, made.std) == (2.0, 3, (1.0, 3.0, 2.0), 1.0) and made.paper is None
+
+
+def test_drawing_beside_the_papers():
+    drawing = {16: step(4.0, 6.0), 20: step(6.0), 32: step(10.0)}
+    cells = by_place(cost_cells.drawing_cells(drawing, linear_fit([16, 20, 32], [5, 6, 10])))
+    keys = {(cell.paper.key, cell.paper.value) for cell in cells.values() if cell.column == "seconds per class"}
+    assert keys == {(("timing", f"sampling time N={n}", "seconds per class"), value) for n, value in ((16, 55), (20, None), (32, 110))}
+    assert cells["sampling time N=16", "seconds an image"].measured == 5 / 16
+    assert cells["linear fit", "R2"].measured == pytest.approx(np.corrcoef([16, 20, 32], [5, 6, 10])[0, 1] ** 2)
+
+
+def test_the_formula_of_storage_and_the_bytes_of_the_files(building, profile, tmp_path):
+    paper = load_profile("paper")
+    widths = {"theirs": (768, paper_cell("storage", "prototypes per class (CLIP/DINO)", "MB"))}
+    cells = by_place(cost_cells.storage_cells(building, profile, paper, widths))
+    row = "prototypes per class (dino)"
+    assert cells[row, "by the formula, MB"].measured == cells[row, "vectors, MB"].measured == 2 * (1 + N + K) * D * 4 / 1e6
+    assert cells[row, "vectors"].measured == 16 and cells[row, "channels D"].measured == D
+
+    library = Library(tmp_path)
+    library.put_prototypes("a" * 8, building.prototypes["dino"])
+    library.put_support("b" * 8, building.support)
+    for name, kind in ((row, "prototypes"), ("support set", "support")):
+        size = sum(f.stat().st_size for f in (tmp_path / kind).rglob("*") if f.is_file())
+        assert cells[name, "on disk, MB"].measured == size / 1e6
+    # A safetensors file is a length of 8 bytes, a header of JSON, and the arrays.
+    data = next((tmp_path / "prototypes").rglob("arrays.safetensors")).read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    begin, end = json.loads(data[8 : 8 + header])["vectors"]["data_offsets"]
+    assert end - begin == prototype_bytes(profile, D) and len(data) == 8 + header + (end - begin) + 16 * (1 + 1 + 4 + 4) + N * GRID**2 * 2
+    assert cells["support set", "by the formula, MB"].measured == N * (16 * 16 * 3 + GRID * GRID * 4 + 8) / 1e6
+    theirs = cells["theirs", "by the formula, MB"]
+    assert (theirs.measured, theirs.paper.value, cells["theirs", "vectors"].measured) == (0.39936, 0.39, 130)
+
+
+def test_segmenting_beside_the_papers():
+    growth = {"OVDiff": [(5, step(1.0, 2.0)), (20, step(3.0))], "MaskCLIP": [(5, step(0.1)), (20, step(0.2))]}
+    cells = by_place(cost_cells.growth_cells(growth, 20))
+    assert cells["OVDiff", "20 classes"].paper.value == 0.6 and cells["OVDiff", "5 classes"].paper.value is None
+    assert cells["MaskCLIP", "20 classes"].paper.key == ("timing", "inference MaskCLIP", "seconds per image")
+    assert [(c.row, c.paper.value, c.measured) for c in cells.values() if c.source == "published"] == [("TCL", 0.2, None),
+                                                                                                      ("OVSegmentor", 0.08, None)]
+    windows = by_place(cost_cells.window_cells({"wide": (4.0, step(1.0, 3.0)), "fine": (10.0, step(5.0))}))
+    assert windows["wide", "seconds a window"].measured == 0.5 and windows["fine", "seconds a window"].measured == 0.5
+
+
+def test_training_costs_so_many_classes():
+    cells = by_place(cost_cells.training_cells(0.002, 0.5))
+    assert cells["TCL training", "classes for the same, by the paper's time"].measured == pytest.approx(2688 / 1.14)
+    assert cells["GroupViT training", "classes for the same, by operations of the paper's networks"].measured == 10752 / 0.5
+    assert cells["OVSegmentor training", "classes for the same, by the class built here"].measured == pytest.approx(624 / 0.002)
+    published = [cell for cell in cells.values() if cell.source == "published"]
+    assert [(c.row, c.paper.value) for c in published] == [("TCL training", 2688), ("GroupViT training", 10752),
+                                                           ("OVSegmentor training", 624)]
+    own = cells["prototype compute per class", "TFLOP/s-hours, one class"]
+    assert (own.measured, own.paper.value) == (0.002, 1.14)
+
+
+def test_memory_and_operations():
+    cells = by_place(cost_cells.memory_cells({"masks": Measured((1.0,), None, 200_000_000, 260_000_000),
+                                              "on a GPU": Measured((1.0,), None, 1, 2, 5_000_000)}))
+    assert [cells["masks", c].measured for c in ("held before, MB", "peak, MB", "added, MB")] == [200, 260, 60]
+    assert cells["on a GPU", "peak on the GPU, MB"].measured == 5 and ("masks", "peak on the GPU, MB") not in cells
+    counted = by_place(cost_cells.operation_cells("class", "GFLOP", {"prompt": 2_500_000_000}, 1e9))
+    assert counted["class: prompt", "GFLOP"].measured == 2.5
+
+
+def test_the_tables_can_be_written(building, profile, tmp_path):
+    """No place comes twice, also beside each other's cells."""
+    cells = [*cost_cells.building_cells(building), *cost_cells.training_cells(0.1, 0.2),
+             *cost_cells.storage_cells(building, profile, load_profile("paper"), {"theirs": (768, PaperCell.own("storage", "a", "b"))})]
+    assert "| 0.399 |" in write_table(tmp_path / "t.csv", "t", cells, profile, "Caption.", 3)
+    with pytest.raises(InputError, match="twice"):
+        write_table(tmp_path / "t.csv", "t", [*cells, cells[0]], profile, "Caption.")
+
+
+# ---- figures
+
+def test_growth_figure():
+    points = [(8, step(3.0)), (4, step(1.0, 5.0, 2.0))]
+    panels = [Panel("Drawing", "N", {"median": points}, LinearFit(0.5, -1.0, 0.9876)), Panel("W", "w", {"a": points, "b": points})]
+    left, right = growth_figure(panels, "seconds").axes
+    lines = [(line.get_label(), line.get_xydata().tolist()) for line in left.get_lines()]
+    assert [[4, 2], [8, 3]] in [xy for _, xy in lines] and ("0.5 x − 1, R² = 0.9876", [[0, -1], [8, 3]]) in lines
+    assert {text.get_text() for text in right.get_legend().get_texts()} == {"a", "b"} and left.get_ylim()[0] == 0
+    bars = [path for collection in left.collections for path in collection.get_segments()]
+    assert any(np.allclose(sorted(bar[:, 1]), [1, 5]) for bar in bars)  # fastest to slowest of three runs
+
+
+def test_breakdown_figure():
+    figure = breakdown_figure({"sd": {"drawing": 10.0, "masks": 2.0}, "dino": {"drawing": 10.0, "features": 0.5}}, "One class")
+    axis, = figure.axes
+    assert {text.get_text() for text in axis.texts} == {"12.0 s", "10.5 s"}
+    ends = sorted({(round(p.get_x(), 3), round(p.get_x() + p.get_width(), 3)) for p in axis.patches if p.get_width()})
+    assert ends == [(0, 10), (10, 10.5), (10, 12)]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["sd", "dino"]

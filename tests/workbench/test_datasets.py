@@ -1,0 +1,496 @@
+"""Readers and converters of the published data sets, on tiny folders of the true structure that the tests write."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ovdiff_lib.errors import InputError
+from ovdiff_lib.workbench.data.classes import NAMES, class_table, vocabulary_of
+from ovdiff_lib.workbench.data.convert import convert_context, convert_train_ids, decode_rle
+from ovdiff_lib.workbench.data.datasets import DATASETS, load_dataset
+from ovdiff_lib.workbench.data.readers import FolderDataset
+
+SHAPES = ((9, 14), (16, 7), (11, 12))
+PUBLISHED = ("voc", "voc20", "context", "context59", "coco-object", "coco-stuff", "ade20k", "cityscapes")
+
+
+def sentence(caught) -> str:
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(".") and len(text) < 600
+    return text
+
+
+@dataclass
+class Written:
+    """A tiny data set on disk: its images, and its label maps as stored."""
+
+    root: Path
+    images: dict[str, Path]
+    stored: dict[str, Path]
+
+
+def put_image(path: Path, shape, seed: int, mode: str = "RGB") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*shape, 3), np.uint8)).convert(mode).save(path)
+    return path
+
+
+def put_labels(path: Path, shape, values, palette: bool = False) -> Path:
+    """A label map whose pixels run through ``values`` again and again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    labels = np.resize(np.array(values, np.uint8), shape)
+    image = Image.fromarray(labels)
+    if palette:
+        image.putpalette(list(np.random.default_rng(0).integers(0, 256, 768)))
+    image.save(path)
+    return path
+
+
+def write(root: Path, layout: str, value_sets, ids, image_path, label_path, **kind) -> Written:
+    images = {i: put_image(root / image_path.format(i), shape, n, "L" if layout == "coco" and n == 1 else "RGB")
+              for n, (i, shape) in enumerate(zip(ids, SHAPES, strict=False))}
+    stored = {i: put_labels(root / label_path.format(i), shape, values, **kind)
+              for i, shape, values in zip(ids, SHAPES, value_sets, strict=False)}
+    return Written(root, images, stored)
+
+
+def make(layout: str, root: Path) -> Written:
+    if layout == "voc":
+        ids = ("2007_000042", "2007_000033", "2011_003271")  # not sorted: the list's order counts
+        made = write(root, layout, ([0, 1, 20, 255], [15, 0], [7, 255, 3]), ids, "VOC2012/JPEGImages/{}.jpg",
+                     "VOC2012/SegmentationClass/{}.png", palette=True)
+        lists = root / "VOC2012" / "ImageSets" / "Segmentation"
+        lists.mkdir(parents=True)
+        (lists / "val.txt").write_text("\n".join(ids) + "\n")
+        (lists / "train.txt").write_text(ids[0] + "\n")
+    elif layout == "context":
+        ids = ("2008_000002", "2008_000003")
+        made = write(root, layout, ([0, 1, 59], [33, 0, 8, 20]), ids, "VOC2010/JPEGImages/{}.jpg",
+                     "VOC2010/SegmentationClassContext/{}.png")
+        lists = root / "VOC2010" / "ImageSets" / "SegmentationContext"
+        lists.mkdir(parents=True)
+        (lists / "val.txt").write_text("\n".join(ids))
+    elif layout == "pc59":
+        made = write(root, layout, ([255, 0, 58], [32, 255, 7, 19]), ("2008_000002", "2008_000003"), "VOC2010/JPEGImages/{}.jpg",
+                     "VOC2010/annotations_detectron2/pc59_val/{}.png")
+    elif layout == "coco":
+        made = write(root, layout, ([0, 89, 91, 181, 255], [12, 9, 10], [43, 255, 111]),
+                     ("000000000139", "000000000285", "000000000632"), "images/val2017/{}.jpg", "stuffthingmaps/val2017/{}.png")
+    elif layout == "coco train ids":
+        made = write(root, layout, ([0, 79, 80, 170, 255], [11, 9, 10], [42, 255, 99]),
+                     ("000000000139", "000000000285", "000000000632"), "val2017/{}.jpg", "annotations/val2017/{}_labelTrainIds.png")
+    elif layout == "ade":
+        made = write(root, layout, ([0, 1, 150], [13, 0]), ("ADE_val_00000001", "ADE_val_00000002"),
+                     "ADEChallengeData2016/images/validation/{}.jpg", "ADEChallengeData2016/annotations/validation/{}.png")
+    else:
+        train_ids = layout == "cityscapes train ids"
+        values = ([0, 18, 255], [10, 255], [1]) if train_ids else ([7, 33, 0, 9], [23, 29], [8])
+        end = "labelTrainIds" if train_ids else "labelIds"
+        ids = ("frankfurt/frankfurt_000000_000294", "frankfurt/frankfurt_000000_000576", "munster/munster_000173_000019")
+        made = write(root, layout, values, ids, "leftImg8bit/val/{}_leftImg8bit.png", f"gtFine/val/{{}}_gtFine_{end}.png")
+        for i in ids:
+            (root / f"gtFine/val/{i}_gtFine_color.png").write_bytes(b"not read")
+            (root / f"gtFine/val/{i}_gtFine_instanceIds.png").write_bytes(b"not read")
+    return made
+
+
+# data set, layout, and for each image what its stored values become
+CASES = [
+    ("voc", "voc", [{0: 0, 1: 1, 20: 20, 255: 255}, {15: 15, 0: 0}, {7: 7, 255: 255, 3: 3}]),
+    ("voc20", "voc", [{0: 255, 1: 1, 20: 20, 255: 255}, {15: 15, 0: 255}, {7: 7, 255: 255, 3: 3}]),
+    ("context", "context", [{0: 0, 1: 1, 59: 59}, {33: 33, 0: 0, 8: 8, 20: 20}]),
+    ("context59", "context", [{0: 255, 1: 1, 59: 59}, {33: 33, 0: 255, 8: 8, 20: 20}]),
+    ("context", "pc59", [{255: 0, 0: 1, 58: 59}, {32: 33, 255: 0, 7: 8, 19: 20}]),
+    ("context59", "pc59", [{255: 255, 0: 1, 58: 59}, {32: 33, 255: 255, 7: 8, 19: 20}]),
+    # id 12 is category 13 of COCO ("stop sign"), its 12th that exists; 89 = toothbrush, 43 = bottle
+    ("coco-object", "coco", [{0: 1, 89: 80, 91: 0, 181: 0, 255: 0}, {12: 12, 9: 10, 10: 11}, {43: 40, 255: 0, 111: 0}]),
+    ("coco-stuff", "coco", [{0: 1, 89: 80, 91: 81, 181: 171, 255: 255}, {12: 12, 9: 10, 10: 11}, {43: 40, 255: 255, 111: 101}]),
+    ("coco-object", "coco train ids", [{0: 1, 79: 80, 80: 0, 170: 0, 255: 0}, {11: 12, 9: 10, 10: 11}, {42: 43, 255: 0, 99: 0}]),
+    ("coco-stuff", "coco train ids", [{0: 1, 79: 80, 80: 81, 170: 171, 255: 255}, {11: 12, 9: 10, 10: 11}, {42: 43, 255: 255, 99: 100}]),
+    ("ade20k", "ade", [{0: 255, 1: 1, 150: 150}, {13: 13, 0: 255}]),
+    ("cityscapes", "cityscapes", [{7: 1, 33: 19, 0: 255, 9: 255}, {23: 11, 29: 255}, {8: 2}]),
+    ("cityscapes", "cityscapes train ids", [{0: 1, 18: 19, 255: 255}, {10: 11, 255: 255}, {1: 2}]),
+]
+LAYOUT = {"voc": "voc", "voc20": "voc", "context": "context", "context59": "context", "coco-object": "coco", "coco-stuff": "coco",
+          "ade20k": "ade", "cityscapes": "cityscapes"}
+
+
+@pytest.mark.parametrize(("name", "layout", "expected"), CASES, ids=[f"{n}-{la}" for n, la, _ in CASES])
+def test_labels_images_and_order(tmp_path, name, layout, expected):
+    made = make(layout, tmp_path)
+    dataset = load_dataset(name, folder=tmp_path)
+    assert dataset.name == name and len(dataset) == len(made.images)
+    assert list(dataset.ids) == [i.split("/")[-1] for i in made.images]
+    assert dataset.has_background == (name in ("voc", "context", "coco-object"))
+    for sample, identity, mapping in zip(dataset, made.images, expected, strict=True):
+        raw = np.array(Image.open(made.stored[identity]))
+        assert set(np.unique(raw)) == set(mapping)
+        assert sample.labels.tolist() == [[mapping[v] for v in row] for row in raw.tolist()]
+        assert sample.labels.dtype == sample.image.dtype == np.uint8 and sample.image.shape == (*raw.shape, 3)
+        assert (sample.image == np.array(Image.open(made.images[identity]).convert("RGB"))).all()
+        assert sample.id == identity.split("/")[-1]
+
+
+@pytest.mark.parametrize(("name", "inner"), [
+    ("voc", "VOC2012"), ("context", "VOC2010"), ("ade20k", "ADEChallengeData2016")])
+def test_the_usual_roots_are_all_found(tmp_path, name, inner):
+    make(LAYOUT[name], tmp_path / "VOCdevkit" if name != "ade20k" else tmp_path)
+    folders = [tmp_path, next(tmp_path.rglob(inner))] + ([tmp_path / "VOCdevkit"] if name != "ade20k" else [])
+    assert len({load_dataset(name, folder=folder).ids for folder in folders}) == 1
+
+
+@pytest.mark.parametrize(("name", "inner"), [("coco-stuff", "coco"), ("coco-object", "coco_stuff164k"), ("cityscapes", "cityscapes")])
+def test_the_folder_above_will_do(tmp_path, name, inner):
+    make(LAYOUT[name], tmp_path / inner)
+    assert load_dataset(name, folder=tmp_path).ids == load_dataset(name, folder=tmp_path / inner).ids
+
+
+def test_voc_2012_is_preferred_to_what_else_the_devkit_holds(tmp_path):
+    make("voc", tmp_path)
+    make("context", tmp_path)
+    assert len(load_dataset("voc", folder=tmp_path)) == 3 and len(load_dataset("context", folder=tmp_path)) == 2
+    assert load_dataset("voc", "train", tmp_path).ids == ("2007_000042",)
+
+
+def test_published_maps_come_before_converted_ones(tmp_path):
+    made = make("cityscapes", tmp_path)
+    first = next(iter(made.stored))
+    put_labels(tmp_path / f"gtFine/val/{first}_gtFine_labelTrainIds.png", SHAPES[0], [5])
+    assert load_dataset("cityscapes", folder=tmp_path)[0].labels[0, 0] == 1
+
+
+def test_label_maps_belong_to_the_pixels_as_stored(tmp_path):
+    """An image that EXIF turns by a quarter keeps the size of its label map."""
+    made = make("voc", tmp_path)
+    path = next(iter(made.images.values()))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(path) as image:
+        image.load()
+        image.save(path, exif=exif, quality=95)
+    sample = load_dataset("voc", folder=tmp_path)[0]
+    assert sample.image.shape == (*SHAPES[0], 3)
+    assert (sample.image == np.array(Image.open(path))).all()
+
+
+# ---- mistakes
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_wrong_root(tmp_path, name):
+    (tmp_path / "photos").mkdir()
+    for folder, words in ((tmp_path / "photos", "photos"), (tmp_path / "none", "does not exist"), (None, "--data")):
+        with pytest.raises(InputError, match=words) as caught:
+            load_dataset(name, folder=folder)
+        sentence(caught)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_an_unknown_split(tmp_path, name):
+    make(LAYOUT[name], tmp_path)
+    with pytest.raises(InputError, match=r"choose .*val") as caught:
+        load_dataset(name, "test", tmp_path)
+    sentence(caught)
+
+
+@pytest.mark.parametrize("name", ["voc", "context59"])
+def test_a_missing_split_file(tmp_path, name):
+    make(LAYOUT[name], tmp_path)
+    for path in list(tmp_path.rglob("*.txt")):
+        path.unlink()
+    with pytest.raises(InputError, match=r"val\.txt") as caught:
+        load_dataset(name, folder=tmp_path)
+    sentence(caught)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"2007_000042\n2007_000042\n", b"\xff\xfe\x00"])
+def test_a_broken_split_file(tmp_path, content):
+    make("voc", tmp_path)
+    (tmp_path / "VOC2012/ImageSets/Segmentation/val.txt").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        load_dataset("voc", folder=tmp_path)
+    sentence(caught)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("part", ["images", "stored"])
+def test_missing_files_are_named_before_anything_runs(tmp_path, name, part):
+    made = make(LAYOUT[name], tmp_path)
+    path = list(getattr(made, part).values())[1]
+    path.unlink()
+    with pytest.raises(InputError, match="lacks 1 of its files") as caught:
+        load_dataset(name, folder=tmp_path)
+    assert str(path) in sentence(caught)
+
+
+def test_no_label_maps_at_all(tmp_path):
+    for layout, name, where, hint in (("context", "context", "VOC2010/SegmentationClassContext", "ovdiff convert"),
+                                      ("coco", "coco-object", "stuffthingmaps", "stuffthingmaps")):
+        make(layout, tmp_path / layout)
+        (tmp_path / layout / where).rename(tmp_path / layout / "elsewhere")
+        with pytest.raises(InputError, match=hint) as caught:
+            load_dataset(name, folder=tmp_path / layout)
+        sentence(caught)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_label_map_of_another_size(tmp_path, name):
+    made = make(LAYOUT[name], tmp_path)
+    path = list(made.stored.values())[1]
+    put_labels(path, SHAPES[1][::-1], [0, 1])
+    dataset = load_dataset(name, folder=tmp_path)
+    assert dataset[0].id
+    with pytest.raises(InputError, match=path.name) as caught:
+        dataset[1]
+    assert str(SHAPES[1][::-1]) in sentence(caught)
+
+
+@pytest.mark.parametrize(("name", "value", "ids"), [
+    ("voc", 21, "0 to 20, 255"), ("voc20", 254, "0 to 20, 255"), ("context", 60, "0 to 59"), ("context", 255, "0 to 59"),
+    ("coco-object", 182, "0 to 10, 12 to 24"), ("coco-stuff", 11, "0 to 10, 12 to 24"), ("ade20k", 151, "0 to 150"),
+    ("cityscapes", 34, "0 to 33, 255")])
+def test_an_id_the_data_set_does_not_have(tmp_path, name, value, ids):
+    made = make(LAYOUT[name], tmp_path)
+    path = next(iter(made.stored.values()))
+    put_labels(path, SHAPES[0], [7, value])
+    with pytest.raises(InputError, match=f"id {value}") as caught:
+        load_dataset(name, folder=tmp_path)[0]
+    assert ids in sentence(caught)
+
+
+def test_a_coloured_label_map(tmp_path):
+    made = make("voc", tmp_path)
+    path = next(iter(made.stored.values()))
+    Image.open(path).convert("RGB").save(path)
+    with pytest.raises(InputError, match="palette") as caught:
+        load_dataset("voc", folder=tmp_path)[0]
+    sentence(caught)
+
+
+# ---- classes
+
+SIZES = {"voc": 20, "voc20": 20, "context": 59, "context59": 59, "coco-object": 80, "coco-stuff": 171, "ade20k": 150, "cityscapes": 19}
+
+
+def test_every_published_data_set_is_registered():
+    without = {"mini-voc20", "mini-object42", "mini-context28"}
+    assert set(DATASETS) == {*PUBLISHED, "mini-voc", "mini-object", "mini-context", *without}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("names", NAMES)
+def test_vocabularies(tmp_path, name, names):
+    make(LAYOUT[name], tmp_path)
+    dataset = load_dataset(name, folder=tmp_path, names=names)
+    assert isinstance(dataset, FolderDataset) and len(dataset.vocabulary) == SIZES[name]
+    # Names are those of the data set, whatever the networks are told.
+    assert dataset.vocabulary.names == load_dataset(name, folder=tmp_path, names="raw").vocabulary.names
+
+
+def test_places_of_classes_in_the_published_numbering():
+    """Against the numbers in the data sets' own documentation."""
+    def label(data_set, name):
+        return vocabulary_of(data_set).names.index(name) + 1
+
+    assert [label("voc", n) for n in ("aeroplane", "person", "tvmonitor")] == [1, 15, 20]
+    assert [label("ade20k", n) for n in ("wall", "person", "car", "flag")] == [1, 13, 21, 150]
+    table = class_table()["data_sets"]
+    coco = dict(zip(table["coco-stuff"]["classes"], table["coco-stuff"]["ids"], strict=True))
+    assert [coco[n] for n in ("person", "stop sign", "toothbrush", "banner", "wood")] == [0, 12, 89, 91, 181]
+    city = dict(zip(table["cityscapes"]["classes"], table["cityscapes"]["ids"], strict=True))
+    assert [city[n] for n in ("road", "pole", "sky", "person", "train", "bicycle")] == [7, 17, 23, 24, 31, 33]
+    context = dict(zip(table["context"]["classes"], table["context"]["ids"], strict=True))
+    assert [context[n] for n in ("aeroplane", "person", "table", "tvmonitor", "wood")] == [2, 284, 397, 427, 458]
+    assert sorted(table["context"]["classes"]) == table["context"]["classes"]
+
+
+def test_prompt_fixes():
+    prompts = {s: {(d, c.name): c.prompt for d in ("voc", "context", "coco-object") for c in vocabulary_of(d, s)} for s in NAMES}
+    assert all(name == prompt for (_, name), prompt in prompts["raw"].items())
+    changed = {s: {k for k in prompts["raw"] if prompts[s][k] != prompts["raw"][k]} for s in NAMES}
+    assert len(changed["fourteen"]) == 14 and len(changed["fixed"]) == 9 and changed["fixed"] < changed["fourteen"]
+    assert prompts["fixed"]["voc", "pottedplant"] == "potted plant" and prompts["fixed"]["voc", "aeroplane"] == "airplane"
+    assert prompts["fixed"]["coco-object", "mouse"] == "computer mouse"
+    assert all(prompts["fixed"][k] == prompts["fourteen"][k] for k in changed["fixed"])
+    stuff = [c.prompt for c in vocabulary_of("coco-stuff")]
+    assert len(set(stuff)) == 171 and not any("-" in p for p in stuff)
+    with pytest.raises(InputError, match="fixed, raw, fourteen") as caught:
+        vocabulary_of("voc", "best")
+    sentence(caught)
+    with pytest.raises(InputError, match="fourteen"):
+        load_dataset("mini-voc", names="best")
+
+
+def test_every_fix_names_a_class_and_its_evidence():
+    table = class_table()
+    seen = set()
+    for fix in table["fixes"]:
+        assert fix["name"] in table["data_sets"][fix["data_set"]]["classes"] and fix["prompt"] != fix["name"] and fix["source"]
+        assert fix["confidence"] in {c for group in NAMES.values() for c in group}
+        assert fix["fourteen"] == (fix["confidence"] != "convention")
+        seen.add((fix["data_set"], fix["name"]))
+    assert len(seen) == len(table["fixes"])
+
+
+def test_kinds():
+    stuff = {d: [c.name for c in vocabulary_of(d) if c.kind == "stuff"] for d in class_table()["data_sets"]}
+    assert stuff["voc"] == stuff["coco-object"] == []
+    assert len(stuff["context"]) == 19 and {"sky", "bedclothes", "wood"} <= set(stuff["context"]) and "tree" not in stuff["context"]
+    assert len(stuff["coco-stuff"]) == 91 and "cardboard" in stuff["coco-stuff"] and "person" not in stuff["coco-stuff"]
+    assert len(stuff["ade20k"]) == 18 and {"glass", "lake", "sky"} <= set(stuff["ade20k"])
+    assert stuff["cityscapes"][-1] == "sky" and len(stuff["cityscapes"]) == 11
+
+
+# ---- conversion
+
+Y, X = np.mgrid[:37, :53]
+STRIPES = np.zeros((37, 53), bool)
+STRIPES[5:30, 2:50:7] = True
+# Encoded by pycocotools 2.0.
+ENCODED = [
+    ("We05m06K4M2N2N2O0O2O000O2O00000001N10001N101N2N2N3L5JX;", (Y - 15) ** 2 + (X - 30) ** 2 < 150),
+    ("0?", np.ones((3, 5), bool)), ("<", np.zeros((4, 3), bool)),
+]
+
+
+@pytest.mark.parametrize(("counts", "mask"), ENCODED)
+def test_run_lengths_as_text(counts, mask):
+    decoded = decode_rle({"size": list(mask.shape), "counts": counts})
+    assert decoded.dtype == bool and decoded.shape == mask.shape and (decoded == mask).all()
+
+
+def plain_runs(mask) -> list[int]:
+    runs, value = [0], False
+    for pixel in mask.T.ravel().tolist():
+        if pixel != value:
+            runs.append(0)
+            value = pixel
+        runs[-1] += 1
+    return runs
+
+
+def as_text(runs) -> str:
+    """Encodes as COCO does, one length at a time."""
+    text = ""
+    for i, run in enumerate(runs):
+        left = run - runs[i - 2] if i > 2 else run
+        while True:
+            group, left = left & 31, left >> 5
+            more = left != -1 if group & 16 else left != 0
+            text += chr(48 + group + 32 * more)
+            if not more:
+                break
+    return text
+
+
+def test_the_encoder_of_these_tests_is_that_of_coco():
+    for counts, mask in ENCODED:
+        assert as_text(plain_runs(mask)) == counts
+
+
+@pytest.mark.parametrize("mask", [STRIPES, (X + Y) % 11 < 4, np.random.default_rng(0).random((31, 20)) < 0.5, np.eye(1, 40, dtype=bool)])
+def test_run_lengths_there_and_back(mask):
+    for counts in (plain_runs(mask), as_text(plain_runs(mask))):
+        assert (decode_rle({"size": list(mask.shape), "counts": counts}) == mask).all()
+
+
+@pytest.mark.parametrize("counts", [
+    "0>", "o", "\x01", "~" * 40, "", "é", [20, -5], [4, 10]])
+def test_run_lengths_that_cannot_be(counts):
+    with pytest.raises(ValueError):
+        decode_rle({"size": [3, 5], "counts": counts})
+
+
+def detail(**changes) -> dict:
+    """A small trainval_merged.json: two val images, one of train, one of test."""
+    def annotation(image, category, mask):
+        return {"id": image * 10 + category, "image_id": image, "category_id": category,
+                "segmentation": {"size": list(mask.shape), "counts": as_text(plain_runs(mask))}}
+
+    left, all_of = np.zeros((9, 14), bool), np.ones((9, 14), bool)
+    left[:, :5] = True
+    table = {
+        "images": [{"image_id": 2008000003, "file_name": "2008_000003.jpg", "phase": "val", "height": 9, "width": 14},
+                   {"image_id": 2008000002, "file_name": "2008_000002.jpg", "phase": "val", "height": 16, "width": 7},
+                   {"image_id": 2008000007, "file_name": "2008_000007.jpg", "phase": "train", "height": 11, "width": 12},
+                   {"image_id": 2008000009, "file_name": "2008_000009.jpg", "phase": "test", "height": 11, "width": 12}],
+        # sky, then an aeroplane over its left part; an image may have none
+        "annos_segmentation": [annotation(2008000003, 360, all_of), annotation(2008000003, 2, left),
+                               annotation(2008000007, 458, np.ones((11, 12), bool))],
+        "categories": [],
+    }
+    return table | changes
+
+
+@pytest.fixture
+def context_json(tmp_path):
+    for i, name in enumerate(("2008_000003", "2008_000002", "2008_000007")):
+        put_image(tmp_path / "VOCdevkit" / "VOC2010" / "JPEGImages" / f"{name}.jpg", SHAPES[i], i)
+    path = tmp_path / "trainval_merged.json"
+    path.write_text(json.dumps(detail()))
+    return path
+
+
+def test_context_from_its_json_file(context_json):
+    folder = context_json.parent / "VOCdevkit"
+    assert convert_context(context_json, folder, progress=False) == {"train": 1, "val": 2}
+    dataset = load_dataset("context", folder=folder)
+    assert dataset.ids == ("2008_000002", "2008_000003") and not dataset[0].labels.any()
+    names = dataset.vocabulary.names
+    labels = dataset[1].labels
+    assert (labels[:, :5] == names.index("aeroplane") + 1).all() and (labels[:, 5:] == names.index("sky") + 1).all()
+    assert (load_dataset("context", "train", folder)[0].labels == names.index("wood") + 1).all()
+    assert (load_dataset("context59", folder=folder)[0].labels == 255).all()
+
+
+def test_mistakes_in_the_json_file(context_json):
+    folder = context_json.parent / "VOCdevkit"
+    table = detail()
+    mistakes = {
+        "none of the": {"annos_segmentation": [{**table["annos_segmentation"][0], "category_id": 3}]},
+        "cannot be decoded": {"annos_segmentation": [{**table["annos_segmentation"][0], "segmentation": {"size": [9, 14], "counts": "5"}}]},
+        "the image": {"annos_segmentation": [{**table["annos_segmentation"][0], "image_id": 2008000002}]},
+        "KeyError": {"images": [{"image_id": 1}]},
+        "TypeError": {"annos_segmentation": None},
+    }
+    for words, changes in mistakes.items():
+        context_json.write_text(json.dumps(detail(**changes)))
+        with pytest.raises(InputError, match=words) as caught:
+            convert_context(context_json, folder, progress=False)
+        sentence(caught)
+        # Without its list, half a conversion is not taken for a data set.
+        with pytest.raises(InputError, match="SegmentationC"):
+            load_dataset("context", folder=folder)
+    context_json.write_text("[1, 2")
+    with pytest.raises(InputError, match="download it again"):
+        convert_context(context_json, folder, progress=False)
+    with pytest.raises(InputError, match="does not exist"):
+        convert_context(context_json.with_name("none.json"), folder, progress=False)
+    with pytest.raises(InputError, match="JPEGImages"):
+        convert_context(context_json, context_json.parent / "none", progress=False)
+
+
+@pytest.mark.parametrize(("name", "end"), [("coco-object", "_instanceTrainIds"), ("coco-stuff", "_labelTrainIds")])
+def test_coco_train_ids_read_as_the_published_maps(tmp_path, name, end):
+    made = make("coco", tmp_path)
+    before = [sample.labels.tolist() for sample in load_dataset(name, folder=tmp_path)]
+    assert convert_train_ids(name, tmp_path, progress=False) == 3
+    written = sorted((tmp_path / "annotations" / "val2017").glob(f"*{end}.png"))
+    assert [p.name for p in written] == [f"{i}{end}.png" for i in made.images] and Image.open(written[0]).mode == "L"
+    (tmp_path / "stuffthingmaps").rename(tmp_path / "unused")
+    assert [sample.labels.tolist() for sample in load_dataset(name, folder=tmp_path)] == before
+
+
+def test_cityscapes_train_ids_read_as_the_label_ids(tmp_path):
+    made = make("cityscapes", tmp_path)
+    before = [sample.labels.tolist() for sample in load_dataset("cityscapes", folder=tmp_path)]
+    assert convert_train_ids("cityscapes", tmp_path, progress=False) == 3
+    for path in made.stored.values():
+        path.unlink()
+    assert [sample.labels.tolist() for sample in load_dataset("cityscapes", folder=tmp_path)] == before
+    with pytest.raises(InputError, match="needs no conversion") as caught:
+        convert_train_ids("ade20k", tmp_path)
+    sentence(caught)

@@ -1,0 +1,355 @@
+"""``ovdiff doctor``: what it says is here can be loaded, what it says is missing cannot, and nothing makes it stumble."""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+import torch
+
+from ovdiff_lib import features, masks
+from ovdiff_lib.cli.main import main
+from ovdiff_lib.errors import InputError, ModelNotAvailable, ProfileError
+from ovdiff_lib.files import size_text
+from ovdiff_lib.networks.published import FILES, PUBLISHED, how_to_get
+from ovdiff_lib.profiles.reading import load_profile
+from ovdiff_lib.registry import Part
+from ovdiff_lib.workbench import doctor
+from ovdiff_lib.workbench import doctor as costs
+from ovdiff_lib.workbench.data.datasets import DATASETS, MINI_DATA, load_dataset
+from ovdiff_lib.workbench.doctor import examine, render, uses
+
+SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+CLIP = "openai/clip-vit-base-patch16"
+
+
+@pytest.fixture(autouse=True)
+def hub(tmp_path, monkeypatch) -> Path:
+    """An empty hub cache, an empty home."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("OVDIFF_LIBRARY", raising=False)
+    return tmp_path / "hub"
+
+
+def put(hub: Path, hub_id: str, source: Path) -> Path:
+    """``source`` in a hub cache as downloads leave it: blobs, and a snapshot of links to them. The snapshot's folder."""
+    folder = hub / f"models--{hub_id.replace('/', '--')}"
+    revision = hashlib.sha1(hub_id.encode()).hexdigest()
+    snapshot = folder / "snapshots" / revision
+    (folder / "blobs").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(revision)
+    for path in sorted(p for p in source.rglob("*") if p.is_file()):
+        blob = folder / "blobs" / hashlib.sha1(str(path).encode()).hexdigest()
+        shutil.copy(path, blob)
+        link = snapshot / path.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+def by_field(report):
+    return {m.field: m for m in report.models}
+
+
+def test_the_mini_profile_is_ready(capsys, tmp_path):
+    assert main(["doctor", "--json", str(tmp_path / "deep" / "report.json")]) == 0
+    said = capsys.readouterr()
+    assert said.err == "" and "Everything needed is here." in said.out and "Missing" not in said.out
+    table = json.loads((tmp_path / "deep" / "report.json").read_text())
+    assert table["ready"] is True and table["profile"] == "mini" and table["problems"] == []
+    rows = {m["field"]: m for m in table["models"]}
+    for name in ("diffusion", "clip"):
+        folder = Path(rows[name]["where"])
+        assert rows[name]["state"] == "package" and rows[name]["here"] and rows[name]["needed"]
+        assert rows[name]["size"] == sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) > 10**6
+    assert table["machine"]["memory"] > 10**9 and table["machine"]["library_free"] > 0
+    assert not (tmp_path / "home").exists() and not (tmp_path / "hub").exists()  # looking leaves no trace
+
+
+def test_the_paper_profile_on_a_machine_with_none_of_the_weights(tmp_path):
+    """In a process of its own, with an empty HF_HOME: a table, no traceback, and the exit code says that something is missing."""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path / "home")}
+    environment.pop("HF_HUB_CACHE", None)
+    run = subprocess.run([sys.executable, "-m", "ovdiff_lib.cli.main", "doctor", "--profile", "paper"], capture_output=True, text=True,
+                         env=environment)
+    assert run.returncode == 1 and run.stderr == "", run.stderr
+    assert str(tmp_path / "hf" / "hub") in run.stdout
+    for identifier in (SD, CLIP, "facebook/dino-vitb8"):
+        assert f"hf download {identifier}" in run.stdout
+    cutler = tmp_path / "home" / ".cache" / "ovdiff" / "weights" / "cutler_cascade_final.pth"
+    assert f"curl -L --create-dirs -o {cutler} http://dl.fbaipublicfiles.com/cutler/" in run.stdout
+    for words in ("CreativeML OpenRAIL-M", "CC BY-NC-SA 4.0", "~4.26 GB", "detectron2", "110 s a class", "3.99 MB (sd) + 399 kB (dino)"):
+        assert words in run.stdout, words
+    assert not (tmp_path / "hf").exists() and not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("name", ["paper", "official"])
+def test_what_is_needed_and_what_is_not(name):
+    report = examine(load_profile(name))
+    rows = by_field(report)
+    assert {f for f, m in rows.items() if m.needed} == {"diffusion", "clip", "dino", "cutler"}
+    assert not any(m.here for m in report.models) and {m.state for m in report.models} == {"missing"}
+    assert {"mae", "sam", "grounding", "open_clip", "groupvit"} <= set(rows) and all(m.get and m.licence for m in report.models)
+    assert rows["clip"].used_by == ("extractor clip-keys", "category filter")
+    problems = "\n".join(report.problems)
+    assert all(m.identifier in problems for m in report.models if m.needed) and "vit-mae" not in problems and "sam-vit" not in problems
+    assert render(report).count("Missing:") == 1
+
+
+def test_models_in_the_hub_cache_are_found_and_do_load(hub, tiny_models):
+    from ovdiff_lib.networks import loading as models
+
+    snapshot = put(hub, SD, tiny_models / "stable-diffusion")
+    put(hub, CLIP, tiny_models / "clip")
+    profile = load_profile("mini", {"models.diffusion": SD, "models.clip": CLIP})
+    report = examine(profile)
+    rows = by_field(report)
+    assert report.problems == () and rows["diffusion"].where == str(snapshot)
+    size = sum(p.stat().st_size for p in (tiny_models / "stable-diffusion").rglob("*") if p.is_file())
+    assert rows["diffusion"].state == rows["clip"].state == "hub cache" and rows["diffusion"].size == size
+    assert rows["diffusion"].licence.startswith("CreativeML") and rows["diffusion"].get == ""
+    models._loaded.clear()
+    assert models.load_diffusion(profile).unet is not None and models.load_clip(profile)
+    models._loaded.clear()
+
+
+@pytest.mark.parametrize("removed", ["unet/diffusion_pytorch_model.safetensors", "model_index.json", "vae/config.json",
+                                     "text_encoder/model.safetensors", "scheduler/scheduler_config.json"])
+def test_half_a_download_is_called_incomplete(hub, tiny_models, removed):
+    from ovdiff_lib.networks import loading as models
+
+    snapshot = put(hub, SD, tiny_models / "stable-diffusion")
+    (snapshot / removed).resolve().unlink()  # the link stays and leads nowhere
+    profile = load_profile("mini", {"models.diffusion": SD})
+    report = examine(profile)
+    model = by_field(report)["diffusion"]
+    assert model.state == "incomplete" and removed in model.detail and model.get.startswith(f"hf download {SD}")
+    assert len(report.problems) == 1 and removed in report.problems[0]
+    models._loaded.clear()
+    with pytest.raises(ModelNotAvailable):
+        models.load_diffusion(profile)
+
+
+def test_a_cache_without_its_reference_is_no_model(hub, tiny_models):
+    snapshot = put(hub, CLIP, tiny_models / "clip")
+    profile = load_profile("mini", {"models.clip": CLIP})
+    assert by_field(examine(profile))["clip"].here
+    reference = snapshot.parents[1] / "refs" / "main"
+    for content in (None, "", "0" * 40, "\x00" * 3):
+        if content is None:
+            reference.unlink()
+        else:
+            reference.write_text(content)
+        assert by_field(examine(profile))["clip"].state == "missing"
+
+
+def test_folders_and_files(tmp_path, tiny_models):
+    def clip(identifier):
+        return by_field(examine(load_profile("mini", {"models.clip": str(identifier)})))["clip"]
+
+    assert clip(tiny_models / "clip").state == "folder" and clip(tiny_models / "clip").licence == "see its card"
+    assert clip(tmp_path / "none").state == "missing" and clip(tmp_path / "none").get == ""
+    assert clip("package:none").state == "missing" and "reinstall" in clip("package:none").detail
+    (tmp_path / "empty").mkdir()
+    assert clip(tmp_path / "empty").state == "incomplete" and "config.json, model.safetensors" in clip(tmp_path / "empty").detail
+    (tmp_path / "weights.pth").write_bytes(b"x")
+    assert clip(tmp_path / "weights.pth").state == "incomplete"
+    mae = load_profile("mini", {"models.mae": str(tmp_path / "weights.pth"), "features.extractors": ["mae"]})
+    assert by_field(examine(mae))["mae"].state == "file" and examine(mae).problems == ()
+    unset = examine(load_profile("mini", {"models.dino": "", "features.extractors": ["dino"]}))
+    assert "models.dino" in unset.problems[0] and by_field(unset)["dino"].state == "missing"
+
+
+def test_the_cutler_checkpoint_and_its_library(tmp_path, monkeypatch):
+    path = tmp_path / "cutler_cascade_final.pth"
+    path.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setattr(doctor, "_version", lambda module, name: "")
+
+    def cutler(**fields):
+        return examine(load_profile("mini", {"models.cutler": str(path), "masks.segmenter": "cutler",
+                                             **{f"models.{k}": v for k, v in fields.items()}}))
+
+    report = cutler()
+    # The adapter opens a pickle only if its checksum is the profile's, so a file without one is not usable yet.
+    assert by_field(report)["cutler"].state == "not verified" and digest in by_field(report)["cutler"].detail and digest in render(report)
+    assert len(report.problems) == 2 and f"--set models.cutler_sha256={digest}" in report.problems[0]
+    assert "get it with" not in report.problems[0] and by_field(report)["cutler"].get == ""  # it need not be fetched again
+    assert "detectron2" in report.problems[1] and "conda" in report.problems[1]
+    monkeypatch.setattr(doctor, "_version", lambda module, name: "0.6")
+    assert cutler(cutler_sha256=digest.upper()).problems == ()
+    wrong = cutler(cutler_sha256="0" * 64)
+    assert by_field(wrong)["cutler"].state == "wrong checksum" and digest in wrong.problems[0]
+    assert by_field(cutler(cutler=str(tmp_path)))["cutler"].state == "incomplete"
+
+
+@pytest.mark.parametrize(("field", "wrong", "extractor"), [
+    ("mae", "dino", "mae"), ("dino", "mae", "dino"), ("open_clip", "dino", "open-clip-keys"), ("clip", "groupvit", "clip-keys")])
+def test_a_model_of_another_architecture_is_called_wrong(field, wrong, extractor):
+    report = examine(load_profile("mini", {f"models.{field}": f"package:{wrong}", "features.extractors": [extractor]}))
+    row = by_field(report)[field]
+    assert (row.state, row.here, row.get) == ("wrong model", False, "") and "model_type" in row.detail
+    assert any(f"is a wrong model ({row.detail})" in problem and f"models.{field}" in problem for problem in report.problems)
+
+
+def test_optional_libraries(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda module, name: "")
+    plain = {lib.name: lib for lib in examine(load_profile("mini")).libraries}
+    assert set(plain) == {"detectron2", "open_clip", "pydensecrf", "accelerate", "ray"}
+    assert not any(lib.needed_by for lib in plain.values()) and all(lib.get and lib.serves for lib in plain.values())
+    crf = load_profile("mini", {"masks.segmenter": "maskcut", "masks.maskcut_refine": "crf", "models.dino": "package:clip"})
+    assert any("pydensecrf2" in problem for problem in examine(crf).problems)
+    assert not any("pydensecrf2" in problem for problem in examine(crf.override({"masks.maskcut_refine": "none"})).problems)
+    monkeypatch.undo()
+    assert torch.__version__.startswith(doctor._version("torch", "torch")) and doctor._version("torch", "torch")
+    assert doctor._version("no_such_module", "x") == ""
+    assert doctor._version("json", "no-such-distribution") == "installed"
+
+
+def test_weights_of_open_clip(hub, tmp_path):
+    base = {"features.extractors": ["open-clip-keys"], "models.open_clip": "ViT-B-16-quickgelu", "models.open_clip_pretrained": "openai"}
+
+    def found(**fields):
+        return by_field(examine(load_profile("mini", {**base, **{f"models.{k}": v for k, v in fields.items()}})))["open_clip"]
+
+    repository = "timm/vit_base_patch16_clip_224.openai"
+    missing = found()
+    assert missing.state == "missing" and missing.get == f"hf download {repository}" and missing.used_by == ("extractor open-clip-keys",)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "open_clip_model.safetensors").write_bytes(b"12345")
+    put(hub, repository, source)
+    assert found().state == "hub cache" and found().size == 5
+    (tmp_path / "own.pt").write_bytes(b"123")
+    assert found(open_clip_pretrained=str(tmp_path / "own.pt")).state == "file"
+    for weights in ("", "no-such-tag"):
+        assert found(open_clip_pretrained=weights).state == "missing" and not found(open_clip_pretrained=weights).get
+
+
+def test_uses_follow_the_registries(monkeypatch):
+    profile = load_profile("mini", {"features.extractors": ["dino", "clip-keys"], "masks.segmenter": "threshold",
+                                    "filters.category": False})
+    assert uses(profile) == {"diffusion": ["support images"], "dino": ["extractor dino"], "clip": ["extractor clip-keys"]}
+    monkeypatch.setitem(features.EXTRACTORS, "own", Part(lambda profile: None))
+    monkeypatch.setitem(masks.SEGMENTERS, "own", Part(lambda profile: None, models=("sam",)))
+    own = load_profile("mini", {"features.extractors": ["own"], "masks.segmenter": "own", "filters.category": False, "models.mae": "a/b",
+                                "models.dino": "", "models.detector": "", "models.open_clip": ""})
+    assert uses(own) == {"diffusion": ["support images"], "sam": ["segmenter own"]}  # of the extractor it is not known
+    assert not any("extractor own" in m.used_by for m in examine(own).models)
+    for bad in ({"features.extractors": ["none"]}, {"features.extractors": []}, {"masks.segmenter": "none"}):
+        with pytest.raises(ProfileError):
+            uses(load_profile("mini", bad))
+
+
+def test_a_part_that_declares_nothing_depends_on_the_models_that_are_here(hub, tiny_models):
+    """Those that could have been loaded: of a hub id nothing is here before its snapshot is."""
+    profile = load_profile("mini", {"models.mae": "someone/mae", "models.dino": "package:none", "models.cutler": "/none/cutler.pth",
+                                    "models.open_clip": "ViT-B-16", "models.open_clip_pretrained": "openai", "models.groupvit": "no id"})
+    here = {"diffusion", "clip", "detector", "open_clip", "open_clip_pretrained"}
+    assert set(Part(lambda profile: None).depends_on(profile, "features")[0]) == here
+    put(hub, "someone/mae", tiny_models / "mae")
+    assert set(Part(lambda profile: None).depends_on(profile, "features")[0]) == {*here, "mae"}
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--profile", "big"], "'big'"), (["--set", "masks.segmenter=none"], "'none'"), (["--set", "support.sise=1"], "support.size"),
+    (["--data", "no-set=folder"], "no-set=folder")])
+def test_mistakes_are_one_sentence(arguments, words, capsys):
+    assert main(["doctor", *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("ovdiff: ") and said.err.count("\n") == 1 and words in said.err
+
+
+def test_data_sets(tmp_path, capsys):
+    profile = load_profile("mini")
+    report = examine(profile, [str(MINI_DATA)])
+    assert {row["name"]: row["images"] for row in report.data} == {
+        n: len(load_dataset(n)) for n in DATASETS if n.startswith("mini-")}
+    assert report.problems == ()
+    named = examine(profile, [f"mini-voc={MINI_DATA}", f"voc={tmp_path}"])
+    assert named.data[0]["images"] == len(load_dataset("mini-voc")) and named.data[1]["problem"] in named.problems
+    odd = tmp_path / "a=b"
+    odd.mkdir()
+    for folder in (odd, tmp_path / "none"):
+        assert str(folder) in examine(profile, [str(folder)]).problems[0]
+    with pytest.raises(InputError, match="mini-voc"):
+        examine(profile, ["what=ever"])
+    assert main(["doctor", "--data", str(MINI_DATA)]) == 0 and "mini-context" in capsys.readouterr().out
+    assert main(["doctor", "--data", str(odd)]) == 1 and "holds no data set" in capsys.readouterr().out
+
+
+def test_a_device_that_is_not_here(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    report = examine(load_profile("mini", {"models.device": "cuda"}))
+    assert "models.device" in report.problems[0] and report.machine["device"] == "" and "not here" in render(report)
+
+
+def test_free_disk_of_folders_to_be(tmp_path):
+    report = examine(load_profile("mini"), library=tmp_path / "not" / "yet")
+    assert report.machine["library"] == str(tmp_path / "not" / "yet") and not (tmp_path / "not").exists()
+    assert report.machine["library_free"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
+
+
+# ------------------------------------------------------------------ costs and published weights
+
+def test_channels_are_those_of_the_extractors(tiny_profile):
+    from ovdiff_lib.features import build_extractors
+
+    profile = tiny_profile.override({"features.extractors": ["sd", "clip-keys"]})
+    models = examine(profile).models
+    for name, extractor in build_extractors(profile).items():
+        assert costs.channels(profile, name, models) == extractor.channels
+    mini = load_profile("mini", {"features.extractors": ["sd", "clip-keys"]})
+    for name, extractor in build_extractors(mini).items():
+        assert costs.channels(mini, name, examine(mini).models) == extractor.channels
+
+
+def test_costs_of_the_paper():
+    paper = load_profile("paper")
+    models = examine(paper).models
+    assert [costs.channels(paper, n, models) for n in ("sd", "dino", "clip-keys")] == [7680, 768, 768]
+    # Table A.5: without the first or the last layer, the mid block, Up-1, Up-2.
+    for gone, left in (("down_blocks.0", 7360), ("up_blocks.3", 7360), ("mid_block", 6400), ("up_blocks.1", 3840), ("up_blocks.2", 5760)):
+        layers = [layer for layer in paper.features.sd_layers if not layer.startswith(gone)]
+        assert costs.channels(paper.override({"features.sd_layers": layers}), "sd", models) == left
+    table = costs.expected(paper, models)
+    assert "130 float32 vectors" in table["prototypes on disk"] and size_text(130 * 7680 * 4) in table["prototypes on disk"]
+    assert size_text(32 * 64 * 64 * 7680 * 4) in table["memory"] and "about 110 s a class" in table["time to build"]
+    fewer = {"support.size": 16, "prototypes.kinds": ["class", "part"], "prototypes.background": False}
+    half = costs.expected(paper.override(fewer), models)
+    assert "about 55 s a class" in half["time to build"] and "33 float32 vectors" in half["prototypes on disk"]
+    assert "time to build" not in costs.expected(load_profile("mini"), examine(load_profile("mini")).models)
+    odd = paper.override({"features.sd_layers": ["strange", "up_blocks.9.attentions.0", "up_blocks.3.attentions.2"]})
+    assert costs.channels(odd, "sd", models) == 320
+
+
+def test_commands_fetch_what_the_loaders_read():
+    for identifier in PUBLISHED:
+        words = shlex.split(how_to_get(identifier))
+        assert words[:3] == ["hf", "download", identifier] or (words[0] == "curl" and words[-1].endswith(identifier))
+    words = shlex.split(how_to_get(SD))
+    patterns = [words[i + 1] for i, word in enumerate(words) if word == "--include"]
+    for names in FILES["diffusion"]:
+        assert any(fnmatch(name, pattern) for name in names for pattern in patterns), names
+    assert not any(fnmatch(name, pattern) for pattern in patterns for name in (
+        "v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin"))
+    assert how_to_get("someone/model").startswith("hf download someone/model") and how_to_get("/a/folder") == how_to_get("./x") == ""
+    for name in ("paper", "official"):
+        table = load_profile(name).to_dict()["models"]
+        for field in ("diffusion", "clip", "dino", "mae", "cutler", "sam", "grounding", "groupvit"):
+            assert costs.published(table[field]) is not None, field
+
+
+def test_sizes_as_text():
+    assert [size_text(n) for n in (None, 0, 999, 1000, 12_345, 399_360, 3_993_600, 25_165_824, 4_265_000_000, 123 * 10**9)] == [
+        "?", "0 B", "999 B", "1.00 kB", "12.3 kB", "399 kB", "3.99 MB", "25.2 MB", "4.26 GB", "123 GB"]

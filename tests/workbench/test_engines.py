@@ -1,0 +1,418 @@
+"""Engines: every task comes back once, whatever fails or dies; several processes build and count what one does."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import tiny_overrides
+
+from ovdiff_lib import OVDiff
+from ovdiff_lib.categories import Category, Vocabulary
+from ovdiff_lib.cli.main import main
+from ovdiff_lib.cli.options import add_engine_options, engine_of
+from ovdiff_lib.errors import InputError, OVDiffError
+from ovdiff_lib.workbench.data.samples import Sample
+from ovdiff_lib.workbench.engines import local
+from ovdiff_lib.workbench.engines.base import Engine, Outcome
+from ovdiff_lib.workbench.engines.local import LocalEngine
+from ovdiff_lib.workbench.engines.ray import RayEngine, Share, divide
+from ovdiff_lib.workbench.evaluation import building
+from ovdiff_lib.workbench.evaluation.building import ClassBuilder, build_classes, processors
+from ovdiff_lib.workbench.evaluation.measure import evaluate, label_predictor
+from ovdiff_lib.workbench.evaluation.parallel import BATCH, Segmenter, evaluate_on
+
+# ---- workers and data of these tests and of test_ray.py; at the top of a module, so that other processes can import them
+
+
+class Inverse:
+    """A worker: 12 / task. Fails in Python at 0, by the user's fault below, and leaves a file for each time it was made in a process."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / f"made-{os.getpid()}").touch(exist_ok=False)
+
+    def __call__(self, task: int) -> tuple[float, int]:
+        if task < 0:
+            raise InputError(f"The number {task} is negative; give a positive one.")
+        if task == 99:
+            return lambda: task  # not a result that can travel
+        return 12 / task, os.getpid()
+
+
+class Fatal:
+    """A worker: 2 x task, which the system kills at task 3 the first time, and at task 13 every time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.killed = folder / "killed"
+
+    def __call__(self, task: int) -> int:
+        if task == 13 or (task == 3 and not self.killed.exists()):
+            self.killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 2 * task
+
+
+class Slow:
+    """A worker that takes task seconds."""
+
+    def __call__(self, task: int) -> None:
+        time.sleep(task)
+
+
+class FatalBuilder(ClassBuilder):
+    """Builds classes, but the system kills it once, when the class "boat" is half done: its support set is drawn, nothing else."""
+
+    def __call__(self, task) -> None:
+        killed = self.root / "killed"
+        if task[0].name == "boat" and not killed.exists():
+            OVDiff(self.profile, library=self.root, progress=False).support(task[0])
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().__call__(task)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Eleven images of different shapes; those whose number is in ``broken`` cannot be read."""
+
+    broken: tuple[int, ...] = ()
+    has_background: bool = True
+    name = "noise"
+    vocabulary = Vocabulary.of("cat, dog")
+    ids = tuple(f"image-{i}" for i in range(11))
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise InputError(f"The image {index} is torn; copy it again.")
+        random = np.random.default_rng(index)
+        labels = random.choice([0, 1, 2, 255] if self.has_background else [1, 2, 255], (40 + index, 64)).astype(np.uint8)
+        return Sample(self.ids[index], random.integers(0, 256, (*labels.shape, 3), np.uint8), labels)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+
+def guess(image: np.ndarray) -> np.ndarray:
+    """Labels 0 to 2 that depend on every pixel's colour."""
+    return image.astype(int).sum(2) % 3
+
+
+def make_guess(dataset):
+    return guess
+
+
+def check_every_task_comes_back(engine: Engine, folder: Path) -> None:
+    """The contract of ``run``: each task once, its result or its error as data, the worker made once in each process."""
+    tasks = [4, 0, 3, -5, 12, 99, 6, 1]
+    outcomes = {o.index: o for o in engine.run(partial(Inverse, folder), tasks)}
+    assert sorted(outcomes) == list(range(8))
+    good = [0, 2, 4, 6, 7]
+    assert [outcomes[i].result[0] for i in good] == [3, 4, 1, 2, 12] and all(not outcomes[i].error for i in good)
+    assert outcomes[1].error == "ZeroDivisionError: division by zero" and outcomes[1].result is None
+    assert "in __call__" in outcomes[1].trace
+    assert outcomes[3].error == "The number -5 is negative; give a positive one." and not outcomes[3].trace
+    # Besides those that had no number of their process to give, nobody else was made.
+    assert {f"made-{outcomes[i].result[1]}" for i in good} <= {path.name for path in folder.iterdir()}
+    assert len(list(folder.iterdir())) <= (engine.workers or 1)
+
+
+# ---- the interface
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_task_comes_back(workers, tmp_path):
+    check_every_task_comes_back(LocalEngine(workers), tmp_path)
+    made_here = (tmp_path / f"made-{os.getpid()}").exists()
+    assert made_here == (workers == 1)
+
+
+def test_a_result_that_cannot_travel_is_an_error(tmp_path):
+    good, bad = sorted(LocalEngine(2).run(partial(Inverse, tmp_path), [1, 99]), key=lambda o: o.index)
+    assert good.result[0] == 12 and bad.result is None and "pickle" in bad.error and "\n" not in bad.error
+
+
+@pytest.mark.parametrize(("lost", "words"), [((0, 2), "1 of 3 tasks"), ((0, 1, 1, 2), "twice")])
+def test_a_task_that_is_lost_or_doubled_is_noticed(lost, words):
+    class Careless(Engine):
+        def _outcomes(self, make, tasks):
+            yield from (Outcome(i, tasks[i]) for i in lost)
+
+    seen = []
+    with pytest.raises(OVDiffError, match=words):
+        for outcome in Careless().run(None, "abc"):
+            seen.append(outcome)
+    assert seen[0] == Outcome(0, "a")
+    assert list(Careless().run(None, "")) == []
+
+
+@pytest.mark.parametrize("make", [lambda: LocalEngine(0), lambda: RayEngine(0), lambda: RayEngine(gpus_per_worker=-1),
+                                  lambda: RayEngine(gpus_per_worker=1.5)])
+def test_numbers_that_cannot_be(make):
+    with pytest.raises(InputError, match="give"):
+        make()
+
+
+def test_a_worker_uses_its_share_of_the_processors():
+    """Whether PyTorch is imported before the worker is made or after."""
+    script = ("from ovdiff_lib.workbench.engines.base import Runner\n"
+              "def make():\n    import torch\n    return lambda task: torch.get_num_threads()\n"
+              "print([Runner(make, threads)(0, None).result for threads in (1, 2, None)])")
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[1, 2, 2]"
+
+
+def test_processors(tiny_profile):
+    assert processors(tiny_profile) >= 1
+
+
+# ---- processes that die
+
+def test_a_process_that_is_killed_loses_nothing(tmp_path, caplog):
+    outcomes = list(LocalEngine(2).run(partial(Fatal, tmp_path), range(9)))
+    assert (tmp_path / "killed").exists()
+    assert sorted((o.index, o.result, o.error) for o in outcomes) == [(i, 2 * i, "") for i in range(9)]
+    assert "ended unexpectedly" in caplog.text
+
+
+def test_a_task_that_kills_every_time_is_given_up(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(local, "RESTARTS", 1)
+    with pytest.raises(OVDiffError, match="2 times in a row") as caught:
+        list(LocalEngine(2).run(partial(Fatal, tmp_path), [13, 13, 13]))
+    assert "3 of 3 tasks" in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---- building
+
+def test_two_workers_build_what_one_builds_though_one_is_killed(tiny_profile, tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "ClassBuilder", FatalBuilder)
+    words = [Category("dog"), Category("boat"), Category("hound", "dog")]  # the last is the first by another name
+    assert build_classes(tiny_profile, words, [0, 1], tmp_path / "two", workers=2, progress=False) == []
+    assert (tmp_path / "two" / "killed").exists()
+    for seed in (0, 1):
+        settings = {"support.seed": seed, "prototypes.seed": seed}
+        made = OVDiff(tiny_profile, settings, library=tmp_path / "two", progress=False)
+        stored = {e.key for e in made.library.entries()}
+        bank = made.build(["dog", "boat"])
+        assert {e.key for e in made.library.entries()} == stored  # nothing was left to build
+        alone = OVDiff(tiny_profile, settings, library=tmp_path / "one", progress=False).build(["dog", "boat"])
+        for one, other in zip(bank.prototypes["sd"], alone.prototypes["sd"], strict=True):
+            assert np.allclose(one.vectors, other.vectors, atol=1e-4)
+    kinds = [e.kind for e in made.library.entries()]
+    assert kinds.count("support") == kinds.count("prototypes") == 4  # two classes, two seeds
+
+
+def check_library(profile, root, names):
+    """``root`` holds whole entries of these classes and what one process builds, and nothing else was left."""
+    made = OVDiff(profile, library=root, progress=False)
+    stored = {(e.kind, e.key) for e in made.library.entries()}
+    bank, alone = made.build(names), OVDiff(profile, library=root / "alone", progress=False).build(names)
+    assert {(e.kind, e.key) for e in made.library.entries()} == stored and made.library.verify() == []
+    for extractor, row in bank.prototypes.items():
+        for one, other in zip(row, alone.prototypes[extractor], strict=True):
+            np.testing.assert_allclose(one.vectors, other.vectors, atol=1e-4)
+    assert not list(root.glob(".shared-*"))
+
+
+def test_the_profile_says_the_seeds(tiny_profile, tmp_path):
+    profile = tiny_profile.override({"support.seed": 3, "prototypes.seed": 5})
+    assert build_classes(profile, [Category("dog")], None, tmp_path, progress=False) == []
+    check_library(profile, tmp_path, ["dog"])
+
+
+def test_what_cannot_be_built_is_said(tiny_profile, tmp_path):
+    long = Category("a name that is far too long for the text encoder of this small model ", "dog " * 60)
+    (sentence,) = build_classes(tiny_profile, [Category("dog"), long], [0], tmp_path, workers=1, progress=False)
+    assert "tokens" in sentence and "seed 0" in sentence and "\n" not in sentence
+    (sentence,) = build_classes(tiny_profile, [Category("dog"), long], None, tmp_path, workers=1, progress=False)
+    assert "tokens" in sentence and "seed" not in sentence
+
+
+def test_a_library_that_is_not_shared_is_noticed(tiny_profile, tmp_path):
+    """As on a machine where the folder of this name is another one: the file that marks it is not there."""
+    with pytest.raises(InputError, match="share") as caught:
+        ClassBuilder(tiny_profile, tmp_path, ".shared-1234")
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---- evaluating
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_counts_of_workers_are_those_of_one_run(workers):
+    expected = evaluate(guess, Noise(), progress=False)
+    result = evaluate_on(LocalEngine(workers), make_guess, Noise(), progress=False, settings={"seed": 3})
+    assert result.confusion.dtype == np.int64 and (result.confusion == expected.confusion).all()
+    assert (result.miou, result.images, result.class_names, result.settings) == (expected.miou, 11, expected.class_names, {"seed": 3})
+    few = evaluate_on(LocalEngine(1), make_guess, Noise(), limit=BATCH + 1, progress=False)
+    assert (few.confusion == evaluate(guess, Noise(), limit=BATCH + 1, progress=False).confusion).all() and few.images == BATCH + 1
+    with pytest.raises(InputError, match="limit"):
+        evaluate_on(LocalEngine(1), make_guess, Noise(), limit=0)
+
+
+def test_images_that_fail_are_named_and_no_score_is_given(caplog):
+    with pytest.raises(OVDiffError, match="5 of 11 images") as caught:
+        evaluate_on(LocalEngine(1), make_guess, Noise(broken=(9, 2, 3, 4, 5)), progress=False)
+    assert "image-2, image-3, image-4 and others" in str(caught.value) and "2 is torn" in str(caught.value)
+    assert all(f"image-{i} of noise" in caplog.text for i in (2, 3, 4, 5, 9)) and "image-8" not in caplog.text
+
+
+def test_a_worker_that_cannot_be_made_is_the_reason_for_all_its_images(caplog):
+    def broken(dataset):
+        raise InputError("The weights are missing; get them.")
+
+    with pytest.raises(OVDiffError, match=r"11 of 11 images.*weights are missing"):
+        evaluate_on(LocalEngine(1), broken, Noise(), progress=False)
+
+
+def test_labels_without_background(caplog):
+    """Where background is no class a prediction of it is the image's error."""
+    with pytest.raises(OVDiffError, match=r"11 of 11.*background"):
+        evaluate_on(LocalEngine(1), make_guess, Noise(has_background=False), progress=False)
+
+
+@pytest.mark.parametrize("has_background", [True, False])
+def test_the_segmenter_of_a_worker_is_the_pipeline(tiny_profile, tmp_path, has_background):
+    dataset = Noise(has_background=has_background)
+    ovdiff = OVDiff(tiny_profile, {"support.size": 2}, library=tmp_path, progress=False)
+    bank = ovdiff.build(dataset.vocabulary)
+    expected = evaluate(label_predictor(ovdiff, bank, dataset), dataset, limit=3, progress=False)
+    result = evaluate_on(LocalEngine(1), Segmenter(ovdiff.profile, bank), dataset, limit=3, progress=False)
+    assert (result.confusion == expected.confusion).all() and result.confusion.sum() > 0
+
+
+# ---- how a cluster is shared
+
+@pytest.mark.parametrize(("nodes", "workers", "gpus", "tasks", "expected"), [
+    ([{"CPU": 8.0}], None, 0, 99, Share(8, 1, 0)),
+    ([{"CPU": 8.0}], 3, 0, 99, Share(3, 2, 0)),
+    ([{"CPU": 8.0}], 8, 0, 2, Share(2, 4, 0)),  # fewer tasks than workers
+    ([{"CPU": 8.0}, {"CPU": 4.0}], 3, 0, 99, Share(3, 4, 0)),  # two here, one there
+    ([{"CPU": 5.0}, {"CPU": 5.0}], 2, 0, 99, Share(2, 5, 0)),  # a worker's CPUs are on one machine
+    ([{"memory": 1.0}, {"CPU": 2.0}], None, None, 99, Share(2, 1, 0)),  # a head without CPUs
+    ([{"CPU": 16.0, "GPU": 2.0}, {"CPU": 8.0}], None, None, 99, Share(2, 8, 1)),
+    ([{"CPU": 16.0, "GPU": 2.0}, {"CPU": 8.0}], None, 0, 99, Share(24, 1, 0)),
+    ([{"CPU": 16.0, "GPU": 2.0}], None, 0.1, 99, Share(20, 1, 0.1)),
+    ([{"CPU": 16.0, "GPU": 8.0}, {"CPU": 16.0, "GPU": 8.0}], 3, 4, 99, Share(3, 8, 4)),
+    ([{"CPU": 1.0, "GPU": 4.0}], None, 1, 99, Share(4, 1, 1)),  # GPUs decide, CPUs are shared
+])
+def test_a_cluster_is_divided(nodes, workers, gpus, tasks, expected):
+    assert divide(nodes, workers, gpus, tasks) == expected
+
+
+@pytest.mark.parametrize(("nodes", "workers", "gpus", "words"), [
+    ([{"CPU": 8.0}], 1, 1, ("1 GPU ", "8 CPUs", "0 GPUs", "room for 0")), ([{"CPU": 8.0}], None, 0.5, ("0.5 GPU ", "0 GPUs")),
+    ([{"CPU": 8.0}, {"CPU": 1.0}], 10, 0, ("10 workers", "one CPU", "9 CPUs", "2 machines", "room for 9")),
+    ([{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}], 1, 2, ("2 GPUs each", "room for 0")),  # never on one machine
+    ([{"memory": 1.0}], None, None, ("0 CPUs",))])
+def test_more_than_a_cluster_has_is_refused(nodes, workers, gpus, words):
+    with pytest.raises(InputError) as caught:
+        divide(nodes, workers, gpus, 99)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+# ---- Ray is a choice
+
+def test_ray_is_not_imported_unless_it_runs(tmp_path):
+    script = ("import sys; from pathlib import Path; from functools import partial; import ovdiff_lib, ovdiff_lib.cli.main, test_engines\n"
+              "from ovdiff_lib.workbench.engines import LocalEngine, RayEngine\n"
+              "RayEngine(2); print([o.result[0] for o in LocalEngine(1).run(partial(test_engines.Inverse, Path(sys.argv[1])), [4])],"
+              " 'ray' in sys.modules)")
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parent, capture_output=True, text=True,
+                         check=True)
+    assert run.stdout.split() == ["[3.0]", "False"]
+
+
+def test_ray_that_is_not_installed(without, tmp_path):
+    without("ray")
+    with pytest.raises(OVDiffError, match=r'pip install "ovdiff-lib\[ray\]"') as caught:
+        list(RayEngine(1).run(partial(Inverse, tmp_path), [1]))
+    assert "\n" not in str(caught.value)
+
+
+# ---- the command line
+
+def options(*arguments):
+    parser = argparse.ArgumentParser()
+    add_engine_options(parser)
+    return parser.parse_args(arguments)
+
+
+def test_options_choose_the_engine(tiny_profile):
+    assert engine_of(options(), tiny_profile) is None and engine_of(options("--workers", "1"), tiny_profile) is None
+    two = engine_of(options("--workers", "2"), tiny_profile)
+    assert isinstance(two, LocalEngine) and two.workers == 2
+    for device, gpus in (("auto", None), ("cpu", 0), ("cuda", 1), ("cuda:0", 1), ("mps", 0)):
+        profile = replace(tiny_profile, models=replace(tiny_profile.models, device=device))
+        ray = engine_of(options("--engine", "ray", "--workers", "3", "--address", "auto"), profile)
+        assert isinstance(ray, RayEngine) and (ray.workers, ray.address, ray.gpus) == (3, "auto", gpus)
+
+
+@pytest.fixture
+def tiny(tiny_models, tmp_path) -> list[str]:
+    """Options that select the tiny models and a library of this test."""
+    settings = {**tiny_overrides(tiny_models), "support.size": 2, "prototypes.clusters": 3}
+    chosen = [o for key, value in settings.items() for o in ("--set", f"{key}={json.dumps(value)}")]
+    return [*chosen, "--library", str(tmp_path / "library")]
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["build", "--classes", "cat", "--address", "auto"], "--engine ray"), (["build", "--classes", "cat", "--workers", "0"], "workers"),
+    (["evaluate", "mini-voc", "--workers", "2", "--resume", "state"], "--resume"),
+    (["evaluate", "mini-voc", "--workers", "2", "--limit", "0"], "limit"),
+    (["evaluate", "mini-voc", "--engine", "ray", "--predictions", "."], "--engine")])
+def test_options_that_do_not_go_together(arguments, words, tiny, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, *tiny]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("ovdiff: ") and words in said and said.count("\n") == 1 and not (tmp_path / "library").exists()
+
+
+def test_build_with_two_workers_says_what_it_could_not_build(tiny, tmp_path, capfd):
+    (tmp_path / "classes.txt").write_text(f"cat\n{'q' * 60}\ndog\n")  # a token for each letter
+    assert main(["build", "--classes-file", str(tmp_path / "classes.txt"), "--workers", "2", *tiny]) == 2
+    sentences = [line for line in capfd.readouterr().err.splitlines() if line.startswith("ovdiff: ")]
+    assert len(sentences) == 2 and "tokens" in sentences[0] and "1 of 3 classes" in sentences[1]
+    assert main(["build", "--classes", "cat, dog", *tiny]) == 0
+    assert capfd.readouterr().out.startswith("2 classes, ")
+
+
+def small_dataset(monkeypatch):
+    """The data sets of the mini world with their first two classes alone, to save the time of drawing all."""
+    import ovdiff_lib.workbench.evaluation as evaluation
+
+    original = evaluation.load_dataset
+
+    def small(name, split="val"):
+        dataset = original(name, split)
+        dataset.vocabulary = Vocabulary(dataset.vocabulary.categories[:2])
+        dataset._labels[(dataset._labels > 2) & (dataset._labels != 255)] = 0
+        return dataset
+
+    monkeypatch.setattr(evaluation, "load_dataset", small)
+
+
+def check_evaluate_alike(arguments, tiny, folder, monkeypatch):
+    """``ovdiff evaluate`` with these options writes the table that one process writes."""
+    small_dataset(monkeypatch)
+    tables = []
+    for extra in (arguments, []):
+        path = folder / f"result-{len(tables)}.json"
+        assert main(["evaluate", "mini-voc", "--limit", "9", "--json", str(path), *tiny, *extra]) == 0
+        tables.append(json.loads(path.read_text()))
+    assert tables[0]["images"] == 9 and tables[0] == tables[1]
+    assert any(value for value in tables[0]["iou"].values())
+
+
+def test_evaluate_with_two_workers(tiny, tmp_path, monkeypatch, capsys):
+    check_evaluate_alike(["--workers", "2"], tiny, tmp_path, monkeypatch)
+    first, second = np.array_split(capsys.readouterr().out.splitlines(), 2)
+    assert list(first) == list(second)

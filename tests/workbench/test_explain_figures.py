@@ -1,0 +1,196 @@
+"""Figures that explain: regions in their colours on image and support images, margins, absent classes, galleries."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_explain import asked, many
+
+from ovdiff_lib.categories import Category
+from ovdiff_lib.explain import Activated, activated
+from ovdiff_lib.overlay import colours_of
+from ovdiff_lib.profiles.schema import Filters
+from ovdiff_lib.types import SupportSet
+from ovdiff_lib.workbench.analysis.margins import MarginStatistics
+from ovdiff_lib.workbench.figures.explanations import (
+    COLOURS,
+    REASON_COLOURS,
+    Trace,
+    absent_figure,
+    chosen_images,
+    highlight,
+    innermost,
+    margin_figure,
+    prototype_figure,
+)
+from ovdiff_lib.workbench.figures.steps import Column, gallery
+
+RED, GREEN = (250, 20, 20), (20, 250, 20)
+
+
+def pixels(figure) -> np.ndarray:
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3]
+
+
+def test_regions_are_tinted_and_outlined_in_their_colours():
+    image = np.full((300, 480, 3), 100, np.uint8)
+    left, whole = np.zeros((5, 8), bool), np.ones((1, 1), bool)
+    left[1:4, 1:4] = True
+    drawn = highlight(image, [left], [RED])
+    assert drawn.shape == image.shape and drawn.dtype == np.uint8
+    assert np.abs(drawn[150, 150] - (100 + np.array(RED)) / 2).max() <= 1  # inside: half the picture, half the colour
+    assert (drawn[60, 60:240] == RED).all() and (drawn[60:240, 60] == RED).all()  # the outline of rows and columns 60 to 239
+    assert (drawn[59, 50:250] == drawn[0, 0]).all() and (drawn[0, 0] < 100).all()  # outside: darker, nothing else
+    later = highlight(image, [left, whole], [RED, GREEN])
+    assert np.abs(later[150, 150] - (100 + np.array(GREEN)) / 2).max() <= 1  # later regions cover earlier ones
+    assert not (later == RED).all(-1).any() and not (later[0] == GREEN).all(-1).any()  # no outline along the image's border
+
+
+@pytest.mark.parametrize(("shape", "factor"), [((64, 80), 3), ((16, 64), 4), ((300, 480), 1)])
+def test_small_images_are_enlarged(shape, factor):
+    drawn = highlight(np.zeros((*shape, 3), np.uint8), [np.ones((4, 4), bool)], [RED])
+    assert drawn.shape == (shape[0] * factor, shape[1] * factor, 3)
+
+
+def prototype(category, images, sizes, pixels=None, region="foreground"):
+    masks = np.zeros((len(images), 3, 4), bool)
+    for mask, size in zip(masks, sizes, strict=True):
+        mask.flat[:size] = True
+    return Activated(category, "part", region, 3, np.zeros((4, 7), bool) if pixels is None else pixels, images, masks)
+
+
+def test_support_images_show_every_prototype_first_and_then_what_is_left():
+    first, second, third = prototype("cat", (4, 2, 0), (5, 4, 1)), prototype("cat", (4, 1), (6, 5)), prototype("sofa", (1, 0), (3, 2))
+    assert chosen_images([first, second, third], 9) == [("cat", 4), ("sofa", 1), ("cat", 1), ("cat", 2), ("sofa", 0), ("cat", 0)]
+    assert chosen_images([first, second, third], 2) == [("cat", 4), ("sofa", 1)]
+    assert chosen_images([first], 2) == [("cat", 4), ("cat", 2)] and chosen_images([], 3) == []
+
+
+def support(name):
+    rng = np.random.default_rng(0)
+    return SupportSet(Category(name), rng.integers(0, 256, (2, 32, 48, 3), dtype=np.uint8), np.zeros((2, 4, 6), np.float32), np.arange(2))
+
+
+def test_the_prototype_figure_has_a_row_a_trace_and_the_colours_of_its_prototypes():
+    segmentation, _ = many()
+    segmentation = replace(segmentation, image=np.full((4, 7, 3), 128, np.uint8))
+    supports = {name: support(name) for name in ("cat", "sofa")}
+    traces = [Trace(name, segmentation, activated(segmentation, name, 3), supports, pixel) for name, pixel in
+              (("sofa", None), ("background", (1, 2)))]
+    figure = prototype_figure(traces, shown=3, title="what it is")
+    shown = [2 + len(chosen_images(t.prototypes, 3)) for t in traces]
+    assert len(figure.axes) == sum(shown)
+    texts = [t.get_text() for t in figure.texts]
+    assert {"sofa", "background", "what it is", "segmentation"} <= set(texts) and texts.count("■") == sum(len(t.prototypes) for t in traces)
+    share = 100 * traces[0].prototypes[0].pixels.sum() / (segmentation.labels == 3).sum()
+    assert any(text.endswith(f": {share:.0f} %") for text in texts)
+    # The middle picture of each row has the outline of every prototype; the support images have some of their colours and no others.
+    for trace, start in zip(traces, (0, shown[0]), strict=True):
+        own = {tuple(c) for c in COLOURS[: len(trace.prototypes)]}
+        pictures = [axis.images[0].get_array() for axis in figure.axes[start : start + 2 + len(chosen_images(trace.prototypes, 3))]]
+        assert _colours(pictures[1]) == own
+        assert all(_colours(picture) <= own and _colours(picture) for picture in pictures[2:])
+    assert pixels(figure).std() > 20
+
+
+def _colours(picture) -> set:
+    flat = {tuple(c) for c in np.asarray(picture).reshape(-1, 3).tolist()}
+    return flat & {tuple(c) for c in COLOURS}
+
+
+def test_the_support_image_shows_the_prototypes_own_region():
+    segmentation, _ = many()
+    masks = np.zeros((1, 2, 3), bool)
+    masks[0, 1, 2] = True
+    one = Activated("cat", "part", "foreground", 4, segmentation.labels == 1, (1,), masks)
+    figure = prototype_figure([Trace("cat", segmentation, (one,), {"cat": support("cat")})], shown=2)
+    assert len(figure.axes) == 3
+    picture = np.asarray(figure.axes[2].images[0].get_array())
+    rows_of, columns_of = np.nonzero((picture == COLOURS[0]).all(-1))
+    height, width = picture.shape[:2]
+    assert rows_of.min() == height // 2 and columns_of.min() == width * 2 // 3  # the lower right cell, and nothing beyond it
+
+
+def test_the_marked_pixel_is_where_it_should_be():
+    segmentation, _ = many()
+    segmentation = replace(segmentation, image=np.full((4, 7, 3), 128, np.uint8))
+    found = activated(segmentation, "cat", 1)
+    figures = [prototype_figure([Trace("cat", segmentation, found, {"cat": support("cat")}, pixel)]) for pixel in (None, (1, 5))]
+    plain, marked = (np.asarray(figure.axes[0].images[0].get_array()).astype(int) for figure in figures)
+    changed = np.argwhere((plain != marked).any(-1))
+    factor = plain.shape[0] // 4
+    assert np.abs((changed.min(0) + changed.max(0)) / 2 - [1.5 * factor, 5.5 * factor]).max() < 2
+
+
+def test_the_margin_figure_shows_both_distributions_and_the_error():
+    statistics = MarginStatistics()
+    statistics.right[:60:2], statistics.wrong[:20] = 5, 2
+    figure = margin_figure(statistics, parts=5)
+    left, right = figure.axes
+    areas = [patch.get_data() for patch in left.patches]
+    assert [round(values.values.sum()) for values in areas] == [100, 100]
+    shown = [100 * rate for _, rate in statistics.error_rates(5)]
+    assert right.lines[0].get_ydata() == pytest.approx(shown)
+    assert {t.get_text() for t in left.get_legend().get_texts()} == {"right pixels", "wrong pixels"}
+    assert pixels(margin_figure(MarginStatistics())).shape  # nothing measured: empty axes, no error
+
+
+def test_bars_of_the_absent_figure_tell_probability_reason_and_what_is_shown():
+    result = asked([0.30, 0.28, 0.25, 0.15, 0.02], (1,))
+    result = replace(result, image=np.full((2, 3, 3), 128, np.uint8), labels=np.full((2, 3), 2, np.int32))
+    figure = absent_figure([result, result], Filters(category_top=2), ["first", "second"], [["class 0"], []], bars=4)
+    bars = figure.axes[2]
+    assert [p.get_width() for p in bars.patches] == pytest.approx([0.30, 0.28, 0.25, 0.15])
+    from matplotlib.colors import to_hex
+
+    wanted = [REASON_COLOURS[r] for r in ("not in the best combined prompt", "kept", "not among the top eta", "below 1/C")]
+    assert [to_hex(p.get_facecolor()) for p in bars.patches] == wanted
+    labels = bars.get_yticklabels()
+    assert [t.get_text() for t in labels] == ["● class 0", "class 1", "class 2", "class 3"]
+    assert [t.get_weight() for t in labels] == ["normal", "bold", "normal", "normal"]  # class 1 has pixels
+    assert bars.lines[0].get_xdata()[0] == pytest.approx(0.2)
+    assert [t.get_text() for t in figure.legends[0].get_texts()][-1] == "shown, dropped" and len(figure.legends[0].get_texts()) == 5
+    assert [p.get_hatch() for p in bars.patches] == ["////", None, None, None] and not any(p.get_hatch() for p in figure.axes[3].patches)
+    assert pixels(figure).std() > 10
+
+
+def test_a_shown_class_that_was_dropped_has_a_bar_however_improbable():
+    """It takes the place of the least probable of the others, and its bar is as long as the axis tells apart."""
+    result = replace(asked([0.55, 0.28, 0.15, 0.02, 1e-9], (0,)), image=np.full((2, 3, 3), 128, np.uint8))
+    figure = absent_figure([result], Filters(category_top=2), ["first"], [["class 4", "class 0"]], bars=3)
+    bars = figure.axes[1]
+    assert [t.get_text() for t in bars.get_yticklabels()] == ["● class 0", "class 1", "● class 4"]
+    assert [p.get_width() for p in bars.patches] == pytest.approx([0.55, 0.28, 1e-4]) and bars.get_xlim()[0] < 1e-4
+    assert [p.get_hatch() for p in bars.patches] == [None, None, "////"]
+    assert "shown, dropped" in [t.get_text() for t in figure.legends[0].get_texts()]
+
+
+def test_a_gallery_keeps_shapes_and_names_words_in_their_colours():
+    images = [np.full((20, 50, 3), 90, np.uint8), np.full((30, 15, 3), 200, np.uint8)]
+    maps = [[np.full(i.shape[:2], k, np.int32) for k in (1, 2)] for i in images]
+    columns = [Column("wide", images[0], maps[0], [1]), Column("tall", images[1], maps[1])]
+    names = ["background", "cat", "dog"]
+    figure = gallery(columns, names, ["image", "one", "two\nlines"], height=0.8)
+    assert len(figure.axes) == 6
+    width, height = figure.get_size_inches()
+    for axis, image in zip(figure.axes[:6:3], images, strict=True):
+        box = axis.get_position()
+        assert box.height * height == pytest.approx(0.8) and box.width * width == pytest.approx(0.8 * image.shape[1] / image.shape[0])
+        assert box.x0 >= 0 and box.x1 <= 1 and box.y0 >= 0 and box.y1 <= 1
+    word = next(t for t in figure.texts if t.get_text() == "cat")
+    assert tuple(word.get_color()) == pytest.approx(tuple(colours_of(names)[1] / 255 * 0.85))
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["dog"]  # cat is named above
+    assert not gallery(columns, names, ["image", "one", "two"], legend_maps=[0]).legends
+    assert pixels(figure).std() > 10
+
+
+def test_the_innermost_pixel_is_the_farthest_from_the_border():
+    region = np.zeros((7, 11), bool)
+    region[1:6, 2:9] = True
+    region[3, 0] = True
+    assert innermost(region) in {(3, c) for c in range(4, 7)}
+    outside = np.argwhere(~np.pad(region, 1)) - 1
+    depth = {(r, c): min(np.hypot(*(outside - (r, c)).T)) for r, c in np.argwhere(region).tolist()}
+    assert depth[innermost(region)] == max(depth.values())
+    assert innermost(np.ones((3, 5), bool))[0] == 1  # the image's border counts

@@ -1,0 +1,313 @@
+"""ReCo: its archive and the search in it, co-segmentation by brute force, references and scores by hand."""
+
+import json
+import logging
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from test_mini_world import square
+
+import ovdiff_lib
+from ovdiff_lib.categories import Vocabulary
+from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.features.dino import DinoExtractor
+from ovdiff_lib.images import CLIP_MEAN, CLIP_STD
+from ovdiff_lib.matching.windows import windows
+from ovdiff_lib.mini.world import load_world
+from ovdiff_lib.networks.loading import load_clip
+from ovdiff_lib.recipes.build import SEEDS, build_archive
+from ovdiff_lib.recipes.scenes import draw_scene
+from ovdiff_lib.workbench.baselines import archive as archives
+from ovdiff_lib.workbench.baselines.archive import ArchiveIndex, load_archive
+from ovdiff_lib.workbench.baselines.maskclip import MaskCLIP
+from ovdiff_lib.workbench.baselines.reco import ReCo, cosegment
+
+SHIPPED = Path(ovdiff_lib.__file__).parent / "mini" / "data" / "archive"
+PETS = Vocabulary.of("cat, dog, chest of drawers")
+
+
+def picture(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Twelve images of several shapes, in subfolders, and a file that is no image."""
+    path = tmp_path_factory.mktemp("archive")
+    for i in range(12):
+        target = path / f"n{i % 3}" / f"{i:02d}.{'PNG' if i % 2 else 'png'}"
+        target.parent.mkdir(exist_ok=True)
+        Image.fromarray(picture(64 + 8 * (i % 2), 64 + 8 * (i % 3), seed=i)).save(target, "PNG")
+    (path / "readme.txt").write_text("no image")
+    return path
+
+
+@pytest.fixture(scope="module")
+def make(tiny_profile, folder):
+    def build(threshold=None, source=folder, **fields):
+        settings = {"baselines.reco_retrieved": 4, "baselines.reco_contexts": []}
+        profile = tiny_profile.override({**settings, **{k.replace("__", "."): v for k, v in fields.items()}})
+        index = ArchiveIndex(load_archive(source), load_clip(profile)[0])
+        return ReCo(MaskCLIP.build(profile), DinoExtractor.build(profile), index, profile.baselines, threshold)
+
+    return build
+
+
+# ---- the archive
+
+def test_the_shipped_archive_is_small_and_has_no_labels():
+    assert sorted(p.name for p in SHIPPED.iterdir()) == ["scenes.webp", "sheet.json"]
+    assert set(json.loads((SHIPPED / "sheet.json").read_text())) == {"file", "images", "height", "width"}
+    assert sum(p.stat().st_size for p in SHIPPED.iterdir()) <= 450_000
+    archive = load_archive("package:archive")
+    assert len(archive) == 600
+    images = np.stack([archive[i] for i in range(600)])
+    assert images.shape == (600, 64, 64, 3) and images.dtype == np.uint8
+    assert len({image.tobytes() for image in images}) == 600 and images.std((1, 2, 3)).min() > 1
+    # Tiles are cut where scenes meet: a row of pixels changes more to the next tile than to the next row.
+    sheet = np.array(Image.open(SHIPPED / "scenes.webp").convert("RGB")).astype(int)
+    across, within = (np.abs(sheet[64::64] - sheet[63:-1:64]).mean(), np.abs(sheet[32::64] - sheet[31::64]).mean())
+    assert across > 2 * within
+    columns = sheet.shape[1] // 64
+    assert (images[columns + 1] == sheet[64:128, 64:128]).all()
+
+
+def test_building_the_archive(tmp_path):
+    world, glyphs = load_world(), {}
+    for i, style in enumerate(world.train_styles):
+        glyphs |= {(name, style): made for (name, _), made in square(world, style, colour=(255, 60 * i, 60)).items()}
+    build_archive(world, glyphs, tmp_path, 200)
+    archive = load_archive(tmp_path / "archive")
+    assert len(archive) == 200
+    found, shown, index = 0, Counter(), 0
+    while found < 200:
+        scene = draw_scene(world, glyphs, world.train_styles, SEEDS["train"], index, (64, 64))
+        index += 1
+        if np.abs(archive[found].astype(int) - scene.image).mean() < 8:  # as drawn, but for compression
+            found += 1
+            shown.update(scene.nouns or scene.stuff)
+        assert index < 5000
+    assert set(shown) == set(world.names) and max(shown.values()) - min(shown.values()) <= 6 and index > 300
+
+
+def test_a_folder_is_searched_with_its_subfolders(folder):
+    archive = load_archive(str(folder))
+    assert [p.name for p in archive.entries] == [f"{i:02d}.{'PNG' if i % 2 else 'png'}" for r in range(3) for i in range(r, 12, 3)]
+    assert (archive[4] == picture(72, 72, seed=1)).all() and archive[1].shape == (72, 64, 3)
+
+
+def test_what_an_archive_is_known_by(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert load_archive(copy).identity == load_archive(folder).identity  # names, sizes and times
+    (copy / "n0" / "00.png").write_bytes((copy / "n1" / "01.PNG").read_bytes())
+    assert load_archive(copy).identity != load_archive(folder).identity
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    ("", "baselines.archive is not set"), ("package:none", "does not exist"), ("/nowhere/at/all", "does not exist")])
+def test_archives_that_are_not_there(source, message):
+    with pytest.raises(InputError, match=message):
+        load_archive(source)
+
+
+@pytest.mark.parametrize("table", ["{", "[]", '{"file": "a.png", "images": 3, "height": 8}', '{"images": "x"}'])
+def test_a_broken_description_of_a_sheet(tmp_path, table):
+    (tmp_path / "sheet.json").write_text(table)
+    with pytest.raises(InputError, match=r"sheet\.json of the archive"):
+        load_archive(tmp_path)
+
+
+@pytest.mark.parametrize(("images", "height", "width"), [(7, 8, 8), (6, 7, 8), (6, 8, 16), (0, 8, 8)])
+def test_a_sheet_of_another_size(tmp_path, images, height, width):
+    Image.fromarray(picture(16, 24)).save(tmp_path / "a.png")
+    (tmp_path / "sheet.json").write_text(json.dumps({"file": "a.png", "images": images, "height": height, "width": width}))
+    with pytest.raises(InputError, match="16 x 24 pixels cannot be"):
+        load_archive(tmp_path)
+    (tmp_path / "sheet.json").write_text(json.dumps({"file": "a.png", "images": 5, "height": 8, "width": 8}))
+    archive = load_archive(tmp_path)
+    assert len(archive) == 5 and (archive[4] == picture(16, 24)[8:, 8:16]).all()
+
+
+def test_an_empty_archive(tmp_path):
+    with pytest.raises(InputError, match="holds no image"):
+        load_archive(tmp_path)
+
+
+# ---- the search
+
+def test_retrieval_is_by_cosine_of_central_squares(make, folder):
+    reco = make()
+    archive, clip = reco.index.archive, reco.maskclip.clip
+    text = reco.maskclip.texts(["cat"])[0]
+    cosines = []
+    for i in range(len(archive)):
+        image = Image.fromarray(archive[i])
+        left, top = ((image.width - min(image.size)) / 2, (image.height - min(image.size)) / 2)
+        box = (left, top, left + min(image.size), top + min(image.size))
+        square_ = np.array(image.resize((64, 64), Image.Resampling.BICUBIC, box=box), np.float32) / 255
+        pixels = (square_ - CLIP_MEAN) / CLIP_STD
+        with torch.no_grad():
+            found = clip.get_image_features(pixel_values=torch.from_numpy(pixels).float().permute(2, 0, 1)[None]).pooler_output[0]
+        cosines.append(float(found @ text / found.norm()))
+    assert reco.retrieve("cat") == np.argsort(cosines)[::-1][:4].tolist()
+    assert len(set(np.round(cosines, 3))) > 6
+    assert sorted(reco.index.nearest(text, 99)) == list(range(12))
+
+
+def test_batches_do_not_matter(make, monkeypatch):
+    whole = make().index.embeddings
+    monkeypatch.setattr(archives, "BATCH", 5)
+    torch.testing.assert_close(make().index.embeddings, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole.norm(dim=1), torch.ones(12))
+
+
+def test_embeddings_are_kept_and_a_damaged_file_is_not_used(make, folder, tmp_path, monkeypatch, caplog):
+    index = make().index
+
+    def fresh(model="m", source=folder):
+        return ArchiveIndex(load_archive(source), index.clip, model, tmp_path)
+
+    first = fresh().embeddings
+    (kept,) = tmp_path.iterdir()
+    good = kept.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(archives, "embed_images", lambda *_: pytest.fail("computed again"))
+        assert torch.equal(fresh().embeddings, first)
+    with caplog.at_level(logging.WARNING):
+        for bad in (b"", good[:-40], b"junk", good.replace(b"<f4", b"<f2")):
+            kept.write_bytes(bad)
+            assert torch.equal(fresh().embeddings, first) and kept.read_bytes() == good
+        array = np.load(kept)
+        array[3] *= 2
+        np.save(kept, array)
+        assert torch.equal(fresh().embeddings, first) and kept.read_bytes() == good
+    assert len(caplog.records) == 5
+    fresh(model="another").embeddings.sum()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# ---- co-segmentation
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cosegmentation_by_brute_force(seed):
+    rng = np.random.default_rng(seed)
+    features, weights = rng.normal(size=(4, 7, 5)) + 0.3, rng.random((4, 7))
+    unit = features / np.linalg.norm(features, axis=-1, keepdims=True)
+    seeds = []
+    for i in range(4):
+        scores = [np.mean([max(unit[i, p] @ unit[j, q] * weights[j, q] for q in range(7)) for j in range(4)]) for p in range(7)]
+        seeds.append(features[i, int(np.argmax(scores))])
+    mean = np.mean(seeds, axis=0)
+    found = cosegment(torch.from_numpy(features), torch.from_numpy(weights))
+    np.testing.assert_allclose(found.numpy(), mean / np.linalg.norm(mean), atol=1e-6)
+
+
+def test_what_images_share_is_found_unless_it_counts_little():
+    rng = np.random.default_rng(0)
+    features = torch.from_numpy(rng.normal(size=(6, 40, 64))).float()
+    wanted, usual = F.normalize(torch.from_numpy(rng.normal(size=(2, 64))).float(), dim=1)
+    weights = torch.ones(6, 40)
+    for i in range(6):
+        features[i, 3 * i] = 5 * wanted + 0.2 * features[i, 3 * i]
+        features[i, 39 - i] = 5 * usual + 0.1 * features[i, 39 - i]  # shared even more: what surrounds the wanted one
+        weights[i, 39 - i] = 0.3
+    assert cosegment(features, torch.ones(6, 40)) @ usual > 0.95
+    assert cosegment(features, weights) @ wanted > 0.95
+
+
+def reference_by_hand(reco, prompt, avoided):
+    side, extractor = reco.settings.reco_size, reco.extractor
+    squares = []
+    for i in reco.retrieve(prompt):
+        image = Image.fromarray(reco.index.archive[i])
+        short = min(image.size)
+        left, top = (image.width - short) / 2, (image.height - short) / 2
+        squares.append(np.array(image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + short, top + short))))
+    squares = np.stack(squares)
+    features = extractor(squares, np.arange(len(squares)))
+    n, h, w, _ = features.shape
+    dense = torch.sigmoid(10 * reco.maskclip.dense_embeddings(squares) @ reco.maskclip.texts([prompt])[0])
+    weights = np.stack([np.array(Image.fromarray(m.numpy()).resize((w, h), Image.Resampling.BILINEAR)) for m in dense])
+    unit = F.normalize(features, dim=-1)
+    for other in avoided:
+        weights = weights * (1 - 1 / (1 + np.exp(-(unit @ other).numpy())))
+    return cosegment(features.reshape(n, h * w, -1), torch.from_numpy(weights).reshape(n, h * w))
+
+
+def test_references_avoid_contexts_which_avoid_those_before_them(make):
+    plain = make()
+    torch.testing.assert_close(plain.reference("cat"), reference_by_hand(plain, "cat", []), rtol=0, atol=1e-4)
+    reco = make(baselines__reco_contexts=["water", "sofa"], baselines__reco_size=48)
+    water = reference_by_hand(reco, "water", [])
+    sofa = reference_by_hand(reco, "sofa", [water])
+    torch.testing.assert_close(reco.reference("cat"), reference_by_hand(reco, "cat", [water, sofa]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(reco.reference("sofa"), sofa, rtol=0, atol=1e-4)  # a class that is a context
+    torch.testing.assert_close(reco.reference("water"), water, rtol=0, atol=1e-4)
+    assert reco.reference("cat") is reco.reference("cat") and float(reco.reference("cat").norm()) == pytest.approx(1, abs=1e-5)
+
+
+# ---- scores
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 100)])
+def test_scores_by_hand(make, shape):
+    reco, image = make(matching__windows=[48], matching__stride=16), picture(*shape)
+    references = torch.stack([reco.reference(c.prompt) for c in PETS])
+    texts = reco.maskclip.text_embeddings(PETS)
+    total, cover = np.zeros((3, *shape)), np.zeros(shape)
+    for top, left, side in windows(shape, 48, 16):
+        crop = image[None, top:top + side, left:left + side]
+        maps = [torch.sigmoid(F.normalize(reco.extractor(crop, np.zeros(1, int)), dim=-1)[0] @ references.T),
+                torch.sigmoid(10 * reco.maskclip.dense_embeddings(crop)[0] @ texts.T)]
+        both = [np.stack([np.array(Image.fromarray(m[..., c].numpy()).resize((48, 48), Image.Resampling.BILINEAR)) for c in range(3)])
+                for m in maps]
+        total[:, top:top + side, left:left + side] += both[0] * both[1]
+        cover[top:top + side, left:left + side] += 1
+    scores = reco.scores(image, PETS)
+    assert scores.shape == (4, *shape) and scores.dtype == np.float32 and (scores[0] == -np.inf).all()
+    np.testing.assert_allclose(scores[1:], total / cover, atol=1e-4)
+    assert 0 < scores[1:].min() and scores[1:].max() < 1
+
+
+def test_background_threshold(make):
+    image = picture(64, 80)
+    without = make().predict(image, PETS)
+    middle = float(np.median(make().scores(image, PETS)[1:].max(0)))
+    labels = make(middle).predict(image, PETS)
+    assert without.shape == (64, 80) and without.dtype == np.int64 and without.min() >= 1
+    assert 0.3 < (labels == 0).mean() < 0.7 and (labels[labels > 0] == without[labels > 0]).all()
+
+
+def test_adding_a_class_changes_no_other_score(make):
+    reco, image = make(), picture(64, 80)
+    more = reco.scores(image, Vocabulary.of("boat, cat, dog, chest of drawers"))
+    np.testing.assert_allclose(make().scores(image, PETS)[1:], more[2:], atol=1e-5)
+
+
+@pytest.mark.parametrize(("field", "value"), [("reco_retrieved", 0), ("reco_size", 50), ("reco_size", 0)])
+def test_settings_that_cannot_be(make, field, value):
+    with pytest.raises(ProfileError, match=f"baselines.{field} is {value}"):
+        make(**{f"baselines__{field}": value})
+
+
+def test_the_mini_archive_shows_what_it_is_asked_for(monkeypatch, tmp_path):
+    """The shipped CLIP on the shipped archive: different classes get different images, and those look like each other."""
+    from ovdiff_lib.profiles.reading import load_profile
+
+    monkeypatch.setenv("OVDIFF_LIBRARY", str(tmp_path))
+    reco = ReCo.build(load_profile("mini"))
+    assert reco.settings.reco_retrieved == 10 and len(reco.index.archive) == 600
+    found = {noun: reco.retrieve(noun) for noun in ("zebra", "clock", "sky", "boat", "cake")}
+    assert len({i for images in found.values() for i in images}) >= 45
+    assert [p.suffix for p in (tmp_path / "archives").iterdir()] == [".npy"]
+    sky = np.mean([reco.index.archive[i][:16].mean((0, 1)) for i in found["sky"]], axis=0)
+    zebra = np.stack([reco.index.archive[i] for i in found["zebra"]]).astype(int)
+    black_and_white = (np.ptp(zebra, axis=-1) < 40) & ((zebra.max(-1) < 90) | (zebra.min(-1) > 200))
+    others = np.stack([reco.index.archive[i] for i in found["cake"]]).astype(int)
+    plain = (np.ptp(others, axis=-1) < 40) & ((others.max(-1) < 90) | (others.min(-1) > 200))
+    assert sky[2] > 140 and black_and_white.mean() > plain.mean()

@@ -1,0 +1,394 @@
+"""Tables, figures and what ``ovdiff segment`` writes: colours that differ, shapes that hold, the paper's values in their own column."""
+
+import csv
+import dataclasses
+import json
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage.color import rgb2lab
+
+from ovdiff_lib.categories import Category, Vocabulary
+from ovdiff_lib.cli.results import output_stems, write_segmentation
+from ovdiff_lib.errors import InputError
+from ovdiff_lib.overlay import colours_of, paint
+from ovdiff_lib.profiles.reading import load_profile
+from ovdiff_lib.segmentation import Segmentation
+from ovdiff_lib.types import ForegroundBackground, Prototypes, SupportSet
+from ovdiff_lib.workbench.data.classes import vocabulary_of
+from ovdiff_lib.workbench.data.datasets import load_dataset
+from ovdiff_lib.workbench.figures import base as figures
+from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell, paper_table
+from ovdiff_lib.workbench.tables.tables import COLUMNS, STAMP, Cell, read_record, read_table, write_table
+
+HEIGHT, WIDTH = 20, 33
+
+
+@pytest.fixture
+def profile():
+    return load_profile("mini")
+
+
+def segmentation(names: str = "cat, dog, sofa", kept=(0, 2), shape=(HEIGHT, WIDTH)) -> Segmentation:
+    """Left third cat (1), lower right sofa (3), the rest background; dog was dropped by the filter."""
+    vocabulary = Vocabulary.of(names)
+    rng = np.random.default_rng(0)
+    labels = np.zeros(shape, np.int32)
+    labels[:, : shape[1] // 3] = 1
+    labels[shape[0] // 2 :, shape[1] // 3 :] = 3
+    scores = np.full((len(vocabulary) + 1, *shape), -np.inf, np.float32)
+    scores[[0, 1, 3]] = 0.25
+    scores[3][labels == 3] = 0.75
+    image = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    return Segmentation(image, labels, scores[[0, *(k + 1 for k in kept)]], np.zeros(shape, np.int32), vocabulary, kept,
+                        np.array([0.6, 0.1, 0.3], np.float32))
+
+
+# ---------------------------------------------------------------------- colours and pictures
+
+def lab_distance(colours):
+    """Smallest distance of any two colours u8 (n, 3) in CIELAB, where 2.3 is just noticed."""
+    lab = rgb2lab(np.array(colours, np.uint8)[None] / 255)[0]
+    return min(np.linalg.norm(a - b) for a, b in combinations(lab, 2))
+
+
+def test_classes_of_the_data_sets_have_colours_one_can_tell_apart():
+    for name, least in (("mini-voc", 25), ("mini-context", 20), ("mini-object", 15)):
+        colours = colours_of(["background", *load_dataset(name).vocabulary.names])
+        assert lab_distance(colours) > least and colours.dtype == np.uint8
+    assert lab_distance(colours_of(["background", *vocabulary_of("voc").names])) > 15
+    assert lab_distance(colours_of(["background", *vocabulary_of("ade20k").names])) > 3
+
+
+def test_a_class_has_one_colour_in_every_vocabulary():
+    whole = dict(zip(NAMES := ["background", *load_dataset("mini-object").vocabulary.names], colours_of(NAMES).tolist(), strict=True))
+    some = ["background", "sheep", "a zebra crossing", "car", "cow"]
+    assert [colours_of(some)[i].tolist() for i in (0, 1, 3, 4)] == [whole[some[i]] for i in (0, 1, 3, 4)]
+    unknown = [f"word {i}" for i in range(100)]
+    colours = colours_of(["background", *unknown])
+    assert len({tuple(c) for c in colours}) == 101  # words that hash to one colour are moved apart
+    assert colours_of(["background", "word 7", "cow"])[1].tolist() == colours_of(["background", "dog", "word 7"])[2].tolist()
+    assert colours_of(["background", *map(str, range(2000))]).shape == (2001, 3)
+
+
+def test_paint_mixes_each_pixel_with_its_colour():
+    image = np.full((HEIGHT, WIDTH, 3), (250, 200, 150), np.uint8)
+    labels = np.zeros((HEIGHT, WIDTH), np.int32)
+    labels[5:, 10:] = 2
+    names = ["background", "cat", "dog"]
+    painted = paint(image, labels, names, alpha=0.5)
+    assert painted.shape == image.shape and painted.dtype == np.uint8 and (image == (250, 200, 150)).all()
+    below = 0.35 * np.array([250, 200, 150]) + 0.65 * 200  # faded to its grey
+    assert np.abs(painted[15, 25] - (below / 2 + colours_of(names)[2] / 2)).max() <= 0.5
+    assert np.abs(painted[0, 0] - (0.55 * image[0, 0] + 0.45 * colours_of(names)[0])).max() <= 0.5
+    # A white line where the label changes, above and left of the region, and nowhere else.
+    white = (painted == 255).all(-1)
+    assert white[5, 10:].all() and white[5:, 10].all() and white.sum() == (WIDTH - 10) + (HEIGHT - 5) - 1
+    assert not np.array_equal(paint(image, labels, names, alpha=0.9), painted)
+
+
+@pytest.mark.parametrize("shape", [(HEIGHT, WIDTH), (700, 30), (1, 7), (9, 1200)])
+def test_an_overlay_has_a_legend_below_the_picture(shape):
+    result = segmentation(shape=shape)
+    sheet = result.overlay()
+    factor = max(1, round(512 / max(shape)))
+    assert isinstance(sheet, Image.Image) and sheet.mode == "RGB"
+    assert sheet.height > shape[0] * factor and sheet.width >= shape[1] * factor
+    pixels = np.asarray(sheet)
+    legend = pixels[shape[0] * factor :].reshape(-1, 3)
+    for label in np.unique(result.labels):
+        shown = (legend == colours_of(result.class_names)[label]).all(-1).any()
+        assert shown == (label > 0), label
+    assert not (legend == colours_of(result.class_names)[2]).all(-1).any()  # dog is nowhere, so not in the legend
+
+
+def test_a_long_name_under_a_narrow_picture_is_not_cut():
+    narrow = segmentation("cat" + " x" * 35 + ", dog, sofa", shape=(60, 8)).overlay()
+    short = segmentation(shape=(60, 8)).overlay()
+    assert narrow.width > short.width
+    right = np.asarray(narrow)[:, -2:]
+    assert (right[-20:] == 255).all()
+
+
+def test_an_overlay_of_background_alone_says_so():
+    result = segmentation()
+    result.labels[:] = 0
+    sheet = result.overlay()
+    assert sheet.height > HEIGHT * round(512 / WIDTH)
+    assert (np.asarray(sheet)[-20:] < 100).any()  # something is written there
+
+
+def test_the_heat_map_is_as_large_as_its_image():
+    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    attribution = np.zeros((4, 6), np.float32)
+    attribution[1, 4] = 1
+    warm = figures.heat(image, attribution)
+    assert warm.shape == image.shape and warm.dtype == np.uint8
+    row, column = np.unravel_index(warm.sum(-1).argmax(), (HEIGHT, WIDTH))
+    assert abs(row - 1.5 / 4 * HEIGHT) <= 2.5 and abs(column - 4.5 / 6 * WIDTH) <= 3
+
+
+def masks() -> ForegroundBackground:
+    foreground, background = np.zeros((2, HEIGHT, WIDTH), bool), np.zeros((2, HEIGHT, WIDTH), bool)
+    foreground[1, :4, :7] = True
+    background[1, 10:, 20:] = True
+    return ForegroundBackground(foreground, background, ("threshold",) * 2)
+
+
+def test_mask_pictures_colour_both_regions():
+    picture = figures.mask_picture(masks(), 1)
+    assert picture.shape == (HEIGHT, WIDTH, 3)
+    assert (picture == figures.FOREGROUND).all(-1).sum() == 28
+    assert (picture == figures.BACKGROUND).all(-1).sum() == (HEIGHT - 10) * (WIDTH - 20)
+    assert (figures.mask_picture(masks(), 0) == figures.UNUSED).all()
+
+
+def test_part_pictures_give_each_part_its_colour():
+    cluster = np.array([0, 1, 2, 3], np.int32)
+    region = np.array(["foreground", "foreground", "background", "background"])
+    assignment = np.array([[[0, 1, -1, 2, 3], [0, 1, -1, 2, 3]]], np.int16)
+    parts = Prototypes(np.zeros((4, 2), np.float32), np.array(["part"] * 4), region, np.full(4, -1, np.int32), cluster, assignment)
+    picture = figures.part_picture(parts)
+    assert picture.shape == (2, 5, 3) and np.array_equal(picture[0], picture[1])
+    assert (picture[:, 2] == figures.UNUSED).all()
+    assert len({tuple(c) for c in picture[0].tolist()}) == 5
+    red, _, blue = picture[0].astype(int).T
+    assert (red[:2] > blue[:2]).all() and (blue[3:] > red[3:]).all()  # warm inside, cool outside
+
+
+def test_a_saved_figure_keeps_the_colours_of_its_legend():
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (120, 200, 3), dtype=np.uint8)  # far more colours than a palette has
+    legend = colours_of(["background", *load_dataset("mini-object").vocabulary.names])
+    for i, colour in enumerate(legend):
+        picture[4 * (i // 10) + 1 : 4 * (i // 10) + 5, 20 * (i % 10) : 20 * (i % 10) + 18] = colour
+    small = figures.reduced(Image.fromarray(picture))
+    assert small.mode == "P" and len(small.getcolors()) <= 256
+    found = np.asarray(small.convert("RGB"))
+    for i, colour in enumerate(legend):
+        assert (found[4 * (i // 10) + 2, 20 * (i % 10) + 5] == colour).all()
+    assert np.abs(found.astype(int) - picture).mean() < 32
+
+
+def test_grids_and_captions_are_written_whole(tmp_path):
+    rng = np.random.default_rng(0)
+    support = SupportSet(Category("Sofa"), rng.integers(0, 256, (2, HEIGHT, WIDTH, 3), dtype=np.uint8),
+                         rng.random((2, 4, 6), dtype=np.float32), np.arange(2))
+    figure = figures.support_grid(support, 8, masks())
+    figures.class_legend(figure, ["background", "sofa"], [1])
+    assert len(figure.axes) == 6  # 2 images x (image, attribution, masks), though 8 were asked for
+    path = figures.save_figure(figure, tmp_path / "figures" / "grid.png", "Caption with “quotes” and 🛋.")
+    with Image.open(path) as picture:
+        assert picture.format == "PNG" and min(picture.size) > 100
+    assert json.loads(path.with_suffix(".json").read_text(encoding="utf-8")) == {"caption": "Caption with “quotes” and 🛋."}
+    overlay = figures.save_figure(segmentation().overlay(), tmp_path / "figures" / "overlay.png", "Another.")
+    with Image.open(overlay) as picture:
+        assert picture.size == segmentation().overlay().size
+        difference = np.asarray(picture.convert("RGB"), float) - np.asarray(segmentation().overlay().convert("RGB"), float)
+        assert np.abs(difference).mean() < 8  # of 255, on noise, which no 256 colours fit well
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["grid.json", "grid.png", "overlay.json", "overlay.png"]
+
+
+def test_figures_are_the_same_bytes_each_time(tmp_path):
+    rows = [[np.full((HEIGHT, WIDTH, 3), 9, np.uint8)] * 2]
+    first = figures.save_figure(figures.image_grid(rows, ["a"], ["b", "c"], title="t"), tmp_path / "1.png", "x").read_bytes()
+    assert figures.save_figure(figures.image_grid(rows, ["a"], ["b", "c"], title="t"), tmp_path / "2.png", "x").read_bytes() == first
+
+
+# ---------------------------------------------------------------------- tables
+
+def test_a_table_is_csv_and_markdown_with_the_paper_apart(tmp_path, profile):
+    cells = [Cell("OVDiff", "mIoU", 41.256, std=0.5, n=3, paper=paper_cell("1", "OVDiff", "VOC")), Cell("OVDiff", "images", 310),
+             Cell("a | b, c", "mIoU", 12.04, paper=PaperCell.own("1", "abc", "VOC")), Cell("a | b, c", "images", 7)]
+    text = write_table(tmp_path / "tables" / "t.csv", "t", cells, profile, "What was run.", {"images": 0})
+    with open(tmp_path / "tables" / "t.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS and len(rows) == 4
+    assert rows[0] == {"table": "t", "row": "OVDiff", "column": "mIoU", "measured": "41.256", "std": "0.5", "n": "3", "values": "",
+                       "source": "measured", "paper": "66.3", "paper_std": "0.2", "paper_table": "1", "paper_row": "OVDiff",
+                       "paper_column": "VOC", "profile": "mini", "settings": profile.digest()}
+    assert rows[1]["paper"] == rows[1]["std"] == rows[1]["paper_table"] == "" and rows[2]["row"] == "a | b, c"
+    assert (rows[2]["paper"], rows[2]["paper_table"], rows[2]["paper_row"]) == ("", "1", "abc")
+    assert (tmp_path / "tables" / "t.md").read_text(encoding="utf-8") == text
+    lines = text.splitlines()
+    assert "What was run." in lines[0] and "mini" in lines[0] and profile.digest() in lines[0] and lines[0].endswith(STAMP)
+    header, rule, first, second = lines[2:]
+    assert [c.strip() for c in header.strip("|").split("|")] == ["", "mIoU", "mIoU (paper, its own data)", "images"]
+    assert rule.count("|") == 5
+    assert [c.strip() for c in first.strip("|").split("|")] == ["OVDiff", "41.3 ± 0.5", "66.3 ± 0.2", "310"]
+    assert second == "| a \\| b, c | 12.0 |  | 7 |"
+
+
+def test_without_paper_values_there_is_no_paper_column_and_no_stamp(tmp_path, profile):
+    text = write_table(tmp_path / "t.csv", "t", [Cell("r", "c", 1.23456, paper=PaperCell.own("1", "r", "c"))], profile, "x", digits=3)
+    assert "paper" not in text and "1.235" in text
+
+
+def test_the_mean_and_deviation_of_seeds(tmp_path, profile):
+    cell = Cell.of("r", "c", (v for v in (50.0, 53.0, 49.0)))
+    assert cell.measured == pytest.approx(152 / 3) and cell.n == 3 and cell.values == (50, 53, 49)
+    assert cell.std == pytest.approx(np.std([50, 53, 49], ddof=1))
+    assert (Cell.of("r", "c", [7]).std, Cell.of("r", "c", [7]).n) == (None, 1)
+    with pytest.raises(InputError, match="no values"):
+        Cell.of("r", "c", [])
+    write_table(tmp_path / "t.csv", "t", [cell], profile, "x")
+    with open(tmp_path / "t.csv", encoding="utf-8", newline="") as file:
+        row, = csv.DictReader(file)
+    assert (row["measured"], row["std"], row["n"], row["values"]) == ("50.6667", "2.08167", "3", "50 53 49")
+
+
+def test_published_rows_show_no_measured_number(tmp_path, profile):
+    cells = [Cell("TCL", "VOC", paper=paper_cell("1", "TCL", "VOC"), source="published"),
+             Cell("ViL-Seg", "VOC", paper=paper_cell("1", "ViL-Seg", "Object"), source="published"),
+             Cell("MaskCLIP", "VOC", 40.0, source="predictions")]
+    text = write_table(tmp_path / "t.csv", "t", cells, profile, "x")
+    assert text.splitlines()[4:] == ["| TCL | published | 51.2 |", "| ViL-Seg | published | not reported |",
+                                     "| MaskCLIP | 40.0 (from predictions) |  |"]
+    with open(tmp_path / "t.csv", encoding="utf-8", newline="") as file:
+        assert [(r["source"], r["measured"]) for r in csv.DictReader(file)] == [("published", ""), ("published", ""),
+                                                                                  ("predictions", "40")]
+
+
+def test_a_table_reads_back_as_it_was_written(tmp_path, profile):
+    cells = [Cell.of("a", "c,\n1", [1.5, 2.25], PaperCell("9", "x | y", "z", 3.5, 0.25)), Cell("b", "c", 2.0, 0.5, 3),
+             Cell("c", "c", source="published", paper=PaperCell("9", "x", "z", 7.0)), Cell("d", "c", 1e-7, source="predictions"),
+             Cell("🐈", "c", -4.0, paper=PaperCell("9", "own", "z"))]
+    write_table(tmp_path / "t.csv", "t", cells, profile, "x")
+    read = read_table(tmp_path / "t.csv")
+    assert [dataclasses.replace(c, std=None) for c in read] == [dataclasses.replace(c, std=None) for c in cells]
+    assert read[0].std == pytest.approx(cells[0].std, rel=1e-5) and read[1].std == 0.5
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", ",".join(COLUMNS) + "\nt,r,c,x" + "," * 11 + "\n", ",".join(COLUMNS) + "\nt,r\n"])
+def test_a_file_that_is_no_table_is_one_sentence(tmp_path, content):
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(InputError, match=r"t\.csv") as caught:
+        read_table(tmp_path / "t.csv")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"none\.csv"):
+        read_table(tmp_path / "none.csv")
+
+
+def test_what_was_run_stands_beside_the_table(tmp_path, profile, monkeypatch):
+    for name in ("05_main.ipynb", "05_main_results.ipynb", "06_other.ipynb"):
+        (tmp_path / name).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    name = "05_main_results_rivals"
+    write_table(tmp_path / "t" / f"{name}.csv", name, [Cell("r", "c", 1)], profile, "x", {"c": 2}, title="Table 1", details={"seeds": [0]})
+    assert read_record(tmp_path / "t" / f"{name}.csv") == {
+        "name": name, "title": "Table 1", "caption": "x", "digits": {"c": 2}, "notebook": "05_main_results", "profile": "mini",
+        "settings": profile.digest(), "details": {"seeds": [0]}}
+    assert read_record(tmp_path / "t" / "none.csv") == {}
+    (tmp_path / "t" / "torn.json").write_text("{")
+    with pytest.raises(InputError, match=r"torn\.json"):
+        read_record(tmp_path / "t" / "torn.csv")
+    with pytest.raises(InputError, match="details"):
+        write_table(tmp_path / "u.csv", "u", [Cell("r", "c", 1)], profile, "x", details={"path": tmp_path})
+    assert not (tmp_path / "u.csv").exists()
+
+def test_a_cell_without_anything_to_measure_shows_its_words(tmp_path, profile):
+    paper = PaperCell("9", "x", "z", 7.0)
+    cells = [Cell("as they are", "VOC", 50.0), Cell("corrected", "VOC", source="idle: no name needs it | here", paper=paper)]
+    lines = write_table(tmp_path / "t.csv", "t", cells, profile, "x").splitlines()
+    assert lines[-1] == "| corrected | no name needs it \\| here | 7.0 |" and lines[-2].startswith("| as they are | 50.0 |")
+    read = read_table(tmp_path / "t.csv")
+    assert (read[1].measured, read[1].idle, read[0].idle) == (None, "no name needs it | here", "")
+    assert Cell("r", "c", 1.0).idle == Cell("r", "c", 1.0, source="predictions").idle == ""
+
+
+@pytest.mark.parametrize("details, said", [
+    ({"images": 80, "seeds": [0]}, "80 images, seed 0. "), ({"images": 1, "seeds": [3, 5]}, "1 image, seeds 3, 5. "),
+    ({"images": {"mini-voc": 80, "mini-context": 80}, "seeds": [0, 1, 2, 3]}, "80 images of each data set, seeds 0 to 3. "),
+    ({"images": {"voc:/data/VOC": 100, "mini-voc": 80}}, "Images: 100 of voc, 80 of mini-voc. "),
+    ({"images": {"mini-voc": 7}}, "7 images. "), ({"seeds": [0, 1, 3]}, "Seeds 0, 1, 3. "), ({"volatile": True}, ""), (None, "")])
+def test_a_table_says_of_how_many_images_and_seeds_it_is(tmp_path, profile, details, said):
+    head = write_table(tmp_path / "t.csv", "t", [Cell("r", "c", 1)], profile, "What was run.", details=details).splitlines()[0]
+    assert head.startswith(f"**What was run.** {said}Profile `mini`")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ({"measured": 1, "source": "guessed"}, "measured, published, predictions"), ({}, "no measured number"),
+    ({"source": "idle: "}, "or idle: and why"), ({"measured": 1, "source": "idle: as it is"}, "is idle and has a number"),
+    ({"measured": 1, "paper": 64.4}, "paper_cell"),
+    ({"measured": 1, "paper": PaperCell("1", "r", "c", 2), "source": "published"}, "no measured"), ({"source": "published"}, "paper_cell"),
+    ({"measured": float("nan")}, "finite"), ({"measured": 1, "values": (1, 2)}, "n = 1")])
+def test_a_cell_that_contradicts_itself_is_refused(arguments, words):
+    with pytest.raises(InputError, match=words):
+        Cell("r", "c", **arguments)
+
+
+def test_a_cell_comes_once(tmp_path, profile):
+    with pytest.raises(InputError, match="'r', 'c' twice"):
+        write_table(tmp_path / "t.csv", "t", [Cell("r", "c", 1), Cell("r", "d", 1), Cell("r", "c", 2)], profile, "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_papers_numbers():
+    """A few by hand from the paper's text; the rest of the file by its shape."""
+    assert paper_cell("1", "OVDiff", "VOC") == PaperCell("1", "OVDiff", "VOC", 66.3, 0.2, paper_cell("1", "OVDiff", "VOC").note)
+    assert paper_cell("3", "w/o bg prototypes", "VOC delta").value == -11.2
+    assert paper_cell("A.5", "without up-1 block", "Context").value == 27.3
+    stuff = paper_cell("3", 'w/o "stuff" filter', "VOC")
+    assert stuff.value is None and "no stuff" in stuff.note
+    assert paper_cell("1", "ViL-Seg", "Object").value is None
+    assert [c.value for c in paper_table("2")] == [54.9, 59.1, 51.4, 61.8, 64.4, 66.4]
+    assert {c.column for c in paper_table("1")} == {"VOC", "Context", "Object"} and len(paper_table("1")) == 42
+    assert PaperCell.own("fig5", "n", "N=4").value is None
+    for arguments, words in ((("1", "OVDif", "VOC"), "'OVDiff'"), (("11", "OVDiff", "VOC"), "'1'"), (("1", "OVDiff", "Voc"), "'VOC'")):
+        with pytest.raises(InputError, match=words):
+            paper_cell(*arguments)
+    with pytest.raises(InputError, match="no table 'X'"):
+        paper_table("X")
+
+
+# ---------------------------------------------------------------------- results of ovdiff segment
+
+@pytest.mark.parametrize("names, stems", [
+    (["a.png", "b.jpg"], ["a", "b"]), (["a.jpg", "a.png"], ["a_jpg", "a_png"]), (["A.jpg", "a.png", "c.png"], ["A_jpg", "a_png", "c"]),
+    (["a.b.png"], ["a.b"])])
+def test_output_stems(names, stems):
+    assert output_stems([Path(n) for n in names]) == stems
+
+
+def test_no_two_images_share_an_output():
+    names = ["a.png", "a.jpg", "a_png.webp", "A.PNG", "a_jpg.png", "a_jpg.webp"]
+    stems = output_stems([Path(n) for n in names])
+    assert len({s.casefold() for s in stems}) == len(names)
+    assert stems[2] == "a_png"  # the one that really is called so
+
+
+def test_a_written_segmentation_decodes_to_itself(tmp_path, profile):
+    result = segmentation()
+    labels, overlay, table = write_segmentation(result, tmp_path / "new" / "out", "room", profile)
+    assert [p.name for p in (labels, overlay, table)] == ["room_labels.png", "room_overlay.png", "room.json"]
+    with Image.open(labels) as picture:
+        assert picture.mode == "P" and np.array_equal(np.asarray(picture), result.labels)
+        painted = np.asarray(picture.convert("RGB"))
+    assert np.array_equal(painted, colours_of(result.class_names)[result.labels])
+    with Image.open(overlay) as picture:
+        assert picture.height > HEIGHT
+    record = json.loads(table.read_text(encoding="utf-8"))
+    assert record["size"] == [HEIGHT, WIDTH] and record["image"] == "room" and record["settings"] == profile.digest()
+    rows = record["classes"]
+    assert [r["name"] for r in rows] == ["background", "cat", "dog", "sofa"] and [r["label"] for r in rows] == [0, 1, 2, 3]
+    assert [r["kept"] for r in rows] == [True, True, False, True]
+    assert sum(r["share"] for r in rows) == pytest.approx(1)
+    assert rows[1]["share"] == pytest.approx(11 / 33) and rows[3]["share"] == pytest.approx(10 * 22 / (20 * 33))
+    assert rows[2]["mean_score"] is None and rows[3]["mean_score"] == pytest.approx(0.75) and rows[0]["mean_score"] == pytest.approx(0.25)
+    assert rows[0]["filter_probability"] is None and rows[1]["filter_probability"] == pytest.approx(0.6)
+    assert [r["colour"] for r in rows] == colours_of(result.class_names).tolist()
+
+
+def test_the_record_is_strict_json_without_a_filter(tmp_path, profile):
+    result = segmentation()
+    result.filter_scores[:] = np.nan
+    table = write_segmentation(result, tmp_path, "x", profile)[2]
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    rows = json.loads(table.read_text(), parse_constant=refuse)["classes"]
+    assert all(r["filter_probability"] is None for r in rows)

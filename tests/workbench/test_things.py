@@ -1,0 +1,108 @@
+"""Things and stuff: the shipped tables against what the paper says of them, and every other source."""
+
+import csv
+
+import pytest
+
+from ovdiff_lib.categories import Category, Vocabulary
+from ovdiff_lib.errors import InputError
+from ovdiff_lib.workbench.data.things import TABLES, kinds, with_kinds
+
+CONTEXT = ("aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus cabinet car cat ceiling chair cloth computer cow "
+           "cup curtain dog door fence floor flower food grass ground horse keyboard light motorbike mountain mouse person plate platform "
+           "pottedplant road rock sheep shelves sidewalk sign sky snow sofa table track train tree truck tvmonitor wall water window wood")
+CONTEXT_STUFF = ("bedclothes ceiling cloth curtain fence floor grass ground mountain platform road rock sidewalk sky snow track wall water "
+                 "wood")
+VOC = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike",
+       "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
+
+
+def rows(name):
+    with TABLES[name].open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_table_c8():
+    table = rows("c8")
+    names = [r["class"] for r in table]
+    assert len(names) == len(set(names)) == 171 == 3 * 57 and {r["label"] for r in table} == {"thing", "stuff"}
+    assert set(table[0]) == {"class", "label", "note"} and sum(r["note"].startswith("UNCERTAIN") for r in table) == 6
+    # App. C.6 on the answers: these are called stuff although instances, those things although regions.
+    said = kinds(["glass", "blanket", "trade name", "land", "sand", "snow", "ground"], "gpt")
+    assert list(said.values()) == ["stuff", "stuff", "stuff", "thing", "thing", "stuff", "stuff"]
+    assert kinds(["sky", "grass"], "c8") == kinds("sky, grass", "gpt")
+
+
+def test_context_and_voc_by_the_names_that_the_data_sets_give():
+    found = kinds(CONTEXT.split(), "c8")
+    assert len(found) == 59 and [n for n, k in found.items() if k == "stuff"] == CONTEXT_STUFF.split()
+    assert set(kinds(VOC, "c8").values()) == {"thing"}
+    prompts = Vocabulary((Category("tvmonitor", "tv monitor"), Category("mouse", "computer mouse"), Category("lawn", "grass")))
+    assert list(kinds(prompts, "c8").values()) == ["thing", "thing", "stuff"]
+
+
+def test_coco_stuff():
+    table = rows("coco-stuff")
+    assert [r["label"] for r in table] == ["thing"] * 80 + ["stuff"] * 91 and len({r["class"] for r in table}) == 171
+    assert kinds(["Person", "toothbrush", "banner", "wood", "wall-brick", "dining table"], "coco-stuff") == {
+        "Person": "thing", "toothbrush": "thing", "banner": "stuff", "wood": "stuff", "wall-brick": "stuff", "dining table": "thing"}
+
+
+def test_with_kinds_keeps_names_prompts_and_order():
+    vocabulary = Vocabulary((Category("Sky", "blue sky"), Category("cat", kind="stuff"), Category("boat")))
+    made = with_kinds(vocabulary, "c8")
+    assert made.names == ("Sky", "cat", "boat") and [c.prompt for c in made] == ["blue sky", "cat", "boat"]
+    assert [c.kind for c in made] == ["stuff", "thing", "thing"]
+    assert [c.kind for c in vocabulary] == ["thing", "stuff", "thing"]  # as it was
+
+
+def test_a_dict_a_function_and_a_file(tmp_path):
+    assert kinds(["cat", "Lawn"], {"CAT": "thing", "lawn ": "stuff"}) == {"cat": "thing", "Lawn": "stuff"}
+    asked = []
+
+    def judge(name):
+        asked.append(name)
+        return "stuff" if name.endswith("s") else "thing"
+
+    assert kinds(["cat", "grass"], judge) == {"cat": "thing", "grass": "stuff"} and asked == ["cat", "grass"]
+    path = tmp_path / "own.csv"
+    path.write_text('label,class\nstuff,"sea, wide"\nthing,chat noir\nthing,chat noir\n', encoding="utf-8-sig")
+    assert kinds([Category("sea, wide"), "CHAT  noir"], path) == {"sea, wide": "stuff", "CHAT noir": "thing"}
+    assert kinds(["chat noir"], str(path)) == {"chat noir": "thing"}
+    # Spellings of Table C.8 are its own: a user's table says what it says.
+    with pytest.raises(InputError, match="'pottedplant'"):
+        kinds(["pottedplant"], {"plant": "stuff"})
+
+
+def test_unknown_names_are_listed_or_take_the_default():
+    with pytest.raises(InputError) as caught:
+        kinds(["cat", "unicorn", "sky", "griffin"], "c8")
+    assert "'unicorn', 'griffin'" in str(caught.value) and "'c8'" in str(caught.value) and "cat" not in str(caught.value)
+    assert kinds(["cat", "unicorn", "sky"], "c8", default="stuff") == {"cat": "thing", "unicorn": "stuff", "sky": "stuff"}
+    assert kinds(["cat"], lambda name: None, default="thing") == {"cat": "thing"}
+    with pytest.raises(InputError, match="8 more are things"):
+        kinds([f"x{i}" for i in range(20)], {})
+    with pytest.raises(InputError, match="default kind"):
+        kinds(["cat"], "c8", default="object")
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("", "holds no class"), ("class,label\n", "holds no class"), ("name,kind\ncat,thing\n", "Line 2"), ("class,label\ncat\n", "Line 2"),
+    ("class,label\nsky,stuff\n ,thing\n", "Line 3"), ("class,label\ncat,thing\nCat,stuff\n", "both"),
+    ("class,label\ncat,things\n", "calls 'cat' 'things'")])
+def test_broken_tables_are_one_sentence(tmp_path, text, words):
+    path = tmp_path / "table.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=words) as caught:
+        kinds(["cat"], path)
+    assert "\n" not in str(caught.value)
+
+
+def test_tables_that_are_not_there(tmp_path):
+    (tmp_path / "bytes.csv").write_bytes(b"class,label\n\xff\xfe,thing\n")
+    for source in ("c9", tmp_path / "none.csv", tmp_path, tmp_path / "bytes.csv"):
+        with pytest.raises(InputError) as caught:
+            kinds(["cat"], source)
+        assert str(source) in str(caught.value) and "class,label" in str(caught.value)
+    with pytest.raises(InputError, match="'animal'"):
+        kinds(["cat"], {"cat": "animal"})
