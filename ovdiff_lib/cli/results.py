@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,6 @@ def output_stems(paths: list[Path]) -> list[str]:
 
 def write_segmentation(result: Segmentation, folder: str | Path, stem: str, profile: Profile) -> tuple[Path, Path, Path]:
     """Write ``stem_labels.png``, ``stem_overlay.png`` and ``stem.json`` into ``folder``; returns the three paths."""
-    from ovdiff_lib import __version__
-
     folder = Path(folder)
     labels, overlay, table = folder / f"{stem}_labels.png", folder / f"{stem}_overlay.png", folder / f"{stem}.json"
     colours = colours_of(result.class_names)
@@ -55,6 +54,6 @@ def write_segmentation(result: Segmentation, folder: str | Path, stem: str, prof
                      "kept": index == 0 or index - 1 in result.kept, "filter_probability": probability})
     shown = os.fsencode(stem).decode(errors="replace")  # a file name need not be text, JSON must be
     record = {"image": shown, "size": list(result.labels.shape), "classes": rows, "profile": profile.name, "settings": profile.digest(),
-              "version": __version__}
+              "version": version("ovdiff-lib")}
     write_atomic(table, (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode())
     return labels, overlay, table

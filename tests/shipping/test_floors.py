@@ -1,0 +1,71 @@
+"""The floors of the house: an import goes down, never up and never in a circle."""
+
+import ast
+import functools
+from pathlib import Path
+
+import ovdiff_lib
+
+PACKAGE = Path(ovdiff_lib.__file__).parent
+
+FLOORS = ["errors overlay mini", "profiles categories files", "networks registry images types",
+          "support masks features prototypes filters matching segmentation library", "keys explain checks", "pipeline", "workbench",
+          "cli recipes"]
+"""Rooms (folders and single modules), the ground floor first. A room imports from itself and from the floors below."""
+
+UNTIL = {
+    "filters -> workbench.data.things",
+    "overlay -> mini.world",
+    "overlay -> segmentation",
+    "overlay -> workbench.data.classes",
+    "pipeline -> workbench.evaluation.shared",
+    "registry -> networks.identity",
+    "segmentation -> overlay",
+    "workbench.baselines -> workbench.baselines.filtered",
+    "workbench.baselines.filtered -> workbench.baselines",
+    "workbench.evaluation.bench -> workbench.evaluation.rows",
+    "workbench.evaluation.measure -> ",
+    "workbench.evaluation.rows -> workbench.evaluation.bench",
+}
+"""Imports that break a rule today. The list may only shrink: one that is gone must leave it."""
+
+MODULES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").strip("."): p for p in PACKAGE.rglob("*.py")}
+
+
+@functools.cache
+def imports(module: str) -> set[str]:
+    """The package's modules that a module names in an import, wherever in the file it stands; "" is the package itself."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        names = [f"{node.module}.{a.name}" for a in node.names] if isinstance(node, ast.ImportFrom) else \
+                [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        inside = [name.partition(".")[2] for name in names if name.partition(".")[0] == PACKAGE.name]
+        found |= {name if name in MODULES else name.rpartition(".")[0] for name in inside}
+    return found - {module}
+
+
+def floor(module: str) -> int:
+    """The number of a module's floor; the package's own ``__init__``, through which users come in, is above all."""
+    room = module.partition(".")[0]
+    return next((number for number, rooms in enumerate(FLOORS) if room in rooms.split()), len(FLOORS))
+
+
+def reached(module: str) -> set[str]:
+    """Every module that a module imports, or one of those, and so on."""
+    found, waiting = set(), [module]
+    while waiting:
+        new = imports(waiting.pop()) - found
+        found |= new
+        waiting += new
+    return found
+
+
+def test_every_room_has_a_floor():
+    assert {module for module in MODULES if floor(module) == len(FLOORS)} == {""}
+
+
+def test_imports_go_down_and_never_in_a_circle():
+    arrows = {(module, other) for module in MODULES for other in imports(module)}
+    up = {(a, b) for a, b in arrows if a.partition(".")[0] != b.partition(".")[0] and a and floor(b) >= floor(a)}
+    circles = {(a, b) for a, b in arrows if a in reached(b)}
+    assert {f"{a} -> {b}" for a, b in up | circles} == UNTIL
