@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 LOWEST := .venv-lowest/.installed
 
-.PHONY: help install reproduce test test-lowest lab mini-world clean
+.PHONY: help install quickstart reproduce test test-lowest lab mini-world clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -18,6 +18,9 @@ $(STAMP): pyproject.toml
 	@echo "Installing into .venv (minutes: PyTorch alone is several GB) ..."
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
+
+quickstart: $(STAMP) ## the first pictures: notebook 00 on few images, into outputs/quickstart
+	$(BIN)/ovdiff run notebooks/00_quickstart.ipynb --out outputs/quickstart -p images=8
 
 reproduce: $(STAMP) ## every table and figure of the mini profile, into outputs/mini
 	$(BIN)/ovdiff reproduce --profile mini

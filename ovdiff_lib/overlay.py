@@ -1,80 +1,56 @@
-"""Label maps as pictures: one colour a class, painted over an image."""
+"""Label maps as pictures: one colour a class, by its name, in every figure, overlay, label map and page. Arrays and names only."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from ovdiff_lib.segmentation import Segmentation
-
-if TYPE_CHECKING:
-    pass
-
-
-# ------------------------------------------------------------------ One colour for a class, by its name, in every figure, overlay, label map and page.
-
 BACKGROUND = (40, 40, 46)
 """Background is dark grey."""
 
-SLOTS = 512
-"""Colours that are told apart; vocabularies with more classes use them again."""
+TABLE = np.frombuffer(bytes.fromhex(
+    "6900ff00ff00ff0000ffd200ff00a50078f00f780000f0c3a55a0fffa5f0a53c5ad2e187ff00ff00c3ff872db4a5e11eff005a00e169"
+    "008769785a96ffa59678782dff7800004bf0f0b45a006996ff78ff78e1e1c32d1ec3c3ffa5a500a52d87ff69a5b487ff69c378875a3c"
+    "c387a50096a5a50fe13cb400a5f0785aa5ffff875ab4e1b4ffa500ffd2a5e100c3ff69785a4bb4c30069b496697896692d692d78a53c"
+    "c35a4b1e5aa5b40f3c69f03ce1e13c965affb487004bc3a5b469c3ff5a2d7887c3f05ac3f0002dd2875aff96b4e1872db4a54b874b69"
+    "b4a5ff2db44b87b40fc37878ffc3f069f096d24bf0785a006969f0f0d25a96d2ff5a3cffd269a500d2f07878d2ff1e87b41ea5c396d2"
+    "2d96d200965ac34b0087f0b44b6900c3c387c3e15ab4873c2df0e1964b87964b4b788700c369f0873c965ab4d296b46900c387f096ff"
+    "ff695ad26987d2b4005a964bc30087e13c6978f069ffc33c4b9600d20f00b43c780f695ae13c4bf0d287964b2dff8778a5e196ffb487"
+    "78c34b5aa578a500ff877800ffb4c300ff4ba53c1e00b4b4a5d269782dd2a500b49678a5c3c34bd20fffd25ad296965aff4bff1ed23c"
+    "00782d00f0ff96e14bff87e1784bd27887ff87b4f00078d24b693cc34b5a695a1e96f00087963cff4ba5f0782d1e5ac3d200e187e1c3"
+    "ff7896ff87c32d87a52d4bd20069ff00960f9669d2e1b4fff0870000d27878c300a5693cff2dc3d2693cffa55ad287d200d200b4d21e"
+    "b487e13cb4ffb46996963cff3c9687ff4b005a87b4d24b786996ff00f0a5c3a52d1e963c"), np.uint8).reshape(-1, 3)
+"""Colours u8 (192, 3): each is the one farthest, in CIELAB, from all before it, from background, white and greys. Larger vocabularies
+use them again."""
+
+NAMED = (
+    "airplane,bicycle,bird,boat,bottle,bus,car,cat,chair,clock,cow,dog,horse,motorcycle,person,potted plant,"
+    "sheep,sofa,television,train,sky,grass,water,road,sand,snow,wall,floor,apple,ball,balloon,banana,bed,"
+    "butterfly,cactus,cake,crab,elephant,fish,giraffe,guitar,helicopter,pig,rabbit,rocket,tiger,truck,turtle,"
+    "umbrella,zebra").split(",")
+"""Classes that have the first colours of the table: the words of the mini world, most of Pascal VOC among them."""
 
 
 def colours_of(class_names: Sequence[str]) -> np.ndarray:
     """Colours u8 (n, 3) of the class names of a segmentation, background first.
 
-    A name of the data sets has the same colour in every vocabulary; another has it wherever no name before it in the vocabulary took it.
+    A name has one colour everywhere: its place in :data:`NAMED`, else its hash. Where two names of a vocabulary would share a colour, the
+    one whose hash is larger takes the next that is free.
     """
-    known, colours = _known(), _slots()
-    taken: set[int] = {known[name] for name in class_names[1:] if name in known}
-    made = [BACKGROUND]
-    for name in class_names[1:]:
-        slot = known.get(name)
-        if slot is None:
-            slot = int.from_bytes(hashlib.sha256(name.casefold().encode()).digest()[:4], "big") % SLOTS
-            while slot in taken and len(taken) < SLOTS:
-                slot = (slot + 1) % SLOTS
-            taken.add(slot)
-        made.append(tuple(colours[slot % SLOTS]))
-    return np.array(made, np.uint8)
-
-
-@cache
-def _known() -> dict[str, int]:
-    from ovdiff_lib.mini.world import load_world
-    from ovdiff_lib.workbench.data.classes import class_table
-
-    world = load_world()
-    names = [*world.vocabulary("mini-context"), *world.names]
-    for entry in class_table()["data_sets"].values():
-        names += entry["classes"]
-    return {name: slot % SLOTS for slot, name in enumerate(dict.fromkeys(names))}
-
-
-@cache
-def _slots() -> np.ndarray:
-    """u8 (SLOTS, 3): each the colour farthest, in CIELAB, from all before it, from background, from white and from the greys."""
-    from skimage.color import rgb2lab
-
-    steps = np.linspace(0, 255, 18).round().astype(np.uint8)
-    candidates = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
-    lab = rgb2lab(candidates[None] / 255)[0]
-    clear = (lab[:, 0] > 38) & (lab[:, 0] < 88) & (np.hypot(lab[:, 1], lab[:, 2]) > 28)
-    candidates, lab = candidates[clear], lab[clear]
-    avoided = np.array([BACKGROUND, (255, 255, 255), (128, 128, 128), (190, 190, 190)], np.uint8)
-    nearest = np.linalg.norm(lab[:, None] - rgb2lab(avoided[None] / 255)[0], axis=2).min(1)
-    chosen = []
-    for _ in range(SLOTS):
-        pick = int(nearest.argmax())
-        chosen.append(candidates[pick])
-        nearest = np.minimum(nearest, np.linalg.norm(lab - lab[pick], axis=1))
-        nearest[pick] = -1
-    return np.array(chosen, np.uint8)
+    names = [name.casefold() for name in class_names[1:]]
+    hashed = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") for name in names}
+    slots: dict[str, int] = {name: NAMED.index(name) for name in names if name in NAMED}
+    taken = set(slots.values())
+    for name in sorted(set(names) - slots.keys(), key=lambda name: (hashed[name], name)):
+        slot = hashed[name] % len(TABLE)
+        while slot in taken and len(taken) < len(TABLE):
+            slot = (slot + 1) % len(TABLE)
+        slots[name] = slot
+        taken.add(slot)
+    return np.array([BACKGROUND, *(TABLE[slots[name]] for name in names)], np.uint8)
 
 
 FADED = 0.65
@@ -95,21 +71,21 @@ def paint(image: np.ndarray, labels: np.ndarray, class_names: Sequence[str], alp
     return mixed.round().astype(np.uint8)
 
 
-def draw_overlay(result: Segmentation, alpha: float = 0.6) -> Image.Image:
-    """Overlay with a legend of the classes found and the share of pixels of each; small images are enlarged to be readable."""
+def draw_overlay(image: np.ndarray, labels: np.ndarray, class_names: Sequence[str], alpha: float = 0.6) -> Image.Image:
+    """The image u8 (H, W, 3) under its labels int (H, W), with a legend of the classes found and the share of pixels of each.
+
+    Small images are enlarged to be readable. ``class_names``, background first.
+    """
     from PIL import ImageDraw, ImageFont
 
-    height, width = result.labels.shape
-    factor = max(1, round(512 / max(height, width)))
-    picture = Image.fromarray(result.image).resize((width * factor, height * factor), Image.BICUBIC)
-    labels = np.kron(result.labels, np.ones((factor, factor), result.labels.dtype))
-    picture = Image.fromarray(paint(np.asarray(picture), labels, result.class_names, alpha))
-    found, counts = np.unique(result.labels, return_counts=True)
-    order = [int(i) for i in found[np.argsort(-counts)] if i > 0]
+    factor = max(1, round(512 / max(labels.shape)))
+    picture = Image.fromarray(image).resize((labels.shape[1] * factor, labels.shape[0] * factor), Image.BICUBIC)
+    picture = Image.fromarray(paint(np.asarray(picture), np.kron(labels, np.ones((factor, factor), labels.dtype)), class_names, alpha))
+    share = np.bincount(labels.ravel(), minlength=len(class_names)) / labels.size
+    found = [int(i) for i in np.argsort(-share, kind="stable") if i > 0 and share[i] > 0]
+    entries = [(i, f"{class_names[i]}  {100 * share[i]:.0f} %") for i in found] or [(0, "no class found: background")]
     size = max(13, picture.width // 28)
     font = ImageFont.load_default(size)
-    share = dict(zip(found.tolist(), counts / labels.size * factor**2, strict=True))
-    entries = [(i, f"{result.class_names[i]}  {100 * share[i]:.0f} %") for i in order] or [(0, "no class found: background")]
     # The legend wraps into rows below the picture.
     x, y, pad, places = size // 2, size // 2, size // 2, []
     for index, text in entries:
@@ -122,8 +98,7 @@ def draw_overlay(result: Segmentation, alpha: float = 0.6) -> Image.Image:
     widest = max(x + size + pad // 2 + int(font.getlength(text)) + pad for x, _, _, text in places)
     sheet = Image.new("RGB", (max(picture.width, widest), picture.height + y + size + pad), "white")
     sheet.paste(picture)
-    draw = ImageDraw.Draw(sheet)
-    colours = colours_of(result.class_names)
+    draw, colours = ImageDraw.Draw(sheet), colours_of(class_names)
     for x, y, index, text in places:
         top = picture.height + y
         draw.rectangle([x, top + 1, x + size - 2, top + size - 1], fill=tuple(colours[index].tolist()))

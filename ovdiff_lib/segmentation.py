@@ -160,7 +160,7 @@ class Segmentation:
         """The image with its labels painted over it and a legend, as a PIL image."""
         from ovdiff_lib.overlay import draw_overlay
 
-        return draw_overlay(self, alpha)
+        return draw_overlay(self.image, self.labels, self.class_names, alpha)
 
     def explain(self, row: int, column: int):
         """Why the pixel at (row, column) got its label: an :class:`~ovdiff_lib.segmentation.Explanation` (Sec. 4.4)."""

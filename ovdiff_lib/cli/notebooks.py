@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def _parameters(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from ovdiff_lib.workbench.reproduce import run_notebook
+    from ovdiff_lib.workbench.reproduce import note, run_notebook
 
     if not options.notebook.exists():
         raise InputError(f"The notebook {options.notebook} does not exist; the ones that ship are in the folder notebooks/.")
@@ -56,12 +57,13 @@ def _run(options: argparse.Namespace) -> None:
     parameters["output"] = str(Path(str(parameters["output"])).resolve())
     target = Path(parameters["output"]) / options.notebook.name
     run_notebook(options.notebook, target, parameters, force=True)
-    print(f"executed copy: {target}")
+    note(target.parent, options.notebook.stem)
+    print(f"executed copy: {target}   tables and figures: {target.parent}")
 
 
 def _reproduce(options: argparse.Namespace) -> int:
     from ovdiff_lib.workbench.evaluation.building import processors
-    from ovdiff_lib.workbench.reproduce import has_tag, is_fresh, notebooks, run_all
+    from ovdiff_lib.workbench.reproduce import expected_time, has_tag, is_fresh, notebooks, run_all
 
     if options.workers is not None and options.workers < 1:
         raise InputError(f"--workers is {options.workers}; give at least 1.")
@@ -70,6 +72,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     folder, shown = Path(parameters["output"]), options.out / Path(parameters["output"]).name
     chosen = notebooks(options.notebooks, options.only.split(",") if options.only else ())
     stale = [n for n in chosen if options.force or not is_fresh(n, folder / n.name, parameters)]
+    print(expected_time(stale, folder, workers) or f"{len(stale)} to run.", flush=True)
     if workers > 1 and any(has_tag(notebook, "long") for notebook in stale):  # those measure on all data sets and seeds
         _draw(profile, folder, workers)
     failures = run_all(chosen, folder, parameters, force=options.force, say=lambda text: print(text, flush=True), workers=workers)
@@ -92,7 +95,9 @@ def _draw(profile: Profile, folder: Path, workers: int) -> None:
     """Build the classes that the notebooks share, on all processors; what cannot be built, or read, the notebooks will say themselves."""
     from ovdiff_lib.workbench.evaluation.bench import Bench
     from ovdiff_lib.workbench.evaluation.building import build_classes
+    from ovdiff_lib.workbench.reproduce import CLASSES, note
 
+    started, anew = time.time(), not (folder / "cache").exists()
     bench = Bench(profile, {"features.extractors": profile.evaluation.extractors}, library=folder / "cache")
     try:
         sets = [bench.dataset(source) for source in (profile.evaluation.voc, profile.evaluation.context, profile.evaluation.object)]
@@ -100,6 +105,8 @@ def _draw(profile: Profile, folder: Path, workers: int) -> None:
         print(f"Classes are built as the notebooks need them: {error}", flush=True)
         return
     build_classes(bench.profile, [category for data in sets for category in data.vocabulary], bench.seeds, bench.library, workers)
+    if anew:
+        note(folder, CLASSES, {"seconds": round(time.time() - started, 1)})
 
 
 def _claims(folder: Path, options: argparse.Namespace) -> tuple[Path, str]:

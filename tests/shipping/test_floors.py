@@ -15,12 +15,8 @@ FLOORS = ["errors overlay mini", "profiles categories files", "networks registry
 
 UNTIL = {
     "filters -> workbench.data.things",
-    "overlay -> mini.world",
-    "overlay -> segmentation",
-    "overlay -> workbench.data.classes",
     "pipeline -> workbench.evaluation.shared",
     "registry -> networks.identity",
-    "segmentation -> overlay",
     "workbench.baselines -> workbench.baselines.filtered",
     "workbench.baselines.filtered -> workbench.baselines",
     "workbench.evaluation.bench -> workbench.evaluation.rows",

@@ -1,18 +1,16 @@
 """Running notebooks: wrong parameters stop before anything runs, fresh results are kept, failures leave the last good result."""
 
-import ast
 import hashlib
 import json
-from fnmatch import fnmatch
 from pathlib import Path
 
 import nbformat
 import pytest
 
-import ovdiff_lib
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.workbench import reproduce as runner
-from ovdiff_lib.workbench.reproduce import NOT_READ, check_parameters, notebooks, run_all, run_notebook
+from ovdiff_lib.workbench.evaluation import results
+from ovdiff_lib.workbench.reproduce import check_parameters, notebooks, run_all, run_notebook
 
 COUNTING = """
 from pathlib import Path
@@ -30,7 +28,7 @@ print("counted", count)
 def notebook(tmp_path) -> Path:
     """A notebook that notes each of its runs and fails for a negative count."""
     made = nbformat.v4.new_notebook(cells=[
-        nbformat.v4.new_code_cell('count = None  # how many; None = all\noutput = "."', id="parameters", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell('count: int | None = None  # how many\noutput = "."', id="parameters", metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(COUNTING, id="count")])
     made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     path = tmp_path / "notebooks" / "00_counting.ipynb"
@@ -45,7 +43,9 @@ def small_package(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "package"
     folder.mkdir()
     (folder / "code.py").write_text("x = 1\n")
-    monkeypatch.setattr(runner, "PACKAGE", folder)
+    monkeypatch.setattr(results, "PACKAGE", folder)
+    for name in ("code_digest", "_package"):  # what a process asks once, a test asks again
+        monkeypatch.setattr(runner, name, getattr(runner, name).__wrapped__)
     return folder
 
 
@@ -91,7 +91,7 @@ def test_unknown_parameters_are_refused_before_anything_runs(notebook, tmp_path)
     assert "00_counting.ipynb" in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(InputError, match="it has count, output"):
         run_notebook(notebook, target, {"profile": "mini"})
-    with pytest.raises(InputError, match=r"'count' is a (Posix|Windows)Path"):
+    with pytest.raises(InputError, match=r"'count' of 00_counting\.ipynb must be"):
         run_notebook(notebook, target, {"count": tmp_path})
     assert not target.parent.exists()
 
@@ -105,44 +105,42 @@ sizes = [1, 2]
 mixed = [1, "a"]  # of any kind
 empty = []  # of any kind
 overrides = {}  # a table
-images = 60  # the first so many; None means all
-word = "ä"  # None = the model's own
+images: int | None = 60  # the first so many
+word: str | None = None
 anything = None  # whatever
-made = max(3, 4)  # no literal
 """
 
 
 @pytest.mark.parametrize("name, good, bad, words", [
-    ("seed", [0, -3], ["many", 1.5, True, None, [1]], "a whole number, as its default 0 is"),
-    ("scale", [1, 2.5], ["x", True, None], "a number"),
-    ("name", ["", "paper"], [3, None, ["mini"]], "text"), ("flag", [False], [0, 1, "yes"], "true or false"),
-    ("classes", [["cat"], ("cat",), []], ["cat", [1], ["cat", None]], "a list in which each element is text"),
-    ("sizes", [[4]], [[4.5], ["4"], 4, [True]], "each element is a whole number"), ("mixed", [["x"], [None]], ["x"], "a list, as"),
-    ("empty", [[1, "x"]], [1], "a list"), ("overrides", [{"a.b": 1}], [[], "a", None], "a table"),
-    ("images", [3, None], ["all", 2.5], "a whole number"),
-    ("word", ["x", None], [1], "text"), ("anything", [1, "x", None, []], [], ""), ("made", [1, "x"], [], "")])
-def test_parameters_have_the_type_of_their_defaults(tmp_path, name, good, bad, words):
+    ("seed", [0, -3], ["many", 1.5, True, None, [1]], "int"), ("scale", [1, 2.5], ["x", True, None], "float"),
+    ("name", ["", "paper"], [3, None, ["mini"]], "str"), ("flag", [False], [0, 1, "yes"], "bool"),
+    ("classes", [["cat"], []], ["cat", [1], ["cat", None]], r"list\[str\]"), ("sizes", [[4]], [[4.5], ["4"], 4, [True]], r"list\[int\]"),
+    ("mixed", [["x"], [None]], ["x"], "list"), ("empty", [[1, "x"]], [1], "list"), ("overrides", [{"a.b": 1}], [[], "a", None], "dict"),
+    ("images", [3, None], ["all", 2.5], r"int \| None"), ("word", ["x", None], [1], r"str \| None"),
+    ("anything", [1, "x", None, []], [Path("a")], "Any")])
+def test_parameters_have_the_type_of_their_annotation_or_default(tmp_path, name, good, bad, words):
     path = tmp_path / "00_typed.ipynb"
     cell = nbformat.v4.new_code_cell(DEFAULTS, metadata={"tags": ["parameters"]})
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
     for value in good:
         check_parameters(path, {name: value})
     for value in bad:
-        with pytest.raises(InputError, match=words) as caught:
+        with pytest.raises(InputError, match=f"{name!r} of 00_typed.ipynb must be .*{words} like its default") as caught:
             check_parameters(path, {name: value})
-        said = str(caught.value)
-        assert repr(name) in said and "00_typed.ipynb" in said and said.endswith(f"not {value!r}.") and "\n" not in said
+        assert str(caught.value).endswith(f"not {value!r}.") and "\n" not in str(caught.value)
 
 
 def test_the_defaults_of_the_shipped_notebooks_are_legal():
     paths = notebooks(Path(__file__).parents[2] / "notebooks")
     for path in paths:
-        check_parameters(path, {name: default for name, (default, _) in runner._parameters(path).items()})
+        check_parameters(path, {name: default for name, (_, default) in runner.parameters_of(path).items()})
     assert len(paths) >= 2
 
 
 @pytest.mark.parametrize("content", [b"", b"not json", b"[]", b"{}", b"\xff\xfe", b'{"cells": [3]}',
-                                     b'{"cells": [{"metadata": {"tags": ["parameters"]}, "source": "%magic"}]}'])
+                                     b'{"cells": [{"metadata": {"tags": ["parameters"]}, "source": "%magic"}]}',
+                                     b'{"cells": [{"metadata": {"tags": ["parameters"]}, "source": "a = max(1, 2)"}]}',
+                                     b'{"cells": [{"metadata": {"tags": ["parameters"]}, "source": "a: open = 1"}]}'])
 def test_files_that_are_no_notebook_are_described(tmp_path, content):
     path = tmp_path / "00_bad.ipynb"
     path.write_bytes(content)
@@ -174,7 +172,8 @@ def test_fresh_results_are_kept_and_failures_harm_nothing(notebook, tmp_path, sm
     assert any("counted 2" in o.get("text", "") for c in executed.cells for o in c.get("outputs", []))
     assert not list(folder.glob("*.failed.ipynb")) and not list(folder.glob("*.partial.ipynb"))
     stamp = json.loads((folder / "00_counting.stamp.json").read_text())
-    assert stamp["seconds"] >= 0 and set(stamp["outputs"]) == {"00_counting.ipynb", "tables/00_counting.csv"}
+    assert stamp["seconds"] >= 0 and stamp["code"] == sum_of_code(notebook)
+    assert set(stamp["outputs"]) == {"00_counting.ipynb", "tables/00_counting.csv"}
 
     # The same again: nothing runs, nothing is touched.
     before = target.stat().st_mtime_ns
@@ -184,7 +183,7 @@ def test_fresh_results_are_kept_and_failures_harm_nothing(notebook, tmp_path, sm
 
     # A failing cell: one sentence, and the last good result is what it was.
     good = target.read_bytes()
-    with pytest.raises(OVDiffError, match=r"in cell 'count' \(number 2 of 2\): AssertionError: count is negative") as caught:
+    with pytest.raises(OVDiffError, match="in its cell 'count': AssertionError: count is negative") as caught:
         run(-1)
     assert "\n" not in str(caught.value) and "second line" not in str(caught.value) and "00_counting.failed.ipynb" in str(caught.value)
     assert target.read_bytes() == good and (folder / "00_counting.failed.ipynb").exists()
@@ -215,13 +214,9 @@ def test_whatever_a_result_stands_on_makes_it_stale(notebook, tmp_path, small_pa
     parameters = {"count": 1}
     run_notebook(notebook, target, parameters)
     (folder / "tables" / "01_other.csv").write_text("another notebook's\n")
-    (small_package / "__pycache__").mkdir()
-    (small_package / "__pycache__" / "code.py").write_text("not code")
-    (small_package / "report").mkdir()
     (small_package / "recipes").mkdir()
-    for name in ("cli.py", "doctor.py", "report/report.py", "report/claims.csv", "report/explanations.csv", "report/page.html",
-                 "recipes/train_unet.py"):
-        (small_package / name).write_text("whatever")  # no result stands on it
+    (small_package / "recipes" / "train_unet.py").write_text("whatever = 1")  # no result stands on it
+    (small_package / "code.py").write_text("x = 1  # a comment\n")
     target.with_suffix(".failed.ipynb").write_text("{}")  # of other settings
     outputs_added = nbformat.read(notebook, 4)
     outputs_added.cells[1].execution_count = 7  # running a notebook by hand changes no cell's source
@@ -233,7 +228,7 @@ def test_whatever_a_result_stands_on_makes_it_stale(notebook, tmp_path, small_pa
     elif change == "code":
         (small_package / "code.py").write_text("x = 2\n")
     elif change == "data":
-        (small_package / "new.png").write_bytes(b"1")
+        (small_package / "weights.safetensors").write_bytes(b"1")
     elif change == "table of the package":
         (small_package / "things.csv").write_text("class,label\n")
     elif change == "panel":
@@ -277,21 +272,22 @@ def test_while_a_notebook_runs_no_failed_copy_is_there(notebook, tmp_path, monke
     assert seen == [["00_counting.partial.ipynb"]] and not list(folder.glob("*.ipynb")) and not (folder / runner.EXECUTED).exists()
 
 
-def test_what_ran_is_noted_by_the_sum_of_its_code(notebook, tmp_path, monkeypatch):
+def test_what_ran_is_noted_with_its_time(notebook, tmp_path, monkeypatch):
     """Merged with what is there, in order, and again where a fresh result lacks its note; text and outputs do not count."""
     import papermill
 
     folder = tmp_path / "out"
-    noted, target = folder / runner.EXECUTED, folder / "00_counting.ipynb"
+    noted = folder / runner.EXECUTED
     monkeypatch.setattr(papermill, "execute_notebook", lambda source, output, **options: Path(output).write_text("{}"))
     noted.parent.mkdir(parents=True)
-    noted.write_text('{"01_other": "a", "00_counting": "b"}')
-    assert run_notebook(notebook, target, {"count": 1}) is True
-    assert json.loads(noted.read_text()) == {"00_counting": sum_of_code(notebook), "01_other": "a"}
-    assert list(json.loads(noted.read_text())) == ["00_counting", "01_other"]
+    noted.write_text('{"01_other": {"code": "a", "seconds": 61.0}, "00_counting": "b"}')
+    assert run_all([notebook], folder, {"count": 1}) == []
+    found = json.loads(noted.read_text())
+    assert list(found) == ["00_counting", "01_other"] and found["01_other"] == {"code": "a", "seconds": 61.0}
+    assert found["00_counting"]["code"] == sum_of_code(notebook) and found["00_counting"]["seconds"] >= 0
     noted.write_text("{torn")
-    assert run_notebook(notebook, target, {"count": 1}) is False
-    assert json.loads(noted.read_text()) == {"00_counting": sum_of_code(notebook)}
+    assert run_all([notebook], folder, {"count": 1}) == []
+    assert json.loads(noted.read_text()) == {"00_counting": found["00_counting"]}
     before = sum_of_code(notebook)
     made = nbformat.read(notebook, 4)
     made.cells.append(nbformat.v4.new_markdown_cell("# Text"))
@@ -300,6 +296,22 @@ def test_what_ran_is_noted_by_the_sum_of_its_code(notebook, tmp_path, monkeypatc
     made.cells[1].source += "\nprint(1)"
     nbformat.write(made, notebook)
     assert runner.code_sum(notebook) == sum_of_code(notebook) != before
+
+
+def test_the_time_to_expect_is_that_of_the_last_runs(tmp_path):
+    """Two at a time, the longest first: 300 + 60 beside 240, then 120 alone, and before all the classes: 11 minutes."""
+    paths = []
+    for name, tags in (("00_a", []), ("01_b", []), ("02_c", []), ("03_d", ["alone"]), ("04_new", [])):
+        cell = nbformat.v4.new_code_cell("x = 1", metadata={"tags": ["parameters", *tags]})
+        paths.append(tmp_path / f"{name}.ipynb")
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), paths[-1])
+    assert runner.expected_time(paths, tmp_path, 2) == ""  # nothing is known
+    for name, seconds in (("00_a", 60), ("01_b", 300), ("02_c", 240), ("03_d", 120), (runner.CLASSES, 240)):
+        runner.note(tmp_path, name, {"code": "", "seconds": seconds})
+    assert runner.expected_time(paths[:4], tmp_path, 2) == "4 to run, about 11 min as measured last."
+    (tmp_path / "cache").mkdir()
+    assert runner.expected_time(paths[:4], tmp_path, 2).startswith("4 to run, about 7 min")
+    assert runner.expected_time(paths, tmp_path, 1).endswith("about 12 min as measured last, without 04_new, which did not run there yet.")
 
 
 def test_a_folder_that_cannot_be_made_is_named(notebook, tmp_path):
@@ -329,7 +341,6 @@ def test_a_kernel_that_dies_is_one_sentence(notebook, tmp_path):
     with pytest.raises(OVDiffError, match="lost its kernel") as caught:
         run_notebook(notebook, tmp_path / "out" / "00_counting.ipynb", {}, progress=False)
     assert "\n" not in str(caught.value) and not (tmp_path / "out" / "00_counting.ipynb").exists()
-    assert "cell 'count' (number 2 of 2)" in str(caught.value)
 
 
 def test_an_interrupt_in_the_kernel_is_an_interrupt(notebook, tmp_path):
@@ -376,57 +387,17 @@ def test_one_failure_stops_no_other(tmp_path, monkeypatch):
     assert done == ["00_a"]
 
 
-# ---------------------------------------------------------------------- what no result stands on
-
-def imported(source: str) -> set[str]:
-    """Every module of the package that a source may import, in functions too: the names it spells, and the packages they lie in."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    named = {name for name in found if name.split(".")[0] == "ovdiff_lib"}
-    return {".".join(name.split(".")[:i]) for name in named for i in range(1, name.count(".") + 2)}
-
-
-def test_no_notebook_reaches_what_is_left_out():
-    """Followed from the notebooks through every import of the package."""
-    package = Path(ovdiff_lib.__file__).parent
-    cells = [c for path in notebooks(package.parent / "notebooks") for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
-    waiting, reached = set().union(*(imported(cell.source) for cell in cells)), set()
-    while waiting:
-        name = waiting.pop()
-        base = package.joinpath(*name.split(".")[1:])
-        for path in (base / "__init__.py", base.with_suffix(".py")):
-            if path.exists() and path not in reached:
-                reached.add(path)
-                waiting |= imported(path.read_text(encoding="utf-8"))
-    names = {path.relative_to(package).as_posix() for path in reached}
-    assert {"pipeline.py", "workbench/tables/tables.py", "workbench/data/datasets.py", "mini/world.py", "support/sampler.py"} <= names
-    assert {n for n in names if any(fnmatch(n, pattern) for pattern in NOT_READ)} == set()
-
-
-def test_what_is_left_out_exists():
-    package = Path(ovdiff_lib.__file__).parent
-    assert all(list(package.glob(pattern)) for pattern in NOT_READ)
-
-
-def test_long_notebooks_begin_first_and_those_alone_come_last(tmp_path, monkeypatch):
-    """Two at a time; the order in which they are handed out, and that those alone are run when the others are through."""
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_longest_begin_first_and_those_alone_come_last(tmp_path, workers):
     paths = []
-    for number, tags in enumerate([[], ["long"], ["alone"], ["long"], []]):
-        cell = nbformat.v4.new_code_cell("x = 1  # number", id="parameters", metadata={"tags": ["parameters", *tags]})
+    for number, (seconds, tags) in enumerate([(10, []), (30, []), (90, ["alone"]), (None, []), (20, [])]):
+        cell = nbformat.v4.new_code_cell("x = 1  # number", metadata={"tags": ["parameters", *tags]})
         paths.append(tmp_path / f"0{number}_{'_'.join(tags) or 'plain'}.ipynb")
         nbformat.write(nbformat.v4.new_notebook(cells=[cell]), paths[-1])
-    seen = []
-    monkeypatch.setattr(runner, "_run_all", lambda chosen, folder, parameters, force, say, workers: seen.append(
-        ([p.stem for p in chosen], workers)) or [])
-    assert runner.run_all(paths, tmp_path, {}, workers=2) == []
-    assert seen == [(["01_long", "03_long", "00_plain", "04_plain"], 2), (["02_alone"], 1)]
-    seen.clear()
-    runner.run_all(paths, tmp_path, {})
-    assert seen == [([p.stem for p in paths], 1)]
+        runner.note(tmp_path, paths[-1].stem, seconds and {"seconds": seconds})
+    turns = [([p.stem for p in turn], together) for turn, together in runner.in_turns(paths, tmp_path, workers)]
+    together = [(["03_plain", "01_plain", "04_plain", "00_plain"], 2), (["02_alone"], 1)]  # one that never ran may be the longest
+    assert turns == ([([p.stem for p in paths], 1)] if workers == 1 else together)
 
 
 def test_two_notebooks_at_a_time_and_one_that_fails(notebook, tmp_path):
@@ -439,7 +410,7 @@ def test_two_notebooks_at_a_time_and_one_that_fails(notebook, tmp_path):
     said = []
     parameters = {"count": 3, "output": str(tmp_path / "out")}
     failures = runner.run_all([notebook, other], tmp_path / "out", parameters, say=said.append, workers=2)
-    assert len(failures) == 1 and "01_other.ipynb failed in cell 'count'" in failures[0] and len(said) == 2
+    assert len(failures) == 1 and "01_other.ipynb failed in its cell 'count'" in failures[0] and len(said) == 2
     assert (tmp_path / "out" / "00_counting.ipynb").exists() and not (tmp_path / "out" / "01_other.ipynb").exists()
     assert list(json.loads((tmp_path / "out" / runner.EXECUTED).read_text())) == ["00_counting"]  # the other failed
     assert not list(notebook.parent.glob("kernel*"))  # no sockets beside the notebooks

@@ -90,13 +90,14 @@ def _statements(source: str) -> str:
 
 
 @cache
-def code_digest() -> str:
-    """Hash (16 hex digits) of the package's files that can change a label map: results of other code are not taken for this one's.
+def code_digest(leave_out: tuple[str, ...] = NOT_METHOD) -> str:
+    """Hash (16 hex digits) of the package's files, but for those in the folders ``leave_out``: by default of those that can change a label
+    map, so that results of other code are not taken for this one's.
 
     Of Python files the statements count, not comments, docstrings and layout.
     """
     names = (path.relative_to(PACKAGE) for path in PACKAGE.rglob("*") if path.suffix in (".py", ".csv", ".json"))
-    chosen = [PACKAGE / name for name in names if not any(name.is_relative_to(folder) for folder in NOT_METHOD)]
+    chosen = [PACKAGE / name for name in names if not any(name.is_relative_to(folder) for folder in leave_out)]
     digest = hashlib.sha256()
     for path in sorted(chosen):
         content = _statements(path.read_text(encoding="utf-8")).encode() if path.suffix == ".py" else path.read_bytes()

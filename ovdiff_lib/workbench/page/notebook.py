@@ -1,0 +1,56 @@
+"""What a notebook leaves behind: tables and figures, each in one short call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ovdiff_lib.profiles.schema import Profile
+from ovdiff_lib.workbench.figures.base import save_figure
+from ovdiff_lib.workbench.tables.tables import Cell, write_table
+
+if TYPE_CHECKING:
+    from IPython.display import Markdown
+
+    from ovdiff_lib.workbench.evaluation.bench import Bench
+
+
+class Page:
+    """Saves and shows a notebook's tables and figures; output folder, profile and details are said once, in its setup cell.
+
+    Args:
+        output: the outputs folder; tables go to ``output``/tables, figures to ``output``/figures.
+        profile: the profile that made the numbers.
+        details: what else a table's record says of the run, such as ``images=64, seeds=[0, 1]``.
+    """
+
+    def __init__(self, output: str | Path, profile: Profile, **details: Any) -> None:
+        self.output, self.profile, self.details = Path(output), profile, details
+
+    @classmethod
+    def of(cls, output: str | Path, bench: Bench, sources: Iterable[str]) -> Page:
+        """The page of a bench: its profile, its seeds, and of each data set as many images as it measures."""
+        images = {source: min(bench.images or 10**9, len(bench.dataset(source))) for source in sources}
+        return cls(output, bench.profile, images=images, seeds=list(bench.seeds))
+
+    def table(self, cells: list[Cell], name: str, caption: str, digits: int | dict[str, int] = 1, *, title: str = "",
+              **details: Any) -> Markdown:
+        """Write the table ``name`` (CSV, Markdown, JSON) and show it. ``details`` replace those of the page, None leaves one out.
+
+        The other arguments are those of :func:`~ovdiff_lib.workbench.tables.tables.write_table`.
+        """
+        from IPython.display import Markdown
+
+        kept = {key: value for key, value in {**self.details, **details}.items() if value is not None}
+        path = self.output / "tables" / f"{name}.csv"
+        return Markdown(write_table(path, name, cells, self.profile, caption, digits, title=title, details=kept))
+
+    def figure(self, figure: Any, name: str, caption: str, seed: int | None = None) -> Any:
+        """Write the figure ``name`` (PNG, and its caption as JSON) and return it, so that a cell that ends with the call shows it.
+
+        The caption ends with the profile, and with the seed where it is given.
+        """
+        of = f"Profile {self.profile.name}" + (f", seed {seed}" if seed is not None else "")
+        save_figure(figure, self.output / "figures" / f"{name}.png", f"{caption} {of}.")
+        return figure
