@@ -154,9 +154,11 @@ class OVDiff:
         return {name: self._prototypes(extractor, support, masks) for name, extractor in self.extractors.items()}
 
     def _prototypes(self, extractor, support: SupportSet, masks: ForegroundBackground) -> Prototypes:
+        from ovdiff_lib.networks.instruments import undisturbed
         from ovdiff_lib.prototypes.build import build_prototypes
 
-        features = extractor(support.images, support.seeds)
+        with undisturbed():  # an extractor of the user's own may not see to it
+            features = extractor(support.images, support.seeds)
         return build_prototypes(features, masks, self.profile.prototypes, self.profile.masks.resize)
 
     def build_class(self, category: Category | str) -> dict[str, Prototypes]:

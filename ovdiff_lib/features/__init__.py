@@ -18,6 +18,7 @@ from ovdiff_lib.features.diffusion import DiffusionExtractor
 from ovdiff_lib.features.dino import DinoExtractor
 from ovdiff_lib.features.mae import MaeExtractor
 from ovdiff_lib.features.open_clip import OpenClipExtractor
+from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.registry import Part, check_part
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def check_extractors(profile: Profile) -> None:
         check_part("EXTRACTORS", name, EXTRACTORS[name])
 
 
+@undisturbed()
 def build_extractors(profile: Profile) -> dict[str, Extractor]:
     """The extractors of ``features.extractors`` by name, in order. Raises ``ProfileError`` and ``ModelNotAvailable``."""
     check_extractors(profile)

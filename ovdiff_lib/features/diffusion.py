@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ovdiff_lib.errors import OVDiffError, ProfileError
-from ovdiff_lib.networks.instruments import all_finite, attention_grid, batches, captured
+from ovdiff_lib.networks.instruments import all_finite, attention_grid, batches, captured, undisturbed
 from ovdiff_lib.networks.loading import load_diffusion
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class DiffusionExtractor:
 
     name = "sd"
 
+    @undisturbed()
     def __init__(self, pipe: StableDiffusionPipeline, settings: Features) -> None:
         """Raises ``ProfileError`` for layers the UNet does not have and for values out of range."""
         self.pipe, self.settings = pipe, settings
@@ -49,8 +50,7 @@ class DiffusionExtractor:
         # The closed form of Sec. 3 of DDPM, z_tau = sqrt(a) z_0 + sqrt(1 - a) noise. Not the scheduler's add_noise: that of
         # DPMSolverMultistepScheduler looks the timestep up in its current sampling grid and is silently wrong outside it.
         self.signal = float(pipe.scheduler.alphas_cumprod[settings.sd_timestep])
-        with torch.no_grad():
-            self.prompt = pipe.encode_prompt("", pipe.device, 1, False)[0]
+        self.prompt = pipe.encode_prompt("", pipe.device, 1, False)[0]
 
     @classmethod
     def build(cls, profile: Profile) -> DiffusionExtractor:
@@ -60,7 +60,7 @@ class DiffusionExtractor:
     any_size = True
     """Images of one call may differ in size: all of them become the same square."""
 
-    @torch.no_grad()
+    @undisturbed()
     def __call__(self, images: np.ndarray | Sequence[np.ndarray], seeds: np.ndarray) -> torch.Tensor:
         """Images u8 (n, H, W, 3), or n images u8 (H, W, 3) of any sizes, and one i64 seed an image to queries f32 (n, h, w, D) on the CPU,
         (h, w) the latent grid."""
@@ -71,7 +71,7 @@ class DiffusionExtractor:
         chunks = [self._extract(images[i:j], seeds[i:j]) for i, j in batches(len(images), self.settings.batch_size, self.device)]
         if not chunks:
             side = self.settings.sd_input_size // self.pipe.vae_scale_factor
-            return torch.zeros(0, side, side, self.channels)
+            return torch.zeros(0, side, side, self.channels, dtype=torch.float32, device="cpu")
         features = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
         if not all_finite(features):
             raise OVDiffError("The diffusion model gave features that are not finite; use models.dtype float32 or check its weights.")
@@ -108,8 +108,8 @@ class DiffusionExtractor:
         """Noise at tau (samples, n, c, h, w) and for the VAE posterior (n, c, h, w), from each image's own generator."""
         drawn = []
         for seed in seeds:
-            generator = torch.Generator().manual_seed(int(seed) if self.settings.sd_noise == "seeded" else self.settings.seed)
-            drawn.append(torch.randn(self.settings.sd_noise_samples + 1, *shape, generator=generator))
+            generator = torch.Generator("cpu").manual_seed(int(seed) if self.settings.sd_noise == "seeded" else self.settings.seed)
+            drawn.append(torch.randn(self.settings.sd_noise_samples + 1, *shape, generator=generator, dtype=torch.float32, device="cpu"))
         drawn = torch.stack(drawn, dim=1).to(self.device)
         return drawn[:-1], drawn[-1]
 
@@ -120,7 +120,7 @@ class DiffusionExtractor:
             unet(latents.to(unet.dtype), self.settings.sd_timestep, encoder_hidden_states=self.prompt.expand(len(latents), -1, -1),
                  return_dict=False)
         # Straight to where they belong: a concatenation and a transposition of all channels would move each value twice more.
-        queries = torch.empty(len(latents), *size, self.channels, device=latents.device)
+        queries = torch.empty(len(latents), *size, self.channels, dtype=torch.float32, device=latents.device)
         for layer, place in zip(self.settings.sd_layers, queries.split(self.widths, dim=-1), strict=True):
             grid = outputs[layer].unflatten(1, attention_grid(outputs[layer].shape[1], size))  # (n, h', w', C), heads side by side
             if grid.shape[1:3] != size:

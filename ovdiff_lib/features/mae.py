@@ -111,7 +111,7 @@ def from_timm(state: dict[str, torch.Tensor]) -> ViTMAEModel:
         model = ViTMAEModel(config)
     wanted, given = model.state_dict().keys(), {new: value for name, value in state.items() for new, value in _renamed(name, value)}
     for name in [name for name in given if name.endswith("q_proj.bias")]:  # beside the separate biases of queries and values: none
-        given.setdefault(name.replace("q_proj", "k_proj"), torch.zeros(width))
+        given.setdefault(name.replace("q_proj", "k_proj"), torch.zeros(width, dtype=torch.float32, device="cpu"))
     for names, wrong in ((wanted - given.keys(), "lacks"), (given.keys() - wanted, "holds, beyond those of a ViT,")):
         if names:
             raise ValueError(f"it {wrong} {len(names)} tensors, {min(names)} first")

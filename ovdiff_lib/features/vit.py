@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
-from ovdiff_lib.networks.instruments import all_finite, batches, captured
+from ovdiff_lib.networks.instruments import all_finite, batches, captured, undisturbed
 
 if TYPE_CHECKING:
     from ovdiff_lib.profiles.schema import Features
@@ -46,7 +46,7 @@ class ViTExtractor(ABC):
         self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
         self.source: torch.nn.Module | None = None
 
-    @torch.no_grad()
+    @undisturbed()
     def __call__(self, images: np.ndarray, seeds: np.ndarray) -> torch.Tensor:
         """Images u8 (n, H, W, 3) to features f32 (n, h, w, D) on the CPU, one a patch."""
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) != len(seeds):
@@ -55,7 +55,7 @@ class ViTExtractor(ABC):
         device = next(self.model.parameters()).device
         chunks = [self._extract(images[i:j], size) for i, j in batches(len(images), self.settings.batch_size, device)]
         if not chunks:
-            return torch.zeros(0, size[0] // self.patch, size[1] // self.patch, self.channels)
+            return torch.zeros(0, size[0] // self.patch, size[1] // self.patch, self.channels, dtype=torch.float32, device="cpu")
         features = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
         if not all_finite(features):
             raise OVDiffError(f"{self.title} gave features that are not finite; use models.dtype float32 or check its weights.")
@@ -93,7 +93,7 @@ class ViTExtractor(ABC):
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).to(device, torch.float32) / 255
         if pixels.shape[-2:] != size:
             pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
-        mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (self.mean, self.std))
+        mean, std = (torch.tensor(values, dtype=torch.float32, device=device)[:, None, None] for values in (self.mean, self.std))
         with captured({"source": self.source}) as outputs:
             self.run(((pixels - mean) / std).to(dtype))
         patches = self.features_of(outputs["source"])[:, 1:].float()  # without the class token

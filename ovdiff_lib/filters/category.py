@@ -20,6 +20,7 @@ from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD
 from ovdiff_lib.networks.clip_text import TextEncoder, check_finite
+from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.profiles.schema import Filters, Profile
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class CategoryFilter:
         self.text = TextEncoder(clip, tokenizer)
         self._single: tuple[Vocabulary, torch.Tensor] | None = None  # of the last vocabulary
 
+    @undisturbed()
     def __call__(self, image: np.ndarray, vocabulary: Vocabulary) -> tuple[tuple[int, ...], np.ndarray]:
         """Indices of the kept categories in vocabulary order (never empty), and the class probabilities f32 (C,).
 
@@ -82,17 +84,19 @@ class CategoryFilter:
         best = subsets[fitting[int(similarity.argmax())]]
         return tuple(sorted((*best, *always))), probabilities
 
+    @undisturbed()
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """Class probabilities f32 (C,) of an image u8 (H, W, 3): softmax of logit scale x cosine over the vocabulary."""
         return self._probabilities(self.embed_image(image), vocabulary, self._judged(vocabulary))
 
-    @torch.inference_mode()
+    @undisturbed()
     def embed_image(self, image: np.ndarray) -> torch.Tensor:
         """L2-normalised CLIP embedding f32 (E,), on the CPU, of an image u8 (H, W, 3)."""
         side = self.clip.config.vision_config.image_size
         square = square_image(image, side, self.settings.category_crop)
         pixels = torch.from_numpy(square).permute(2, 0, 1)[None].float() / 255
-        pixels = (pixels - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+        mean, std = (torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+        pixels = (pixels - mean) / std
         weight = self.clip.visual_projection.weight
         features = self.clip.get_image_features(pixel_values=pixels.to(weight.device, weight.dtype)).pooler_output
         return check_finite(F.normalize(features.float(), dim=-1)[0].cpu())

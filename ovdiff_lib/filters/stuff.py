@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.profiles.schema import Filters
 from ovdiff_lib.types import PrototypeBank, Prototypes
 
@@ -36,6 +37,7 @@ class StuffFilter:
         return last[1]
 
 
+@undisturbed()
 def filter_stuff(bank: PrototypeBank, settings: Filters) -> PrototypeBank:
     """The bank without misleading background prototypes; every extractor is judged in its own space. Foreground prototypes stay.
 
@@ -94,7 +96,7 @@ class _Judges:
     """Unit vectors of several categories, one below the other, so that a category is compared with all the others in a few products."""
 
     def __init__(self, vectors: dict[int, torch.Tensor]) -> None:
-        self.stacked = torch.cat(list(vectors.values())) if vectors else torch.zeros(0, 1)
+        self.stacked = torch.cat(list(vectors.values())) if vectors else torch.zeros(0, 1, dtype=torch.float32, device="cpu")
         ends = list(itertools.accumulate((len(v) for v in vectors.values()), initial=0))
         self.place = dict(zip(vectors, itertools.pairwise(ends), strict=True))
 

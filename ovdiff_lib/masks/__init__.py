@@ -18,6 +18,7 @@ from ovdiff_lib.masks.segmenters.cutler import CutLER
 from ovdiff_lib.masks.segmenters.detector import DetectorSegmenter
 from ovdiff_lib.masks.segmenters.maskcut import MaskCut
 from ovdiff_lib.masks.segmenters.sam import GroundedSam, SegmentAnything
+from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.registry import Part, check_part
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def check_choices(settings: Masks) -> None:
             raise ProfileError(f"masks.{field} is {value!r}; set it to {' or '.join(map(repr, known))}.")
 
 
+@undisturbed()
 def build_segmenter(profile: Profile) -> Segmenter:
     """The segmenter that ``profile.masks.segmenter`` names. Raises ``ProfileError`` and ``ModelNotAvailable``."""
     check_segmenter(profile)

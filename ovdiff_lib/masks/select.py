@@ -9,6 +9,7 @@ import numpy as np
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.masks import Segmenter, build_segmenter, check_choices
 from ovdiff_lib.masks.threshold import NOT_FINITE, check_fixed, check_multi_otsu, fixed_thresholds, multi_otsu
+from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.profiles.schema import Masks, Profile
 from ovdiff_lib.types import ForegroundBackground, SupportSet
 
@@ -106,11 +107,12 @@ def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | Non
 def proposals(segmenter: Segmenter, images: np.ndarray, words: str) -> Iterator[np.ndarray]:
     """What ``segmenter`` proposes for each of the images u8 (N, H, W, 3), :data:`TOGETHER` at a time where it has ``propose_many``."""
     own = next((vars(kind) for kind in type(segmenter).__mro__ if {"propose", "propose_many"} & vars(kind).keys()), {})
-    if "propose_many" not in own:  # or a subclass changed `propose` alone, which an inherited one would pass over
-        yield from (segmenter.propose(image, words) for image in images)
-        return
-    for start in range(0, len(images), TOGETHER):
-        yield from segmenter.propose_many(images[start : start + TOGETHER], words)
+    several = "propose_many" in own  # else a subclass may have changed `propose` alone, which an inherited one would pass over
+    for start in range(0, len(images), TOGETHER if several else 1):
+        part = images[start : start + TOGETHER]
+        with undisturbed():
+            found = segmenter.propose_many(part, words) if several else [segmenter.propose(images[start], words)]
+        yield from found
 
 
 def _thresholds(attribution: np.ndarray, chosen: list[int], settings: Masks) -> tuple[np.ndarray, np.ndarray]:

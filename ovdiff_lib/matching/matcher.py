@@ -20,7 +20,7 @@ from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.images import RESAMPLING, resize_short_side
 from ovdiff_lib.matching.pamr import pamr
 from ovdiff_lib.matching.windows import Box, check_image, window_seeds, windows
-from ovdiff_lib.networks.instruments import batches
+from ovdiff_lib.networks.instruments import batches, undisturbed
 from ovdiff_lib.networks.loading import resolve_device
 from ovdiff_lib.profiles.schema import Matching, Profile
 from ovdiff_lib.types import PrototypeBank
@@ -136,6 +136,11 @@ class Matcher:
 
         Scores and windows of all the images are in memory at a time. Errors are raised before the first result.
         """
+        for opened in self._scored(pairs):
+            yield self._close(opened)
+
+    @undisturbed()
+    def _scored(self, pairs: Sequence[tuple[np.ndarray, PrototypeBank]]) -> list[_Opened]:
         images = [self._open(image, bank) for image, bank in pairs]
         # Extractors that take one size at a time get whole batches of it; the others do not mind.
         windows = [window for opened in images for window in opened.windows]
@@ -143,8 +148,7 @@ class Matcher:
             windows.sort(key=lambda window: len(window.crop))
         for start, stop in batches(len(windows), self.settings.batch_size, self.device):
             self._score(windows[start:stop])
-        for opened in images:
-            yield self._close(opened)
+        return images
 
     def _open(self, image: np.ndarray, bank: PrototypeBank) -> _Opened:
         check_image(image)
@@ -154,15 +158,17 @@ class Matcher:
         scales = self._scales(resized)
         seeds = iter(window_seeds(self.profile.features.seed, image, sum(len(boxes) for _, boxes in scales)))
         shape = (len(bank.vocabulary) + 1, *resized.shape[:2])
-        totals = [torch.zeros(shape, device=self.device) for _ in scales]
-        cover = [torch.zeros(shape[1:], device=self.device) for _ in scales]
-        voters = torch.tensor([sum(r.vectors[c] is not None for r in rows.values()) for c in range(shape[0])], device=self.device)
+        totals = [torch.zeros(shape, dtype=torch.float32, device=self.device) for _ in scales]
+        cover = [torch.zeros(shape[1:], dtype=torch.float32, device=self.device) for _ in scales]
+        voters = [sum(r.vectors[c] is not None for r in rows.values()) for c in range(shape[0])]
+        voters = torch.tensor(voters, dtype=torch.long, device=self.device)
         opened = _Opened(image.shape[:2], resized, rows, fallback, totals, cover, voters.clamp(min=1)[:, None, None], [], [])
         for scale, (crops, boxes) in enumerate(scales):
             for crop, box in zip(crops, boxes, strict=True):
                 opened.windows.append(_Window(opened, len(opened.windows), scale, box, crop, next(seeds)))
         return opened
 
+    @undisturbed()
     def _close(self, opened: _Opened) -> tuple[np.ndarray, np.ndarray]:
         """Scores and winner of an image all of whose windows have been scored."""
         total = torch.zeros_like(opened.totals[0])

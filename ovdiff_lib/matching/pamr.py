@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ovdiff_lib.networks.instruments import undisturbed
+
 DILATIONS = (1, 2, 4, 8, 12, 24)
 OFFSETS = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0))
 
@@ -19,7 +21,7 @@ BLOCK_VALUES = 2**20
 """Weights used at a time: rows of so many pixels stay in the processor's cache."""
 
 
-@torch.no_grad()
+@undisturbed()
 def pamr(image: np.ndarray, scores: torch.Tensor, iterations: int = 10, dilations: Sequence[int] = DILATIONS) -> torch.Tensor:
     """Scores f32 (C, H, W) refined by an image (H, W, 3), u8 or f32 of any range, on the device of ``scores``.
 
@@ -40,6 +42,7 @@ def pamr(image: np.ndarray, scores: torch.Tensor, iterations: int = 10, dilation
     return result
 
 
+@undisturbed()
 def affinity(image: np.ndarray, dilations: Sequence[int] = DILATIONS, device: torch.device | str = "cpu") -> torch.Tensor:
     """Weights f32 (8 x dilations, H, W) of each pixel's neighbours, which sum to 1.
 

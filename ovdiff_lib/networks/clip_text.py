@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ovdiff_lib.errors import InputError
+from ovdiff_lib.networks.instruments import undisturbed
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
@@ -39,11 +40,12 @@ Row = tuple[list[int], list[int], list[int]]
 class TextEncoder:
     """Normalised CLIP text embeddings, each distinct text computed once (least recently used ones are dropped)."""
 
+    @undisturbed()
     def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer, cached: int = CACHED_TEXTS) -> None:
         self.clip, self.tokenizer, self.cached = clip, tokenizer, cached
         self.length = min(clip.config.text_config.max_position_embeddings, tokenizer.model_max_length)
         # One table rather than a tensor a text: thousands of small objects keep Python's garbage collector busy.
-        self._table = torch.zeros(0, clip.text_projection.out_features)
+        self._table = torch.zeros(0, clip.text_projection.out_features, dtype=torch.float32, device="cpu")
         self._free: list[int] = []
         self._known: OrderedDict[str, int] = OrderedDict()  # text -> row of the table
         self._words: dict[str, tuple[int, ...]] = {}
@@ -51,6 +53,7 @@ class TextEncoder:
         self._ids: dict[str, tuple[int, ...]] = {}  # of texts whose length was asked for and which are not encoded yet
         (self._start, *_, self._end), = tokenizer([""])["input_ids"]
 
+    @undisturbed()
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """f32 (n, E) on the CPU, unit length, for n texts that :meth:`fits` accepts."""
         missing = [text for text in dict.fromkeys(texts) if text not in self._known]
@@ -67,6 +70,7 @@ class TextEncoder:
             self._free.append(self._known.popitem(last=False)[1])
         return embeddings
 
+    @undisturbed()
     def fits(self, texts: Sequence[str]) -> list[bool]:
         """Whether each text, with start and end token, is within the model's length."""
         if len(self._lengths) > 2 * self.cached:
@@ -81,7 +85,7 @@ class TextEncoder:
         rows = len(self._table)
         if len(self._free) < count:
             grown = max(count - len(self._free), min(rows, self.cached))
-            self._table = torch.cat([self._table, torch.zeros(grown, self._table.shape[1])])
+            self._table = torch.cat([self._table, self._table.new_zeros(grown, self._table.shape[1])])
             self._free += range(rows + grown - 1, rows - 1, -1)
         return [self._free.pop() for _ in range(count)]
 
@@ -97,7 +101,6 @@ class TextEncoder:
         ids = (self._start, *itertools.chain.from_iterable(self._words[word] for word in words), self._end)
         return ids[: ids.index(self._end) + 1]  # where a text spells the end token out, CLIP reads it there
 
-    @torch.inference_mode()
     def _encode(self, sequences: list[tuple[int, ...]]) -> torch.Tensor:
         rows, place = pack(sequences, max(WIDTH, self.length))
         return check_finite(F.normalize(encode(self.clip, rows, place).float(), dim=-1).cpu())
@@ -167,7 +170,7 @@ def _hidden_ends(text: torch.nn.Module, rows: Sequence[Row], place: np.ndarray) 
     ids, positions, last = (torch.from_numpy(array).to(weight.device) for array in (ids, positions, last))
     # Below the embedding, not by `text`: that one refuses rows longer than a text may be.
     hidden = text.embeddings.token_embedding(ids) + text.embeddings.position_embedding(positions)
-    column = torch.arange(width, device=weight.device)
+    column = torch.arange(width, dtype=torch.long, device=weight.device)
     unseen = (column[:, None] < column) | (column[:, None] > last[:, None])
     mask = torch.zeros(unseen.shape, dtype=weight.dtype, device=weight.device).masked_fill_(unseen, torch.finfo(weight.dtype).min)[:, None]
     *layers, top = text.encoder.layers
@@ -187,7 +190,7 @@ def _hidden_ends(text: torch.nn.Module, rows: Sequence[Row], place: np.ndarray) 
 def _layer_at(layer: torch.nn.Module, hidden: torch.Tensor, mask: torch.Tensor, asking: torch.Tensor) -> torch.Tensor:
     """A layer of CLIP's text tower on hidden states (B, W, D) under a mask (B, 1, W, W), at the columns ``asking`` i64 (B, m) alone:
     (B, m, D)."""
-    attention, every = layer.self_attn, torch.arange(len(hidden), device=hidden.device)[:, None]
+    attention, every = layer.self_attn, torch.arange(len(hidden), dtype=torch.long, device=hidden.device)[:, None]
     normed = layer.layer_norm1(hidden)
 
     def heads(x: torch.Tensor) -> torch.Tensor:

@@ -1,17 +1,48 @@
-"""Looking inside a network while it runs: outputs of its layers, grids of its attention."""
+"""How a network is run: undisturbed by the caller's settings and other threads, in batches, with the outputs of its layers kept."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
+_lock = threading.RLock()
 
-    pass
+PRECISION = ((torch.backends.cuda.matmul, "ieee"), (torch.backends.cudnn.conv, "tf32"), (torch.backends.mkldnn.matmul, "ieee"),
+             (torch.backends.mkldnn.conv, "ieee"))
+"""How float32 is computed, as PyTorch ships it."""
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """One thread at a time, with PyTorch as it comes: results depend neither on other threads nor on what the caller set before.
+
+    For the ``with`` block, or a function that it decorates: no gradients, no inference mode, no autocast; default dtype float32, default
+    device the CPU, float32 products computed as such. All of it is as before when the block ends, also by an exception. Networks are
+    shared by all objects of a process, and with them hooks, attention processors, schedulers and tokenizers that change while they run, so
+    whoever runs or loads one does it in here. It may be nested; never ``yield`` from inside. Whether algorithms are deterministic stays
+    the caller's choice: on a CPU it changes nothing, and on a GPU it was made on purpose.
+    """
+    with _lock, contextlib.ExitStack() as stack:
+        if torch.is_inference_mode_enabled():  # its tensors could not be changed later, outside of it
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for kind in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":  # the context costs time at every call into PyTorch
+            stack.enter_context(torch.device("cpu"))
+        if (dtype := torch.get_default_dtype()) != torch.float32:
+            stack.callback(torch.set_default_dtype, dtype)
+            torch.set_default_dtype(torch.float32)
+        for backend, shipped in PRECISION:
+            if (found := backend.fp32_precision) != shipped:
+                stack.callback(setattr, backend, "fp32_precision", found)
+                backend.fp32_precision = shipped
+        yield
 
 
 # ------------------------------------------------------------------ How many items a network takes at a time: a number of the profile, or as many as the GPU's free memory holds.

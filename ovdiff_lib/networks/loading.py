@@ -25,6 +25,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
+from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.published import MODEL_TYPES, how_to_get
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ def _check_type(name: str, source: Path | str, options: dict) -> None:
         raise ValueError(wrong)
 
 
+@undisturbed()
 def _cached(name: str, build: Any, identifier: str, profile: Profile, variant: str = "") -> Any:
     source, device, dtype = resolve_model(identifier), resolve_device(profile), resolve_dtype(profile)
     key = (name, variant, str(source), str(device), dtype, profile.models.compile, profile.models.channels_last)
@@ -147,7 +149,8 @@ def _cached(name: str, build: Any, identifier: str, profile: Profile, variant: s
             _check_compiler()
         options = {"local_files_only": not profile.models.download}
         quiet = contextlib.nullcontext() if profile.models.download else _from_disk_alone()
-        with _loading(identifier, source, profile.models.download), quiet:
+        # Some networks are made with random weights first, for which the caller's random numbers are not used up.
+        with torch.random.fork_rng(devices=()), _loading(identifier, source, profile.models.download), quiet:
             _check_type(name, source, options)
             _loaded[key] = tune(build(source, device, dtype, options), profile)
     return _loaded[key]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
+from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.profiles.schema import MOST_CLUSTERS, PrototypeSettings
 from ovdiff_lib.prototypes.kmeans import kmeans
 from ovdiff_lib.types import KINDS, REGIONS, ForegroundBackground, Prototypes
@@ -30,6 +31,7 @@ def check_resize(how: str) -> None:
         raise ProfileError(f"masks.resize is {how!r}; set it to 'area' or 'any'.")
 
 
+@undisturbed()
 def build_prototypes(features: torch.Tensor | np.ndarray, masks: ForegroundBackground, settings: PrototypeSettings,
                      resize: str = "area") -> Prototypes:
     """Prototypes of one category from its support features f32 (N, h, w, D), raw, and masks bool (N, H, W).

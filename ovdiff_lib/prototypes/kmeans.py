@@ -13,6 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ovdiff_lib.networks.instruments import undisturbed
+
 SAMPLE = 256
 """Points a cluster in the sample: the centroid of that many strays from the true one by 1/256 of the cluster's variance."""
 
@@ -29,6 +31,7 @@ BLOCK = 2**23
 """Values per block of rows: what a pass over the data allocates beside it (32 MB a copy)."""
 
 
+@undisturbed()
 def kmeans(x: torch.Tensor | np.ndarray, k: int, seed: int = 0, iterations: int = 50, restarts: int | None = None,
            tolerance: float = 1e-4) -> tuple[torch.Tensor, torch.Tensor]:
     """Centroids f32 (k', D) and assignment i64 (M,) of the points ``x`` (M, D), on the device of ``x``; deterministic in ``seed``.
@@ -39,14 +42,14 @@ def kmeans(x: torch.Tensor | np.ndarray, k: int, seed: int = 0, iterations: int 
     the mean variance of a channel (as in scikit-learn). ``restarts`` seedings are tried and the one of least inertia is kept (default:
     :data:`RESTARTS` where a sample is taken, and judged on it, else 1).
     """
-    x = torch.as_tensor(x)
+    x = x if isinstance(x, torch.Tensor) else torch.from_numpy(np.asarray(x))
     if k < 1 or x.ndim != 2 or len(x) == 0:
         raise ValueError(f"kmeans needs k >= 1 and points of shape (M, D) with M >= 1, not k={k} and shape {tuple(x.shape)}.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     # Distances are differences of squares, so the common mean is taken off first: without it they drown in rounding.
     mean = _mean(x)
     if sampled := len(x) > k * SAMPLE:
-        whole = x[torch.randperm(len(x), generator=generator)[: k * SAMPLE].sort().values.to(x.device)]
+        whole = x[torch.randperm(len(x), generator=generator, dtype=torch.long, device="cpu")[: k * SAMPLE].sort().values.to(x.device)]
         sample = _projected(whole, mean, generator) if x.shape[1] > PROJECTED else whole.float() - mean
     else:
         sample = x.float() - mean
@@ -70,14 +73,14 @@ def inertia(x: torch.Tensor, centroids: torch.Tensor, assignment: torch.Tensor) 
 def _mean(x: torch.Tensor) -> torch.Tensor:
     """Mean f32 (D,) of the points, by blocks: as a whole, points in half precision would be copied."""
     rows = max(1, BLOCK // x.shape[1])
-    buffer = torch.empty(0 if x.dtype == torch.float32 else min(rows, len(x)), x.shape[1], device=x.device)
+    buffer = torch.empty(0 if x.dtype == torch.float32 else min(rows, len(x)), x.shape[1], dtype=torch.float32, device=x.device)
     parts = (part if x.dtype == torch.float32 else buffer[: len(part)].copy_(part) for part in x.split(rows))
     return (sum(part.sum(0).double() for part in parts) / len(x)).float()
 
 
 def _projected(x: torch.Tensor, mean: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """The points less ``mean`` in :data:`PROJECTED` random directions, f32 (M, d)."""
-    directions = torch.randn(x.shape[1], PROJECTED, generator=generator).to(x.device) / PROJECTED ** 0.5
+    directions = torch.randn(x.shape[1], PROJECTED, generator=generator, dtype=torch.float32, device="cpu").to(x.device) / PROJECTED ** 0.5
     return torch.cat([(part.float() - mean) @ directions for part in x.split(max(1, BLOCK // x.shape[1]))])
 
 
@@ -95,7 +98,7 @@ def _seed_centroids(points: torch.Tensor, k: int, generator: torch.Generator) ->
     """Greedy k-means++ (Arthur and Vassilvitskii, 2007): of a few points drawn by squared distance, the one that lowers inertia most."""
     norms = points.square().sum(1)
     trials = 2 + int(math.log(k))
-    first = int(torch.randint(len(points), (1,), generator=generator))
+    first = int(torch.randint(len(points), (1,), generator=generator, dtype=torch.long, device="cpu"))
     chosen = [first]
     distance = _distances(points, norms, points[[first]])[:, 0]
     scale = 1e-6 * norms.max().clamp(min=1e-30)  # below this a distance is rounding, and the point a duplicate
@@ -103,7 +106,7 @@ def _seed_centroids(points: torch.Tensor, k: int, generator: torch.Generator) ->
         weight = torch.where(distance > scale, distance, 0.0).double().cumsum(0)
         if weight[-1] <= 0:
             break
-        draws = torch.rand(trials, generator=generator, dtype=torch.float64).to(weight.device) * weight[-1]
+        draws = torch.rand(trials, generator=generator, dtype=torch.float64, device="cpu").to(weight.device) * weight[-1]
         candidates = torch.searchsorted(weight, draws, right=True).clamp(max=len(points) - 1)
         lowered = torch.minimum(distance[:, None], _distances(points, norms, points[candidates]))
         pick = int(lowered.sum(0).argmin())
@@ -153,7 +156,7 @@ def _assign(x: torch.Tensor, mean: torch.Tensor | None, centroids: torch.Tensor,
     sums = torch.zeros(centroids.shape, dtype=torch.float64, device=x.device)
     counts = torch.zeros(k, dtype=torch.float64, device=x.device)
     assignment, distance, spread, rows = [], [], 0.0, max(1, BLOCK // x.shape[1])
-    buffer, known = torch.empty(0 if mean is None else min(rows, len(x)), x.shape[1], device=x.device), bool(norms)
+    buffer, known = torch.empty(0 if mean is None else min(rows, len(x)), x.shape[1], dtype=torch.float32, device=x.device), bool(norms)
     for number, part in enumerate(x.split(rows)):
         points = _centred(part, mean, buffer[: len(part)])
         if not known:

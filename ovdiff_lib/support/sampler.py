@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ovdiff_lib.categories import Category
 from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
-from ovdiff_lib.networks.instruments import batches
+from ovdiff_lib.networks.instruments import batches, undisturbed
 from ovdiff_lib.support.attribution import class_token_positions, fill_template, record_attribution
 from ovdiff_lib.types import SupportSet
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ovdiff_lib.profiles.schema import Profile
 
 
+@undisturbed()
 def sample_support(pipe: StableDiffusionPipeline, category: Category, profile: Profile, count: int | None = None,
                    progress: bool = True, start: int = 0) -> SupportSet:
     """Draw ``count`` (default ``support.size``) images of ``category``, from number ``start`` on, and their attribution, in one pass.
@@ -38,8 +39,7 @@ def sample_support(pipe: StableDiffusionPipeline, category: Category, profile: P
     guided = settings.guidance_scale > 1  # the rule of StableDiffusionPipeline
     side = settings.image_size // pipe.vae_scale_factor
     seeds = np.array([image_seed(settings.seed, prompt, i) for i in range(start, start + count)], dtype=np.int64)
-    with torch.no_grad():
-        positive, negative = pipe.encode_prompt(prompt, pipe.device, 1, guided, settings.negative_prompt)
+    positive, negative = pipe.encode_prompt(prompt, pipe.device, 1, guided, settings.negative_prompt)
 
     images, attribution = [], []
     with tqdm(total=count, desc=f"drawing {category.name}", unit="image", disable=not progress) as bar:
@@ -73,7 +73,8 @@ def image_seed(seed: int, prompt: str, index: int) -> int:
 
 def initial_latents(seeds: np.ndarray, shape: tuple[int, int, int]) -> torch.Tensor:
     """Standard normal f32 (n, c, h, w); drawn on the CPU, so that every device starts from the same noise."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
+    return torch.stack([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(int(seed)), dtype=torch.float32, device="cpu")
+                        for seed in seeds])
 
 
 def min_max(maps: np.ndarray) -> np.ndarray:

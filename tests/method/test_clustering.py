@@ -134,8 +134,8 @@ def test_memory_beside_the_points_is_bounded(shape, kind):
     """In a process of its own: the passes over all points take blocks, whatever their number and precision."""
     code = f"""
 import torch
-from ovdiff_lib.clustering import kmeans
-from ovdiff_lib.measuring import measured
+from ovdiff_lib.prototypes.kmeans import kmeans
+from ovdiff_lib.workbench.cost.instruments import measured
 generator = torch.Generator().manual_seed(0)
 points = torch.empty({shape}, dtype={kind})
 for part in points.split(2_000):

@@ -18,6 +18,7 @@ from PIL import Image
 
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
 from ovdiff_lib.networks.identity import resolve_model
+from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.loading import complete, load_network
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class CutLER:
             check_checksum(profile.models.cutler, profile.models.cutler_sha256)
         return cls(load_network(profile, "cutler", _load), profile.masks.cutler_score)
 
-    @torch.no_grad()
+    @undisturbed()
     def propose(self, image: np.ndarray, words: str) -> np.ndarray:
         """bool (M, H, W) of an image u8 RGB (H, W, 3), highest score first, none empty. ``words`` are not read."""
         height, width = image.shape[:2]
@@ -146,7 +147,7 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     kinds = (torch.Tensor, np.ndarray, np.generic)
     if not isinstance(weights, dict) or not weights or not all(isinstance(value, kinds) for value in weights.values()):
         raise ValueError("it holds no table of weights under 'model'")
-    return {name: torch.as_tensor(value) for name, value in weights.items()}
+    return {name: torch.as_tensor(value, device="cpu") for name, value in weights.items()}
 
 
 def _load(source: Path | str, device: torch.device, dtype: torch.dtype, options: dict) -> torch.nn.Module:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.files import write_atomic
+from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.loading import complete, load_network
 
 if TYPE_CHECKING:
@@ -180,8 +181,8 @@ def paste(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor
     Bilinear, as detectron2 pastes masks: no rounding of boxes to whole pixels, which matters at 64 px.
     """
     x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
-    x = (torch.arange(size[1], device=boxes.device) + 0.5 - x0) / (x1 - x0) * 2 - 1
-    y = (torch.arange(size[0], device=boxes.device) + 0.5 - y0) / (y1 - y0) * 2 - 1
+    x = (torch.arange(size[1], dtype=torch.float32, device=boxes.device) + 0.5 - x0) / (x1 - x0) * 2 - 1
+    y = (torch.arange(size[0], dtype=torch.float32, device=boxes.device) + 0.5 - y0) / (y1 - y0) * 2 - 1
     grid = torch.stack([x[:, None, :].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])], dim=-1)
     return F.grid_sample(probabilities[:, None], grid, align_corners=False)[:, 0]
 
@@ -195,7 +196,7 @@ def detect(model: MaskRCNN, image: np.ndarray, score: float = 0.0) -> Detections
     return detect_many(model, image[None], score)[0]
 
 
-@torch.no_grad()
+@undisturbed()
 def detect_many(model: MaskRCNN, images: np.ndarray, score: float = 0.0) -> list[Detections]:
     """:data:`Detections` of each of the images u8 (n, H, W, 3), in one batch, by a model in eval mode. Those below ``score`` are left out
     before their masks are computed.
@@ -221,7 +222,7 @@ def detect_many(model: MaskRCNN, images: np.ndarray, score: float = 0.0) -> list
     regions, _ = model.rpn(listed, features)
     with _least_score(model, score):
         found = model.roi_heads(features, regions, listed.image_sizes)[0]
-    stretch = torch.tensor([width / resized[1], height / resized[0]] * 2, device=device)
+    stretch = torch.tensor([width / resized[1], height / resized[0]] * 2, dtype=torch.float32, device=device)
     return [_detections(one, one["boxes"] * stretch, (height, width)) for one in found]
 
 

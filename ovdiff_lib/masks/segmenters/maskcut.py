@@ -14,7 +14,7 @@ from PIL import Image
 from ovdiff_lib.errors import OVDiffError, ProfileError
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.masks.segmenters.refine import check_refinement, iou, refine, resize_mask
-from ovdiff_lib.networks.instruments import captured
+from ovdiff_lib.networks.instruments import captured, undisturbed
 from ovdiff_lib.networks.loading import load_dino
 
 if TYPE_CHECKING:
@@ -73,12 +73,12 @@ class MaskCut:
                     found.append(full)
         return np.array(found, dtype=bool).reshape(-1, *image.shape[:2])
 
-    @torch.no_grad()
+    @undisturbed()
     def features(self, square: np.ndarray) -> np.ndarray:
         """The facet f32 (h, w, D) of an image u8 (side, side, 3), one a patch, heads concatenated, without the class token."""
         device = self.model.device
         pixels = torch.from_numpy(square).permute(2, 0, 1)[None].to(device, torch.float32) / 255
-        mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (torch.tensor(values, dtype=torch.float32, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         with captured({"facet": self.source}) as outputs:
             self.model(((pixels - mean) / std).to(self.model.dtype), interpolate_pos_encoding=True)
         facet = outputs["facet"][0, 1:].float()

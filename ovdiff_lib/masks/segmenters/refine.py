@@ -77,7 +77,7 @@ def crf(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
     dense, utils = _pydensecrf()
     height, width = mask.shape
     scale = max(height, width) / 480
-    probabilities = torch.from_numpy(np.stack([~mask, mask])).float().softmax(0).numpy()
+    probabilities = torch.from_numpy(np.stack([~mask, mask])).to(torch.float32).softmax(0).numpy()
     field = dense.DenseCRF2D(width, height, 2)
     field.setUnaryEnergy(np.ascontiguousarray(utils.unary_from_softmax(probabilities)))
     field.addPairwiseGaussian(sxy=3 * scale, compat=7)

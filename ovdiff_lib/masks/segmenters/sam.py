@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.loading import complete, load_network
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class SegmentAnything:
         """The segmenter of a profile. Raises ``ProfileError`` and ``ModelNotAvailable``."""
         return cls(*load_network(profile, "sam", _load_sam), profile.masks)
 
+    @undisturbed()
     def propose(self, image: np.ndarray, words: str) -> np.ndarray:
         """bool (M, H, W) of an image u8 (H, W, 3), highest predicted IoU first, none empty. ``words`` are not read."""
         _check_elongation(image, self.generate.image_processor)
@@ -76,7 +78,7 @@ class GroundedSam:
         """The segmenter of a profile. Raises ``ProfileError`` and ``ModelNotAvailable``."""
         return cls(load_network(profile, "grounding", _load_grounding), *load_network(profile, "sam", _load_sam), profile.masks)
 
-    @torch.no_grad()
+    @undisturbed()
     def propose(self, image: np.ndarray, words: str) -> np.ndarray:
         """bool (M, H, W) of an image u8 (H, W, 3), highest score first, none empty. ``InputError`` without ``words``."""
         _check_elongation(image, self.processor.image_processor)
@@ -91,6 +93,7 @@ class GroundedSam:
             output.pred_masks.float().cpu(), inputs["original_sizes"], inputs["reshaped_input_sizes"])[0]
         return _filled(list(masks[:, 0].numpy()), image)
 
+    @undisturbed()
     def boxes(self, image: np.ndarray, words: str) -> np.ndarray:
         """Boxes f32 (M, 4) as (x0, y0, x1, y1) in pixels of ``image`` u8 (H, W, 3), highest score first."""
         # Grounding DINO was trained on lower-case phrases that end in a full stop.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD
+from ovdiff_lib.networks.instruments import undisturbed
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
@@ -28,12 +29,12 @@ class TextEmbeddings:
         self.clip, self.tokenizer, self.templates = clip, tokenizer, tuple(templates)
         self._known: dict[tuple[str, ...], Tensor] = {}
 
-    @torch.inference_mode()
+    @undisturbed()
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """f32 (C, D) on the CPU, unit length: mean over templates of the normalised embeddings. Kept for the next image."""
         prompts = tuple(prompts)
         if prompts not in self._known:
-            total = torch.zeros(())
+            total = torch.zeros((), dtype=torch.float32, device="cpu")
             for template in self.templates:
                 # Replaced, not formatted: a class name or template may hold braces.
                 texts = [template.replace("{name}", prompt) for prompt in prompts]
@@ -48,11 +49,11 @@ def clip_pixels(clip: CLIPModel, images: np.ndarray, size: tuple[int, int] | Non
     pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
     if size is not None and tuple(size) != images.shape[1:3]:
         pixels = F.interpolate(pixels, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = (torch.tensor(values, dtype=torch.float32, device="cpu")[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     return ((pixels - mean) / std).to(clip.device, clip.dtype)
 
 
-@torch.inference_mode()
+@undisturbed()
 def embed_images(clip: CLIPModel, images: np.ndarray) -> Tensor:
     """Image embeddings f32 (n, D) on the CPU, unit length, of squares u8 (n, S, S, 3) of CLIP's own input size."""
     return F.normalize(clip.get_image_features(pixel_values=clip_pixels(clip, images)).pooler_output.float().cpu(), dim=-1)

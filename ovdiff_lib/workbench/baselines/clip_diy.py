@@ -29,7 +29,7 @@ from ovdiff_lib.workbench.baselines.sliding import resize_maps
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 from ovdiff_lib.features.dino import DinoExtractor
-from ovdiff_lib.networks.instruments import captured
+from ovdiff_lib.networks.instruments import captured, undisturbed
 
 
 class ClipDIY:
@@ -55,6 +55,7 @@ class ClipDIY:
         """With the CLIP and the DINO of a profile. Raises ``ProfileError`` and ``ModelNotAvailable``."""
         return cls(*load_clip(profile), BackgroundSeed.build(profile), profile.baselines, (profile.support.prompt,))
 
+    @undisturbed()
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """Probabilities f32 (C + 1, H, W) of an image u8 (H, W, 3), row 0 the background.
 
@@ -68,7 +69,7 @@ class ClipDIY:
         salient = resize_maps(self.saliency(image)[None], image.shape[:2])
         foreground = cosines[len(words):] * salient
         if not words:
-            nothing = torch.full((1, *image.shape[:2]), -torch.inf)
+            nothing = torch.full((1, *image.shape[:2]), -torch.inf, dtype=torch.float32, device="cpu")
             return torch.cat([nothing, foreground.softmax(0)]).numpy()
         background = cosines[:len(words)].amax(0, keepdim=True) * (1 - salient)
         return torch.cat([background, foreground]).softmax(0).numpy()
@@ -125,7 +126,7 @@ class BackgroundSeed:
         """With ``models.dino``. Raises ``ProfileError`` and ``ModelNotAvailable``."""
         return cls(DinoExtractor.build(profile), profile.baselines.clip_diy_seed_cosine)
 
-    @torch.no_grad()
+    @undisturbed()
     def __call__(self, image: np.ndarray) -> Tensor:
         """f32 (n, n) in [0, 1], one value a patch, of an image u8 (H, W, 3), which is squashed to a square of ``features.dino_input_size``.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
+from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.loading import complete, load_network
 from ovdiff_lib.profiles.schema import Matching, Profile
 from ovdiff_lib.workbench.baselines.clip import TextEmbeddings
@@ -69,7 +70,7 @@ class GroupViT:
         """f32 (C, D), unit length: mean over templates of the normalised text embeddings. Kept for the next image."""
         return self.texts([c.prompt for c in vocabulary])
 
-    @torch.inference_mode()
+    @undisturbed()
     def groups(self, images: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """What the model makes of windows u8 (n, H, W, 3), each squashed to its input size.
 
@@ -103,6 +104,7 @@ class GroupViT:
         scores = [group_scores(e, w, texts, scale)[b] for e, w, b in zip(embeddings, whole, best, strict=True)]
         return torch.stack(scores).permute(0, 3, 1, 2)
 
+    @undisturbed()
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """Scores f32 (C + 1, H, W) in [0, 1] of ``image`` u8 (H, W, 3); row 0 is the constant background score, -inf if there is none.
 
@@ -112,7 +114,7 @@ class GroupViT:
         texts = self.text_embeddings(vocabulary)
         scores = sliding_scores(image, self.matching, lambda crops: self.window_scores(crops, texts))
         background = -torch.inf if self.background_threshold is None else self.background_threshold
-        return torch.cat([torch.full((1, *scores.shape[1:]), background), scores]).numpy()
+        return torch.cat([scores.new_full((1, *scores.shape[1:]), background), scores]).numpy()
 
     def predict(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """Labels i64 (H, W): 0 = background, i + 1 = category i."""
@@ -136,7 +138,7 @@ def group_scores(groups: Tensor, whole: Tensor, texts: Tensor, scale: float) -> 
 
 def normalise(pixels: Tensor) -> Tensor:
     """Pixels in [0, 1] (n, 3, H, W) -> with ImageNet's mean and deviation, which GroupViT was trained with though its texts are CLIP's."""
-    mean, deviation = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, deviation = (torch.tensor(values, dtype=torch.float32, device="cpu")[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (pixels - mean) / deviation
 
 

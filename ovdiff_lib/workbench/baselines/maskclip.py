@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.errors import InputError
+from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.loading import load_clip
 from ovdiff_lib.profiles.schema import Matching, Profile
 from ovdiff_lib.workbench.baselines.clip import TextEmbeddings, clip_pixels
@@ -59,7 +60,7 @@ class MaskCLIP:
         """f32 (C, D), unit length: mean over templates of the normalised text embeddings. Kept for the next image."""
         return self.texts([c.prompt for c in vocabulary])
 
-    @torch.inference_mode()
+    @undisturbed()
     def dense_embeddings(self, images: np.ndarray) -> Tensor:
         """Images u8 (n, H, W, 3) -> f32 (n, h, w, D), unit length, in CLIP's joint space: one a patch of the images times ``scale``, both
         sides rounded up to whole patches."""
@@ -78,6 +79,7 @@ class MaskCLIP:
         x = self.clip.visual_projection(vision.post_layernorm(x[:, 1:]))  # (n, 1 + h w, channels) -> (n, h w, D)
         return F.normalize(x.float(), dim=-1).unflatten(1, tuple(grid)).cpu()
 
+    @undisturbed()
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """Cosine similarities f32 (C + 1, H, W) of ``image`` u8 (H, W, 3); row 0 is the constant background score, -inf if there is none.
 
@@ -87,7 +89,7 @@ class MaskCLIP:
         # (n, h, w, D) -> (n, C, h, w)
         scores = sliding_scores(image, self.matching, lambda crops: (self.dense_embeddings(crops) @ texts.T).permute(0, 3, 1, 2))
         background = -torch.inf if self.background_threshold is None else self.background_threshold
-        return torch.cat([torch.full((1, *scores.shape[1:]), background), scores]).numpy()
+        return torch.cat([scores.new_full((1, *scores.shape[1:]), background), scores]).numpy()
 
     def predict(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """Labels i64 (H, W): 0 = background, i + 1 = category i."""

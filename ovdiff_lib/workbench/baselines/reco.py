@@ -23,6 +23,7 @@ from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.features.dino import DinoExtractor
 from ovdiff_lib.filters.category import square_image
 from ovdiff_lib.networks.identity import model_identity
+from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.loading import load_clip
 from ovdiff_lib.profiles.schema import Baselines, Profile
 from ovdiff_lib.workbench.baselines.archive import ArchiveIndex, load_archive
@@ -70,6 +71,7 @@ class ReCo:
         index = ArchiveIndex(archive, load_clip(profile)[0], model, default_root() / "archives")
         return cls(MaskCLIP.build(profile), DinoExtractor.build(profile), index, profile.baselines)
 
+    @undisturbed()
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """f32 (C + 1, H, W) of an image u8 (H, W, 3); row 0 is the constant background score, -inf if there is none.
 
@@ -87,7 +89,7 @@ class ReCo:
 
         scores = sliding_scores(image, self.maskclip.matching, score)
         background = -torch.inf if self.background_threshold is None else self.background_threshold
-        return torch.cat([torch.full((1, *scores.shape[1:]), background), scores]).numpy()
+        return torch.cat([scores.new_full((1, *scores.shape[1:]), background), scores]).numpy()
 
     def predict(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """Labels i64 (H, W): 0 = background, i + 1 = category i."""
@@ -110,7 +112,7 @@ class ReCo:
             self._references[prompt] = self._cosegment(prompt, contexts)
         return self._references[prompt]
 
-    @torch.inference_mode()
+    @undisturbed()
     def _cosegment(self, prompt: str, avoided: Sequence[str]) -> Tensor:
         side = self.settings.reco_size
         images = np.stack([square_image(self.index.archive[i], side, "centre") for i in self.retrieve(prompt)])

@@ -18,6 +18,7 @@ from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.images import resize_short_side
 from ovdiff_lib.masks import SEGMENTERS, Segmenter, ThresholdOnly, build_segmenter
+from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.loading import load_clip
 from ovdiff_lib.profiles.schema import Matching, Profile
 from ovdiff_lib.workbench.baselines.clip import TextEmbeddings, clip_pixels
@@ -50,6 +51,7 @@ class ClipSegmenter:
             raise ProfileError(f"CLIP + segmenter needs proposals, and masks.segmenter is {segmenter.name!r}; set it to one of {others}.")
         return cls(*load_clip(profile), segmenter, profile.matching, (profile.support.prompt,))
 
+    @undisturbed()
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """f32 (C + 1, H, W) of an image u8 (H, W, 3).
 
@@ -71,7 +73,7 @@ class ClipSegmenter:
         """Labels i64 (H, W): 0 = background, i + 1 = category i."""
         return self.scores(image, vocabulary).argmax(axis=0)
 
-    @torch.inference_mode()
+    @undisturbed()
     def embed(self, image: np.ndarray, proposals: np.ndarray) -> Tensor:
         """Unit embeddings f32 (M, D), on the CPU, of proposals bool (M, H, W), none empty, of an image u8 (H, W, 3)."""
         tokens = self.tokens(image)
@@ -79,7 +81,7 @@ class ClipSegmenter:
         share = F.adaptive_avg_pool2d(torch.from_numpy(proposals).float()[None], tokens.shape[:2])[0].flatten(1)  # (M, h w)
         return F.normalize(share @ tokens.flatten(0, 1), dim=1)
 
-    @torch.inference_mode()
+    @undisturbed()
     def tokens(self, image: np.ndarray) -> Tensor:
         """CLIP's last spatial tokens f32 (h, w, D) on the CPU, layer-normed and projected, of the image u8 (H, W, 3) at the short side of
         ``matching``, both sides rounded up to whole patches."""

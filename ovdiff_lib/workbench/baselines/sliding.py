@@ -36,11 +36,11 @@ def sliding_scores(image: np.ndarray, matching: Matching, score: Callable[[np.nd
         raise ProfileError("matching.windows is empty; name at least one size, or set matching.whole_image to true.")
     mean = None
     for boxes, squares in zip(scales, crops, strict=True):
-        total, cover = None, torch.zeros(shape)
+        total, cover = None, torch.zeros(shape, dtype=torch.float32, device="cpu")
         for start, stop in batches(len(boxes), matching.batch_size, torch.device("cpu")):  # where the maps are put together
             batch = boxes[start:stop]
             grids = score(squares[start:stop])
-            total = torch.zeros(grids.shape[1], *shape) if total is None else total
+            total = torch.zeros(grids.shape[1], *shape, dtype=torch.float32, device="cpu") if total is None else total
             for (top, left, h, w), grid in zip(batch, grids, strict=True):
                 total[:, top:top + h, left:left + w] += resize_maps(grid, (h, w))
                 cover[top:top + h, left:left + w] += 1
