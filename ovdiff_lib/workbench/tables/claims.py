@@ -4,22 +4,23 @@
 ``table|row|column``, the key that tables carry; ``{set}`` runs over the data sets of the column ``sets``, ``{rival}`` over the rivals that
 were measured, ``N=*`` over every N; ``a or b`` is the first of the two that was measured; `` & `` separates cells.
 
-Each data set gives a verdict of its own. The noise that differences are held against is that of :mod:`ovdiff_lib.workbench.tables.relations`; its
-reference is OVDiff's row of Table 1 with the extractors of the claim's own table: those of :data:`SD_TABLES` have SD features alone.
+Each data set gives a verdict of its own. The noise that differences are held against, and its reference, are those of
+:mod:`ovdiff_lib.workbench.tables.relations`; the claims of :data:`SD_TABLES` have SD features alone.
 """
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+import pandas
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import write_atomic
-from ovdiff_lib.workbench.tables.relations import ORDER, RELATIONS, TOLERANCE, Part, Sample, Spread, join
+from ovdiff_lib.workbench.tables.relations import ORDER, RELATIONS, TOLERANCE, Part, Sample, Spread
 from ovdiff_lib.workbench.tables.tables import STAMP, read_record, read_table
 
 FOLDER = Path(__file__).parent
@@ -44,6 +45,8 @@ LEGEND = (
     "it fails on one; one about most of them fails where even the undecided ones would make no majority.")
 
 FIELDS = ("id", "claim", "source", "paper", "measured", "verdict", "note", "how")
+FIELDS_OF = [name.replace("paper", "paper_values") for name in FIELDS]
+"""Columns of the file, and the fields of :class:`ClaimResult` in them."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,9 @@ class Evidence:
 
 def claims() -> tuple[Claim, ...]:
     """All claims in order. Reads the file that ships with the package."""
-    def cells(text: str) -> tuple[str, ...]:
-        return tuple(filter(None, text.split(" & ")))
-
-    with open(FOLDER / "claims.csv", encoding="utf-8", newline="") as file:
-        return tuple(Claim(int(r["id"]), r["claim"], r["source"], r["relation"], cells(r["left"]), cells(r["right"]), cells(r["sets"]),
-                           r["missing"], r["paper_values"], r["note"]) for r in csv.DictReader(file))
+    read = pandas.read_csv(FOLDER / "claims.csv", dtype=str, keep_default_na=False).to_dict("records")
+    cells = {name: lambda text: tuple(filter(None, text.split(" & "))) for name in ("left", "right", "sets")}
+    return tuple(Claim(**{name: {"id": int, **cells}.get(name, str)(text) for name, text in row.items()}) for row in read)
 
 
 def judge(folder: str | Path) -> list[ClaimResult]:
@@ -141,12 +141,8 @@ def write_claims(folder: str | Path) -> Path:
     """Judge and write ``folder``/tables/claims.csv, and claims.md with the counts by verdict at its head; returns the CSV's path."""
     results = judge(folder)
     path = Path(folder) / "tables" / f"{NAME}.csv"
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(FIELDS)
-    for r in results:
-        writer.writerow([r.id, r.claim, r.source, r.paper_values, r.measured, r.verdict, r.note, r.how])
-    write_atomic(path, buffer.getvalue().encode())
+    write_atomic(path, pandas.DataFrame(map(asdict, results), columns=FIELDS_OF).to_csv(
+        index=False, lineterminator="\n", header=FIELDS).encode())
     write_atomic(path.with_suffix(".md"), _markdown(results).encode())
     return path
 
@@ -171,14 +167,14 @@ def _test(claim: Claim, evidence: Evidence) -> ClaimResult:
             notes.append(f"Rivals not measured: {', '.join(unmeasured)}." if unmeasured else "")
     verdict = _verdict(claim, list(parts.values()))
     several = len(claim.sets) > 1
-    measured = join((f"{name}: " if several else "") + part.measured for name, part in parts.items())
+    measured = _join((f"{name}: " if several else "") + part.measured for name, part in parts.items())
     if several and any(part.verdict != "holds" for part in parts.values()):
         notes.append(_each(parts, claim.relation))
     if absent and verdict in ("not measured", *ORDER):
         notes.append("Not measured: " + "; ".join(absent.values()) + ".")
     notes.append(_explanations().get((evidence.profile, claim.id, verdict), ""))
     return ClaimResult(claim.id, claim.claim, claim.source, claim.paper_values, measured, verdict,
-                       " ".join(dict.fromkeys(filter(None, notes))), join(h for p in parts.values() for h in p.how))
+                       " ".join(dict.fromkeys(filter(None, notes))), _join(h for p in parts.values() for h in p.how))
 
 
 def _verdict(claim: Claim, parts: list[Part]) -> str:
@@ -242,8 +238,8 @@ def _find(pattern: str, evidence: Evidence) -> list[Sample]:
 @functools.cache
 def _explanations() -> dict[tuple[str, int, str], str]:
     """Texts on results, written for one profile and one verdict: when the verdict changes, the text no longer shows."""
-    with open(FOLDER / "explanations.csv", encoding="utf-8", newline="") as file:
-        table = {(r["profile"], int(r["id"]), r["verdict"]): r["text"] for r in csv.DictReader(file)}
+    read = pandas.read_csv(FOLDER / "explanations.csv", dtype={"id": int}, keep_default_na=False)
+    table = {(row.profile, row.id, row.verdict): row.text for row in read.itertuples()}
     if unknown := sorted({verdict for _, _, verdict in table} - set(VERDICTS)):
         raise InputError(f"explanations.csv names the verdict {unknown[0]!r}; write one of {', '.join(VERDICTS)}.")
     return table
@@ -260,3 +256,8 @@ def _markdown(results: list[ClaimResult]) -> str:
               + " |" for r in results]
     lines += ["", LEGEND]
     return "\n".join(lines) + "\n"
+
+
+def _join(parts: Iterable[str]) -> str:
+    """Texts once each, in order, as one."""
+    return "; ".join(dict.fromkeys(filter(None, parts)))
