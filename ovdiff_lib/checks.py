@@ -1,7 +1,7 @@
-"""What can be known to be wrong before any work is done: values of a profile that cannot be, results that could not be written.
+"""What can be known to be wrong with a profile before any work is done, and is no single field's affair.
 
-Classes take long to build, so a mistake in a later step must not wait for its turn. Each module judges its own settings; here is the
-list of them.
+Classes take long to build, so a mistake in a later step must not wait for its turn. The values of single fields were judged when the
+profile was read (:mod:`~ovdiff_lib.profiles.schema`).
 """
 
 from __future__ import annotations
@@ -9,20 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ovdiff_lib.errors import ProfileError
+from ovdiff_lib.features import check_extractors
+from ovdiff_lib.masks import check_segmenter
+from ovdiff_lib.masks.select import check_masks
+from ovdiff_lib.matching.matcher import BACKGROUND_REMEDY, check_matching
+from ovdiff_lib.networks.identity import resolve_model
 from ovdiff_lib.profiles.schema import Profile
 
 
 def check_profile(profile: Profile) -> None:
-    """``ProfileError`` for the first value, in the order of the method's steps, that no step could use; ``ModelNotAvailable`` for a
-    missing folder of the category filter's CLIP, which is loaded last. No model is loaded."""
+    """``ProfileError`` for the first thing, in the order of the method's steps, that cannot work: a part that no registry has, settings that
+    do not go together. ``ModelNotAvailable`` for a missing folder of the category filter's CLIP, which is loaded last. Loads no model."""
     for check in _checks(profile):
         check()
+    if profile.filters.category:
+        resolve_model(profile.models.clip)
 
 
 def setting_problems(profile: Profile) -> list[str]:
     """The sentences of every ``ProfileError`` that :func:`check_profile` has for this profile; models are not looked at."""
     problems = []
-    for check in _checks(profile, models=False):
+    for check in _checks(profile):
         try:
             check()
         except ProfileError as error:
@@ -30,24 +37,11 @@ def setting_problems(profile: Profile) -> list[str]:
     return problems
 
 
-def _checks(profile: Profile, models: bool = True) -> list[Callable[[], None]]:
-    """One call for each step; steps that the profile leaves out are not judged."""
-    from ovdiff_lib.features import check_extractors
-    from ovdiff_lib.filters.category import check_category
-    from ovdiff_lib.filters.stuff import check_stuff
-    from ovdiff_lib.masks import check_segmenter
-    from ovdiff_lib.masks.select import check_masks
-    from ovdiff_lib.matching.matcher import check_background, check_matching
-    from ovdiff_lib.networks.identity import resolve_model
-    from ovdiff_lib.prototypes.build import check_prototypes, check_resize
+def _checks(profile: Profile) -> list[Callable[[], None]]:
+    return [lambda: check_extractors(profile), lambda: check_segmenter(profile), lambda: check_masks(profile.masks),
+            lambda: check_matching(profile.matching), lambda: _check_background(profile)]
 
-    checks = [lambda: check_extractors(profile), lambda: check_segmenter(profile), lambda: check_masks(profile.masks),
-              lambda: check_resize(profile.masks.resize), lambda: check_prototypes(profile.prototypes)]
-    if profile.filters.stuff:
-        checks.append(lambda: check_stuff(profile.filters))
-    if profile.filters.category:
-        checks.append(lambda: check_category(profile.filters))
-    checks += [lambda: check_matching(profile.matching), lambda: check_background(profile)]
-    if profile.filters.category and models:
-        checks.append(lambda: resolve_model(profile.models.clip))
-    return checks
+
+def _check_background(profile: Profile) -> None:
+    if not profile.prototypes.background and profile.matching.background_threshold is None:
+        raise ProfileError(f"prototypes.background is false and nothing else scores the background; {BACKGROUND_REMEDY}")

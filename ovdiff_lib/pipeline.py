@@ -119,9 +119,8 @@ class OVDiff:
             support = self.library.get_support(key)
             # Image i depends on its number, not on how many there are: a smaller set is the beginning of a larger one.
             have = 0 if support is None else len(support)
-            if have < max(count, 1) or count < 1:
-                missing = count - have if count > 0 else count  # a size below one is the sampler's to refuse
-                drawn = sample_support(self.diffusion, category, self.profile, missing, progress=self.progress, start=have)
+            if have < count:
+                drawn = sample_support(self.diffusion, category, self.profile, count - have, progress=self.progress, start=have)
                 support = drawn if support is None else support.joined(drawn)
                 self.library.put_support(key, support, made_from=made_from, replace=True)
         # The library knows the words, not what this user calls them.

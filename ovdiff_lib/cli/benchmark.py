@@ -19,8 +19,8 @@ def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
             "scenario fails, else 0; ctrl-C keeps what was printed and written to --json.")
     benchmark = command("benchmark", run_benchmark, text)
     benchmark.add_argument("--only", metavar="NAME,...", action="append",
-                           help="only these scenarios; a wrong name lists them (default: all but `compile`, which needs a C++ compiler, "
-                                "and `kmeans-support-set`, which needs 13 GB of memory)")
+                           help="only these scenarios; a wrong name lists them (default: all but `kmeans-support-set`, which needs 13 GB of "
+                                "memory)")
     benchmark.add_argument("--full-size", action="store_true",
                            help="also those of the paper's sizes, with random weights (7 GB of memory, some 15 minutes on two cores)")
     benchmark.add_argument("--repeats", type=int, default=3, help="rounds of a scenario; ratios are of medians (default: 3)")

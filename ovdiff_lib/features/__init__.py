@@ -7,22 +7,19 @@ again after it was edited; ``Part(Mine, version="1")`` puts a version of your ow
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.features.clip import ClipExtractor
 from ovdiff_lib.features.diffusion import DiffusionExtractor
 from ovdiff_lib.features.dino import DinoExtractor
 from ovdiff_lib.features.mae import MaeExtractor
 from ovdiff_lib.features.open_clip import OpenClipExtractor
 from ovdiff_lib.networks.instruments import undisturbed
+from ovdiff_lib.profiles.schema import Profile, check_choice
 from ovdiff_lib.registry import Part, check_part
-
-if TYPE_CHECKING:
-    from ovdiff_lib.profiles.schema import Profile
 
 
 class Extractor(Protocol):
@@ -51,13 +48,9 @@ EXTRACTORS: dict[str, Part] = {
 
 
 def check_extractors(profile: Profile) -> None:
-    """``ProfileError`` if ``features.extractors`` is empty, repeats a name, or names what is no ``Part`` in :data:`EXTRACTORS`."""
-    names = profile.features.extractors
-    if not names:
-        raise ProfileError(f"features.extractors is empty; name at least one of {', '.join(EXTRACTORS)}.")
-    if len(set(names)) != len(names) or any(name not in EXTRACTORS for name in names):
-        raise ProfileError(f"features.extractors is {names}; name each wanted one of {', '.join(EXTRACTORS)} once.")
-    for name in names:
+    """``ProfileError`` for the first of ``features.extractors`` that is no ``Part`` in :data:`EXTRACTORS`."""
+    for name in profile.features.extractors:
+        check_choice("features.extractors", name, EXTRACTORS)
         check_part("EXTRACTORS", name, EXTRACTORS[name])
 
 

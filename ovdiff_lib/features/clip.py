@@ -28,7 +28,7 @@ class ClipExtractor(ViTExtractor):
     title = "CLIP"
 
     def __init__(self, model: CLIPModel, settings: Features, kind: str) -> None:
-        """Raises ``ProfileError`` for a layer the model does not have, a size that is not positive, or an unknown normalisation."""
+        """Raises ``ProfileError`` for a layer the model does not have."""
         config = model.config.vision_config
         super().__init__(f"clip-{kind}", model, settings, "clip_input_size", config.patch_size, config.hidden_size)
         layer = clip_layer(model.vision_model.encoder.layers, settings)
@@ -55,7 +55,5 @@ def clip_layer(layers: torch.nn.ModuleList, settings: Features) -> torch.nn.Modu
 
 
 def clip_statistics(settings: Features) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the pixels by ``features.clip_normalisation``. Raises ``ProfileError`` for an unknown one."""
-    if settings.clip_normalisation not in NORMALISATIONS:
-        raise ProfileError(f"features.clip_normalisation is {settings.clip_normalisation!r}; use 'clip' or 'imagenet'.")
+    """Mean and standard deviation of the pixels by ``features.clip_normalisation``."""
     return NORMALISATIONS[settings.clip_normalisation]

@@ -68,7 +68,7 @@ class DiffusionExtractor:
         if wrong or len(images) != len(seeds):
             found = f"{wrong[0].dtype} {wrong[0].shape}" if wrong else f"{len(images)} images"
             raise ValueError(f"expected u8 (H, W, 3) images and as many seeds, got {found} and {len(seeds)} seeds")
-        chunks = [self._extract(images[i:j], seeds[i:j]) for i, j in batches(len(images), self.settings.batch_size, self.device)]
+        chunks = [self._extract(images[i:j], seeds[i:j]) for i, j in batches(len(images), self.settings.batch_size)]
         if not chunks:
             side = self.settings.sd_input_size // self.pipe.vae_scale_factor
             return torch.zeros(0, side, side, self.channels, dtype=torch.float32, device="cpu")
@@ -130,15 +130,8 @@ class DiffusionExtractor:
 
     def _check_settings(self) -> None:
         settings, steps = self.settings, self.pipe.scheduler.config.num_train_timesteps
-        if settings.sd_latent not in ("mean", "sample"):
-            raise ProfileError(f"features.sd_latent is {settings.sd_latent!r}; use 'mean' or 'sample'.")
-        if settings.sd_noise not in ("seeded", "fixed"):
-            raise ProfileError(f"features.sd_noise is {settings.sd_noise!r}; use 'seeded' or 'fixed'.")
-        if not 0 <= settings.sd_timestep < steps:
+        if settings.sd_timestep >= steps:
             raise ProfileError(f"features.sd_timestep is {settings.sd_timestep}; it must be from 0 to {steps - 1}.")
-        for name in ("sd_noise_samples", "batch_size"):
-            if (value := getattr(settings, name)) is not None and value < 1:
-                raise ProfileError(f"features.{name} is {value}; it must be at least 1.")
         factor = self.pipe.vae_scale_factor
         if settings.sd_input_size < factor or settings.sd_input_size % factor:
             raise ProfileError(f"features.sd_input_size is {settings.sd_input_size}; it must be a positive multiple of {factor}.")

@@ -21,7 +21,6 @@ class DinoExtractor(ViTExtractor):
     title = "DINO"
 
     def __init__(self, model: ViTModel, settings: Features) -> None:
-        """Raises ``ProfileError`` for a size that is not positive."""
         super().__init__("dino", model, settings, "dino_input_size", model.config.patch_size, model.config.hidden_size)
         # The key projection reads the layer-normed stream (pre-norm), so its output needs no further care.
         self.source = model.layers[-1].attention.k_proj

@@ -36,7 +36,7 @@ class MaeExtractor(ViTExtractor):
     title = "MAE"
 
     def __init__(self, model: ViTMAEModel, settings: Features) -> None:
-        """Raises ``ProfileError`` for a size that is not positive; ``ValueError`` if the model would hide patches."""
+        """Raises ``ValueError`` if the model would hide patches."""
         if model.config.mask_ratio != 0:
             raise ValueError(f"the model hides a share of {model.config.mask_ratio} of the patches; load it with mask_ratio 0")
         super().__init__("mae", model, settings, "mae_input_size", model.config.patch_size, model.config.hidden_size)

@@ -42,7 +42,7 @@ class OpenClipExtractor(ViTExtractor):
     title = "CLIP of open_clip"
 
     def __init__(self, visual: VisionTransformer, settings: Features, kind: str) -> None:
-        """Raises ``ProfileError`` for a layer the model does not have, a size that is not positive, or an unknown normalisation."""
+        """Raises ``ProfileError`` for a layer the model does not have."""
         super().__init__(f"open-clip-{kind}", visual, settings, "clip_input_size", visual.patch_size[0], visual.conv1.out_channels)
         layer = clip_layer(visual.transformer.resblocks, settings)
         self.kind, self.attention = kind, layer.attn

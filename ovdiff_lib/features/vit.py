@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
+from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.networks.instruments import all_finite, batches, captured, undisturbed
 
@@ -35,13 +35,7 @@ class ViTExtractor(ABC):
     """What error messages call the model."""
 
     def __init__(self, name: str, model: Any, settings: Features, size_field: str, patch: int, channels: int) -> None:
-        """Raises ``ProfileError`` for sizes that are not positive."""
-        for field in (size_field, "batch_size"):
-            if (value := getattr(settings, field)) is not None and value < 1:
-                raise ProfileError(f"features.{field} is {value}; it must be at least 1.")
         self.name, self.model, self.settings, self.patch, self.channels = name, model, settings, patch, channels
-        if not 0 < settings.vit_scale <= 16:
-            raise ProfileError(f"features.vit_scale is {settings.vit_scale}; set it to a number above 0, at most 16.")
         self.short = getattr(settings, size_field)
         self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
         self.source: torch.nn.Module | None = None
@@ -52,8 +46,7 @@ class ViTExtractor(ABC):
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) != len(seeds):
             raise ValueError(f"expected u8 (n, H, W, 3) images and n seeds, got {images.dtype} {images.shape} and {len(seeds)} seeds")
         size = self.input_size(images.shape[1], images.shape[2])
-        device = next(self.model.parameters()).device
-        chunks = [self._extract(images[i:j], size) for i, j in batches(len(images), self.settings.batch_size, device)]
+        chunks = [self._extract(images[i:j], size) for i, j in batches(len(images), self.settings.batch_size)]
         if not chunks:
             return torch.zeros(0, size[0] // self.patch, size[1] // self.patch, self.channels, dtype=torch.float32, device="cpu")
         features = torch.cat(chunks) if len(chunks) > 1 else chunks[0]

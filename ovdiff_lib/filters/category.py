@@ -17,28 +17,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ovdiff_lib.categories import Category, Vocabulary
-from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.errors import InputError
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD
 from ovdiff_lib.networks.clip_text import TextEncoder, check_finite
 from ovdiff_lib.networks.instruments import undisturbed
-from ovdiff_lib.profiles.schema import Filters, Profile
+from ovdiff_lib.profiles.schema import Profile
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
-
-
-MAX_TOP = 16
-"""Largest eta: 65,535 prompts an image."""
-
-
-def check_category(settings: Filters) -> None:
-    """``ProfileError`` for values of ``filters.category_*`` that cannot be."""
-    if not 1 <= settings.category_top <= MAX_TOP:
-        raise ProfileError(f"filters.category_top is {settings.category_top}; set it to a number from 1 to {MAX_TOP}.")
-    if settings.category_crop not in ("squash", "centre"):
-        raise ProfileError(f"filters.category_crop is {settings.category_crop!r}; set it to 'squash' or 'centre'.")
-    if "{names}" not in settings.category_prompt:
-        raise ProfileError("filters.category_prompt has no '{names}'; put it where the class names go.")
 
 
 class CategoryFilter:
@@ -50,7 +36,6 @@ class CategoryFilter:
 
     def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer, profile: Profile) -> None:
         self.settings = profile.filters
-        check_category(self.settings)
         self.clip = clip
         self.text = TextEncoder(clip, tokenizer)
         self._single: tuple[Vocabulary, torch.Tensor] | None = None  # of the last vocabulary

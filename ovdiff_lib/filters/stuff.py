@@ -8,19 +8,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.errors import InputError
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.profiles.schema import Filters
 from ovdiff_lib.types import PrototypeBank, Prototypes
 
 BLOCK = 8192
 """Prototypes compared at a time."""
-
-
-def check_stuff(settings: Filters) -> None:
-    """``ProfileError`` for an unknown ``filters.stuff_against``."""
-    if settings.stuff_against not in ("stuff", "all"):
-        raise ProfileError(f"filters.stuff_against is {settings.stuff_against!r}; set it to 'stuff' or 'all'.")
 
 
 class StuffFilter:
@@ -48,10 +42,9 @@ def filter_stuff(bank: PrototypeBank, settings: Filters) -> PrototypeBank:
     Without the two kinds ("all"): every category loses each background prototype that is so similar to any foreground prototype of any
     other category; ``stuff_background`` has no say.
 
-    Without ``stuff_parts`` the part prototypes of stuff categories, of both regions, are taken away before. Raises ``ProfileError`` for
-    an unknown ``stuff_against`` and ``InputError`` for a category that would be left without foreground prototypes.
+    Without ``stuff_parts`` the part prototypes of stuff categories, of both regions, are taken away before. Raises ``InputError`` for
+    a category that would be left without foreground prototypes.
     """
-    check_stuff(settings)
     stuff = {i for i, category in enumerate(bank.vocabulary) if category.kind == "stuff"}
     everyone = settings.stuff_against == "all"
     if not stuff and not everyone:

@@ -9,20 +9,17 @@ that classes are built again after it was edited; ``Part(Mine, version="1")`` pu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.masks.segmenters.cutler import CutLER
 from ovdiff_lib.masks.segmenters.detector import DetectorSegmenter
 from ovdiff_lib.masks.segmenters.maskcut import MaskCut
 from ovdiff_lib.masks.segmenters.sam import GroundedSam, SegmentAnything
 from ovdiff_lib.networks.instruments import undisturbed
+from ovdiff_lib.profiles.schema import Profile, check_choice
 from ovdiff_lib.registry import Part, check_part
-
-if TYPE_CHECKING:
-    from ovdiff_lib.profiles.schema import Masks, Profile
 
 
 class Segmenter(Protocol):
@@ -65,24 +62,11 @@ COMMON_SETTINGS = ("segmenter", "threshold_", "background_below", "erosion", "ov
 """Fields of ``profile.masks`` that matter with any segmenter."""
 
 
-OVERLAPS = ("keep", "attribution")
-FALLBACKS = ("otsu", "fixed")
-
-
 def check_segmenter(profile: Profile) -> None:
-    """``ProfileError`` unless ``profile.masks.segmenter`` names a ``Part`` in :data:`SEGMENTERS` and :func:`check_choices` passes."""
+    """``ProfileError`` unless ``masks.segmenter`` names a ``Part`` in :data:`SEGMENTERS`."""
     name = profile.masks.segmenter
-    check_choices(profile.masks)
-    if name not in SEGMENTERS:
-        raise ProfileError(f"There is no segmenter {name!r}; set masks.segmenter to one of {', '.join(sorted(SEGMENTERS))}.")
+    check_choice("masks.segmenter", name, SEGMENTERS)
     check_part("SEGMENTERS", name, SEGMENTERS[name])
-
-
-def check_choices(settings: Masks) -> None:
-    """``ProfileError`` unless ``masks.overlaps`` and ``masks.fallback`` are known ways."""
-    for field, known in (("overlaps", OVERLAPS), ("fallback", FALLBACKS)):
-        if (value := getattr(settings, field)) not in known:
-            raise ProfileError(f"masks.{field} is {value!r}; set it to {' or '.join(map(repr, known))}.")
 
 
 @undisturbed()

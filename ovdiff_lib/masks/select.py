@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.masks import Segmenter, build_segmenter, check_choices
+from ovdiff_lib.masks import Segmenter, build_segmenter
 from ovdiff_lib.masks.threshold import NOT_FINITE, check_fixed, check_multi_otsu, fixed_thresholds, multi_otsu
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.profiles.schema import Masks, Profile
@@ -58,12 +58,11 @@ def separate(proposals: np.ndarray, attribution: np.ndarray) -> np.ndarray:
 
 
 def check_masks(settings: Masks) -> None:
-    """``ProfileError`` for values of ``profile.masks`` that :func:`make_masks` cannot use; the segmenter judges its own."""
-    check_choices(settings)
+    """``ProfileError`` for values of ``profile.masks`` that do not go together."""
     if settings.fallback == "fixed":
         check_fixed(settings.fallback_foreground, settings.fallback_background)
     else:
-        check_multi_otsu(settings.threshold_classes, settings.threshold_scope, settings.threshold_foreground)
+        check_multi_otsu(settings.threshold_classes, settings.threshold_foreground)
 
 
 def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | None = None) -> ForegroundBackground:

@@ -11,16 +11,9 @@ BINS = 256
 
 NOT_FINITE = "The attribution maps hold values that are not finite; check the diffusion model's weights, or use dtype float32."
 
-MAX_CLASSES = 5
-"""The search over thresholds grows as BINS ** (classes - 1)."""
 
-
-def check_multi_otsu(classes: int, scope: str, foreground_levels: int) -> None:
-    """``ProfileError`` for arguments of :func:`multi_otsu` that cannot be."""
-    if scope not in ("image", "set"):
-        raise ProfileError(f"masks.threshold_scope is {scope!r}; set it to 'image' or 'set'.")
-    if not 2 <= classes <= MAX_CLASSES:
-        raise ProfileError(f"masks.threshold_classes is {classes}; set it to a number from 2 to {MAX_CLASSES}.")
+def check_multi_otsu(classes: int, foreground_levels: int) -> None:
+    """``ProfileError`` unless at least one level remains below the foreground's."""
     if not 1 <= foreground_levels < classes:
         raise ProfileError(f"masks.threshold_foreground is {foreground_levels}; set it to a number from 1 to {classes - 1}, below "
                            "masks.threshold_classes.")
@@ -42,7 +35,7 @@ def multi_otsu(attribution: np.ndarray, classes: int = 3, scope: str = "image",
     thresholds for all. Values that occupy fewer bins than there are classes are split in two at the middle of their range; a constant map
     says nothing about where the object is, so both its masks are empty. Only the order and spacing of the values matter, not their scale.
     """
-    check_multi_otsu(classes, scope, foreground_levels)
+    check_multi_otsu(classes, foreground_levels)
     if not np.isfinite(attribution).all():
         raise InputError(NOT_FINITE)
     if scope == "set":

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ovdiff_lib.errors import InputError, ProfileError
-from ovdiff_lib.images import RESAMPLING, resize_short_side
+from ovdiff_lib.images import resize_short_side
 from ovdiff_lib.matching.pamr import pamr
 from ovdiff_lib.matching.windows import Box, check_image, window_seeds, windows
 from ovdiff_lib.networks.instruments import batches, undisturbed
@@ -32,30 +32,16 @@ BACKGROUND_REMEDY = "set matching.background_threshold (0.72 in the paper) or pr
 
 
 def check_matching(settings: Matching) -> None:
-    """``ProfileError`` for values of ``profile.matching`` that cannot be, alone or together."""
+    """``ProfileError`` for values of ``profile.matching`` that do not go together."""
     sizes = _sizes(settings)
-    if not sizes or min(sizes) < 1 or max(sizes) > settings.short_side:
-        raise ProfileError(f"matching.windows is {settings.windows}; give sizes from 1 to matching.short_side ({settings.short_side}), "
+    if not sizes or max(sizes) > settings.short_side:
+        raise ProfileError(f"matching.windows is {settings.windows}; give sizes up to matching.short_side ({settings.short_side}), "
                            "or none and matching.whole_image true.")
-    if not 1 <= settings.stride <= min(sizes):
-        raise ProfileError(f"matching.stride is {settings.stride}; set it between 1 and the smallest window ({min(sizes)}).")
+    if settings.stride > min(sizes):
+        raise ProfileError(f"matching.stride is {settings.stride}; set it to at most the smallest window ({min(sizes)}).")
     if settings.long_side is not None and settings.long_side < settings.short_side:
         raise ProfileError(f"matching.long_side is {settings.long_side}; set it to at least matching.short_side ({settings.short_side}), "
                            "or to null for images of any length.")
-    if settings.resample not in RESAMPLING:
-        raise ProfileError(f"matching.resample is {settings.resample!r}; set it to {' or '.join(RESAMPLING)}.")
-    if settings.refine not in ("none", "pamr"):
-        raise ProfileError(f"matching.refine is {settings.refine!r}; set it to none or pamr.")
-    if settings.pamr_iterations < 1:
-        raise ProfileError(f"matching.pamr_iterations is {settings.pamr_iterations}; set it to at least 1, or matching.refine to none.")
-    if not settings.pamr_dilations or min(settings.pamr_dilations) < 1:
-        raise ProfileError(f"matching.pamr_dilations is {settings.pamr_dilations}; name at least one distance from 1 pixel up.")
-
-
-def check_background(profile: Profile) -> None:
-    """``ProfileError`` for a profile that builds no background prototypes and has no score to put in their place."""
-    if not profile.prototypes.background and profile.matching.background_threshold is None:
-        raise ProfileError(f"prototypes.background is false and nothing else scores the background; {BACKGROUND_REMEDY}")
 
 
 def _sizes(settings: Matching) -> list[int]:
@@ -146,7 +132,7 @@ class Matcher:
         windows = [window for opened in images for window in opened.windows]
         if not all(getattr(extractor, "any_size", False) for extractor in self.extractors.values()):
             windows.sort(key=lambda window: len(window.crop))
-        for start, stop in batches(len(windows), self.settings.batch_size, self.device):
+        for start, stop in batches(len(windows), self.settings.batch_size):
             self._score(windows[start:stop])
         return images
 

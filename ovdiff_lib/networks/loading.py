@@ -37,9 +37,6 @@ from ovdiff_lib.networks.identity import resolve_model
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-COMPILED = ("ResnetBlock2D", "FeedForward", "CLIPMLP", "ViTMLP", "Mlp")
-"""Classes of modules that ``models.compile`` compiles, of diffusers, transformers and timm."""
-
 LIBRARIES = {"diffusers": "diffusers", "transformers": "transformers", "open_clip": "open_clip_torch", "torchvision": "torchvision",
              "timm": "timm"}
 """Module -> distribution of the libraries whose networks are loaded, and read at layers whose names they do not promise to keep."""
@@ -111,9 +108,7 @@ def resolve_device(profile: Profile) -> torch.device:
 
 
 def resolve_dtype(profile: Profile) -> torch.dtype:
-    """``profile.models.dtype`` as a torch dtype. Raises ``ProfileError``."""
-    if profile.models.dtype not in DTYPES:
-        raise ProfileError(f"models.dtype is {profile.models.dtype!r}; use one of {', '.join(DTYPES)}.")
+    """``profile.models.dtype`` as a torch dtype."""
     return DTYPES[profile.models.dtype]
 
 
@@ -142,51 +137,16 @@ def _check_type(name: str, source: Path | str, options: dict) -> None:
 @undisturbed()
 def _cached(name: str, build: Any, identifier: str, profile: Profile, variant: str = "") -> Any:
     source, device, dtype = resolve_model(identifier), resolve_device(profile), resolve_dtype(profile)
-    key = (name, variant, str(source), str(device), dtype, profile.models.compile, profile.models.channels_last)
+    key = (name, variant, str(source), str(device), dtype)
     if key not in _loaded:
         check_libraries()
-        if profile.models.compile:
-            _check_compiler()
         options = {"local_files_only": not profile.models.download}
         quiet = contextlib.nullcontext() if profile.models.download else _from_disk_alone()
         # Some networks are made with random weights first, for which the caller's random numbers are not used up.
         with torch.random.fork_rng(devices=()), _loading(identifier, source, profile.models.download), quiet:
             _check_type(name, source, options)
-            _loaded[key] = tune(build(source, device, dtype, options), profile)
+            _loaded[key] = build(source, device, dtype, options)
     return _loaded[key]
-
-
-def tune(loaded: Any, profile: Profile) -> Any:
-    """``loaded``, a network, a pipeline or a tuple with one, with ``models.channels_last`` and ``models.compile`` applied in place.
-
-    Compiled are the blocks of :data:`COMPILED`, many alike in a network, so that one compilation serves several. None of them holds a
-    layer whose output is read or an attention that is recorded: hooks do not reach into compiled code. Results change by rounding alone.
-    """
-    networks = [part for part in (loaded if isinstance(loaded, tuple) else (loaded,)) if isinstance(part, torch.nn.Module)]
-    if hasattr(loaded, "components"):
-        networks = [part for part in loaded.components.values() if isinstance(part, torch.nn.Module)]
-    for network in networks:
-        if profile.models.channels_last:
-            network.to(memory_format=torch.channels_last)
-        if profile.models.compile:
-            # Blocks of one class share this limit, and a UNet has them in many widths and sizes; beyond it they would run uncompiled.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
-            for module in network.modules():
-                if type(module).__name__ in COMPILED:
-                    module.compile()
-    return loaded
-
-
-def _check_compiler() -> None:
-    """``ProfileError`` if PyTorch's compiler has no C++ compiler to call, which it would tell in the middle of the first image."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except (InvalidCxxCompiler, OSError):  # none, or one that cannot be run
-        raise ProfileError("models.compile is true, but PyTorch finds no working C++ compiler; install g++ (or name one in $CXX), or set "
-                           "models.compile to false.") from None
 
 
 def _build_diffusion(source: Path | str, device: torch.device, dtype: torch.dtype, options: dict) -> StableDiffusionPipeline:

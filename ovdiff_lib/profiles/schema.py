@@ -1,40 +1,47 @@
 """Profiles: every value the method needs, typed and validated. Two profiles run the same code and differ in values only.
 
-A profile is a YAML file with one section a step. Unknown sections, unknown fields and values of the wrong type raise
-:class:`~ovdiff_lib.errors.ProfileError` with the legal names. ``overrides`` address fields as ``"section.field"``.
+A profile is a YAML file with one section a step. What a field may hold stands here and nowhere else, as its type: ``Literal`` lists the
+words, ``Field`` the range. Unknown sections, unknown fields and other values raise :class:`~ovdiff_lib.errors.ProfileError` with the
+legal ones. What depends on several fields, on a network or on a registry is judged by :func:`~ovdiff_lib.checks.check_profile`.
+``overrides`` address fields as ``"section.field"``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from ovdiff_lib.errors import ProfileError
-
-MOST_CLUSTERS = 16_383
-"""Part prototypes of a region at most: an assignment counts those of both regions in 16 bits."""
 
 MOST_SEED = 2**63 - 1
 """torch's generators take no larger one."""
 
-
-def ranged(default: Any, *, least: float | None = None, most: float | None = None, above: float | None = None) -> Any:
-    """A dataclass field whose number is at least ``least``, at most ``most`` and more than ``above``; null is no number.
-
-    The profile's reader goes by the field's metadata, which hold for each number of a list.
-    """
-    limits = {"least": least, "most": most, "above": above}
-    return field(default=default, metadata={key: value for key, value in limits.items() if value is not None})
+EXACT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+"""A truth value or a text is no number, 8.0 no whole one; NaN and infinity are none at all."""
 
 
-@dataclass(frozen=True)
+def _each_once(names: list) -> list:
+    if len(set(names)) < len(names):
+        raise ValueError("name each once")
+    return names
+
+
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Cosine = Annotated[float, Field(ge=-1, le=1)]
+Names = Annotated[list[str], Field(min_length=1), AfterValidator(_each_once)]
+
+
+@dataclass(frozen=True, config=EXACT)
 class Models:
     """Where the frozen networks come from: a folder, a hub id, or ``package:NAME`` for weights shipped with ovdiff_lib."""
 
@@ -51,155 +58,156 @@ class Models:
     grounding: str = ""  # GroundingDinoForObjectDetection with its processor
     groupvit: str = ""  # GroupViTModel with its tokenizer (baseline of Table 1)
     device: str = "auto"  # "auto" = cuda if there is one, else cpu
-    dtype: str = "float32"  # float32 | float16 | bfloat16
-    compile: bool = False  # torch.compile what is repeated in the networks: slower to start, then faster
-    channels_last: bool = False  # lay the convolutions' images out pixel by pixel, which GPUs with tensor cores prefer
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     download: bool = False  # may the hub be asked for a model that is not on disk
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=EXACT)
 class Support:
     """Step 1, Sec. 3.1 and App. C.5: how support images are drawn and attributed."""
 
     prompt: str = "A good picture of a {name}"
     negative_prompt: str = ""
-    size: int = 32  # N, support images a category
-    steps: int = 30  # DPM-Solver++ steps
+    size: Count = 32  # N, support images a category
+    steps: Count = 30  # DPM-Solver++ steps
     guidance_scale: float = 8.0
-    image_size: int = 512  # side of the square support images, pixels
-    batch_size: int | None = ranged(8, least=1)  # images drawn at a time; null: as many as the GPU's free memory holds
-    seed: int = ranged(0, least=0, most=MOST_SEED)
+    image_size: Count = 512  # side of the square support images, pixels
+    batch_size: Count = 8  # images drawn at a time
+    seed: Seed = 0
     mid_block: bool = False  # count the mid block's cross-attention too (the released code's attribution tool leaves it out)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=EXACT)
 class Masks:
     """Step 2a, Sec. 3.2: attribution to foreground and background."""
 
     segmenter: str = "threshold"  # name in masks.SEGMENTERS; "threshold" uses the attribution alone (the paper's -CutLER)
-    threshold_classes: int = 3  # levels of multi-Otsu; the bottom one is background
-    threshold_foreground: int = 1  # how many levels from the top are foreground; what lies between is not used
-    threshold_scope: str = "image"  # image | set: thresholds from one map or from all maps of the support set
-    background_below: float = ranged(1.0, above=0)  # background pixels must also have attribution below this (released code: 0.2)
-    erosion: int = ranged(0, least=0)  # binary erosion of the background, pixels (released code: 1)
-    overlaps: str = "keep"  # keep | attribution: a pixel of several proposals stays with the one of highest mean attribution
-    fallback: str = "otsu"  # otsu | fixed: what divides an image without proposals
-    fallback_foreground: float = 0.5  # fixed: foreground is attribution above this
-    fallback_background: float = 0.2  # fixed: background is attribution below this
-    maskcut_rounds: int = 3  # MaskCut: masks an image at most
-    maskcut_tau: float = 0.15  # cosine from which two patches are joined
-    maskcut_size: int = 480  # side of the square the image is resized to
-    maskcut_facet: str = "keys"  # keys | queries | values of DINO's last layer
-    maskcut_refine: str = "walker"  # walker | crf | none: what brings patch masks to pixels (crf needs pydensecrf2)
-    detector_score: float = 0.5  # Mask R-CNN of torchvision: lowest score of a proposal
-    cutler_score: float = 0.35  # CutLER: lowest score of a proposal
-    sam_points: int = 32  # SAM: points along a side of the prompt grid
-    sam_iou: float = 0.88  # lowest predicted IoU
-    sam_stability: float = 0.95  # lowest stability score
-    grounding_box: float = 0.25  # Grounded SAM: lowest box score
-    grounding_text: float = 0.25  # lowest text score
-    resize: str = "area"  # how masks meet the feature grid: area (inside if more than half) | any (inside if any pixel is)
+    threshold_classes: Annotated[int, Field(ge=2, le=5)] = 3  # levels of multi-Otsu (the search grows as 256 ** levels); the bottom
+    # one is background
+    threshold_foreground: Count = 1  # how many levels from the top are foreground; what lies between is not used
+    threshold_scope: Literal["image", "set"] = "image"  # thresholds from one map or from all maps of the support set
+    background_below: Annotated[float, Field(gt=0)] = 1.0  # background pixels must also have attribution below this (released: 0.2)
+    erosion: Annotated[int, Field(ge=0)] = 0  # binary erosion of the background, pixels (released code: 1)
+    overlaps: Literal["keep", "attribution"] = "keep"  # attribution: a pixel of several proposals stays with the one of highest mean
+    fallback: Literal["otsu", "fixed"] = "otsu"  # what divides an image without proposals
+    fallback_foreground: Share = 0.5  # fixed: foreground is attribution above this
+    fallback_background: Share = 0.2  # fixed: background is attribution below this
+    maskcut_rounds: Count = 3  # MaskCut: masks an image at most
+    maskcut_tau: Annotated[float, Field(gt=-1, lt=1)] = 0.15  # cosine from which two patches are joined
+    maskcut_size: Count = 480  # side of the square the image is resized to
+    maskcut_facet: Literal["keys", "queries", "values"] = "keys"  # of DINO's last layer
+    maskcut_refine: Literal["walker", "crf", "none"] = "walker"  # what brings patch masks to pixels (crf needs pydensecrf2)
+    detector_score: Share = 0.5  # Mask R-CNN of torchvision: lowest score of a proposal
+    cutler_score: Share = 0.35  # CutLER: lowest score of a proposal
+    sam_points: Count = 32  # SAM: points along a side of the prompt grid
+    sam_iou: Share = 0.88  # lowest predicted IoU
+    sam_stability: Share = 0.95  # lowest stability score
+    grounding_box: Share = 0.25  # Grounded SAM: lowest box score
+    grounding_text: Share = 0.25  # lowest text score
+    resize: Literal["area", "any"] = "area"  # how masks meet the feature grid: inside if more than half, or if any pixel is
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=EXACT)
 class Features:
     """Step 2b, Sec. 4.1 and App. C.2: the frozen extractors."""
 
-    extractors: list[str] = field(default_factory=lambda: ["sd"])  # names in features.EXTRACTORS; several = ensemble
-    sd_layers: list[str] = field(default_factory=list)  # modules whose attn2.to_q output is read, in order of concatenation
-    sd_timestep: int = 200  # tau
-    sd_input_size: int = 512  # every window is resized to this square before the VAE
-    sd_latent: str = "mean"  # mean | sample of the VAE posterior
-    sd_noise: str = "seeded"  # seeded (by image and window) | fixed (one noise for all)
-    sd_noise_samples: int = 1  # noise draws averaged per image
-    clip_input_size: int = 448  # support images are resized to this before CLIP; windows keep their size
+    extractors: Names = Field(default_factory=lambda: ["sd"])  # names in features.EXTRACTORS; several = ensemble
+    sd_layers: list[str] = Field(default_factory=list)  # modules whose attn2.to_q output is read, in order of concatenation
+    sd_timestep: Annotated[int, Field(ge=0)] = 200  # tau
+    sd_input_size: Count = 512  # every window is resized to this square before the VAE
+    sd_latent: Literal["mean", "sample"] = "mean"  # of the VAE posterior
+    sd_noise: Literal["seeded", "fixed"] = "seeded"  # by image and window, or one noise for all
+    sd_noise_samples: Count = 1  # noise draws averaged per image
+    clip_input_size: Count = 448  # support images are resized to this before CLIP; windows keep their size
     clip_layer: int = -2  # transformer layer the keys or tokens come from
-    clip_normalisation: str = "clip"  # clip | imagenet: mean and standard deviation of the pixels (released code: imagenet)
-    dino_input_size: int = 448  # as clip_input_size
-    mae_input_size: int = 448  # as clip_input_size
-    vit_scale: float = 1.0  # what DINO, MAE and CLIP see is enlarged so much, and so is their grid of patches
-    batch_size: int | None = ranged(8, least=1)  # images at a time; null: as many as the GPU's free memory holds
-    seed: int = ranged(0, least=0, most=MOST_SEED)
+    clip_normalisation: Literal["clip", "imagenet"] = "clip"  # mean and standard deviation of the pixels (released code: imagenet)
+    dino_input_size: Count = 448  # as clip_input_size
+    mae_input_size: Count = 448  # as clip_input_size
+    vit_scale: Annotated[float, Field(gt=0, le=16)] = 1.0  # what DINO, MAE and CLIP see is enlarged so much, and so is their grid
+    batch_size: Count = 8  # images at a time
+    seed: Seed = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=EXACT)
 class PrototypeSettings:
     """Step 2c, Eq. 2 and 3: which prototypes a category gets."""
 
-    kinds: list[str] = field(default_factory=lambda: ["class", "instance", "part"])
-    clusters: int = ranged(32, least=1, most=MOST_CLUSTERS)  # K part prototypes per region
+    kinds: Annotated[list[Literal["class", "instance", "part"]], Field(min_length=1), AfterValidator(_each_once)] = Field(
+        default_factory=lambda: ["class", "instance", "part"])
+    clusters: Annotated[int, Field(ge=1, le=16_383)] = 32  # K part prototypes per region; those of both are counted in 16 bits
     background: bool = True  # background prototypes; without them matching.background_threshold decides
-    seed: int = ranged(0, least=0, most=MOST_SEED)
+    seed: Seed = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=EXACT)
 class Filters:
     """Step 3a, Sec. 3.4: category pre-filter and "stuff" filter."""
 
     category: bool = True
-    category_prompt: str = "{names}"  # template of the CLIP text; {names} = "a and b and c"
+    category_prompt: Annotated[str, Field(pattern=r"\{names\}")] = "{names}"  # template of the CLIP text; {names} = "a and b and c"
     category_joiner: str = " and "
-    category_top: int = 10  # eta
-    category_logit_scale: float | None = ranged(None, above=0)  # null = the model's own
-    category_crop: str = "squash"  # squash | centre: how an image becomes CLIP's square input
+    category_top: Annotated[int, Field(ge=1, le=16)] = 10  # eta; 16 means 65,535 prompts an image
+    category_logit_scale: Annotated[float, Field(gt=0)] | None = None  # null = the model's own
+    category_crop: Literal["squash", "centre"] = "squash"  # how an image becomes CLIP's square input
     category_keep_stuff: bool = False  # stuff categories pass the pre-filter always (released code)
     stuff: bool = True
-    stuff_threshold: float = ranged(0.85, least=-1, most=1)  # a cosine
-    stuff_against: str = "stuff"  # stuff | all: whose foreground prototypes reject background prototypes (App. A.2)
+    stuff_threshold: Cosine = 0.85
+    stuff_against: Literal["stuff", "all"] = "stuff"  # whose foreground prototypes reject background prototypes (App. A.2)
     stuff_background: bool = False  # stuff classes keep their background prototypes (App. A.2)
     stuff_parts: bool = True  # stuff classes keep their part prototypes (App. A.2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=EXACT)
 class Matching:
     """Step 3b, Eq. 4: windows and cosine matching."""
 
-    short_side: int = 448
-    long_side: int | None = 2048  # a longer image is scaled down further, so that its short side falls below short_side; null: never
-    windows: list[int] = field(default_factory=lambda: [448, 336])
-    stride: int = 224
+    short_side: Count = 448
+    long_side: Count | None = 2048  # a longer image is scaled down further, its short side then below short_side; null: never
+    windows: list[Count] = Field(default_factory=lambda: [448, 336])
+    stride: Count = 224
     whole_image: bool = False  # the squashed whole image as one more window (released code), or the only one if there are no windows
     background_threshold: float | None = None  # constant score of the background class when there are no background prototypes
-    resample: str = "bilinear"  # bilinear | lanczos: how the image comes to short_side (released code: lanczos)
+    resample: Literal["bilinear", "lanczos"] = "bilinear"  # how the image comes to short_side (released code: lanczos)
     minimum_score: float | None = None  # a pixel whose best score is not above this is background (released code: 0)
-    refine: str = "none"  # none | pamr: post-processing of the scores
-    pamr_iterations: int = 10
-    pamr_dilations: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 12, 24])
-    batch_size: int | None = ranged(8, least=1)  # windows at a time; null: as many as the GPU's free memory holds
+    refine: Literal["none", "pamr"] = "none"  # post-processing of the scores
+    pamr_iterations: Count = 10
+    pamr_dilations: Annotated[list[Count], Field(min_length=1)] = Field(default_factory=lambda: [1, 2, 4, 8, 12, 24])
+    batch_size: Count = 8  # windows at a time
 
 
 UNUSED_BY_THE_METHOD = ("name", "description", "evaluation", "baselines")
 """Sections of a profile that change no segmentation of OVDiff: what it is called, what it is measured on and compared with."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=EXACT)
 class Evaluation:
     """Which data sets stand in the columns of the paper's tables, as "name", "name/split" or "name:folder"."""
 
     voc: str = "voc"  # Tables 1 to 3 and their kin
     context: str = "context"
     object: str = "coco-object"
-    without_background: dict[str, str] = field(default_factory=dict)  # columns of Table A.7: the paper's name -> data set
-    extractors: list[str] = field(default_factory=lambda: ["sd", "dino", "clip-keys"])  # the ensemble of the main tables
-    images: int | None = None  # the first so many images of each data set; null = all
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"least": 0, "most": MOST_SEED})
+    without_background: dict[str, str] = Field(default_factory=dict)  # columns of Table A.7: the paper's name -> data set
+    extractors: Names = Field(default_factory=lambda: ["sd", "dino", "clip-keys"])  # the ensemble of the main tables
+    images: Count | None = None  # the first so many images of each data set; null = all
+    seeds: list[Seed] = Field(default_factory=lambda: [0, 1, 2, 3, 4])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=EXACT)
 class Baselines:
     """What the methods of Table 1, A.1 and A.2 need beside the fields above; no field of it changes OVDiff."""
 
     archive: str = ""  # images that ReCo retrieves from: a folder, or package:NAME for one that ships; "" = not set
-    reco_retrieved: int = 50  # k, images retrieved a class
-    reco_size: int = 224  # side of the square that retrieved images are cropped to, pixels
-    reco_contexts: list[str] = field(default_factory=lambda: ["tree", "sky", "building", "road", "person"])  # what seeds avoid
-    clip_diy_size: int = 256  # CLIP-DIY: side of the square an image is squashed to, pixels
-    clip_diy_scales: int = 3  # patches of the whole side, of half of it, of a quarter and so on
-    clip_diy_background: list[str] = field(default_factory=lambda: ["background"])  # words whose best score is the background's
-    clip_diy_seed_cosine: float = 0.3  # cosine to the background seed at which a patch is half salient (FOUND: background from there)
+    reco_retrieved: Count = 50  # k, images retrieved a class
+    reco_size: Count = 224  # side of the square that retrieved images are cropped to, pixels
+    reco_contexts: list[str] = Field(default_factory=lambda: ["tree", "sky", "building", "road", "person"])  # what seeds avoid
+    clip_diy_size: Count = 256  # CLIP-DIY: side of the square an image is squashed to, pixels
+    clip_diy_scales: Count = 3  # patches of the whole side, of half of it, of a quarter and so on
+    clip_diy_background: list[str] = Field(default_factory=lambda: ["background"])  # words whose best score is the background's
+    clip_diy_seed_cosine: Annotated[float, Field(gt=0, le=0.5)] = 0.3  # cosine to the background seed at which a patch is half
+    # salient (FOUND: background from there; beyond 0.5 the seed itself would not be background)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=EXACT)
 class Profile:
     """All values of one run. ``name`` only labels outputs; no code branches on it."""
 
@@ -220,9 +228,9 @@ class Profile:
         table = self.to_dict()
         for key, value in (overrides or {}).items():
             section, _, name = str(key).partition(".")
-            if section not in table or not isinstance(table[section], dict) or name not in table[section]:
+            if section not in SECTIONS or name not in table[section]:
                 raise ProfileError(_unknown("profile field", str(key), field_names()))
-            table[section][name] = value
+            table[section][name] = list(value) if isinstance(value, tuple) else value
         return from_dict(table, f"overrides of profile {self.name!r}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -235,67 +243,84 @@ class Profile:
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 
+SECTIONS: dict[str, type] = {"models": Models, "support": Support, "masks": Masks, "features": Features, "prototypes": PrototypeSettings,
+                             "filters": Filters, "matching": Matching, "evaluation": Evaluation, "baselines": Baselines}
+
+
 def field_names() -> list[str]:
     """Every field that ``overrides`` may address, as ``section.field``."""
-    hints = typing.get_type_hints(Profile)
-    return [f"{section}.{f.name}" for section, kind in hints.items() if dataclasses.is_dataclass(kind) for f in dataclasses.fields(kind)]
+    return [f"{section}.{f.name}" for section, kind in SECTIONS.items() for f in dataclasses.fields(kind)]
 
 
 def from_dict(table: Any, origin: str) -> Profile:
     """A validated profile from nested dictionaries; ``origin`` is named in errors."""
-    return _build(Profile, table, origin, "")
+    _known(table, Profile, origin, "")
+    sections = {section: _built(kind, table.get(section, {}), origin, f"{section}.") for section, kind in SECTIONS.items()}
+    return _built(Profile, {**table, **sections}, origin, "")
 
 
-def _build(kind: type, table: Any, origin: str, prefix: str) -> Any:
+def _built(kind: type, table: Any, origin: str, prefix: str) -> Any:
+    _known(table, kind, origin, prefix)
+    try:
+        return kind(**table)
+    except ValidationError as caught:
+        wrong = caught.errors()[0]
+    place = wrong["loc"]
+    name = f"{prefix}{place[0]}" + "".join(f"[{step!r}]" for step in place[1:])
+    if wrong["type"] == "missing":
+        raise ProfileError(f"In the {origin}, the field {name} is missing; add it.")
+    if wrong["type"] == "value_error":
+        raise ProfileError(f"In the {origin}, {name} is {wrong['input']!r}; {wrong['ctx']['error']}.")
+    schema = _schema(kind)["properties"][place[0]]
+    for _ in place[1:]:
+        schema = schema.get("items") or schema.get("additionalProperties") or schema
+    near = difflib.get_close_matches(str(wrong["input"]).lower(), schema.get("enum", ()), 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ProfileError(f"In the {origin}, {name} is {wrong['input']!r}; it must be {_legal(schema)}.{hint}")
+
+
+def _known(table: Any, kind: type, origin: str, prefix: str) -> None:
+    """``ProfileError`` unless ``table`` is one, with keys that ``kind`` has."""
     if not isinstance(table, dict):
         raise ProfileError(f"In the {origin}, {prefix.rstrip('.') or 'the whole'} must be a table of fields, not {table!r}.")
-    hints = typing.get_type_hints(kind)
+    legal = [f.name for f in dataclasses.fields(kind)]
     for key in table:
-        if key not in hints:
-            raise ProfileError(f"In the {origin}: " + _unknown("field", f"{prefix}{key}", [prefix + name for name in hints]))
-    values = {}
-    for f in dataclasses.fields(kind):
-        hint = hints[f.name]
-        if f.name not in table:
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and not dataclasses.is_dataclass(hint):
-                raise ProfileError(f"In the {origin}, the field {prefix}{f.name} is missing; add it.")
-            if dataclasses.is_dataclass(hint):
-                values[f.name] = _build(hint, {}, origin, f"{prefix}{f.name}.")
-        elif dataclasses.is_dataclass(hint):
-            values[f.name] = _build(hint, table[f.name], origin, f"{prefix}{f.name}.")
-        else:
-            values[f.name] = _check(table[f.name], hint, f"{prefix}{f.name}", origin, f.metadata)
-    return kind(**values)
+        if key not in legal:
+            raise ProfileError(f"In the {origin}: " + _unknown("field", f"{prefix}{key}", [prefix + name for name in legal]))
 
 
-def _check(value: Any, hint: Any, name: str, origin: str, limits: Mapping[str, Any]) -> Any:
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for kind in allowed:
-        if kind is type(None) and value is None:
-            return None
-        if typing.get_origin(kind) is dict and isinstance(value, dict) and all(type(k) is str for k in value):
-            return {k: _check(v, typing.get_args(kind)[1], f"{name}[{k!r}]", origin, limits) for k, v in value.items()}
-        if typing.get_origin(kind) is list and isinstance(value, (list, tuple)):
-            return [_check(v, typing.get_args(kind)[0], f"{name}[{i}]", origin, limits) for i, v in enumerate(value)]
-        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:  # not NaN
-            return float(_in_range(value, name, origin, limits))
-        if kind in (int, str, bool) and type(value) is kind:
-            return _in_range(value, name, origin, limits)
-    wanted = " or ".join("null" if k is type(None) else getattr(k, "__name__", str(k)) for k in allowed)
-    raise ProfileError(f"In the {origin}, {name} must be {wanted}, not {value!r}.")
-
-
-def _in_range(value: Any, name: str, origin: str, limits: Mapping[str, Any]) -> Any:
-    """``value`` itself; ``ProfileError`` outside of ``limits``, as :func:`ranged` keeps them."""
-    inside = limits.get("least", value) <= value <= limits.get("most", value) if limits else True
-    if inside and not ("above" in limits and value <= limits["above"]):
-        return value
-    words = {"above": "above", "least": "at least", "most": "at most"}
-    wanted = [f"{word} {limits[key]:,}" for key, word in words.items() if key in limits]
-    raise ProfileError(f"In the {origin}, {name} is {value!r}; it must be {' and '.join(wanted)}.")
+def check_choice(field: str, value: str, legal: Iterable[str]) -> None:
+    """``ProfileError`` unless ``value``, which a profile has for ``field``, is one of ``legal``: the names of a registry, which stands on a
+    higher floor than this page."""
+    if value not in legal:
+        near = difflib.get_close_matches(value.lower(), legal, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ProfileError(f"{field} names {value!r}; the legal ones are {', '.join(legal)}.{hint}")
 
 
 def _unknown(what: str, key: str, legal: list[str]) -> str:
     near = difflib.get_close_matches(key, legal, 3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"the legal ones are {', '.join(legal)}."
     return f"Unknown {what} {key!r}; {hint}"
+
+
+@functools.cache
+def _schema(kind: type) -> dict[str, Any]:
+    return TypeAdapter(kind).json_schema()
+
+
+def _legal(schema: dict[str, Any]) -> str:
+    """What a JSON schema admits, in words."""
+    if "anyOf" in schema:
+        return " or ".join(_legal(one) for one in schema["anyOf"])
+    if "enum" in schema:
+        return " or ".join(map(repr, schema["enum"]))
+    if schema["type"] == "array":
+        return f"a list{' (not empty)' * ('minItems' in schema)}, each of it {_legal(schema['items'])}"
+    words = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false", "null": "null",
+             "object": "a table of text"}[schema["type"]]
+    bounds = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+    wanted = [f"{word} {schema[key]:,}" for key, word in bounds.items() if key in schema]
+    if "pattern" in schema:
+        wanted.append(f"with {schema['pattern'].replace(chr(92), '')} in it")
+    return f"{words} {' and '.join(wanted)}".strip()

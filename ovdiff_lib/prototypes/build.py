@@ -6,29 +6,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
+from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.networks.instruments import undisturbed
-from ovdiff_lib.profiles.schema import MOST_CLUSTERS, PrototypeSettings
+from ovdiff_lib.profiles.schema import PrototypeSettings
 from ovdiff_lib.prototypes.kmeans import kmeans
-from ovdiff_lib.types import KINDS, REGIONS, ForegroundBackground, Prototypes
-
-
-def check_prototypes(settings: PrototypeSettings) -> None:
-    """``ProfileError`` for values of ``profile.prototypes`` that cannot be."""
-    for kind in settings.kinds:
-        if kind not in KINDS:
-            raise ProfileError(f"prototypes.kinds holds {kind!r}; choose from {', '.join(KINDS)}.")
-    if not settings.kinds or not 1 <= settings.clusters <= MOST_CLUSTERS:
-        raise ProfileError("prototypes.kinds must name at least one kind and prototypes.clusters must be at least 1 and at most "
-                           f"{MOST_CLUSTERS:,}.")
-    if len(set(settings.kinds)) < len(settings.kinds):
-        raise ProfileError(f"prototypes.kinds is {settings.kinds}; name each kind once.")
-
-
-def check_resize(how: str) -> None:
-    """``ProfileError`` unless ``masks.resize`` is a way that :func:`resize_masks` knows."""
-    if how not in ("area", "any"):
-        raise ProfileError(f"masks.resize is {how!r}; set it to 'area' or 'any'.")
+from ovdiff_lib.types import REGIONS, ForegroundBackground, Prototypes
 
 
 @undisturbed()
@@ -45,8 +27,6 @@ def build_prototypes(features: torch.Tensor | np.ndarray, masks: ForegroundBackg
     share a cell it is recorded as foreground. An empty background gives no background prototypes; an empty foreground
     raises ``OVDiffError``.
     """
-    check_prototypes(settings)
-    check_resize(resize)
     features = torch.as_tensor(features)
     if features.ndim != 4 or len(features) != len(masks.foreground):
         raise InputError(f"Support features of shape {tuple(features.shape)} do not go with {len(masks.foreground)} masks; "
@@ -98,7 +78,6 @@ def resize_masks(masks: np.ndarray, size: tuple[int, int], how: str = "area") ->
     "area": a cell is inside if more than half of it is; a mask too thin for that keeps its fullest cells, so no mask vanishes.
     "any": a cell is inside if any pixel of it is.
     """
-    check_resize(how)
     tensor = torch.from_numpy(np.ascontiguousarray(masks))[:, None].float()
     covered = F.adaptive_avg_pool2d(tensor, size)[:, 0]
     if how == "any":

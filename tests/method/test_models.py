@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -302,8 +301,8 @@ def test_identity_reads_a_file_once(tiny_models, monkeypatch):
     assert model_identity(str(tiny_models / "clip")) == first
 
 
-@pytest.mark.parametrize(("field", "value"), [("device", "toaster"), ("device", "cuda:99"), ("dtype", "float8")])
-def test_impossible_device_or_dtype(tiny_profile, field, value):
+@pytest.mark.parametrize(("field", "value"), [("device", "toaster"), ("device", "cuda:99")])
+def test_impossible_device(tiny_profile, field, value):
     with pytest.raises(ProfileError, match=value):
         load_clip(tiny_profile.override({f"models.{field}": value}))
 
@@ -350,54 +349,3 @@ def test_one_value_that_is_not_finite_is_found(value):
     assert not all_finite(values)
 
 
-# ---- models.compile, models.channels_last
-
-def test_channels_last_changes_the_layout_alone(tiny_profile):
-    plain, other = load_diffusion(tiny_profile), load_diffusion(tiny_profile.override({"models.channels_last": True}))
-    assert other is not plain and load_diffusion(tiny_profile) is plain
-    weights = [p for p in other.unet.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
-    assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
-    assert all(torch.equal(a, b) for a, b in zip(plain.unet.parameters(), other.unet.parameters(), strict=True))
-
-
-def compiled(model):
-    return {type(m).__name__ for m in model.modules() if m._compiled_call_impl is not None}
-
-
-def test_compiled_networks_give_the_same_features_and_attribution(tiny_profile, monkeypatch):
-    """What is compiled hides no layer that is read, no attention that is recorded; machine code is not made here: that takes minutes."""
-    from ovdiff_lib.categories import Category
-    from ovdiff_lib.features import EXTRACTORS
-    from ovdiff_lib.support.sampler import sample_support
-
-    plain_compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: plain_compile(module, backend="eager"))
-    monkeypatch.setattr(models, "_check_compiler", lambda: None)
-    fast_profile = tiny_profile.override({"models.compile": True})
-    images = np.random.default_rng(0).integers(0, 256, (2, 40, 72, 3), dtype=np.uint8)
-    for name in ("sd", "clip-keys"):
-        plain, fast = (EXTRACTORS[name](profile)(images, np.arange(2)) for profile in (tiny_profile, fast_profile))
-        assert torch.allclose(plain, fast, atol=1e-4)
-    drawn = [sample_support(load_diffusion(p), Category("cat"), p, 2, progress=False) for p in (tiny_profile, fast_profile)]
-    assert np.abs(drawn[0].images.astype(int) - drawn[1].images).max() <= 2
-    assert np.allclose(drawn[0].attribution, drawn[1].attribution, atol=1e-2)
-    assert compiled(load_diffusion(fast_profile).unet) == {"ResnetBlock2D", "FeedForward"}
-    assert compiled(load_clip(fast_profile)[0]) == {"CLIPMLP"} and not compiled(load_diffusion(tiny_profile).unet)
-
-
-def test_a_machine_without_a_compiler_is_told_before_any_work(tiny_profile, monkeypatch):
-    from torch._inductor import config
-
-    monkeypatch.setattr(models, "_loaded", {})
-    no_compiler = config.patch({"cpp.cxx": (None, "no-such-compiler")})
-    with no_compiler, pytest.raises(ProfileError, match="finds no working C"):
-        load_clip(tiny_profile.override({"models.compile": True}))
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_machine_code_is_made_and_gives_the_same(tiny_profile):
-    profile = tiny_profile.override({"models.compile": True, "models.channels_last": True})
-    mlp = next(m for m in load_clip(profile)[0].vision_model.modules() if type(m).__name__ == "CLIPMLP")
-    x = torch.randn(2, 5, mlp.fc1.in_features, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert torch.allclose(mlp(x), mlp.forward(x), atol=1e-5) and mlp._compiled_call_impl is not None

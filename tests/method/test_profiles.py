@@ -90,7 +90,8 @@ def test_a_slip_of_the_pen_gets_the_right_name():
 @pytest.mark.parametrize("key, value", [
     ("support.size", True), ("support.size", 8.0), ("support.size", "8"), ("support.size", None), ("support.size", [8]),
     ("support.guidance_scale", False), ("support.guidance_scale", "5"), ("support.guidance_scale", None),
-    ("support.guidance_scale", float("nan")), ("filters.category", 1), ("filters.category", "yes"), ("filters.category", None),
+    ("support.guidance_scale", float("nan")), ("support.guidance_scale", float("inf")), ("evaluation.without_background", {"VOC": 3}),
+    ("evaluation.without_background", {3: "voc"}), ("filters.category", 1), ("filters.category", "yes"), ("filters.category", None),
     ("support.prompt", 3), ("support.prompt", None), ("features.extractors", "sd"), ("features.extractors", ["sd", 1]),
     ("features.extractors", None),
     ("matching.windows", [64, True]), ("matching.windows", [64, 4.5]), ("filters.category_logit_scale", True)])
@@ -104,16 +105,29 @@ SEED = 2**63
 
 
 @pytest.mark.parametrize("key, legal, wrong, words", [
-    ("prototypes.clusters", [1, 16383], [0, -3, 16384, 40000], "at least 1 and at most 16,383"),
+    ("prototypes.clusters", [1, 16383], [0, -3, 16384, 40000], "at least 1 and at most 16,383"),  # 16 bits hold those of both regions
+    ("support.size", [1], [0, -1], "at least 1"), ("support.steps", [1], [0], "at least 1"),
     ("prototypes.seed", [0, SEED - 1], [-1, SEED], "at least 0 and at most 9,223,372,036,854,775,807"),
     ("features.seed", [0, SEED - 1], [-1, 2**70], "at least 0 and at most"), ("support.seed", [0, SEED - 1], [-1, SEED], "at least 0"),
     ("evaluation.seeds", [[], [0, SEED - 1]], [[0, -1], [3, SEED]], "at least 0 and at most"),
-    ("support.batch_size", [1], [0, -1], "at least 1"), ("features.batch_size", [1], [0], "at least 1"),
-    ("matching.batch_size", [1], [0], "at least 1"), ("masks.erosion", [0], [-1], "at least 0"),
+    ("support.batch_size", [1], [0, -1, None], "at least 1"), ("features.batch_size", [1], [0, None], "at least 1"),
+    ("matching.batch_size", [1], [0, None], "at least 1"), ("masks.erosion", [0], [-1], "at least 0"),
     ("masks.background_below", [0.001, 1, 2.5], [0, 0.0, -1.0], "above 0"),
-    ("filters.category_logit_scale", [None, 1e-6, 100], [0, -1.0], "above 0"),
-    ("filters.stuff_threshold", [-1, 1, 0.5], [7, 1.01, -1.01], "at least -1 and at most 1")])
-def test_values_of_the_wrong_size_are_refused_by_name(tmp_path, key, legal, wrong, words):
+    ("masks.threshold_classes", [2, 5], [1, 6], "at least 2 and at most 5"), ("masks.maskcut_tau", [0, 0.5], [1, -1.0], "below 1"),
+    *((f"masks.{name}", [0, 1, 0.5], [-0.1, 1.5], "at least 0 and at most 1") for name in (
+        "detector_score", "cutler_score", "sam_iou", "sam_stability", "grounding_box", "grounding_text", "fallback_foreground")),
+    ("masks.sam_points", [1], [0], "at least 1"), ("masks.maskcut_rounds", [1], [0], "at least 1"),
+    ("features.sd_timestep", [0], [-1], "at least 0"), ("features.sd_noise_samples", [1], [0], "at least 1"),
+    ("features.dino_input_size", [1], [0], "at least 1"), ("features.vit_scale", [0.5, 16], [0, 17], "above 0 and at most 16"),
+    ("filters.category_logit_scale", [None, 1e-6, 100], [0, -1.0], "above 0"), ("filters.category_top", [1, 16], [0, 17], "at most 16"),
+    ("filters.category_prompt", ["{names}!"], ["a {name}", ""], "{names}"),
+    ("filters.stuff_threshold", [-1, 1, 0.5], [7, 1.01, -1.01], "at least -1 and at most 1"),
+    ("matching.long_side", [None, 1], [0, -5], "at least 1 or null"), ("matching.windows", [[], [3]], [[0], [3, -1]], "at least 1"),
+    ("matching.pamr_dilations", [[1]], [[], [1, 0]], "whole number at least 1"), ("matching.pamr_iterations", [1], [0], "at least 1"),
+    ("baselines.reco_retrieved", [1], [0], "at least 1"), ("baselines.clip_diy_seed_cosine", [0.5], [0, 0.6], "above 0 and at most 0.5"),
+    ("evaluation.images", [None, 1], [0], "at least 1"), ("features.extractors", [["sd"]], [[], ["sd", "sd"]], ""),
+    ("prototypes.kinds", [["part"]], [["parts"], ["class", "class"], []], "")])
+def test_values_out_of_range_are_refused_by_name(tmp_path, key, legal, wrong, words):
     section, name = key.split(".")
     for value in legal:
         assert getattr(getattr(load_profile("mini", {key: value}), section), name) == value
@@ -121,17 +135,33 @@ def test_values_of_the_wrong_size_are_refused_by_name(tmp_path, key, legal, wron
         with pytest.raises(ProfileError) as caught:
             load_profile("mini", {key: value})
         assert key in str(caught.value) and words in str(caught.value) and "\n" not in str(caught.value)
-        path = tmp_path / "own.yaml"
-        path.write_text(yaml.safe_dump({**load_profile("mini").to_dict(), section: {name: value}}))
-        with pytest.raises(ProfileError, match=rf"own\.yaml, {section}\.{name}"):
-            load_profile(path)
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump({**load_profile("mini").to_dict(), section: {name: wrong[0]}}))
+    with pytest.raises(ProfileError, match=rf"own\.yaml, {section}\.{name}"):
+        load_profile(path)
 
 
-def test_the_cluster_codes_of_both_regions_fit_the_assignment():
-    """Codes run to 2 K - 1 (k in the foreground, K + k in the background); the assignment is i16."""
-    from ovdiff_lib.profiles.schema import MOST_CLUSTERS
+WORDS = {  # every field of a few words, as the steps' docstrings tell them
+    "models.dtype": "float32 float16 bfloat16", "masks.threshold_scope": "image set", "masks.overlaps": "keep attribution",
+    "masks.fallback": "otsu fixed", "masks.maskcut_facet": "keys queries values", "masks.maskcut_refine": "walker crf none",
+    "masks.resize": "area any", "features.sd_latent": "mean sample", "features.sd_noise": "seeded fixed",
+    "features.clip_normalisation": "clip imagenet", "filters.category_crop": "squash centre", "filters.stuff_against": "stuff all",
+    "matching.resample": "bilinear lanczos", "matching.refine": "none pamr"}
 
-    assert 2 * MOST_CLUSTERS - 1 <= 2**15 - 1
+
+@pytest.mark.parametrize("key", WORDS)
+def test_another_word_is_answered_with_the_legal_ones(key):
+    section, name = key.split(".")
+    words = WORDS[key].split()
+    for word in words:
+        assert getattr(getattr(load_profile("mini", {key: word}), section), name) == word
+    with pytest.raises(ProfileError) as caught:
+        load_profile("mini", {key: f"{words[0]}x".upper()})
+    assert key in str(caught.value) and all(repr(word) in str(caught.value) for word in words)
+    assert str(caught.value).endswith(f"Did you mean {words[0]!r}?")
+    with pytest.raises(ProfileError) as caught:
+        load_profile("mini", {key: "?"})
+    assert "Did you mean" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text, word, line", [
@@ -192,13 +222,14 @@ def test_every_field_counts_in_the_digest():
         if isinstance(value, bool):
             new = not value
         elif isinstance(value, (int, float)):
-            new = value - 1 if key == "filters.stuff_threshold" else value + 1  # a cosine has no room above
+            new = value / 2 if isinstance(value, float) else value + 1  # a share has no room above
         elif value is None:
             new = 1  # legal for whole and for real numbers
         elif isinstance(value, dict):
             new = {**value, "x": "y"}
         else:
-            new = value + "x" if isinstance(value, str) else [*value, *(value or ["x"])]
+            other = value + "x" if isinstance(value, str) else value[:-1] or ["x"]
+            new = next(word for word in WORDS[key].split() if word != value) if key in WORDS else other
         changed = mini.override({key: new})
         assert changed.digest(section) != mini.digest(section), key
         # What a run is measured on and compared with is not part of the method.
@@ -222,12 +253,12 @@ def test_a_file_may_leave_out_what_has_a_default(tmp_path):
 @pytest.mark.parametrize("text, word", [
     ("", "must be a table"), ("- a\n", "must be a table"), ("just text", "must be a table"),
     ("a: [", "cannot be read as YAML"), ("a: b: c", "cannot be read as YAML"),
-    ("name: x\n", "description is missing"), ("name: x\ndescription: y\n", "models"),
+    ("name: x\nmodels: {diffusion: a, clip: b}\n", "description is missing"), ("name: x\ndescription: y\n", "models"),
     ("name: x\ndescription: y\nmodels: {diffusion: a}\n", r"models\.clip is missing"),
     ("name: x\ndescription: y\nmodels: {diffusion: a, clip: b}\nsuport: {}\n", "did you mean support"),
     ("name: x\ndescription: y\nmodels: {diffusion: a, clip: b}\nsupport: 3\n", "support must be a table"),
     ("name: x\ndescription: y\nmodels: {diffusion: a, clip: b}\nsupport: {sizes: 3}\n", r"support\.sizes"),
-    ("name: x\ndescription: y\nmodels: {diffusion: a, clip: b}\nsupport: {size: true}\n", r"support\.size must be int")])
+    ("name: x\ndescription: y\nmodels: {diffusion: a, clip: b}\nsupport: {size: true}\n", r"support\.size is True; it must be a whole number")])
 def test_broken_files_are_described(tmp_path, text, word):
     path = tmp_path / "broken.yaml"
     path.write_text(text)

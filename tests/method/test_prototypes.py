@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
+from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.profiles.schema import PrototypeSettings
 from ovdiff_lib.prototypes.build import build_prototypes, resize_masks
 from ovdiff_lib.prototypes.kmeans import kmeans
@@ -129,16 +129,6 @@ def test_errors_say_what_to_do():
         build_prototypes(features, empty, SETTINGS)
     with pytest.raises(InputError, match="do not go with"):
         build_prototypes(features[:2], masks, SETTINGS)
-    with pytest.raises(ProfileError, match=r"masks\.resize"):
-        build_prototypes(features, masks, SETTINGS, "nearest")
-    with pytest.raises(ProfileError, match=r"prototypes\.kinds"):
-        build_prototypes(features, masks, PrototypeSettings(kinds=["parts"]))
-    with pytest.raises(ProfileError, match="at least 1"):
-        build_prototypes(features, masks, PrototypeSettings(clusters=0))
-    with pytest.raises(ProfileError, match="at most 16,383"):
-        build_prototypes(features, masks, PrototypeSettings(clusters=40000))  # codes beyond the assignment's 16 bits
-    with pytest.raises(ProfileError, match=r"prototypes\.kinds is \['class', 'class'\]; name each kind once"):
-        build_prototypes(features, masks, PrototypeSettings(kinds=["class", "class"]))
     features[0, 0, 0] = torch.nan
     full = ForegroundBackground(np.ones_like(masks.foreground), np.zeros_like(masks.background), masks.source)
     with pytest.raises(InputError, match="not finite"):

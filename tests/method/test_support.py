@@ -252,7 +252,7 @@ def test_min_max_of_constant_and_ordinary_maps():
     np.testing.assert_allclose(scaled[1], np.arange(6).reshape(2, 3) / 5)
 
 
-@pytest.mark.parametrize(("field", "value"), [("steps", 0), ("batch_size", 0), ("image_size", 60), ("image_size", 0)])
+@pytest.mark.parametrize(("field", "value"), [("image_size", 60)])
 def test_values_out_of_range(pipe, tiny_profile, field, value):
     with pytest.raises(ProfileError, match=f"support.{field}"):
         sample_support(pipe, CAT, tiny_profile.override({f"support.{field}": value}), progress=False)

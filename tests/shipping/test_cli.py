@@ -137,7 +137,7 @@ MISTAKES = [  # name, arguments ({images} is the folder), words of the sentence
     ("stuff that is no class", ["segment", "{images}/a.png", "--classes", "cat", "--stuff", "gras"], "'gras'"),
     ("unknown profile", ["segment", "{images}/a.png", "--classes", "cat", "--profile", "big"], "'big'"),
     ("unknown field", ["segment", "{images}/a.png", "--classes", "cat", "--set", "support.sise=3"], "support.size"),
-    ("wrong type", ["segment", "{images}/a.png", "--classes", "cat", "--set", "support.size=many"], "must be int"),
+    ("wrong type", ["segment", "{images}/a.png", "--classes", "cat", "--set", "support.size=many"], "must be a whole number"),
     ("no value", ["segment", "{images}/a.png", "--classes", "cat", "--set", "support.size"], "NAME=VALUE"),
     ("no name", ["segment", "{images}/a.png", "--classes", "cat", "--set", "=3"], "NAME=VALUE"),
     ("broken value", ["segment", "{images}/a.png", "--classes", "cat", "--set", "matching.windows=[64"], "cannot be read"),

@@ -294,21 +294,6 @@ def test_memory_in_a_process_of_its_own(small):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["channels-last", "automatic-batches"])
-def test_what_changes_speed_alone_changes_no_label(small, name):
-    row, = SCENARIOS[name].run(small)
-    assert row.met and row.checks[0].value == 0 and row.bound is None and min(row.ours.whole, row.theirs.whole) > 50e6
-
-
-def test_compiled_networks_are_measured_only_by_name(small, monkeypatch):
-    plain_compile, made = torch.nn.Module.compile, []
-    monkeypatch.setattr("ovdiff_lib.networks.loading._check_compiler", lambda: None)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: made.append(module) or plain_compile(module, backend="eager"))
-    assert "compile" in select(["compile"], False) and "compile" not in select(None, True) and "compile" not in select(None, False)
-    row, = SCENARIOS["compile"].run(small)
-    assert made and row.met and row.checks[0].value < 0.001
-
-
 # ---- running them
 
 def test_a_failing_scenario_is_one_sentence_and_the_others_go_on(tiny_profile, monkeypatch):

@@ -108,7 +108,7 @@ def test_probabilities_of_images_of_any_shape(make, shape):
     np.testing.assert_allclose(scores.sum(0), 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("fields", [{"clip_diy_scales": 0}, {"clip_diy_size": 60}, {"clip_diy_size": 4}])
+@pytest.mark.parametrize("fields", [{"clip_diy_size": 60}, {"clip_diy_size": 4}])
 def test_sizes_that_cannot_be_halved(make, fields):
     with pytest.raises(ProfileError, match="clip_diy_size"):
         make(**fields)
@@ -175,7 +175,3 @@ def test_the_class_tokens_attention_is_the_models_own(tiny_profile):
     assert np.ptp(expected) > 0.2
 
 
-@pytest.mark.parametrize("cosine", [0.0, -0.1, 0.6])
-def test_cosines_that_make_no_saliency(tiny_profile, cosine):
-    with pytest.raises(ProfileError, match="clip_diy_seed_cosine"):
-        BackgroundSeed.build(tiny_profile.override({"baselines.clip_diy_seed_cosine": cosine}))

@@ -354,8 +354,8 @@ def test_what_is_not_the_words_fault_is_an_error(ovdiff, monkeypatch):
     monkeypatch.setattr(OVDiff, "build_class", lambda self, category: (_ for _ in ()).throw(InputError("the disk is full")))
     with pytest.raises(InputError, match="disk is full"):
         examine(ovdiff, ["cat", "dog"])
-    with pytest.raises(ProfileError, match="clusters"):
-        examine(ovdiff.replaced({"prototypes.clusters": 0}), ["cat", "dog"])
+    with pytest.raises(ProfileError):
+        examine(ovdiff.replaced({"matching.stride": 999}), ["cat", "dog"])
 
 
 def masks_of(areas, source):

@@ -75,9 +75,7 @@ class CutLER:
     name = "cutler"
 
     def __init__(self, model: Callable[[list[dict]], list[dict]], score: float) -> None:
-        """``score`` in [0, 1]; ``ProfileError`` otherwise."""
-        if not 0 <= score <= 1:
-            raise ProfileError(f"masks.cutler_score is {score}; set it to a number from 0 to 1.")
+        """``score`` in [0, 1] is the least a mask must have."""
         self.model, self.score = model, score
 
     @classmethod

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import write_atomic
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.loading import complete, load_network
@@ -253,9 +253,7 @@ class DetectorSegmenter:
     name = "detector"
 
     def __init__(self, model: MaskRCNN, score: float) -> None:
-        """``score`` in [0, 1] is the least a mask must have; ``ProfileError`` otherwise."""
-        if not 0 <= score <= 1:
-            raise ProfileError(f"masks.detector_score is {score}; set it to a number from 0 to 1.")
+        """``score`` in [0, 1] is the least a mask must have."""
         self.model, self.score = model, score
 
     @classmethod

@@ -40,20 +40,14 @@ class MaskCut:
     name = "maskcut"
 
     def __init__(self, model: ViTModel, settings: Masks) -> None:
-        """Raises ``ProfileError`` for settings out of range."""
+        """Raises ``ProfileError`` for a ``maskcut_size`` below two patches, and without what ``maskcut_refine`` needs."""
         self.model, self.settings, self.patch = model, settings, model.config.patch_size
-        if settings.maskcut_rounds < 1:
-            raise ProfileError(f"masks.maskcut_rounds is {settings.maskcut_rounds}; it must be at least 1.")
         if settings.maskcut_size < 2 * self.patch:
             raise ProfileError(f"masks.maskcut_size is {settings.maskcut_size}; it must be at least {2 * self.patch}, two patches of this "
                                "DINO.")
-        if not -1 < settings.maskcut_tau < 1:
-            raise ProfileError(f"masks.maskcut_tau is {settings.maskcut_tau}; it is a cosine, set it between -1 and 1.")
         check_refinement(settings.maskcut_refine)
         self.side = settings.maskcut_size // self.patch * self.patch
         # Pre-norm: the projections read the layer-normed stream, so its output needs no further care.
-        if settings.maskcut_facet not in FACETS:
-            raise ProfileError(f"masks.maskcut_facet is {settings.maskcut_facet!r}; set it to one of {', '.join(FACETS)}.")
         self.source = getattr(model.layers[-1].attention, FACETS[settings.maskcut_facet])
 
     @classmethod

@@ -7,8 +7,6 @@ from PIL import Image
 
 from ovdiff_lib.errors import ProfileError
 
-REFINEMENTS = ("walker", "crf", "none")
-
 WALKER_SIDE = 240
 """The random walker solves a linear system over uncertain pixels; a larger image is scaled down to this side for it."""
 
@@ -20,9 +18,7 @@ SMALLEST_AGREEMENT = 0.5
 
 
 def check_refinement(how: str) -> None:
-    """``ProfileError`` unless ``how`` is one of :data:`REFINEMENTS` and what it needs is installed."""
-    if how not in REFINEMENTS:
-        raise ProfileError(f"masks.maskcut_refine is {how!r}; set it to one of {', '.join(REFINEMENTS)}.")
+    """``ProfileError`` unless what ``how`` needs is installed."""
     if how == "crf":
         _pydensecrf()
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.errors import InputError
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.loading import complete, load_network
 
@@ -34,12 +34,8 @@ class SegmentAnything:
     name = "sam"
 
     def __init__(self, model: SamModel, processor: SamProcessor, settings: Masks) -> None:
-        """Raises ``ProfileError`` for settings out of range."""
         from transformers import MaskGenerationPipeline
 
-        if settings.sam_points < 1:
-            raise ProfileError(f"masks.sam_points is {settings.sam_points}; it must be at least 1.")
-        _check_shares(settings, "sam_iou", "sam_stability")
         self.settings = settings
         self.generate = MaskGenerationPipeline(model=model, image_processor=processor.image_processor, device=model.device)
 
@@ -68,8 +64,6 @@ class GroundedSam:
 
     def __init__(self, detector: tuple[GroundingDinoForObjectDetection, GroundingDinoProcessor], model: SamModel, processor: SamProcessor,
                  settings: Masks) -> None:
-        """Raises ``ProfileError`` for settings out of range."""
-        _check_shares(settings, "grounding_box", "grounding_text")
         self.detector, self.read = detector
         self.model, self.processor, self.settings = model, processor, settings
 
@@ -114,12 +108,6 @@ class GroundedSam:
 
 def _filled(masks: list[np.ndarray], image: np.ndarray) -> np.ndarray:
     return np.array([mask for mask in masks if mask.any()], dtype=bool).reshape(-1, *image.shape[:2])
-
-
-def _check_shares(settings: Masks, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(settings, name) <= 1:
-            raise ProfileError(f"masks.{name} is {getattr(settings, name)}; set it to a number from 0 to 1.")
 
 
 def _check_elongation(image: np.ndarray, image_processor) -> None:

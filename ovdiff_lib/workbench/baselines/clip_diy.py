@@ -44,9 +44,9 @@ class ClipDIY:
                  templates: Sequence[str], batch_size: int = 64) -> None:
         """Raises ``ProfileError`` for sizes that cannot be halved as often as asked, and ``InputError`` for the templates."""
         steps = 2 ** settings.clip_diy_scales
-        if settings.clip_diy_scales < 1 or settings.clip_diy_size < steps or settings.clip_diy_size % steps:
+        if settings.clip_diy_size % steps:
             raise ProfileError(f"baselines.clip_diy_size is {settings.clip_diy_size} and clip_diy_scales {settings.clip_diy_scales}; give "
-                               "at least one scale and a size that is a multiple of 2 to the power of their number.")
+                               "a size that is a multiple of 2 to the power of the number of scales.")
         self.clip, self.saliency, self.settings, self.batch_size = clip, saliency, settings, batch_size
         self.texts = TextEmbeddings(clip, tokenizer, templates)
 
@@ -114,9 +114,6 @@ class BackgroundSeed:
     at which a patch is half salient."""
 
     def __init__(self, extractor: DinoExtractor, cosine: float) -> None:
-        """Raises ``ProfileError`` for a cosine outside (0, 0.5]: beyond, the seed itself would not be background."""
-        if not 0 < cosine <= 0.5:
-            raise ProfileError(f"baselines.clip_diy_seed_cosine is {cosine}; set it to a number above 0 and at most 0.5.")
         self.extractor, self.cosine = extractor, cosine
         attention = extractor.model.layers[-1].attention
         self.sources = {"queries": attention.q_proj, "keys": attention.k_proj}

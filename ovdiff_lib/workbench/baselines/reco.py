@@ -48,11 +48,9 @@ class ReCo:
 
     def __init__(self, maskclip: MaskCLIP, extractor: Extractor, index: ArchiveIndex, settings: Baselines,
                  background_threshold: float | None = None) -> None:
-        """Raises ``ProfileError`` for a number of images below 1 or a size that is no multiple of CLIP's patch."""
+        """Raises ``ProfileError`` for a size that is no multiple of CLIP's patch."""
         patch = maskclip.clip.config.vision_config.patch_size
-        if settings.reco_retrieved < 1:
-            raise ProfileError(f"baselines.reco_retrieved is {settings.reco_retrieved}; it must be at least 1.")
-        if settings.reco_size < patch or settings.reco_size % patch:
+        if settings.reco_size % patch:
             raise ProfileError(f"baselines.reco_size is {settings.reco_size}; make it a multiple of CLIP's patch size {patch}.")
         self.maskclip, self.extractor, self.index, self.settings = maskclip, extractor, index, settings
         self.background_threshold = background_threshold

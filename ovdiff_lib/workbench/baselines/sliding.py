@@ -37,7 +37,7 @@ def sliding_scores(image: np.ndarray, matching: Matching, score: Callable[[np.nd
     mean = None
     for boxes, squares in zip(scales, crops, strict=True):
         total, cover = None, torch.zeros(shape, dtype=torch.float32, device="cpu")
-        for start, stop in batches(len(boxes), matching.batch_size, torch.device("cpu")):  # where the maps are put together
+        for start, stop in batches(len(boxes), matching.batch_size):
             batch = boxes[start:stop]
             grids = score(squares[start:stop])
             total = torch.zeros(grids.shape[1], *shape, dtype=torch.float32, device="cpu") if total is None else total

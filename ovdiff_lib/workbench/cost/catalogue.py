@@ -48,9 +48,6 @@ SCENARIOS: dict[str, Scenario] = {
     "pamr": Scenario(segmenting.pamr_memory),
     "bfloat16": Scenario(partial(segmenting.number_type, dtype="bfloat16"), quick=True),
     "float16": Scenario(partial(segmenting.number_type, dtype="float16")),
-    "channels-last": Scenario(segmenting.channels_last),
-    "automatic-batches": Scenario(segmenting.automatic_batches),
-    "compile": Scenario(segmenting.compiled, named=True),  # a minute or two, and a C++ compiler
     "growth-classes": Scenario(growth.classes),
     "growth-images": Scenario(growth.images, quick=True),
     "growth-N": Scenario(growth.support_images, quick=True),

@@ -36,7 +36,7 @@ def draw(pipe: StableDiffusionPipeline, category: Category, profile: Profile, co
     prompt, side = fill_template(settings.prompt, category.prompt), settings.image_size // pipe.vae_scale_factor
     seeds = np.array([image_seed(settings.seed, prompt, i) for i in range(count)], np.int64)
     drawn = []
-    for batch in np.split(seeds, range(settings.batch_size or count, count, settings.batch_size or count)):
+    for batch in np.split(seeds, range(settings.batch_size, count, settings.batch_size)):
         latents = initial_latents(batch, (pipe.unet.config.in_channels, side, side)).to(pipe.device, pipe.unet.dtype)
         drawn.append(pipe(
             prompt, num_images_per_prompt=len(batch), negative_prompt=settings.negative_prompt, latents=latents,

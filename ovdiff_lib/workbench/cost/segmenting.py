@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from ovdiff_lib.networks.instruments import ON_CPU
 from ovdiff_lib.workbench.cost.fresh import alternate_fresh
 from ovdiff_lib.workbench.cost.plain import bare_features, pamr_unfolded, scores_at_once, window_crops
 from ovdiff_lib.workbench.cost.ratio import Bound, Check, Ratio, alternate
@@ -33,7 +32,7 @@ def segmenting(scene: Scene) -> list[Ratio]:
     category filter's CLIP beside the bare pass: it is part of the others.
     """
     bank, images, settings = scene.made_up(FEW), [scene.image(i) for i in range(TOGETHER)], scene.profile
-    size = settings.matching.batch_size or ON_CPU  # of the bare pass; as many as fit is OVDiff's own affair
+    size = settings.matching.batch_size
     bare = [bare_features(scene.pipe, settings.features, [crop for crop, _ in window_crops(image, settings)], size) for image in images]
 
     def theirs(_: int) -> None:
@@ -86,26 +85,6 @@ def matching_memory(scene: Scene, classes: int = 500) -> list[Ratio]:
 def number_type(scene: Scene, dtype: str) -> list[Ratio]:
     """Networks in ``dtype`` against float32."""
     return [_switched(scene, dtype, f"networks in {dtype}", "float32", {"models.dtype": dtype}, {"models.dtype": "float32"})]
-
-
-def channels_last(scene: Scene) -> list[Ratio]:
-    """Networks whose weights and activations keep the channels of a pixel together."""
-    field = "models.channels_last"
-    return [_switched(scene, "channels-last", "networks with channels last in memory", "channels first", {field: True}, {field: False})]
-
-
-def compiled(scene: Scene) -> list[Ratio]:
-    """Compiled blocks of the networks, once they are compiled, against the same uncompiled."""
-    field = "models.compile"
-    return [_switched(scene, "compile", "networks with compiled blocks (not counted: compiling them)", "uncompiled",
-                      {field: True}, {field: False})]
-
-
-def automatic_batches(scene: Scene) -> list[Ratio]:
-    """Batches from the free memory of a GPU (a fixed number on a CPU) against one window at a time."""
-    fields = ("matching.batch_size", "features.batch_size")
-    free = "as many windows at a time as the GPU's free memory holds" if scene.device.type == "cuda" else f"{ON_CPU} windows at a time"
-    return [_switched(scene, "automatic batches", free, "one at a time", dict.fromkeys(fields), dict.fromkeys(fields, 1))]
 
 
 def _switched(scene: Scene, name: str, what: str, against: str, ours: dict[str, Any], theirs: dict[str, Any]) -> Ratio:
