@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ovdiff_lib.features.vit import ViTExtractor
-from ovdiff_lib.networks.loading import load_dino
+from ovdiff_lib.networks.loading import last_attention, load_dino
 
 if TYPE_CHECKING:
     from transformers import ViTModel
@@ -23,7 +23,7 @@ class DinoExtractor(ViTExtractor):
     def __init__(self, model: ViTModel, settings: Features) -> None:
         super().__init__("dino", model, settings, "dino_input_size", model.config.patch_size, model.config.hidden_size)
         # The key projection reads the layer-normed stream (pre-norm), so its output needs no further care.
-        self.source = model.layers[-1].attention.k_proj
+        self.source = last_attention(model).k_proj
 
     @classmethod
     def build(cls, profile: Profile) -> DinoExtractor:

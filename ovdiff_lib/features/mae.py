@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ovdiff_lib.features.vit import ViTExtractor
-from ovdiff_lib.networks.loading import complete, load_network
+from ovdiff_lib.networks.loading import complete, last_attention, load_network
 
 if TYPE_CHECKING:
     from transformers import ViTMAEModel
@@ -41,7 +41,7 @@ class MaeExtractor(ViTExtractor):
             raise ValueError(f"the model hides a share of {model.config.mask_ratio} of the patches; load it with mask_ratio 0")
         super().__init__("mae", model, settings, "mae_input_size", model.config.patch_size, model.config.hidden_size)
         # The key projection reads the layer-normed stream (pre-norm), so its output needs no further care.
-        self.source = model.layers[-1].attention.k_proj
+        self.source = last_attention(model).k_proj
 
     @classmethod
     def build(cls, profile: Profile) -> MaeExtractor:

@@ -30,7 +30,7 @@ from ovdiff_lib.networks.published import MODEL_TYPES, how_to_get
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
-    from transformers import CLIPModel, CLIPTokenizer, ViTModel
+    from transformers import CLIPModel, CLIPTokenizer, ViTMAEModel, ViTModel
 
     from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.networks.identity import resolve_model
@@ -75,6 +75,21 @@ def load_network(profile: Profile, name: str, build: Callable[[Path | str, torch
     if not identifier:
         raise ProfileError(f"models.{name} is not set in the profile {profile.name!r}; set it to a folder or a hub id of that model.")
     return _cached(name, build, source or identifier, profile, variant)
+
+
+def last_attention(model: ViTModel | ViTMAEModel) -> torch.nn.Module:
+    """Attention of the last layer of a ViT of transformers, with the projections ``q_proj``, ``k_proj`` and ``v_proj``.
+
+    It reads the layer-normed stream (pre-norm). The library does not promise these names: ``ModelNotAvailable`` where it has others.
+    """
+    try:
+        attention = model.layers[-1].attention
+        for name in ("q_proj", "k_proj", "v_proj"):
+            attention.get_submodule(name)
+    except AttributeError as error:
+        raise ModelNotAvailable(f"The layers of {type(model).__name__} have other names than this package knows ({error}: "
+                                f"{_place(error)}); install another version of it within that range.") from error
+    return attention
 
 
 def check_libraries() -> None:

@@ -65,7 +65,7 @@ def examine(profile: Profile, data: list[str] | None = None, library: Path | Non
     libraries = _libraries(profile, used)
     sets = tuple(row for root in data or [] for row in _data_set(root))
     machine, device_problem = _machine(profile, library)
-    problems = [_sentence(m) for m in models if m.needed and not m.here]
+    problems = _version_problem() + [_sentence(m) for m in models if m.needed and not m.here]
     problems += [f"The library {lib.name} is needed by {lib.needed_by} and not installed: {lib.get}" for lib in libraries
                  if lib.needed_by and not lib.version]
     problems += [row["problem"] for row in sets if row["problem"]] + device_problem
@@ -121,6 +121,17 @@ def _libraries(profile: Profile, used: dict[str, list[str]]) -> tuple[Library, .
         ("ray", "ray", "more than one machine or GPU", "", 'pip install "ray[data]"'),
     )
     return tuple(Library(module, _version(module, name), serves, needed, get) for module, name, serves, needed, get in rows)
+
+
+def _version_problem() -> list[str]:
+    """One sentence if a model library has a version that this package does not work with."""
+    from ovdiff_lib.networks.loading import check_libraries
+
+    try:
+        check_libraries()
+    except ModelNotAvailable as error:
+        return [str(error)]
+    return []
 
 
 def _version(module: str, distribution: str) -> str:

@@ -280,6 +280,27 @@ def test_the_library_of_what_lacks_an_attribute_is_named(tiny_profile, reload):
         models.load_network(tiny_profile, "dino", lambda *_: exec("from open_clip import no_such_name"))
 
 
+def test_layers_that_an_installed_version_names_otherwise(tiny_profile):
+    """What transformers before 5.9 called `encoder.layer`, and a projection that is fused."""
+    from transformers import ViTConfig, ViTModel
+
+    from ovdiff_lib.features.dino import DinoExtractor
+    from ovdiff_lib.masks.segmenters.maskcut import MaskCut
+
+    network = ViTModel(ViTConfig(hidden_size=4, num_attention_heads=2, num_hidden_layers=1))
+    assert models.last_attention(network) is network.layers[0].attention
+    del network.layers[0].attention.k_proj
+    for build in (models.last_attention, lambda model: DinoExtractor(model, tiny_profile.features),
+                  lambda model: MaskCut(model, tiny_profile.masks)):
+        with pytest.raises(ModelNotAvailable, match=r"ViTModel.*k_proj") as caught:
+            build(network)
+        sentence(caught)
+    del network.layers
+    with pytest.raises(ModelNotAvailable, match=r"no attribute 'layers'.*transformers \d.* of >=") as caught:
+        models.last_attention(network)
+    sentence(caught)
+
+
 def test_identity_follows_content_not_place(tiny_models, tmp_path):
     first = model_identity(str(tiny_models / "clip"))
     copy = shutil.copytree(tiny_models / "clip", tmp_path / "elsewhere")

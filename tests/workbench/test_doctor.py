@@ -216,6 +216,16 @@ def test_optional_libraries(monkeypatch):
     assert doctor._version("json", "no-such-distribution") == "installed"
 
 
+def test_a_model_library_of_another_version(monkeypatch):
+    from ovdiff_lib.networks import loading
+
+    known = loading._versions
+    monkeypatch.setattr(loading, "_versions", lambda name: ("0.39.0", ">=0.40,<1") if name == "diffusers" else known(name))
+    (problem,) = examine(load_profile("mini")).problems
+    assert "diffusers 0.39.0 is installed" in problem and ">=0.40,<1" in problem
+    assert problem in render(examine(load_profile("mini")))
+
+
 def test_weights_of_open_clip(hub, tmp_path):
     base = {"features.extractors": ["open-clip-keys"], "models.open_clip": "ViT-B-16-quickgelu", "models.open_clip_pretrained": "openai"}
 

@@ -15,7 +15,7 @@ from ovdiff_lib.errors import OVDiffError, ProfileError
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.masks.segmenters.refine import check_refinement, iou, refine, resize_mask
 from ovdiff_lib.networks.instruments import captured, undisturbed
-from ovdiff_lib.networks.loading import load_dino
+from ovdiff_lib.networks.loading import last_attention, load_dino
 
 if TYPE_CHECKING:
     from transformers import ViTModel
@@ -48,7 +48,7 @@ class MaskCut:
         check_refinement(settings.maskcut_refine)
         self.side = settings.maskcut_size // self.patch * self.patch
         # Pre-norm: the projections read the layer-normed stream, so its output needs no further care.
-        self.source = getattr(model.layers[-1].attention, FACETS[settings.maskcut_facet])
+        self.source = getattr(last_attention(model), FACETS[settings.maskcut_facet])
 
     @classmethod
     def build(cls, profile: Profile) -> MaskCut:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.errors import ProfileError
-from ovdiff_lib.networks.loading import load_clip
+from ovdiff_lib.networks.loading import last_attention, load_clip
 from ovdiff_lib.profiles.schema import Baselines, Profile
 from ovdiff_lib.workbench.baselines.clip import TextEmbeddings, embed_images
 from ovdiff_lib.workbench.baselines.sliding import resize_maps
@@ -115,7 +115,7 @@ class BackgroundSeed:
 
     def __init__(self, extractor: DinoExtractor, cosine: float) -> None:
         self.extractor, self.cosine = extractor, cosine
-        attention = extractor.model.layers[-1].attention
+        attention = last_attention(extractor.model)
         self.sources = {"queries": attention.q_proj, "keys": attention.k_proj}
 
     @classmethod
