@@ -223,7 +223,7 @@ def test_make_targets_run_what_they_say():
         assert command in make("--dry-run", "--always-make", target)
     assert (ROOT / "ovdiff_lib" / "recipes" / "rebuild.py").exists()
     described = dict(line.split(maxsplit=1) for line in make("help").splitlines())
-    assert set(described) == {"help", "install", "reproduce", "test", "test-lowest", "lab", "mini-world", "clean"}
+    assert set(described) == {"help", "install", "quickstart", "reproduce", "test", "test-lowest", "lab", "mini-world", "clean"}
 
 
 def test_make_clean_keeps_tables_and_figures(tmp_path):
