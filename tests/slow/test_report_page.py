@@ -2,38 +2,29 @@
 meets it."""
 
 import base64
-import csv
-import html
-import importlib
 import io
-import itertools
 import json
 import re
 import shlex
 import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
+from bs4 import BeautifulSoup
 from PIL import Image
 from test_explain import rows as hand_made_prototypes
 
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.cli import main as cli
-from ovdiff_lib.cli.notebooks import run_report
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.overlay import colours_of
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.segmentation import Segmentation, explain
 from ovdiff_lib.types import PrototypeBank, SupportSet
 from ovdiff_lib.workbench import reproduce as runner
 from ovdiff_lib.workbench.figures import base as figures
-from ovdiff_lib.workbench.page.collect import collect, command, git_commit, hidden, settings, versions
-from ovdiff_lib.workbench.page.notebook_html import formula, notebook_body
-from ovdiff_lib.workbench.page.page import STAMP, build_report, duration, number, plain
+from ovdiff_lib.workbench.page.page import STAMP, build_report, command, find_runs, git_commit, hidden
 from ovdiff_lib.workbench.page.panel import panel_data, write_panel
 from ovdiff_lib.workbench.tables import claims
 from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell
@@ -105,9 +96,7 @@ def fill(folder: Path) -> Path:
     figures.save_figure(sketch, folder / "figures" / "05_main_results_grid.png", f"Five pictures of {SCRIPT} and {EMOJI}.")
     write_panel(folder / "explain" / "06_explainability_panel.json",
                 panel_data({f"one {SCRIPT}": segmentation(), "two": segmentation()}, supports(), profile.filters, caption=f"On {SCRIPT}."))
-    bar = [f"mini-voc:  {40 * i}%|{'#' * i}     | {i}/5 [00:0{i}<00:03,  1.2s/image]" for i in range(3)]
-    outputs = [nbformat.v4.new_output("stream", name="stderr", text=f"first draft\rfinal text\n{bar[0]}\r{bar[1]}"),
-               nbformat.v4.new_output("stream", name="stderr", text=f"\r{bar[2]}\n3it [00:02,  1.25it/s]\na warning at 40% [of 5]\n"),
+    outputs = [nbformat.v4.new_output("stream", name="stderr", text="first draft\rfinal text\n"),
                nbformat.v4.new_output("stream", name="stdout", text=f"in {folder.resolve()}/tables {SCRIPT}\n"),
                display(text_markdown=f"| class |\n|---|\n| {SCRIPT} |\n| <img src='{REMOTE}'> |", text_plain="text"),
                display(text_html=f"<b>bold</b><script>window.pwned = 2</script><img src='{REMOTE}' onerror='window.pwned = 3'>"),
@@ -127,87 +116,29 @@ def fill(folder: Path) -> Path:
     return sources
 
 
-class Page(HTMLParser):
-    """Elements, the text of sections, and the rows of tables, each with the class of its body."""
-
-    VOID = frozenset({"meta", "link", "img", "br", "hr", "input"})
+class Page(BeautifulSoup):
+    """A page, read as a reader does: by section and row."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.elements, self.open, self.text, self.tables = [], [], {}, {}
-        self.source = path.read_text(encoding="utf-8")
-        self.feed(self.source)
-        self.close()
-        assert not self.open, self.open
+        self.file = path.read_text(encoding="utf-8")
+        super().__init__(self.file, "html.parser")
 
-    def section(self) -> str:
-        return next((a["id"] for tag, a in reversed(self.open) if tag in ("section", "figure") and "id" in a), "")
+    def said(self, section: str) -> str:
+        """The text of a section, blanks made one."""
+        return " ".join(self.find(id=section).get_text(" ").split())
 
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.elements.append((tag, attributes))
-        if tag == "tr":
-            body = next((a.get("class", "") or tag for tag, a in reversed(self.open) if tag in ("thead", "tbody")), "")
-            self.tables.setdefault(self.section(), []).append((body, []))
-        if tag in ("td", "th") and self.section() in self.tables:
-            self.tables[self.section()][-1][1].append("")
-        if tag not in self.VOID:
-            self.open.append((tag, attributes))
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in self.VOID:
-            self.handle_endtag(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open[-1][0] == tag, (tag, self.open[-3:])
-        self.open.pop()
-        if tag in ("dt", "dd", "td", "th", "li"):
-            for _, attributes in self.open:
-                if "id" in attributes:
-                    self.text[attributes["id"]] = self.text.get(attributes["id"], "") + " "
-
-    def handle_data(self, data):
-        tags = [tag for tag, _ in self.open]
-        if "script" in tags or "style" in tags:
-            return
-        for _, attributes in self.open:
-            if "id" in attributes:
-                self.text[attributes["id"]] = self.text.get(attributes["id"], "") + data
-        if {"td", "th"} & set(tags):
-            rows = self.tables[self.section()]
-            rows[-1][1][-1] += data
-
-    def row(self, section, name, body=None):
-        """The cells of a row by its first, blanks made one."""
-        for kind, cells in self.tables[section]:
-            cells = [" ".join(c.split()) for c in cells]
-            if cells[0] == name and body in (None, kind):
-                return cells[1:]
-        raise AssertionError(f"no row {name!r}")
-
-    def addresses(self):
-        """Everything that a browser would load, and the targets of links."""
-        for tag, attributes in self.elements:
-            for name in ("src", "href", "srcset", "poster", "data", "action"):
-                if name in attributes:
-                    yield tag, attributes[name]
+    def row(self, section: str, name: str) -> list[str]:
+        """The cells of a row of a section's table by its first."""
+        rows = ([" ".join(c.get_text(" ").split()) for c in row.find_all(["th", "td"])] for row in self.find(id=section).find_all("tr"))
+        return next(cells[1:] for cells in rows if cells[0] == name)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """(outputs folder, path of the page, the page)."""
     folder = tmp_path_factory.mktemp("project") / "outputs" / "mini"
-    sources = fill(folder)
-    path = build_report(folder, load_profile("mini"), sources)
+    path = build_report(folder, load_profile("mini"), fill(folder))
     return folder, path, Page(path)
-
-
-# ---- numbers
-
-def test_the_page_lies_in_the_outputs_folder(built):
-    folder, path, _ = built
-    assert path == folder / "report" / "index.html" and [p.name for p in path.parent.iterdir() if p.suffix == ".part"] == []
 
 
 def test_measured_numbers_stand_beside_the_papers_and_their_difference(built):
@@ -216,41 +147,27 @@ def test_measured_numbers_stand_beside_the_papers_and_their_difference(built):
                                                            "30.5 ± 0.5 (n = 3)", "29.7 ± 0.3", "+0.8"]
     assert page.row("table-05_main_results", "CLIP-DIY") == ["20.0 ± 1.0 (n = 3)", "59.9", "−39.9", "8.0 ± 1.0 (n = 3)", "", ""]
     assert page.row("table-05_main_results", "a mix") == ["7.0 (n = 2) predictions", "", "", "not measured", "24.3", ""]
-    names = page.row("table-05_main_results_names", QUOTED)
-    assert names == ["1.0", "1"]  # no column for a paper that has no such table; digits as the notebook asked
-    text = page.text["table-05_main_results"]
-    assert "mIoU on two data sets." in text and "Table 1" in text and "Mean ± sample standard deviation" in text
-    assert "n = 1: one run a number" in page.text["table-05_main_results_names"]
+    assert page.row("table-05_main_results_names", QUOTED) == ["1.0", "1"]  # no column for a paper; digits as the notebook asked
+    published = page.find(id="table-05_main_results").find("tbody", class_="published").get_text(" ")
+    assert "nothing in these rows was measured here" in published and "TCL" in published and "OVDiff" not in published
+    assert page.row("table-05_main_results", "CLIPpy")[4] == "not reported"
 
 
-def test_published_rows_are_apart_and_hold_nothing_measured(built):
-    rows = built[2].tables["table-05_main_results"]
-    published = [[" ".join(c.split()) for c in cells] for body, cells in rows if body == "published"]
-    assert published[0][0].startswith("published") and "nothing in these rows was measured here" in published[0][0]
-    assert published[1:] == [["TCL", "", "51.2", "", "", "", ""], ["CLIPpy", "", "", "", "", "not reported", ""]]
-    assert {cells[0] for body, cells in rows if body == "tbody"} == {"OVDiff", "MaskCLIP", "CLIP-DIY", "a mix"}
-
-
-def test_every_comparison_with_the_paper_is_stamped(built):
-    page = built[2]
-    stamp = f"mini: {STAMP}"
-    assert stamp in page.text["table-05_main_results"] and stamp in page.text["claims"] and stamp in page.text["overview"]
-    assert stamp not in page.text["table-05_main_results_names"]  # nothing of the paper stands there
-
-
-def test_a_profile_with_the_papers_models_has_no_stamp(built, tmp_path):
-    folder, _, _ = built
+def test_every_comparison_with_the_paper_is_stamped(built, tmp_path):
+    folder, _, page = built
+    for section in ("table-05_main_results", "claims", "overview"):
+        assert f"mini: {STAMP}" in page.said(section)
+    assert STAMP not in page.said("table-05_main_results_names")  # nothing of the paper stands there
     shutil.copytree(folder, tmp_path / "paper")
-    page = Page(build_report(tmp_path / "paper", load_profile("paper"), None))
-    assert STAMP not in page.source and "66.3" in page.text["table-05_main_results"]
+    paper = Page(build_report(tmp_path / "paper", load_profile("paper"), None))
+    assert STAMP not in paper.file and "66.3" in paper.said("table-05_main_results")
 
 
 def test_the_overview_compares_with_the_best_measured_rival(built):
     page = built[2]
-    assert f"{VOC}: OVDiff 51.0, the best measured rival (CLIP-DIY) 20.0." in page.text["overview"]
-    assert f"{CONTEXT}: OVDiff 30.5, the best measured rival (MaskCLIP) 28.0." in page.text["overview"]
-    assert "TCL" not in page.text["overview"]
-    assert page.row("overview", "OVDiff") == ["51.0 ± 1.0 paper 66.3 ± 0.2", "30.5 ± 0.5 paper 29.7 ± 0.3"]
+    assert f"{VOC}: OVDiff 51.0, the best measured rival (CLIP-DIY) 20.0." in page.said("overview")
+    assert f"{CONTEXT}: OVDiff 30.5, the best measured rival (MaskCLIP) 28.0." in page.said("overview")
+    assert "TCL" not in page.said("overview")
     assert page.row("overview", "CLIP-DIY") == ["20.0 ± 1.0 paper 59.9", "8.0 ± 1.0"]
 
 
@@ -258,69 +175,40 @@ def test_claims_are_counted_and_listed(built):
     folder, _, page = built
     judged = claims.judge(folder)
     counts = claims.counts(judged)
-    assert counts["holds"] > 0 and counts["not measured"] > 0
-    assert f"{counts['holds']} of the paper’s {len(judged)} claims hold here" in page.text["overview"]
-    for verdict, count in counts.items():
-        assert f"{count} {verdict}" in " ".join(page.text["overview"].split())
-    rows = [cells for body, cells in page.tables["claims"] if body == "tbody"]
-    assert len(rows) == len(judged)
-    for cells, claim in zip(rows, judged, strict=True):
-        assert cells[0] == str(claim.id) and claim.claim in cells[1] and claim.source in cells[1] and cells[2] == claim.verdict
-        assert cells[3] == claim.paper_values and cells[4] == (claim.measured or "–") and claim.note in cells[5] and claim.how in cells[5]
+    assert counts["holds"] > 0 and f"{counts['holds']} of the paper’s {len(judged)} claims hold here" in page.said("overview")
+    for claim in judged:
+        cells = page.row("claims", str(claim.id))
+        assert claim.claim in cells[0] and claim.note in cells[4]
+        assert cells[1:4] == [claim.verdict, claim.paper_values, claim.measured or "–"]
 
 
-def test_figures_are_whole_and_have_their_captions(built):
+def test_every_table_and_figure_is_there_whole_with_its_caption_and_source(built):
     folder, _, page = built
-    assert f"Five pictures of {SCRIPT} and {EMOJI}." in page.text["figure-05_main_results_grid"]
-    images = [a for tag, a in page.elements if tag == "img"]
-    assert len(images) == 1
-    kind, _, body = images[0]["src"].partition(",")
-    assert kind == "data:image/png;base64" and base64.b64decode(body) == (folder / "figures" / "05_main_results_grid.png").read_bytes()
-
-
-def test_tables_can_be_taken_away_as_csv(built):
-    folder, _, page = built
-    offered = {a["download"]: a["href"] for tag, a in page.elements if tag == "a" and "download" in a}
-    assert set(offered) == {"05_main_results.csv", "05_main_results_names.csv"}
-    for name, address in offered.items():
-        data = base64.b64decode(address.removeprefix("data:text/csv;base64,"))
-        assert data == (folder / "tables" / name).read_bytes() and list(csv.DictReader(io.StringIO(data.decode())))
-
-
-# ---- where they come from
-
-def test_the_command_settings_seeds_and_time_behind_each_table_and_figure(built):
-    page = built[2]
-    digest = load_profile("mini").digest()
+    assert {a["download"] for a in page.find_all("a", download=True)} == {p.name for p in (folder / "tables").glob("05*.csv")}
+    for link in page.find_all("a", download=True):
+        assert base64.b64decode(link["href"].partition(",")[2]) == (folder / "tables" / link["download"]).read_bytes()
+    (image,) = page.find_all("img")
+    assert base64.b64decode(image["src"].partition(",")[2]) == (folder / "figures" / "05_main_results_grid.png").read_bytes()
+    assert f"Five pictures of {SCRIPT} and {EMOJI}." in page.said("figure-05_main_results_grid") and image["alt"]
     for section in ("table-05_main_results", "figure-05_main_results_grid"):
-        text = " ".join(page.text[section].split())
+        text = page.said(section)
         assert "ovdiff run notebooks/05_main_results.ipynb --profile mini --set support.size=8 -p images=6" in text
         assert "3 min 12 s" in text and "2025-01-02 03:04:05" in text
-    assert digest in page.text["table-05_main_results"] and "0, 1, 2" in page.text["table-05_main_results"]
-    assert "images vary from run to run" in page.text["table-05_main_results_names"].replace(": these", "")
+    assert load_profile("mini").digest() in page.said("table-05_main_results") and "0, 1, 2" in page.said("table-05_main_results")
+    assert "images: these numbers vary from run to run" in page.said("table-05_main_results_names")
 
 
-def test_versions_settings_and_commit(built):
-    page = built[2]
-    text = " ".join(page.text["provenance"].split())
-    for module in ("torch", "diffusers", "transformers"):
-        assert f"{module} {importlib.import_module(module).__version__.split('+')[0]}" in text
-    assert "ovdiff_lib 0" in text and "python 3" in text and "settings hash " + load_profile("mini").digest() in text
-    assert "overrides none for the profile as a whole" in text and "seeds 0, 1, 2, 3" in text  # three of the tables, one of the notebook
-    assert "abcdef012345, the same for all" in text and "wall time of all notebooks 3 min 12 s (1 notebook)" in text
-    assert page.row("provenance", "support.size") == [str(load_profile("mini").support.size)] and "python of the notebooks 3.11.9" in text
-    assert set(versions()) >= {"python", "ovdiff_lib", "torch", "diffusers", "transformers"}
+def test_versions_and_settings(built):
+    import torch
 
-
-def test_overrides_of_the_whole_profile_are_named(built):
-    folder = built[0]
-    profile, size = load_profile("mini", {"support.size": 5, "matching.windows": [64]}), load_profile("mini").support.size
-    changed = {name: (value, shipped) for name, value, shipped in settings(profile) if value != shipped}
-    assert changed == {"support.size": (5, size), "matching.windows": ([64], [64, 48])}
-    other = folder.parent / "other"
-    shutil.copytree(folder / "tables", other / "tables")
-    text = " ".join(Page(build_report(other, profile, None)).text["provenance"].split())
-    assert f"support.size = 5 (shipped: {size})" in text and "matching.windows = 64 (shipped: 64, 48)" in text and profile.digest() in text
+    folder, _, page = built
+    text = page.said("provenance")
+    assert f"torch {torch.__version__}".split("+")[0] in text and load_profile("mini").digest() in text
+    assert page.row("provenance", "support.size") == [str(load_profile("mini").support.size)]
+    profile = load_profile("mini", {"support.size": 5})
+    shutil.copytree(folder / "tables", folder.parent / "other" / "tables")
+    text = Page(build_report(folder.parent / "other", profile, None)).said("provenance")
+    assert f"support.size = 5 (shipped: {load_profile('mini').support.size})" in text and profile.digest() in text
 
 
 def test_the_command_shown_runs_the_notebook_as_it_ran(tmp_path, monkeypatch):
@@ -337,57 +225,39 @@ def test_the_command_shown_runs_the_notebook_as_it_ran(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         stamp = {"parameters": json.dumps(given | {"output": str(folder)})}
         (folder / "05_main_results.stamp.json").write_text(json.dumps(stamp))
-        words = shlex.split(command(collect(folder).runs[0], folder))
+        words = shlex.split(command(find_runs(folder, None)[0], folder))
         assert words[:2] == ["ovdiff", "run"] and ("--out" in words) == bool(extra) and words[len(words) - len(extra):] == extra
         assert cli.main(words[1:]) == 0
         assert ran.pop() == (Path("notebooks/05_main_results.ipynb"), folder / "05_main_results.ipynb", given | {"output": str(folder)})
 
 
-def test_the_commit_is_that_of_the_package(tmp_path):
-    def git(*arguments):
-        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
-        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+def test_the_commit_is_that_of_the_package_alone(tmp_path):
+    assert git_commit(tmp_path) == ""  # no checkout, or someone else's
+    assert re.fullmatch(r"([0-9a-f]{40}( with uncommitted changes)?)?", git_commit())
 
-    package = tmp_path / "package"
-    package.mkdir()
-    assert git_commit(package) == ""  # no checkout
-    (package / "__init__.py").write_text("")
-    git("init")
-    assert git_commit(package) == ""  # nothing committed
-    git("commit", "--allow-empty", "-m", "another project")
-    assert git_commit(package) == ""  # a package that git does not know: someone else's checkout
-    git("add", "package")
-    git("commit", "-m", "ours")
-    clean = git_commit(package)
-    assert re.fullmatch(r"[0-9a-f]{40}", clean)
-    (package / "__init__.py").write_text("1")
-    assert git_commit(package) == f"{clean} with uncommitted changes"
-
-
-# ---- what is missing
 
 def test_what_failed_or_has_not_run_is_a_sentence(built):
     page = built[2]
-    assert f"The last run of 06_explainability failed: ValueError: no {SCRIPT} in ../outputs/mini" in page.text["missing"]
-    assert "The notebook 07_in_the_wild has not been run in this folder." in page.text["run-07_in_the_wild"]
-    assert "05_main_results" not in page.text["missing"] and "All about main results" in page.text["run-05_main_results"]
+    assert f"The last run of 06_explainability failed: ValueError: no {SCRIPT} in ../outputs/mini" in page.said("missing")
+    assert "The notebook 07_in_the_wild has not been run in this folder." in page.said("run-07_in_the_wild")
+    assert "05_main_results" not in page.said("missing") and "All about main results" in page.said("run-05_main_results")
 
 
 def test_tables_without_their_notebook_are_still_shown(built, tmp_path):
     folder = built[0]
-    for name in ("tables", "figures"):
-        shutil.copytree(folder / name, tmp_path / "outputs" / "mini" / name)
-    page = Page(build_report(tmp_path / "outputs" / "mini", load_profile("mini"), folder.parent.parent / "notebooks"))
-    assert "come from an earlier run" in page.text["run-05_main_results"] and "51.0" in page.text["table-05_main_results"]
-    without = Page(build_report(tmp_path / "outputs" / "mini", load_profile("mini"), None))
-    assert "Other tables and figures" in without.text["run-others"] and "51.0" in without.text["table-05_main_results"]
-    assert "has not run in this folder" in without.text["explain"]
+    shutil.copytree(folder / "tables", tmp_path / "mini" / "tables")
+    page = Page(build_report(tmp_path / "mini", load_profile("mini"), folder.parent.parent / "notebooks"))
+    assert "of an earlier run" in page.said("run-05_main_results") and "51.0" in page.said("table-05_main_results")
+    without = Page(build_report(tmp_path / "mini", load_profile("mini"), None))
+    assert "51.0" in without.said("run-others") and "has not run in this folder" in without.said("explain")
 
 
-def test_an_empty_folder_gives_a_page_and_none_an_error(tmp_path):
+def test_an_empty_folder_gives_a_page_and_none_an_error(tmp_path, capsys):
     (tmp_path / "mini").mkdir()
-    page = Page(build_report(tmp_path / "mini", load_profile("mini"), None))
-    assert "has not been measured in this folder" in page.text["overview"] and "0 of the paper’s" in page.text["overview"]
+    assert cli.main(["report", "--out", str(tmp_path), "--notebooks", str(tmp_path / "none")]) == 0
+    assert str(tmp_path / "mini" / "report" / "index.html") in capsys.readouterr().out
+    page = Page(tmp_path / "mini" / "report" / "index.html")
+    assert "has not been measured in this folder" in page.said("overview") and "0 of the paper’s" in page.said("overview")
     with pytest.raises(InputError, match="does not exist; run the notebooks first"):
         build_report(tmp_path / "none", load_profile("mini"))
 
@@ -403,154 +273,59 @@ def test_broken_pieces_are_named_and_the_rest_is_shown(built, tmp_path):
     (folder / "05_main_results.stamp.json").write_text('{"parameters": ')
     (folder / "05_main_results.ipynb").write_text('{"cells": 3}')
     (folder / "08_cost.ipynb").write_text(json.dumps({"cells": [{"cell_type": "nonsense"}], "metadata": {}}))
+    (folder / "report" / "notebooks" / "04_old.html").write_text("old")
     (folder / "09_swap_in.failed.ipynb").write_text("{")
     page = Page(build_report(folder, load_profile("mini"), None))
-    missing = page.text["missing"]
-    for words in ("05_main_results_names.csv is not a table", "05_main_results_more.json cannot be read as JSON",
+    missing = page.said("missing")
+    for words in ("05_main_results_names.csv cannot be read as a table", "05_main_results_more.json cannot be read as JSON",
                   "figure 05_main_results_torn.png cannot be read", "06_torn.json is no explain panel",
                   "05_main_results.ipynb cannot be read as a notebook", "executed notebook 08_cost.ipynb cannot be shown",
                   "The last run of 09_swap_in did not finish", "claims could not be judged"):
         assert words in missing, words
-    assert str(folder) not in page.source
-    assert "51.0" in page.text["table-05_main_results"] and "Five pictures" in page.text["figure-05_main_results_grid"]
+    assert str(folder) not in page.file
+    assert "51.0" in page.said("table-05_main_results") and "Five pictures" in page.said("figure-05_main_results_grid")
+    assert list((folder / "report" / "notebooks").iterdir()) == []  # pages of notebooks that are gone go
 
 
-def test_pages_of_notebooks_that_are_gone_go(built, tmp_path):
-    folder = tmp_path / "mini"
-    shutil.copytree(built[0], folder)
-    (folder / "report" / "notebooks" / "04_old.html").write_text("old")
-    (folder / "05_main_results.ipynb").unlink()
-    page = Page(build_report(folder, load_profile("mini"), None))
-    assert list((folder / "report" / "notebooks").iterdir()) == [] and 'href="notebooks/' not in page.source
-
-
-# ---- one page, no network, text that stays text
-
-def test_nothing_is_loaded_from_anywhere(built):
-    folder, path, _ = built
+def test_nothing_is_loaded_from_anywhere_and_no_folder_leaks(built):
+    folder, path, page = built
+    for element in page.find_all(True):
+        for name in ("src", "href", "srcset", "poster", "data", "action"):
+            address = element.get(name, "data:")
+            inner = element.name == "a" and (address.startswith("#") or address == "notebooks/05_main_results.html")
+            assert inner or address.startswith("data:"), address
+    assert (path.parent / "notebooks" / "05_main_results.html").exists()
     for file in (path, *path.parent.glob("notebooks/*.html")):
-        for tag, address in Page(file).addresses():
-            if tag == "a":  # links are followed by the reader, not by the browser
-                assert not address.startswith(("javascript:", "file:", "/")), address
-            else:
-                assert address.startswith("data:"), address
         text = file.read_text(encoding="utf-8")
-        assert "@import" not in text and "url(" not in text
-        assert "default-src 'none'" in text and "img-src data:;" in text
+        assert "@import" not in text and "url(" not in text and "default-src 'none'; img-src data:;" in text
         assert str(folder.resolve()) not in text and str(Path.home()) + "/" not in text
-
-
-def test_the_script_is_the_one_the_policy_allows(built):
-    import hashlib
-
-    source = built[2].source
-    allowed = re.search(r"script-src '(sha256-[^']+)'", source)[1]
-    scripts = re.findall(r"<script>(.*?)</script>", source, re.S)
-    assert len(scripts) == 1
-    assert allowed == "sha256-" + base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    ids = [element["id"] for element in page.find_all(id=True)]
+    assert len(ids) == len(set(ids)) and {a["href"][1:] for a in page.find_all("a") if a["href"].startswith("#")} <= set(ids)
 
 
 def test_text_from_data_is_escaped(built):
-    _, _, page = built
-    assert [a for tag, a in page.elements if tag == "script"] == [{"type": "application/json", "id": "panel-0"}, {}]
-    assert "<script>window" not in page.source
-    assert html.escape(QUOTED, quote=False) in page.source.replace("&#34;", '"').replace("&#39;", "'") and ARABIC in page.source
-    embedded = re.search(r'<script type="application/json" id="panel-0">(.*?)</script>', page.source, re.S)[1]
-    assert "<" not in embedded
-    assert json.loads(embedded)["images"][0]["classes"][1:] == list(NAMES)
-    assert page.row("table-05_main_results_names", SCRIPT) == ["0.0", "0"]
-
-
-def test_contents_and_links_lead_somewhere(built):
-    _, path, page = built
-    ids = [a["id"] for _, a in page.elements if "id" in a]
-    assert len(ids) == len(set(ids))
-    inner = [address[1:] for tag, address in page.addresses() if tag == "a" and address.startswith("#")]
-    assert set(inner) <= set(ids) and {"overview", "claims", "explain", "provenance", "run-05_main_results",
-                                       "table-05_main_results"} <= set(inner)
-    outer = [address for tag, address in page.addresses() if tag == "a" and not address.startswith(("#", "data:"))]
-    assert outer == ["notebooks/05_main_results.html"] and (path.parent / outer[0]).exists()
-
-
-def test_structure_for_screen_readers(built):
     page = built[2]
-    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h[1-6]", tag)]
-    assert levels[0] == 1 and levels.count(1) == 1 and all(b - a <= 1 for a, b in itertools.pairwise(levels))
-    for tag, attributes in page.elements:
-        if tag == "img":
-            assert attributes["alt"] and attributes["width"] and attributes["height"]
-        if attributes.get("class") == "scroll":
-            assert attributes["tabindex"] == "0" and attributes["role"] == "region" and {"aria-label", "aria-labelledby"} & set(attributes)
-        if tag == "th" and attributes.get("role") != "columnheader":
-            assert "scope" in attributes
+    assert [s.get("id") for s in page.find_all("script")] == ["panel-0", None] and "<script>window" not in page.file
+    embedded = page.find(id="panel-0").string
+    assert "<" not in embedded and json.loads(embedded)["images"][0]["classes"][1:] == list(NAMES)
+    assert page.row("table-05_main_results_names", SCRIPT) == ["0.0", "0"] and ARABIC in page.file
 
 
-# ---- executed notebooks
-
-def test_a_notebook_page_shows_its_cells_and_runs_nothing(built):
-    page = (built[1].parent / "notebooks" / "05_main_results.html").read_text(encoding="utf-8")
-    assert "All about main results" in page and 'aria-label="N"' in page and "<svg" in page
-    assert "final text\na warning at 40% [of 5]" in page and "first draft" not in page  # as a terminal ends, but for the progress bars
-    assert "mini-voc:" not in page and "it/s" not in page
-    assert "in ../outputs/mini/tables &lt;script&gt;" in page
-    assert "<td>&lt;script&gt;window.pwned = 1&lt;/script&gt;</td>" in page  # raw HTML in Markdown stays text
-    assert "window.pwned = 4" not in page and "<b>bold</b>" in page
-    assert 'alt="Figure of the section “All about main results”."' in page
-    assert "script-src" not in page and "default-src 'none'" in page
-    assert 'href="../index.html"' in page and "mathjax" not in page.lower() and "cdnjs" not in page
-
-
-def test_formulas_are_drawn_inside_their_box_and_others_stay_tex():
-    for tex in ("K", r"\frac{1}{|S|}\sum_{s \in S} \cos(f, P_s)", r"\lVert x\rVert", r"\mathcal P_c^{\mathrm{fg}}", r"\sqrt d",
-                r"\hat y = \text{a b}"):
-        drawn = formula(tex)
-        left, top, width, height = map(float, re.search(r'viewBox="([^"]+)"', drawn)[1].split())
-        numbers = np.array([list(map(float, pair)) for pair in re.findall(r"(-?[\d.]+) (-?[\d.]+)", re.search(r' d="([^"]+)"', drawn)[1])])
-        assert numbers[:, 0].min() >= left - 1 and numbers[:, 0].max() <= left + width + 1
-        assert numbers[:, 1].min() >= top - 1 and numbers[:, 1].max() <= top + height + 1
-        assert np.ptp(numbers[:, 0]) > 0.3 * width and np.ptp(numbers[:, 1]) > 0.3 * height  # it fills what it takes
-        assert f'aria-label="{html.escape(tex)}"' in drawn
-    assert formula(r"\begin{cases} a < b \end{cases}") == r'<code class="tex">\begin{cases} a &lt; b \end{cases}</code>'
-    assert formula("K").count("<path") == 1 and formula("a") != formula("b")
-
-
-def test_what_is_no_notebook_is_one_sentence(tmp_path):
-    path = tmp_path / "05_x.ipynb"
-    for text in ("", "{", "[]", '{"cells": [{"cell_type": "nonsense"}]}'):
-        path.write_text(text)
-        with pytest.raises(InputError, match=r"05_x.ipynb cannot be shown .*; run it again"):
-            notebook_body(path)
+def test_a_notebook_page_shows_its_cells_and_may_run_nothing(built):
+    text = (built[1].parent / "notebooks" / "05_main_results.html").read_text(encoding="utf-8")
+    assert "All about main results" in text and "<mfrac>" in text
+    assert "final text" in text and "first draft" not in text  # as a terminal ends
+    assert "in ../outputs/mini/tables &lt;script&gt;" in text
+    assert "<td>&lt;script&gt;window.pwned = 1&lt;/script&gt;</td>" in text  # raw HTML in Markdown stays text
+    assert "script-src" not in text and "default-src 'none'" in text
+    assert 'href="../index.html"' in text and "mathjax" not in text.lower() and "cdnjs" not in text
 
 
 def test_folders_of_this_machine_are_taken_out(tmp_path):
     folder = tmp_path / "outputs" / "mini"
     folder.mkdir(parents=True)
-    package = Path(importlib.import_module("numpy").__file__).parent
-    text = f'{folder}/tables and {folder}2 and {package}/a.py and {Path.home()}/b "{folder}"'
-    assert hidden(text, folder).split() == ["../outputs/mini/tables", "and", f"{folder}2".replace(str(Path.home()) + "/", "~/"), "and",
-                                            "site-packages/numpy/a.py", "and", "~/b", '"../outputs/mini"']
-
-
-# ---- small parts
-
-@pytest.mark.parametrize(("seconds", "text"), [(None, "unknown"), (0.25, "0.25 s"), (48, "48 s"), (59.6, "59.6 s"), (60, "1 min 0 s"),
-                                               (192.4, "3 min 12 s"), (3599.7, "1 h 0 min"), (7500, "2 h 5 min")])
-def test_durations(seconds, text):
-    assert duration(seconds) == text
-
-
-def test_numbers_and_values_as_text():
-    assert [number(-1.25, 1), number(3, 2, True), number(None, 1)] == ["−1.2", "+3.00", ""]
-    assert [plain(v) for v in (True, None, [1, 2.5, "a"], [], {"a": [1]}, "b")] == ["yes", "none", "1, 2.5, a", "none", '{"a": [1]}', "b"]
-
-
-def test_the_command_line_writes_the_page(built, tmp_path, capsys):
-    import argparse
-
-    shutil.copytree(built[0] / "tables", tmp_path / "mini" / "tables")
-    run_report(argparse.Namespace(profile="mini", set=["support.size=4"], out=tmp_path, notebooks=tmp_path / "none"))
-    assert str(tmp_path / "mini" / "report" / "index.html") in capsys.readouterr().out
-    assert "support.size = 4" in " ".join(Page(tmp_path / "mini" / "report" / "index.html").text["provenance"].split())
+    text = f'{folder}/tables and {Path(np.__file__).parent}/a.py and {Path.home()}/b "{folder}"'
+    assert hidden(text, folder) == '../outputs/mini/tables and site-packages/numpy/a.py and ~/b "../outputs/mini"'
 
 
 # ---- in a browser
@@ -650,13 +425,6 @@ def test_a_click_explains_the_pixel(browser, built):
     assert browser.execute_script("return window.pwned") is None
 
 
-def test_the_panel_lists_the_classes_the_filter_dropped(browser, built):
-    opened(browser, built[1])
-    assert at(browser, ".answer details summary").text == "Queried classes: 2 kept, 1 dropped by the category filter"
-    rows = [r.text for r in browser.find_elements("css selector", ".queried tbody tr")]
-    assert rows == [f"{NAMES[0]} 0.6000 kept", f"{NAMES[2]} 0.3500 kept", f"{NAMES[1]} 0.0500 dropped: below 1/C"]
-
-
 def test_the_panel_works_without_a_mouse(browser, built):
     from selenium.webdriver.common.keys import Keys
 
@@ -673,80 +441,12 @@ def test_the_panel_works_without_a_mouse(browser, built):
         field.clear()
         field.send_keys(str(value) + Keys.ENTER)
     check_told(browser, 1, 3)
-    # Every control is reached by the tabulator, and the focus is seen.
-    browser.execute_script("document.querySelector('.panel button').focus()")
-    reached = []
-    for _ in range(12):
-        reached.append(browser.execute_script("const e = document.activeElement; return e.tagName + (e.type ? ':' + e.type : '')"))
-        browser.switch_to.active_element.send_keys(Keys.TAB)
-    assert {"BUTTON:button", "CANVAS", "INPUT:radio", "INPUT:number"} <= set(reached)
-
-
-def test_images_and_views_can_be_chosen(browser, built):
-    opened(browser, built[1])
-
-    def colours():
-        return browser.execute_script(
-            "const c = document.querySelector('canvas'), s = c.width / 9, d = c.getContext('2d');"
-            "const at = (row, column) => [...d.getImageData((column + .25) * s, (row + .25) * s, 1, 1).data].slice(0, 3);"
-            "return [...Array(54).keys()].map(i => at(Math.floor(i / 9), i % 9))")
-
-    at(browser, "input[value=labels]").click()
-    result = segmentation()
-    palette = {label: colours_of(result.class_names)[label].tolist() for label in np.unique(result.labels)}
-    assert colours() == [palette[label] for label in result.labels.ravel()]
-    at(browser, "input[value=image]").click()
-    assert colours() != [palette[label] for label in result.labels.ravel()]
-    buttons = browser.find_elements("css selector", ".choose button")
-    assert [b.get_attribute("aria-pressed") for b in buttons] == ["true", "false"] and buttons[0].text == f"one {SCRIPT}"
-    buttons[1].click()
-    wait(browser, lambda b: [b.get_attribute("aria-pressed") for b in buttons] == ["false", "true"])
-    assert at(browser, "canvas").get_attribute("aria-label").startswith("two:")
-
-
-def test_of_images_chosen_in_haste_the_last_is_shown(browser, built):
-    opened(browser, built[1])
-    browser.execute_script("""
-        const buttons = document.querySelectorAll(".choose button");
-        buttons[1].click(); buttons[0].click();      // the first is read already, the second is not
-        window.settled = new Promise((done) => setTimeout(done, 500)).then(() => { window.settled = true; });""")
-    wait(browser, lambda b: b.execute_script("return window.settled === true"))
-    assert [b.get_attribute("aria-pressed") for b in browser.find_elements("css selector", ".choose button")] == ["true", "false"]
-    assert at(browser, "canvas").get_attribute("aria-label").startswith(f"one {SCRIPT}:")
-
-
-@pytest.mark.parametrize("width", [320, 360, 768, 1280])
-def test_pages_fit_their_screen(browser, built, width):
-    for path in (built[1], built[1].parent / "notebooks" / "05_main_results.html"):
-        opened(browser, path, width, 740)
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    opened(browser, built[1], width, 740)
-    assert browser.execute_script("return document.getElementById('contents').open") == (width >= 1024)
-    box = at(browser, "#table-05_main_results .scroll")
-    wider = browser.execute_script("const b = arguments[0]; b.scrollLeft = 1e4; return b.scrollLeft > 0", box)
-    assert wider or width > 360
-    if width == 360:
-        click(browser, 2, 4)
-        check_told(browser, 2, 4)
 
 
 def test_a_notebook_page_loads_nothing_and_runs_nothing(browser, built):
-    path = built[1].parent / "notebooks" / "05_main_results.html"
-    requested, said = opened(browser, path)
+    requested, _ = opened(browser, built[1].parent / "notebooks" / "05_main_results.html")
     assert {url.split(":")[0] for url in requested if not url.startswith("chrome")} <= {"file", "data"}
-    assert said == [] and browser.execute_script("return window.pwned") is None
-
-
-def test_on_paper_everything_shows(browser, built):
-    opened(browser, built[1])
-    closed = "return [...document.querySelectorAll('details')].filter(d => !d.open).length"
-    before = browser.execute_script(closed)
-    browser.execute_script("dispatchEvent(new Event('beforeprint'))")
-    assert before > 0 and browser.execute_script(closed) == 0
-    browser.execute_script("dispatchEvent(new Event('afterprint'))")
-    assert browser.execute_script(closed) == before
-    printed = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {"paperWidth": 8.27, "paperHeight": 11.69})["data"])
-    assert printed.startswith(b"%PDF") and len(re.findall(rb"/Type\s*/Page\b", printed)) >= 2
+    assert browser.execute_script("return window.pwned") is None
 
 
 def test_broken_panel_data_are_a_sentence(browser, built, tmp_path):
