@@ -10,8 +10,8 @@ import numpy as np
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.profiles.schema import Filters
-from ovdiff_lib.segmentation import Segmentation, _matched, _resolve
-from ovdiff_lib.types import KINDS, REGIONS, PrototypeBank, origin
+from ovdiff_lib.segmentation import Segmentation, deciding, matched_bank
+from ovdiff_lib.types import KINDS, REGIONS, PrototypeBank
 
 BELOW, NOT_AMONG_TOP, NOT_BEST = REASONS = "below 1/C", "not among the top eta", "not in the best combined prompt"
 NOT_TOLD = f"{NOT_AMONG_TOP} or {NOT_BEST}"
@@ -24,8 +24,8 @@ def decided_by(segmentation: Segmentation, bank: PrototypeBank | None = None) ->
 
     ``bank`` as in :func:`explain`; None takes the one that the segmentation keeps. Raises ``InputError`` for one that does not fit.
     """
-    bank = _matched(segmentation, bank)
-    category, index = _resolve(segmentation, bank, np.s_[:, :])
+    bank = matched_bank(segmentation, bank)
+    category, index = deciding(segmentation, bank)
     counts: Counter[tuple[str, str]] = Counter()
     for i, prototypes in enumerate(bank.prototypes[bank.extractors[0]]):
         rows, pixels = np.unique(index[category == i], return_counts=True)
@@ -60,9 +60,9 @@ def activated(segmentation: Segmentation, class_name: str, count: int = 3, kinds
     """
     if class_name not in segmentation.class_names:
         raise InputError(f"The segmentation has no class {class_name!r}; choose one of {', '.join(segmentation.class_names)}.")
-    bank = _matched(segmentation, bank)
+    bank = matched_bank(segmentation, bank)
     rows = bank.prototypes[bank.extractors[0]]
-    category, index = _resolve(segmentation, bank, np.s_[:, :])
+    category, index = deciding(segmentation, bank)
     inside = (segmentation.labels == segmentation.class_names.index(class_name)) & (category >= 0)
     pairs, pixels = np.unique(np.stack([category[inside], index[inside]]), axis=1, return_counts=True)
     found = []
@@ -71,7 +71,7 @@ def activated(segmentation: Segmentation, class_name: str, count: int = 3, kinds
         prototypes = rows[c]
         if len(found) < count and prototypes.kind[row] in kinds:
             found.append(Activated(bank.vocabulary.names[c], str(prototypes.kind[row]), str(prototypes.region[row]), row,
-                                   inside & (category == c) & (index == row), *origin(prototypes, row)))
+                                   inside & (category == c) & (index == row), *prototypes.origin(row)))
     return tuple(found)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ovdiff_lib.categories import BACKGROUND, Vocabulary
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.types import PrototypeBank, origin
+from ovdiff_lib.types import PrototypeBank
 
 
 @dataclass(frozen=True)
@@ -44,34 +44,32 @@ class Explanation:
         return f"pixel ({self.row}, {self.column}) is {self.class_name} (score {self.score:.3f}{second}): {origin}"
 
 
-def explain(segmentation: Segmentation, bank: PrototypeBank, row: int, column: int) -> Explanation:
+def explain(segmentation: Segmentation, bank: PrototypeBank | None, row: int, column: int) -> Explanation:
     """Explain the label at (row, column) of a segmentation by the bank that it was matched with.
 
-    ``bank`` is the one given to the matching (after the "stuff" filter), of the whole vocabulary or of the kept categories.
-    ``segmentation.winner`` is read as :meth:`ovdiff_lib.matching.matcher.Matcher.scores` documents. Raises ``InputError`` for a pixel
-    outside the image or a bank that does not fit.
+    ``bank`` is the one given to the matching (after the "stuff" filter), of the whole vocabulary or of the kept categories. Raises
+    ``InputError`` for a pixel outside the image or a bank that does not fit.
     """
     height, width = segmentation.labels.shape
     if not (0 <= row < height and 0 <= column < width):
         raise InputError(f"The pixel ({row}, {column}) is outside the image; give a row from 0 to {height - 1} and a column from 0 to "
                          f"{width - 1}.")
     label = int(segmentation.labels[row, column])
-    bank = _matched(segmentation, bank)
+    bank = matched_bank(segmentation, bank)
     extractor = bank.extractors[0]
-    here = np.s_[row : row + 1, column : column + 1]
-    category, index = (int(found[0, 0]) for found in _resolve(segmentation, bank, here))
+    category, index = map(int, deciding(segmentation, bank, np.s_[row : row + 1, column : column + 1]).ravel())
     runner_up, margin = _second(segmentation, label, row, column)
     common = dict(row=row, column=column, class_name=segmentation.class_names[label], runner_up=runner_up, margin=margin,
                   score=float(segmentation.scores_at(row, column)[label]), extractor=extractor)
     if category < 0:
         return Explanation(**common, category=None, kind=None, region=None, index=None, images=(), masks=np.zeros((0, 0, 0), bool))
     prototypes = bank.prototypes[extractor][category]
-    images, masks = origin(prototypes, index)
+    images, masks = prototypes.origin(index)
     return Explanation(**common, category=bank.vocabulary.names[category], kind=str(prototypes.kind[index]),
                        region=str(prototypes.region[index]), index=index, images=images, masks=masks)
 
 
-def _matched(segmentation: Segmentation, bank: PrototypeBank | None) -> PrototypeBank:
+def matched_bank(segmentation: Segmentation, bank: PrototypeBank | None) -> PrototypeBank:
     """The prototypes of the kept categories; ``InputError`` for a bank of other classes and where there is none."""
     bank = segmentation.bank if bank is None else bank
     if bank is None:
@@ -84,27 +82,17 @@ def _matched(segmentation: Segmentation, bank: PrototypeBank | None) -> Prototyp
     return bank
 
 
-def _resolve(segmentation: Segmentation, bank: PrototypeBank, where: tuple[slice, slice]) -> tuple[np.ndarray, np.ndarray]:
-    """Category in the matched bank and row of the winning prototype of the pixels ``where``, i32 each; -1 where there is none.
-
-    Background's rows are those of all categories, one after the other (:meth:`ovdiff_lib.matching.matcher.Matcher.scores`).
-    """
-    labels, winner = segmentation.labels[where], segmentation.winner[where]
-    rows, kept = bank.prototypes[bank.extractors[0]], sorted(segmentation.kept)
-    category, index = np.full(labels.shape, -1, np.int32), np.full(labels.shape, -1, np.int32)
-    for label in np.unique(labels[winner >= 0]):
-        at = (labels == label) & (winner >= 0)
-        if label == 0:
-            legal = [(i, row) for i, p in enumerate(rows) for row in np.flatnonzero(p.region == "background")]
-        else:
-            own = kept.index(label - 1)
-            legal = [(own, row) if region == "foreground" else (-1, -1) for row, region in enumerate(rows[own].region)]
-        table = np.array([*legal, (-1, -1)], np.int32)  # the last stands for all rows beyond
-        category[at], index[at] = table[np.minimum(winner[at], len(legal))].T
-        if (index[at] < 0).any():
+def deciding(segmentation: Segmentation, bank: PrototypeBank, where: tuple[slice, slice] = np.s_[:, :]) -> np.ndarray:
+    """``segmentation.winner`` of the pixels ``where``, once it fits the bank of the kept categories; else ``InputError``."""
+    rows, labels, winner = bank.prototypes[bank.extractors[0]], segmentation.labels[where], segmentation.winner[:, *where]
+    category, row = winner
+    for c in np.unique(category[category >= 0]):
+        own = category == c
+        legal = c < len(rows) and row[own].max() < len(rows[c])
+        if not legal or ((rows[c].region[row[own]] == "foreground") != (labels[own] > 0)).any():
             raise InputError("The segmentation names a prototype that the bank does not hold; give the bank that the image was segmented"
                              " with.")
-    return category, index
+    return winner
 
 
 def _second(segmentation: Segmentation, label: int, row: int, column: int) -> tuple[str | None, float | None]:
@@ -122,10 +110,10 @@ class Segmentation:
     """A segmented image.
 
     ``image`` u8 (H, W, 3); ``labels`` i32 (H, W), 0 = background, i + 1 = ``vocabulary.categories[i]``; ``kept_scores`` f32
-    (1 + len(kept), H, W) cosine similarities of background and of the categories in ``kept``; ``winner`` i32 (H, W) index of the
-    prototype that decided the pixel within the winning class (of the first extractor), -1 where none; ``kept`` indices of the categories
-    the pre-filter kept; ``filter_scores`` f32 (C,) its class probabilities; ``bank`` the prototypes it was matched with, after
-    the filters.
+    (1 + len(kept), H, W) cosine similarities of background and of the categories in ``kept``; ``winner`` i32 (2, H, W)
+    (category, row) of the prototype that decided the pixel, ``bank.prototypes[first extractor][category].vectors[row]``, -1 where a
+    constant did; ``kept`` indices of the categories the pre-filter kept; ``filter_scores`` f32 (C,) its class probabilities; ``bank`` the
+    prototypes it was matched with, after the filters: those of the kept categories.
     """
 
     image: np.ndarray
@@ -162,10 +150,6 @@ class Segmentation:
 
         return draw_overlay(self.image, self.labels, self.class_names, alpha)
 
-    def explain(self, row: int, column: int):
-        """Why the pixel at (row, column) got its label: an :class:`~ovdiff_lib.segmentation.Explanation` (Sec. 4.4)."""
-        from ovdiff_lib.segmentation import explain
-
-        if self.bank is None:
-            raise InputError("This segmentation was made without its prototypes, so it cannot be explained; segment the image with OVDiff.")
+    def explain(self, row: int, column: int) -> Explanation:
+        """Why the pixel at (row, column) got its label (Sec. 4.4)."""
         return explain(self, self.bank, row, column)

@@ -69,6 +69,7 @@ class Prototypes:
     ``vectors`` f32 (P, D), raw; ``kind`` (P,) of :data:`KINDS`; ``region`` (P,) of :data:`REGIONS`; ``image`` i32 (P,) support image
     of an instance prototype, else -1; ``cluster`` i32 (P,) part code of a part prototype, else -1; ``assignment`` i16
     (N, h, w) part code of every support feature: part k of the foreground is k, of the background K + k, unused is -1.
+    Which features a prototype or a region comes from, :meth:`cells_of` and :meth:`cells` say.
     """
 
     vectors: np.ndarray
@@ -81,14 +82,54 @@ class Prototypes:
     def __len__(self) -> int:
         return len(self.vectors)
 
+    def cells(self, region: str) -> np.ndarray:
+        """The support features that made the prototypes of a region: bool (N, h, w).
+
+        ``InputError`` once the part prototypes of the foreground were selected away, and with them which codes are the foreground's.
+        """
+        codes = self._part_codes("foreground")
+        if not len(codes):  # built without parts: one code a region, the foreground's is 0
+            if len(np.unique(self.assignment[self.assignment >= 0])) > 2:
+                raise InputError("The part prototypes were taken out of this bank, so it cannot be explained; set prototypes.kinds and "
+                                 "build it again.")
+            codes = np.zeros(1, np.int32)
+        foreground = np.isin(self.assignment, codes)
+        return foreground if region == "foreground" else (self.assignment >= 0) & ~foreground
+
+    def cells_of(self, index: int) -> np.ndarray:
+        """The support features whose mean prototype ``index`` is: bool (N, h, w). Of a part those of its cluster, of an instance those of
+        its image's mask, of a class those of all masks. Raises as :meth:`cells`."""
+        if self.kind[index] == "part":
+            return self.assignment == self.cluster[index]
+        cells = self.cells(str(self.region[index]))
+        return cells if self.kind[index] == "class" else cells & (np.arange(len(cells)) == self.image[index])[:, None, None]
+
+    def origin(self, index: int) -> tuple[tuple[int, ...], np.ndarray]:
+        """Support images that prototype ``index`` was made from, most cells first, and :meth:`cells_of` it in them:
+        bool (len(images), h, w)."""
+        cells = self.cells_of(index)
+        count = cells.sum((1, 2))
+        images = [int(n) for n in np.argsort(-count, kind="stable") if count[n]]
+        return tuple(images), cells[images]
+
     def part_assignment(self, region: str) -> np.ndarray:
         """Part code of every support feature that belongs to a part of ``region``, i16 (N, h, w); -1 elsewhere."""
-        parts = self.cluster[(self.region == region) & (self.kind == "part")]
-        return np.where(np.isin(self.assignment, parts), self.assignment, -1).astype(np.int16)
+        return np.where(np.isin(self.assignment, self._part_codes(region)), self.assignment, -1).astype(np.int16)
 
     def select(self, keep: np.ndarray) -> Prototypes:
         """The prototypes where ``keep`` (bool (P,)) holds; the assignment stays."""
         return Prototypes(self.vectors[keep], self.kind[keep], self.region[keep], self.image[keep], self.cluster[keep], self.assignment)
+
+    def without_parts(self) -> Prototypes:
+        """The class and instance prototypes, as of a set that was built without parts."""
+        kept = self.select(self.kind != "part")
+        if not len(self._part_codes("foreground")):
+            return kept
+        code = np.where(self.cells("foreground"), 0, np.where(self.cells("background"), 1, -1))
+        return replace(kept, assignment=code.astype(np.int16))
+
+    def _part_codes(self, region: str) -> np.ndarray:
+        return self.cluster[(self.region == region) & (self.kind == "part")]
 
 
 @dataclass(frozen=True)
@@ -116,37 +157,3 @@ class PrototypeBank:
         """A bank with ``function(extractor, index, prototypes) -> Prototypes`` applied to each category's prototypes."""
         return PrototypeBank(self.vocabulary, {
             name: tuple(function(name, i, p) for i, p in enumerate(rows)) for name, rows in self.prototypes.items()})
-
-
-def origin(prototypes: Prototypes, index: int) -> tuple[tuple[int, ...], np.ndarray]:
-    """Support images that prototype ``index`` was made from, most pixels first, and its pixels in them: bool (len(images), h, w).
-
-    A part prototype comes from the features assigned to its cluster, an instance prototype from the masked features of its image, the
-    class prototype from those of all images.
-    """
-    kind, region = prototypes.kind[index], prototypes.region[index]
-    if kind == "part":
-        pixels = prototypes.assignment == prototypes.cluster[index]
-    else:
-        pixels = region_mask(prototypes, str(region))
-        if kind == "instance":
-            pixels = pixels & (np.arange(len(pixels)) == prototypes.image[index])[:, None, None]
-    count = pixels.sum((1, 2))
-    images = [int(n) for n in np.argsort(-count, kind="stable") if count[n]]
-    return tuple(images), pixels[images]
-
-
-def region_mask(prototypes: Prototypes, region: str) -> np.ndarray:
-    """bool (N, h, w): the support features that made the prototypes of ``region``.
-
-    Foreground codes of the assignment are those of the foreground part prototypes, or 0 in a set built without parts. A set whose
-    parts were taken away afterwards no longer says which codes are which: ``InputError``.
-    """
-    codes = prototypes.cluster[(prototypes.kind == "part") & (prototypes.region == "foreground")]
-    if not len(codes):
-        if len(np.unique(prototypes.assignment[prototypes.assignment >= 0])) > 2:
-            raise InputError("The part prototypes were taken out of this bank, so it cannot be explained; set prototypes.kinds and build "
-                             "it again.")
-        codes = np.zeros(1, np.int32)
-    foreground = np.isin(prototypes.assignment, codes)
-    return foreground if region == "foreground" else (prototypes.assignment >= 0) & ~foreground

@@ -72,17 +72,11 @@ def filter_stuff(bank: PrototypeBank, settings: Filters) -> PrototypeBank:
 
 
 def _without_parts(prototypes: Prototypes, name: str) -> Prototypes:
-    """The class and instance prototypes, with the assignment of a set that was built without parts: one code a region."""
-    kept = prototypes.select(prototypes.kind != "part")
+    kept = prototypes.without_parts()
     if not (kept.region == "foreground").any():
         raise InputError(f"The stuff class {name!r} has part prototypes alone, which filters.stuff_parts takes away; set it to true, or "
                          "add class or instance to prototypes.kinds.")
-    parts = (prototypes.kind == "part") & (prototypes.region == "foreground")
-    if not parts.any():
-        return kept
-    foreground = np.isin(prototypes.assignment, prototypes.cluster[parts])
-    assignment = np.where(foreground, 0, np.where(prototypes.assignment >= 0, 1, -1)).astype(np.int16)
-    return Prototypes(kept.vectors, kept.kind, kept.region, kept.image, kept.cluster, assignment)
+    return kept
 
 
 class _Judges:

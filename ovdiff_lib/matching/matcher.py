@@ -54,7 +54,7 @@ class _ClassRows:
     """Prototypes of one bank in one extractor, L2-normalised, one entry a class, background first (None without any)."""
 
     vectors: list[torch.Tensor | None]  # f32 (p, D)
-    index: list[np.ndarray]  # i32 (p,) what `winner` says of each row
+    index: list[np.ndarray]  # i64 (p, 2) the category of each vector and its row there
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ class Matcher:
         self.device = resolve_device(profile)
 
     def scores(self, image: np.ndarray, bank: PrototypeBank) -> tuple[np.ndarray, np.ndarray]:
-        """Scores f32 (C + 1, H, W) and deciding prototypes i32 (H, W) of an image u8 RGB (H, W, 3) against a bank of C categories.
+        """Scores f32 (C + 1, H, W) of an image u8 RGB (H, W, 3) against a bank of C categories, and the prototype that decided each pixel.
 
         Class 0 is background: its prototypes are the background prototypes of all categories of the bank. A bank without any gets the
         constant ``matching.background_threshold``; if the profile builds background prototypes and the filters removed all of them,
@@ -110,10 +110,9 @@ class Matcher:
         (H, W). Where ``matching.minimum_score`` is set and no score exceeds it, background's score is raised to the highest,
         so that the first of equals, background, has the pixel.
 
-        ``winner`` belongs to the class of the highest score at the pixel and to the first extractor: of all windows over the
-        pixel, the prototype of that class with the highest cosine. For class c > 0 it is a row of
-        ``bank.prototypes[first][c - 1].vectors`` (rows of both regions counted); for background an index into the background rows
-        of all categories, concatenated in the order of the bank; -1 where background won without a prototype or by the minimum score.
+        That prototype is given as (category, row), i32 (2, H, W): row ``row`` of ``bank.prototypes[first extractor][category]``. Of all
+        windows over the pixel, it is the prototype of the winning class with the highest cosine; (-1, -1) where background won without
+        a prototype or by the minimum score.
         """
         return next(self.scores_many([(image, bank)]))
 
@@ -174,25 +173,26 @@ class Matcher:
         if self.settings.minimum_score is not None:
             best = scores.max(0)
             low = best <= self.settings.minimum_score
-            scores[0][low], winner[low] = best[low], -1
+            scores[0][low], winner[:, low] = best[low], -1
         return scores, winner
 
     def _class_rows(self, name: str, bank: PrototypeBank) -> _ClassRows:
         if name not in bank.prototypes:
             raise InputError(f"The prototypes are for {', '.join(bank.extractors) or 'no extractor'} but the profile matches with "
                              f"{name!r}; build them again with this profile.")
-        vectors, index, background = [None], [np.zeros(0, np.int32)], []
-        for category, prototypes in zip(bank.vocabulary, bank.prototypes[name], strict=True):
+        vectors, index, background, behind = [None], [], [], []
+        for number, (category, prototypes) in enumerate(zip(bank.vocabulary, bank.prototypes[name], strict=True)):
             own = prototypes.region == "foreground"
             if not own.any():
                 raise InputError(f"The class {category.name!r} has no foreground prototypes; build it again.")
             vectors.append(self._unit(prototypes.vectors[own]))
-            index.append(np.flatnonzero(own).astype(np.int32))
             background.append(prototypes.vectors[~own])
+            for pairs, rows in ((index, np.flatnonzero(own)), (behind, np.flatnonzero(~own))):
+                pairs.append(np.stack([np.full_like(rows, number), rows], 1))
         pooled = np.concatenate(background)
         if len(pooled):
-            vectors[0], index[0] = self._unit(pooled), np.arange(len(pooled), dtype=np.int32)
-        return _ClassRows(vectors, index)
+            vectors[0] = self._unit(pooled)
+        return _ClassRows(vectors, [np.concatenate(behind), *index])
 
     def _unit(self, vectors: np.ndarray) -> torch.Tensor:
         return F.normalize(torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32)).to(self.device), dim=1)
@@ -263,7 +263,8 @@ class Matcher:
 
     @staticmethod
     def _winner(labels: np.ndarray, seen: list, rows: _ClassRows, resized: tuple[int, int]) -> np.ndarray:
-        """Of all windows over a pixel, the row with the highest cosine within the class that won the pixel: i32 (H, W)."""
+        """Of all windows over a pixel, the prototype with the highest cosine within the class that won the pixel: (category, row), i32
+        (2, H, W)."""
         best, argument = np.full(labels.shape, -np.inf, np.float32), np.full(labels.shape, -1)
         centre = [((np.arange(n) + 0.5) * r / n).astype(int) for n, r in zip(labels.shape, resized, strict=True)]
         for (top, left, height, width), values, arguments in seen:
@@ -276,10 +277,9 @@ class Matcher:
             better = value > best[y, x]
             np.copyto(best[y, x], value, where=better)
             np.copyto(argument[y, x], arguments.take(index), where=better)
-        table = np.full((len(rows.index), max(map(len, rows.index)) + 1), -1, np.int32)  # last column: no prototype
-        for c, own in enumerate(rows.index):
-            table[c, : len(own)] = own
-        return table[labels, argument]
+        starts = np.cumsum([0, *map(len, rows.index[:-1])])
+        pairs = np.concatenate([*rows.index, [(-1, -1)]]).astype(np.int32)  # the last: no prototype
+        return np.ascontiguousarray(np.moveaxis(pairs[np.where(argument < 0, -1, starts[labels] + argument)], -1, 0))
 
 
 def _features(extractor: Any, crops: list[np.ndarray], seeds: np.ndarray) -> list[torch.Tensor]:

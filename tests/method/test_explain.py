@@ -12,7 +12,7 @@ from ovdiff_lib.explain import BELOW, NOT_AMONG_TOP, NOT_BEST, NOT_TOLD, absent_
 from ovdiff_lib.profiles.schema import Filters, PrototypeSettings
 from ovdiff_lib.prototypes.build import build_prototypes
 from ovdiff_lib.segmentation import Segmentation, explain
-from ovdiff_lib.types import ForegroundBackground, PrototypeBank, Prototypes, origin, region_mask
+from ovdiff_lib.types import ForegroundBackground, PrototypeBank, Prototypes
 
 # Two support images on a 2 x 3 grid, K = 4: foreground clusters 0 and 1, background clusters 4 and 5, -1 unused.
 ASSIGNMENT = np.array([[[0, 0, 4], [1, -1, 5]], [[1, 4, 4], [1, 1, 4]]], np.int16)
@@ -29,9 +29,9 @@ def rows():
 
 
 def make(label, winner, kept=(0, 2)):
-    """A 3 x 5 segmentation of cat, dog (dropped by the filter) and sofa, decided at (2, 3)."""
-    labels, winners = np.zeros((3, 5), np.int32), np.full((3, 5), -1, np.int32)
-    labels[2, 3], winners[2, 3] = label, winner
+    """A 3 x 5 segmentation of cat, dog (dropped by the filter) and sofa, decided at (2, 3) by ``winner`` = (category among kept, row)."""
+    labels, winners = np.zeros((3, 5), np.int32), np.full((2, 3, 5), -1, np.int32)
+    labels[2, 3], winners[:, 2, 3] = label, winner
     scores = np.full((4, 3, 5), -np.inf, np.float32)
     scores[[0, *(k + 1 for k in kept)], 2, 3] = [0.4, 0.5, 0.3][: len(kept) + 1]
     scores[label, 2, 3] = 0.9
@@ -42,7 +42,7 @@ def make(label, winner, kept=(0, 2)):
 
 
 def test_a_part_prototype_leads_to_the_pixels_of_its_cluster():
-    found = explain(*make(3, 4), 2, 3)
+    found = explain(*make(3, (1, 4)), 2, 3)
     assert (found.class_name, found.category, found.kind, found.region, found.index) == ("sofa", "sofa", "part", "foreground", 4)
     assert found.extractor == "sd" and found.images == (1, 0)  # three pixels there, one here
     assert found.masks.tolist() == (ASSIGNMENT[[1, 0]] == 1).tolist()
@@ -51,15 +51,15 @@ def test_a_part_prototype_leads_to_the_pixels_of_its_cluster():
 
 
 def test_instance_and_class_prototypes():
-    instance = explain(*make(1, 2), 2, 3)
+    instance = explain(*make(1, (0, 2)), 2, 3)
     assert instance.category == "cat" and instance.images == (1,) and (instance.masks == FOREGROUND[[1]]).all()
-    whole = explain(*make(1, 0), 2, 3)
+    whole = explain(*make(1, (0, 0)), 2, 3)
     assert whole.images == (0, 1) and (whole.masks == FOREGROUND).all()  # equal counts keep the order of the images
 
 
-@pytest.mark.parametrize(("winner", "category", "index"), [(0, "cat", 5), (4, "cat", 9), (5, "sofa", 5), (8, "sofa", 8)])
-def test_background_counts_the_rows_of_the_kept_categories(winner, category, index):
-    found = explain(*make(0, winner), 2, 3)
+@pytest.mark.parametrize(("number", "category", "index"), [(0, "cat", 5), (0, "cat", 9), (1, "sofa", 5), (1, "sofa", 8)])
+def test_background_is_explained_by_any_kept_category(number, category, index):
+    found = explain(*make(0, (number, index)), 2, 3)
     assert (found.class_name, found.category, found.index, found.region) == ("background", category, index, "background")
     if found.kind == "part":
         assert (found.masks == (ASSIGNMENT == CLUSTER[index])[list(found.images)]).all()
@@ -68,20 +68,21 @@ def test_background_counts_the_rows_of_the_kept_categories(winner, category, ind
 
 
 def test_the_restricted_bank_gives_the_same_and_another_bank_is_refused():
-    segmentation, bank = make(0, 8)
+    segmentation, bank = make(0, (1, 8))
     assert str(explain(segmentation, bank, 2, 3)) == str(explain(segmentation, bank.restrict([0, 2]), 2, 3))
     with pytest.raises(InputError, match="other classes"):
         explain(segmentation, bank.restrict([0, 1]), 2, 3)
-    for label, winner in ((0, 10), (1, 7), (1, 12)):  # too many; a background row of a class; no such row
+    # No such row, twice; no such category; background of a class, and the reverse.
+    for label, winner in ((0, (1, 10)), (1, (0, 12)), (3, (2, 0)), (1, (0, 7)), (0, (0, 4))):
         with pytest.raises(InputError, match="does not hold"):
             explain(*make(label, winner), 2, 3)
 
 
 def test_a_constant_background_has_no_prototype_and_a_lone_class_no_runner_up():
-    found = explain(*make(0, -1), 2, 3)
+    found = explain(*make(0, (-1, -1)), 2, 3)
     assert found.kind is None and found.index is None and found.category is None and found.images == () and found.masks.shape == (0, 0, 0)
     assert "constant background score" in str(found)
-    segmentation, bank = make(1, 0, kept=(0,))
+    segmentation, bank = make(1, (0, 0), kept=(0,))
     segmentation.kept_scores[0] = -np.inf
     lone = explain(segmentation, bank, 2, 3)
     assert lone.runner_up is None and lone.margin is None
@@ -90,7 +91,7 @@ def test_a_constant_background_has_no_prototype_and_a_lone_class_no_runner_up():
 @pytest.mark.parametrize(("row", "column"), [(3, 0), (0, 5), (-1, 0), (0, -1)])
 def test_pixels_outside_the_image(row, column):
     with pytest.raises(InputError, match=r"row from 0 to 2 and a column from 0 to 4"):
-        explain(*make(1, 0), row, column)
+        explain(*make(1, (0, 0)), row, column)
 
 
 @pytest.mark.parametrize("kinds", [["class", "instance", "part"], ["class", "instance"], ["part"]])
@@ -100,18 +101,19 @@ def test_every_built_prototype_is_the_mean_of_the_pixels_it_is_explained_by(kind
     level = rng.integers(0, 3, (3, 4, 5))
     masks = ForegroundBackground(level == 2, level == 0, ("threshold",) * 3)
     built = build_prototypes(features, masks, PrototypeSettings(kinds=kinds, clusters=3))
-    assert (region_mask(built, "foreground") == (level == 2)).all() and (region_mask(built, "background") == (level == 0)).all()
+    assert (built.cells("foreground") == (level == 2)).all() and (built.cells("background") == (level == 0)).all()
     for index in range(len(built)):
-        images, pixels = origin(built, index)
+        images, pixels = built.origin(index)
         assert np.allclose(features[list(images)][pixels].mean(0), built.vectors[index], atol=1e-5)
+        assert np.array_equal(built.cells_of(index)[list(images)], pixels) and built.cells_of(index).sum() == pixels.sum()
 
 
 def test_background_rows_may_be_filtered_but_parts_must_stay():
     less = rows().select(np.array([1, 1, 1, 1, 1, 0, 1, 0, 0, 1], bool))
-    assert (region_mask(less, "background") == BACKGROUND).all()
+    assert (less.cells("background") == BACKGROUND).all()
     with pytest.raises(InputError, match="taken out"):
-        origin(rows().select(KIND != "part"), 0)
-    images, _ = origin(rows().select(KIND == "part"), 0)
+        rows().select(KIND != "part").origin(0)
+    images, _ = rows().select(KIND == "part").origin(0)
     assert images == (0,)
 
 
@@ -120,9 +122,12 @@ def test_background_rows_may_be_filtered_but_parts_must_stay():
 def many(seed=0):
     """A 4 x 7 segmentation of cat, dog and sofa (dog dropped) with winners drawn at random, and its bank."""
     rng = np.random.default_rng(seed)
-    segmentation, bank = make(1, 0)
+    segmentation, bank = make(1, (0, 0))
     labels = rng.choice([0, 1, 3], (4, 7)).astype(np.int32)
-    winner = np.where(labels == 0, rng.integers(-1, 10, labels.shape), rng.integers(0, 5, labels.shape)).astype(np.int32)
+    category = np.where(labels == 0, rng.integers(0, 2, labels.shape), (labels == 3).astype(int))
+    row = rng.integers(0, 5, labels.shape) + 5 * (labels == 0)  # foreground comes before background
+    constant = (labels == 0) & (rng.random(labels.shape) < 0.3)
+    winner = np.where(constant, -1, np.stack([category, row])).astype(np.int32)
     scores = rng.random((4, 4, 7)).astype(np.float32)
     scores[2] = -np.inf
     np.put_along_axis(scores, labels[None], 2.0, 0)
@@ -164,7 +169,7 @@ def test_a_segmentation_without_its_bank_and_a_wrong_bank_are_refused():
         decided_by(replace(segmentation, bank=None))
     with pytest.raises(InputError, match="other classes"):
         decided_by(segmentation, bank.restrict([0, 1]))
-    segmentation.winner[segmentation.labels == 3] = 5  # a background row, for a class
+    segmentation.winner[1][segmentation.labels == 3] = 5  # a background row, for a class
     with pytest.raises(InputError, match="does not hold"):
         activated(segmentation, "sofa")
 
@@ -175,7 +180,7 @@ def asked(probabilities, kept, kinds=None):
     names = [f"class {i}" for i in range(len(probabilities))]
     vocabulary = Vocabulary(tuple(Category(n, kind=k) for n, k in zip(names, kinds or ["thing"] * len(names), strict=True)))
     scores = np.zeros((len(kept) + 1, 2, 3), np.float32)
-    return Segmentation(np.zeros((2, 3, 3), np.uint8), np.zeros((2, 3), np.int32), scores, np.zeros((2, 3), np.int32), vocabulary, kept,
+    return Segmentation(np.zeros((2, 3, 3), np.uint8), np.zeros((2, 3), np.int32), scores, np.zeros((2, 2, 3), np.int32), vocabulary, kept,
                         np.array(probabilities, np.float32))
 
 

@@ -352,8 +352,6 @@ def test_stuff_without_parts():
 
 def test_filtered_prototypes_can_still_be_traced():
     """An explanation finds the support pixels of every row that is left, whatever was taken away."""
-    from ovdiff_lib.types import origin
-
     bank = with_class_prototypes(make_bank(["thing", "stuff", "thing"]))
     codes = np.array([*range(10), -1, -1]).reshape(1, 3, 4)
     seen = set()
@@ -363,7 +361,7 @@ def test_filtered_prototypes_can_still_be_traced():
                 for row in range(len(prototypes)):
                     foreground, part = prototypes.region[row] == "foreground", prototypes.kind[row] == "part"
                     wanted = codes == prototypes.cluster[row] if part else (codes < 4) & (codes >= 0) if foreground else codes >= 4
-                    images, pixels = origin(prototypes, row)
+                    images, pixels = prototypes.origin(row)
                     assert images == (0,) and np.array_equal(pixels, wanted)
                     seen.add((str(prototypes.kind[row]), bool(foreground)))
                 assert set(np.unique(prototypes.part_assignment("foreground"))) <= {-1, *range(4)}

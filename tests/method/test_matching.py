@@ -118,7 +118,7 @@ def test_scores_follow_equation_4(shape, names):
     bank, image = make_bank(extractors=names), picture(*shape)
     scores, winner = Matcher(extractors, make_profile()).scores(image, bank)
     expected = slow_scores(image, bank, extractors, [24, 16], 8, 24)
-    assert scores.dtype == np.float32 and winner.dtype == np.int32 and scores.shape == (4, *shape) and winner.shape == shape
+    assert scores.dtype == np.float32 and winner.dtype == np.int32 and scores.shape == (4, *shape) and winner.shape == (2, *shape)
     assert np.allclose(scores, expected, atol=1e-5)
     assert len(np.unique(expected.argmax(0))) > 1
 
@@ -161,8 +161,8 @@ def test_a_planted_object_is_found_at_its_place():
     truth = np.zeros((24, 40), int)
     truth[8:16, 20:32] = 1
     assert (labels == truth).mean() > 0.9 and (labels[10:14, 22:30] == 1).all() and (labels[:, :16] == 0).all()
-    assert (winner[labels == 1] == 2).all()  # row 2 of the category: the red part prototype
-    assert (winner[labels == 0] == 0).all()  # first background prototype of the bank
+    assert (winner[0] == 0).all()  # the only category
+    assert (winner[1] == np.where(labels == 1, 2, 1)).all()  # the red part prototype, the blue background
 
 
 def test_winner_points_at_the_best_prototype_of_the_winning_class():
@@ -171,14 +171,13 @@ def test_winner_points_at_the_best_prototype_of_the_winning_class():
     labels = scores.argmax(0)
     # Grid and window are the pixels themselves, so the score is the cosine of the winner.
     features = F.normalize(extractor(image[None], np.zeros(1, np.int64))[0], dim=-1).numpy()
-    pooled = np.concatenate([p.vectors[p.region == "background"] for p in bank.prototypes["one"]])
     for y, x in np.ndindex(labels.shape):
-        rows = pooled if labels[y, x] == 0 else bank.prototypes["one"][labels[y, x] - 1].vectors
-        if labels[y, x]:
-            assert bank.prototypes["one"][labels[y, x] - 1].region[winner[y, x]] == "foreground"
-        cosine = rows[winner[y, x]] @ features[y, x] / np.linalg.norm(rows[winner[y, x]])
+        category, row = winner[:, y, x]
+        prototypes = bank.prototypes["one"][category]
+        assert prototypes.region[row] == ("foreground" if labels[y, x] else "background") and labels[y, x] in (0, category + 1)
+        cosine = prototypes.vectors[row] @ features[y, x] / np.linalg.norm(prototypes.vectors[row])
         assert cosine == pytest.approx(scores[labels[y, x], y, x], abs=1e-5)
-    assert len(np.unique(labels)) > 2
+    assert len(np.unique(labels)) > 2 and len(np.unique(winner[0][labels == 0])) > 1
 
 
 def test_noise_seeds_depend_on_pixels_and_window_alone():
@@ -205,7 +204,7 @@ def test_without_background_prototypes():
     assert (scores[0] == np.float32(0.8)).all()
     background = scores.argmax(0) == 0
     assert background.any() and not background.all()
-    assert (winner[background] == -1).all() and (winner[~background] >= 0).all()
+    assert (winner[:, background] == -1).all() and (winner[:, ~background] >= 0).all()
     never, _ = Matcher({"one": Pixels()}, make_profile()).scores(image, bank)  # filters may remove every background prototype
     assert (never[0] == -np.inf).all() and np.allclose(never[1:], scores[1:])
     with pytest.raises(InputError, match="background_threshold"):
@@ -222,7 +221,7 @@ def test_background_is_voted_by_the_extractors_that_have_it():
     alone, _ = Matcher({"two": extractors["two"]}, make_profile()).scores(image, both)
     full, _ = Matcher(extractors, make_profile()).scores(image, both)
     assert np.allclose(scores[0], alone[0], atol=1e-6) and np.allclose(scores[1:], full[1:], atol=1e-6)
-    assert (winner[scores.argmax(0) == 0] == -1).all()  # the first extractor has none to show
+    assert (winner[:, scores.argmax(0) == 0] == -1).all()  # the first extractor has none to show
 
 
 def test_whole_image_is_one_more_scale():
@@ -253,7 +252,7 @@ def test_a_dropped_category_takes_its_prototypes_along():
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (2, 3)])
 def test_tiny_images(shape):
     scores, winner = Matcher({"one": Pixels()}, make_profile()).scores(np.full((*shape, 3), 99, np.uint8), make_bank())
-    assert scores.shape == (4, *shape) and np.isfinite(scores).all() and winner.shape == shape and (winner >= 0).all()
+    assert scores.shape == (4, *shape) and np.isfinite(scores).all() and winner.shape == (2, *shape) and (winner >= 0).all()
 
 
 def test_errors_say_what_to_do():
@@ -309,7 +308,7 @@ def test_pamr_refines_the_merged_scores_at_the_size_of_the_resized_image():
     plain, plain_winner = Matcher({"one": Pixels()}, make_profile()).scores(image, bank)
     assert np.abs(scores - plain).max() > 0.01
     same = scores.argmax(0) == plain.argmax(0)
-    assert not same.all() and (winner[same] == plain_winner[same]).all() and (winner >= 0).all()
+    assert not same.all() and (winner[:, same] == plain_winner[:, same]).all() and (winner >= 0).all()
 
 
 def test_pamr_leaves_a_constant_background_alone():
@@ -317,7 +316,7 @@ def test_pamr_leaves_a_constant_background_alone():
     for extra, value in (({"background_threshold": 0.8}, np.float32(0.8)), ({}, -np.inf)):
         scores, winner = Matcher({"one": Pixels()}, make_profile(refine="pamr", **extra)).scores(image, bank)
         assert (scores[0] == value).all() and np.isfinite(scores[1:]).all()
-        assert (winner[scores.argmax(0) == 0] == -1).all()
+        assert (winner[:, scores.argmax(0) == 0] == -1).all()
 
 
 def test_pixels_without_a_good_score_become_background():
@@ -338,7 +337,7 @@ def test_pixels_without_a_good_score_become_background():
     assert np.array_equal(never[0], plain) and np.array_equal(never[1], plain_winner)
     nothing = make_bank(background=0)  # no background prototypes: the minimum alone makes background
     alone = Matcher({"one": Pixels()}, make_profile(minimum_score=bar)).scores(image, nothing)
-    assert (alone[0].argmax(0) == 0).any() and (alone[1][alone[0].argmax(0) == 0] == -1).all()
+    assert (alone[0].argmax(0) == 0).any() and (alone[1][:, alone[0].argmax(0) == 0] == -1).all()
 
 
 def test_settings_are_judged_without_a_matcher():

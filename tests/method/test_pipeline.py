@@ -84,10 +84,10 @@ def test_a_segmentation_fits_its_image(ovdiff, bank):
     assert np.array_equal(result.labels, result.scores.argmax(0))
     assert len(np.unique(result.labels)) >= 3  # the labels of patches differ
     assert result.kept == (0, 1, 2) and np.isnan(result.filter_scores).all()
-    assert result.winner.shape == SHAPE and result.winner.dtype == np.int32
+    assert result.winner.shape == (2, *SHAPE) and result.winner.dtype == np.int32
     for label, own in enumerate(bank.prototypes["sd"], 1):
-        won = np.unique(result.winner[result.labels == label])
-        assert (own.region[won] == "foreground").all()
+        category, row = result.winner[:, result.labels == label]
+        assert (category == label - 1).all() and (own.region[row] == "foreground").all()
     assert result.overlay().height > SHAPE[0]
 
 
@@ -328,7 +328,7 @@ def test_images_of_every_kind_are_read_alike(tmp_path, ovdiff, bank):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 50), (130, 20)])
 def test_odd_shapes_are_segmented(ovdiff, bank, shape):
     result = ovdiff.segment(picture(2, shape), bank)
-    assert result.labels.shape == result.winner.shape == shape and result.scores.shape == (4, *shape)
+    assert result.labels.shape == result.winner.shape[1:] == shape and result.scores.shape == (4, *shape)
 
 
 # ---------------------------------------------------------------------- what goes wrong

@@ -146,7 +146,7 @@ def test_map_names_extractor_and_index():
 def test_class_names_of_a_segmentation_start_with_background():
     shape = (3, 5)
     result = Segmentation(np.zeros((*shape, 3), np.uint8), np.ones(shape, np.int32), np.zeros((3, *shape), np.float32),
-                          np.zeros(shape, np.int32), Vocabulary.of("cat, dog"), (0, 1), np.array([0.5, 0.5], np.float32))
+                          np.zeros((2, *shape), np.int32), Vocabulary.of("cat, dog"), (0, 1), np.array([0.5, 0.5], np.float32))
     assert result.class_names == ("background", "cat", "dog")
     assert result.class_names[int(result.labels[0, 0])] == "cat"
 

@@ -44,7 +44,8 @@ def segmentation() -> Segmentation:
     scores = np.full((4, 6, 9), -np.inf, np.float32)
     scores[[0, 1, 3]] = rng.random((3, 6, 9), np.float32)
     labels = scores.argmax(0).astype(np.int32)
-    winner = np.where(labels == 0, rng.integers(0, 10, labels.shape), rng.integers(0, 5, labels.shape)).astype(np.int32)
+    category = np.where(labels == 0, rng.integers(0, 2, labels.shape), (labels == 3).astype(int))
+    winner = np.stack([category, rng.integers(0, 5, labels.shape) + 5 * (labels == 0)]).astype(np.int32)
     image = rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)
     return Segmentation(image, labels, scores[[0, 1, 3]], winner, vocabulary, (0, 2), np.array([0.6, 0.05, 0.35], np.float32), bank)
 

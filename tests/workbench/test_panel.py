@@ -177,10 +177,10 @@ def by_hand(shape=(3, 5), names="cat, dog", filtered=True):
                       np.full(2, -1, np.int32), np.full(2, -1, np.int32), assignment)
     vocabulary = Vocabulary.of(names)
     kept = (0,) if filtered else (0, 1)
-    labels, winner = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+    labels, winner = np.zeros(shape, np.int32), np.full((2, *shape), -1, np.int32)
     scores = np.full((3, *shape), -np.inf, np.float32)
     scores[0] = 0.75
-    labels[1], winner[1], scores[0, 1], scores[1, 1] = 1, 0, -np.inf, 0.5
+    labels[1], winner[:, 1], scores[0, 1], scores[1, 1] = 1, 0, -np.inf, 0.5
     probabilities = np.array([0.9, 0.1] if filtered else [np.nan, np.nan], np.float32)
     bank = PrototypeBank(vocabulary, {"sd": (rows, rows)}).restrict(kept)
     image = np.arange(shape[0] * shape[1] * 3, dtype=np.uint32).reshape(*shape, 3).astype(np.uint8)
@@ -212,7 +212,7 @@ def test_without_the_category_filter_nothing_is_called_dropped():
 def test_a_large_image_is_shown_by_evenly_spaced_pixels():
     result = by_hand((30, 100))
     result.labels[:], result.winner[:], result.kept_scores[:2] = 0, -1, [[[0.75]], [[0.5]]]
-    result.labels[20:, 61:], result.winner[20:, 61:], result.kept_scores[1, 20:, 61:] = 1, 0, 0.875
+    result.labels[20:, 61:], result.winner[:, 20:, 61:], result.kept_scores[1, 20:, 61:] = 1, 0, 0.875
     data = panel_data([result], [support("cat")], longest=25)
     entry = data["images"][0]
     assert entry["size"] == [30, 100] and entry["grid"] == [8, 25] and picture(entry["picture"]).size == (25, 8)

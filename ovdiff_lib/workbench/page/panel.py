@@ -150,9 +150,9 @@ def _image(title: str, result: Segmentation, pool: _Pool, filters: Filters | Non
 
 
 def _winners(result: Segmentation, rows: np.ndarray, columns: np.ndarray, pool: _Pool) -> np.ndarray:
-    """Number in the pool of the prototype that decided each shown pixel: one explanation for each pair of label and winner."""
+    """Number in the pool of the prototype that decided each shown pixel: one explanation for each of them."""
     shown = np.ix_(rows, columns)
-    pairs = np.stack([result.labels[shown].ravel(), result.winner[shown].ravel()])
+    pairs = result.winner[:, *shown].reshape(2, -1)
     _, first, inverse = np.unique(pairs, axis=1, return_index=True, return_inverse=True)
     numbers = [pool.prototype(result.explain(int(rows[p // len(columns)]), int(columns[p % len(columns)]))) for p in first]
     if len(pool.prototypes) >= NONE:

@@ -102,17 +102,11 @@ def own_similarity(prototypes: Prototypes) -> np.ndarray:
     vectors = torch.from_numpy(np.ascontiguousarray(prototypes.vectors[chosen], dtype=np.float32))
     if len(vectors) < 2:
         return np.full(len(vectors), np.nan, np.float32)
-    weighted = vectors * torch.from_numpy(_cells(prototypes)[prototypes.image[chosen]].astype(np.float32))[:, None]
+    weighted = vectors * torch.from_numpy(prototypes.cells("foreground").sum((1, 2))[prototypes.image[chosen]].astype(np.float32))[:, None]
     unit = F.normalize(vectors, dim=1)
     others = F.normalize(weighted.sum(0) - weighted, dim=1)  # a mean's length does not matter to a cosine
     pairs = (unit @ unit.T).fill_diagonal_(-1)
     return torch.maximum(pairs.amax(1), (unit * others).sum(1)).numpy()
-
-
-def _cells(prototypes: Prototypes) -> np.ndarray:
-    """Foreground cells of each support image, i64 (N,), from the part codes: without parts the foreground's code is 0."""
-    parts = prototypes.cluster[(prototypes.region == "foreground") & (prototypes.kind == "part")]
-    return np.isin(prototypes.assignment, parts if len(parts) else [0]).sum((1, 2))
 
 
 def _share(similarity: torch.Tensor, own: np.ndarray) -> np.ndarray:
