@@ -1,10 +1,11 @@
-"""What exists in the mini world, read from ``world.yaml``: nouns, stuff, contexts, styles, and one id for each label."""
+"""What exists in the mini world, read from ``world.yaml``: nouns, stuff, contexts, and one id for each label."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 
 import yaml
 
@@ -14,13 +15,15 @@ IGNORE = 255
 
 @dataclass(frozen=True)
 class Thing:
-    """A noun of the mini world: where it is found, how it is placed, and the code points of the glyphs that draw it."""
+    """A noun of the mini world: where it is found, how it is placed, how common it is and, for who draws it, its glyphs."""
 
     name: str
-    codes: tuple[str, ...]
     contexts: tuple[str, ...]
     place: str = "ground"
     voc: bool = False
+    rare: bool = False
+    glyphs: dict[str, tuple[str, ...]] = field(default_factory=dict)  # style -> keys in its art set
+    held: frozenset[str] = frozenset()  # "style/key" of glyphs that no model is trained on
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,9 @@ class World:
     things: tuple[Thing, ...]
     stuff: tuple[str, ...]
     contexts: dict[str, tuple[str, ...]]
-    train_styles: tuple[str, ...]
-    wild_styles: tuple[str, ...]
+    train_styles: dict[str, str] = field(default_factory=dict)  # style -> the word captions have for it
+    wild_styles: dict[str, str] = field(default_factory=dict)
+    crops: dict[str, tuple[float, ...]] = field(default_factory=dict)  # "style/key" -> left, top, right, bottom
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -51,13 +55,20 @@ class World:
         return table[key]
 
 
-@cache
-def load_world() -> World:
-    """The mini world of this package."""
-    table = yaml.safe_load(files("ovdiff_lib.mini").joinpath("world.yaml").read_text(encoding="utf-8"))
+def read_world(file: Traversable) -> World:
+    """A world from a YAML file with the keys ``stuff``, ``contexts``, ``things`` and, if it is to be drawn, ``styles`` and ``crops``."""
+    table = yaml.safe_load(file.read_text(encoding="utf-8"))
     things = tuple(
-        Thing(name, tuple(map(str, row["codes"])), tuple(row["contexts"]), row["place"], row.get("voc", False))
+        Thing(name, tuple(row["contexts"]), row["place"], row.get("voc", False), row.get("rare", False),
+              {style: tuple(keys.split()) for style, keys in row.get("glyphs", {}).items()}, frozenset(row.get("held", ())))
         for name, row in table["things"].items()
     )
     contexts = {name: tuple(parts) for name, parts in table["contexts"].items()}
-    return World(things, tuple(table["stuff"]), contexts, tuple(table["styles"]["train"]), tuple(table["styles"]["wild"]))
+    styles = table.get("styles", {"train": {}, "wild": {}})
+    return World(things, tuple(table["stuff"]), contexts, styles["train"], styles["wild"], table.get("crops", {}))
+
+
+@cache
+def load_world() -> World:
+    """The mini world of this package."""
+    return read_world(files("ovdiff_lib.mini").joinpath("world.yaml"))

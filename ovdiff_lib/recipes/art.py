@@ -1,6 +1,7 @@
 """Glyphs of the mini world: fetch the openly licensed art by package name and rasterise it with exact alpha.
 
-Only a rebuild of the world (``make mini-world``) runs this module; using the project never does. NOTICE names each set and its licence.
+Only a rebuild of the world (``make mini-world``) runs this module; using the project never does. :func:`build_glyphs` leaves one file,
+``glyphs.npz``: with it a machine without network can draw every scene. NOTICE names each set and its licence.
 """
 
 from __future__ import annotations
@@ -10,23 +11,41 @@ import json
 import re
 import subprocess
 import tarfile
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
-from ovdiff_lib.mini.world import World
+from ovdiff_lib.errors import InputError
+from ovdiff_lib.files import write_atomic
+from ovdiff_lib.mini.world import World, read_world
 
-GLYPH_SIZE = 192
-"""Side of the square canvas a glyph is rasterised to, in pixels."""
+GLYPH_SIZE = 128
+"""Longer side of a glyph, in pixels; no object is drawn larger at the size of the models."""
+
+CANVAS = 224
+"""Side of the canvas that vector art is rasterised to before it is trimmed."""
 
 PACKAGES = {
     "fluent-3d": "@lobehub/fluent-emoji-3d@1.1.0",
     "fluent-flat": "@iconify-json/fluent-emoji-flat@1.2.6",
     "noto": "@svgmoji/noto@3.2.0",
+    "noto-v1": "@iconify-json/noto-v1@1.2.5",
+    "fxemoji": "@iconify-json/fxemoji@1.2.2",
+    "emojione": "@iconify-json/emojione@1.2.3",
+    "streamline": "@iconify-json/streamline-emojis@1.2.4",
     "twemoji": "@twemoji/svg@15.0.0",
 }
 """Drawing style -> npm package (name@version) that holds it."""
+
+
+@cache
+def drawn_world() -> World:
+    """The world that is drawn: the table of nouns with their glyphs."""
+    return read_world(files("ovdiff_lib.recipes").joinpath("world.yaml"))
 
 
 def fetch(folder: Path) -> None:
@@ -39,9 +58,11 @@ def fetch(folder: Path) -> None:
         try:
             run = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, capture_output=True, text=True)
         except FileNotFoundError:
-            raise RuntimeError("npm was not found. The art of the mini world is fetched with npm: install Node.js and try again.") from None
+            raise InputError("npm was not found. The art of the mini world is fetched with npm: install Node.js, or bring a work "
+                             "folder with glyphs.npz.") from None
         if run.returncode:
-            raise RuntimeError(f"npm could not fetch {package}: {run.stderr.strip().splitlines()[-1:]}. Check the network and try again.")
+            raise InputError(f"npm could not fetch {package}: {' '.join(run.stderr.strip().splitlines()[-1:])}. Check the network and "
+                             "try again.")
         archive = folder / run.stdout.strip().splitlines()[-1]
         with tarfile.open(archive) as tar:
             tar.extractall(target.with_suffix(".part"), filter="data")
@@ -54,60 +75,78 @@ def _normal(code: str) -> str:
     return "-".join(part for part in code.lower().replace("_", "-").split("-") if part != "fe0f")
 
 
-def _svg(inner: str, view_box: str) -> str:
-    return f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{view_box}">{inner}</svg>'
+def _svg(body: str, view_box: str) -> str:
+    return f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{view_box}">{body}</svg>'
 
 
 def _rasterise(svg: str) -> Image.Image:
     import resvg_py  # needed for a rebuild of the world only
 
-    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=GLYPH_SIZE, height=GLYPH_SIZE))
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=CANVAS, height=CANVAS))
     return Image.open(io.BytesIO(png)).convert("RGBA")
 
 
-def _load_style(folder: Path, style: str, codes: set[str]) -> dict[str, Image.Image]:
+def load_style(folder: Path, style: str, keys: set[str]) -> dict[str, Image.Image]:
+    """The glyphs ``keys`` of one art set, as RGBA pictures of their whole canvas; keys that the set does not have are left out."""
     root = folder / style / "package"
     if style == "fluent-3d":
         paths = {_normal(p.stem): p for p in (root / "assets").glob("*.webp")}
-        return {c: Image.open(paths[c]).convert("RGBA").resize((GLYPH_SIZE,) * 2, Image.LANCZOS) for c in codes if c in paths}
+        return {k: Image.open(paths[k]).convert("RGBA") for k in keys if k in paths}
     if style == "twemoji":
         paths = {_normal(p.stem): p for p in root.glob("*.svg")}
-        return {c: _rasterise(paths[c].read_text()) for c in codes if c in paths}
-    if style == "fluent-flat":
-        names = {_normal(c): n for c, n in json.loads((root / "chars.json").read_text()).items()}
-        icons = json.loads((root / "icons.json").read_text())["icons"]
-        return {c: _rasterise(_svg(icons[names[c]]["body"], "0 0 32 32")) for c in codes if c in names and names[c] in icons}
-    sprite = (root / "sprites" / "all.svg").read_text()
+        return {k: _rasterise(paths[k].read_text()) for k in keys if k in paths}
+    if style == "noto":
+        icon = r'<svg (?:[a-z:]+="[^"]*" )*?viewBox="([^"]+)" (?:xml:space="preserve" )?id="([^"]+)"[^>]*>(.*?)</svg>'
+        pieces = re.finditer(icon, (root / "sprites" / "all.svg").read_text(), re.S)
+        return {_normal(m[2]): _rasterise(_svg(m[3], m[1])) for m in pieces if _normal(m[2]) in keys}
+    table = json.loads((root / "icons.json").read_text())
+    names = {_normal(c): n for c, n in json.loads((root / "chars.json").read_text()).items()}  # only fluent-flat has any
+    aliases = {k: row["parent"] for k, row in table.get("aliases", {}).items()}
     found = {}
-    icon = r'<svg (?:[a-z:]+="[^"]*" )*?viewBox="([^"]+)" (?:xml:space="preserve" )?id="([^"]+)"[^>]*>(.*?)</svg>'
-    for piece in re.finditer(icon, sprite, re.S):
-        code = _normal(piece[2])
-        if code in codes:
-            found[code] = _rasterise(_svg(piece[3], piece[1]))
+    for key in keys:
+        name = names.get(key, key)
+        row = table["icons"].get(aliases.get(name, name))
+        if row:
+            found[key] = _rasterise(_svg(row["body"], f"0 0 {table['width']} {table['height']}"))
     return found
 
 
-def _crop(glyph: Image.Image) -> np.ndarray:
-    """Trim transparent margins so that the size of an object is the size of what is seen; returns u8 (H, W, 4)."""
-    array = np.asarray(glyph)
-    rows, columns = np.nonzero(array[..., 3] > 8)
-    return array[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].copy()
+def trim(glyph: Image.Image, box: tuple[float, ...] = (0, 0, 1, 1)) -> np.ndarray:
+    """What is seen of a glyph inside ``box``, without small things beside it (notes, drops, a lamp), its longer side GLYPH_SIZE.
 
-
-def build_glyphs(world: World, folder: Path) -> dict[tuple[str, str], list[np.ndarray]]:
-    """Glyphs of every (noun, style) of the world as cropped u8 (H, W, 4) arrays with straight alpha.
-
-    Raises ``RuntimeError`` naming the noun and style when a set draws none of a noun's codes.
+    Returns straight-alpha u8 (H, W, 4).
     """
-    fetch(folder)
-    codes = {_normal(c) for thing in world.things for c in thing.codes}
-    glyphs = {}
-    for style in PACKAGES:
-        drawn = _load_style(folder, style, codes)
-        for thing in world.things:
-            found = [_crop(drawn[_normal(c)]) for c in thing.codes if _normal(c) in drawn]
-            if not found:
-                raise RuntimeError(f"The art set {style} has no glyph for {thing.name!r} ({', '.join(thing.codes)}); "
-                                   "choose another code in world.yaml.")
-            glyphs[thing.name, style] = found
+    left, top, right, bottom = np.array(box) * (*glyph.size, *glyph.size)
+    array = np.array(glyph.crop((round(left), round(top), round(right), round(bottom))))
+    parts, _ = ndimage.label(array[..., 3] > 8)
+    sizes = np.bincount(parts.ravel())[1:]
+    array[~np.isin(parts, 1 + np.flatnonzero(sizes >= 0.4 * sizes.max()))] = 0
+    rows, columns = np.nonzero(array[..., 3] > 8)
+    picture = Image.fromarray(array[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1])
+    scale = GLYPH_SIZE / max(picture.size)
+    return np.asarray(picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS))
+
+
+def build_glyphs(world: World, work: Path) -> dict[str, np.ndarray]:
+    """Every glyph of the world, "style/key" -> straight-alpha u8 (H, W, 4), from ``work/glyphs.npz``, which is made first where missing.
+
+    Raises ``InputError`` naming the glyphs that no art set has.
+    """
+    store = work / "glyphs.npz"
+    wanted = {style: {k for t in world.things for k in t.glyphs.get(style, ())} for style in PACKAGES}
+    if not store.exists():
+        fetch(work / "art")
+        found = {}
+        for style, keys in wanted.items():
+            for key, picture in load_style(work / "art", style, keys).items():
+                found[f"{style}/{key}"] = trim(picture, world.crops.get(f"{style}/{key}", (0, 0, 1, 1)))
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **dict(sorted(found.items())))
+        write_atomic(store, buffer.getvalue())
+    with np.load(store) as arrays:
+        glyphs = dict(arrays)
+    missing = sorted({f"{style}/{key}" for style, keys in wanted.items() for key in keys} - set(glyphs))
+    if missing:
+        raise InputError(f"No art set has the glyphs {', '.join(missing)}: choose others in recipes/world.yaml, or delete {store.name} if "
+                         "it is older than that file.")
     return glyphs

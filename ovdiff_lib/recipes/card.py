@@ -15,13 +15,15 @@ from PIL import Image
 
 KINDS = {
     "clip": ("Mini CLIP", "transformers.CLIPModel", "ovdiff_lib.recipes.train_clip",
-             "Contrastive image-text model for 64x64 px scenes; images with the same caption share their target."),
+             "Contrastive image-text model, trained with half of an image's patches left out; images with the same caption "
+             "share their target."),
     "vae": ("Mini autoencoder", "diffusers.AutoencoderKL", "ovdiff_lib.recipes.train_vae",
-            "Convolutional autoencoder, 64x64 px to 16x16 latents; L1, gradient L1, squared error and a small KL."),
+            "Convolutional autoencoder, 128x128 px to 16x16 latents; L1, gradient L1, squared error and a small KL."),
     "unet": ("Mini Stable Diffusion", "diffusers.StableDiffusionPipeline", "ovdiff_lib.recipes.train_unet",
-             "Text-to-image latent diffusion; epsilon prediction, min-SNR-5 weights, 10 % empty captions, averaged weights."),
+             "Text-to-image latent diffusion; v-prediction, nearly clean latents weigh less, 10 % empty captions, averaged weights."),
     "dino": ("Mini DINO", "transformers.ViTModel", "ovdiff_lib.recipes.train_dino",
-             "Vision transformer trained by self-distillation with multi-crop on pairs of frames that show one object in two places; "
+             "Vision transformer trained by self-distillation with multi-crop on pairs of frames that show one object in two places, "
+             "with iBOT's loss of hidden patches and KoLeo; "
              "no label or caption is read."),
     "mae": ("Mini MAE", "transformers.ViTMAEModel", "ovdiff_lib.recipes.train_mae",
             "Encoder of a masked autoencoder, 75 % of the patches hidden, normalised pixels as target; no label or caption is read."),
@@ -96,7 +98,7 @@ def write_card(model: Path, work: Path, kind: str, *, license_note: str = "", no
     last = rows[-1]
     facts = [("class", f"`{cls}`"), ("parameters", f"{parameter_count(model):,}"), ("weights", "float16 safetensors"),
              ("trained by", f"`python -m {script}`"), ("steps", f"{last['step']:,}"),
-             ("training time", f"{last['elapsed_s'] / 60:.0f} min of CPU wall time"), ("last loss", f"{last['loss']:.4f}")]
+             ("training time", f"{last['elapsed_s'] / 60:.0f} min"), ("last loss", f"{last['loss']:.4f}")]
     facts += [(f"last {name.replace('_', ' ')}", f"{[r[name] for r in rows if name in r][-1]:.4f}") for name in metric_names(rows)]
     table = "\n".join(f"| {k} | {v} |" for k, v in facts)
     sections = [

@@ -48,14 +48,14 @@ def best_ious(proposals: np.ndarray, labels: np.ndarray) -> dict[int, float]:
     return found
 
 
-def recall(segmenter: Segmenter, limit: int | None = None, dataset: str = "mini-object", progress: bool = True) -> Recall:
-    """Measure ``segmenter`` on ``limit`` validation images of ``dataset``, spread evenly over it (default: all).
+def recall(segmenter: Segmenter, limit: int | None = None, split: str = "val", progress: bool = True) -> Recall:
+    """Measure ``segmenter`` on ``limit`` images of a split of mini-object, spread evenly over it (default: all).
 
     A segmenter that reads words is given the nouns that the image shows. Raises ``InputError`` for a limit below 1.
     """
     if limit is not None and limit < 1:
         raise InputError(f"The number of images is {limit}; measure at least 1.")
-    data = load_dataset(dataset)
+    data = load_dataset("mini-object", split)
     count = min(limit or len(data), len(data))
     names, rows, proposals = data.vocabulary.names, [], []
     for index in tqdm(np.arange(count) * len(data) // count, desc=segmenter.name, unit="image", disable=not progress):
@@ -73,14 +73,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="mini", help="name of a profile or path of its file")
     parser.add_argument("--segmenter", help="instead of the profile's")
-    parser.add_argument("--limit", type=int, help="images to measure, spread over the validation split; default all")
+    parser.add_argument("--limit", type=int, help="images to measure, spread over the split; default all")
+    parser.add_argument("--split", default="tune", help="scenes that are measured on (default: tune)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field of the profile")
     options = parser.parse_args(arguments)
     try:
         overrides = parse_assignments(options.set)
         if options.segmenter:
             overrides["masks.segmenter"] = options.segmenter
-        measured = recall(build_segmenter(load_profile(options.profile, overrides)), options.limit)
+        measured = recall(build_segmenter(load_profile(options.profile, overrides)), options.limit, options.split)
     except OVDiffError as error:
         parser.exit(2, f"{error}\n")
     table = {name: round(value, 4) for name, value in measured.by_noun.items()}

@@ -1,6 +1,6 @@
 """Measure the models of the mini world on images none of them was trained on; the numbers go on their model cards.
 
-``python -m ovdiff_lib.recipes.quality`` prints them and writes ``mini/weights/quality.json``.
+``python -m ovdiff_lib.recipes.quality`` prints them and writes ``mini/weights/quality.json``. Scenes are those of the split ``tune``.
 """
 
 from __future__ import annotations
@@ -11,20 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from ovdiff_lib import mini
-from ovdiff_lib.categories import Category, Vocabulary
+from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.files import write_atomic
 from ovdiff_lib.filters.category import CategoryFilter
 from ovdiff_lib.mini.world import IGNORE, load_world
 from ovdiff_lib.networks.loading import load_clip, load_diffusion
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.profiles.schema import Profile
+from ovdiff_lib.recipes.sheet import attribution_iou, draw, recognised, sheet
 from ovdiff_lib.recipes.train_vae import psnr
-from ovdiff_lib.support.attribution import class_token_positions, fill_template, record_attribution
-from ovdiff_lib.support.sampler import sample_support
 from ovdiff_lib.workbench.baselines.groupvit import GroupViT, load_groupvit
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.evaluation.measure import evaluate, grid_search_threshold
@@ -34,11 +32,11 @@ FOLDERS = {"diffusion": "stable-diffusion", "clip": "clip", "dino": "dino", "mae
 """Field of ``profile.models`` -> folder of a set of mini models."""
 
 
-def single_object_scenes() -> list[tuple[np.ndarray, np.ndarray, str]]:
-    """Validation images u8 (H, W, 3) of one object, with the object's mask as f32 (H, W) (NaN where ignored) and its noun."""
+def single_object_scenes(split: str) -> list[tuple[np.ndarray, np.ndarray, str]]:
+    """Images u8 (H, W, 3) of one object, with the object's mask as f32 (H, W) (NaN where ignored) and its noun."""
     world, found = load_world(), []
     vocabulary = world.vocabulary("mini-object")
-    for sample in load_dataset("mini-object"):
+    for sample in load_dataset("mini-object", split):
         labels = np.setdiff1d(np.unique(sample.labels), (0, IGNORE))
         if len(labels) == 1:
             mask = np.where(sample.labels == IGNORE, np.nan, sample.labels == labels[0]).astype(np.float32)
@@ -46,78 +44,36 @@ def single_object_scenes() -> list[tuple[np.ndarray, np.ndarray, str]]:
     return found
 
 
-def vae_psnr(profile: Profile, size: int = 64) -> float:
-    """Mean PSNR in dB of the reconstruction of validation images at short side ``size``."""
+def vae_psnr(profile: Profile, split: str) -> float:
+    """Mean PSNR in dB of the reconstruction of images whose short side is what the profile draws at."""
     from ovdiff_lib.images import resize_short_side
 
-    vae = load_diffusion(profile).vae
-    values = []
-    for sample in load_dataset("mini-object"):
-        image = resize_short_side(sample.image, size)
-        height, width = (side // 4 * 4 for side in image.shape[:2])
+    pipe, values = load_diffusion(profile), []
+    vae, step = pipe.vae, pipe.vae_scale_factor
+    for sample in load_dataset("mini-object", split):
+        image = resize_short_side(sample.image, profile.support.image_size)
+        height, width = (side // step * step for side in image.shape[:2])
         values.append(psnr(vae, image[None, :height, :width]))
     return float(np.mean(values))
 
 
-def clip_top1(profile: Profile) -> float:
-    """Share of single-object validation images whose noun, of all mini-object nouns, CLIP ranks first."""
+def clip_top1(profile: Profile, split: str) -> float:
+    """Share of single-object images whose noun, of all mini-object nouns, CLIP ranks first."""
     judge = CategoryFilter(*load_clip(profile), profile)
     vocabulary = Vocabulary.of(load_world().vocabulary("mini-object"))
-    scenes = single_object_scenes()
+    scenes = single_object_scenes(split)
     return float(np.mean([vocabulary.names[int(judge.scores(image, vocabulary).argmax())] == noun for image, _, noun in scenes]))
 
 
-def drawn_recognised(profile: Profile, per_class: int) -> dict[str, float]:
-    """For each mini-object noun, the share of ``per_class`` images drawn for it that CLIP ranks that noun first on."""
-    judge = CategoryFilter(*load_clip(profile), profile)
-    pipe = load_diffusion(profile)
-    vocabulary = Vocabulary.of(load_world().vocabulary("mini-object"))
-    shares = {}
-    for noun in tqdm(vocabulary.names, desc="drawing", unit="class"):
-        support = sample_support(pipe, Category(noun), profile, count=per_class, progress=False)
-        shares[noun] = float(np.mean([vocabulary.names[int(judge.scores(i, vocabulary).argmax())] == noun for i in support.images]))
-    return shares
-
-
-@torch.no_grad()
-def attribution_inside(profile: Profile, steps: int = 20) -> float:
-    """Share of single-object validation images with a higher mean attribution of the noun inside the object than outside.
-
-    Images are squashed to the model's size and inverted to noise with DDIM under the noun's prompt; attribution is recorded on the way.
-    """
-    from diffusers import DDIMInverseScheduler
-
-    pipe = load_diffusion(profile)
-    side = profile.support.image_size
-    grid = side // pipe.vae_scale_factor
-    hits = []
-    for image, mask, noun in tqdm(single_object_scenes(), desc="inverting", unit="image"):
-        square = np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
-        inside = np.array(Image.fromarray(np.nan_to_num(mask, nan=0.5)).resize((grid, grid), Image.Resampling.BOX))
-        pixels = torch.from_numpy(square).permute(2, 0, 1)[None] / 127.5 - 1
-        latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
-        prompt = pipe.encode_prompt(fill_template(profile.support.prompt, noun), pipe.device, 1, False)[0]
-        positions = class_token_positions(pipe.tokenizer, profile.support.prompt, noun)
-        scheduler = DDIMInverseScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
-        scheduler.set_timesteps(steps)
-        with record_attribution(pipe.unet, positions, (grid, grid), guided=False) as recorder:
-            for t in scheduler.timesteps:
-                noise = pipe.unet(latents, t, encoder_hidden_states=prompt).sample
-                latents = scheduler.step(noise, t, latents).prev_sample
-        attribution = recorder.maps()[0].numpy()
-        hits.append(attribution[inside > 0.5].mean() > attribution[inside < 0.5].mean())
-    return float(np.mean(hits))
-
-
-def neighbour_top1(profile: Profile, neighbours: int = 5) -> dict[str, float]:
-    """Leave-one-out k-nearest-neighbour accuracy of the noun on single-object validation images, for every extractor and for chance.
+def neighbour_top1(profile: Profile, split: str, neighbours: int = 5) -> dict[str, float]:
+    """Leave-one-out k-nearest-neighbour accuracy of the noun on single-object images, for every extractor and for chance.
 
     An image's vector is the mean of its features; neighbours vote with their cosine. Chance is the share of the commonest noun.
     """
     from ovdiff_lib.features import build_extractors
     from ovdiff_lib.images import resize_short_side
 
-    scenes = single_object_scenes()
+    scenes = single_object_scenes(split)
     nouns = sorted({noun for _, _, noun in scenes})
     truth = torch.tensor([nouns.index(noun) for _, _, noun in scenes])
     accuracy = {"chance": float(torch.bincount(truth).max() / len(truth))}
@@ -132,23 +88,23 @@ def neighbour_top1(profile: Profile, neighbours: int = 5) -> dict[str, float]:
     return accuracy
 
 
-def proposal_recall(profile: Profile) -> dict[str, float]:
-    """Mean over validation objects of the best IoU among the proposals of MaskCut and of the detector."""
+def proposal_recall(profile: Profile, split: str) -> dict[str, float]:
+    """Mean over objects of the best IoU among the proposals of MaskCut and of the detector."""
     from ovdiff_lib.masks import SEGMENTERS
     from ovdiff_lib.recipes.proposals import recall
 
-    return {name: recall(SEGMENTERS[name](profile)).best for name in ("maskcut", "detector")}
+    return {name: recall(SEGMENTERS[name](profile), split=split).best for name in ("maskcut", "detector")}
 
 
-def groupvit_quality(profile: Profile) -> dict[str, float]:
-    """Of the GroupViT: share of single-object validation images whose noun, of all mini-object nouns, it ranks first for the whole image;
+def groupvit_quality(profile: Profile, split: str) -> dict[str, float]:
+    """Of the GroupViT: share of single-object images whose noun, of all mini-object nouns, it ranks first for the whole image;
     its mean IoU on mini-voc with the background threshold that is best there, which is named too; and, to show what its groups are worth,
     the mean IoU of the class it ranks first for the whole image as the label of every pixel."""
-    dataset, vocabulary = load_dataset("mini-voc"), Vocabulary.of(load_world().vocabulary("mini-object"))
+    dataset, vocabulary = load_dataset("mini-voc", split), Vocabulary.of(load_world().vocabulary("mini-object"))
     groupvit = GroupViT(*load_groupvit(profile), profile.matching, [profile.support.prompt])
     texts = groupvit.text_embeddings(vocabulary)
     right = [vocabulary.names[int((groupvit.groups(image[None])[2] @ texts.T).argmax())] == noun
-             for image, _, noun in single_object_scenes()]
+             for image, _, noun in single_object_scenes(split)]
     thresholds = [step / 50 for step in range(1, 50)]
     search = grid_search_threshold(lambda image: groupvit.scores(image, dataset.vocabulary), dataset, thresholds)
     classes = groupvit.text_embeddings(dataset.vocabulary)
@@ -162,22 +118,27 @@ def main() -> None:
     parser.add_argument("--per-class", type=int, default=12, help="images drawn for each noun")
     parser.add_argument("--models", type=Path,
                         help="folder with stable-diffusion/, clip/, dino/, mae/, detector/ and groupvit/ to measure instead of the shipped")
+    parser.add_argument("--split", default="tune", help="scenes that are measured on (default: tune)")
     arguments = parser.parse_args()
     folder = arguments.models or WEIGHTS
     profile = load_profile("mini", {f"models.{field}": str(folder / name) for field, name in FOLDERS.items()})
-    drawn = drawn_recognised(profile, arguments.per_class)
+    split = arguments.split
+    drawings = draw(profile, list(load_world().vocabulary("mini-object")), arguments.per_class)
+    sheet({noun: images[:4] for noun, images in drawings.items()}).save(folder / "drawings.webp", quality=85)
+    drawn = recognised(profile, drawings)
     measured = {
-        "vae_psnr_db": round(vae_psnr(profile), 2),
-        "clip_zero_shot_top1": round(clip_top1(profile), 4),
+        "split": split,
+        "vae_psnr_db": round(vae_psnr(profile, split), 2),
+        "clip_zero_shot_top1": round(clip_top1(profile, split), 4),
         "drawn_recognised": round(float(np.mean(list(drawn.values()))), 4),
         "drawn_recognised_by_class": {noun: round(share, 3) for noun, share in drawn.items()},
-        "attribution_inside_higher": round(attribution_inside(profile), 4),
-        "neighbour_top1": {name: round(value, 4) for name, value in neighbour_top1(profile).items()},
-        "proposal_recall": {name: round(value, 4) for name, value in proposal_recall(profile).items()},
-        "groupvit": {name: round(value, 4) for name, value in groupvit_quality(profile).items()},
+        "attribution": {name: round(value, 4) for name, value in attribution_iou(profile, single_object_scenes(split)).items()},
+        "neighbour_top1": {name: round(value, 4) for name, value in neighbour_top1(profile, split).items()},
+        "proposal_recall": {name: round(value, 4) for name, value in proposal_recall(profile, split).items()},
+        "groupvit": {name: round(value, 4) for name, value in groupvit_quality(profile, split).items()},
         "images_drawn_per_class": arguments.per_class,
-        "validation_images": len(load_dataset("mini-object")),
-        "single_object_images": len(single_object_scenes()),
+        "images": len(load_dataset("mini-object", split)),
+        "single_object_images": len(single_object_scenes(split)),
     }
     text = json.dumps(measured, indent=1) + "\n"
     print(text)

@@ -1,7 +1,7 @@
 """Scenes of the mini world: glyphs composed over procedural context, with exact label maps and captions.
 
-A scene depends on ``(seed, index)`` alone. Everything is drawn in units of the short side, so that a 64-pixel training scene and a
-128-pixel validation scene come from the same distribution. Shapes are (H, W); images are u8 (H, W, 3).
+A scene depends on ``(seed, index)`` alone. Everything is drawn in units of the short side, so that scenes of any size come from the same
+distribution. Shapes are (H, W); images are u8 (H, W, 3).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from scipy import ndimage
 
 from ovdiff_lib.mini.world import IGNORE, Thing, World
 
-Glyphs = dict[tuple[str, str], list[np.ndarray]]
+LEVELS = (128, 64, 32)
+"""Longer sides that a glyph is kept at; an object is drawn from the smallest that is not smaller."""
 
 # Mean colours (RGB, 0..1) each stuff is drawn from; several of each, so that no stuff is one hue.
 PALETTES = {
@@ -30,13 +31,37 @@ PALETTES = {
 
 
 @dataclass(frozen=True)
+class Glyph:
+    """One drawing of a noun: its style, whether models are trained on it, and premultiplied pictures of it at :data:`LEVELS`."""
+
+    style: str
+    held: bool
+    pictures: tuple[Image.Image, ...]
+
+
+Glyphs = dict[str, list[Glyph]]
+
+
+def glyph_table(world: World, arrays: dict[str, np.ndarray], styles: dict[str, str]) -> Glyphs:
+    """Noun -> its glyphs in ``styles``, from straight-alpha arrays u8 (H, W, 4) named "style/key"."""
+    def levels(array: np.ndarray) -> tuple[Image.Image, ...]:
+        picture = Image.fromarray(array).convert("RGBa")
+        factors = [side / max(picture.size) for side in LEVELS]
+        return tuple(picture.resize([max(1, round(f * side)) for side in picture.size], Image.Resampling.BOX) for f in factors)
+
+    return {t.name: [Glyph(style, f"{style}/{key}" in t.held, levels(arrays[f"{style}/{key}"]))
+                     for style, keys in t.glyphs.items() if style in styles for key in keys] for t in world.things}
+
+
+@dataclass(frozen=True)
 class Scene:
-    """One drawn scene: ``image`` u8 (H, W, 3), ``labels`` u8 (H, W) in world ids with 255 on object edges, the nouns and stuff
-    seen, and equivalent ``captions`` from the longest to the shortest."""
+    """One drawn scene: ``image`` u8 (H, W, 3), ``labels`` u8 (H, W) in world ids with 255 on object edges, the nouns and stuff seen,
+    for each noun whether its glyph is a held one, and equivalent ``captions``: with its context, the paper's template, bare, and short."""
 
     image: np.ndarray
     labels: np.ndarray
     nouns: tuple[str, ...]
+    held: tuple[bool, ...]
     stuff: tuple[str, ...]
     captions: tuple[str, ...]
 
@@ -96,55 +121,77 @@ def draw_stuff(rng: np.random.Generator, name: str, shape: tuple[int, int]) -> n
     return np.clip(colour * (1 - tint) + second * tint, 0, 1)
 
 
-def _context(rng: np.random.Generator, parts: tuple[str, ...], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, float]:
-    """Texture f32 (H, W, 3), index of the part at each pixel u8 (H, W), and the horizon as a fraction of the height."""
+def _context(rng: np.random.Generator, parts: tuple[str, ...], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
+    """Texture f32 (H, W, 3), index of the part at each pixel u8 (H, W), the horizon as a fraction of the height, and the lower texture."""
     if len(parts) == 1:
-        return draw_stuff(rng, parts[0], shape), np.zeros(shape, np.uint8), 0.0
+        image = draw_stuff(rng, parts[0], shape)
+        return image, np.zeros(shape, np.uint8), 0.0, image
     height = shape[0]
     horizon = rng.uniform(0.35, 0.62)
     flat = {"wall", "road", "floor", "water"} & set(parts)
     wobble = 0.004 if flat else 0.03
     line = horizon * height + wobble * min(shape) * _noise(rng, shape, 4)[0]
     below = np.clip(np.arange(height, dtype=np.float32)[:, None] + 1 - line[None, :], 0, 1)  # the edge is antialiased
-    image = draw_stuff(rng, parts[0], shape) * (1 - below[..., None]) + draw_stuff(rng, parts[1], shape) * below[..., None]
-    return image, (below > 0.5).astype(np.uint8), horizon
+    lower = draw_stuff(rng, parts[1], shape)
+    upper = draw_stuff(rng, parts[0], shape)
+    return upper + (lower - upper) * below[..., None], (below > 0.5).astype(np.uint8), horizon, lower
 
 
-def _recolour(rng: np.random.Generator, glyph: np.ndarray) -> np.ndarray:
-    """Mild hue, saturation and lightness jitter of a straight-alpha glyph, so that shape and not one hue carries the class."""
-    rgb = glyph[..., :3].astype(np.float32) / 255
-    angle = rng.normal(0, np.deg2rad(7))
-    grey = rgb.mean(-1, keepdims=True)
+def _placed(rng: np.random.Generator, glyph: Glyph, size: float) -> np.ndarray:
+    """A glyph mirrored, turned, sheared and seen slightly from the side, its longer side ``size`` pixels; premultiplied f32 (h, w, 4)."""
+    picture = next((p for p, side in zip(glyph.pictures[::-1], LEVELS[::-1], strict=True) if side >= size), glyph.pictures[0])
+    width, height = picture.size
+    angle, shear, stretch = rng.normal(0, 0.09), rng.normal(0, 0.05), np.exp(rng.normal(0, 0.08))
+    mirror = -1 if rng.uniform() < 0.5 else 1
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    forward = np.eye(3)
+    forward[:2, :2] = turn @ np.array([[mirror * stretch, shear], [0, 1 / stretch]])
+    forward[2, :2] = rng.normal(0, 0.12, 2) / max(width, height)  # perspective
+    corners = forward @ np.array([[-width, width, width, -width], [-height, -height, height, height], [2, 2, 2, 2]]) / 2
+    corners = corners[:2] / corners[2]
+    low, high = corners.min(1), corners.max(1)
+    scale = size / (high - low).max()
+    # From the middles of the patch's pixels back to those of the picture.
+    patch = np.maximum(3, np.ceil((high - low) * scale)).astype(int)
+    to_patch = np.array([[scale, 0, -low[0] * scale], [0, scale, -low[1] * scale], [0, 0, 1]])
+    centre = np.array([[1, 0, width / 2], [0, 1, height / 2], [0, 0, 1]])
+    back = centre @ np.linalg.inv(to_patch @ forward)
+    back /= back[2, 2]
+    drawn = picture.transform(tuple(patch), Image.Transform.PERSPECTIVE, tuple(back.ravel()[:8]), Image.Resampling.BILINEAR)
+    return np.asarray(drawn, np.float32) / 255
+
+
+def _lit(rng: np.random.Generator, patch: np.ndarray) -> np.ndarray:
+    """Mild hue, saturation and lightness changes and light from one side, so that shape and not one hue carries the class."""
+    angle, saturation = rng.normal(0, 0.13), rng.uniform(0.75, 1.15)
     c, s = np.cos(angle), np.sin(angle) / np.sqrt(3)
     k = (1 - c) / 3  # rotation of the colour about the grey axis
-    rotate = np.array([[c + k, k - s, k + s], [k + s, c + k, k - s], [k - s, k + s, c + k]], np.float32)
-    rgb = (rgb - grey) @ rotate.T * rng.uniform(0.8, 1.15) + grey
-    rgb = np.clip(rgb * rng.uniform(0.88, 1.12) + rng.uniform(-0.04, 0.04), 0, 1)
-    return np.concatenate([rgb * 255, glyph[..., 3:].astype(np.float32)], -1).astype(np.uint8)
+    rotate = np.array([[c + k, k - s, k + s], [k + s, c + k, k - s], [k - s, k + s, c + k]])
+    grey = np.full((3, 3), 1 / 3)
+    change = (saturation * rotate @ (np.eye(3) - grey) + grey) * rng.uniform(0.85, 1.12)
+    side, lift = rng.normal(0, 0.12, 2), rng.uniform(-0.04, 0.04)
+    rows, columns = np.linspace(-1, 1, patch.shape[0]), np.linspace(-1, 1, patch.shape[1])
+    light = (1 + side[0] * rows[:, None] + side[1] * columns).astype(np.float32)
+    alpha = patch[..., 3:]
+    colour = (patch[..., :3] @ change.T.astype(np.float32)) * light[..., None] + np.float32(lift) * alpha
+    return np.concatenate([np.minimum(np.maximum(colour, 0), alpha), alpha], -1)
 
 
-def _draw_object(rng: np.random.Generator, glyph: np.ndarray, size: float) -> np.ndarray:
-    """A glyph flipped, turned, recoloured and resized so that its longer side is ``size`` pixels; premultiplied f32 (h, w, 4) in [0, 1]."""
-    if rng.uniform() < 0.5:
-        glyph = glyph[:, ::-1]
-    picture = Image.fromarray(_recolour(rng, glyph)).convert("RGBa")
-    picture = picture.rotate(rng.normal(0, 4), Image.BILINEAR, expand=True)
-    scale = size / max(picture.size)
-    stretch = np.exp(rng.normal(0, 0.06))
-    width = max(3, round(picture.width * scale * min(stretch, 1.0)))
-    height = max(3, round(picture.height * scale / max(stretch, 1.0)))
-    return np.asarray(picture.resize((width, height), Image.BOX if scale < 0.5 else Image.BILINEAR), np.float32) / 255
-
-
-def _paste(image: np.ndarray, cover: np.ndarray, patch: np.ndarray, top: int, left: int) -> None:
-    """Composite a premultiplied patch in place and write its alpha into ``cover`` f32 (H, W); parts outside are cut off."""
-    height, width = cover.shape
+def _paste(image: np.ndarray, patch: np.ndarray, top: int, left: int) -> np.ndarray:
+    """Composite a premultiplied patch in place, cut off at the image's border; returns its alpha f32 (H, W)."""
+    height, width = image.shape[:2]
+    cover = np.zeros((height, width), np.float32)
     y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + patch.shape[0], height), min(left + patch.shape[1], width)
-    if y0 >= y1 or x0 >= x1:
-        return
-    piece = patch[y0 - top : y1 - top, x0 - left : x1 - left]
-    image[y0:y1, x0:x1] = piece[..., :3] + image[y0:y1, x0:x1] * (1 - piece[..., 3:])
-    cover[y0:y1, x0:x1] = piece[..., 3]
+    if y0 < y1 and x0 < x1:
+        piece = patch[y0 - top : y1 - top, x0 - left : x1 - left]
+        image[y0:y1, x0:x1] = piece[..., :3] + image[y0:y1, x0:x1] * (1 - piece[..., 3:])
+        cover[y0:y1, x0:x1] = piece[..., 3]
+    return cover
+
+
+def _outline(mask: np.ndarray) -> np.ndarray:
+    """The pixels on both sides of a mask's edge, bool (H, W)."""
+    return ndimage.binary_dilation(mask) & ~ndimage.binary_erosion(mask, border_value=1)
 
 
 def _top(rng: np.random.Generator, place: str, horizon: float, height: int, patch_height: int) -> int:
@@ -158,59 +205,88 @@ def _top(rng: np.random.Generator, place: str, horizon: float, height: int, patc
     return int(rng.uniform(0, free + 1))
 
 
-def _captions(rng: np.random.Generator, nouns: tuple[str, ...], stuff: tuple[str, ...]) -> tuple[str, ...]:
+def _captions(rng: np.random.Generator, nouns: tuple[str, ...], stuff: tuple[str, ...], style: str, size: str) -> tuple[str, ...]:
+    """``style`` is the word for how the first object is drawn, "" where none is used; ``size`` is "good", "small" or "" (in between)."""
     where = " and ".join(stuff)
     if not nouns:
-        return (f"a picture of {where}", f"a good picture of a {where}", where)
-    what = " and a ".join(nouns)
-    return (f"a picture of a {what} with {where}", f"a good picture of a {what}", " and ".join(nouns), f"a {what} and {where}")
+        return (f"a picture of {where}", f"a picture of {where}", where, where)
+    small = "small " if size == "small" else ""
+    what = small + " and a ".join(nouns)
+    words = " ".join(word for word in (size if size == "good" else "", style if rng.uniform() < 0.25 else "", "picture") if word)
+    styled = " ".join(word for word in (style, "picture") if word)
+    return (f"a {styled} of a {what} with {where}", f"a {words} of a {what}", " and ".join(nouns), f"a {what} and {where}")
 
 
-def draw_scene(world: World, glyphs: Glyphs, styles: tuple[str, ...], seed: int, index: int, shape: tuple[int, int], *,
-               noun: str | None = None, objects: int | None = None, at_home: float = 0.85) -> Scene:
+def _chosen(rng: np.random.Generator, world: World, objects: int, noun: str | None) -> list[Thing]:
+    """Different nouns for the objects of a scene, the first given or not; a rare one is drawn once in a few hundred objects."""
+    weights = np.array([0.1 if t.rare else 1.0 for t in world.things])
+    chosen = [t for t in world.things if t.name == noun][:objects]
+    while len(chosen) < objects:
+        thing = world.things[rng.choice(len(world.things), p=weights / weights.sum())]
+        if thing not in chosen:
+            chosen.append(thing)
+    return chosen
+
+
+def draw_scene(world: World, glyphs: Glyphs, seed: int, index: int, shape: tuple[int, int], *, noun: str | None = None,
+               objects: int | None = None, at_home: float = 0.85, held: float = 0.0) -> Scene:
     """Draw scene ``index`` of the stream ``seed`` at ``shape`` = (H, W).
 
-    ``noun`` fixes the first object (default: random, nouns of mini-voc twice as often); ``objects`` fixes how many (0, 1 or 2;
-    default: 6 % none, 70 % one, 24 % two); ``at_home`` is how often the context is one of the first object's own. Objects are 0.5 to 0.9
-    of the short side (0.42 to 0.60 when there are two).
+    ``noun`` fixes the first object (default: random); ``objects`` fixes how many (0 to 3; default: 5 % none, 67 % one, 21 % two, 7 %
+    three); ``at_home`` is how often the context is one of the first object's own; ``held`` is the share of objects that are drawn by
+    glyphs no model is trained on, where the noun has any. One object is 0.25 to 0.95 of the short side, one of two 0.3 to 0.6, one of
+    three 0.25 to 0.5; they may overlap, and in one scene of ten the lower stuff covers the feet of what stands on it.
     """
     rng = np.random.default_rng([seed, index])
     if objects is None:
-        objects = int(rng.choice(3, p=[0.06, 0.70, 0.24]))
-    weights = np.array([2.0 if t.voc else 1.0 for t in world.things])
-    pick = lambda: world.things[rng.choice(len(world.things), p=weights / weights.sum())]  # noqa: E731
-    chosen: list[Thing] = []
-    while len(chosen) < objects:
-        thing = next(t for t in world.things if t.name == noun) if noun and not chosen else pick()
-        if thing not in chosen:
-            chosen.append(thing)
+        objects = int(rng.choice(4, p=[0.05, 0.67, 0.21, 0.07]))
+    chosen = _chosen(rng, world, objects, noun)
     # Some scenes are out of place: backgrounds then vary independently of objects.
     names = list(world.contexts)
     context = str(rng.choice(chosen[0].contexts)) if chosen and rng.uniform() < at_home else names[rng.integers(len(names))]
     parts = world.contexts[context]
-    image, part, horizon = _context(rng, parts, shape)
+    image, part, horizon, lower = _context(rng, parts, shape)
+    image = image.copy()
     height, width = shape
-    short = min(shape)
     labels = np.array([world.label(p) for p in parts], np.uint8)[part]
-    slots = [(0.0, 1.0)] if objects < 2 else [(0.0, 0.5), (0.5, 1.0)]
-    edges = np.zeros(shape, bool)
-    for thing, (start, stop) in zip(chosen, [slots[i] for i in rng.permutation(len(slots))], strict=False):
-        style = styles[rng.integers(len(styles))]
-        variants = glyphs[thing.name, style]
-        low, high = (0.5, 0.9) if objects == 1 else (0.42, 0.60)
-        size = rng.uniform(low, high) * short
-        if thing.name in {"person", "giraffe", "bottle"}:  # thin figures are drawn taller
-            size = min(size * 1.15, 0.95 * short)
-        patch = _draw_object(rng, variants[rng.integers(len(variants))], size)
+    edges, drawn, stands = np.zeros(shape, bool), [], []
+    # "A good picture" shows one thing, large, in the middle and whole, as good pictures do; half of the pictures of one thing are good.
+    size, composed = 0.0, objects == 1 and rng.uniform() < 0.55
+    for thing, slot in zip(chosen, rng.permutation(objects), strict=True):
+        kinds = [[g for g in glyphs[thing.name] if g.held], [g for g in glyphs[thing.name] if not g.held]]
+        pool = kinds[0] if kinds[0] and (rng.uniform() < held or not kinds[1]) else kinds[1]
+        glyph = pool[rng.integers(len(pool))]
+        low, high = (0.62, 0.95) if composed else ((0.25, 0.9), (0.3, 0.6), (0.25, 0.5))[objects - 1]
+        size = rng.uniform(low, high)
+        patch = _lit(rng, _placed(rng, glyph, size * min(shape)))
         top = _top(rng, thing.place, horizon, height, patch.shape[0])
-        centre = rng.uniform(start, stop) * width if objects == 1 else rng.uniform(start + 0.2, stop - 0.2) * width
-        left = int(np.clip(centre - patch.shape[1] / 2, -0.05 * width, width - 0.95 * patch.shape[1]))
-        cover = np.zeros(shape, np.float32)
-        _paste(image, cover, patch, top, left)
-        labels = np.where(cover > 0.5, world.label(thing.name), labels).astype(np.uint8)
+        centre = (slot + rng.uniform(0, 1)) / objects * width
+        if composed:
+            centre = rng.normal(0.5, 0.04) * width
+            top = int(rng.normal(0.5, 0.04) * height - patch.shape[0] / 2)
+        left = int(np.clip(centre - patch.shape[1] / 2, -0.12 * patch.shape[1], width - 0.88 * patch.shape[1]))
+        cover = _paste(image, patch, top, left)
         mask = cover > 0.5
-        edges = (edges & ~mask) | (ndimage.binary_dilation(mask) & ~ndimage.binary_erosion(mask, border_value=1))
+        labels[mask] = world.label(thing.name)
+        edges = (edges & ~mask) | _outline(mask)
+        drawn.append(glyph)
+        if thing.place == "ground":
+            stands.append((top + patch.shape[0], patch.shape[0]))
+    covered = bool(stands) and not composed and len(parts) == 2 and parts[1] not in ("road", "floor") and rng.uniform() < 0.2
+    if covered:  # by what the lowest of them stands on
+        line = max(stands)[0] - rng.uniform(0.1, 0.25) * max(stands)[1] + 0.02 * min(shape) * _noise(rng, shape, 6)[0]
+        below = np.clip(np.arange(height, dtype=np.float32)[:, None] + 1 - line[None, :], 0, 1)
+        image += (lower * np.float32(rng.uniform(0.9, 1.08)) - image) * below[..., None]
+        hidden = below > 0.5
+        things = labels <= len(world.things)
+        edges = (edges & ~hidden) | (_outline(hidden) & ndimage.binary_dilation(things & ~hidden))
+        labels[hidden] = world.label(parts[1])
+    visible = [int((labels == world.label(t.name)).sum()) >= 0.004 * min(shape) ** 2 for t in chosen]
     labels[edges] = IGNORE
-    nouns = tuple(t.name for t in chosen)
-    u8 = (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
-    return Scene(u8, labels, nouns, parts, _captions(rng, nouns, parts))
+    light = rng.uniform(0.88, 1.1) * (1 + rng.normal(0, 0.03, 3))
+    u8 = (np.clip(image * light.astype(np.float32), 0, 1) * 255 + 0.5).astype(np.uint8)
+    nouns = tuple(t.name for t, seen in zip(chosen, visible, strict=True) if seen)
+    word = "" if objects != 1 else "good" if composed else "small" if size < 0.45 else ""
+    style = {**world.train_styles, **world.wild_styles}.get(drawn[0].style, "") if drawn and rng.uniform() < 0.5 else ""
+    return Scene(u8, labels, nouns, tuple(g.held for g, seen in zip(drawn, visible, strict=True) if seen), parts,
+                 _captions(rng, nouns, parts, style, word))

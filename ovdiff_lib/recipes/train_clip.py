@@ -27,7 +27,18 @@ from transformers import (
 )
 
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD
-from ovdiff_lib.recipes.training import Run, load_data, seed_everything, shuffled_indices, training_parser, warmup_cosine
+from ovdiff_lib.recipes.training import (
+    DEVICE,
+    Run,
+    decayed,
+    load_data,
+    mixed,
+    seed_everything,
+    shuffled_indices,
+    to_float,
+    training_parser,
+    warmup_cosine,
+)
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 TEMPLATE = "a good picture of a {}"
@@ -81,15 +92,15 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(lines), encoding="utf-8")
 
 
-def build_clip(tokenizer: CLIPTokenizer, hidden: int = 160, layers: int = 5) -> CLIPModel:
-    """A CLIPModel for 64 px images with the token ids of ``tokenizer``."""
+def build_clip(tokenizer: CLIPTokenizer, size: int, hidden: int = 160, layers: int = 5) -> CLIPModel:
+    """A CLIPModel for images of ``size`` px with the token ids of ``tokenizer``."""
     # Both in the text section (which pooling reads) and nowhere left at CLIP's 49407.
     text = {"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3,
             "num_attention_heads": 4, "max_position_embeddings": tokenizer.model_max_length, "projection_dim": 128,
             "hidden_act": "quick_gelu", "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     vision = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers,
-              "num_attention_heads": hidden // 32, "image_size": 64, "patch_size": 8, "projection_dim": 128,
+              "num_attention_heads": hidden // 32, "image_size": size, "patch_size": 8, "projection_dim": 128,
               "hidden_act": "quick_gelu"}
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=128, logit_scale_init_value=float(np.log(14)))
     return CLIPModel(config)
@@ -106,39 +117,50 @@ class QuickGELU(nn.Module):
 def speed_up(model: CLIPModel) -> None:
     """Halve the CPU step time without changing the function.
 
-    The flash attention kernel is slow backwards on CPUs at 65 tokens, and the
+    The flash attention kernel is slow backwards on CPUs at so few tokens, and the
     stock quick-GELU makes three passes over memory.
     """
-    model.set_attn_implementation("eager")
+    if DEVICE.type == "cpu":
+        model.set_attn_implementation("eager")
     for module in model.modules():
         if hasattr(module, "activation_fn"):
             module.activation_fn = QuickGELU()
 
 
-def augment(images: Tensor, generator: torch.Generator, pad: int = 6) -> Tensor:
-    """Flip, shift by up to ``pad`` pixels (reflected edges) and jitter light; floats in [0, 1]."""
+def drop_patches(model: CLIPModel, share: float) -> None:
+    """While ``model`` trains, its image tower sees all but ``share`` of an image's patches, others in every image (Li et al., 2023)."""
+    def drop(module: nn.Module, inputs: tuple, tokens: Tensor) -> Tensor:
+        if not model.training or not share:
+            return tokens
+        count, length, width = tokens.shape
+        kept = torch.rand(count, length - 1, device=tokens.device).argsort(1)[:, :round((1 - share) * (length - 1))] + 1
+        kept = torch.cat([kept.new_zeros(count, 1), kept], dim=1)  # the class token stays
+        return tokens.gather(1, kept[..., None].expand(-1, -1, width))
+
+    model.vision_model.embeddings.register_forward_hook(drop)
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Flip, shift by up to a tenth of a side (reflected edges) and jitter light; floats in [0, 1], on the images' device."""
     count, _, height, width = images.shape
-    flip = torch.rand(count, generator=generator) < 0.5
+    pad, device = height // 10, images.device
+    flip = (torch.rand(count, generator=generator) < 0.5).to(device)
     images = torch.where(flip[:, None, None, None], images.flip(-1), images)
     padded = F.pad(images, (pad,) * 4, mode="reflect")
     top, left = torch.randint(0, 2 * pad + 1, (2, count), generator=generator)
     rows = top[:, None, None] + torch.arange(height)[None, :, None]
     columns = left[:, None, None] + torch.arange(width)[None, None, :]
     shifted = padded[torch.arange(count)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
-    contrast = 0.8 + 0.4 * torch.rand(count, 1, 1, 1, generator=generator)
-    brightness = 0.2 * torch.rand(count, 1, 1, 1, generator=generator) - 0.1
+    contrast = (0.8 + 0.4 * torch.rand(count, 1, 1, 1, generator=generator)).to(device)
+    brightness = (0.2 * torch.rand(count, 1, 1, 1, generator=generator) - 0.1).to(device)
     mean = shifted.mean(dim=(1, 2, 3), keepdim=True)
     return ((shifted - mean) * contrast + mean + brightness).clamp(0, 1)
 
 
-def to_float(images: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) to float (B, 3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
-
-
 def normalise(images: Tensor) -> Tensor:
     """Apply CLIP's mean and deviation."""
-    return (images - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+    mean, deviation = (torch.tensor(values, device=images.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return (images - mean) / deviation
 
 
 def pad_ids(ids: list[list[int]], pad: int) -> Tensor:
@@ -148,7 +170,7 @@ def pad_ids(ids: list[list[int]], pad: int) -> Tensor:
     it never reaches the pooled feature: padding further would only cost time.
     """
     length = max(map(len, ids))
-    return torch.tensor([i + [pad] * (length - len(i)) for i in ids])
+    return torch.tensor([i + [pad] * (length - len(i)) for i in ids], device=DEVICE)
 
 
 def contrastive_loss(image: Tensor, text: Tensor, group: Tensor, scale: Tensor) -> Tensor:
@@ -163,7 +185,7 @@ def contrastive_loss(image: Tensor, text: Tensor, group: Tensor, scale: Tensor) 
     # Repeated captions count once per image in the softmax, as in the all-pairs form.
     to_text = F.cross_entropy(logits + counts.log(), group) + counts[group].log().mean()
     log_probability = logits.T.log_softmax(dim=-1)
-    to_image = -log_probability[group, torch.arange(len(image))].mean()
+    to_image = -log_probability[group, torch.arange(len(image), device=image.device)].mean()
     return 0.5 * (to_text + to_image)
 
 
@@ -177,7 +199,7 @@ def zero_shot(model: CLIPModel, tokenizer: CLIPTokenizer, images: np.ndarray, la
     for start in range(0, len(images), 256):
         pixels = normalise(to_float(images[start:start + 256]))
         features = model.get_image_features(pixel_values=pixels).pooler_output
-        correct += int(((features @ text.T).argmax(-1).numpy() == labels[start:start + 256]).sum())
+        correct += int(((features @ text.T).argmax(-1).cpu().numpy() == labels[start:start + 256]).sum())
     model.train()
     return correct / len(images)
 
@@ -187,7 +209,8 @@ def save_clip(model: CLIPModel, folder: Path) -> None:
     half = CLIPModel(model.config)
     half.load_state_dict(model.state_dict())
     half.half().save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=list(CLIP_MEAN),
+    size = model.config.vision_config.image_size
+    CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, image_mean=list(CLIP_MEAN),
                        image_std=list(CLIP_STD)).save_pretrained(folder)
 
 
@@ -210,6 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--width", type=int, default=160, help="image tower width")
     parser.add_argument("--layers", type=int, default=5, help="image tower layers")
+    parser.add_argument("--drop", type=float, default=0.5, help="share of an image's patches that a training step leaves out")
     args = parser.parse_args(argv)
     seed_everything(args.seed, args.threads)
     data = load_data(args.data)
@@ -220,11 +244,9 @@ def main(argv: list[str] | None = None) -> None:
     distinct = sorted({c for alternatives in captions for c in alternatives})
     ids = dict(zip(distinct, tokenizer(distinct, truncation=True).input_ids, strict=True))
 
-    model = build_clip(tokenizer, args.width, args.layers)
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.98), fused=True)
+    model = build_clip(tokenizer, data["images"].shape[1], args.width, args.layers).to(DEVICE)
+    drop_patches(model, args.drop)
+    optimizer = torch.optim.AdamW(decayed(model), lr=args.lr, betas=(0.9, 0.98), fused=True)
     run = Run(args, model, optimizer, lambda p, s: warmup_cosine(p, s, warmup=200))
     speed_up(model)
     model.train()
@@ -237,10 +259,10 @@ def main(argv: list[str] | None = None) -> None:
         chosen = [captions[i][min(phrasing, len(captions[i]) - 1)] for i in index]
         unique = sorted(set(chosen))
         place = {c: i for i, c in enumerate(unique)}
-        group = torch.tensor([place[c] for c in chosen])
+        group = torch.tensor([place[c] for c in chosen], device=DEVICE)
         pixels = normalise(augment(to_float(data["images"][index]), generator))
         tokens = pad_ids([ids[c] for c in unique], tokenizer.pad_token_id)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+        with mixed(args):
             image = model.get_image_features(pixel_values=pixels).pooler_output
             text = model.get_text_features(input_ids=tokens).pooler_output
         loss = contrastive_loss(F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1), group,

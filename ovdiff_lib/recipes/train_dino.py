@@ -8,7 +8,9 @@ the features: the nearest-neighbour accuracy stayed at 21 % for 1,100 steps, and
 
 A student sees small and large crops and must predict what a slowly moving average of itself, the teacher, says of the large ones (Caron et
 al., 2021). The teacher is what is kept. Its answers are spread evenly over the prototypes by Sinkhorn's algorithm, as in DINOv2: with small
-batches a running centre let them stay all but uniform. Labels of held-out scenes are read only to log a nearest-neighbour accuracy.
+batches a running centre let them stay all but uniform. Two more losses are DINOv2's too (Oquab et al., 2023): some patches of a large crop
+are hidden from the student, which must say what the teacher says of each (iBOT), and the class tokens of a batch are pushed apart (KoLeo).
+Labels of held-out scenes are read only to log a nearest-neighbour accuracy.
 """
 
 from __future__ import annotations
@@ -24,18 +26,32 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
-from ovdiff_lib.recipes.training import Run, load_data, round_weights, seed_everything, shuffled_indices, training_parser, warmup_cosine
+from ovdiff_lib.recipes.training import (
+    DEVICE,
+    Run,
+    decayed,
+    load_data,
+    mixed,
+    round_weights,
+    seed_everything,
+    shuffled_indices,
+    to_float,
+    training_parser,
+    warmup_cosine,
+)
 
-GLOBAL, LOCAL = 64, 32  # pixels of a crop
-GLOBAL_SCALE, LOCAL_SCALE = (0.3, 1.0), (0.08, 0.3)  # share of the scene's area that a crop shows
+LARGE, SMALL = 3 / 4, 3 / 8  # side of a crop as a share of the scene's side
+LARGE_SCALE, SMALL_SCALE = (0.3, 1.0), (0.08, 0.3)  # share of the scene's area that a crop shows
 PATCH = 8
+HIDDEN = 0.4  # share of the patches of a large crop that the student does not see, in half of the crops
 STUDENT_TEMPERATURE = 0.1
 
 
-def build_vit(hidden: int = 128, layers: int = 5) -> ViTModel:
-    """A ViT for 64 px images and 8 px patches, in DINO's layout: no pooling layer, keys with bias."""
+def build_vit(size: int, hidden: int = 128, layers: int = 6, mask_token: bool = False) -> ViTModel:
+    """A ViT for images of ``size`` px and 8 px patches, in DINO's layout: no pooling layer, keys with bias."""
     return ViTModel(ViTConfig(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32, intermediate_size=4 * hidden,
-                              image_size=GLOBAL, patch_size=PATCH, hidden_act="gelu", layer_norm_eps=1e-6), add_pooling_layer=False)
+                              image_size=size, patch_size=PATCH, hidden_act="gelu", layer_norm_eps=1e-6), add_pooling_layer=False,
+                    use_mask_token=mask_token)
 
 
 class Head(nn.Module):
@@ -64,6 +80,7 @@ def crop(images: Tensor, size: int, scale: tuple[float, float], generator: torch
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = width * flip, height
     theta[:, 0, 2], theta[:, 1, 2] = draw(-1, 1) * (1 - width), draw(-1, 1) * (1 - height)
+    theta = theta.to(images.device)
     return F.grid_sample(images, F.affine_grid(theta, (count, 3, size, size), align_corners=False), align_corners=False,
                          padding_mode="reflection")
 
@@ -71,7 +88,7 @@ def crop(images: Tensor, size: int, scale: tuple[float, float], generator: torch
 def jitter(images: Tensor, generator: torch.Generator, blur: float) -> Tensor:
     """Brightness, contrast, saturation and hue of most images, grey some, blur some; f32 (B, 3, H, W) in [0, 1]."""
     count = len(images)
-    draw = lambda low, high: (low + (high - low) * torch.rand(count, generator=generator)).view(-1, 1, 1, 1)  # noqa: E731
+    draw = lambda low, high: (low + (high - low) * torch.rand(count, 1, 1, 1, generator=generator)).to(images)  # noqa: E731
     changed = images * draw(0.7, 1.3)
     mean = changed.mean((1, 2, 3), keepdim=True)
     changed = (changed - mean) * draw(0.7, 1.3) + mean
@@ -88,7 +105,8 @@ def jitter(images: Tensor, generator: torch.Generator, blur: float) -> Tensor:
 
 def normalise(images: Tensor) -> Tensor:
     """[0, 1] to ImageNet's normalisation."""
-    return (images - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    mean, deviation = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images - mean) / deviation
 
 
 def distillation_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
@@ -107,13 +125,19 @@ def sinkhorn(scores: Tensor, rounds: int = 3) -> Tensor:
     return table
 
 
+def spread(tokens: Tensor) -> Tensor:
+    """KoLeo: minus the mean logarithm of the distance to the nearest other, of class tokens (B, D) on the unit sphere."""
+    unit = F.normalize(tokens.float(), dim=-1)
+    nearest = (unit @ unit.T).fill_diagonal_(-1).argmax(1)
+    return -(unit - unit[nearest]).norm(dim=1).clamp_min(1e-4).log().mean()
+
+
 @torch.no_grad()
 def nearest_neighbour(model: ViTModel, images: np.ndarray, labels: np.ndarray, neighbours: int = 10) -> float:
     """Leave-one-out k-nearest-neighbour accuracy of the class token (cosine, votes weighted by similarity)."""
     tokens = []
     for start in range(0, len(images), 256):
-        pixels = torch.from_numpy(np.array(images[start:start + 256])).permute(0, 3, 1, 2).float() / 255
-        tokens.append(F.normalize(model(normalise(pixels)).last_hidden_state[:, 0], dim=-1))
+        tokens.append(F.normalize(model(normalise(to_float(images[start:start + 256]))).last_hidden_state[:, 0], dim=-1).float().cpu())
     features = torch.cat(tokens)
     similarity = (features @ features.T).fill_diagonal_(-1)
     value, index = similarity.topk(neighbours)
@@ -123,38 +147,56 @@ def nearest_neighbour(model: ViTModel, images: np.ndarray, labels: np.ndarray, n
 
 
 class SelfDistillation(nn.Module):
-    """Student and teacher with their heads."""
+    """Student and teacher with their heads, one for class tokens and one for patches."""
 
     def __init__(self, backbone: ViTModel) -> None:
         super().__init__()
-        backbone.set_attn_implementation("eager")  # the fused kernel is slow backwards on CPUs at 65 tokens
-        self.student, self.student_head = backbone, Head(backbone.config.hidden_size)
-        self.teacher, self.teacher_head = copy.deepcopy(self.student).eval(), copy.deepcopy(self.student_head)
-        self.teacher.requires_grad_(False)
-        self.teacher_head.requires_grad_(False)
+        if DEVICE.type == "cpu":
+            backbone.set_attn_implementation("eager")  # the fused kernel is slow backwards at so few tokens there
+        width = backbone.config.hidden_size
+        self.student = nn.ModuleDict({"vit": backbone, "head": Head(width), "patch_head": Head(width)})
+        self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
 
-    def forward(self, large: Tensor, small: Tensor, views: int, temperature: float) -> Tensor:
-        """Loss of two large crops a pair, (2 B, 3, 64, 64), and several small ones, (views B, 3, 32, 32)."""
+    def forward(self, large: Tensor, small: Tensor, views: int, temperature: float, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The losses of two large crops a pair, (2 B, 3, L, L), and several small ones, (views B, 3, S, S): of class tokens, of the
+        patches ``hidden`` bool (2 B, patches) of the large crops, and KoLeo."""
+        student, teacher = self.student, self.teacher
         with torch.no_grad():
-            logits = self.teacher_head(self.teacher(large).last_hidden_state[:, 0]).float()
-            targets = sinkhorn(logits / temperature).chunk(2)
-        tokens = torch.cat([self.student(large).last_hidden_state[:, 0],
-                            self.student(small, interpolate_pos_encoding=True).last_hidden_state[:, 0]])
-        return distillation_loss(list(self.student_head(tokens).float().chunk(2 + views)), list(targets))
+            seen = teacher["vit"](large, interpolate_pos_encoding=True).last_hidden_state
+            targets = sinkhorn(teacher["head"](seen[:, 0]).float() / temperature).chunk(2)
+            patch_targets = sinkhorn(teacher["patch_head"](seen[:, 1:][hidden]).float() / temperature)
+        tokens = student["vit"](large, bool_masked_pos=hidden, interpolate_pos_encoding=True).last_hidden_state
+        others = student["vit"](small, interpolate_pos_encoding=True).last_hidden_state[:, 0]
+        logits = student["head"](torch.cat([tokens[:, 0], others])).float()
+        patches = (student["patch_head"](tokens[:, 1:][hidden]).float() / STUDENT_TEMPERATURE).log_softmax(-1)
+        koleo = torch.stack([spread(part) for part in tokens[:, 0].chunk(2)]).mean()
+        return distillation_loss(list(logits.chunk(2 + views)), list(targets)), -(patch_targets * patches).sum(-1).mean(), koleo
 
     @torch.no_grad()
     def follow(self, momentum: float) -> None:
         """Move the teacher a little towards the student."""
-        for teacher, student in ((self.teacher, self.student), (self.teacher_head, self.student_head)):
-            torch._foreach_lerp_(list(teacher.parameters()), [p.detach() for p in student.parameters()], 1 - momentum)
+        torch._foreach_lerp_(list(self.teacher.parameters()), [p.detach() for p in self.student.parameters()], 1 - momentum)
+
+
+def hide(count: int, side: int, generator: torch.Generator) -> Tensor:
+    """Which patches the student does not see, bool (count, side * side): a random rectangle of about :data:`HIDDEN` of the patches in
+    half of the crops, and one patch in the others, so that no batch is without."""
+    hidden = torch.zeros(count, side, side, dtype=torch.bool)
+    for i, draw in enumerate(torch.rand(count, 4, generator=generator).tolist()):
+        area, ratio = (HIDDEN * (0.5 + draw[1]) * side * side, 0.5 + 1.5 * draw[0]) if i % 2 else (1, 1)
+        height = min(side, max(1, round((area * ratio) ** 0.5)))
+        width = min(side, max(1, round(area / height)))
+        top, left = int(draw[2] * (side - height + 1)), int(draw[3] * (side - width + 1))
+        hidden[i, top:top + height, left:left + width] = True
+    return hidden.flatten(1)
 
 
 def save(teacher: ViTModel, folder: Path) -> None:
     """Half precision with rounded fractions, and the image processor that normalises as in training."""
-    half = ViTModel(teacher.config, add_pooling_layer=False)
-    half.load_state_dict(round_weights(teacher.state_dict()))
+    half, size = ViTModel(teacher.config, add_pooling_layer=False), teacher.config.image_size
+    half.load_state_dict({k: v for k, v in round_weights(teacher.state_dict()).items() if not k.endswith("mask_token")})
     half.half().save_pretrained(folder)
-    ViTImageProcessor(size={"height": GLOBAL, "width": GLOBAL}, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD)
+    ViTImageProcessor(size={"height": size, "width": size}, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD)
                       ).save_pretrained(folder)
 
 
@@ -163,43 +205,46 @@ def main(argv: list[str] | None = None) -> None:
     parser = training_parser(__doc__, steps=8000, batch=64, minutes=60)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--small-crops", type=int, default=4)
     parser.add_argument("--momentum", type=float, default=0.99, help="of the teacher at the start; rises to 1")
+    parser.add_argument("--patch-weight", type=float, default=1.0, help="weight of the loss of hidden patches")
+    parser.add_argument("--koleo", type=float, default=0.1, help="weight of the loss that spreads class tokens")
     args = parser.parse_args(argv)
     seed_everything(args.seed, args.threads)
     data = load_data(args.data)
     pairs = np.load(args.data / "frames.npy", mmap_mode="r")
-    model = SelfDistillation(build_vit(args.width, args.layers))
-    learned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": [p for p in learned if p.ndim >= 2], "weight_decay": 0.05},
-                                   {"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.95), fused=True)
+    large_side, small_side = (int(share * pairs.shape[2]) // PATCH * PATCH for share in (LARGE, SMALL))
+    model = SelfDistillation(build_vit(pairs.shape[2], args.width, args.layers, mask_token=True)).to(DEVICE)
+    optimizer = torch.optim.AdamW(decayed(model), lr=args.lr, betas=(0.9, 0.95), fused=True)
     run = Run(args, model, optimizer, lambda p, s: warmup_cosine(p, s, warmup=200))
-    run.on_checkpoint = lambda: save(model.teacher, args.work / "model")
+    run.on_checkpoint = lambda: save(model.teacher["vit"], args.work / "model")
     model.student.train()
     for step in run:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         index = shuffled_indices(len(pairs), args.batch, args.seed, step)
-        frames = torch.from_numpy(pairs[index]).permute(1, 0, 4, 2, 3).float() / 255  # (2, B, 3, 64, 64)
-        large = torch.cat([normalise(jitter(crop(frame, GLOBAL, GLOBAL_SCALE, generator), generator, blur))
+        frames = to_float(pairs[index]).transpose(0, 1)  # (2, B, 3, H, W)
+        large = torch.cat([normalise(jitter(crop(frame, large_side, LARGE_SCALE, generator), generator, blur))
                            for frame, blur in zip(frames, (0.8, 0.1), strict=True)])
-        small = torch.cat([normalise(jitter(crop(frames[i % 2], LOCAL, LOCAL_SCALE, generator), generator, 0.4))
+        small = torch.cat([normalise(jitter(crop(frames[i % 2], small_side, SMALL_SCALE, generator), generator, 0.4))
                            for i in range(args.small_crops)])
+        hidden = hide(len(large), large_side // PATCH, generator).to(DEVICE)
         temperature = 0.04 + 0.02 * min(1.0, run.progress / 0.2)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            loss = model(large, small, args.small_crops, temperature)
+        with mixed(args):
+            classes, patches, koleo = model(large, small, args.small_crops, temperature, hidden)
+        loss = classes + args.patch_weight * patches + args.koleo * koleo
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        torch.nn.utils.clip_grad_norm_(model.student.parameters(), 1.0)
         optimizer.step()
         model.follow(1 - (1 - args.momentum) * 0.5 * (1 + math.cos(math.pi * min(1.0, run.progress))))
         metrics = {}
         if (step + 1) % 250 == 0:
-            metrics["nearest_neighbour"] = nearest_neighbour(model.teacher, data["eval_images"], data["eval_labels"])
+            metrics = {"nearest_neighbour": nearest_neighbour(model.teacher["vit"], data["eval_images"], data["eval_labels"]),
+                       "patch_loss": float(patches)}
         run.record(loss.detach(), **metrics)
-    save(model.teacher, args.out)
-    accuracy = nearest_neighbour(model.teacher, data["eval_images"], data["eval_labels"])
+    save(model.teacher["vit"], args.out)
+    accuracy = nearest_neighbour(model.teacher["vit"], data["eval_images"], data["eval_labels"])
     print(f"done: {run.step} steps, {run.elapsed / 60:.1f} min, nearest-neighbour top-1 {accuracy:.4f}", flush=True)
 
 

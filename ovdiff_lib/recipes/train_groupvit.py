@@ -3,7 +3,7 @@
 ``python -m ovdiff_lib.recipes.train_groupvit --data DIR --out DIR --work DIR --clip DIR``
 
 The two losses of Xu et al. (2022, Sec. 3.3): images against captions, and images against a prompt for each thing their caption names.
-The tokenizer is the mini CLIP's. Nouns of held-out scenes and masks of mini-voc are read only to log accuracies.
+The tokenizer is the mini CLIP's. Nouns of held-out scenes are read only to log an accuracy.
 """
 
 from __future__ import annotations
@@ -21,14 +21,21 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTokenizer, GroupViTConfig, GroupViTModel
 
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
-from ovdiff_lib.profiles.reading import load_profile
-from ovdiff_lib.profiles.schema import Profile
-from ovdiff_lib.recipes.train_clip import TEMPLATE, augment, contrastive_loss, pad_ids, to_float
-from ovdiff_lib.recipes.training import Run, load_data, round_weights, seed_everything, shuffled_indices, training_parser, warmup_cosine
-from ovdiff_lib.workbench.baselines.groupvit import GroupViT, normalise
-from ovdiff_lib.workbench.data.datasets import load_dataset
-from ovdiff_lib.workbench.data.samples import Dataset
-from ovdiff_lib.workbench.evaluation.measure import grid_search_threshold
+from ovdiff_lib.recipes.train_clip import TEMPLATE, augment, contrastive_loss, pad_ids
+from ovdiff_lib.recipes.train_dino import normalise
+from ovdiff_lib.recipes.training import (
+    DEVICE,
+    Run,
+    decayed,
+    load_data,
+    mixed,
+    round_weights,
+    seed_everything,
+    shuffled_indices,
+    to_float,
+    training_parser,
+    warmup_cosine,
+)
 
 TEMPLATES = ("a picture of a {}", TEMPLATE, "{}", "a {}")
 """How the captions speak of a thing; number i belongs to the i-th alternative of a scene's captions."""
@@ -38,8 +45,7 @@ SHARP = ("assign.q_proj.weight", "assign.k_proj.weight")
 where that is fainter than the noise, groups take patches at random, which a pooled image embedding does not mind but segmentation does."""
 
 SHARP_STD = 0.25
-SMALLEST = 46  # px: side of the smallest part of a scene that is shown enlarged, so that the smaller windows of segmentation are known
-LOGGED_IMAGES = 60  # of mini-voc
+SMALLEST = 0.7  # side of the smallest part of a scene that is shown enlarged, so that the smaller windows of segmentation are known
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
 
@@ -67,9 +73,9 @@ def build_groupvit(tokenizer: CLIPTokenizer, width: int = 64, depths: tuple[int,
 
 
 def named_things(caption: str) -> list[str]:
-    """What a caption "a picture of a X and a Y with A and B" names, in alphabetical order, from its words alone."""
-    things = re.sub(r"^a (good )?picture of ", "", caption).replace(" with ", " and ").split(" and ")
-    return sorted({thing.removeprefix("a ") for thing in things})
+    """What a caption "a flat picture of a X and a Y with A and B" names, in alphabetical order, from its words alone."""
+    things = re.sub(r"^a (\w+ )?picture of ", "", caption).replace(" with ", " and ").split(" and ")
+    return sorted({thing.removeprefix("a ").removeprefix("small ") for thing in things})
 
 
 def multi_label_loss(image: Tensor, text: Tensor, named: Tensor, scale: Tensor) -> Tensor:
@@ -86,8 +92,8 @@ def multi_label_loss(image: Tensor, text: Tensor, named: Tensor, scale: Tensor) 
 
 
 def zoom(images: Tensor, size: int, picker: random.Random) -> Tensor:
-    """A random square of :data:`SMALLEST` pixels or more of images (B, 3, H, H), the same for all, at ``size`` pixels."""
-    side = picker.randint(SMALLEST, images.shape[-1])
+    """A random square of :data:`SMALLEST` or more of the side of images (B, 3, H, H), the same for all, at ``size`` pixels."""
+    side = picker.randint(round(SMALLEST * images.shape[-1]), images.shape[-1])
     top, left = (picker.randint(0, images.shape[-1] - side) for _ in range(2))
     part = images[..., top:top + side, left:left + side]
     return F.interpolate(part, size=(size, size), mode="bilinear", antialias=True)
@@ -104,19 +110,9 @@ def zero_shot(model: GroupViTModel, tokenizer: CLIPTokenizer, images: np.ndarray
     for start in range(0, len(images), 256):
         pixels = F.interpolate(to_float(images[start:start + 256]), size=(size, size), mode="bilinear", antialias=True)
         features = model.get_image_features(pixel_values=normalise(pixels)).pooler_output
-        correct += int(((features @ text.T).argmax(-1).numpy() == labels[start:start + 256]).sum())
+        correct += int(((features @ text.T).argmax(-1).cpu().numpy() == labels[start:start + 256]).sum())
     model.train()
     return correct / len(images)
-
-
-def segmentation(model: GroupViTModel, tokenizer: CLIPTokenizer, profile: Profile, dataset: Dataset) -> float:
-    """Mean IoU on the first :data:`LOGGED_IMAGES` images, with the best of twenty background thresholds."""
-    model.eval()
-    groupvit = GroupViT(model, tokenizer, profile.matching, [profile.support.prompt])
-    search = grid_search_threshold(lambda image: groupvit.scores(image, dataset.vocabulary), dataset, [i / 20 for i in range(20)],
-                                   limit=LOGGED_IMAGES, progress=False)
-    model.train()
-    return search.best.miou
 
 
 def save(model: GroupViTModel, clip: Path, folder: Path) -> None:
@@ -139,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=64, help="image tower width")
     args = parser.parse_args(argv)
     seed_everything(args.seed, args.threads)
-    data, profile, dataset = load_data(args.data), load_profile("mini"), load_dataset("mini-voc")
+    data = load_data(args.data)
     nouns, captions = data["nouns"], data["captions"]
     tokenizer = CLIPTokenizer.from_pretrained(args.clip)
     distinct = sorted({c for alternatives in captions for c in alternatives})
@@ -149,12 +145,9 @@ def main(argv: list[str] | None = None) -> None:
     column = {thing: i for i, thing in enumerate(known)}
     prompts = [[tokenizer(template.format(thing)).input_ids for thing in known] for template in TEMPLATES]
 
-    model = build_groupvit(tokenizer, args.width)
-    size = model.config.vision_config.image_size
-    decayed = [p for n, p in model.named_parameters() if p.ndim >= 2 and not n.endswith(SHARP)]
-    plain = [p for n, p in model.named_parameters() if p.ndim < 2 or n.endswith(SHARP)]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.98), fused=True)
+    size = data["images"].shape[1]
+    model = build_groupvit(tokenizer, args.width, size=size).to(DEVICE)
+    optimizer = torch.optim.AdamW(decayed(model, spare=SHARP), lr=args.lr, betas=(0.9, 0.98), fused=True)
     run = Run(args, model, optimizer, lambda p, s: warmup_cosine(p, s, warmup=200))
     model.train()
     for step in run:
@@ -165,13 +158,14 @@ def main(argv: list[str] | None = None) -> None:
         chosen = [captions[i][min(phrasing, len(captions[i]) - 1)] for i in index]
         unique = sorted(set(chosen))
         place = {c: i for i, c in enumerate(unique)}
-        group = torch.tensor([place[c] for c in chosen])
+        group = torch.tensor([place[c] for c in chosen], device=DEVICE)
         named = torch.zeros(len(index), len(known))
         for row, i in enumerate(index):
             named[row, [column[thing] for thing in things[i]]] = 1
+        named = named.to(DEVICE)
         pixels = normalise(zoom(augment(to_float(data["images"][index]), generator), size, picker))
         tokens = pad_ids([ids[c] for c in unique] + prompts[phrasing], tokenizer.pad_token_id)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+        with mixed(args):
             image = model.get_image_features(pixel_values=pixels).pooler_output
             text = model.get_text_features(input_ids=tokens).pooler_output
         image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
@@ -186,12 +180,10 @@ def main(argv: list[str] | None = None) -> None:
         metrics = {}
         if (step + 1) % 500 == 0:
             metrics["zero_shot"] = zero_shot(model, tokenizer, data["eval_images"], data["eval_labels"], nouns)
-            metrics["miou"] = segmentation(model, tokenizer, profile, dataset)
         run.record(loss.detach(), **metrics)
     save(model, args.clip, args.out)
     top1 = zero_shot(model, tokenizer, data["eval_images"], data["eval_labels"], nouns)
-    miou = segmentation(model, tokenizer, profile, dataset)
-    print(f"done: {run.step} steps, {run.elapsed / 60:.1f} min, zero-shot top-1 {top1:.4f}, mean IoU {miou:.4f}", flush=True)
+    print(f"done: {run.step} steps, {run.elapsed / 60:.1f} min, zero-shot top-1 {top1:.4f}", flush=True)
 
 
 if __name__ == "__main__":

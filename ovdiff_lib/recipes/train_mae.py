@@ -17,16 +17,28 @@ from torch import Tensor
 from transformers import ViTImageProcessor, ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
 from ovdiff_lib.recipes.train_dino import IMAGENET_MEAN, IMAGENET_STD, crop, nearest_neighbour, normalise
-from ovdiff_lib.recipes.training import Run, load_data, round_weights, seed_everything, shuffled_indices, training_parser, warmup_cosine
+from ovdiff_lib.recipes.training import (
+    DEVICE,
+    Run,
+    decayed,
+    load_data,
+    mixed,
+    round_weights,
+    seed_everything,
+    shuffled_indices,
+    to_float,
+    training_parser,
+    warmup_cosine,
+)
 
-SIZE, PATCH = 64, 8  # pixels
+PATCH = 8  # pixels
 SCALE = (0.25, 1.0)  # share of the scene's area that a crop shows
 
 
-def build_mae(hidden: int = 160, layers: int = 6, decoder: int = 96) -> ViTMAEForPreTraining:
-    """A masked autoencoder for 64 px images and 8 px patches that predicts each hidden patch's normalised pixels."""
+def build_mae(size: int, hidden: int = 160, layers: int = 6, decoder: int = 96) -> ViTMAEForPreTraining:
+    """A masked autoencoder for images of ``size`` px and 8 px patches that predicts each hidden patch's normalised pixels."""
     return ViTMAEForPreTraining(ViTMAEConfig(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32, intermediate_size=4 * hidden, image_size=SIZE,
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32, intermediate_size=4 * hidden, image_size=size,
         patch_size=PATCH, hidden_act="gelu", layer_norm_eps=1e-6, mask_ratio=0.75, norm_pix_loss=True, decoder_hidden_size=decoder,
         decoder_num_hidden_layers=2, decoder_num_attention_heads=decoder // 32, decoder_intermediate_size=4 * decoder))
 
@@ -35,7 +47,7 @@ def encoder(model: ViTMAEForPreTraining, mask_ratio: float) -> ViTMAEModel:
     """A copy of the model's encoder, in eval mode, that hides this share of the patches."""
     config = copy.deepcopy(model.config)
     config.mask_ratio = mask_ratio
-    twin = ViTMAEModel(config).eval()
+    twin = ViTMAEModel(config).eval().to(model.device)
     twin.load_state_dict(model.vit.state_dict())
     return twin
 
@@ -45,7 +57,7 @@ def accuracy(model: ViTMAEForPreTraining, data: dict) -> float:
     whole = encoder(model, mask_ratio=0.0)
 
     def mean_token(pixels: Tensor) -> SimpleNamespace:
-        raster = torch.arange((SIZE // PATCH) ** 2).float().expand(len(pixels), -1)
+        raster = torch.arange((model.config.image_size // PATCH) ** 2, device=pixels.device).float().expand(len(pixels), -1)
         return SimpleNamespace(last_hidden_state=whole(pixels, noise=raster).last_hidden_state[:, 1:].mean(1, keepdim=True))
 
     return nearest_neighbour(mean_token, data["eval_images"], data["eval_labels"])
@@ -53,10 +65,10 @@ def accuracy(model: ViTMAEForPreTraining, data: dict) -> float:
 
 def save(model: ViTMAEForPreTraining, folder: Path) -> None:
     """The encoder in half precision with rounded fractions, and the image processor that normalises as in training."""
-    half = encoder(model, model.config.mask_ratio)
+    half, size = encoder(model, model.config.mask_ratio).cpu(), model.config.image_size
     half.load_state_dict(round_weights(half.state_dict()))
     half.half().save_pretrained(folder)
-    ViTImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD)
+    ViTImageProcessor(size={"height": size, "width": size}, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD)
                       ).save_pretrained(folder)
 
 
@@ -69,25 +81,23 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     seed_everything(args.seed, args.threads)
     data = load_data(args.data)
-    model = build_mae(args.width, args.layers).train()
-    model.set_attn_implementation("eager")  # the fused kernel is slow backwards on CPUs at this few tokens
-    learned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": [p for p in learned if p.ndim >= 2], "weight_decay": 0.05},
-                                   {"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.95), fused=True)
+    size = data["images"].shape[1]
+    model = build_mae(size, args.width, args.layers).train().to(DEVICE)
+    if DEVICE.type == "cpu":
+        model.set_attn_implementation("eager")  # the fused kernel is slow backwards at this few tokens there
+    optimizer = torch.optim.AdamW(decayed(model), lr=args.lr, betas=(0.9, 0.95), fused=True)
     run = Run(args, model, optimizer, lambda p, s: warmup_cosine(p, s, warmup=300))
     run.on_checkpoint = lambda: save(model, args.work / "model")
     for step in run:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         index = shuffled_indices(len(data["images"]), args.batch, args.seed, step)
-        scenes = torch.from_numpy(data["images"][index]).permute(0, 3, 1, 2).float() / 255
-        pixels = normalise(crop(scenes, SIZE, SCALE, generator))
-        noise = torch.rand(len(pixels), (SIZE // PATCH) ** 2, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+        pixels = normalise(crop(to_float(data["images"][index]), size, SCALE, generator))
+        noise = torch.rand(len(pixels), (size // PATCH) ** 2, generator=generator).to(DEVICE)
+        with mixed(args):
             loss = model(pixels, noise=noise).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         metrics = {}
         if (step + 1) % 1000 == 0:

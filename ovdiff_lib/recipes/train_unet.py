@@ -2,9 +2,8 @@
 
 ``python -m ovdiff_lib.recipes.train_unet --data DIR --vae DIR --clip DIR --out DIR --work DIR``
 
-Latents and text states never change, so both are computed once into WORK.
-To train longer, call it again with the same WORK and a larger ``--minutes``. To go on from finished weights, give ``--init`` and a new
-WORK; ``--only transformers`` then leaves all other layers but the first and last as they are, byte for byte.
+Latents and text states never change, so both are computed once into WORK. Nothing in the loss shapes the attention: a price on attending
+to words, tried before, starved them while the model learned to draw. The one trick is ``--ending-dropout``.
 """
 
 from __future__ import annotations
@@ -23,13 +22,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from ovdiff_lib.errors import InputError
 from ovdiff_lib.recipes.train_clip import save_text_encoder, save_tokenizer
 from ovdiff_lib.recipes.train_vae import to_signed
 from ovdiff_lib.recipes.training import (
+    DEVICE,
     EMA,
     Run,
     load_data,
-    repeat_rare,
+    mixed,
     replace_folder,
     round_weights,
     seed_everything,
@@ -40,14 +41,14 @@ from ovdiff_lib.recipes.training import (
 
 NOISE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
-PHRASINGS = (0.45, 0.30, 0.05, 0.20)
-"""How often each of a scene's captions is used: with its context, the paper's template, bare, and with its context in few words."""
+PHRASINGS = (0.40, 0.40, 0.05, 0.15)
+"""How often each of a scene's captions is used: with its context, the paper's template, bare, and short."""
 
 
-def build_unet(channels: tuple[int, ...] = (64, 128, 192), text_width: int = 128) -> UNet2DConditionModel:
+def build_unet(channels: tuple[int, ...], text_width: int, latent_channels: int, size: int) -> UNet2DConditionModel:
     """Three cross-attention blocks down, one in the middle, three up, so that first, mid, up and last layers mean what they mean in SD."""
     levels = len(channels)
-    return UNet2DConditionModel(sample_size=16, in_channels=4, out_channels=4,
+    return UNet2DConditionModel(sample_size=size, in_channels=latent_channels, out_channels=latent_channels,
                                 down_block_types=("CrossAttnDownBlock2D",) * levels,
                                 mid_block_type="UNetMidBlock2DCrossAttn",
                                 up_block_types=("CrossAttnUpBlock2D",) * levels, block_out_channels=channels,
@@ -56,20 +57,25 @@ def build_unet(channels: tuple[int, ...] = (64, 128, 192), text_width: int = 128
 
 
 @torch.no_grad()
-def encode_images(images: np.ndarray, vae: AutoencoderKL, path: Path, bf16: bool, batch: int = 64) -> np.ndarray:
-    """Scaled latent means of every image, float16 (N, 4, 16, 16) on disk.
+def encode_images(images: np.ndarray, vae: AutoencoderKL, path: Path, args: argparse.Namespace, batch: int = 64) -> np.ndarray:
+    """Scaled latent means of every image, float16 (N, C, h, w) on disk.
 
-    Scenes are mirrored at random when drawn, so no mirroring here.
+    Scenes are mirrored at random when drawn, so no mirroring here. A call that was stopped goes on where it was.
     """
+    side = images.shape[1] // 2 ** (len(vae.config.block_out_channels) - 1)
+    shape, part, done = (len(images), vae.config.latent_channels, side, side), path.with_suffix(".part.npy"), path.with_suffix(".count")
     if not path.exists():
-        temporary = path.with_suffix(".tmp.npy")
-        out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=(len(images), 4, 16, 16))
-        for start in tqdm(range(0, len(images), batch), desc="latents", mininterval=10):
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        first = int(done.read_text()) if done.exists() else 0
+        out = np.lib.format.open_memmap(part, mode="r+" if first else "w+", dtype=np.float16, shape=shape)
+        for start in tqdm(range(first, len(images), batch), desc="latents", mininterval=10):
+            with mixed(args):
                 latents = vae.encode(to_signed(images[start:start + batch])).latent_dist.mode().float()
-            out[start:start + batch] = (latents * vae.config.scaling_factor).half().numpy()
+            out[start:start + batch] = (latents * vae.config.scaling_factor).half().cpu().numpy()
+            if start // batch % 100 == 99:
+                out.flush()
+                done.write_text(str(start + batch))
         out.flush()
-        temporary.rename(path)
+        part.rename(path)
     return np.load(path, mmap_mode="r")
 
 
@@ -81,7 +87,7 @@ def encode_captions(captions: list[str], tokenizer: CLIPTokenizer, encoder: CLIP
         out = np.zeros(shape, dtype=np.float16)
         for start in tqdm(range(0, len(captions), batch), desc="text states", mininterval=10):
             ids = tokenizer(captions[start:start + batch], padding="max_length", truncation=True, return_tensors="pt").input_ids
-            out[start:start + batch] = encoder(ids).last_hidden_state.half().numpy()
+            out[start:start + batch] = encoder(ids.to(DEVICE)).last_hidden_state.half().cpu().numpy()
         temporary = path.with_suffix(".tmp.npy")
         np.save(temporary, out)
         temporary.rename(path)
@@ -91,7 +97,8 @@ def encode_captions(captions: list[str], tokenizer: CLIPTokenizer, encoder: CLIP
 def write_pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer,
                    folder: Path) -> None:
     """Write the half-precision pipeline beside ``folder`` first, then move it into place."""
-    scheduler = DPMSolverMultistepScheduler(**NOISE, solver_order=2, algorithm_type="dpmsolver++", steps_offset=1)
+    scheduler = DPMSolverMultistepScheduler(**NOISE, solver_order=2, algorithm_type="dpmsolver++", steps_offset=1,
+                                            prediction_type="v_prediction")
     half = UNet2DConditionModel.from_config(unet.config)
     half.load_state_dict(unet.state_dict())
     pipeline = StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=half.half(),
@@ -108,72 +115,49 @@ def write_pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder:
     replace_folder(temporary, folder)
 
 
-class FrugalAttention:
-    """diffusers' plain ``AttnProcessor``, which also notes how much cross-attention went to anything but the start token.
-
-    The start token is the same for every caption, so attending to it says nothing. The training loss charges a little for the rest: words
-    are then read where they help to predict the noise, a noun on its object, and not all over the picture.
-    """
-
-    def __init__(self) -> None:
-        self.spent = None  # scalar, share of attention on words, of the last call
-
-    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None,
-                 temb: Tensor | None = None) -> Tensor:
-        """(B, hw, C), attending to itself or to (B, tokens, E)."""
-        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = (attn.head_to_batch_dim(x) for x in (attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)))
-        probabilities = attn.get_attention_scores(query, key)
-        if encoder_hidden_states is not None:
-            self.spent = 1 - probabilities[..., 0].float().mean()
-        return attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(probabilities @ value)))
-
-
 class Batches:
     """Training batches as a function of the step, so that a resumed run sees the same ones."""
 
     def __init__(self, args: argparse.Namespace, latents: np.ndarray, states: np.ndarray, ends: np.ndarray, captions: list[list[str]],
-                 place: dict[str, int], order: np.ndarray) -> None:
+                 place: dict[str, int]) -> None:
         # In memory: reading rows scattered over a memory map is slower than the training step.
-        self.latents, self.states = torch.from_numpy(np.array(latents)), torch.from_numpy(np.array(states[:, :args.text_length]))
+        self.latents = torch.from_numpy(np.array(latents)).to(DEVICE)
+        self.states = torch.from_numpy(np.array(states[:, :args.text_length])).to(DEVICE)
         # Position of each caption's end token. From there on every state repeats the whole caption (the text tower is causal, and
-        # padding is end tokens), so a UNet may read the noun there and leave the noun's own token to the background. Most captions
+        # padding is end tokens), so a UNet may read the noun there and leave the noun's own token to the background. Many captions
         # get the endings of the empty prompt instead: the word itself is then the one place that names the object.
         self.ends, self.ending_dropout = torch.from_numpy(ends), args.ending_dropout
         self.captions, self.place, self.batch, self.seed, self.dropout = captions, place, args.batch, args.seed, args.dropout
-        self.order = order  # scenes of an epoch; one that shows a rare noun is there more than once
         cumulative = DDPMScheduler(**NOISE).alphas_cumprod
         self.signal, self.noise = cumulative.sqrt(), (1 - cumulative).sqrt()
-        snr = cumulative / (1 - cumulative)
-        # Min-SNR-gamma in its epsilon form: nearly clean latents, where epsilon is all but unpredictable, weigh less.
-        self.weight = snr.clamp(max=args.gamma) / snr
+        # The error of v, but nearly clean latents weigh less. Against the error of epsilon this moves weight to the noisier half, where
+        # it is decided what is drawn and where; textures are learned soon enough.
+        self.weight = ((1 + args.gamma) * (1 - cumulative)).clamp(max=1)  # 1 - cumulative is 1 / (1 + SNR)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Noisy latents, timesteps, text states, the noise and the loss weights of ``step``."""
+        """Noisy latents, timesteps, text states, v (what is to be predicted) and the loss weights of ``step``."""
         picker = random.Random(f"{self.seed} {step}")
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        index = self.order[shuffled_indices(len(self.order), self.batch, self.seed, step)]
+        index = shuffled_indices(len(self.latents), self.batch, self.seed, step)
         count = len(index)
-        clean = self.latents[torch.from_numpy(index)].float()
-        alternatives = [self.captions[i] for i in index]
-        names = ["" if picker.random() < self.dropout else picker.choices(c, PHRASINGS[:len(c)])[0] for c in alternatives]
+        clean = self.latents[torch.from_numpy(index).to(DEVICE)].float()
+        names = ["" if picker.random() < self.dropout else picker.choices(self.captions[i], PHRASINGS)[0] for i in index]
         chosen = torch.tensor([self.place[n] for n in names])
-        text = self.states[chosen].float()
-        ending = torch.arange(text.shape[1]) >= self.ends[chosen][:, None]
-        emptied = ending & (torch.rand(count, 1, generator=generator) < self.ending_dropout)
-        text = torch.where(emptied[..., None], self.states[self.place[""]].float(), text)
+        ending = torch.arange(self.states.shape[1]) >= self.ends[chosen][:, None]
+        emptied = (ending & (torch.rand(count, 1, generator=generator) < self.ending_dropout)).to(DEVICE)
+        text = torch.where(emptied[..., None], self.states[self.place[""]], self.states[chosen.to(DEVICE)]).float()
         # One timestep per stratum of the 1,000 lowers the variance of the loss; the shuffle frees it from the image order.
         strata = (torch.arange(count) + torch.rand(count, generator=generator)) * (len(self.weight) / count)
         t = strata.long().clamp(max=len(self.weight) - 1)[torch.randperm(count, generator=generator)]
-        noise = torch.randn(clean.shape, generator=generator)
-        noisy = self.signal[t].view(-1, 1, 1, 1) * clean + self.noise[t].view(-1, 1, 1, 1) * noise
-        return noisy, t, text, noise, self.weight[t]
+        noise = torch.randn(clean.shape, generator=generator).to(DEVICE)
+        signal, amount, weight = (table[t].to(DEVICE) for table in (self.signal, self.noise, self.weight))
+        signal, amount = signal.view(-1, 1, 1, 1), amount.view(-1, 1, 1, 1)
+        return signal * clean + amount * noise, t.to(DEVICE), text, signal * noise - amount * clean, weight
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     parser = training_parser(__doc__, steps=40_000, batch=32, minutes=120)
-    parser.set_defaults(threads=2)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained AutoencoderKL")
     parser.add_argument("--clip", type=Path, required=True, help="folder of the trained CLIPModel and tokenizer")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -181,10 +165,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dropout", type=float, default=0.1, help="share of empty captions, for guidance")
     parser.add_argument("--text-length", type=int, default=24, help="tokens of a prompt, start, end and padding counted")
     parser.add_argument("--ending-dropout", type=float, default=0.8, help="share of captions whose end and padding say nothing")
-    parser.add_argument("--attention-price", type=float, default=0.01, help="loss for each unit of cross-attention on words")
-    parser.add_argument("--gamma", type=float, default=5.0, help="min-SNR-gamma")
-    parser.add_argument("--init", type=Path, help="folder of a trained UNet to go on from")
-    parser.add_argument("--only", choices=("all", "transformers"), default="all", help="which weights are trained")
+    parser.add_argument("--gamma", type=float, default=5.0, help="signal-to-noise ratio from which on errors weigh less")
+    parser.add_argument("--average", type=float, default=0.999, help="decay of the averaged weights, which are what is kept")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     args = parser.parse_args(argv)
     seed_everything(args.seed, args.threads)
@@ -192,69 +174,53 @@ def main(argv: list[str] | None = None) -> None:
     data = load_data(args.data)
     captions = data["captions"]
 
-    vae = AutoencoderKL.from_pretrained(args.vae).float().eval()
+    vae = AutoencoderKL.from_pretrained(args.vae).float().eval().to(DEVICE)
     clip = CLIPModel.from_pretrained(args.clip).float().eval()
     tokenizer = CLIPTokenizer.from_pretrained(args.clip)
     save_text_encoder(clip, args.work / "text_encoder")
-    text_encoder = CLIPTextModel.from_pretrained(args.work / "text_encoder").float().eval()
+    text_encoder = CLIPTextModel.from_pretrained(args.work / "text_encoder").float().eval().to(DEVICE)
     distinct = ["", *sorted({c for alternatives in captions for c in alternatives} - {""})]
-    latents = encode_images(data["images"], vae, args.work / "latents.npy", args.bf16)
-    states = encode_captions(distinct, tokenizer, text_encoder, args.work / "states.npy")
-    if len(latents) != len(captions) or len(states) != len(distinct):
-        raise SystemExit(f"{args.work} holds latents or text states of other data: delete *.npy there")
     ends = np.array([len(ids) - 1 for ids in tokenizer(distinct, truncation=True).input_ids])
     if ends.max() >= args.text_length:
-        raise SystemExit(f"--text-length {args.text_length} cuts captions of {ends.max() + 1} tokens: raise it")
-    batches = Batches(args, latents, states, ends, captions, {c: i for i, c in enumerate(distinct)},
-                      repeat_rare(captions, data["nouns"]))
+        raise InputError(f"--text-length {args.text_length} cuts captions of {ends.max() + 1} tokens: raise it.")
+    latents = encode_images(data["images"], vae, args.work / "latents.npy", args)
+    states = encode_captions(distinct, tokenizer, text_encoder, args.work / "states.npy")
+    if len(latents) != len(captions) or len(states) != len(distinct):
+        raise InputError(f"{args.work} holds latents or text states of other data: delete *.npy there.")
+    batches = Batches(args, latents, states, ends, captions, {c: i for i, c in enumerate(distinct)})
     tokenizer = CLIPTokenizer.from_pretrained(args.clip, model_max_length=args.text_length)  # the pipeline pads to this
-    vae, text_encoder = vae.half(), text_encoder.half()  # from here on only written
+    vae, text_encoder = vae.cpu().half(), text_encoder.cpu().half()  # from here on only written
 
-    if args.init:
-        unet = UNet2DConditionModel.from_pretrained(args.init).float()
-        unet.requires_grad_(args.only == "all")
-        for part in (m for n, m in unet.named_modules() if n.endswith("attentions") or n in ("conv_in", "conv_out")):
-            part.requires_grad_(True)
-    else:
-        unet = build_unet(tuple(args.channels), text_encoder.config.hidden_size)
-    smooth = build_unet(tuple(args.channels), text_encoder.config.hidden_size).eval()  # receives the averaged weights
-    # Plain attention: at 256 positions and fewer the fused CPU kernel is several times slower backwards.
-    readers = []
-    for name, module in unet.named_modules():
-        if name.endswith((".attn1", ".attn2")):
-            module.set_processor(FrugalAttention() if name.endswith(".attn2") else AttnProcessor())
-            readers += [module.processor] if name.endswith(".attn2") else []
-    learned = [p for p in unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    ema = EMA(unet, 0.999)
+    unet, smooth = (build_unet(tuple(args.channels), text_encoder.config.hidden_size, *latents.shape[1:3]).to(DEVICE) for _ in range(2))
+    smooth.eval()  # receives the averaged weights
+    if DEVICE.type == "cpu":  # at 256 positions and fewer the fused kernel is several times slower backwards there
+        unet.set_attn_processor(AttnProcessor())
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    ema = EMA(unet, args.average)
     run = Run(args, unet, optimizer, lambda p, s: warmup_hold_cosine(p, s, warmup=200), ema)
-
-    trained = {name for name, p in unet.named_parameters() if p.requires_grad}
 
     def export(folder: Path) -> None:
         ema.copy_to(smooth)
-        smooth.load_state_dict(round_weights({n: x for n, x in smooth.state_dict().items() if n in trained}), strict=False)
+        smooth.load_state_dict(round_weights(smooth.state_dict()))
         write_pipeline(smooth, vae, text_encoder, tokenizer, folder)
 
     run.on_checkpoint = lambda: export(args.work / "pipeline")
 
-    def objective(noisy: Tensor, t: Tensor, text: Tensor, noise: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def objective(noisy: Tensor, t: Tensor, text: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         predicted = unet(noisy, t, text, return_dict=False)[0].float()
-        error = ((predicted - noise).square().mean(dim=(1, 2, 3)) * weight).mean()
-        return error, torch.stack([reader.spent for reader in readers]).mean()
+        return ((predicted - target).square().mean(dim=(1, 2, 3)) * weight).mean()
 
     compiled = torch.compile(objective) if args.compile else objective
     (args.work / "settings.json").write_text(json.dumps(vars(args), default=str, indent=1), encoding="utf-8")
     for step in run:
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            error, spent = compiled(*batches(step))
-        loss = error + args.attention_price * spent
+        with mixed(args):
+            loss = compiled(*batches(step))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         ema.update(unet, step)
-        run.record(error.detach(), **({"attention_on_words": float(spent)} if (step + 1) % 100 == 0 else {}))
+        run.record(loss.detach())
     export(args.out)
     print(f"done: {run.step} steps, {run.elapsed / 60:.1f} min, batch {args.batch}", flush=True)
 

@@ -1,15 +1,13 @@
-"""Train the mini autoencoder (a real ``diffusers.AutoencoderKL``): 64x64 px to 16x16 latents.
+"""Train the mini autoencoder (a real ``diffusers.AutoencoderKL``): one latent for 8x8 pixels (4x4 with three ``--channels``).
 
 ``python -m ovdiff_lib.recipes.train_vae --data DIR --out DIR --work DIR``
 
 No adversary and no perceptual network: at this size L1 plus the L1 of image
 gradients keeps edges, and a very small KL keeps the latents near unit scale
-without costing detail.
+without costing detail. It has no attention, so that it can learn from crops, of more scenes in the same time, and take any size.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,30 +15,40 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ovdiff_lib.recipes.training import (
+    DEVICE,
     EMA,
     Run,
     load_data,
-    repeat_rare,
+    mixed,
     round_weights,
     seed_everything,
     shuffled_indices,
+    to_float,
     training_parser,
     warmup_cosine,
 )
 
 
-def build_vae(channels: tuple[int, ...] = (32, 64, 96), latent_channels: int = 4) -> AutoencoderKL:
-    """A convolutional autoencoder; without attention it takes images of any size."""
+def build_vae(channels: tuple[int, ...] = (32, 64, 128, 128), latent_channels: int = 4, size: int = 128) -> AutoencoderKL:
+    """A convolutional autoencoder; every level after the first halves the sides."""
     levels = len(channels)
     return AutoencoderKL(in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * levels,
                          up_block_types=("UpDecoderBlock2D",) * levels, block_out_channels=channels, layers_per_block=1,
-                         latent_channels=latent_channels, norm_num_groups=8, sample_size=64,
+                         latent_channels=latent_channels, norm_num_groups=8, sample_size=size,
                          mid_block_add_attention=False)
 
 
 def to_signed(images: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) to float (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return 2 * to_float(images) - 1
+
+
+def crops(images: np.ndarray, size: int, generator: torch.Generator) -> np.ndarray:
+    """A random square of ``size`` px of each image u8 (B, H, W, 3), mirrored half the time."""
+    top, left = (torch.randint(0, side - size + 1, (len(images),), generator=generator).tolist() for side in images.shape[1:3])
+    turn = torch.randint(0, 2, (len(images),), generator=generator).tolist()
+    parts = [image[y:y + size, x:x + size] for image, y, x in zip(images, top, left, strict=True)]
+    return np.stack([part[:, ::-1] if mirrored else part for part, mirrored in zip(parts, turn, strict=True)])
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, chroma: float = 4.0) -> Tensor:
@@ -66,7 +74,7 @@ def psnr(vae: AutoencoderKL, images: np.ndarray, batch: int = 64) -> float:
         target = to_signed(images[start:start + batch])
         output = vae.decode(vae.encode(target).latent_dist.mode()).sample.clamp(-1, 1)
         error = ((output - target) / 2).square().mean(dim=(1, 2, 3)).clamp_min(1e-8)
-        values.append(-10 * error.log10())
+        values.append(-10 * error.log10().cpu())
     return float(torch.cat(values).mean())
 
 
@@ -79,46 +87,32 @@ def latent_scale(vae: AutoencoderKL, images: np.ndarray, batch: int = 64) -> flo
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
-    parser = training_parser(__doc__, steps=6000, batch=16, minutes=30)
+    parser = training_parser(__doc__, steps=6000, batch=32, minutes=30)
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--channels", type=int, nargs=3, default=(32, 64, 96))
+    parser.add_argument("--channels", type=int, nargs="+", default=(32, 64, 128, 128))
     parser.add_argument("--latent-channels", type=int, default=4)
+    parser.add_argument("--crop", type=int, default=64, help="side of the crops it learns from, in pixels")
     parser.add_argument("--kl", type=float, default=2e-4, help="weight of the KL per latent value")
-    parser.add_argument("--compile", action="store_true", help="torch.compile (was slower here than plain)")
-    parser.add_argument("--init", type=Path, help="folder of a trained VAE to go on from")
-    parser.add_argument("--anchor", type=float, default=0.0, help="with --init: price of moving its latents, for a UNet trained on them")
     args = parser.parse_args(argv)
     seed_everything(args.seed, args.threads)
     data = load_data(args.data)
     images, held_out = data["images"], data["eval_images"][:256]
-    before = AutoencoderKL.from_pretrained(args.init).float().eval().requires_grad_(False) if args.init else None
-    vae = build_vae(tuple(args.channels), args.latent_channels)
-    if before is not None:
-        vae.load_state_dict(before.state_dict())
-    order = repeat_rare(data["captions"], data["nouns"])
-    smooth = build_vae(tuple(args.channels), args.latent_channels).eval()  # receives the averaged weights
+    vae, smooth = (build_vae(tuple(args.channels), args.latent_channels, images.shape[1]).to(DEVICE) for _ in range(2))
+    smooth.eval()  # receives the averaged weights
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = EMA(vae, 0.998)
     run = Run(args, vae, optimizer, lambda p, s: warmup_cosine(p, s, warmup=100), ema)
-
-    def objective(target: Tensor, noise: Tensor) -> Tensor:
-        posterior = vae.encode(target).latent_dist
-        mean, log_variance = posterior.mean.float(), posterior.logvar.float()
-        output = vae.decode(mean + (0.5 * log_variance).exp() * noise).sample.float()
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        kept = (mean - before.encode(target).latent_dist.mode().float()).square().mean() if args.anchor else 0
-        return reconstruction_loss(output, target) + args.kl * kl + args.anchor * kept
-
-    compiled = torch.compile(objective) if args.compile else objective
     for step in run:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        index = order[shuffled_indices(len(order), args.batch, args.seed, step)]
-        target = to_signed(images[index])
-        flip = torch.rand(len(target), generator=generator) < 0.5
-        target = torch.where(flip[:, None, None, None], target.flip(-1), target).contiguous()
-        noise = torch.randn(len(target), args.latent_channels, 16, 16, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            loss = compiled(target, noise)
+        index = shuffled_indices(len(images), args.batch, args.seed, step)
+        target = to_signed(crops(images[index], args.crop, generator))
+        with mixed(args):
+            posterior = vae.encode(target).latent_dist
+            mean, log_variance = posterior.mean.float(), posterior.logvar.float()
+            noise = torch.randn(mean.shape, generator=generator).to(DEVICE)
+            output = vae.decode(mean + (0.5 * log_variance).exp() * noise).sample.float()
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        loss = reconstruction_loss(output, target) + args.kl * kl
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -133,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     final = psnr(smooth, held_out)
     spread = np.linspace(0, len(images) - 1, min(2000, len(images))).astype(int)
     scale = latent_scale(smooth, images[spread])
-    smooth.register_to_config(scaling_factor=before.config.scaling_factor if args.anchor else scale)
+    smooth.register_to_config(scaling_factor=scale)
     smooth.load_state_dict(round_weights(smooth.state_dict()))
     smooth.half().save_pretrained(args.out)
     print(f"done: {run.step} steps, {run.elapsed / 60:.1f} min, PSNR {final:.2f} dB, scaling_factor {scale:.4f}", flush=True)

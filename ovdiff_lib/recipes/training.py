@@ -3,7 +3,8 @@
 Every trainer is a plain function around one :class:`Run`.  A run stops at a
 number of steps or a number of minutes, whichever comes first, and the
 learning rate follows the *fraction of the budget used*, so that it anneals to
-its floor in both cases.
+its floor in both cases. It runs on a GPU where there is one. A call can be told to do a piece of
+the budget only; the same call again goes on from there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import csv
 import json
 import math
 import os
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +24,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where everything is trained."""
+
+PAUSED = 75
+"""Exit status of a trainer that stopped because its piece of time was used, not its budget."""
+
 
 def training_parser(description: str, *, steps: int, batch: int, minutes: float) -> argparse.ArgumentParser:
     """The options that all trainers share."""
@@ -33,6 +39,7 @@ def training_parser(description: str, *, steps: int, batch: int, minutes: float)
     p.add_argument("--work", type=Path, required=True, help="folder for checkpoint.pt and log.csv")
     p.add_argument("--steps", type=int, default=steps, help="stop after this many steps")
     p.add_argument("--minutes", type=float, default=minutes, help="stop after this much training time")
+    p.add_argument("--piece", type=float, default=math.inf, help="minutes after which this call stops; call it again to go on")
     p.add_argument("--batch", type=int, default=batch)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=1)
@@ -41,12 +48,16 @@ def training_parser(description: str, *, steps: int, batch: int, minutes: float)
     return p
 
 
+def mixed(args: argparse.Namespace) -> torch.autocast:
+    """The context a forward pass runs in: bfloat16 unless ``--no-bf16`` says otherwise."""
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16)
+
+
 def seed_everything(seed: int, threads: int = 1) -> None:
-    """Seed Python, numpy and torch and fix the thread count."""
-    random.seed(seed)
-    np.random.seed(seed)
+    """Seed torch and fix the thread count."""
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("high")
 
 
 def warmup_cosine(progress: float, step: int, *, warmup: int, floor: float = 0.01) -> float:
@@ -109,15 +120,13 @@ class Run:
         return max(self.step / max(1, self.args.steps), self.elapsed / (60 * self.args.minutes))
 
     def _load(self) -> None:
-        state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=False)
+        state = torch.load(self.checkpoint_path, map_location=DEVICE, weights_only=True)
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             self.ema.shadow = state["ema"]
         self.step, self.elapsed = state["step"], state["elapsed"]
-        random.setstate(state["python_rng"])
-        np.random.set_state(state["numpy_rng"])
-        torch.set_rng_state(state["torch_rng"])
+        torch.set_rng_state(state["rng"].cpu())
         self._trim_log()
         print(f"resumed at step {self.step}, {self.elapsed / 60:.1f} min", flush=True)
 
@@ -133,15 +142,14 @@ class Run:
         """Write the checkpoint so that a killed process never leaves half of one."""
         state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "ema": None if self.ema is None else self.ema.shadow, "step": self.step, "elapsed": self.elapsed,
-                 "python_rng": random.getstate(), "numpy_rng": np.random.get_state(),
-                 "torch_rng": torch.get_rng_state()}
+                 "rng": torch.get_rng_state()}
         temporary = self.checkpoint_path.with_suffix(".tmp")
         torch.save(state, temporary)
         os.replace(temporary, self.checkpoint_path)
 
     def __iter__(self) -> Iterator[int]:
         """Yield step numbers until the budget is used; time, checkpoint and show the bar."""
-        last, saved = time.perf_counter(), self.elapsed
+        last, saved, began = time.perf_counter(), self.elapsed, self.elapsed
         bar = tqdm(total=self.args.steps, initial=self.step, desc=self.args.work.name, mininterval=10, dynamic_ncols=True)
         while self.progress < 1:
             factor = self.schedule(self.progress, self.step)
@@ -158,6 +166,9 @@ class Run:
                 self.save()
                 if self.on_checkpoint is not None:
                     self.on_checkpoint()
+            if self.progress < 1 and self.elapsed - began > 60 * self.args.piece:
+                self.save()
+                raise SystemExit(PAUSED)
         bar.close()
         if self._loss_count:
             self._write_row({})
@@ -169,7 +180,7 @@ class Run:
         The row holds the mean loss since the last row.  Metrics are rare and
         named, so they go into one JSON column and the header never changes.
         """
-        self._loss_sum += float(loss)
+        self._loss_sum = self._loss_sum + loss  # read when a row is written: a GPU is not waited for at every step
         self._loss_count += 1
         if (self.step + 1) % every and not metrics:
             return
@@ -178,7 +189,7 @@ class Run:
     def _write_row(self, metrics: dict[str, float], ahead: int = 0) -> None:
         """Append one row; ``ahead`` is 1 inside a step, which is counted only after it ends."""
         step = self.step + ahead
-        mean = self._loss_sum / self._loss_count
+        mean = float(self._loss_sum) / self._loss_count
         self._loss_sum, self._loss_count = 0.0, 0
         path = self.args.work / "log.csv"
         new = not path.exists()
@@ -202,7 +213,7 @@ def replace_folder(temporary: Path, final: Path) -> None:
 
 
 def load_data(folder: Path) -> dict:
-    """The training set: memory-mapped images, captions, the evaluation split and the nouns."""
+    """The training set: memory-mapped images u8 (N, S, S, 3), captions, the evaluation split and the nouns."""
     return {
         "images": np.load(folder / "train_images.npy", mmap_mode="r"),
         "captions": json.loads((folder / "train_captions.json").read_text(encoding="utf-8")),
@@ -210,6 +221,19 @@ def load_data(folder: Path) -> dict:
         "eval_labels": np.load(folder / "eval_labels.npy"),
         "nouns": json.loads((folder / "nouns.json").read_text(encoding="utf-8")),
     }
+
+
+def decayed(module: nn.Module, weight_decay: float = 0.05, spare: tuple[str, ...] = ()) -> list[dict]:
+    """Parameter groups for AdamW: matrices decay; vectors, and names that end like ``spare``, do not."""
+    learned = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    plain = {n for n, p in learned if p.ndim < 2 or n.endswith(spare)}
+    return [{"params": [p for n, p in learned if n not in plain], "weight_decay": weight_decay},
+            {"params": [p for n, p in learned if n in plain], "weight_decay": 0.0}]
+
+
+def to_float(images: np.ndarray) -> Tensor:
+    """uint8 (..., H, W, 3) to float (..., 3, H, W) in [0, 1], where training happens."""
+    return torch.from_numpy(np.array(images)).to(DEVICE).movedim(-1, -3).float() / 255
 
 
 def shuffled_indices(count: int, batch: int, seed: int, step: int) -> np.ndarray:
@@ -222,17 +246,6 @@ def shuffled_indices(count: int, batch: int, seed: int, step: int) -> np.ndarray
     epoch, position = divmod(step, per_epoch)
     order = np.random.default_rng([seed, epoch]).permutation(count)  # 60,000: under a millisecond
     return np.sort(order[position * batch:(position + 1) * batch])
-
-
-def repeat_rare(captions: list[list[str]], nouns: list[str]) -> np.ndarray:
-    """Scene numbers of one epoch, i64: a scene whose rarest noun is shown half as often as the commonest noun is there twice.
-
-    Every noun is then drawn about equally often. A scene's captions name all its nouns, each as a whole phrase.
-    """
-    shown = [[i for i, noun in enumerate(nouns) if f" {noun} " in f" {c[0]} "] for c in captions]
-    counts = np.bincount([i for row in shown for i in row], minlength=len(nouns))
-    most = counts.max()
-    return np.repeat(np.arange(len(captions)), [round(most / min(counts[row], default=most)) for row in shown])
 
 
 def round_weights(state: dict[str, Tensor], bits: int = 7) -> dict[str, Tensor]:

@@ -321,7 +321,8 @@ def test_best_ious_by_hand():
 
 def test_the_recall_command(capsys, tmp_path, dino):
     dino.save_pretrained(tmp_path)
-    proposals.main(["--segmenter", "maskcut", "--limit", "2", "--set", f"models.dino={tmp_path}", "--set", "masks.maskcut_size=64"])
+    proposals.main(["--segmenter", "maskcut", "--limit", "2", "--split", "val", "--set", f"models.dino={tmp_path}",
+                    "--set", "masks.maskcut_size=64"])
     assert json.loads(capsys.readouterr().out)["images"] == 2
     for arguments, message in ((["--segmenter", "maskcot"], "maskcot"), (["--limit", "0"], "at least 1"), (["--set", "masks.nope=1"],
                                "nope"), (["--set", "masks.erosion=[1"], "cannot be read")):

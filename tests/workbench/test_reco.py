@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_mini_world import square
 
 import ovdiff_lib
 from ovdiff_lib.categories import Vocabulary
@@ -19,10 +18,10 @@ from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.features.dino import DinoExtractor
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD
 from ovdiff_lib.matching.windows import windows
-from ovdiff_lib.mini.world import load_world
 from ovdiff_lib.networks.loading import load_clip
+from ovdiff_lib.recipes.art import drawn_world
 from ovdiff_lib.recipes.build import SEEDS, build_archive
-from ovdiff_lib.recipes.scenes import draw_scene
+from ovdiff_lib.recipes.scenes import draw_scene, glyph_table
 from ovdiff_lib.workbench.baselines import archive as archives
 from ovdiff_lib.workbench.baselines.archive import ArchiveIndex, load_archive
 from ovdiff_lib.workbench.baselines.maskclip import MaskCLIP
@@ -79,21 +78,23 @@ def test_the_shipped_archive_is_small_and_has_no_labels():
 
 
 def test_building_the_archive(tmp_path):
-    world, glyphs = load_world(), {}
-    for i, style in enumerate(world.train_styles):
-        glyphs |= {(name, style): made for (name, _), made in square(world, style, colour=(255, 60 * i, 60)).items()}
-    build_archive(world, glyphs, tmp_path, 200)
+    world, arrays = drawn_world(), {}
+    for thing in world.things:
+        for i, (style, keys) in enumerate(thing.glyphs.items()):
+            arrays |= {f"{style}/{key}": np.full((64, 64, 4), (255, 30 * i, 60, 255), np.uint8) for key in keys}
+    glyphs, common = glyph_table(world, arrays, world.train_styles), {t.name for t in world.things if not t.rare} | set(world.stuff)
+    build_archive(world, arrays, tmp_path, 200)
     archive = load_archive(tmp_path / "archive")
     assert len(archive) == 200
     found, shown, index = 0, Counter(), 0
     while found < 200:
-        scene = draw_scene(world, glyphs, world.train_styles, SEEDS["train"], index, (64, 64))
+        scene = draw_scene(world, glyphs, SEEDS["train"], index, (64, 64))
         index += 1
         if np.abs(archive[found].astype(int) - scene.image).mean() < 8:  # as drawn, but for compression
             found += 1
-            shown.update(scene.nouns or scene.stuff)
+            shown.update(common.intersection(scene.nouns or scene.stuff))
         assert index < 5000
-    assert set(shown) == set(world.names) and max(shown.values()) - min(shown.values()) <= 6 and index > 300
+    assert set(shown) == common and max(shown.values()) - min(shown.values()) <= 6 and index > 300
 
 
 def test_a_folder_is_searched_with_its_subfolders(folder):

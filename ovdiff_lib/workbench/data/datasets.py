@@ -31,7 +31,7 @@ class MiniDataset:
 
     def __init__(self, name: str, vocabulary: str, has_background: bool, split: str = "val", folder: str | Path | None = None,
                  names: str = "fixed") -> None:
-        """``vocabulary`` is one of the mini world's, ``split`` "val" or "wild", ``folder`` holds the splits (default: those shipped).
+        """``vocabulary`` is one of the mini world's, ``split`` "tune", "val" or "wild", ``folder`` holds them (default: those shipped).
         Without background, pixels outside the vocabulary are ignored (App. A.3). The world's names need no fixes: every selection
         ``names`` is the same.
 
@@ -44,8 +44,8 @@ class MiniDataset:
         world = load_world()
         self.vocabulary = Vocabulary.of(world.vocabulary(vocabulary), stuff=world.stuff)
         self.folder = Path(folder or MINI_DATA) / split
-        if split not in ("val", "wild"):
-            raise InputError(f"The mini world has no split {split!r}; choose val or wild.")
+        if split not in ("tune", "val", "wild"):
+            raise InputError(f"The mini world has no split {split!r}; choose tune, val or wild.")
         # World id -> label of this vocabulary.
         self._labels = np.full(256, 0 if has_background else IGNORE, np.uint8)
         self._labels[IGNORE] = IGNORE
