@@ -10,10 +10,10 @@ from ovdiff_lib.errors import InputError
 from ovdiff_lib.library.store import Library
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.types import ForegroundBackground, Prototypes, SupportSet
-from ovdiff_lib.workbench.cost import cost_cells
+from ovdiff_lib.workbench.cost import cells as cost_cells
 from ovdiff_lib.workbench.cost.flops import prototype_bytes
 from ovdiff_lib.workbench.cost.instruments import LinearFit, Measured, linear_fit
-from ovdiff_lib.workbench.cost.steps import Building
+from ovdiff_lib.workbench.cost.steps import ClassTimes
 from ovdiff_lib.workbench.figures.charts import Panel, breakdown_figure, growth_figure
 from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell
 from ovdiff_lib.workbench.tables.tables import write_table
@@ -36,7 +36,7 @@ def building():
     support = SupportSet(Category("dog"), np.zeros((N, 16, 16, 3), np.uint8), np.zeros((N, GRID, GRID), np.float32), np.arange(N), {})
     masks = ForegroundBackground(np.zeros((N, 16, 16), bool), np.zeros((N, 16, 16), bool), ("threshold",) * N)
     made = {name: step(1.0, 3.0, 2.0, result=prototypes(16)) for name in ("sd", "clip-keys", "dino")}
-    return Building(step(20.0, result=support), step(0.5, 0.7, result=masks), {name: step(4.0) for name in made}, made,
+    return ClassTimes(step(20.0, result=support), step(0.5, 0.7, result=masks), {name: step(4.0) for name in made}, made,
                     {name: step(0.25, result=prototypes(8)) for name in made})
 
 

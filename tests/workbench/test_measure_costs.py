@@ -50,12 +50,6 @@ def test_one_run_has_no_spread(clock):
     assert measured(lambda: None).std is None
 
 
-@pytest.mark.parametrize(("budget", "runs"), [(0.0, 1), (2.0, 1), (2.1, 2), (100.0, 4)])
-def test_a_budget_ends_the_repeating(clock, budget, runs):
-    clock += [2.0] * 4
-    assert measured(lambda: None, [()] * 4, budget=budget).n == runs
-
-
 def test_nothing_to_measure():
     with pytest.raises(InputError, match="at least 1"):
         measured(lambda: None, [])

@@ -1,7 +1,7 @@
-"""How many floating-point operations a class and an image take: counted while they run, and from the shapes of the networks alone.
+"""Floating-point operations of a class and an image: counted while they run, or from the shapes of the networks alone.
 
-One FLOP is one multiplication or one addition: a matrix product (m, k) x (k, n) is 2 m k n. Counted are matrix products, convolutions and
-attention, which is where the time goes; activations, normalisation, resizing, softmax and what NumPy does (masks) are not.
+One FLOP is one multiplication or one addition: a matrix product (m, k) x (k, n) is 2 m k n. Counted are matrix
+products, convolutions and attention; activations, normalisation, resizing, softmax and what NumPy does (masks) are not.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,11 +33,10 @@ ITERATIONS = 50
 
 
 def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    batch, tokens = math.prod(query[:-2]), key[-2]
-    return 2 * batch * query[-2] * tokens * (query[-1] + value[-1])
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-def _multi_head(query: Sequence[int], key: Sequence[int], _value: Sequence[int], width: int, *_: Any, **__: Any) -> int:
+def _multi_head(query: Sequence[int], key: Sequence[int], _: Sequence[int], width: int, *__: Any, **___: Any) -> int:
     projections = 2 * width * width * (2 * math.prod(query[:-1]) + 2 * math.prod(key[:-1]))
     return projections + 4 * query[0] * query[1] * key[1] * width
 
@@ -46,9 +44,6 @@ def _multi_head(query: Sequence[int], key: Sequence[int], _value: Sequence[int],
 def _matrix_vector(matrix: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * math.prod(matrix)
 
-
-OWN_STEPS = ("features: ", "k-means: ", "matching: ")
-"""How the names of steps begin that belong to one extractor."""
 
 UNCOUNTED: dict[str, Callable[..., int]] = {
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
@@ -58,11 +53,12 @@ UNCOUNTED: dict[str, Callable[..., int]] = {
     "mv": _matrix_vector,
     "dot": _matrix_vector,
 }
-"""Operators of matrix products that PyTorch's counter passes over without a word (all attention on a CPU among them)."""
+"""Operators of matrix products that PyTorch's counter passes over without a word (all attention on a CPU among
+them)."""
 
 
 def counter() -> FlopCounterMode:
-    """A context manager that counts what runs inside it: ``with counter() as c: ...``, then ``c.get_total_flops()``."""
+    """Counts what runs inside it: ``with counter() as c: ...``, then ``c.get_total_flops()``."""
     known = {getattr(torch.ops.aten, name): rule for name, rule in UNCOUNTED.items() if hasattr(torch.ops.aten, name)}
     return FlopCounterMode(display=False, custom_mapping=known)
 
@@ -74,8 +70,7 @@ def flop_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     return count.get_total_flops()
 
 
-@dataclass(frozen=True)
-class FeatureCost:
+class FeatureCost(NamedTuple):
     """What features of one image take: ``flop``, and what comes out: ``cells`` positions of ``channels`` values."""
 
     flop: int
@@ -86,41 +81,43 @@ class FeatureCost:
 def class_operations(networks: Networks, profile: Profile, extractors: Sequence[str] | None = None) -> dict[str, int]:
     """FLOP of building one class (Sec. 3.1 to 3.3), by step; ``extractors`` default to the profile's.
 
-    What k-means takes depends on the drawings: its entry is the most it can take, when every feature is foreground or background and no
-    run converges early. A segmenter (Eq. 1) is not counted. Raises ``InputError`` for an extractor without a rule.
+    k-means is the most it can take: every feature is foreground or background and no run converges early. A segmenter
+    (Eq. 1) is not counted. Raises ``InputError`` for an extractor without a rule.
     """
-    support = profile.support
+    support, guided = profile.support, profile.support.guidance_scale > 1
     side, tokens = support.image_size // networks.vae_factor, networks.text_encoder.config.max_position_embeddings
-    guided = support.guidance_scale > 1
+    prompt = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     unet = unet_operations(networks, side, 1 + guided)
-    latent = _meta(1, networks.vae.config.latent_channels, side, side)
     with record_attribution(networks.unet, [1], (side, side), support.mid_block, guided):
         recorded = unet_operations(networks, side, 1 + guided)
+    decoder = flop_of(networks.vae.decode, _meta(1, networks.vae.config.latent_channels, side, side))
     table = {
-        "prompt": (1 + guided) * flop_of(networks.text_encoder, _tokens(1, tokens)),
+        "prompt": (1 + guided) * flop_of(networks.text_encoder, prompt),
         "support images: UNet": support.size * support.steps * unet,
         "support images: attribution": support.size * support.steps * (recorded - unet),
-        "support images: VAE decoder": support.size * flop_of(networks.vae.decode, latent),
+        "support images: VAE decoder": support.size * decoder,
     }
     for name in extractors or profile.features.extractors:
         cost = feature_cost(networks, profile, name, support.image_size)
         table[f"features: {name}"] = support.size * cost.flop
         if "part" in profile.prototypes.kinds:
-            table[f"k-means: {name}, at most"] = clustering_operations(support.size * cost.cells, cost.channels, profile.prototypes)
+            points = support.size * cost.cells
+            table[f"k-means: {name}, at most"] = clustering_operations(points, cost.channels, profile.prototypes)
     return table
 
 
 def class_total(table: dict[str, int], extractor: str) -> int:
     """FLOP of a class with one extractor: what all extractors share, and its own features and k-means."""
-    return sum(flop for step, flop in table.items() if not step.startswith(OWN_STEPS) or step.split(",")[0].endswith(f": {extractor}"))
+    return sum(flop for step, flop in table.items()
+               if not step.startswith(("features: ", "k-means: ")) or step.split(",")[0].endswith(f": {extractor}"))
 
 
 def image_operations(networks: Networks, profile: Profile, shape: tuple[int, int], classes: int,
                      extractors: Sequence[str] | None = None) -> dict[str, int]:
     """FLOP of segmenting one image of ``shape`` (H, W) in pixels against ``classes`` classes (Sec. 3.4), by step.
 
-    Every class is counted with all its prototypes, K and N of both regions. The text of the category filter is what it takes at most: all
-    non-empty subsets of eta names of one token, none of which was encoded for an earlier image.
+    Every class has all its prototypes, K and N of both regions. The text of the category filter is the most it can
+    take: all non-empty subsets of eta names of one token, none of them encoded for an earlier image.
     """
     sides = [size for _, _, size in window_boxes(shape, profile)]
     table: dict[str, int] = {}
@@ -131,45 +128,46 @@ def image_operations(networks: Networks, profile: Profile, shape: tuple[int, int
         table[f"matching: {name}"] = sum(2 * c.cells * c.channels * classes * prototype_rows(profile) for c in costs)
     if profile.filters.category:
         clip, side = networks.clip, networks.clip.config.vision_config.image_size
+        names = min(profile.filters.category_top, classes)
         table["category filter: image"] = flop_of(clip.get_image_features, pixel_values=_meta(1, 3, side, side))
-        table["category filter: text, at most"] = joined_prompt_operations(networks, min(profile.filters.category_top, classes))
+        table["category filter: text, at most"] = joined_prompt_operations(networks, names)
     return table
 
 
 def window_boxes(shape: tuple[int, int], profile: Profile) -> list[tuple[int, int, int]]:
     """Windows (top, left, size) of all scales of an image of ``shape`` (H, W), in pixels of the resized image."""
-    settings = profile.matching
-    resized = resize_short_side(np.zeros((*shape, 3), np.uint8), settings.short_side, settings.resample, settings.long_side).shape[:2]
+    settings, blank = profile.matching, np.zeros((*shape, 3), np.uint8)
+    resized = resize_short_side(blank, settings.short_side, settings.resample, settings.long_side).shape[:2]
     sizes = [min(size, *resized) for size in settings.windows]
     boxes = [box for size in sizes for box in windows(resized, size, min(size, settings.stride))]
     return boxes + [(0, 0, max(settings.windows, default=settings.short_side))] * settings.whole_image
 
 
-def unet_operations(networks: Networks, side: int, batch: int = 1, upto: dict[str, torch.nn.Module] | None = None) -> int:
-    """FLOP of one UNet call on latents of ``side`` x ``side``; of one that ends when all modules of ``upto`` have put something out."""
-    config = networks.unet.config
-    tokens = networks.text_encoder.config.max_position_embeddings
+def unet_operations(networks: Networks, side: int, batch: int = 1,
+                    upto: dict[str, torch.nn.Module] | None = None) -> int:
+    """FLOP of a UNet call on latents of ``side`` x ``side``; of one that ends when all of ``upto`` have put something
+    out."""
+    config, tokens = networks.unet.config, networks.text_encoder.config.max_position_embeddings
+    latents, prompt = _meta(batch, config.in_channels, side, side), _meta(batch, tokens, config.cross_attention_dim)
 
     def call() -> None:
         with captured(upto or {}, stop=bool(upto)):
-            networks.unet(_meta(batch, config.in_channels, side, side), 1,
-                          encoder_hidden_states=_meta(batch, tokens, config.cross_attention_dim))
+            networks.unet(latents, 1, encoder_hidden_states=prompt)
 
     return flop_of(call)
 
 
 def feature_cost(networks: Networks, profile: Profile, name: str, side: int) -> FeatureCost:
-    """Features of one square image of ``side`` pixels. Raises ``InputError`` for an extractor that is not in :data:`FEATURES`."""
+    """Features of one square image of ``side`` pixels. ``InputError`` for an extractor that is not in
+    :data:`FEATURES`."""
     if name not in FEATURES:
-        raise InputError(f"The operations of the extractor {name!r} cannot be counted; choose from {', '.join(FEATURES)}.")
+        raise InputError(f"Operations of the extractor {name!r} cannot be counted; choose from {', '.join(FEATURES)}.")
     return FEATURES[name](networks, profile, side)
 
 
 def _diffusion_cost(networks: Networks, profile: Profile, _side: int) -> FeatureCost:
-    settings = profile.features
-    size = settings.sd_input_size
-    latent = size // networks.vae_factor
-    modules = dict(networks.unet.named_modules())
+    settings, size = profile.features, profile.features.sd_input_size
+    latent, modules = size // networks.vae_factor, dict(networks.unet.named_modules())
     wanted = {layer: modules[layer + QUERY] for layer in settings.sd_layers}
     flop = flop_of(networks.vae.encode, _meta(1, 3, size, size))
     flop += settings.sd_noise_samples * unet_operations(networks, latent, upto=wanted)
@@ -184,58 +182,55 @@ def _vit_cost(extractor: ClipExtractor | DinoExtractor, side: int) -> FeatureCos
 
 FEATURES: dict[str, Callable[[Networks, Profile, int], FeatureCost]] = {
     "sd": _diffusion_cost,
-    "dino": lambda networks, profile, side: _vit_cost(DinoExtractor(networks.dino, profile.features), side),
-    "clip-keys": lambda networks, profile, side: _vit_cost(ClipExtractor(networks.clip, profile.features, "keys"), side),
-    "clip-tokens": lambda networks, profile, side: _vit_cost(ClipExtractor(networks.clip, profile.features, "tokens"), side),
+    "dino": lambda nets, profile, side: _vit_cost(DinoExtractor(nets.dino, profile.features), side),
+    "clip-keys": lambda nets, profile, side: _vit_cost(ClipExtractor(nets.clip, profile.features, "keys"), side),
+    "clip-tokens": lambda nets, profile, side: _vit_cost(ClipExtractor(nets.clip, profile.features, "tokens"), side),
 }
 """Extractor -> what its features take."""
 
 
 def clustering_operations(points: int, channels: int, settings: PrototypeSettings) -> int:
-    """Most FLOP of k-means over ``points`` features in two regions: seeding and iterations on the samples, then iterations over all."""
+    """Most FLOP of k-means over ``points`` features in two regions: seeding and iterations on samples, then over
+    all."""
     k, regions = settings.clusters, 1 + settings.background
     sample = min(points, regions * k * SAMPLE)
-    tries = RESTARTS if points > sample else 1
     seeding = 2 * sample * channels * (1 + (k - 1) * (2 + int(math.log(k))))
     one_pass = 4 * channels * k  # a point's distances to the centroids, and the sums of the clusters
+    tries = RESTARTS if points > sample else 1
     return tries * (seeding + one_pass * ITERATIONS * sample) + one_pass * REFINE * points
 
 
 def joined_prompt_operations(networks: Networks, names: int) -> int:
-    """FLOP of CLIP's text tower over the 2^names - 1 joined prompts of the category filter, which share their beginnings."""
-    clip, length = networks.clip, networks.clip.config.text_config.max_position_embeddings
-    start, joiner, end = 0, names + 1, names + 2
-    subsets = [s for size in range(1, names + 1) for s in itertools.combinations(range(1, names + 1), size)]
-    sequences = [(start, *_joined(subset, joiner), end) for subset in subsets]
-    return flop_of(encode, clip, *pack(sequences, max(WIDTH, length)))
-
-
-def _joined(subset: tuple[int, ...], joiner: int) -> tuple[int, ...]:
-    """Names with the joiner between them."""
-    return tuple(itertools.chain.from_iterable((joiner, name) for name in subset))[1:]
+    """FLOP of CLIP's text tower over the 2^names - 1 joined prompts of the category filter, which share their
+    beginnings."""
+    start, joiner, end, sequences = 0, names + 1, names + 2, []
+    for size in range(1, names + 1):
+        for subset in itertools.combinations(range(1, names + 1), size):
+            joined = itertools.chain.from_iterable((joiner, name) for name in subset)
+            sequences.append((start, *list(joined)[1:], end))
+    length = networks.clip.config.text_config.max_position_embeddings
+    return flop_of(encode, networks.clip, *pack(sequences, max(WIDTH, length)))
 
 
 def _meta(*shape: int) -> torch.Tensor:
     return torch.empty(shape, device="meta")
 
 
-def _tokens(rows: int, length: int) -> torch.Tensor:
-    return torch.zeros(rows, length, dtype=torch.long, device="meta")
-
-
 def prototype_rows(profile: Profile) -> int:
-    """Prototypes of one class at most (Eq. 2, 3): of each region one of the class, N of the drawings and K of the parts."""
-    made = profile.prototypes
-    one = ("class" in made.kinds) + profile.support.size * ("instance" in made.kinds) + made.clusters * ("part" in made.kinds)
+    """Prototypes of one class at most (Eq. 2, 3): of each region one of the class, N of the drawings and K of the
+    parts."""
+    kinds, made = profile.prototypes.kinds, profile.prototypes
+    one = ("class" in kinds) + profile.support.size * ("instance" in kinds) + made.clusters * ("part" in kinds)
     return (1 + made.background) * one
 
 
 def prototype_bytes(profile: Profile, width: int) -> int:
-    """Bytes of one class's prototypes of ``width`` channels (App. C.5): 2 x (1 + N + K) x D x 4 with the paper's kinds, in float32."""
+    """Bytes of one class's prototypes of ``width`` channels (App. C.5): 2 x (1 + N + K) x D x 4 with the paper's
+    kinds."""
     return prototype_rows(profile) * width * 4
 
 
 def support_bytes(profile: Profile, latent: int) -> int:
-    """Bytes of one class's support set: u8 images, f32 attribution of ``latent`` x ``latent`` and one i64 seed an image."""
-    support = profile.support
-    return support.size * (3 * support.image_size**2 + 4 * latent**2 + 8)
+    """Bytes of one class's support set: u8 images, f32 attribution of ``latent`` x ``latent``, one i64 seed an
+    image."""
+    return profile.support.size * (3 * profile.support.image_size**2 + 4 * latent**2 + 8)

@@ -1,8 +1,7 @@
-"""Instruments: seconds and memory of a call, the machine's peak rate, a line through times. What is measured stands in measure_costs.py."""
+"""Instruments: seconds and memory of a call, the machine's peak rate, a line through times."""
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import resource
@@ -27,9 +26,9 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class Measured:
     """A step that ran ``n`` times: ``seconds`` of wall clock each, the last ``result``, and memory in bytes.
 
-    ``held`` is the resident memory of the whole process before the first run (networks and libraries are part of it) and ``peak`` its
-    highest during the runs; where the system cannot set the highest value back (not Linux), the highest since the process began. ``device``
-    is the peak of the GPU's memory that PyTorch allocated, None on a CPU.
+    ``held`` is the resident memory of the whole process before the first run and ``peak`` its highest during the runs
+    (since the process began where the system cannot set it back: not Linux). ``device``: PyTorch's peak on a GPU, None
+    on a CPU.
     """
 
     seconds: tuple[float, ...]
@@ -51,22 +50,22 @@ class Measured:
         """Sample standard deviation, None for one run."""
         return statistics.stdev(self.seconds) if self.n > 1 else None
 
+    @property
+    def added(self) -> int:
+        """The GPU's peak where there is one, else what the runs added to what the process held."""
+        return self.peak - self.held if self.device is None else self.device
 
-def measured(function: Callable[..., Any], items: Iterable[tuple] = ((),), *, budget: float = math.inf,
+
+def measured(function: Callable[..., Any], items: Iterable[tuple] = ((),), *,
              device: torch.device | None = None) -> Measured:
-    """Call ``function(*item)`` for every item, one after the other, and measure each call.
-
-    ``budget``: no further call once the calls took so many seconds together; the first is always made. ``device``: whose work is awaited
-    before the clock is read, and whose memory is looked at. Raises ``InputError`` when there is no item.
-    """
+    """Call ``function(*item)`` for every item, one after the other, and measure each call. ``device``: whose work is
+    awaited before the clock is read, and whose memory is looked at. Raises ``InputError`` when there is no item."""
     gpu = device is not None and device.type == "cuda"
     reset_peak()
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
     held, seconds, result = _memory("VmRSS"), [], None
     for item in items:
-        if seconds and sum(seconds) >= budget:
-            break
         started = time.perf_counter()
         result = function(*item)
         if gpu:
@@ -74,16 +73,17 @@ def measured(function: Callable[..., Any], items: Iterable[tuple] = ((),), *, bu
         seconds.append(time.perf_counter() - started)
     if not seconds:
         raise InputError("There is nothing to measure: the number of repeats, sizes or images is 0; give at least 1.")
-    return Measured(tuple(seconds), result, held, max(held, _memory("VmHWM")), torch.cuda.max_memory_allocated(device) if gpu else None)
+    on_gpu = torch.cuda.max_memory_allocated(device) if gpu else None
+    return Measured(tuple(seconds), result, held, max(held, _memory("VmHWM")), on_gpu)
 
 
 def joined(runs: Sequence[Measured]) -> Measured:
-    """Several measurements of one step as one: all seconds, the result of the last, the memory of that with the highest peak."""
+    """Measurements of one step as one: all seconds, the last result, the memory of that with the highest peak."""
     if not runs:
         raise InputError("There is nothing to measure: the number of repeats is 0; give at least 1.")
-    highest = max(runs, key=lambda run: run.peak)
-    on_gpu = [run.device for run in runs if run.device is not None]
-    return Measured(tuple(s for run in runs for s in run.seconds), runs[-1].result, highest.held, highest.peak, max(on_gpu, default=None))
+    highest, on_gpu = max(runs, key=lambda run: run.peak), [run.device for run in runs if run.device is not None]
+    seconds = tuple(s for run in runs for s in run.seconds)
+    return Measured(seconds, runs[-1].result, highest.held, highest.peak, max(on_gpu, default=None))
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class LinearFit:
 
 
 def linear_fit(x: Sequence[float], y: Sequence[float]) -> LinearFit:
-    """The line through the points; R^2 is 1 where all y are equal. Raises ``InputError`` for fewer than two different x."""
+    """The line through the points; R^2 is 1 where all y are equal. ``InputError`` for fewer than two different x."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     if len(set(x.tolist())) < 2:
         raise InputError(f"A line needs points of at least two different sizes, not {x.tolist()}; name more sizes.")
@@ -109,30 +109,27 @@ def linear_fit(x: Sequence[float], y: Sequence[float]) -> LinearFit:
 
 
 def peak_rate(device: torch.device, size: int = 2048, repeats: int = 5) -> float:
-    """FLOP/s of the fastest of ``repeats`` float32 matrix products (size, size) x (size, size), after one that warms up.
-
-    It stands where the paper's formula has the theoretical peak of a GPU: what the machine reaches at best, with the cores that PyTorch
-    uses.
-    """
+    """FLOP/s of the fastest of ``repeats`` float32 matrix products (size, size) x (size, size), after one that warms
+    up: it stands where the paper's formula has the theoretical peak of a GPU."""
     left, right = (torch.rand(size, size, generator=torch.Generator().manual_seed(i)).to(device) for i in (0, 1))
     torch.mm(left, right)
     return 2 * size**3 / min(measured(torch.mm, [(left, right)] * repeats, device=device).seconds)
 
 
 def teraflops_hours(seconds: float, rate: float, devices: int = 1) -> float:
-    """The paper's measure of compute (Sec. 4.2, footnote 1): time x number of devices x peak FLOP/s, in TFLOP/s-hours."""
+    """The paper's measure of compute (Sec. 4.2, footnote 1): time x devices x peak FLOP/s, in TFLOP/s-hours."""
     return seconds / 3600 * devices * rate / 1e12
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Where times were measured, for a table's details."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"device": f"{device.type} ({name})", "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {"device": f"{device.type} ({name})", "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "torch": torch.__version__}
 
 
 def reset_peak() -> bool:
-    """Set the process's highest resident memory back to what it holds now. False where the system cannot do that: peaks are then those
-    since the process began."""
+    """Set the process's highest resident memory back to what it holds now. False where the system cannot do that."""
     try:
         CLEAR.write_text("5")  # of this process alone: VmHWM becomes VmRSS
     except OSError:
