@@ -10,24 +10,8 @@ from pathlib import Path
 
 import torch
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+from ovdiff_lib.workbench.cost.architectures import CLIP_B16, CLIP_L14_TEXT, SD_UNET, SD_VAE, VIT_B, clip_tokenizer
 
-SD_UNET = {
-    "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2,
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "cross_attention_dim": 768, "attention_head_dim": 8, "norm_num_groups": 32,
-}
-SD_VAE = {
-    "in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 512, "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2, "norm_num_groups": 32, "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-}
-"""The scaling factor is not in the published file: it is the class's own default."""
-SD_TEXT = {
-    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "max_position_embeddings": 77, "projection_dim": 768, "hidden_act": "quick_gelu", "bos_token_id": 0, "eos_token_id": 2,
-    "pad_token_id": 1,
-}
 SD_SCHEDULER = {
     "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_start": 0.00085, "beta_end": 0.012,
     "beta_schedule": "scaled_linear", "clip_sample": False, "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True,
@@ -39,26 +23,7 @@ NARROW = {
     "vae": {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 8},
     "text": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
 }
-CLIP_B16 = {
-    "text_config": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8, "vocab_size": 49408,
-                    "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
-    "vision_config": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-                      "image_size": 224, "patch_size": 16},
-    "projection_dim": 512,
-}
-VIT_B = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224}
 VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 224}
-
-
-def make_tokenizer():
-    """CLIP's tokenizer as transformers has it, with the 49,408 tokens of the file that open_clip ships; reads 77 tokens."""
-    from open_clip.tokenizer import SimpleTokenizer
-    from transformers import CLIPTokenizer
-
-    source = SimpleTokenizer()
-    special = {source.sot_token_id: BOS, source.eot_token_id: EOS}
-    vocabulary = {special.get(number, token): number for token, number in source.encoder.items()}
-    return CLIPTokenizer(vocab=vocabulary, merges=list(source.bpe_ranks), model_max_length=77)
 
 
 def make_unet(narrow: bool = False):
@@ -79,7 +44,7 @@ def make_text_encoder(narrow: bool = False):
     """The text tower of CLIP ViT-L/14, which Stable Diffusion v1.5 uses."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    return CLIPTextModel(CLIPTextConfig(**SD_TEXT | (NARROW["text"] if narrow else {}))).eval()
+    return CLIPTextModel(CLIPTextConfig(**CLIP_L14_TEXT | (NARROW["text"] if narrow else {}))).eval()
 
 
 def make_pipeline(narrow: bool = False):
@@ -89,7 +54,7 @@ def make_pipeline(narrow: bool = False):
     with torch.device("cpu"):  # its table of noise levels is no weight
         scheduler = PNDMScheduler.from_config(SD_SCHEDULER)
     return StableDiffusionPipeline(
-        vae=make_vae(narrow), text_encoder=make_text_encoder(narrow), tokenizer=make_tokenizer(), unet=make_unet(narrow),
+        vae=make_vae(narrow), text_encoder=make_text_encoder(narrow), tokenizer=clip_tokenizer(), unet=make_unet(narrow),
         scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 

@@ -16,7 +16,6 @@ from real_size import (
     make_mae,
     make_pipeline,
     make_text_encoder,
-    make_tokenizer,
     make_unet,
     make_vae,
     save_pipeline,
@@ -32,6 +31,7 @@ from ovdiff_lib.networks.loading import load_diffusion
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.support.attribution import class_token_positions, fill_template
 from ovdiff_lib.support.sampler import min_max, sample_support
+from ovdiff_lib.workbench.cost.architectures import clip_tokenizer
 from ovdiff_lib.workbench.data.classes import NAMES, class_table, vocabulary_of
 
 LEVELS = {  # transformer of a cross-attention: (channels, how many times its grid was halved)
@@ -55,7 +55,7 @@ def published():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tokenizer()
+    return clip_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from real_size import make_clip, make_dino, make_pipeline, make_tokenizer, save_pipeline, sharpen
+from real_size import make_clip, make_dino, make_pipeline, save_pipeline, sharpen
 
 from ovdiff_lib import OVDiff
 from ovdiff_lib.networks import loading as models
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.prototypes.build import resize_masks
+from ovdiff_lib.workbench.cost.architectures import clip_tokenizer
 
 DISK, MEMORY = 6 * 2**30, 24 * 2**30
 """Bytes that the pass may take: of disk for the networks, of memory at its peak."""
@@ -68,7 +69,7 @@ def write_networks(folder):
         torch.manual_seed(0)
         save_pipeline(make_pipeline(), folder / "sd")
         make_clip().save_pretrained(folder / "clip")
-        make_tokenizer().save_pretrained(folder / "clip")
+        clip_tokenizer().save_pretrained(folder / "clip")
         sharpen(make_dino(), 4).save_pretrained(folder / "dino")
 
 

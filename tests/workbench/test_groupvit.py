@@ -310,8 +310,9 @@ def test_build_takes_model_windows_and_prompt_from_the_profile(profile):
 
 def test_the_published_architecture_at_224_pixels():
     """nvidia/groupvit-gcc-yfcc is GroupViTConfig's default: 6, 3, 3 blocks, 64 then 8 groups; with random weights it runs as published."""
-    from real_size import make_tokenizer
     from transformers import GroupViTConfig, GroupViTModel
+
+    from ovdiff_lib.workbench.cost.architectures import clip_tokenizer
 
     config = GroupViTConfig()
     vision = config.vision_config
@@ -325,7 +326,7 @@ def test_the_published_architecture_at_224_pixels():
                 parameter.normal_()
             elif name.endswith(("assign.q_proj.weight", "assign.k_proj.weight")):
                 parameter.mul_(10)
-    groupvit = GroupViT(model, make_tokenizer(), load_profile("paper").matching)
+    groupvit = GroupViT(model, clip_tokenizer(), load_profile("paper").matching)
     assert groupvit.templates == ("a photo of a {name}.",)
     assignment, embeddings, whole = groupvit.groups(picture(448, 336)[None])
     assert assignment.shape == (1, 8, 14, 14) and embeddings.shape == (1, 8, 256) and whole.shape == (1, 256)
