@@ -44,12 +44,12 @@ def draw(pipe: StableDiffusionPipeline, category: Category, profile: Profile, co
 
 
 def bare_features(pipe: StableDiffusionPipeline, settings: Features, images: Sequence[np.ndarray],
-                  batch: int | None) -> Callable[[], None]:
-    """A call that runs the networks alone: VAE encoder, noise, one UNet pass, ``batch`` images at a time (None: all).
+                  batch: int) -> Callable[[], None]:
+    """A call that runs the networks alone: VAE encoder, noise, one UNet pass, ``batch`` images at a time.
 
     ``images`` u8 (H, W, 3) of any size are resized, and the noise is drawn, here and not in the call.
     """
-    side, step = settings.sd_input_size, batch
+    side = settings.sd_input_size
     planes = [torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None] / 127.5 - 1 for image in images]
     pixels = torch.cat([F.interpolate(one, size=(side, side), mode="bilinear", antialias=True) for one in planes])
     pixels, latent = pixels.to(pipe.device, pipe.vae.dtype), side // pipe.vae_scale_factor
@@ -60,8 +60,8 @@ def bare_features(pipe: StableDiffusionPipeline, settings: Features, images: Seq
 
     @torch.no_grad()
     def run() -> None:
-        for start in range(0, len(pixels), step):
-            part = slice(start, start + step)
+        for start in range(0, len(pixels), batch):
+            part = slice(start, start + batch)
             latents = pipe.vae.encode(pixels[part]).latent_dist.mean.float() * pipe.vae.config.scaling_factor
             for _ in range(settings.sd_noise_samples):
                 noised = (signal**0.5 * latents + (1 - signal) ** 0.5 * noise[part]).to(pipe.unet.dtype)
