@@ -10,29 +10,21 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from PIL import Image
 
 from ovdiff_lib.files import write_atomic
 from ovdiff_lib.overlay import colours_of
 from ovdiff_lib.types import ForegroundBackground, Prototypes, SupportSet
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-import functools
-from typing import TYPE_CHECKING, Any
-
 FOREGROUND, BACKGROUND, UNUSED = (228, 87, 46), (46, 134, 193), (225, 225, 225)
 """Colours (RGB) of foreground, background and unused support pixels in every figure."""
-
-
-COLOURS = 256
-"""Colours of a saved figure."""
-
-FLAT, FLAT_AREA = 64, 60
-"""Colours of flat areas at most that a saved figure keeps as they are, and the pixels that make an area."""
 
 
 def square(image: np.ndarray, side: int) -> np.ndarray:
@@ -42,8 +34,6 @@ def square(image: np.ndarray, side: int) -> np.ndarray:
 
 def heat(image: np.ndarray, attribution: np.ndarray, alpha: float = 0.6) -> np.ndarray:
     """The image u8 (H, W, 3) under its attribution (h, w) in [0, 1] as a heat map, u8 (H, W, 3)."""
-    import matplotlib
-
     resized = Image.fromarray(attribution.astype(np.float32)).resize(image.shape[1::-1], Image.BICUBIC)
     colours = matplotlib.colormaps["inferno"](np.clip(np.asarray(resized), 0, 1))[..., :3] * 255
     return (image * (1 - alpha) + colours * alpha).round().astype(np.uint8)
@@ -74,10 +64,6 @@ def part_picture(prototypes: Prototypes, index: int = 0) -> np.ndarray:
 def image_grid(rows: Sequence[Sequence[np.ndarray]], row_names: Sequence[str] = (), column_names: Sequence[str] = (),
                cell: float = 1.25, title: str = "") -> Figure:
     """A grid of images (each u8 (H, W, 3)) with names at the left and the top."""
-    from matplotlib import rcParams
-
-    from ovdiff_lib.workbench.figures.base import new_figure
-
     count, width = len(rows), max(len(r) for r in rows)
     aspect = np.median([i.shape[0] / i.shape[1] for row in rows for i in row])
     left = 0.12 + 0.085 * max((len(max(n.split("\n"), key=len)) for n in row_names), default=0)
@@ -97,7 +83,7 @@ def image_grid(rows: Sequence[Sequence[np.ndarray]], row_names: Sequence[str] = 
             middle = size[1] - top - (r + 0.5) * cell * aspect
             figure.text((left - 0.08) / size[0], middle / size[1], row_names[r], ha="right", va="center", fontsize=9)
     if title:
-        figure.text(0.5, 1 - 0.1 / size[1], title, ha="center", va="top", fontsize=11, fontfamily=rcParams["font.family"])
+        figure.text(0.5, 1 - 0.1 / size[1], title, ha="center", va="top", fontsize=11)
     return figure
 
 
@@ -112,75 +98,44 @@ def support_grid(support: SupportSet, count: int = 8, masks: ForegroundBackgroun
     return image_grid(rows, names)
 
 
-def class_legend(figure: Figure, class_names: Sequence[str], labels: Sequence[int]) -> None:
-    """A legend below a figure of the colours of ``labels``; ``class_names`` are those of all labels, background first."""
-    from matplotlib.patches import Patch
-
+def class_legend(figure: Figure, class_names: Sequence[str], labels: Sequence[int], most: int = 7, **options: Any) -> None:
+    """A legend below a figure of the colours of ``labels``, at most ``most`` in a row; ``class_names`` are those of all
+    labels, background first. ``options`` are those of matplotlib's legend."""
     colours = colours_of(class_names) / 255
     handles = [Patch(color=colours[i], label=class_names[i]) for i in labels]
-    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=min(len(handles), 7), frameon=False, fontsize=9)
+    if handles:
+        options = {"ncol": min(len(handles), most), "fontsize": 9, **options}
+        figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), frameon=False, **options)
 
 
-def reduced(picture: Image.Image) -> Image.Image:
-    """An RGB picture in :data:`COLOURS` colours; the colours of flat areas, a legend's among them, stay exactly what they are.
+class ShownFigure(Figure):
+    """A figure drawn without pyplot, so that a notebook's state stays untouched, and still shown by it."""
 
-    Not dithered: its noise would take more bytes than the picture.
-    """
-    pixels = np.asarray(picture).astype(np.int32)
-    packed = pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]
-    values, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
-    flat = np.argsort(-counts, kind="stable")[: min(FLAT, int((counts >= FLAT_AREA).sum()))]
-    found = picture.quantize(COLOURS - len(flat), Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
-    palette = np.array(found.getpalette(), np.uint8).reshape(-1, 3)[: COLOURS - len(flat)]
-    own = np.full(len(values), -1)
-    own[flat] = len(palette) + np.arange(len(flat))
-    own = own[inverse].reshape(pixels.shape[:2])
-    made = Image.fromarray(np.where(own >= 0, own, np.asarray(found)).astype(np.uint8), mode="P")
-    exact = np.stack([values[flat] >> 16, values[flat] >> 8 & 255, values[flat] & 255], -1).astype(np.uint8)
-    made.putpalette(np.concatenate([palette, exact]).tobytes())
-    return made
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        FigureCanvasAgg(self)
 
-
-def save_figure(figure: Figure | Image.Image, path: str | Path, caption: str) -> Path:
-    """Write a figure as PNG of :data:`COLOURS` colours with its caption beside it (``.json``); both appear whole or not at all.
-
-    The colours are chosen for the picture: a grid of images then takes a fifth of the bytes, and figures are committed.
-    """
-    path = Path(path)
-    if not isinstance(figure, Image.Image):
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="png", bbox_inches="tight", pad_inches=0.06, facecolor="white", metadata={"Software": None})
-        figure = Image.open(drawn)
-    buffer = io.BytesIO()
-    reduced(figure.convert("RGB")).save(buffer, "PNG", optimize=True)
-    write_atomic(path, buffer.getvalue())
-    write_atomic(path.with_suffix(".json"), (json.dumps({"caption": caption}, ensure_ascii=False, indent=1) + "\n").encode())
-    return path
-
-
-# ------------------------------------------------------------------ Blank figures: drawn without pyplot, so that a notebook's state stays untouched, and still shown by it.
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.06, facecolor="white", metadata={"Software": None})
+        return buffer.getvalue()
 
 
 def new_figure(size: tuple[float, float], dpi: int, **options: Any) -> Figure:
-    """An empty figure of ``size`` (width, height) in inches with a canvas of its own; a notebook cell that ends in it shows it."""
-    return _kind()(figsize=size, dpi=dpi, **options)
+    """An empty figure of ``size`` (width, height) in inches; a notebook cell that ends in it shows it."""
+    return ShownFigure(figsize=size, dpi=dpi, **options)
 
 
-@functools.cache
-def _kind() -> type:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def save_figure(figure: Figure | Image.Image, path: str | Path, caption: str) -> Path:
+    """Write a figure as PNG with its caption beside it (``.json``); both appear whole or not at all.
 
-    class ShownFigure(Figure):
-        """A figure with a picture for IPython, which knows only those of pyplot."""
-
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            FigureCanvasAgg(self)
-
-        def _repr_png_(self) -> bytes:
-            buffer = io.BytesIO()
-            self.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.06, facecolor="white")
-            return buffer.getvalue()
-
-    return ShownFigure
+    256 colours are chosen for the picture: a grid of images then takes a fifth of the bytes, and figures are committed.
+    Of Pillow's ways of choosing, this one keeps the few pixels of a legend nearest to their colours.
+    """
+    path, buffer = Path(path), io.BytesIO()
+    picture = figure if isinstance(figure, Image.Image) else Image.open(io.BytesIO(figure._repr_png_()))
+    reduced = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
+    reduced.save(buffer, "PNG", optimize=True)
+    write_atomic(path, buffer.getvalue())
+    write_atomic(path.with_suffix(".json"), (json.dumps({"caption": caption}, ensure_ascii=False, indent=1) + "\n").encode())
+    return path

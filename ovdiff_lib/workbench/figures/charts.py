@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ovdiff_lib.workbench.figures.base import new_figure
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-import math
-from dataclasses import dataclass
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from ovdiff_lib.workbench.cost.instruments import LinearFit, Measured
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 INK, GREY, RISE, FALL = "#1f3b57", "#9aa5b1", "#2e86c1", "#e4572e"
 LINES = ("#1f3b57", "#e4572e", "#2e9d6a", "#b07aa1", "#c99a2e")
@@ -81,18 +76,29 @@ def difference_chart(names: Sequence[str], differences: Sequence[float | None], 
 
 
 def _panel(width: float, height: float) -> tuple[Figure, Axes]:
-    from ovdiff_lib.workbench.figures.base import new_figure
-
-    figure = new_figure((width, height), 130, layout="constrained")
-    axis = figure.subplots()
-    axis.spines[["top", "right"]].set_visible(False)
+    figure, (axis,) = _axes(1, width, height)
+    _style(axis)
     axis.tick_params(labelsize=9)
-    axis.grid(axis="y" if width < 6 else "x", color="#e6e9ed", linewidth=0.8)
-    axis.set_axisbelow(True)
+    axis.grid(False, axis="x" if width < 6 else "y")
     return figure, axis
 
 
-# ------------------------------------------------------------------ Figures of what a class and an image cost: where the time of a class goes, and how times grow.
+def _axes(count: int, width: float = 3.6, height: float = 2.7) -> tuple[Figure, list[Axes]]:
+    figure = new_figure((count * width, height), 130, layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _style(axis: Axes, **texts: Any) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+    axis.grid(color="#e6e9ed", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.set(**texts)
+    for text in (axis.title, axis.xaxis.label, axis.yaxis.label):
+        text.set_fontsize(9)
+
+
+# ---------------------------------------------------------------------- what a class and an image cost
 
 COLOURS = ("#2e86c1", "#e4572e", "#3a9d5d", "#8e5ea2", "#c79a00", "#555555")
 """Colours of lines and of parts of a bar, in order; the first two are those of background and foreground in the other figures."""
@@ -112,8 +118,6 @@ class Panel:
 
 def growth_figure(panels: Sequence[Panel], unit: str) -> Figure:
     """Seconds against what they grow with, one panel beside the other; a bar at a point spans the fastest and the slowest run."""
-    from matplotlib.ticker import MaxNLocator
-
     figure, axes = _axes(len(panels))
     for axis, panel in zip(axes, panels, strict=True):
         right = max(x for points in panel.lines.values() for x, _ in points)
@@ -130,7 +134,7 @@ def growth_figure(panels: Sequence[Panel], unit: str) -> Figure:
         axis.set_xlim(0, right * 1.06)
         axis.set_ylim(0, axis.get_ylim()[1] * (1 + 0.09 * len(axis.get_legend_handles_labels()[1])))  # room for the legend
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 4, 5, 10]))
-        _label(axis, panel.title, panel.x, unit)
+        _style(axis, title=panel.title, xlabel=panel.x, ylabel=unit)
         axis.legend(fontsize=7.5, frameon=False, loc="upper left")
     return figure
 
@@ -151,27 +155,10 @@ def breakdown_figure(rows: Mapping[str, Mapping[str, float]], title: str) -> Fig
     axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.14 * max(totals))
-    _label(axis, title, "seconds", "")
+    _style(axis, title=title, xlabel="seconds")
     axis.grid(False, axis="y")
     axis.legend(fontsize=7.5, frameon=False, ncol=len(steps), loc="upper center", bbox_to_anchor=(0.5, -0.9 / (0.55 + 0.34 * len(rows))))
     return figure
-
-
-def _axes(count: int, width: float = 3.6, height: float = 2.7) -> tuple[Figure, list[Axes]]:
-    from ovdiff_lib.workbench.figures.base import new_figure
-
-    figure = new_figure((count * width, height), 130, layout="constrained")
-    return figure, [figure.add_subplot(1, count, i + 1) for i in range(count)]
-
-
-def _label(axis: Axes, title: str, x: str, y: str) -> None:
-    axis.set_title(title, fontsize=9)
-    axis.set_xlabel(x, fontsize=8.5)
-    axis.set_ylabel(y, fontsize=8.5)
-    axis.tick_params(labelsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25, linewidth=0.6)
-    axis.set_axisbelow(True)
 
 
 def _formula(fit: LinearFit) -> str:
@@ -179,7 +166,7 @@ def _formula(fit: LinearFit) -> str:
     return f"{fit.slope:.3g} x {sign} {abs(fit.intercept):.2g}, R² = {fit.r2:.4f}"
 
 
-# ------------------------------------------------------------------ Figures of the vocabulary doctor: tables of shares between classes, side by side, such as what was foreseen and what happened.
+# ---------------------------------------------------------------------- tables of shares between classes, side by side
 
 LEAST = 0.005
 """Share below which a cell bears no number."""
@@ -189,8 +176,6 @@ def share_tables(tables: Mapping[str, np.ndarray], rows: Sequence[str], columns:
                  cell: float = 0.36) -> Figure:
     """Tables of shares in [0, 1], f (len(rows), len(columns)) each, side by side as squares of ``cell`` inches under their titles: the
     darker the larger, in percent, and grey where there is none (nan). ``ylabel`` says what the rows are."""
-    from ovdiff_lib.workbench.figures.base import new_figure
-
     left = 0.35 + 0.085 * max(map(len, rows))
     foot, head, gap = 0.15 + 0.075 * max(map(len, columns)), 0.34, 0.3
     width, height = cell * len(columns), cell * len(rows)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from PIL import Image
 
 from ovdiff_lib.explain import BELOW, NOT_AMONG_TOP, NOT_BEST, NOT_TOLD, Activated, absent_classes
@@ -15,11 +17,7 @@ from ovdiff_lib.profiles.schema import Filters
 from ovdiff_lib.segmentation import Segmentation
 from ovdiff_lib.types import SupportSet
 from ovdiff_lib.workbench.analysis.margins import BIN, MarginStatistics
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
+from ovdiff_lib.workbench.figures.base import new_figure
 
 COLOURS = ((255, 127, 14), (0, 190, 225), (222, 60, 178), (248, 214, 40), (80, 200, 90), (150, 110, 240))
 """RGB of the prototypes in a figure, in the order of :func:`~ovdiff_lib.explain.activated`; after the last the first comes again."""
@@ -98,8 +96,6 @@ def prototype_figure(traces: Sequence[Trace], shown: int = 4, cell: float = 1.3,
     """Fig. 4: at the left each segmentation, in the middle the regions that its prototypes decided, each in its own colour, at the right
     ``shown`` support images with the regions that these prototypes were made from in the same colours.
     """
-    from ovdiff_lib.workbench.figures.base import new_figure
-
     left, gap, head = 2.1, 0.14, 0.36 + (0.34 if title else 0)
     places = [left, left + cell + gap, *(left + (2 + i) * cell + 2 * gap for i in range(shown))]
     size = (places[-1] + cell, head + len(traces) * (cell + 0.04))
@@ -179,8 +175,6 @@ def _label(trace: Trace, prototype: Activated) -> int:
 
 def margin_figure(statistics: MarginStatistics, parts: int = 10) -> Figure:
     """Left: how the margins of right and of wrong pixels are distributed; right: the share of wrong pixels, by tenths of the margin."""
-    from ovdiff_lib.workbench.figures.base import new_figure
-
     figure = new_figure((7.4, 2.6), 110, layout="constrained")
     left, right = figure.subplots(1, 2)
     both = statistics.right + statistics.wrong
@@ -210,10 +204,6 @@ def absent_figure(segmentations: Sequence[Segmentation], filters: Filters, names
     among the bars, hatched, and take the place of the least probable others; a bar is at least :data:`LEAST` long. A class that was
     segmented has its name in the colour of its pixels.
     """
-    from matplotlib.patches import Patch
-
-    from ovdiff_lib.workbench.figures.base import new_figure
-
     count = len(segmentations)
     figure = new_figure((3.1 * count, 3.7), 110, layout="constrained")
     axes = figure.subplots(2, count, squeeze=False, height_ratios=[1, 1.25])

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
+from matplotlib.figure import Figure
 
 from ovdiff_lib.masks.select import mean_attribution, upsample
-from ovdiff_lib.overlay import paint
+from ovdiff_lib.overlay import colours_of, paint
 from ovdiff_lib.types import ForegroundBackground, SupportSet
-from ovdiff_lib.workbench.figures.base import BACKGROUND, FOREGROUND, class_legend, heat, image_grid, mask_picture
-
-if TYPE_CHECKING:
-    import torch
-    from matplotlib.figure import Figure
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from ovdiff_lib.overlay import colours_of
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+from ovdiff_lib.workbench.figures.base import (
+    BACKGROUND,
+    FOREGROUND,
+    class_legend,
+    heat,
+    image_grid,
+    mask_picture,
+    new_figure,
+)
 
 
 def selection_figure(supports: Sequence[SupportSet], masks: Sequence[ForegroundBackground], segmenter: Any, proposals: int = 4) -> Figure:
@@ -121,7 +120,7 @@ def comparison_figure(images: Sequence[np.ndarray], labels: Mapping[str, Sequenc
     return figure
 
 
-# ------------------------------------------------------------------ Galleries of segmented pictures of any shapes, each with the words that were asked of it (Fig. 6 and A.1).
+# ---------------------------------------------------------------------- galleries of pictures of any shapes (Fig. 6, A.1)
 
 
 @dataclass(frozen=True)
@@ -142,8 +141,6 @@ def gallery(columns: Sequence[Column], class_names: Sequence[str], row_names: Se
     ``class_names`` are those of the labels, background first; ``row_names`` belong to the image and to each map. A legend below names the
     labels of the maps numbered ``legend_maps`` (default: all) that are named above no picture.
     """
-    from ovdiff_lib.workbench.figures.base import new_figure
-
     gap, line, letter = 0.05, 0.2, 0.1
     left = 0.15 + letter * max(len(part) for name in row_names for part in name.split("\n"))
     widths = [height * column.image.shape[1] / column.image.shape[0] for column in columns]
@@ -170,16 +167,8 @@ def gallery(columns: Sequence[Column], class_names: Sequence[str], row_names: Se
         figure.text((left - 0.07) / size[0], 1 - middle / size[1], name, ha="right", va="center", fontsize=11)
     named = {label for column in columns for label in column.asked}
     maps = [m for column in columns for i, m in enumerate(column.maps) if legend_maps is None or i in legend_maps]
-    _legend(figure, sorted({int(label) for m in maps for label in np.unique(m)} - named - {0}), class_names)
+    left_over = sorted({int(label) for m in maps for label in np.unique(m)} - named - {0})
+    if left_over:
+        most = max(1, int(figure.get_figwidth() / (0.55 + 0.1 * max(len(class_names[i]) for i in left_over))))
+        class_legend(figure, class_names, left_over, most, fontsize=11, handlelength=1.2, columnspacing=1.2)
     return figure
-
-
-def _legend(figure: Figure, labels: Sequence[int], class_names: Sequence[str]) -> None:
-    from matplotlib.patches import Patch
-
-    if labels:
-        colours = colours_of(class_names) / 255
-        handles = [Patch(color=colours[i], label=class_names[i]) for i in labels]
-        columns = max(1, int(figure.get_figwidth() / (0.55 + 0.1 * max(len(class_names[i]) for i in labels))))
-        figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=min(len(handles), columns), frameon=False,
-                      fontsize=11, handlelength=1.2, columnspacing=1.2)
