@@ -93,7 +93,7 @@ def _segmenter_part(profile: Profile) -> Any:
 
 def _machine(profile: Profile) -> list[Any]:
     models = profile.models
-    return [models.device, models.dtype, models.compile, models.channels_last, models.download]
+    return [models.device, models.dtype, models.download]
 
 
 def _digest(*arrays: np.ndarray) -> bytes:
