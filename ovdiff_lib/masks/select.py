@@ -105,12 +105,10 @@ def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | Non
 
 def proposals(segmenter: Segmenter, images: np.ndarray, words: str) -> Iterator[np.ndarray]:
     """What ``segmenter`` proposes for each of the images u8 (N, H, W, 3), :data:`TOGETHER` at a time where it has ``propose_many``."""
-    own = next((vars(kind) for kind in type(segmenter).__mro__ if {"propose", "propose_many"} & vars(kind).keys()), {})
-    several = "propose_many" in own  # else a subclass may have changed `propose` alone, which an inherited one would pass over
+    several = getattr(segmenter, "propose_many", None)
     for start in range(0, len(images), TOGETHER if several else 1):
-        part = images[start : start + TOGETHER]
         with undisturbed():
-            found = segmenter.propose_many(part, words) if several else [segmenter.propose(images[start], words)]
+            found = several(images[start : start + TOGETHER], words) if several else [segmenter.propose(images[start], words)]
         yield from found
 
 

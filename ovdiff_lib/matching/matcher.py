@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.images import resize_short_side
 from ovdiff_lib.matching.pamr import pamr
-from ovdiff_lib.matching.windows import Box, check_image, window_seeds, windows
+from ovdiff_lib.matching.windows import Box, check_image, crop, scales, window_seeds
 from ovdiff_lib.networks.instruments import batches, undisturbed
 from ovdiff_lib.networks.loading import resolve_device
 from ovdiff_lib.profiles.schema import Matching, Profile
@@ -65,11 +64,11 @@ class _Opened:
     resized: np.ndarray
     rows: dict[str, _ClassRows]
     fallback: float | None
+    votes: torch.Tensor  # extractors that score each class, (C + 1, 1, 1)
     totals: list[torch.Tensor]  # a scale: f32 (C + 1, H, W)
     cover: list[torch.Tensor]  # a scale: windows over each pixel, (H, W)
-    votes: torch.Tensor  # extractors that score each class, (C + 1, 1, 1)
-    windows: list[_Window]
-    seen: list[tuple[int, Box, np.ndarray, np.ndarray]]  # what the first extractor saw in each window
+    windows: list[_Window] = field(default_factory=list)
+    seen: list[tuple[int, Box, np.ndarray, np.ndarray]] = field(default_factory=list)  # by the first extractor
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,27 +99,19 @@ class Matcher:
         self.device = resolve_device(profile)
 
     def scores(self, image: np.ndarray, bank: PrototypeBank) -> tuple[np.ndarray, np.ndarray]:
-        """Scores f32 (C + 1, H, W) of an image u8 RGB (H, W, 3) against a bank of C categories, and the prototype that decided each pixel.
+        """Scores f32 (C + 1, H, W) of an image u8 (H, W, 3) against C categories, and which prototype decided each pixel.
 
-        Class 0 is background: its prototypes are the background prototypes of all categories of the bank. A bank without any gets the
-        constant ``matching.background_threshold``; if the profile builds background prototypes and the filters removed all of them,
-        background cannot win and scores -inf; if the profile builds none and sets no threshold, ``InputError``.
+        Class 0 is background, by the background prototypes of all categories; without any it scores the constant
+        ``matching.background_threshold``, -inf where the filters removed all of them, and ``InputError`` if neither was
+        asked for. Where no score exceeds ``matching.minimum_score`` background gets the highest, and so the pixel.
 
-        With ``matching.refine`` "pamr" the merged scores are refined at the size of the resized image, before they come back to
-        (H, W). Where ``matching.minimum_score`` is set and no score exceeds it, background's score is raised to the highest,
-        so that the first of equals, background, has the pixel.
-
-        That prototype is given as (category, row), i32 (2, H, W): row ``row`` of ``bank.prototypes[first extractor][category]``. Of all
-        windows over the pixel, it is the prototype of the winning class with the highest cosine; (-1, -1) where background won without
-        a prototype or by the minimum score.
+        The prototype is a pair (category, row), i32 (2, H, W): ``bank.prototypes[first extractor][category].vectors[row]``,
+        of the winning class the one with the highest cosine in any window over the pixel; -1 where a constant decided.
         """
         return next(self.scores_many([(image, bank)]))
 
     def scores_many(self, pairs: Sequence[tuple[np.ndarray, PrototypeBank]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """:meth:`scores` of each image against its own bank, in order; windows share batches, whichever image they are of.
-
-        Scores and windows of all the images are in memory at a time. Errors are raised before the first result.
-        """
+        """:meth:`scores` of each image against its own bank; windows of all of them share batches, and memory."""
         for opened in self._scored(pairs):
             yield self._close(opened)
 
@@ -139,18 +130,17 @@ class Matcher:
         check_image(image)
         rows = {name: self._class_rows(name, bank) for name in self.extractors}
         fallback = self._fallback(rows)
-        resized = resize_short_side(image, self.settings.short_side, self.settings.resample, self.settings.long_side)
-        scales = self._scales(resized)
-        seeds = iter(window_seeds(self.profile.features.seed, image, sum(len(boxes) for _, boxes in scales)))
-        shape = (len(bank.vocabulary) + 1, *resized.shape[:2])
-        totals = [torch.zeros(shape, dtype=torch.float32, device=self.device) for _ in scales]
-        cover = [torch.zeros(shape[1:], dtype=torch.float32, device=self.device) for _ in scales]
-        voters = [sum(r.vectors[c] is not None for r in rows.values()) for c in range(shape[0])]
-        voters = torch.tensor(voters, dtype=torch.long, device=self.device)
-        opened = _Opened(image.shape[:2], resized, rows, fallback, totals, cover, voters.clamp(min=1)[:, None, None], [], [])
-        for scale, (crops, boxes) in enumerate(scales):
-            for crop, box in zip(crops, boxes, strict=True):
-                opened.windows.append(_Window(opened, len(opened.windows), scale, box, crop, next(seeds)))
+        settings = self.settings
+        resized = resize_short_side(image, settings.short_side, settings.resample, settings.long_side)
+        placed = [(scale, side, box) for scale, (side, boxes) in enumerate(scales(resized.shape[:2], settings)) for box in boxes]
+        seeds = window_seeds(self.profile.features.seed, image, len(placed))
+        votes = torch.tensor([sum(r.vectors[c] is not None for r in rows.values()) for c in range(len(bank.vocabulary) + 1)],
+                             dtype=torch.long, device=self.device).clamp(min=1)[:, None, None]
+        zeros = [torch.zeros(len(votes) + 1, *resized.shape[:2], dtype=torch.float32, device=self.device)
+                 for _ in range(placed[-1][0] + 1)]
+        opened = _Opened(image.shape[:2], resized, rows, fallback, votes, [z[:-1] for z in zeros], [z[-1] for z in zeros])
+        for number, ((scale, side, box), seed) in enumerate(zip(placed, seeds, strict=True)):
+            opened.windows.append(_Window(opened, number, scale, box, crop(resized, box, side), seed))
         return opened
 
     @undisturbed()
@@ -206,19 +196,6 @@ class Matcher:
         if self.profile.prototypes.background:
             return -np.inf
         raise InputError(f"There are no background prototypes and no background score; {BACKGROUND_REMEDY}")
-
-    def _scales(self, resized: np.ndarray) -> list[tuple[np.ndarray, list[Box]]]:
-        """For each scale its crops u8 (n, S, S, 3) and where they lie in the resized image."""
-        scales = []
-        for size in self.settings.windows:
-            size = min(size, *resized.shape[:2])  # only a long strip is smaller, through long_side
-            boxes = [(top, left, size, size) for top, left, size in windows(resized.shape[:2], size, min(size, self.settings.stride))]
-            scales.append((np.stack([resized[top : top + h, left : left + w] for top, left, h, w in boxes]), boxes))
-        if self.settings.whole_image:
-            side = max(self.settings.windows, default=self.settings.short_side)
-            squashed = np.array(Image.fromarray(resized).resize((side, side), Image.Resampling.BILINEAR))
-            scales.append((squashed[None], [(0, 0, *resized.shape[:2])]))
-        return scales
 
     def _score(self, part: Sequence[_Window]) -> None:
         """Add the scores of windows to their images; notes in ``seen`` what the first extractor saw in each."""

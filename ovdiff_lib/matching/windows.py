@@ -5,13 +5,39 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+from PIL import Image
 
 from ovdiff_lib.errors import InputError
+from ovdiff_lib.profiles.schema import Matching
 
 MAX_ASPECT = 64
 """Longest side over shortest; beyond it the resized image would outgrow memory."""
 
 Box = tuple[int, int, int, int]  # top, left, height, width in the resized image
+
+
+def scales(shape: tuple[int, int], settings: Matching) -> list[tuple[int, list[Box]]]:
+    """The windows of a resized image of ``shape`` (H, W): of each scale the side at which they are looked at and where they lie.
+
+    With ``whole_image`` the image as a whole, squashed, is one more scale.
+    """
+    found = []
+    for size in settings.windows:
+        size = min(size, *shape)  # only a long strip is smaller, through long_side
+        places = windows(shape, size, min(size, settings.stride))
+        found.append((size, [(top, left, size, size) for top, left, _ in places]))
+    if settings.whole_image:
+        found.append((max(settings.windows, default=settings.short_side), [(0, 0, *shape)]))
+    return found
+
+
+def crop(resized: np.ndarray, box: Box, side: int) -> np.ndarray:
+    """The pixels of a window as a square u8 (side, side, 3)."""
+    top, left, height, width = box
+    inside = resized[top : top + height, left : left + width]
+    if inside.shape[:2] == (side, side):
+        return inside
+    return np.array(Image.fromarray(inside).resize((side, side), Image.Resampling.BILINEAR))
 
 
 def windows(shape: tuple[int, int], size: int, stride: int) -> list[tuple[int, int, int]]:

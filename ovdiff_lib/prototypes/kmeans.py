@@ -8,6 +8,7 @@ settle centroids and assignment. A mini support set is smaller than its sample, 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -124,9 +125,10 @@ def _lloyd(x: torch.Tensor, mean: torch.Tensor | None, centroids: torch.Tensor, 
            tolerance: float) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Centroids (relative to ``mean``), assignment and inertia after Lloyd's iterations from ``centroids``; ``mean`` None: ``x`` is f32
     and has it taken off."""
-    norms: list[torch.Tensor] = []  # of the first pass
+    lengths = _lengths(x, mean)
+    spread = float(lengths.sum(dtype=torch.float64))
     for _ in range(max(1, iterations)):
-        assignment, distance, sums, counts, spread = _assign(x, mean, centroids, norms)
+        assignment, distance, sums, counts = _assign(x, mean, centroids, lengths)
         means = (sums / counts.clamp(min=1)[:, None]).float()
         empty = counts == 0
         if empty.any():
@@ -146,26 +148,30 @@ def _centred(x: torch.Tensor, mean: torch.Tensor | None, out: torch.Tensor | Non
     return x.float() - mean if out is None else out.copy_(x).sub_(mean)  # into `out` without a copy of its own in between
 
 
-def _assign(x: torch.Tensor, mean: torch.Tensor | None, centroids: torch.Tensor, norms: list[torch.Tensor]):
-    """One pass: nearest centroid and squared distance of every point; sum and number of the points of every centroid; total spread.
+def _blocks(x: torch.Tensor, mean: torch.Tensor | None) -> Iterator[torch.Tensor]:
+    """The points less ``mean`` in blocks f32 (m, D), each gone when the next is asked for."""
+    rows = max(1, BLOCK // x.shape[1])
+    buffer = torch.empty(0 if mean is None else min(rows, len(x)), x.shape[1], dtype=torch.float32, device=x.device)
+    return (_centred(part, mean, buffer[: len(part)]) for part in x.split(rows))
 
-    ``norms``, the squared lengths of the points by block, is filled if it is empty.
-    """
+
+def _lengths(x: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
+    """Squared lengths f32 (M,) of the points less ``mean``, without a block of squares."""
+    return torch.cat([torch.linalg.vector_norm(points, dim=1).square_() for points in _blocks(x, mean)])
+
+
+def _assign(x: torch.Tensor, mean: torch.Tensor | None, centroids: torch.Tensor, lengths: torch.Tensor):
+    """One pass: nearest centroid and squared distance of every point; sum and number of the points of every centroid."""
     k = len(centroids)
     square = centroids.square().sum(1)
     sums = torch.zeros(centroids.shape, dtype=torch.float64, device=x.device)
     counts = torch.zeros(k, dtype=torch.float64, device=x.device)
-    assignment, distance, spread, rows = [], [], 0.0, max(1, BLOCK // x.shape[1])
-    buffer, known = torch.empty(0 if mean is None else min(rows, len(x)), x.shape[1], dtype=torch.float32, device=x.device), bool(norms)
-    for number, part in enumerate(x.split(rows)):
-        points = _centred(part, mean, buffer[: len(part)])
-        if not known:
-            norms.append(torch.linalg.vector_norm(points, dim=1).square_())  # without a block of squares
-        nearest, index = torch.addmm(square, points, centroids.T, alpha=-2).min(1)
+    assignment, nearest = [], []
+    for points in _blocks(x, mean):
+        least, index = torch.addmm(square, points, centroids.T, alpha=-2).min(1)
         member = F.one_hot(index, k).to(points.dtype)
         sums += member.T @ points
         counts += member.sum(0)
         assignment.append(index)
-        distance.append((nearest + norms[number]).clamp(min=0))
-        spread += float(norms[number].sum(dtype=torch.float64))
-    return torch.cat(assignment), torch.cat(distance), sums, counts, spread
+        nearest.append(least)
+    return torch.cat(assignment), torch.cat(nearest).add_(lengths).clamp_(min=0), sums, counts

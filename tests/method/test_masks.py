@@ -7,6 +7,7 @@ import pytest
 
 from ovdiff_lib.categories import Category
 from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.masks.segmenters.detector import DetectorSegmenter
 from ovdiff_lib.masks.select import TOGETHER, check_masks, make_masks, select, separate, upsample
 from ovdiff_lib.masks.threshold import BINS, fixed_thresholds, multi_otsu
 from ovdiff_lib.profiles.reading import load_profile
@@ -157,7 +158,10 @@ def test_make_masks_asks_a_segmenter_for_several_images_at_a_time_where_it_can()
             asked.append(len(images))
             return [single.propose(image, words) for image in images]
 
-    class Changed(Many):
+    class Changed(DetectorSegmenter):
+        def __init__(self):
+            pass
+
         def propose(self, image, words):
             return np.zeros((0, *image.shape[:2]), bool)
 

@@ -14,7 +14,6 @@ FLOORS = ["errors overlay mini", "profiles categories files", "networks registry
 """Rooms (folders and single modules), the ground floor first. A room imports from itself and from the floors below."""
 
 UNTIL = {
-    "filters -> workbench.data.things",
     "pipeline -> workbench.evaluation.shared",
     "registry -> networks.identity",
     "workbench.baselines -> workbench.baselines.filtered",

@@ -7,12 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.images import resize_short_side
-from ovdiff_lib.matching.windows import windows
+from ovdiff_lib.matching.windows import crop, scales
 from ovdiff_lib.networks.instruments import batches
 from ovdiff_lib.profiles.schema import Matching
 
@@ -26,16 +25,12 @@ def sliding_scores(image: np.ndarray, matching: Matching, score: Callable[[np.nd
     """
     resized = resize_short_side(image, matching.short_side, matching.resample)
     shape = resized.shape[:2]
-    scales = [[(top, left, side, side) for top, left, side in windows(shape, size, matching.stride)] for size in matching.windows]
-    crops = [np.stack([resized[top:top + h, left:left + w] for top, left, h, w in boxes]) for boxes in scales]
-    if matching.whole_image:
-        side = max(matching.windows, default=matching.short_side)
-        scales.append([(0, 0, *shape)])
-        crops.append(np.array(Image.fromarray(resized).resize((side, side), Image.Resampling.BILINEAR))[None])
-    if not scales:
+    placed = scales(shape, matching)
+    if not placed:
         raise ProfileError("matching.windows is empty; name at least one size, or set matching.whole_image to true.")
     mean = None
-    for boxes, squares in zip(scales, crops, strict=True):
+    for side, boxes in placed:
+        squares = np.stack([crop(resized, box, side) for box in boxes])
         total, cover = None, torch.zeros(shape, dtype=torch.float32, device="cpu")
         for start, stop in batches(len(boxes), matching.batch_size):
             batch = boxes[start:stop]
@@ -44,7 +39,7 @@ def sliding_scores(image: np.ndarray, matching: Matching, score: Callable[[np.nd
             for (top, left, h, w), grid in zip(batch, grids, strict=True):
                 total[:, top:top + h, left:left + w] += resize_maps(grid, (h, w))
                 cover[top:top + h, left:left + w] += 1
-        total /= cover * len(scales)
+        total /= cover * len(placed)
         mean = total if mean is None else mean.add_(total)
     return resize_maps(mean, image.shape[:2])
 

@@ -20,7 +20,7 @@ from ovdiff_lib.features.clip import ClipExtractor
 from ovdiff_lib.features.diffusion import QUERY
 from ovdiff_lib.features.dino import DinoExtractor
 from ovdiff_lib.images import resize_short_side
-from ovdiff_lib.matching.windows import windows
+from ovdiff_lib.matching.windows import scales
 from ovdiff_lib.networks.clip_text import WIDTH, encode, pack
 from ovdiff_lib.networks.instruments import captured
 from ovdiff_lib.profiles.schema import Profile, PrototypeSettings
@@ -138,9 +138,7 @@ def window_boxes(shape: tuple[int, int], profile: Profile) -> list[tuple[int, in
     """Windows (top, left, size) of all scales of an image of ``shape`` (H, W), in pixels of the resized image."""
     settings, blank = profile.matching, np.zeros((*shape, 3), np.uint8)
     resized = resize_short_side(blank, settings.short_side, settings.resample, settings.long_side).shape[:2]
-    sizes = [min(size, *resized) for size in settings.windows]
-    boxes = [box for size in sizes for box in windows(resized, size, min(size, settings.stride))]
-    return boxes + [(0, 0, max(settings.windows, default=settings.short_side))] * settings.whole_image
+    return [(top, left, side) for side, boxes in scales(resized, settings) for top, left, _, _ in boxes]
 
 
 def unet_operations(networks: Networks, side: int, batch: int = 1,
