@@ -1,27 +1,35 @@
-"""``ovdiff evaluate`` and ``ovdiff convert``: the command line of this package."""
+"""``ovdiff evaluate`` and ``ovdiff convert``."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ovdiff_lib.cli.options import add_engine_options, build_with, check_stuff_options, engine_of
+from ovdiff_lib.cli.options import (
+    add_engine_options,
+    add_stuff_options,
+    build_with,
+    check_stuff_options,
+    engine_of,
+    ovdiff_of,
+    write_json,
+)
 from ovdiff_lib.errors import InputError
+from ovdiff_lib.files import check_output
 
 
-def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser], ovdiff: Callable[[argparse.Namespace], Any]) -> None:
-    """Add both commands: ``commands`` is the object of ``add_subparsers``, ``command(name, run, help)`` adds one with the options of a
-    profile, ``ovdiff(options)`` makes the :class:`~ovdiff_lib.pipeline.OVDiff` they ask for."""
-    evaluate = command("evaluate", lambda options: run_evaluate(options, ovdiff), "Measure mIoU on a data set.")
-    evaluate.add_argument("dataset", help="mini-voc, mini-object, mini-context; or, with --data, voc, context, coco-object, and without"
-                                          " background voc20, context59, coco-stuff, ade20k, cityscapes")
+def add_commands(command: Callable[..., argparse.ArgumentParser], bare: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add both commands: ``command(name, run, help)`` adds one with the options of a profile, ``bare`` one without."""
+    evaluate = command("evaluate", run_evaluate, "Measure mIoU on a data set.")
+    evaluate.add_argument("dataset", help="mini-voc, mini-object, mini-context; or, with --data, voc, context, coco-object, and "
+                                          "without background voc20, context59, coco-stuff, ade20k, cityscapes")
     evaluate.add_argument("--data", type=Path, metavar="FOLDER", help="where the data set is, for example VOCdevkit")
     evaluate.add_argument("--split", default="val", help="val, train, or wild of the mini world (default: val)")
-    evaluate.add_argument("--names", help="class names given to the networks: fixed (the paper's corrections, default), raw, fourteen")
+    evaluate.add_argument("--names",
+                          help="class names given to the networks: fixed (the paper's corrections, default), raw, fourteen")
     evaluate.add_argument("--limit", type=int, help="use the first LIMIT images only")
     evaluate.add_argument("--predictions", type=Path, metavar="FOLDER",
                           help="score label maps in this folder, named by image id, instead of segmenting")
@@ -30,30 +38,29 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser],
     evaluate.add_argument("--resume", type=Path, metavar="FOLDER",
                           help="keep the state here while evaluating; the same command goes on where it was interrupted")
     evaluate.add_argument("--json", type=Path, help="write the result to this file too")
+    add_stuff_options(evaluate)
     add_engine_options(evaluate)
 
-    text = "Make label maps: PASCAL Context from its JSON file; train ids of COCO and Cityscapes for other tools."
-    convert = commands.add_parser("convert", help=text, description=text)
-    convert.set_defaults(run=run_convert)
+    convert = bare("convert", run_convert,
+                   "Make label maps: PASCAL Context from its JSON file; train ids of COCO and Cityscapes for other tools.")
     convert.add_argument("dataset", choices=["context", "coco-object", "coco-stuff", "cityscapes"])
-    convert.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="where the data set is; label maps are written into it")
+    convert.add_argument("--data", type=Path, required=True, metavar="FOLDER",
+                         help="where the data set is; label maps are written into it")
     convert.add_argument("--json", type=Path, help="trainval_merged.json of PASCAL in Detail (context)")
     convert.add_argument("--split", default="val", help="val or train (default: val; context: both)")
 
 
-def run_evaluate(options: argparse.Namespace, make_ovdiff: Callable[[argparse.Namespace], Any]) -> None:
+def run_evaluate(options: argparse.Namespace) -> None:
     """Evaluate OVDiff, or saved predictions, and print IoU by class and mIoU."""
-    from ovdiff_lib.files import check_output
     from ovdiff_lib.workbench.data.datasets import load_dataset
     from ovdiff_lib.workbench.data.predictions import predictions_from
+    from ovdiff_lib.workbench.data.things import with_kinds
     from ovdiff_lib.workbench.evaluation.measure import evaluate
 
     if options.zero_based and not options.predictions:
         raise InputError("--zero-based says how label maps are numbered; use it together with --predictions FOLDER.")
-    if options.resume and options.predictions:
-        raise InputError("Scoring saved predictions needs no --resume; leave it out.")
-    if options.predictions and (options.engine != "local" or options.workers is not None):
-        raise InputError("Scoring saved predictions is done in this process; leave out --engine and --workers.")
+    if options.predictions and (options.resume or options.engine != "local" or options.workers is not None):
+        raise InputError("Scoring saved predictions is done at once and in this process; leave out --resume, --engine and --workers.")
     check_stuff_options(options)
     if options.json:
         check_output(options.json.parent)
@@ -66,11 +73,8 @@ def run_evaluate(options: argparse.Namespace, make_ovdiff: Callable[[argparse.Na
         result = evaluate(predictions_from(options.predictions, options.zero_based), dataset, limit=options.limit)
         record["predictions"], by = str(options.predictions), f"predictions in {options.predictions}"
     else:
-        ovdiff = make_ovdiff(options)
-        vocabulary = dataset.vocabulary
-        if getattr(options, "stuff_from", None):
-            from ovdiff_lib.workbench.data.things import with_kinds
-
+        ovdiff, vocabulary = ovdiff_of(options), dataset.vocabulary
+        if options.stuff_from:
             vocabulary = with_kinds(vocabulary, options.stuff_from, options.stuff_default)
             record["stuff"] = [c.name for c in vocabulary if c.kind == "stuff"]
         settings = {**record, "data": str(options.data and options.data.resolve()), "profile": ovdiff.profile.digest()}
@@ -86,13 +90,9 @@ def run_evaluate(options: argparse.Namespace, make_ovdiff: Callable[[argparse.Na
         print(f"The literature evaluates on {standard} images of this split; here there are {result.images}.")
     print(f"{'mIoU':{width}s} {100 * result.miou:5.1f}   {dataset.name} {options.split}, {result.images} images, {by}")
     if options.json:
-        from ovdiff_lib.files import write_atomic
-
-        iou = [None if v != v else float(v) for v in result.iou]  # NaN where a class is nowhere
-        miou = None if result.miou != result.miou else result.miou
-        table = {**record, "images": result.images, "background": dataset.has_background, "miou": miou,
-                 "iou": dict(zip(result.class_names, iou, strict=True))}
-        write_atomic(options.json, (json.dumps(table, indent=1) + "\n").encode())
+        miou, *iou = (None if v != v else float(v) for v in (result.miou, *result.iou))  # NaN where a class is nowhere
+        write_json(options.json, {**record, "images": result.images, "background": dataset.has_background, "miou": miou,
+                                  "iou": dict(zip(result.class_names, iou, strict=True))})
 
 
 def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any, vocabulary: Any, settings: dict[str, Any]):

@@ -3,62 +3,53 @@
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import math
-import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tqdm.contrib.logging import logging_redirect_tqdm
-
 from ovdiff_lib.categories import Category
+from ovdiff_lib.cli.options import write_json
 from ovdiff_lib.errors import InputError, counted
-from ovdiff_lib.files import check_output_file
+from ovdiff_lib.files import check_output_file, size_text
 from ovdiff_lib.library.store import Entry, Library
 
 
-def add_commands(commands: Any) -> None:
-    """Add ``library`` and its own commands to the object of ``add_subparsers``."""
-    text = "Show, check, share and clear the prototype library."
-    parser = commands.add_parser("library", help=text, description=text)
-    own = parser.add_subparsers(required=True, metavar="COMMAND")
+def add_commands(bare: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add ``library`` with its own commands; ``bare(name, run, help)`` adds a command without options."""
+    own = bare("library", None, "Show, check, share and clear the prototype library.").add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str, choice: bool = True) -> argparse.ArgumentParser:
         sub = own.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         sub.add_argument("--library", type=Path, help="the library's folder (default: $OVDIFF_LIBRARY, else the user's cache folder)")
+        if choice:
+            sub.add_argument("--classes", help='entries of these words alone, for example "cat, sofa"')
+            sub.add_argument("--keys", help="entries of these keys, or beginnings of keys, alone")
         return sub
 
     show = command("list", _list, "What is in the library, a line a class.")
-    _choice(show)
     show.add_argument("--json", type=Path, help="write every entry with all it was made from to this file")
-    command("verify", _verify, "Read every entry and check its sums; broken ones are set aside. Exit code 1 if there are any.")
+    command("verify", _verify, "Read every entry and check its sums; broken ones are set aside. Exit code 1 if there are any.", False)
     export = command("export", _export, "Write entries into one file that `import` reads.")
     export.add_argument("file", type=Path, help="a .tar, or .tar.gz or .tar.xz to compress it")
-    _choice(export)
     export.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     export.add_argument("--prototypes-only", action="store_true", help="leave support images and masks out: enough to segment with")
-    imported = command("import", _import, "Add the entries of an exported file, once all of them have been verified.")
+    imported = command("import", _import, "Add the entries of an exported file, once all of them have been verified.", False)
     imported.add_argument("file", type=Path, help="a file that `export` wrote")
     remove = command("remove", _remove, "Delete entries, or what interrupted runs left.")
-    _choice(remove)
     remove.add_argument("--unused-for", type=float, metavar="DAYS", help="those that nobody read for so many days")
     remove.add_argument("--all", action="store_true", help="every entry")
     remove.add_argument("--leftovers", action="store_true", help="what killed runs left and entries that were set aside as broken")
     remove.add_argument("--dry-run", action="store_true", help="say what would go, and delete nothing")
 
 
-def _choice(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--classes", help='entries of these words alone, for example "cat, sofa"')
-    parser.add_argument("--keys", help="entries of these keys, or beginnings of keys, alone")
-
-
-def words_of(described: dict[str, Any]) -> str | None:
-    """The words an entry was made for, None if it does not say."""
-    return described.get("made_from", {}).get("prompt") or described.get("category", {}).get("prompt")
+def words_of(described: dict[str, Any]) -> str:
+    """The words an entry was made for."""
+    return described.get("made_from", {}).get("prompt") or described.get("category", {}).get("prompt") or "(not said)"
 
 
 def chosen(library: Library, classes: str | None = None, keys: str | None = None) -> list[tuple[Entry, dict[str, Any]]]:
@@ -68,25 +59,18 @@ def chosen(library: Library, classes: str | None = None, keys: str | None = None
     """
     found = []
     for entry in library.entries():
-        try:
+        with contextlib.suppress(InputError):
             found.append((entry, library.describe(entry)))
-        except InputError:
-            continue
-    if classes is not None:
-        wanted = [Category(name).prompt for name in classes.split(",") if name.strip()]
-        _all_there(wanted, {words_of(described) for _, described in found}, library, "words")
-        found = [(entry, described) for entry, described in found if words_of(described) in wanted]
-    if keys is not None:
-        wanted = [key.strip() for key in keys.split(",") if key.strip()]
-        _all_there(wanted, {key for key in wanted if any(entry.key.startswith(key) for entry, _ in found)}, library, "key")
-        found = [(entry, described) for entry, described in found if entry.key.startswith(tuple(wanted))]
+    for what, given, fits in (("words", classes, lambda entry, described, name: words_of(described) == Category(name).prompt),
+                              ("key", keys, lambda entry, described, name: entry.key.startswith(name))):
+        wanted = [name.strip() for name in (given or "").split(",") if name.strip()]
+        for name in wanted:
+            if not any(fits(*one, name) for one in found):
+                raise InputError(f"No entry of the library {library.root} has the {what} {name!r}; `ovdiff library list` shows "
+                                 "what there is.")
+        if given is not None:
+            found = [one for one in found if any(fits(*one, name) for name in wanted)]
     return found
-
-
-def _all_there(wanted: Iterable[str], there: set[str | None], library: Library, what: str) -> None:
-    if missing := [name for name in wanted if name not in there]:
-        raise InputError(f"No entry of the library {library.root} has the {what} {missing[0]!r}; `ovdiff library list` shows what there "
-                         "is.")
 
 
 def _there(options: argparse.Namespace) -> Library:
@@ -101,20 +85,16 @@ def _list(options: argparse.Namespace) -> None:
     library = _there(options)
     found = chosen(library, options.classes, options.keys)
     if options.json:
-        from ovdiff_lib.files import write_atomic
-
-        table = [{"kind": e.kind, "key": e.key, "bytes": e.bytes, "used": e.used, **described} for e, described in found]
-        write_atomic(options.json, (json.dumps(table, ensure_ascii=False, indent=1) + "\n").encode())
-    rows = [("words", "images", "prototypes of", "entries", "size", "last used")]
-    by_words: dict[str, list[tuple[Entry, dict[str, Any]]]] = defaultdict(list)
+        write_json(options.json, [{"kind": e.kind, "key": e.key, "bytes": e.bytes, "used": e.used, **described} for e, described in found])
+    rows, by_words = [("words", "images", "prototypes of", "entries", "size", "last used")], defaultdict(list)
     for entry, described in found:
-        by_words[words_of(described) or "(not said)"].append((entry, described))
+        by_words[words_of(described)].append((entry, described))
     for words, group in sorted(by_words.items()):
         images = [described["images"][0] for entry, described in group if entry.kind == "support"]
         steps = sorted({described.get("made_from", {}).get("step", "?") for entry, described in group if entry.kind == "prototypes"})
         day = time.strftime("%Y-%m-%d", time.localtime(max(entry.used for entry, _ in group)))
         rows.append((words, str(max(images, default="-")), ", ".join(steps) or "-", str(len(group)), _size(e for e, _ in group), day))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows if found else ():
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(f"{counted(len(by_words), 'class', 'classes')}, {_amount(found)} in {library.root}")
@@ -123,6 +103,8 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
     library = _there(options)
     total = len(library.entries())
     with logging_redirect_tqdm():  # what is said of a broken entry has a line of its own
@@ -154,8 +136,8 @@ def _import(options: argparse.Namespace) -> None:
 
     library = Library(options.library)
     done = import_archive(library, options.file, progress=True)
-    print(f"{counted(done.new, 'new entry', 'new entries')} in {library.root}; {counted(done.grown, 'support set')} grew, {done.kept} "
-          f"of the archive's entries {'was' if done.kept == 1 else 'were'} there already.")
+    print(f"{counted(done.new, 'new entry', 'new entries')} in {library.root}; {counted(done.grown, 'support set')} grew, "
+          f"{counted(done.kept, 'entry', 'entries')} of the archive here already.")
 
 
 def _remove(options: argparse.Namespace) -> None:
@@ -167,22 +149,24 @@ def _remove(options: argparse.Namespace) -> None:
         raise InputError(f"--unused-for is {options.unused_for:g}; give a number of days above 0, or --all for every entry.")
     if options.all and (options.classes or options.keys or options.unused_for is not None):
         raise InputError("--all means every entry; leave it out to remove those of --classes, --keys or --unused-for alone.")
+    gone = "would go" if options.dry_run else "removed"
     if selected:
         found = chosen(library, options.classes, options.keys)
         if options.unused_for is not None:
-            found = [(entry, described) for entry, described in found if time.time() - entry.used > options.unused_for * 86400]
+            oldest = time.time() - options.unused_for * 86400
+            found = [one for one in found if one[0].used < oldest]
         for entry, described in found:
             if options.dry_run:
-                print(f"{entry.kind} {entry.key}  {words_of(described) or '(not said)'}")
+                print(f"{entry.kind} {entry.key}  {words_of(described)}")
             else:
                 library.remove(entry.key, entry.kind)
-        print(f"{_amount(found)}, {'would go' if options.dry_run else 'removed'} from {library.root}")
-    if options.leftovers and options.dry_run:
+        print(f"{_amount(found)}, {gone} from {library.root}")
+    if options.leftovers:
         left = library.leftovers()
-        print(*left, f"{counted(len(left), 'leftover')} would go from {library.root}", sep="\n")
-    elif options.leftovers:
-        count, size = library.sweep()
-        print(f"{counted(count, 'leftover')}, {_readable(size)}, removed from {library.root}")
+        if options.dry_run:
+            print(*left, sep="\n")
+        count = len(left) if options.dry_run else library.sweep()[0]
+        print(f"{counted(count, 'leftover')}, {gone} from {library.root}")
 
 
 def _amount(found: list[tuple[Entry, dict[str, Any]]]) -> str:
@@ -190,12 +174,4 @@ def _amount(found: list[tuple[Entry, dict[str, Any]]]) -> str:
 
 
 def _size(entries: Iterable[Entry]) -> str:
-    return _readable(sum(entry.bytes for entry in entries))
-
-
-def _readable(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return re.sub(r"\.0$", "", f"{size:.1f}") + f" {unit}"
-        size /= 1000
-    raise AssertionError
+    return size_text(sum(entry.bytes for entry in entries))

@@ -1,7 +1,7 @@
-"""The command line: ``ovdiff segment | build | evaluate | convert | doctor | vocabulary | run | reproduce | compare-tables``.
+"""The command line: ``ovdiff segment | build | evaluate | convert | doctor | vocabulary | library | run | reproduce | ...``.
 
-Errors a user can cause end in one sentence on stderr and exit code 2; what was carried out with a bad result (a notebook that failed,
-tables that differ) ends with exit code 1; ctrl-C ends with exit code 130 and leaves no half-written file.
+Errors a user can cause end in one sentence on stderr and exit code 2; what was carried out with a bad result (a notebook that
+failed, tables that differ) ends with exit code 1; ctrl-C ends with exit code 130 and leaves no half-written file.
 """
 
 from __future__ import annotations
@@ -9,11 +9,20 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from ovdiff_lib.cli.options import _lines, _names, _ovdiff, _stuff_options, _vocabulary
+from ovdiff_lib.cli import benchmark, doctors, evaluate, library, notebooks
+from ovdiff_lib.cli.options import (
+    add_class_options,
+    add_engine_options,
+    add_profile_options,
+    build_with,
+    engine_of,
+    ovdiff_of,
+    vocabulary_of,
+)
 from ovdiff_lib.errors import InputError, OVDiffError, counted
-from ovdiff_lib.profiles.reading import parse_assignments
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,62 +42,33 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ovdiff", description="Training-free open-vocabulary segmentation from words (OVDiff).")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+    def bare(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
-        sub.add_argument("--profile", default="mini", help="mini, paper, official, or a profile file (default: mini)")
-        sub.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE",
-                         help="replace a profile field; may be repeated")
-        sub.add_argument("--library", type=Path, help="folder that keeps support sets and prototypes (default: the user's cache folder)")
         return sub
 
-    segment = command("segment", _segment, "Label the pixels of an image, or of every image in a folder.")
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
+        sub = bare(name, run, text)
+        add_profile_options(sub)
+        return sub
+
+    segment = command("segment", run_segment, "Label the pixels of an image, or of every image in a folder.")
     segment.add_argument("image", type=Path, help="an image (PNG, JPEG, WebP) or a folder of them")
-    segment.add_argument("--classes", required=True, help='class names, for example "cat, sofa"')
-    segment.add_argument("--stuff", default="", help='which of them are stuff regions, for example "grass, sky"')
-    _stuff_options(segment)
+    add_class_options(segment)
     segment.add_argument("--out", type=Path, default=Path("out"), help="folder for label maps, overlays and JSON (default: out)")
-
-    build = command("build", _build, "Build the prototypes of classes into the library.")
-    source = build.add_mutually_exclusive_group(required=True)
-    source.add_argument("--classes", help='class names, for example "cat, sofa"')
-    source.add_argument("--classes-file", type=Path, help="text file with one class name a line")
-    build.add_argument("--stuff", default="", help="which of them are stuff regions")
-    _stuff_options(build)
-    from ovdiff_lib.cli.options import add_engine_options
-
+    build = command("build", run_build, "Build the prototypes of classes into the library.")
+    add_class_options(build)
     add_engine_options(build)
-
-    from ovdiff_lib.cli.evaluate import add_commands
-
-    add_commands(commands, command, _ovdiff)
-    from ovdiff_lib.cli.notebooks import add_command
-
-    add_command(command)
-    from ovdiff_lib.cli.benchmark import add_command as add_benchmark
-
-    add_benchmark(command)
-    _stuff_options(commands.choices["evaluate"])
-
-    doctor = command("doctor", _doctor, "Say which models, libraries and data a profile needs, what is here, and how to get the rest.")
-    doctor.add_argument("--data", action="append", default=[], metavar="[NAME=]FOLDER", help="a data set's folder; may be repeated")
-    doctor.add_argument("--json", type=Path, help="write the report to this file too")
-
-    from ovdiff_lib.cli.vocabulary import add_commands as add_vocabulary_commands
-
-    add_vocabulary_commands(command)
-
-    from ovdiff_lib.cli.library import add_commands as add_library_commands
-
-    add_library_commands(commands)
-
-    from ovdiff_lib.cli.notebooks import add_commands as add_notebook_commands
-
-    add_notebook_commands(commands, command)
+    evaluate.add_commands(command, bare)
+    notebooks.add_commands(command, bare)
+    benchmark.add_command(command)
+    doctors.add_commands(command)
+    library.add_commands(bare)
     return parser
 
 
-def _segment(options: argparse.Namespace) -> None:
+def run_segment(options: argparse.Namespace) -> None:
+    """Write the results of every image; those that cannot be read are named, and the others done."""
     import tqdm
 
     from ovdiff_lib.cli.results import output_stems, write_segmentation
@@ -96,11 +76,10 @@ def _segment(options: argparse.Namespace) -> None:
     from ovdiff_lib.images import list_images, read_image
     from ovdiff_lib.matching.windows import check_image
 
-    vocabulary = _vocabulary(_names(options.classes), options)
-    paths = list_images(options.image)
+    vocabulary, paths = vocabulary_of(options), list_images(options.image)
     if len(paths) == 1:
         check_image(read_image(paths[0]))  # a broken image is reported before classes are built
-    ovdiff = _ovdiff(options)
+    ovdiff = ovdiff_of(options)
     check_output(options.out)
     bank = ovdiff.build(vocabulary)
     broken, read = [], []
@@ -126,14 +105,12 @@ def _segment(options: argparse.Namespace) -> None:
     if broken:
         raise InputError(f"{len(broken)} of {len(paths)} images could not be segmented; the others are in {shown(options.out)}.")
     example = f" ({shown(written[0].name)}, ...)" if len(paths) == 1 else ""
-    print(f"{len(paths)} image{'s' * (len(paths) > 1)} segmented; results in {shown(options.out)}{example}")
+    print(f"{counted(len(paths), 'image')} segmented; results in {shown(options.out)}{example}")
 
 
-def _build(options: argparse.Namespace) -> None:
-    from ovdiff_lib.cli.options import build_with, engine_of
-
-    vocabulary = _vocabulary(_lines(options.classes_file) if options.classes_file else _names(options.classes), options)
-    ovdiff = _ovdiff(options)
+def run_build(options: argparse.Namespace) -> None:
+    """Build the classes, side by side where the options ask for it, and say how many prototypes there are."""
+    vocabulary, ovdiff = vocabulary_of(options), ovdiff_of(options)
     engine, started = engine_of(options, ovdiff.profile), time.time()
     if engine:
         build_with(engine, ovdiff, vocabulary)
@@ -142,19 +119,6 @@ def _build(options: argparse.Namespace) -> None:
         counts = sum(len(p) for p in bank.prototypes[name])
         print(f"{counted(len(bank.vocabulary), 'class', 'classes')}, {counted(counts, 'prototype')} of extractor {name!r}, "
               f"{time.time() - started:.0f} s, in {ovdiff.library.root}")
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from ovdiff_lib.profiles.reading import load_profile
-    from ovdiff_lib.workbench.doctor import examine, render
-
-    report = examine(load_profile(options.profile, parse_assignments(options.set, "--set")), options.data, options.library)
-    if options.json:
-        from ovdiff_lib.files import write_atomic
-
-        write_atomic(options.json, report.to_json().encode())
-    print(render(report))
-    return 1 if report.problems else 0
 
 
 if __name__ == "__main__":

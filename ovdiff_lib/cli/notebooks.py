@@ -1,4 +1,4 @@
-"""``ovdiff run``, ``ovdiff reproduce`` and ``ovdiff compare-tables``."""
+"""``ovdiff run | reproduce | report | compare-tables``: notebooks, and what becomes of their tables."""
 
 from __future__ import annotations
 
@@ -9,42 +9,40 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ovdiff_lib.cli.options import profile_of
 from ovdiff_lib.errors import InputError, OVDiffError
-from ovdiff_lib.profiles.reading import load_profile, parse_assignments
+from ovdiff_lib.profiles.reading import parse_assignments
 from ovdiff_lib.profiles.schema import Profile
 
 
-def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add the commands: ``commands`` is the object of ``add_subparsers``, ``command(name, run, help)`` adds one with the options of a
-    profile."""
+def add_commands(command: Callable[..., argparse.ArgumentParser], bare: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands: ``command(name, run, help)`` adds one with the options of a profile, ``bare`` one without."""
     run = command("run", _run, "Execute one notebook with parameters.")
     run.add_argument("notebook", type=Path)
-    run.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="a notebook parameter; may be repeated")
-
-    reproduce = command("reproduce", _reproduce, "Execute the notebooks, judge the paper's claims on their tables and write the report.")
-    reproduce.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="folder of the notebooks (default: notebooks)")
+    run.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE",
+                     help="a notebook parameter; may be repeated")
+    reproduce = command("reproduce", _reproduce,
+                        "Execute the notebooks, judge the paper's claims on their tables and write the report.")
     reproduce.add_argument("--only", default="", metavar="03,05", help="only these notebooks, by number or name (default: all)")
     reproduce.add_argument("--force", action="store_true", help="run fresh notebooks again")
-    reproduce.add_argument("--workers", type=int, help="classes and notebooks at a time (default: the processors, or 1 on a GPU)")
-    for sub in (run, reproduce):
+    reproduce.add_argument("--workers", type=int,
+                           help="classes and notebooks at a time (default: the processors, or 1 on a GPU)")
+    report = command("report", run_report, "Gather tables, figures, claims and notebooks of a profile on one page.")
+    for sub in (reproduce, report):
+        sub.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="folder of the notebooks (default: notebooks)")
+    for sub in (run, reproduce, report):
         sub.add_argument("--out", type=Path, default=Path("outputs"), help="outputs folder (default: outputs)")
-
-    text = "Say where two sets of tables differ; exit code 1 if they do."
-    compare = commands.add_parser("compare-tables", help=text, description=text)
-    compare.set_defaults(run=_compare)
+    compare = bare("compare-tables", _compare, "Say where two sets of tables differ; exit code 1 if they do.")
     compare.add_argument("first", type=Path, help="a folder of tables, or an outputs folder such as outputs/mini")
     compare.add_argument("second", type=Path, help="the folder it is compared with")
-    compare.add_argument("--tolerance", type=float, default=0.5, help="largest difference of a measured number (default: 0.5)")
-
-
-def _profile_of(options: argparse.Namespace) -> Profile:
-    return load_profile(options.profile, parse_assignments(options.set, "--set"))
+    compare.add_argument("--tolerance", type=float, default=0.5,
+                         help="largest difference of a measured number (default: 0.5)")
 
 
 def _parameters(options: argparse.Namespace) -> dict[str, Any]:
     source = options.profile if not Path(options.profile).suffix else str(Path(options.profile).resolve())
-    output = (options.out / _profile_of(options).name).resolve()
-    return {"profile": source, "overrides": parse_assignments(options.set, "--set"), "output": str(output)}
+    output = (options.out / profile_of(options).name).resolve()
+    return {"profile": source, "overrides": parse_assignments(options.set), "output": str(output)}
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -67,7 +65,7 @@ def _reproduce(options: argparse.Namespace) -> int:
 
     if options.workers is not None and options.workers < 1:
         raise InputError(f"--workers is {options.workers}; give at least 1.")
-    profile, parameters = _profile_of(options), _parameters(options)
+    profile, parameters = profile_of(options), _parameters(options)
     workers = options.workers or processors(profile)
     folder, shown = Path(parameters["output"]), options.out / Path(parameters["output"]).name
     chosen = notebooks(options.notebooks, options.only.split(",") if options.only else ())
@@ -119,7 +117,7 @@ def _claims(folder: Path, options: argparse.Namespace) -> tuple[Path, str]:
 def _report(folder: Path, options: argparse.Namespace) -> tuple[Path, str]:
     from ovdiff_lib.workbench.page.page import build_report
 
-    return build_report(folder, _profile_of(options), options.notebooks), " (open it in a browser; it needs no server)"
+    return build_report(folder, profile_of(options), options.notebooks), " (open it in a browser; it needs no server)"
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -132,21 +130,7 @@ def _compare(options: argparse.Namespace) -> int:
     return 1 if differences else 0
 
 
-# ------------------------------------------------------------------ ``ovdiff report``: the command line of this package.
-
-
-def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add the command: ``command(name, run, help)`` adds one with the options of a profile."""
-    report = command("report", run_report, "Gather tables, figures, claims and notebooks of a profile on one page.")
-    report.add_argument("--out", type=Path, default=Path("outputs"), help="outputs folder (default: outputs)")
-    report.add_argument("--notebooks", type=Path, default=Path("notebooks"),
-                        help="folder of the notebooks; those that have not run are named on the page (default: notebooks)")
-
-
 def run_report(options: argparse.Namespace) -> None:
     """Write ``OUT/<profile>/report/index.html`` and print where it is."""
-    from ovdiff_lib.workbench.page.page import build_report
-
-    profile = load_profile(options.profile, parse_assignments(options.set, "--set"))
-    page = build_report(options.out / profile.name, profile, options.notebooks)
-    print(f"report: {page} (open it in a browser; it needs no server)")
+    page, remark = _report(options.out / profile_of(options).name, options)
+    print(f"report: {page}{remark}")

@@ -592,7 +592,7 @@ def test_an_error_keeps_the_state_too(tmp_path):
 # ---- the commands
 
 @pytest.fixture
-def cli(tiny_profile, tmp_path):
+def cli(tiny_profile, tmp_path, monkeypatch):
     """Runs ``ovdiff evaluate | convert`` with a stand-in for the pipeline; returns the exit code."""
     import argparse
 
@@ -611,7 +611,8 @@ def cli(tiny_profile, tmp_path):
     def ovdiff(options):
         return OVDiff(tiny_profile, {"support.size": 2, **extra}, library=tmp_path / "library", progress=False)
 
-    add_commands(commands, command, ovdiff)
+    monkeypatch.setattr("ovdiff_lib.cli.evaluate.ovdiff_of", ovdiff)
+    add_commands(command, command)
 
     def run(*arguments, settings=None):
         extra.clear()
