@@ -332,8 +332,8 @@ def counting(folder: Path, name: str, code: str) -> Path:
 TABLE = """
 from pathlib import Path
 from ovdiff_lib.profiles import load_profile
-from ovdiff_lib.report.paper import paper_cell
-from ovdiff_lib.report.tables import Cell, write_table
+from ovdiff_lib.workbench.tables.paper import paper_cell
+from ovdiff_lib.workbench.tables.tables import Cell, write_table
 cells = [Cell.of(row, "VOC", values, paper_cell("1", row, "VOC")) for row, values in {
     "OVDiff": [49.0, 51.0], "OVDiff (-CutLER)": [40.0, 41.0]}.items()]
 write_table(Path(output) / "tables" / "02_table.csv", "02_table", cells, load_profile(profile), "What was run.")
@@ -344,9 +344,7 @@ def test_reproduce_ends_with_claims_and_report_whatever_fails(tmp_path, capsys, 
     """Real kernels: the second of three notebooks fails, the others run, claims and page are written; a second run does what is left."""
     import ovdiff_lib.workbench.reproduce as runner
 
-    package = tmp_path / "package"  # a stand-in, so that work on the package beside the test makes nothing stale
-    package.mkdir()
-    monkeypatch.setattr(runner, "PACKAGE", package)
+    monkeypatch.setattr(runner, "_package", lambda: "")  # work on the package beside the test makes nothing stale
     monkeypatch.chdir(tmp_path)
     folder, out = tmp_path / "notebooks", tmp_path / "outputs" / "mini"
     counting(folder, "00_plain", "print(seed)")
@@ -354,14 +352,15 @@ def test_reproduce_ends_with_claims_and_report_whatever_fails(tmp_path, capsys, 
     counting(folder, "02_table", TABLE)
     assert main(["reproduce", "--workers", "1"]) == 1
     said = capsys.readouterr()
-    lines = said.out.splitlines()
+    first, *lines = said.out.splitlines()
+    assert "3" in first
     assert [line.split(":")[0] for line in lines[:5]] == ["00_plain", "01_broken", "02_table", "claims", "report"]
     assert "executed" in lines[0] and "FAILED" in lines[1] and "executed" in lines[2]
     assert f"{Path('outputs/mini/tables/claims.md')} (holds 1, fails 0" in lines[3]
     page = Path("outputs/mini/report/index.html")
     assert str(page) in lines[4] and page.is_file() and lines[-1].startswith("1 failed")
     errors = [line for line in said.err.splitlines() if line.startswith("ovdiff: ")]
-    assert len(errors) == 1 and "01_broken.ipynb failed in cell 'work' (number 3 of 3): ValueError: no such thing (executed" in errors[0]
+    assert len(errors) == 1 and "01_broken.ipynb failed in its cell 'work': ValueError: no such thing (executed" in errors[0]
     assert (out / "00_plain.ipynb").exists() and not (out / "01_broken.ipynb").exists() and (out / "01_broken.failed.ipynb").exists()
     assert "no such thing" in page.read_text(encoding="utf-8")
 
@@ -369,7 +368,7 @@ def test_reproduce_ends_with_claims_and_report_whatever_fails(tmp_path, capsys, 
     broken.write_text(broken.read_text().replace("raise ValueError", "print"))
     assert main(["reproduce", "--workers", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert ["fresh" in line for line in lines[:3]] == [True, False, True] and lines[-1] == "Done."
+    assert ["fresh" in line for line in lines[1:4]] == [True, False, True] and lines[-1] == "Done."
     assert not (out / "01_broken.failed.ipynb").exists()
 
 
