@@ -115,15 +115,15 @@ def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any, v
         return evaluate_on(engine, segmenter, dataset, limit=options.limit, settings=settings)
 
 
-def _identities(profile, bank) -> dict[str, str]:
-    """What a profile's names do not show: the prototypes themselves and the weights of the category filter."""
-    from ovdiff_lib.networks.identity import model_identity
+def _identities(profile, bank) -> dict[str, Any]:
+    """What the names of a profile and of its classes do not show: models, code and the prototypes themselves."""
+    from ovdiff_lib.keys import of_labels
 
     digest = hashlib.sha256()
     for name in bank.extractors:
         for prototypes in bank.prototypes[name]:
             digest.update(f"{name} {prototypes.vectors.shape}".encode() + prototypes.vectors.tobytes())
-    return {"prototypes": digest.hexdigest()[:16], "clip": model_identity(profile.models.clip) if profile.filters.category else ""}
+    return {"prototypes": digest.hexdigest()[:16], **of_labels(profile)}
 
 
 def run_convert(options: argparse.Namespace) -> None:

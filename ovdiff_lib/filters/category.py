@@ -21,6 +21,7 @@ from ovdiff_lib.errors import InputError
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD
 from ovdiff_lib.networks.clip_text import TextEncoder, check_finite
 from ovdiff_lib.networks.instruments import undisturbed
+from ovdiff_lib.networks.loading import load_clip
 from ovdiff_lib.profiles.schema import Profile
 
 if TYPE_CHECKING:
@@ -39,6 +40,11 @@ class CategoryFilter:
         self.clip = clip
         self.text = TextEncoder(clip, tokenizer)
         self._single: tuple[Vocabulary, torch.Tensor] | None = None  # of the last vocabulary
+
+    @classmethod
+    def build(cls, profile: Profile) -> CategoryFilter:
+        """The filter with the CLIP of the profile. Raises ``ProfileError`` and ``ModelNotAvailable``."""
+        return cls(*load_clip(profile), profile)
 
     @undisturbed()
     def __call__(self, image: np.ndarray, vocabulary: Vocabulary) -> tuple[tuple[int, ...], np.ndarray]:

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from ovdiff_lib.categories import Category
 from ovdiff_lib.errors import InputError
@@ -63,7 +65,7 @@ def support_from(files: Files, described: Described) -> SupportSet:
     images = np.empty(shape, np.uint8)
     for i, start in enumerate(range(0, shape[0], step)):
         _read_png(files[strip_name(i)], images[start : start + step])
-    arrays = _load(files[ARRAYS])
+    arrays = load(files[ARRAYS])
     support = SupportSet(Category(**described["category"]), images, arrays["attribution"], arrays["seeds"], described["provenance"])
     _check_array("attribution", support.attribution, np.float32, 3)
     if not len(support.seeds) == len(support.attribution) == len(images):
@@ -79,7 +81,7 @@ def masks_files(masks: ForegroundBackground) -> tuple[Files, Described]:
 
 def masks_from(files: Files, described: Described) -> ForegroundBackground:
     """The masks of their files."""
-    shape, arrays = _shape(described["masks"], 3), _load(files[ARRAYS])
+    shape, arrays = _shape(described["masks"], 3), load(files[ARRAYS])
     count = math.prod(shape)
     regions = []
     for name in ("foreground", "background"):
@@ -104,7 +106,7 @@ def prototypes_files(prototypes: Prototypes) -> tuple[Files, Described]:
 
 def prototypes_from(files: Files, described: Described) -> Prototypes:
     """The prototypes of their files."""
-    arrays = _load(files[ARRAYS])
+    arrays = load(files[ARRAYS])
     _check_array("vectors", arrays["vectors"], np.float32, 2)
     _check_array("assignment", arrays["assignment"], np.int16, 3)
     count = len(arrays["vectors"])
@@ -114,8 +116,8 @@ def prototypes_from(files: Files, described: Described) -> Prototypes:
                       arrays["image"], arrays["cluster"], arrays["assignment"])
 
 
-READERS = {"support": support_from, "masks": masks_from, "prototypes": prototypes_from}
-"""The kinds of entries, in the order in which a class is built, and what reads their files."""
+CODECS = {"support": (support_files, support_from), "masks": (masks_files, masks_from), "prototypes": (prototypes_files, prototypes_from)}
+"""The kinds of entries, in the order in which a class is built: what gives their files and what reads them."""
 
 
 def _check_array(name: str, array: np.ndarray, dtype: type, axes: int) -> None:
@@ -150,18 +152,10 @@ def _read_png(data: bytes, into: np.ndarray) -> None:
 
 
 def _arrays(arrays: dict[str, np.ndarray]) -> bytes:
-    from safetensors.numpy import save
-
     return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
 
-def _load(data: bytes) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load
-
-    return load(data)
-
-
-# ------------------------------------------------------------------ The files of an entry of the prototype library and the description that vouches for them, ``entry.json``.
+# ------------------------------------------------------------------ an entry's files, and entry.json, which vouches for them
 
 FORMAT = 2
 """Layout of an entry; entries of another format count as missing."""
@@ -175,15 +169,25 @@ class Broken(Exception):
     """An entry that must not be used; the message says why."""
 
 
+def encode(kind: str, key: str, value: Any, made_from: Described | None = None) -> Files:
+    """The files of an entry, ``entry.json`` among them; the other way round, :func:`read`."""
+    files, described = CODECS[kind][0](value)
+    return {**files, META: write_meta(kind, key, files, described, made_from)}
+
+
 def write_meta(kind: str, key: str, files: Files, described: Described, made_from: Described | None = None) -> bytes:
-    """The text of ``entry.json`` for these files; the other way round, :func:`check_meta`."""
+    """The text of ``entry.json`` for these files."""
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     body = {"format": FORMAT, "kind": kind, "key": key, "sha256": sums, **({"made_from": made_from} if made_from else {}), **described}
     return json.dumps({"body": body, "sha256": _digest(body)}, indent=1).encode()
 
 
-def check_meta(data: bytes, kind: str, key: str) -> Described:
-    """The description in the text of an entry's ``entry.json``; ``Broken`` unless its sum, format, kind, key and file names hold."""
+def read_meta(path: Path, kind: str, key: str) -> Described:
+    """The description of the entry in the folder ``path``; ``FileNotFoundError`` if there is no such folder, ``Broken`` unless its sum,
+    format, kind, key and file names hold."""
+    if not path.exists():
+        raise FileNotFoundError(path)
+    data = _bytes(path / META)
     try:
         meta = json.loads(data)
         body = meta["body"]
@@ -191,9 +195,9 @@ def check_meta(data: bytes, kind: str, key: str) -> Described:
             raise Broken(f"the sum of {META} does not match")
         if (body["format"], body["kind"], body["key"]) != (FORMAT, kind, key):
             raise Broken(f"{META} is of format {body['format']}, kind {body['kind']} and key {body['key']}")
-        if "made_from" in body and identify(body["made_from"]) != key:
-            raise Broken("its key is not the hash of what it says it was made from")
         if "made_from" in body:
+            if identify(body["made_from"]) != key:
+                raise Broken("its key is not the hash of what it says it was made from")
             Category(body["made_from"]["step"], body["made_from"]["prompt"])  # shown to users: text, and nothing that steers a terminal
         if bad := [name for name in body["sha256"] if not FILE.fullmatch(name)]:
             raise Broken(f"{META} names a file {bad[0][:40]!r}")
@@ -202,40 +206,21 @@ def check_meta(data: bytes, kind: str, key: str) -> Described:
         raise Broken(f"{META}: {type(error).__name__}: {error}") from None
 
 
-def read_meta(path: Path) -> Described:
-    """:func:`check_meta` of the entry in the folder ``path``; ``FileNotFoundError`` if there is no such folder."""
-    if not path.exists():
-        raise FileNotFoundError(path)
-    return check_meta(_bytes(path / META), path.parent.name, path.name)
-
-
-def read_files(path: Path) -> tuple[Files, Described]:
-    """Files and description of an entry whose sums hold; ``FileNotFoundError`` if there is no entry, ``Broken`` if it is not whole."""
-    body = read_meta(path)
+def read_files(path: Path, kind: str, key: str) -> tuple[Files, Described]:
+    """Files and description of an entry whose sums hold; raises as :func:`read_meta`."""
+    body = read_meta(path, kind, key)
     files = {name: _bytes(path / name) for name in body["sha256"]}
-    return check_files(files, body), body
+    for name, data in files.items():
+        if hashlib.sha256(data).hexdigest() != body["sha256"][name]:
+            raise Broken(f"the sum of {name} does not match")
+    return files, body
 
 
-def check_files(files: Files, body: Described) -> Files:
-    """``files`` if their sums are those of the description; else ``Broken``."""
-    for name, sha256 in body["sha256"].items():
-        if name not in files or hashlib.sha256(files[name]).hexdigest() != sha256:
-            raise Broken(f"the sum of {name} does not match" if name in files else f"{name} is missing")
-    return files
-
-
-def read_entry(path: Path) -> Any:
-    """What an entry holds; raises as :func:`read_files`."""
-    return decode(*read_files(path))
-
-
-def decode(files: Files, body: Described) -> Any:
-    """What the files of an entry hold; ``Broken`` if they do not fit together."""
-    from PIL import Image
-    from safetensors import SafetensorError
-
+def read(path: Path, kind: str, key: str) -> Any:
+    """What an entry holds; raises as :func:`read_meta`, and ``Broken`` for files that do not fit together."""
+    files, body = read_files(path, kind, key)
     try:
-        return READERS[body["kind"]](files, body)
+        return CODECS[kind][1](files, body)
     except (OSError, ValueError, KeyError, TypeError, IndexError, SyntaxError, MemoryError, InputError, SafetensorError,
             Image.DecompressionBombError) as error:
         raise Broken(f"{type(error).__name__}: {error}") from None

@@ -98,6 +98,7 @@ class Matcher:
         self.extractors, self.profile, self.settings = extractors, profile, settings
         self.device = resolve_device(profile)
 
+    @undisturbed()
     def scores(self, image: np.ndarray, bank: PrototypeBank) -> tuple[np.ndarray, np.ndarray]:
         """Scores f32 (C + 1, H, W) of an image u8 (H, W, 3) against C categories, and which prototype decided each pixel.
 
@@ -108,7 +109,9 @@ class Matcher:
         The prototype is a pair (category, row), i32 (2, H, W): ``bank.prototypes[first extractor][category].vectors[row]``,
         of the winning class the one with the highest cosine in any window over the pixel; -1 where a constant decided.
         """
-        return next(self.scores_many([(image, bank)]))
+        opened = self._open(image, bank)
+        self._score_all(opened.windows)
+        return self._close(opened)
 
     def scores_many(self, pairs: Sequence[tuple[np.ndarray, PrototypeBank]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """:meth:`scores` of each image against its own bank; windows of all of them share batches, and memory."""
@@ -118,13 +121,15 @@ class Matcher:
     @undisturbed()
     def _scored(self, pairs: Sequence[tuple[np.ndarray, PrototypeBank]]) -> list[_Opened]:
         images = [self._open(image, bank) for image, bank in pairs]
+        self._score_all([window for opened in images for window in opened.windows])
+        return images
+
+    def _score_all(self, windows: list[_Window]) -> None:
         # Extractors that take one size at a time get whole batches of it; the others do not mind.
-        windows = [window for opened in images for window in opened.windows]
         if not all(getattr(extractor, "any_size", False) for extractor in self.extractors.values()):
-            windows.sort(key=lambda window: len(window.crop))
+            windows = sorted(windows, key=lambda window: len(window.crop))
         for start, stop in batches(len(windows), self.settings.batch_size):
             self._score(windows[start:stop])
-        return images
 
     def _open(self, image: np.ndarray, bank: PrototypeBank) -> _Opened:
         check_image(image)

@@ -22,15 +22,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ovdiff_lib import keys
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.files import write_atomic
-from ovdiff_lib.workbench.evaluation import results
-from ovdiff_lib.workbench.evaluation.results import code_digest
 
 NOT_READ = ("cli", "recipes", "workbench/engines")
 """Folders of the package that no notebook reads: a change in them leaves every result what it is."""
 
-DATA = (".yaml", ".safetensors", ".txt", ".webp", ".png")
+DATA = (".csv", ".json", ".yaml", ".safetensors", ".txt", ".webp", ".png")
 
 EXECUTED = "tables/notebooks.json"
 """Below the outputs folder: stem -> {"code": sum of the notebook's code, "seconds": wall time} of the last good run of
@@ -293,7 +292,10 @@ def _state(notebook: Path, parameters: dict[str, Any]) -> dict[str, str]:
 @functools.cache
 def _package() -> str:
     """Sum of the package's statements and data, but for :data:`NOT_READ`."""
-    digest = hashlib.sha256(code_digest(NOT_READ).encode())
-    for path in sorted(p for p in results.PACKAGE.rglob("*") if p.suffix in DATA):
-        digest.update(path.relative_to(results.PACKAGE).as_posix().encode() + path.read_bytes())
+    digest = hashlib.sha256()
+    for path in sorted(p for p in keys.PACKAGE.rglob("*") if p.suffix in (".py", *DATA)):
+        name = path.relative_to(keys.PACKAGE)
+        if not any(name.is_relative_to(folder) for folder in NOT_READ):
+            read = keys.statements(path.read_text(encoding="utf-8")).encode() if path.suffix == ".py" else path.read_bytes()
+            digest.update(name.as_posix().encode() + b"\0" + read + b"\0")
     return digest.hexdigest()

@@ -1,5 +1,6 @@
 """The library: what was put comes back exactly; what is torn, edited or half written is never used; one builder at a time."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -21,7 +22,7 @@ from PIL import Image
 from ovdiff_lib.categories import Category
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.library.codec import ARRAYS, META, identify
-from ovdiff_lib.library.store import Library, default_root
+from ovdiff_lib.library.store import HOST, Library, beside, default_root
 from ovdiff_lib.types import ForegroundBackground, Prototypes, SupportSet
 
 KEY, OTHER = "0123456789abcdef", "f" * 32
@@ -64,39 +65,39 @@ def library(tmp_path):
 # ---- round trip
 
 def test_what_was_put_comes_back(library):
-    assert library.get_support(KEY) is None and library.get_masks(KEY) is None and library.get_prototypes(KEY) is None
+    assert library.get("support", KEY) is None and library.get("masks", KEY) is None and library.get("prototypes", KEY) is None
     assert not library.root.exists()  # looking makes no folders
-    library.put_support(KEY, support())
-    library.put_masks(KEY, masks())
-    library.put_prototypes(KEY, prototypes())
+    library.put("support", KEY, support())
+    library.put("masks", KEY, masks())
+    library.put("prototypes", KEY, prototypes())
     again = Library(library.root)
-    assert_equal(again.get_masks(KEY), masks())
-    assert_equal(again.get_support(KEY), support())
-    assert_equal(again.get_prototypes(KEY), prototypes())
-    assert again.get_support(OTHER) is None
-    again.get_support(KEY).images[:] = 0  # the caller's own memory
-    assert_equal(again.get_support(KEY), support())
+    assert_equal(again.get("masks", KEY), masks())
+    assert_equal(again.get("support", KEY), support())
+    assert_equal(again.get("prototypes", KEY), prototypes())
+    assert again.get("support", OTHER) is None
+    again.get("support", KEY).images[:] = 0  # the caller's own memory
+    assert_equal(again.get("support", KEY), support())
 
 
 def test_no_prototypes_and_views_of_arrays(library):
     empty = prototypes().select(np.zeros(5, bool))
-    library.put_prototypes(KEY, empty)
-    assert_equal(library.get_prototypes(KEY), empty)
+    library.put("prototypes", KEY, empty)
+    assert_equal(library.get("prototypes", KEY), empty)
     turned = SupportSet(Category("x"), support().images.transpose(0, 2, 1, 3), support().attribution[::-1], support().seeds)
-    library.put_support(KEY, turned)
-    assert_equal(library.get_support(KEY), turned)
+    library.put("support", KEY, turned)
+    assert_equal(library.get("support", KEY), turned)
 
 
 def test_a_whole_entry_stays_when_put_again(library):
-    library.put_support(KEY, support(0))
-    library.put_support(KEY, support(1))
-    assert_equal(library.get_support(KEY), support(0))
+    library.put("support", KEY, support(0))
+    library.put("support", KEY, support(1))
+    assert_equal(library.get("support", KEY), support(0))
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "猫 🐈", "a/b\\c", "'; rm -rf \"", "con", "n" * 80])
 def test_class_names_never_reach_the_file_system(library, name):
-    library.put_support(KEY, support(name=name))
-    assert library.get_support(KEY).category.name == name
+    library.put("support", KEY, support(name=name))
+    assert library.get("support", KEY).category.name == name
     files = sorted(str(p.relative_to(library.root)) for p in library.root.rglob("*") if p.is_file())
     assert files == [f"locks/{KEY}.lock", f"support/{KEY}/{ARRAYS}", f"support/{KEY}/{META}", f"support/{KEY}/images_000.png"]
     assert all(p.is_relative_to(library.root) for p in library.root.parent.rglob("*") if p.is_file())
@@ -104,15 +105,15 @@ def test_class_names_never_reach_the_file_system(library, name):
 
 @pytest.mark.parametrize("key", ["", "../../../x", "ABCDEF01", "0123456", "0" * 65, "0123456789abcde\n", "01234567/9abcdef"])
 def test_keys_that_are_none(library, key):
-    for call in (library.get_support, library.get_prototypes, library.remove, lambda k: library.put_support(k, support())):
+    for call in (lambda k: library.get("support", k), library.remove, lambda k: library.put("support", k, support())):
         with pytest.raises(InputError, match="hexadecimal"):
             call(key)
     assert not library.root.exists()
 
 
 def test_no_pickle_is_read_or_written(library):
-    library.put_support(KEY, support())
-    library.put_prototypes(KEY, prototypes())
+    library.put("support", KEY, support())
+    library.put("prototypes", KEY, prototypes())
     for path in library.root.rglob("*.*"):
         assert path.suffix in (".safetensors", ".json", ".lock", ".png")
 
@@ -127,23 +128,23 @@ def test_default_root(monkeypatch, tmp_path):
 
 def test_support_images_are_pictures_that_anything_opens(library, monkeypatch):
     monkeypatch.setattr("ovdiff_lib.library.codec.STRIP_PIXELS", 2 * 8 * 12)
-    library.put_support(KEY, support())
+    library.put("support", KEY, support())
     strips = [np.array(Image.open(path)) for path in sorted((library.root / "support" / KEY).glob("*.png"))]
     assert [strip.shape for strip in strips] == [(16, 12, 3), (8, 12, 3)]
     assert (np.concatenate(strips).reshape(3, 8, 12, 3) == support().images).all()
-    assert_equal(library.get_support(KEY), support())
+    assert_equal(library.get("support", KEY), support())
 
 
 def test_what_an_entry_was_made_from_is_kept_and_is_its_key(library, caplog):
     table = {"step": "sd", "prompt": "a furry cat", "settings": {"prototypes": {"clusters": 2}}}
     key = identify(table)
     assert key == hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:32]
-    library.put_prototypes(key, prototypes(), made_from=table)
+    library.put("prototypes", key, prototypes(), made_from=table)
     assert library.describe(library.entries()[0])["made_from"] == table and library.verify() == []
     # Another key with a correct sum: what is in it is not what its key stands for.
-    library.put_prototypes(KEY, prototypes(), made_from=table)
-    assert library.get_prototypes(KEY) is None and "not the hash of what" in caplog.text
-    assert_equal(library.get_prototypes(key), prototypes())
+    library.put("prototypes", KEY, prototypes(), made_from=table)
+    assert library.get("prototypes", KEY) is None and "not the hash of what" in caplog.text
+    assert_equal(library.get("prototypes", key), prototypes())
 
 
 # ---- damage
@@ -177,97 +178,135 @@ DAMAGES = [(IMAGES, cut), (IMAGES, flip), (IMAGES, Path.unlink),
 
 @pytest.mark.parametrize(("file", "damage"), DAMAGES)
 def test_damaged_entries_are_set_aside_named_and_rebuilt(library, caplog, file, damage):
-    library.put_support(KEY, support(0))
-    library.put_support(OTHER, support(1))
+    library.put("support", KEY, support(0))
+    library.put("support", OTHER, support(1))
     damage(library.root / "support" / KEY / file)
     with caplog.at_level(logging.WARNING):
-        assert library.get_support(KEY) is None
+        assert library.get("support", KEY) is None
     assert KEY in caplog.text and "broken" in caplog.text
     assert [p.suffix for p in (library.root / "support").glob(f"{KEY}*")] == [".broken"]  # kept for whoever wants to look
     caplog.clear()
-    assert library.get_support(KEY) is None and not caplog.text  # reported once
-    library.put_support(KEY, support(0))
-    assert_equal(library.get_support(KEY), support(0))
-    assert_equal(library.get_support(OTHER), support(1))
+    assert library.get("support", KEY) is None and not caplog.text  # reported once
+    library.put("support", KEY, support(0))
+    assert_equal(library.get("support", KEY), support(0))
+    assert_equal(library.get("support", OTHER), support(1))
 
 
 def test_put_replaces_a_damaged_entry(library):
-    library.put_prototypes(KEY, prototypes())
+    library.put("prototypes", KEY, prototypes())
     flip(library.root / "prototypes" / KEY / ARRAYS)
-    library.put_prototypes(KEY, prototypes())
-    assert_equal(library.get_prototypes(KEY), prototypes())
+    library.put("prototypes", KEY, prototypes())
+    assert_equal(library.get("prototypes", KEY), prototypes())
 
 
 def test_entries_verify_and_remove(library):
     assert library.entries() == [] and library.verify() == [] and library.remove(KEY) == 0
-    library.put_support(KEY, support())
-    library.put_prototypes(KEY, prototypes())
-    library.put_prototypes(OTHER, prototypes())
+    library.put("support", KEY, support())
+    library.put("prototypes", KEY, prototypes())
+    library.put("prototypes", OTHER, prototypes())
     assert [(e.kind, e.key) for e in library.entries()] == [("support", KEY), ("prototypes", KEY), ("prototypes", OTHER)]
     assert all(e.bytes == sum(f.stat().st_size for f in e.path.iterdir()) > 0 for e in library.entries())
     flip(library.root / "prototypes" / OTHER / ARRAYS)
     assert [(e.kind, e.key) for e in library.verify()] == [("prototypes", OTHER)]
     assert library.verify() == [] and len(library.entries()) == 2
-    assert library.remove(KEY) == 2 and library.entries() == [] and library.get_support(KEY) is None
+    assert library.remove(KEY) == 2 and library.entries() == [] and library.get("support", KEY) is None
+
+
+def gone() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
 
 
 def test_leftovers_are_swept_but_nothing_that_is_in_use(library):
     for key in (KEY, OTHER):
-        library.put_support(key, support())
-    torn = library.root / "support" / f".{KEY}.1-2.part"
-    shutil.copytree(library.root / "support" / KEY, torn)
-    flip(library.root / "support" / OTHER / ARRAYS)
+        library.put("support", key, support())
+    here = library.root / "support"
+    flip(here / OTHER / ARRAYS)
     library.verify()
-    (library.root / ".import-01234567" / "support").mkdir(parents=True)
-    assert len(library.leftovers()) == 3 and library.entries()[0].key == KEY
-    with library.lock(KEY):  # a builder at work: its files stay, whoever sweeps
-        other = threading.Thread(target=lambda: found.append(Library(library.root).sweep()))
-        found = []
-        other.start()
-        other.join(30)
-        assert found[0][0] == 2 and library.leftovers() == [torn] and (library.root / "locks" / f"{KEY}.lock").exists()
+    swept = [here / f".{KEY}.{HOST}-{gone()}-01234567.part", library.root / f".import.{HOST}-{gone()}-01234567.part",
+             here / f".{KEY}.elsewhere-1-01234567.part", here / f".{KEY}.1-2.part"]
+    stays = [here / f".{KEY}.{HOST}-{os.getpid()}-01234567.part", beside(library.root / "import"), here / f".{KEY}.elsewhere-1-89abcdef.part"]
+    for path in (*swept, *stays):
+        shutil.copytree(here / KEY, path)
+    for path in swept[2:]:  # of another machine nothing is known but that it has been silent for long
+        os.utime(path, (time.time() - 2 * 86_400,) * 2)
+    assert len(library.leftovers()) == 5 and library.entries()[0].key == KEY
     count, size = library.sweep()
-    assert count == 1 and size > 0 and library.leftovers() == [] and not list((library.root / "locks").iterdir())
-    assert_equal(library.get_support(KEY), support())
+    assert count == 5 and size > 0 and library.leftovers() == [] and all(path.exists() for path in stays)
+    assert_equal(library.get("support", KEY), support())
+    shutil.copytree(here / KEY, swept[0])  # the next writer of the key clears away what a killed one left, and nothing else
+    library.put("support", KEY, support(), replace=True)
+    assert not swept[0].exists() and all(path.exists() for path in stays)
 
 
-def test_a_lock_that_was_swept_while_another_waited_still_excludes(library):
-    """The file is unlinked between the waiter's opening it and its getting the lock: the waiter must take the new file's lock."""
-    inside = []
-    first = Library(library.root)
-    entered, leave = threading.Event(), threading.Event()
+def test_make_is_called_once_and_a_support_set_grows(library):
+    asked = []
 
-    def hold():
-        with first.lock(KEY):
-            entered.set()
-            leave.wait(30)
-            (library.root / "locks" / f"{KEY}.lock").unlink()
+    def draw(start, count):
+        asked.append((start, count))
+        whole = support()
+        return SupportSet(whole.category, whole.images[start : start + count], whole.attribution[start : start + count],
+                          whole.seeds[start : start + count], whole.provenance)
 
-    def work():
-        with Library(library.root).lock(KEY):
-            inside.append(1)
-            assert len(inside) == 1
-            time.sleep(0.05)
-            inside.pop()
+    for count in (2, 3, 1, 3):
+        got = library.get_or_grow(KEY, count, draw)
+        assert len(got) == count and np.array_equal(got.images, support().images[:count])
+    assert asked == [(0, 2), (2, 1)]
+    made = [library.get_or_make("masks", OTHER, lambda n=n: masks(n)) for n in range(3)]
+    for one in made:
+        assert_equal(one, masks(0))
 
-    threads = [threading.Thread(target=hold)]
-    threads[0].start()
-    entered.wait(30)
-    threads += [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads[1:]:
-        thread.start()
-    time.sleep(0.2)
-    leave.set()
+
+# ---- locks that do nothing
+
+def test_a_lock_that_does_nothing_costs_a_build_and_never_an_entry(library, monkeypatch):
+    """As on file systems where flock is a no-op: writers, readers, damage and sweepers at once; what is there is always whole."""
+    monkeypatch.setattr(Library, "lock", lambda self, key: contextlib.nullcontext())
+    library.put("support", OTHER, support())
+    stop, failures, seen = threading.Event(), [], []
+
+    def repeat(work):
+        own = Library(library.root)
+        try:
+            while not stop.is_set():
+                work(own)
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    def read(own):
+        if (found := own.get("support", KEY)) is not None:
+            seen.append(1)
+            assert_equal(found, support())
+        assert_equal(own.get("support", OTHER), support())
+
+    def damage(own):
+        with contextlib.suppress(FileNotFoundError):
+            flip(library.root / "support" / KEY / IMAGES)
+        time.sleep(0.005)
+
+    works = [lambda own: own.put("support", KEY, support(), replace=True), lambda own: own.put("support", KEY, support(), replace=True),
+             lambda own: own.get_or_make("support", KEY, support), read, read, damage, lambda own: own.sweep()]
+    threads = [threading.Thread(target=repeat, args=(work,)) for work in works]
     for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive()
-    assert (library.root / "locks" / f"{KEY}.lock").exists() and inside == []
+        thread.start()
+    time.sleep(3)
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+    assert failures == [] and seen
+    library.put("support", KEY, support())
+    assert_equal(library.get("support", KEY), support())
+    assert_equal(library.get("support", OTHER), support())
+    assert not list((library.root / "support").glob("*.part"))
 
 
 # ---- folders that cannot be written
 
 def test_a_full_disk_leaves_the_library_as_it_was(library, monkeypatch):
-    library.put_support(OTHER, support())
+    library.put("support", OTHER, support())
     calls = []
 
     def full(_handle):
@@ -277,36 +316,36 @@ def test_a_full_disk_leaves_the_library_as_it_was(library, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match="No space left on device") as caught:
-        library.put_support(KEY, support())
+        library.put("support", KEY, support())
     assert "OVDIFF_LIBRARY" in str(caught.value) and "\n" not in str(caught.value)
     monkeypatch.undo()
-    assert library.get_support(KEY) is None and os.listdir(library.root / "support") == [OTHER]
-    assert_equal(library.get_support(OTHER), support())
-    library.put_support(KEY, support())  # and the lock was let go
-    assert_equal(library.get_support(KEY), support())
+    assert library.get("support", KEY) is None and os.listdir(library.root / "support") == [OTHER]
+    assert_equal(library.get("support", OTHER), support())
+    library.put("support", KEY, support())  # and the lock was let go
+    assert_equal(library.get("support", KEY), support())
 
 
 def test_a_root_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
     library = Library(tmp_path / "file")
     with pytest.raises(InputError, match="cannot be written"):
-        library.put_support(KEY, support())
+        library.put("support", KEY, support())
 
 
 def test_whole_entries_of_a_read_only_library_are_used(library, monkeypatch):
-    library.put_support(KEY, support())
+    library.put("support", KEY, support())
 
     def refuse(self, *_args, **_kwargs):
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "mkdir", refuse)  # root may write anywhere, so the file mode alone would test nothing
-    assert_equal(library.get_support(KEY), support())
+    assert_equal(library.get("support", KEY), support())
     with pytest.raises(InputError, match="Permission denied"):
-        library.put_support(OTHER, support())
+        library.put("support", OTHER, support())
 
 
 def test_entries_that_may_not_be_read_are_not_called_broken(library, monkeypatch):
-    library.put_support(KEY, support())
+    library.put("support", KEY, support())
 
     def refuse(self):
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
@@ -314,8 +353,8 @@ def test_entries_that_may_not_be_read_are_not_called_broken(library, monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr(Path, "read_bytes", refuse)
         with pytest.raises(InputError, match="may not be read"):
-            library.get_support(KEY)
-    assert_equal(library.get_support(KEY), support())
+            library.get("support", KEY)
+    assert_equal(library.get("support", KEY), support())
 
 
 # ---- processes and threads
@@ -326,10 +365,10 @@ sys.path.insert(0, {tests!r})
 from test_library import KEY, Library, support
 library = Library({root!r})
 with library.lock(KEY):
-    if library.get_support(KEY) is None:
+    if library.get("support", KEY) is None:
         print("built", flush=True)
         time.sleep(0.5)
-        library.put_support(KEY, support())
+        library.put("support", KEY, support())
 """
 
 
@@ -339,7 +378,7 @@ def test_processes_that_want_one_class_build_it_once(library):
     said = [process.communicate(timeout=120)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0, 0]
     assert sorted(said) == ["", "", "built\n"]
-    assert_equal(library.get_support(KEY), support())
+    assert_equal(library.get("support", KEY), support())
 
 
 def _die_while_writing(root, died_at):
@@ -352,7 +391,7 @@ def _die_while_writing(root, died_at):
         fsync(handle)
 
     os.fsync = last_words
-    library.put_support(KEY, support())
+    library.put("support", KEY, support())
 
 
 @pytest.mark.parametrize("died_at", [1, 2, 3, 4, 5])
@@ -361,13 +400,13 @@ def test_a_killed_writer_leaves_all_or_nothing_and_no_lock(library, died_at):
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    found = library.get_support(KEY)
+    found = library.get("support", KEY)
     if died_at == 5:  # after the rename
         assert_equal(found, support())
     else:
         assert found is None and library.entries() == []
-    library.put_support(KEY, support())
-    assert_equal(library.get_support(KEY), support())
+    library.put("support", KEY, support())
+    assert_equal(library.get("support", KEY), support())
     assert died_at == 5 or os.listdir(library.root / "support") == [KEY]  # what the dead writer left is swept up
 
 
@@ -393,7 +432,7 @@ def test_an_error_while_building_frees_the_lock(library):
     with pytest.raises(ZeroDivisionError), library.lock(KEY):
         raise ZeroDivisionError
     done = threading.Event()
-    thread = threading.Thread(target=lambda: (library.put_support(KEY, support()), done.set()), daemon=True)
+    thread = threading.Thread(target=lambda: (library.put("support", KEY, support()), done.set()), daemon=True)
     thread.start()
     assert done.wait(30)
 

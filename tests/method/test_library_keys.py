@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from ovdiff_lib.categories import Category
+from ovdiff_lib.keys import for_words, made_from
 from ovdiff_lib.library.codec import identify
 from ovdiff_lib.networks.identity import resolve_model
 from ovdiff_lib.pipeline import OVDiff
@@ -80,8 +80,7 @@ def other_weights(tmp_path_factory):
 
 
 def keys(profile):
-    ovdiff = OVDiff(profile)
-    return {step: ovdiff._key(step, Category("cat")) for step in ALL}
+    return {step: for_words(made_from(profile, step), "cat")[0] for step in ALL}
 
 
 def changed(profile, field, other_weights):

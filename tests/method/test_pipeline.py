@@ -10,11 +10,10 @@ import pytest
 from PIL import Image
 from tiny import tiny_overrides
 
-import ovdiff_lib.networks.loading as models
-import ovdiff_lib.support.sampler as sampler
-from ovdiff_lib import InputError, ModelNotAvailable, OVDiff, OVDiffError, ProfileError
+from ovdiff_lib import InputError, ModelNotAvailable, OVDiff, OVDiffError, ProfileError, pipeline
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.checks import check_profile, setting_problems
+from ovdiff_lib.keys import for_words, made_from
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.types import PrototypeBank, Prototypes
 from ovdiff_lib.workbench.doctor import examine
@@ -54,7 +53,7 @@ def no_drawing(monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("a support set was drawn")
 
-    monkeypatch.setattr(sampler, "sample_support", refuse)
+    monkeypatch.setattr(pipeline, "sample_support", refuse)
 
 
 # ---------------------------------------------------------------------- what comes out
@@ -174,7 +173,7 @@ def test_a_class_is_its_words_not_its_label(ovdiff, bank, no_drawing):
 # ---------------------------------------------------------------------- the library
 
 def test_a_second_build_draws_nothing(tiny_profile, folder, bank, no_drawing, monkeypatch):
-    monkeypatch.setattr(models, "load_diffusion", lambda profile: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(pipeline, "load_diffusion", lambda profile: pytest.fail("the model was loaded"))
     again = OVDiff(tiny_profile, library=folder, progress=False).build(NAMES)
     assert all(equal(a, b) for a, b in zip(bank.prototypes["sd"], again.prototypes["sd"], strict=True))
 
@@ -187,15 +186,13 @@ def test_support_sets_outlive_prototype_settings(tiny_profile, folder, bank, no_
 
 def test_a_support_set_grows_and_shrinks_without_drawing_again(tiny_profile, tmp_path, monkeypatch):
     """Two images, then five: three are drawn; then one: none is. What was there stays bit by bit."""
-    from ovdiff_lib.support import sampler
-
-    drawn, real = [], sampler.sample_support
+    drawn, real = [], pipeline.sample_support
 
     def counted(pipe, category, profile, count=None, progress=True, start=0):
         drawn.append((start, count))
         return real(pipe, category, profile, count, progress, start)
 
-    monkeypatch.setattr(sampler, "sample_support", counted)
+    monkeypatch.setattr(pipeline, "sample_support", counted)
     sets = {n: OVDiff(tiny_profile, {"support.size": n}, library=tmp_path, progress=False).support("dog") for n in (2, 5, 1)}
     assert drawn == [(0, 2), (2, 3)]
     whole = real(OVDiff(tiny_profile).diffusion, Category("dog"), tiny_profile, 5, progress=False)
@@ -207,20 +204,20 @@ def test_a_support_set_grows_and_shrinks_without_drawing_again(tiny_profile, tmp
 
 
 def test_keys_tell_words_steps_and_weights_apart(tiny_profile, tiny_models, tmp_path):
-    plain = OVDiff(tiny_profile)
-    keys = [plain._key(step, Category(word)) for step in ("support", "sd", "clip-keys") for word in ("cat", "dog")]
+    def key(profile, step, word="cat"):
+        return for_words(made_from(profile, step), word)[0]
+
+    keys = [key(tiny_profile, step, word) for step in ("support", "sd", "clip-keys") for word in ("cat", "dog")]
     assert len(set(keys)) == 6
-    assert plain._key("sd", Category("x", prompt="cat")) == plain._key("sd", Category("cat"))
     # Which other extractors run changes nothing for one of them.
-    both = OVDiff(tiny_profile.override({"features.extractors": ["sd", "clip-keys"]}))
-    assert both._key("sd", Category("cat")) == plain._key("sd", Category("cat"))
+    assert key(tiny_profile.override({"features.extractors": ["sd", "clip-keys"]}), "sd") == key(tiny_profile, "sd")
     moved = tmp_path / "elsewhere"
     shutil.copytree(tiny_models / "stable-diffusion", moved)
-    elsewhere = OVDiff(tiny_profile.override({"models.diffusion": str(moved)}))
-    assert elsewhere._key("support", Category("cat")) == keys[0]  # the same weights in another place
+    elsewhere = tiny_profile.override({"models.diffusion": str(moved)})
+    assert key(elsewhere, "support") == keys[0]  # the same weights in another place
     config = moved / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace("0.012", "0.02"))
-    assert elsewhere._key("support", Category("cat")) != keys[0]
+    assert key(elsewhere, "support") != keys[0]
 
 
 def test_an_ensemble_has_one_space_an_extractor(tiny_profile, folder, bank, no_drawing):
@@ -259,7 +256,7 @@ def test_images_segmented_together_are_those_segmented_alone(tiny_profile, folde
     images = [picture(i, shape) for i, shape in enumerate([SHAPE, (72, 40), SHAPE, (33, 50), (40, 41)])]
     kept = [(0, 1, 2), (1,), (0, 2), (0,), (1, 2)]  # as if the filter had chosen so
     answers = {image.tobytes(): (chosen, np.ones(3, np.float32)) for image, chosen in zip(images, kept, strict=True)}
-    both._parts["category_filter"] = lambda image, vocabulary: answers[image.tobytes()]
+    both.category_filter = lambda image, vocabulary: answers[image.tobytes()]
     alone = [both.segment(image, made) for image in images]
     for together in (2, 5, 8):
         several = list(both.segment_many(iter(images), made, together))
@@ -390,11 +387,11 @@ def test_what_no_step_needs_is_not_asked_for(tiny_profile, tmp_path):
 
 
 def test_replaced_shares_all_but_the_fields(tiny_profile, tmp_path):
-    parts = object()
-    own = OVDiff(tiny_profile, library=tmp_path, progress=False, parts=parts)
+    networks = object()
+    own = OVDiff(tiny_profile, library=tmp_path, progress=False, networks=networks)
     other = own.replaced({"matching.background_threshold": 0.5})
     assert other.profile == tiny_profile.override({"matching.background_threshold": 0.5}) and own.profile == tiny_profile
-    assert (other.library.root, other.progress, other._shared) == (tmp_path, False, parts)
+    assert (other.library.root, other.progress, other.networks) == (tmp_path, False, networks)
 
 
 def test_a_bank_of_another_extractor_is_refused(tiny_profile, folder, bank):
@@ -404,7 +401,7 @@ def test_a_bank_of_another_extractor_is_refused(tiny_profile, folder, bank):
 
 
 def test_a_class_that_fails_leaves_the_others_built(tiny_profile, tmp_path, monkeypatch):
-    drawn, original = [], sampler.sample_support
+    drawn, original = [], pipeline.sample_support
 
     def interrupted(pipe, category, *arguments, **options):
         if category.name == "dog":
@@ -412,7 +409,7 @@ def test_a_class_that_fails_leaves_the_others_built(tiny_profile, tmp_path, monk
         drawn.append(category.name)
         return original(pipe, category, *arguments, **options)
 
-    monkeypatch.setattr(sampler, "sample_support", interrupted)
+    monkeypatch.setattr(pipeline, "sample_support", interrupted)
     one_image = {"support.size": 1, "support.steps": 1}
     with pytest.raises(KeyboardInterrupt):
         OVDiff(tiny_profile, one_image, library=tmp_path, progress=False).build("cat, dog")
@@ -422,7 +419,7 @@ def test_a_class_that_fails_leaves_the_others_built(tiny_profile, tmp_path, monk
         drawn.append(category.name)
         return original(pipe, category, *arguments, **options)
 
-    monkeypatch.setattr(sampler, "sample_support", noted)
+    monkeypatch.setattr(pipeline, "sample_support", noted)
     OVDiff(tiny_profile, one_image, library=tmp_path, progress=False).build("cat, dog")
     assert drawn == ["cat", "dog"]
 

@@ -18,16 +18,14 @@ from test_features import check_extractor, check_place, check_wrong_arguments
 from test_features import check_extreme_size as check_extreme_images
 from test_segmenters import EXTREMES, SHAPES, check_dependencies, check_extreme_size, check_one_colour, check_proposals
 
-import ovdiff_lib.support.sampler as sampler
-from ovdiff_lib import OVDiff, ProfileError
-from ovdiff_lib.categories import Category
+from ovdiff_lib import OVDiff, ProfileError, pipeline
 from ovdiff_lib.features import EXTRACTORS
+from ovdiff_lib.keys import for_words, made_from, of_labels, of_part
 from ovdiff_lib.masks import SEGMENTERS, build_segmenter
 from ovdiff_lib.prototypes.build import resize_masks
 from ovdiff_lib.registry import Part
 from ovdiff_lib.workbench.doctor import uses
-from ovdiff_lib.workbench.evaluation.rows import identity
-from ovdiff_lib.workbench.evaluation.shared import Parts
+from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
 
 
 class ColourAndPlace:
@@ -189,7 +187,7 @@ def test_both_run_through_the_whole_method(ovdiff, tiny_profile):
 
 def test_what_they_built_is_found_again(ovdiff, monkeypatch):
     first = ovdiff.build("cat").prototypes["colour"][0]
-    monkeypatch.setattr(sampler, "sample_support", lambda *arguments, **options: pytest.fail("drawn again"))
+    monkeypatch.setattr(pipeline, "sample_support", lambda *arguments, **options: pytest.fail("drawn again"))
     monkeypatch.setattr(ColourAndPlace, "__call__", lambda *arguments: pytest.fail("computed again"))
     monkeypatch.setattr(Bright, "propose", lambda *arguments: pytest.fail("proposed again"))
     again = OVDiff(ovdiff.profile, library=ovdiff.library.root, progress=False).build("cat").prototypes["colour"][0]
@@ -204,7 +202,7 @@ FIELDS = {"features.dino_input_size": 72, "features.sd_timestep": 100, "features
 
 
 def key(profile, step="colour"):
-    return OVDiff(profile)._key(step, Category("cat"))
+    return for_words(made_from(profile, step), "cat")[0]
 
 
 @pytest.fixture
@@ -295,7 +293,7 @@ def test_an_edited_part_has_other_keys(profile, written, monkeypatch, choose):
     def keys_and_more(text, **options):
         for registry, name in ((EXTRACTORS, "colour"), (SEGMENTERS, "bright")):
             monkeypatch.setitem(registry, name, Part(choose(written(text)), (), (), **options))
-        return key(profile), identity(profile), EXTRACTORS["colour"].code
+        return key(profile), of_labels(profile), of_part(profile, "features", "colour")["code"]
 
     first, edited = keys_and_more(MODULE), keys_and_more(MODULE.replace("LEVEL = 1", "LEVEL = 2"))
     assert first == keys_and_more(MODULE)  # in another folder
@@ -315,35 +313,29 @@ def test_the_code_of_each_part_counts(profile, registered, monkeypatch):
 
 
 def test_shared_parts_follow_the_code(profile, monkeypatch):
-    shared, made = Parts(), []
+    shared, made = SharedNetworks(), []
     for version in ("1", "1", "2"):
         monkeypatch.setitem(EXTRACTORS, "colour", Part(ColourAndPlace, version=version))
         made.append(shared.extractors(profile)["colour"])
     assert made[0] is made[1] and made[1] is not made[2]
 
 
-def test_code_without_a_file():
-    """In a notebook a function's own text is there, in what was typed last nothing at all."""
-    def typed(text, seen):
+def test_code_without_a_file(profile, monkeypatch):
+    """In a notebook the text of a function or of a class's methods is there, in what was typed last nothing at all."""
+    def code(text, seen=True):
         names = {"__name__": "__main__"}
         file = f"<cell {abs(hash(text))}>"
         exec(compile(text, file, "exec"), names)
         if seen:
             linecache.cache[file] = (len(text), None, text.splitlines(True), file)
-        return Part(names["build"])
+        monkeypatch.setitem(EXTRACTORS, "colour", Part(names["build"]))
+        return of_part(profile, "features", "colour")["code"]
 
-    texts = ["def build(profile):\n    return 1\n", "def build(profile):\n    return 2\n"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
-        assert typed(texts[0], seen=False).code is None
-        first, second = (typed(text, seen=True).code for text in texts)
-    assert first and second and first != second
-
-
-def test_the_packages_own_parts_have_no_code_in_their_keys(tiny_profile):
-    for registry in (EXTRACTORS, SEGMENTERS):
-        assert [part.code for part in registry.values()] == [None] * len(registry)
-    assert "code" not in identity(tiny_profile)
+    monkeypatch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
+    texts = ["def build(profile):\n    return 1\n", "class build:\n    def __init__(self, profile):\n        self.x = 1\n"]
+    for text in texts:
+        assert code(text) == code(text) != code(text.replace("1", "2"))
+    assert code("def build(profile):\n    return 3\n", seen=False) == code("def build(profile):\n    return 4\n", seen=False)
 
 
 @pytest.mark.parametrize(("field", "value"), [

@@ -14,8 +14,6 @@ FLOORS = ["errors overlay mini", "profiles categories files", "networks registry
 """Rooms (folders and single modules), the ground floor first. A room imports from itself and from the floors below."""
 
 UNTIL = {
-    "pipeline -> workbench.evaluation.shared",
-    "registry -> networks.identity",
     "workbench.baselines -> workbench.baselines.filtered",
     "workbench.baselines.filtered -> workbench.baselines",
     "workbench.evaluation.bench -> workbench.evaluation.rows",

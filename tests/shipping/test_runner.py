@@ -7,9 +7,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from ovdiff_lib import keys
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.workbench import reproduce as runner
-from ovdiff_lib.workbench.evaluation import results
 from ovdiff_lib.workbench.reproduce import check_parameters, notebooks, run_all, run_notebook
 
 COUNTING = """
@@ -43,9 +43,8 @@ def small_package(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "package"
     folder.mkdir()
     (folder / "code.py").write_text("x = 1\n")
-    monkeypatch.setattr(results, "PACKAGE", folder)
-    for name in ("code_digest", "_package"):  # what a process asks once, a test asks again
-        monkeypatch.setattr(runner, name, getattr(runner, name).__wrapped__)
+    monkeypatch.setattr(keys, "PACKAGE", folder)
+    monkeypatch.setattr(runner, "_package", runner._package.__wrapped__)  # what a process asks once, a test asks again
     return folder
 
 

@@ -36,9 +36,9 @@ def support(words, n=3, seed=0):
 def library(tmp_path):
     made = Library(tmp_path / "lib")
     for seed, words in enumerate(("cat", "grey dog")):
-        made.put_support(KEYS["support", words], support(words, seed=seed), made_from=table("support", words))
-        made.put_masks(KEYS["masks", words], masks(seed), made_from=table("masks", words))
-        made.put_prototypes(KEYS["sd", words], prototypes(seed), made_from=table("sd", words))
+        made.put("support", KEYS["support", words], support(words, seed=seed), made_from=table("support", words))
+        made.put("masks", KEYS["masks", words], masks(seed), made_from=table("masks", words))
+        made.put("prototypes", KEYS["sd", words], prototypes(seed), made_from=table("sd", words))
     return made
 
 
@@ -79,9 +79,9 @@ def test_what_is_exported_comes_back(library, tmp_path, suffix):
     other = Library(tmp_path / "other")
     assert import_archive(other, path) == Imported(new=6)
     assert other.verify() == [] and [(e.kind, e.key) for e in other.entries()] == [(e.kind, e.key) for e in library.entries()]
-    assert_equal(other.get_support(KEYS["support", "grey dog"]), library.get_support(KEYS["support", "grey dog"]))
-    assert_equal(other.get_masks(KEYS["masks", "cat"]), masks(0))
-    assert_equal(other.get_prototypes(KEYS["sd", "cat"]), prototypes(0))
+    assert_equal(other.get("support", KEYS["support", "grey dog"]), library.get("support", KEYS["support", "grey dog"]))
+    assert_equal(other.get("masks", KEYS["masks", "cat"]), masks(0))
+    assert_equal(other.get("prototypes", KEYS["sd", "cat"]), prototypes(0))
     assert import_archive(other, path) == Imported(kept=6)
     assert not list(other.root.glob(".*"))
 
@@ -96,18 +96,18 @@ def test_the_same_entries_make_the_same_archive(library, tmp_path):
 def test_a_support_set_grows_by_import_and_never_shrinks(library, archive, tmp_path):
     key = KEYS["support", "cat"]
     longer = Library(tmp_path / "longer")
-    longer.put_support(key, support("cat", 7), made_from=table("support", "cat"))
+    longer.put("support", key, support("cat", 7), made_from=table("support", "cat"))
     export_entries(longer, longer.entries(), tmp_path / "longer.tar")
     assert import_archive(library, tmp_path / "longer.tar") == Imported(grown=1)
-    assert_equal(library.get_support(key), support("cat", 7))
+    assert_equal(library.get("support", key), support("cat", 7))
     assert import_archive(library, archive) == Imported(kept=6)
-    assert len(library.get_support(key)) == 7
+    assert len(library.get("support", key)) == 7
     # More images, but not the same first ones: drawn elsewhere, of which prototypes here know nothing.
     foreign = Library(tmp_path / "foreign")
-    foreign.put_support(key, support("cat", 9, seed=5), made_from=table("support", "cat"))
+    foreign.put("support", key, support("cat", 9, seed=5), made_from=table("support", "cat"))
     export_entries(foreign, foreign.entries(), tmp_path / "foreign.tar")
     assert import_archive(library, tmp_path / "foreign.tar") == Imported(kept=1)
-    assert_equal(library.get_support(key), support("cat", 7))
+    assert_equal(library.get("support", key), support("cat", 7))
 
 
 # ---- what is refused, whole
@@ -341,5 +341,5 @@ def test_reading_an_entry_counts_as_use(library):
     assert library.entries()[-1].used == 1
     library.verify()
     assert library.entries()[-1].used == 1  # looking whether it is whole is no use
-    library.get_prototypes(entry.key)
+    library.get("prototypes", entry.key)
     assert library.entries()[-1].used > 1e9

@@ -78,8 +78,8 @@ def test_the_formula_of_storage_and_the_bytes_of_the_files(building, profile, tm
     assert cells[row, "vectors"].measured == 16 and cells[row, "channels D"].measured == D
 
     library = Library(tmp_path)
-    library.put_prototypes("a" * 8, building.prototypes["dino"])
-    library.put_support("b" * 8, building.support)
+    library.put("prototypes", "a" * 8, building.prototypes["dino"])
+    library.put("support", "b" * 8, building.support)
     for name, kind in ((row, "prototypes"), ("support set", "support")):
         size = sum(f.stat().st_size for f in (tmp_path / kind).rglob("*") if f.is_file())
         assert cells[name, "on disk, MB"].measured == size / 1e6

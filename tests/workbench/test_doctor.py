@@ -261,16 +261,6 @@ def test_uses_follow_the_registries(monkeypatch):
             uses(load_profile("mini", bad))
 
 
-def test_a_part_that_declares_nothing_depends_on_the_models_that_are_here(hub, tiny_models):
-    """Those that could have been loaded: of a hub id nothing is here before its snapshot is."""
-    profile = load_profile("mini", {"models.mae": "someone/mae", "models.dino": "package:none", "models.cutler": "/none/cutler.pth",
-                                    "models.open_clip": "ViT-B-16", "models.open_clip_pretrained": "openai", "models.groupvit": "no id"})
-    here = {"diffusion", "clip", "detector", "open_clip", "open_clip_pretrained"}
-    assert set(Part(lambda profile: None).depends_on(profile, "features")[0]) == here
-    put(hub, "someone/mae", tiny_models / "mae")
-    assert set(Part(lambda profile: None).depends_on(profile, "features")[0]) == {*here, "mae"}
-
-
 @pytest.mark.parametrize("arguments, words", [
     (["--profile", "big"], "'big'"), (["--set", "masks.segmenter=none"], "'none'"), (["--set", "support.sise=1"], "support.size"),
     (["--data", "no-set=folder"], "no-set=folder")])

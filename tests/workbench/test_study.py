@@ -6,6 +6,7 @@ from sklearn.metrics import confusion_matrix
 
 from ovdiff_lib import InputError, OVDiff, ProfileError
 from ovdiff_lib.categories import Vocabulary
+from ovdiff_lib.keys import of_labels
 from ovdiff_lib.registry import Part
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.data.samples import Sample
@@ -14,9 +15,9 @@ from ovdiff_lib.workbench.evaluation import study
 from ovdiff_lib.workbench.evaluation.banks import of_kinds, rows_of_sizes, with_words
 from ovdiff_lib.workbench.evaluation.bench import Bench
 from ovdiff_lib.workbench.evaluation.measure import evaluate, grid_search_threshold
-from ovdiff_lib.workbench.evaluation.results import Counted, ResultStore, _statements, code_digest
-from ovdiff_lib.workbench.evaluation.rows import THRESHOLDS, Row, at_thresholds, identity
-from ovdiff_lib.workbench.evaluation.shared import Parts
+from ovdiff_lib.workbench.evaluation.results import Counted, ResultStore, code_digest
+from ovdiff_lib.workbench.evaluation.rows import THRESHOLDS, Row, at_thresholds
+from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
 from ovdiff_lib.workbench.evaluation.study import Sweep, measure
 
 
@@ -101,9 +102,6 @@ def test_other_code_is_another_result(tmp_path, monkeypatch):
     measure({"one": again}, Few(), folder=tmp_path, progress=False)
     assert again.seen == 5
     assert code_digest() == code_digest() and len(code_digest()) == 16
-    plain = "def f(x):\n    return x + 1\n"
-    assert _statements(plain) == _statements('def f(x):\n    """Says."""\n    # why\n    return (x +\n            1)\n')
-    assert _statements(plain) != _statements(plain.replace("1", "2"))
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4])
@@ -226,12 +224,12 @@ def test_words_share_the_images(bench):
 def test_the_key_holds_what_changes_labels(bench):
     """Every field of the method's sections, and none of speed or of the data sets'."""
     profile = bench.profile
-    base = identity(profile)
-    assert identity(profile.override({"support.batch_size": 99, "evaluation.images": 7, "evaluation.voc": "x"})) == base
+    base = of_labels(profile)
+    assert of_labels(profile.override({"support.batch_size": 99, "evaluation.images": 7, "evaluation.voc": "x"})) == base
     for change in ({"matching.stride": 16}, {"filters.stuff": False}, {"prototypes.kinds": ["part"]}, {"models.dtype": "bfloat16"},
                    {"masks.erosion": 1}, {"support.seed": 9}, {"features.sd_timestep": 100}, {"features.extractors": ["clip-keys"]}):
-        assert identity(profile.override(change)) != base, change
-    unknown = identity(profile.override({"models.sam": "nobody/nothing", "masks.segmenter": "sam"}))
+        assert of_labels(profile.override(change)) != base, change
+    unknown = of_labels(profile.override({"models.sam": "nobody/nothing", "masks.segmenter": "sam"}))
     assert "nobody/nothing" in str(unknown["models"])
 
 
@@ -264,11 +262,11 @@ def test_a_sweep_counts_as_its_maps_do(background):
 # ---- shared parts
 
 def test_parts_are_shared_and_remember(tiny_profile, tmp_path):
-    parts = Parts()
-    first, second = (OVDiff(tiny_profile, o, library=tmp_path, progress=False, parts=parts) for o in ({}, {"prototypes.clusters": 2}))
+    parts = SharedNetworks()
+    first, second = (OVDiff(tiny_profile, o, library=tmp_path, progress=False, networks=parts) for o in ({}, {"prototypes.clusters": 2}))
     assert first.extractors["sd"] is second.extractors["sd"] and first.segmenter is second.segmenter
     assert first.category_filter is second.category_filter
-    other = OVDiff(tiny_profile, {"features.sd_timestep": 100, "filters.category_top": 2}, library=tmp_path, progress=False, parts=parts)
+    other = OVDiff(tiny_profile, {"features.sd_timestep": 100, "filters.category_top": 2}, library=tmp_path, progress=False, networks=parts)
     assert other.extractors["sd"] is not first.extractors["sd"] and other.category_filter is not first.category_filter
     images, seeds = np.random.default_rng(0).integers(0, 255, (2, 48, 64, 3), np.uint8), np.array([1, 2])
     features = first.extractors["sd"](images, seeds)

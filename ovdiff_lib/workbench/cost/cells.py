@@ -87,9 +87,9 @@ def storage_cells(building: ClassTimes, profile: Profile, paper: Profile,
     channels, count = "channels D", "vectors"
     with tempfile.TemporaryDirectory() as folder:
         library = Library(folder)
-        library.put_support("0" * 8, building.support)
+        library.put("support", "0" * 8, building.support)
         for key, prototypes in enumerate(building.prototypes.values()):
-            library.put_prototypes(f"{key:08x}", prototypes)
+            library.put("prototypes", f"{key:08x}", prototypes)
         kinds = ("support", "prototypes")
         stored = {kind: [entry.bytes for entry in library.entries() if entry.kind == kind] for kind in kinds}
     cells = []

@@ -19,6 +19,7 @@ import torch
 
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.features import EXTRACTORS
+from ovdiff_lib.keys import for_words, made_from
 from ovdiff_lib.masks import build_segmenter
 from ovdiff_lib.masks.select import make_masks
 from ovdiff_lib.matching.pamr import pamr
@@ -271,9 +272,9 @@ def large_vocabulary(session: Session) -> list[Ratio]:
 
 def stored_vocabulary(session: Session) -> list[Ratio]:
     """1,000 classes put into the library here; a new process loads them and segments with all and with 20."""
-    bank = session.made_up(STORED)
+    bank, table = session.made_up(STORED), made_from(session.profile, "sd")
     for category, prototypes in zip(bank.vocabulary, bank.prototypes["sd"], strict=True):
-        session.ovdiff.library.put_prototypes(session.ovdiff._key("sd", category), prototypes)
+        session.ovdiff.library.put("prototypes", for_words(table, category.prompt)[0], prototypes)
     given = session.profile, session.library, STORED, FEW, 3 * session.repeats
     load, resident, ours, theirs = in_new_process(_loaded, *given)
     return [Ratio("library of 1,000", f"an image seen before against {STORED:,} classes that came from the library",

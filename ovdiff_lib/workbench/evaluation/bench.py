@@ -24,7 +24,7 @@ from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.data.samples import Dataset
 from ovdiff_lib.workbench.evaluation.measure import EvaluationResult
 from ovdiff_lib.workbench.evaluation.rows import Row, method_of
-from ovdiff_lib.workbench.evaluation.shared import Parts
+from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
 from ovdiff_lib.workbench.evaluation.study import Sweep, measure
 
 
@@ -50,7 +50,7 @@ class Bench:
         if not seeds:
             raise InputError("The list of seeds is empty; give at least one.")
         self.library, self.seeds, self.images, self.progress = Path(library), tuple(seeds), images, progress
-        self.parts = Parts()
+        self.parts = SharedNetworks()
         self._methods: dict[str, OVDiff] = {}
         self._datasets: dict[tuple[str, str], Dataset] = {}
 
@@ -60,7 +60,7 @@ class Bench:
         profile = self.profile.override({"support.seed": seed, "prototypes.seed": seed, **(settings or {})})
         key = repr(profile)
         if key not in self._methods:
-            self._methods[key] = OVDiff(profile, library=self.library, progress=self.progress, parts=self.parts)
+            self._methods[key] = OVDiff(profile, library=self.library, progress=self.progress, networks=self.parts)
         return self._methods[key]
 
     def dataset(self, source: str, names: str = "fixed") -> Dataset:

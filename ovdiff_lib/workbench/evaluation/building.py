@@ -57,12 +57,12 @@ class ClassBuilder:
     """
 
     def __init__(self, profile: Profile, root: Path, mark: str) -> None:
-        from ovdiff_lib.workbench.evaluation.shared import Parts
+        from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
 
         if not (root / mark).exists():
             raise InputError(f"The folder {root} on the machine {platform.node()} is not the library that is built; put it on a file system"
                              " that all machines share and name it with --library.")
-        self.profile, self.root, self.parts = profile, root, Parts()
+        self.profile, self.root, self.parts = profile, root, SharedNetworks()
         self._made: dict[int | None, Any] = {}
 
     def __call__(self, task: tuple[Category, int | None]) -> None:
@@ -71,7 +71,7 @@ class ClassBuilder:
         category, seed = task
         if seed not in self._made:
             seeds = {} if seed is None else {"support.seed": seed, "prototypes.seed": seed}
-            self._made[seed] = OVDiff(self.profile, seeds, library=self.root, progress=False, parts=self.parts)
+            self._made[seed] = OVDiff(self.profile, seeds, library=self.root, progress=False, networks=self.parts)
         self._made[seed].build_class(category)
 
 

@@ -7,7 +7,6 @@ The digest is that of the key, everything the counts depend on; the key itself i
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import io
 import json
@@ -15,20 +14,14 @@ import logging
 import zipfile
 import zlib
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ovdiff_lib import keys
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import write_atomic
-
-PACKAGE = Path(__file__).parents[2]
-
-NOT_METHOD = ("cli", "recipes", "mini", "workbench/analysis", "workbench/cost", "workbench/engines", "workbench/figures",
-              "workbench/page", "workbench/tables", "workbench/vocabulary")
-"""Folders of the package in which nothing can change a label."""
 
 logger = logging.getLogger(__name__)
 
@@ -81,25 +74,6 @@ class ResultStore:
         return self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.npz", text
 
 
-def _statements(source: str) -> str:
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return ast.dump(tree)
-
-
-@cache
-def code_digest(leave_out: tuple[str, ...] = NOT_METHOD) -> str:
-    """Hash (16 hex digits) of the package's files, but for those in the folders ``leave_out``: by default of those that can change a label
-    map, so that results of other code are not taken for this one's.
-
-    Of Python files the statements count, not comments, docstrings and layout.
-    """
-    names = (path.relative_to(PACKAGE) for path in PACKAGE.rglob("*") if path.suffix in (".py", ".csv", ".json"))
-    chosen = [PACKAGE / name for name in names if not any(name.is_relative_to(folder) for folder in leave_out)]
-    digest = hashlib.sha256()
-    for path in sorted(chosen):
-        content = _statements(path.read_text(encoding="utf-8")).encode() if path.suffix == ".py" else path.read_bytes()
-        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + content + b"\0")
-    return digest.hexdigest()[:16]
+def code_digest() -> str:
+    """Hash (16 hex digits) of the package's code that can change a count: results of other code are not taken for this one's."""
+    return keys.code_digest("ovdiff_lib.workbench.evaluation.rows", "ovdiff_lib.workbench.evaluation.study")

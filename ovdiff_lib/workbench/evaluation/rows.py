@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ovdiff_lib.categories import Vocabulary
-from ovdiff_lib.errors import ModelNotAvailable
-from ovdiff_lib.pipeline import SPEED_ONLY, OVDiff
-from ovdiff_lib.profiles.schema import UNUSED_BY_THE_METHOD, Profile
+from ovdiff_lib.keys import of_labels
+from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.types import PrototypeBank
 from ovdiff_lib.workbench.data.samples import Dataset
 from ovdiff_lib.workbench.evaluation.measure import for_dataset, label_predictor
@@ -75,7 +73,7 @@ class _Plain:
     @property
     def key(self) -> dict[str, Any]:
         made = {"build": [self.row.label, self.seed]} if self.row.build else {}
-        return {"method": "ovdiff", "kinds": self.row.kinds, **made, **identity(self.ovdiff.profile)}
+        return {"method": "ovdiff", "kinds": self.row.kinds, **made, **of_labels(self.ovdiff.profile)}
 
     def bank(self, dataset: Dataset) -> PrototypeBank:
         from ovdiff_lib.workbench.data.things import with_kinds
@@ -128,7 +126,7 @@ class _Baseline:
 
     @property
     def key(self) -> dict[str, Any]:
-        key = {"method": self.row.baseline, "filtered": self.row.filtered, "voted": self.row.voted, **identity(self.profile, True),
+        key = {"method": self.row.baseline, "filtered": self.row.filtered, "voted": self.row.voted, **of_labels(self.profile, True),
                "baselines": self.profile.to_dict().get("baselines", {})}
         return key if self.own_background else {**key, "thresholds": list(THRESHOLDS)}
 
@@ -163,34 +161,3 @@ class _Baseline:
 def at_thresholds(scores: np.ndarray) -> Sweep:
     """Scores f32 (C + 1, H, W) as label maps, one for each of :data:`THRESHOLDS` as constant background score; row 0 is not read."""
     return Sweep(scores[1:].max(0), scores[1:].argmax(0) + 1, THRESHOLDS)
-
-
-def identity(profile: Profile, all_models: bool = False) -> dict[str, Any]:
-    """What a profile's labels depend on, as plain data: its fields but those of speed and place, and the identity of the models in use and
-    of parts that the package does not have."""
-    from ovdiff_lib.features import EXTRACTORS
-    from ovdiff_lib.masks import SEGMENTERS
-    from ovdiff_lib.networks.identity import model_identity
-    from ovdiff_lib.registry import NOT_MODELS
-
-    table = {section: {k: v for k, v in fields.items() if k not in SPEED_ONLY} for section, fields in profile.to_dict().items()
-             if section not in UNUSED_BY_THE_METHOD and section != "models"}
-    used = {"diffusion": profile.models.diffusion}
-    if profile.filters.category:
-        used["clip"] = profile.models.clip
-    parts = [(name, "features", EXTRACTORS[name]) for name in profile.features.extractors]
-    parts.append((profile.masks.segmenter, "masks", SEGMENTERS[profile.masks.segmenter]))
-    for _, section, part in parts:
-        used |= part.depends_on(profile, section)[0]
-    code = {f"{section} {name}": part.code for name, section, part in parts if part.code}
-    if all_models:
-        used = {k: v for k, v in dataclasses.asdict(profile.models).items() if k not in NOT_MODELS and isinstance(v, str) and v}
-    models = {k: _identity(model_identity, v) for k, v in used.items()}
-    return {"profile": table, "dtype": profile.models.dtype, "models": models, **({"code": code} if code else {})}
-
-
-def _identity(model_identity: Callable[[str], str], source: str) -> str:
-    try:
-        return model_identity(source)
-    except ModelNotAvailable:
-        return f"not here: {source}"  # a baseline that needs it will say so; another does not care

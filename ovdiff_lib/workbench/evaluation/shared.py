@@ -1,7 +1,7 @@
 """Extractors, segmenters and category filters that several OVDiff objects share, for measuring many settings on the same images.
 
-Settings that differ in one field mostly run the same networks on the same pixels. :class:`Parts` builds each part once for everything it
-depends on, and its parts remember their latest results, so that a second setting pays for what differs alone.
+Settings that differ in one field mostly run the same networks on the same pixels. :class:`SharedNetworks` builds each once for everything
+it depends on, and they remember their latest results, so that a second setting pays for what differs alone.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from typing import Any
 
 import numpy as np
 
+from ovdiff_lib import keys
 from ovdiff_lib.categories import Vocabulary
+from ovdiff_lib.features import EXTRACTORS, check_extractors
+from ovdiff_lib.masks import SEGMENTERS, check_segmenter
+from ovdiff_lib.pipeline import Networks
 from ovdiff_lib.profiles.schema import Profile
-from ovdiff_lib.types import ForegroundBackground, SupportSet
 
 MEMORY = 2**31
-"""Bytes of results that are remembered, of all parts together."""
+"""Bytes of results that are remembered, of all networks together."""
 
 
-class Parts:
-    """Parts by what they depend on, to be given to :class:`~ovdiff_lib.pipeline.OVDiff` as ``parts``.
+class SharedNetworks(Networks):
+    """Networks by what they depend on, to be given to :class:`~ovdiff_lib.pipeline.OVDiff` as ``networks``.
 
     A remembered result is the same object again: nobody may change it in place.
     """
@@ -35,33 +38,21 @@ class Parts:
 
     def extractors(self, profile: Profile) -> dict[str, Any]:
         """The extractors of ``features.extractors`` by name. Raises ``ProfileError`` and ``ModelNotAvailable``."""
-        from ovdiff_lib.features import EXTRACTORS, check_extractors
-
         check_extractors(profile)
-        return {name: self._make("extractor", name, EXTRACTORS[name], profile, "features", _RememberingExtractor)
+        return {name: self._make("features", name, EXTRACTORS[name], profile, _RememberingExtractor)
                 for name in profile.features.extractors}
 
     def segmenter(self, profile: Profile) -> Any:
         """The segmenter of ``masks.segmenter``. Raises ``ProfileError`` and ``ModelNotAvailable``."""
-        from ovdiff_lib.masks import SEGMENTERS, check_segmenter
-
         check_segmenter(profile)
         name = profile.masks.segmenter
-        return self._make("segmenter", name, SEGMENTERS[name], profile, "masks", _RememberingSegmenter)
+        return self._make("masks", name, SEGMENTERS[name], profile, _RememberingSegmenter)
 
-    def masks(self, support: SupportSet, profile: Profile, make: Callable[[], ForegroundBackground]) -> ForegroundBackground:
-        """The masks of a support set, by ``make`` if they are the first with these settings."""
-        part = _segmenter_part(profile)
-        models, _ = part.depends_on(profile, "masks")
-        settings = json.dumps([models, part.code, _machine(profile), dataclasses.asdict(profile.masks)], sort_keys=True)
-        key = (_digest(support.images, support.attribution), support.category.prompt, settings)
-        return self._memory(("masks", key), make, lambda masks: masks.foreground.nbytes + masks.background.nbytes)
-
-    def category_filter(self, profile: Profile, load: Callable[[], Any]) -> Any:
-        """The category filter of the profile, made by ``load`` if it is the first with these settings."""
+    def category_filter(self, profile: Profile) -> Any:
+        """The category filter of the profile. Raises ``ProfileError`` and ``ModelNotAvailable``."""
         key = json.dumps(["filter", profile.models.clip, _machine(profile), dataclasses.asdict(profile.filters)], sort_keys=True)
         if key not in self._made:
-            self._made[key] = _RememberingFilter(load(), self._memory)
+            self._made[key] = _RememberingFilter(super().category_filter(profile), self._memory)
         return self._made[key]
 
     def baseline(self, name: str, profile: Profile) -> Any:
@@ -74,21 +65,12 @@ class Parts:
             self._made[key] = _RememberingBaseline(build_baseline(name, profile), self._memory)
         return self._made[key]
 
-    def _make(self, kind: str, name: str, part: Any, profile: Profile, section: str, remember: type) -> Any:
-        models, settings = part.depends_on(profile, section)
-        settings.pop("extractors", None)  # which others run beside it
+    def _make(self, section: str, name: str, part: Any, profile: Profile, remember: type) -> Any:
         batch = getattr(getattr(profile, section), "batch_size", 0)
-        key = json.dumps([kind, name, models, settings, part.code, batch, _machine(profile)], sort_keys=True)
+        key = json.dumps([section, name, keys.of_part(profile, section, name), batch, _machine(profile)], sort_keys=True)
         if key not in self._made:
             self._made[key] = remember(part(profile), self._memory)
         return self._made[key]
-
-
-def _segmenter_part(profile: Profile) -> Any:
-    from ovdiff_lib.masks import SEGMENTERS, check_segmenter
-
-    check_segmenter(profile)
-    return SEGMENTERS[profile.masks.segmenter]
 
 
 def _machine(profile: Profile) -> list[Any]:
