@@ -19,10 +19,9 @@ NOT_TOLD = f"{NOT_AMONG_TOP} or {NOT_BEST}"
 
 
 def decided_by(segmentation: Segmentation, bank: PrototypeBank | None = None) -> dict[tuple[str, str], int]:
-    """How many pixels each sort of prototype decided, by (region, kind); all six are there, and pixels that a constant background score
-    decided are in none.
+    """How many pixels each sort of prototype decided, by (region, kind), all six; a constant background score's pixels are in none.
 
-    ``bank`` as in :func:`explain`; None takes the one that the segmentation keeps. Raises ``InputError`` for one that does not fit.
+    ``bank`` as in :func:`~ovdiff_lib.segmentation.explain`; default: the one that the segmentation keeps.
     """
     bank = matched_bank(segmentation, bank)
     category, index = deciding(segmentation, bank)
@@ -53,11 +52,7 @@ class Activated:
 
 def activated(segmentation: Segmentation, class_name: str, count: int = 3, kinds: Sequence[str] = KINDS,
               bank: PrototypeBank | None = None) -> tuple[Activated, ...]:
-    """The prototypes that decided most pixels of ``class_name``, most first, at most ``count`` of the given ``kinds`` (Fig. 4, middle).
-
-    Those of "background" come from all kept categories. Empty where the class has no pixel, or none by these kinds. ``bank`` as in
-    :func:`decided_by`. Raises ``InputError`` for an unknown class and as :func:`decided_by` does.
-    """
+    """The prototypes that decided most pixels of ``class_name``, most first, at most ``count`` of the given ``kinds`` (Fig. 4, middle)."""
     if class_name not in segmentation.class_names:
         raise InputError(f"The segmentation has no class {class_name!r}; choose one of {', '.join(segmentation.class_names)}.")
     bank = matched_bank(segmentation, bank)

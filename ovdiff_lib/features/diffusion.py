@@ -25,9 +25,9 @@ QUERY = ".transformer_blocks.0.attn2.to_q"
 class DiffusionExtractor:
     """Queries of ``features.sd_layers``, brought to the latent grid and concatenated in that order.
 
-    An image is resized to a square of ``sd_input_size``, encoded by the VAE, noised to ``sd_timestep`` (tau) and passed through the UNet
-    once, with the empty prompt and without guidance ("unconditional mode"). The noise belongs to the image's seed
-    (``sd_noise: seeded``) or is the same for all (``fixed``); with several ``sd_noise_samples`` the features are averaged.
+    An image becomes a square of ``sd_input_size``, is encoded by the VAE, noised to ``sd_timestep`` (tau) and passed through
+    the UNet once, with the empty prompt ("unconditional mode"). The noise is the image's own (``sd_noise: seeded``) or the
+    same for all (``fixed``); features of several ``sd_noise_samples`` are averaged.
     """
 
     name = "sd"

@@ -22,13 +22,11 @@ MOST_PATCHES = 16_384
 
 
 class ViTExtractor(ABC):
-    """Features of a frozen ViT, one a patch, raw.
+    """Features of a frozen ViT, one a patch, raw. A subclass names the ``source``, the module whose output is read, and runs the model.
 
-    Images are resized so that the short side is ``features.<size_field>``; a smaller square, which is what a small matching window is,
-    keeps its size. Then both sides are multiplied by ``features.vit_scale`` and rounded up to a multiple of the patch. Position
-    embeddings are interpolated to that grid (bicubic), the class token is dropped. Nothing is drawn: seeds have no effect.
-
-    A subclass names the ``source`` (the module whose output is read) and says how the model is run.
+    The short side becomes ``features.<size_field>``, but a smaller square (a small window) keeps its size; then both sides
+    are multiplied by ``features.vit_scale`` and rounded up to whole patches. Position embeddings are interpolated to that
+    grid, the class token is dropped. Nothing is drawn: seeds have no effect.
     """
 
     title: str

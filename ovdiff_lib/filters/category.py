@@ -50,9 +50,8 @@ class CategoryFilter:
     def __call__(self, image: np.ndarray, vocabulary: Vocabulary) -> tuple[tuple[int, ...], np.ndarray]:
         """Indices of the kept categories in vocabulary order (never empty), and the class probabilities f32 (C,).
 
-        ``image`` is u8 RGB (H, W, 3). Categories whose probability exceeds 1/C stay, at most ``category_top`` of them; of the subsets
-        of those, the one whose joined prompt is most like the image is kept. With ``category_keep_stuff`` the filter judges
-        things alone (C counts things) and stuff is always kept, with probability 1.
+        ``image`` is u8 (H, W, 3). Categories above 1/C stay, at most ``category_top``; of their subsets the one whose joined
+        prompt is most like the image is kept. With ``category_keep_stuff`` things alone are judged, and stuff stays, with probability 1.
         Raises ``InputError`` for a name that is too long for CLIP.
         """
         embedding = self.embed_image(image)

@@ -35,14 +35,11 @@ class StuffFilter:
 def filter_stuff(bank: PrototypeBank, settings: Filters) -> PrototypeBank:
     """The bank without misleading background prototypes; every extractor is judged in its own space. Foreground prototypes stay.
 
-    As published (``stuff_against`` "stuff"): stuff categories lose all background prototypes, or none with ``stuff_background``. A thing
-    category loses each whose cosine similarity to any foreground prototype of any stuff category of the bank exceeds
-    ``stuff_threshold``. A bank without stuff is returned as it is.
+    As published (``stuff_against`` "stuff"): a thing category loses each whose cosine to any foreground prototype of any
+    stuff category exceeds ``stuff_threshold``; stuff categories lose all of them, or none with ``stuff_background``. With "all"
+    every category loses each that is so similar to any foreground prototype of another category, whatever its kind.
 
-    Without the two kinds ("all"): every category loses each background prototype that is so similar to any foreground prototype of any
-    other category; ``stuff_background`` has no say.
-
-    Without ``stuff_parts`` the part prototypes of stuff categories, of both regions, are taken away before. Raises ``InputError`` for
+    Without ``stuff_parts`` the part prototypes of stuff categories are taken away before. Raises ``InputError`` for
     a category that would be left without foreground prototypes.
     """
     stuff = {i for i, category in enumerate(bank.vocabulary) if category.kind == "stuff"}

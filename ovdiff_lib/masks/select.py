@@ -18,11 +18,10 @@ TOGETHER = 8
 
 
 def select(proposals: np.ndarray, attribution: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Foreground and background, bool (H, W) each and disjoint, from ``proposals`` bool (M, H, W) and ``attribution`` f32 (H, W).
+    """Eq. 1: foreground and background, bool (H, W), from proposals bool (M, H, W) and their mean attribution, f32 (H, W).
 
-    The complement of the proposals' union joins them as one more mask (the paper's "including a mask for the background"); empty
-    masks are left out. Each mask scores its mean attribution, sum(A * M) / sum(M * M). Where the two chosen masks overlap the pixel
-    is foreground. Without any non-empty proposal both results are empty; a single mask that covers the image has no background.
+    What no proposal covers is one more mask (the paper's "including a mask for the background"). Where the two chosen
+    masks overlap the pixel is foreground. Both are empty without a proposal; one that covers the image has no background.
     """
     if not proposals.any():
         empty = np.zeros(attribution.shape, dtype=bool)
@@ -43,10 +42,7 @@ def mean_attribution(masks: np.ndarray, attribution: np.ndarray) -> np.ndarray:
 
 
 def separate(proposals: np.ndarray, attribution: np.ndarray) -> np.ndarray:
-    """Proposals bool (M, H, W) made disjoint: a pixel of several stays only with the one of highest mean attribution.
-
-    Means are those of the whole proposals, of equals the first wins. Proposals that lose every pixel are left out.
-    """
+    """Proposals bool (M, H, W) made disjoint: a pixel of several stays with the one of highest mean attribution as a whole."""
     proposals = proposals[proposals.any(axis=(1, 2))]
     order = np.argsort(-mean_attribution(proposals, attribution), kind="stable")
     ranked = proposals[order]
@@ -66,12 +62,10 @@ def check_masks(settings: Masks) -> None:
 
 
 def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | None = None) -> ForegroundBackground:
-    """Masks of every support image, bool (N, H, W) at image resolution.
+    """Masks of every support image, bool (N, H, W) at the images' size, by Eq. 1 among what the segmenter proposes.
 
-    Attribution is upsampled bilinearly to the images. ``segmenter`` defaults to the one that ``profile.masks.segmenter`` names. An image
-    for which it proposes nothing falls back to thresholds, multi-Otsu's (App. C.5) or fixed ones as ``masks.fallback`` says, and its
-    ``source`` is "threshold". ``masks.overlaps`` "attribution" makes proposals disjoint first. ``masks.background_below`` and
-    ``masks.erosion`` then tighten the background; both are off by default. Raises ``ProfileError`` for values that cannot be.
+    Where it proposes nothing, thresholds on the attribution decide (``masks.fallback``; App. C.5: multi-Otsu), and the image's
+    ``source`` is "threshold". ``segmenter`` defaults to the one that ``masks.segmenter`` names.
     """
     from tqdm import tqdm
 

@@ -30,10 +30,9 @@ def multi_otsu(attribution: np.ndarray, classes: int = 3, scope: str = "image",
                foreground_levels: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Foreground and background of attribution maps f32 (n, h, w): bool (n, h, w) each, disjoint.
 
-    Multi-Otsu (Liao, Chen and Chung, 2001) splits the values into ``classes`` levels; the top ``foreground_levels`` of them are foreground,
-    the bottom level is background, what lies between is neither. ``scope`` "image" finds thresholds for each map, "set" one set of
-    thresholds for all. Values that occupy fewer bins than there are classes are split in two at the middle of their range; a constant map
-    says nothing about where the object is, so both its masks are empty. Only the order and spacing of the values matter, not their scale.
+    Multi-Otsu (Liao, Chen and Chung, 2001) splits the values into ``classes`` levels, of each map or (``scope`` "set") of all together;
+    the top ``foreground_levels`` are foreground, the bottom one is background. Values in fewer bins than there are classes are
+    split in two at the middle of their range; a constant map says nothing, so both its masks are empty.
     """
     check_multi_otsu(classes, foreground_levels)
     if not np.isfinite(attribution).all():

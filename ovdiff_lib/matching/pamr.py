@@ -25,8 +25,7 @@ BLOCK_VALUES = 2**20
 def pamr(image: np.ndarray, scores: torch.Tensor, iterations: int = 10, dilations: Sequence[int] = DILATIONS) -> torch.Tensor:
     """Scores f32 (C, H, W) refined by an image (H, W, 3), u8 or f32 of any range, on the device of ``scores``.
 
-    A result is a convex combination of input scores of its class, so ranges are kept; it does not depend on the brightness or contrast
-    of a channel. A class that is -inf everywhere stays so. Besides the scores, the weights f32 (8 x dilations, H, W) are all that is held.
+    Results are convex combinations of a class's scores, whatever the image's brightness and contrast; -inf everywhere stays so.
     """
     weights = affinity(image, dilations, scores.device)
     alive = ~torch.isneginf(scores).flatten(1).all(1)  # 0 x -inf is NaN

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ovdiff_lib.errors import ModelNotAvailable
-
-if TYPE_CHECKING:
-
-    pass
-
 
 PACKAGE = "package:"
 SHIPPED = Path(__file__).parent.parent / "mini" / "weights"

@@ -18,13 +18,13 @@ PRECISION = ((torch.backends.cuda.matmul, "ieee"), (torch.backends.cudnn.conv, "
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """One thread at a time, with PyTorch as it comes: results depend neither on other threads nor on what the caller set before.
+    """One thread at a time, with PyTorch as it comes: results depend on no other thread and on nothing the caller set.
 
-    For the ``with`` block, or a function that it decorates: no gradients, no inference mode, no autocast; default dtype float32, default
-    device the CPU, float32 products computed as such. All of it is as before when the block ends, also by an exception. Networks are
-    shared by all objects of a process, and with them hooks, attention processors, schedulers and tokenizers that change while they run, so
-    whoever runs or loads one does it in here. It may be nested; never ``yield`` from inside. Whether algorithms are deterministic stays
-    the caller's choice: on a CPU it changes nothing, and on a GPU it was made on purpose.
+    Whoever loads or runs a network does it in here, as a ``with`` block or by decorating a function, because networks are
+    shared by all objects of a process, and their hooks, schedulers and tokenizers change while they run. Inside there are
+    no gradients, inference mode or autocast; the default dtype is float32, the default device the CPU, and float32 is
+    computed as such. All of it is as before afterwards. May be nested; never ``yield`` from inside. Whether algorithms are
+    deterministic stays the caller's choice: on a CPU it changes nothing, and on a GPU it was made on purpose.
     """
     with _lock, contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():  # its tensors could not be changed later, outside of it

@@ -1,4 +1,4 @@
-"""The frozen networks: where their weights are, loading them once, and the geometry of Stable Diffusion's attention.
+"""The frozen networks, each loaded once.
 
 A model is named by a folder, a hub id, or ``package:NAME`` (weights that ship in ``ovdiff_lib/mini/weights/NAME``).
 Whatever the model libraries raise while loading becomes :class:`~ovdiff_lib.errors.ModelNotAvailable` here and nowhere else.
@@ -25,6 +25,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
+from ovdiff_lib.networks.identity import resolve_model
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.published import MODEL_TYPES, how_to_get
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer, ViTMAEModel, ViTModel
 
     from ovdiff_lib.profiles.schema import Profile
-from ovdiff_lib.networks.identity import resolve_model
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -18,14 +18,10 @@ def build_prototypes(features: torch.Tensor | np.ndarray, masks: ForegroundBackg
                      resize: str = "area") -> Prototypes:
     """Prototypes of one category from its support features f32 (N, h, w, D), raw, and masks bool (N, H, W).
 
-    For each region, in this order: the class prototype (mean of all masked features of the set), one instance prototype (Eq. 2) for each
-    image whose mask is not empty, ``settings.clusters`` part prototypes (k-means centroids of the pooled masked features; fewer
-    where there are fewer features). Foreground comes before background (Eq. 3).
-
-    ``cluster`` of a part prototype is its code in ``assignment``: k in the foreground, K + k in the background, K = ``settings.clusters``.
-    Without part prototypes ``assignment`` holds 0 on the foreground and K on the background. Where resized masks of both regions
-    share a cell it is recorded as foreground. An empty background gives no background prototypes; an empty foreground
-    raises ``OVDiffError``.
+    Of each region, foreground first (Eq. 3): the class prototype, the mean of all masked features; an instance prototype
+    (Eq. 2) of each image with a mask; ``settings.clusters`` part prototypes, k-means centroids of the masked features (fewer
+    where there are fewer features). A cell of both regions counts for both and is recorded as foreground. Without part
+    prototypes ``assignment`` holds 0 on the foreground and K on the background. ``OVDiffError`` for an empty foreground.
     """
     features = torch.as_tensor(features)
     if features.ndim != 4 or len(features) != len(masks.foreground):

@@ -37,11 +37,10 @@ def kmeans(x: torch.Tensor | np.ndarray, k: int, seed: int = 0, iterations: int 
            tolerance: float = 1e-4) -> tuple[torch.Tensor, torch.Tensor]:
     """Centroids f32 (k', D) and assignment i64 (M,) of the points ``x`` (M, D), on the device of ``x``; deterministic in ``seed``.
 
-    k' <= k: fewer only where ``x``, or the sample of it that is clustered first, has fewer distinct points than k, up to the rounding of
-    its distances. Each centroid is the mean of the points assigned to it and no
-    cluster is empty. Lloyd's iterations stop after ``iterations``, or when the centroids' squared shift falls below ``tolerance`` times
-    the mean variance of a channel (as in scikit-learn). ``restarts`` seedings are tried and the one of least inertia is kept (default:
-    :data:`RESTARTS` where a sample is taken, and judged on it, else 1).
+    k' <= k: fewer only where there are fewer distinct points. Each centroid is the mean of its points, no cluster is empty.
+    Lloyd's iterations stop after ``iterations``, or when the centroids' squared shift falls below ``tolerance`` times the mean
+    variance of a channel (as in scikit-learn). Of ``restarts`` seedings (default: :data:`RESTARTS` on a sample, else 1) the one
+    of least inertia is kept.
     """
     x = x if isinstance(x, torch.Tensor) else torch.from_numpy(np.asarray(x))
     if k < 1 or x.ndim != 2 or len(x) == 0:

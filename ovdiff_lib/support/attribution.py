@@ -54,9 +54,8 @@ def record_attribution(unet: torch.nn.Module, token_positions: list[int], size: 
                        guided: bool = True) -> Iterator[AttributionRecorder]:
     """Record the attention to ``token_positions`` of every UNet call inside the ``with`` block.
 
-    ``size`` = (h, w) of the latents. Every cross-attention of the down and up blocks counts, that of the mid block only if
-    ``mid_block`` (the attribution tool of the paper leaves it out). ``guided``: the UNet's batch is the negative half followed by
-    the conditional half (classifier-free guidance) and only the latter is recorded; else all of it is conditional.
+    ``size`` = (h, w) of the latents. Cross-attention of the mid block counts only with ``mid_block``: the attribution tool of
+    the paper leaves it out. ``guided``: the batch is a negative and a conditional half, and only the latter is recorded.
     The former processors are put back when the block ends, also by an exception.
     """
     recorder = AttributionRecorder(token_positions, size, guided)
