@@ -31,19 +31,19 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 def run_doctor(options: argparse.Namespace) -> int:
     """Print the report; 1 if something is missing, else 0."""
-    from ovdiff_lib.workbench.doctor import examine, render
+    from ovdiff_lib.workbench.doctor import inspect
 
-    report = examine(profile_of(options), options.data, options.library)
+    report = inspect(profile_of(options), options.data, options.library)
     if options.json:
         write_atomic(options.json, report.to_json().encode())
-    print(render(report))
+    print(report)
     return 1 if report.problems else 0
 
 
 def run_vocabulary(options: argparse.Namespace) -> int:
     """Print the report; 1 if a class is not fine, else 0."""
     from ovdiff_lib.workbench.vocabulary.examine import examine
-    from ovdiff_lib.workbench.vocabulary.report import Limits, render
+    from ovdiff_lib.workbench.vocabulary.report import Limits
 
     given = [source for source in (options.names, options.classes, options.classes_file) if source is not None]
     if len(given) != 1:
@@ -56,5 +56,5 @@ def run_vocabulary(options: argparse.Namespace) -> int:
     report = examine(ovdiff, vocabulary, limits=limits)
     if options.json:
         write_atomic(options.json, report.to_json().encode())
-    print(render(report))
+    print(report)
     return int(any(c.verdict != "fine" for c in report.classes))

@@ -1,10 +1,12 @@
-"""What a profile needs and what of it is here: models, libraries, data sets, the machine; how to get the rest; what a run will cost.
+"""What a profile needs and what of it is here: models, libraries, data sets, the machine; how to get the rest; what a
+run costs.
 
-Nothing is loaded or downloaded. The figures of cost are the paper's (Sec. 4.2, App. C.5) and sizes that follow from the profile.
+Nothing is loaded or downloaded. Costs are the paper's (Sec. 4.2, App. C.5) and sizes that follow from the profile.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -12,7 +14,7 @@ import json
 import os
 import shlex
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,292 +23,25 @@ from ovdiff_lib.errors import InputError, ModelNotAvailable, ProfileError
 from ovdiff_lib.files import size_text
 from ovdiff_lib.networks.published import FILES, MODEL_TYPES, OPEN_CLIP_FILES, how_to_get, lacking, published
 from ovdiff_lib.profiles.schema import Profile
-from ovdiff_lib.registry import NOT_MODELS, Part
+from ovdiff_lib.registry import NOT_MODELS
 from ovdiff_lib.workbench.cost.flops import prototype_bytes, prototype_rows
 
+HERE = ("package", "folder", "file", "hub cache")
 
-@dataclass(frozen=True)
-class Library:
-    """An optional library: its ``version`` or "" if it is not installed, and what of this profile needs it ("" if nothing does)."""
-
-    name: str
-    version: str
-    serves: str
-    needed_by: str
-    get: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that :func:`examine` found. ``problems`` is one sentence for each thing that the profile needs and that is not here."""
-
-    profile: str
-    models: tuple[Model, ...]
-    libraries: tuple[Library, ...]
-    data: tuple[dict[str, Any], ...]
-    machine: dict[str, Any]
-    expected: dict[str, str]
-    problems: tuple[str, ...] = field(default=())
-
-    def to_json(self) -> str:
-        table = asdict(self)
-        for row, model in zip(table["models"], self.models, strict=True):
-            row |= {"here": model.here, "needed": model.needed}
-        return json.dumps({"ready": not self.problems, **table}, indent=1) + "\n"
-
-
-def examine(profile: Profile, data: list[str] | None = None, library: Path | None = None) -> Report:
-    """Look for everything that ``profile`` needs; ``data`` holds data set roots, FOLDER or NAME=FOLDER, ``library`` the library's folder.
-
-    Raises ``ProfileError`` for a part that does not exist; whatever is merely absent is in the report.
-    """
-    used = uses(profile)
-    models = models_of(profile, used)
-    libraries = _libraries(profile, used)
-    sets = tuple(row for root in data or [] for row in _data_set(root))
-    machine, device_problem = _machine(profile, library)
-    problems = _version_problem() + [_sentence(m) for m in models if m.needed and not m.here]
-    problems += [f"The library {lib.name} is needed by {lib.needed_by} and not installed: {lib.get}" for lib in libraries
-                 if lib.needed_by and not lib.version]
-    problems += [row["problem"] for row in sets if row["problem"]] + device_problem
-    problems += setting_problems(profile)
-    return Report(profile.name, models, libraries, sets, machine, expected(profile, models), tuple(problems))
-
-
-def uses(profile: Profile) -> dict[str, list[str]]:
-    """Field of ``profile.models`` -> the parts of this profile that declare to load it. Raises ``ProfileError`` for an unknown part."""
-    from ovdiff_lib.features import EXTRACTORS, check_extractors
-    from ovdiff_lib.masks import SEGMENTERS, check_segmenter
-
-    check_extractors(profile)
-    check_segmenter(profile)
-    parts = {"support images": ["diffusion"]}
-    parts |= {f"extractor {name}": _declared(EXTRACTORS[name], profile, "features") for name in profile.features.extractors}
-    parts[f"segmenter {profile.masks.segmenter}"] = _declared(SEGMENTERS[profile.masks.segmenter], profile, "masks")
-    if profile.filters.category:
-        parts["category filter"] = ["clip"]
-    table: dict[str, list[str]] = {}
-    for part, names in parts.items():
-        for name in dict.fromkeys(BESIDES.get(n, n) for n in names):
-            table.setdefault(name, []).append(part)
-    return table
-
-
-def _declared(part: Part, profile: Profile, section: str) -> list[str]:
-    """The fields of the models that a part declares; none are known of one that declares nothing."""
-    models, _ = part.depends_on(profile, section)
-    return [] if part.models is None else list(models)
-
+BESIDES = {"open_clip_pretrained": "open_clip", "cutler_sha256": "cutler"}
+"""Fields of ``profile.models`` that belong to the model of another."""
 
 STATES = {"wrong model": "is a wrong model", "wrong checksum": "has a wrong checksum"}
 """How a sentence says a state that is no adjective."""
 
 
-def _sentence(model: Model) -> str:
-    detail = f" ({model.detail})" if model.detail else ""
-    remedy = model.remedy or (f"get it with: {model.get}" if model.get else f"set models.{model.field} to a model that is here")
-    return (f"The model {model.identifier or model.field!r} is needed by {', '.join(model.used_by)} and "
-            f"{STATES.get(model.state, model.state)}{detail}; {remedy}")
-
-
-def _libraries(profile: Profile, used: dict[str, list[str]]) -> tuple[Library, ...]:
-    """Optional libraries: module, distribution, what it serves, the part of this profile that needs it, how to get it."""
-    crf = used.get("dino", []) and profile.masks.maskcut_refine == "crf" and profile.masks.segmenter == "maskcut"
-    rows = (
-        ("detectron2", "detectron2", "segmenter cutler", ", ".join(used.get("cutler", [])),
-         "conda install -c conda-forge detectron2 (environment.yml has it; the Python package index does not)"),
-        ("open_clip", "open_clip_torch", "extractors open-clip-*", ", ".join(used.get("open_clip", [])), "pip install open_clip_torch"),
-        ("pydensecrf", "pydensecrf2", "masks.maskcut_refine crf", "masks.maskcut_refine" if crf else "", "pip install pydensecrf2"),
-        ("accelerate", "accelerate", "less memory while weights load", "", "pip install accelerate"),
-        ("ray", "ray", "more than one machine or GPU", "", 'pip install "ray[data]"'),
-    )
-    return tuple(Library(module, _version(module, name), serves, needed, get) for module, name, serves, needed, get in rows)
-
-
-def _version_problem() -> list[str]:
-    """One sentence if a model library has a version that this package does not work with."""
-    from ovdiff_lib.networks.loading import check_libraries
-
-    try:
-        check_libraries()
-    except ModelNotAvailable as error:
-        return [str(error)]
-    return []
-
-
-def _version(module: str, distribution: str) -> str:
-    if importlib.util.find_spec(module) is None:
-        return ""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "installed"  # under another distribution's name
-
-
-def _data_set(root: str) -> list[dict[str, Any]]:
-    """What FOLDER holds, or whether it holds NAME: rows of name, folder, images and problem. ``InputError`` for an unknown NAME."""
-    from ovdiff_lib.workbench.data.datasets import DATASETS, load_dataset
-
-    name, equals, folder = root.partition("=")
-    if not equals or Path(root).expanduser().is_dir():
-        name, folder = "", root
-    elif name not in DATASETS:
-        raise InputError(f"--data {root!r} names no data set; use FOLDER or NAME=FOLDER with a name of {', '.join(DATASETS)}.")
-    rows = []
-    for candidate in [name] if name else DATASETS:
-        try:
-            images = len(load_dataset(candidate, folder=Path(folder).expanduser()))
-            rows.append({"name": candidate, "folder": folder, "images": images, "problem": ""})
-        except InputError as error:
-            if name:
-                rows.append({"name": name, "folder": folder, "images": 0, "problem": str(error)})
-    return rows or [{"name": "", "folder": folder, "images": 0, "problem":
-                     f"The folder {folder} holds no data set whose validation split is whole; name it: --data NAME={folder}."}]
-
-
-def _machine(profile: Profile, library: Path | None) -> tuple[dict[str, Any], list[str]]:
-    """Processor, memory, GPUs and free disk; and a sentence if the profile's device is not here."""
-    import torch
-
-    from ovdiff_lib.library.store import Library as Store
-    from ovdiff_lib.networks.loading import resolve_device
-
-    try:
-        device, problem = str(resolve_device(profile)), []
-    except ProfileError as error:
-        device, problem = "", [str(error)]
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    pages = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(os.sysconf_names)
-    root = Store(library).root
-    return {
-        "device": device, "gpus": [{"name": gpu.name, "memory": gpu.total_memory} for gpu in gpus], "cpus": os.cpu_count(),
-        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if pages else None, "torch": torch.__version__,
-        "library": str(root), "library_free": _free(root), "hub_cache": str(hub_cache()), "hub_cache_free": _free(hub_cache()),
-    }, problem
-
-
-def _free(folder: Path) -> int:
-    """Free bytes of the disk that ``folder`` is on, or will be on."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def render(report: Report) -> str:
-    """The report as tables of plain text."""
-    machine = report.machine
-    gpus = ", ".join(f"{gpu['name']} ({size_text(gpu['memory'])})" for gpu in machine["gpus"]) or "none"
-    models = [("model", "named", "state", "size", "licence", "used by")]
-    models += [(m.field, m.identifier, m.state, ("" if m.here else "~") * (m.size is not None) + size_text(m.size), m.licence,
-                ", ".join(m.used_by) or "(not by this profile)") for m in report.models]
-    libraries = [("library", "version", "serves", "needed by")]
-    libraries += [(lib.name, lib.version or "not installed", lib.serves, lib.needed_by or "-") for lib in report.libraries]
-    parts = [f"Profile {report.profile}", "", *_columns(models), "", *_columns(libraries), ""]
-    if report.data:
-        sets = [("data set", "folder", "images")]
-        parts += [*_columns(sets + [(row["name"] or "?", row["folder"], str(row["images"] or "-")) for row in report.data]), ""]
-    parts += _columns([
-        ("device", f"{machine['device'] or 'not here'}; GPUs: {gpus}; {machine['cpus']} CPU cores; torch {machine['torch']}"),
-        ("memory", size_text(machine["memory"])),
-        ("library", f"{machine['library']} ({size_text(machine['library_free'])} free)"),
-        ("hub cache", f"{machine['hub_cache']} ({size_text(machine['hub_cache_free'])} free)"),
-        *((f"expected {what}", text) for what, text in report.expected.items())])
-    found = [m for m in report.models if m.here and m.where]
-    parts += ["", "Found:", *_columns([(f"  {m.field}", m.where + (f" ({m.detail})" if m.detail else "")) for m in found])] if found else []
-    unused = [m for m in report.models if not m.needed and m.get]
-    parts += ["", "Not needed by this profile, to be had with:", *_columns([(f"  {m.field}", m.get) for m in unused])] if unused else []
-    if report.problems:
-        parts += ["", "Missing:", *(f"  {problem}".replace("get it with: ", "get it with:\n    ") for problem in report.problems)]
-    else:
-        parts += ["", "Everything needed is here."]
-    return "\n".join(parts)
-
-
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows as lines with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-# ------------------------------------------------------------------ What a run will cost: sizes that follow from a profile, and the times that the paper measured (Sec. 4.2, App. C.5).
-
-
-def expected(profile: Profile, models: tuple[Model, ...]) -> dict[str, str]:
-    """Sizes that follow from the profile, and the paper's times where it runs the paper's generator."""
-    support = profile.support
-    rows = prototype_rows(profile)
-    widths = {name: channels(profile, name, models) for name in profile.features.extractors}
-    sizes = {name: prototype_bytes(profile, width) for name, width in widths.items() if width}
-    known = sum(m.size or 0 for m in models if m.needed)
-    table = {"weights on disk": f"{size_text(known)} for the models in use"}
-    missing = [m for m in models if m.needed and not m.here]
-    if missing:
-        unknown = sum(m.size is None for m in missing)
-        table["weights on disk"] += (f", {size_text(sum(m.size or 0 for m in missing))} of them to fetch"
-                                     + (f" and {unknown} of unknown size" if unknown else ""))
-    table["support images on disk"] = f"at most {size_text(support.size * support.image_size**2 * 3)} a class"
-    if sizes:
-        shown = " + ".join(f"{size_text(size)} ({name})" for name, size in sizes.items())
-        table["prototypes on disk"] = f"{shown} a class, {rows} float32 vectors each"
-    if published(profile.models.diffusion):
-        latent = profile.features.sd_input_size // 8
-        if "sd" in sizes:
-            held = support.size * latent**2 * widths["sd"] * 4
-            table["memory"] = f"{size_text(held)} for the sd features of one class while they are clustered, beside the weights"
-        seconds = 110 * support.size * support.steps / (32 * 30)
-        table["time to build"] = (f"about {seconds:.0f} s a class with sd on a GPU of 37 TFLOP/s such as an A40 (the paper: 110 s for 32 "
-                                  "images of 30 steps)")
-        table["time to segment"] = "about 0.6 s an image on a 2080 Ti with sd and 21 classes (the paper)"
-    return table
-
-
-def channels(profile: Profile, extractor: str, models: tuple[Model, ...]) -> int | None:
-    """Feature channels of an extractor by the configuration of its model on disk, or as published; None if neither says."""
-    from ovdiff_lib.features import EXTRACTORS
-
-    names = [m for m in models if f"extractor {extractor}" in m.used_by]
-    if len(names) != 1 or extractor not in EXTRACTORS:
-        return None
-    model, known = names[0], published(names[0].identifier)
-    if model.field == "diffusion":
-        blocks = _config(model, "unet/config.json").get("block_out_channels") or (known.channels if known else ())
-        return sum(_block(layer, list(blocks)) for layer in profile.features.sd_layers) if len(blocks) else None
-    config = _config(model, "config.json")
-    width = config.get("vision_config", config).get("hidden_size") if isinstance(config.get("vision_config", config), dict) else None
-    return width if isinstance(width, int) else known.channels[0] if known and known.channels else None
-
-
-def _block(layer: str, blocks: list[int]) -> int:
-    """Channels of an attention layer of a UNet by its name, 0 for a name of no such form."""
-    kind, _, rest = layer.partition(".")
-    number = int(rest.split(".")[0]) if rest.split(".")[0].isdigit() else 0
-    ordered = {"down_blocks": blocks, "up_blocks": blocks[::-1], "mid_block": blocks[-1:] * (number + 1)}.get(kind, [])
-    return ordered[number] if number < len(ordered) else 0
-
-
-def _config(model: Model, name: str) -> dict[str, Any]:
-    path = Path(model.where) / name
-    try:
-        table = json.loads(path.read_text(encoding="utf-8")) if model.here and path.is_file() else {}
-    except (OSError, ValueError):
-        return {}  # the loader will say so; here only a figure is lost
-    return table if isinstance(table, dict) else {}
-
-
-# ------------------------------------------------------------------ Which models of a profile are on this machine: in the package, in a folder, or in the hub cache. Nothing is loaded or downloaded.
-
-HERE = ("package", "folder", "file", "hub cache")
-BESIDES = {"open_clip_pretrained": "open_clip", "cutler_sha256": "cutler"}
-"""Fields of ``profile.models`` that belong to the model of another."""
-
-
 @dataclass(frozen=True)
 class Model:
-    """One model of the profile. ``state``: package, folder, file, hub cache; or missing, incomplete, unreadable, wrong model (of another
-    architecture), wrong checksum, not verified (a checkpoint without a checksum in the profile).
+    """One model of the profile. ``state``: package, folder, file, hub cache; or missing, incomplete, unreadable, wrong
+    model (of another architecture), wrong checksum, not verified (a checkpoint without a checksum in the profile).
 
-    ``size`` in bytes is that on disk, or that of the download (None if not known); ``get`` a command, "" if it is here or none is known;
-    ``remedy`` what else helps, if getting the model does not.
+    ``size`` in bytes on disk, or of the download (None if not known); ``get`` a command, "" if it is here or none is
+    known; ``remedy`` what else helps.
     """
 
     field: str
@@ -328,12 +63,129 @@ class Model:
     def needed(self) -> bool:
         return bool(self.used_by)
 
+    def problem(self) -> str:
+        """One sentence: who needs it, what is wrong, what helps."""
+        detail = f" ({self.detail})" if self.detail else ""
+        remedy = f"get it with: {self.get}" if self.get else f"set models.{self.field} to a model that is here"
+        return (f"The model {self.identifier or self.field!r} is needed by {', '.join(self.used_by)} and "
+                f"{STATES.get(self.state, self.state)}{detail}; {self.remedy or remedy}")
+
+
+@dataclass(frozen=True)
+class PythonLibrary:
+    """An optional library: its ``version`` or "" if it is not installed, and what of this profile needs it ("" for
+    nothing)."""
+
+    name: str
+    version: str
+    serves: str
+    needed_by: str
+    get: str
+
+
+@dataclass(frozen=True)
+class ProfileReport:
+    """All that :func:`inspect` found; ``print`` shows it. ``problems``: a sentence for each thing that is needed and
+    not here."""
+
+    profile: str
+    models: tuple[Model, ...]
+    libraries: tuple[PythonLibrary, ...]
+    data: tuple[dict[str, Any], ...]
+    machine: dict[str, Any]
+    expected: dict[str, str]
+    problems: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        table = asdict(self)
+        for row, model in zip(table["models"], self.models, strict=True):
+            row |= {"here": model.here, "needed": model.needed}
+        return json.dumps({"ready": not self.problems, **table}, indent=1) + "\n"
+
+    def __str__(self) -> str:
+        machine, models, libraries = self.machine, [("model", "named", "state", "size", "licence", "used by")], []
+        for m in self.models:
+            size = ("" if m.here or m.size is None else "~") + size_text(m.size)
+            users = ", ".join(m.used_by) or "(not by this profile)"
+            models.append((m.field, m.identifier, m.state, size, m.licence, users))
+        for lib in self.libraries:
+            libraries.append((lib.name, lib.version or "not installed", lib.serves, lib.needed_by or "-"))
+        parts = [f"Profile {self.profile}", "", *_columns(models), ""]
+        parts += [*_columns([("library", "version", "serves", "needed by"), *libraries]), ""]
+        if self.data:
+            sets = [(row["name"] or "?", row["folder"], str(row["images"] or "-")) for row in self.data]
+            parts += [*_columns([("data set", "folder", "images"), *sets]), ""]
+        gpus = ", ".join(f"{gpu['name']} ({size_text(gpu['memory'])})" for gpu in machine["gpus"]) or "none"
+        parts += _columns([
+            ("device", f"{machine['device'] or 'not here'}; GPUs: {gpus}; {machine['cpus']} CPU cores; "
+                       f"torch {machine['torch']}"),
+            ("memory", size_text(machine["memory"])),
+            ("library", f"{machine['library']} ({size_text(machine['library_free'])} free)"),
+            ("hub cache", f"{machine['hub_cache']} ({size_text(machine['hub_cache_free'])} free)"),
+            *((f"expected {what}", text) for what, text in self.expected.items())])
+        found = [(f"  {m.field}", m.where + (f" ({m.detail})" if m.detail else ""))
+                 for m in self.models if m.here and m.where]
+        unused = [(f"  {m.field}", m.get) for m in self.models if not m.needed and m.get]
+        parts += ["", "Found:", *_columns(found)] if found else []
+        parts += ["", "Not needed by this profile, to be had with:", *_columns(unused)] if unused else []
+        problems = [f"  {problem}".replace("get it with: ", "get it with:\n    ") for problem in self.problems]
+        return "\n".join([*parts, "", *(["Missing:", *problems] if problems else ["Everything needed is here."])])
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def inspect(profile: Profile, data: list[str] | None = None, library: Path | None = None) -> ProfileReport:
+    """Look for everything that ``profile`` needs; ``data`` holds data set roots, FOLDER or NAME=FOLDER.
+
+    Raises ``ProfileError`` for a part that does not exist; whatever is merely absent is in the report.
+    """
+    used = uses(profile)
+    models, libraries = models_of(profile, used), _libraries(profile, used)
+    sets = tuple(row for root in data or [] for row in _data_set(root))
+    machine, problems = _machine(profile, library)
+    absent = [lib for lib in libraries if lib.needed_by and not lib.version]
+    problems = [*_version_problem(), *(m.problem() for m in models if m.needed and not m.here),
+                *(f"The library {lib.name} is needed by {lib.needed_by} and not installed: {lib.get}" for lib in absent),
+                *(row["problem"] for row in sets if row["problem"]), *problems, *setting_problems(profile)]
+    return ProfileReport(profile.name, models, libraries, sets, machine, expected(profile, models), tuple(problems))
+
+
+def uses(profile: Profile) -> dict[str, list[str]]:
+    """Field of ``profile.models`` -> the parts that declare to load it. Raises ``ProfileError`` for an unknown part."""
+    from ovdiff_lib.features import EXTRACTORS, check_extractors
+    from ovdiff_lib.masks import SEGMENTERS, check_segmenter
+
+    check_extractors(profile)
+    check_segmenter(profile)
+    named = {f"extractor {name}": (EXTRACTORS[name], "features") for name in profile.features.extractors}
+    named[f"segmenter {profile.masks.segmenter}"] = SEGMENTERS[profile.masks.segmenter], "masks"
+    parts = {"support images": ["diffusion"]}
+    for label, (part, section) in named.items():  # nothing is known of a part that declares nothing
+        parts[label] = [] if part.models is None else list(part.depends_on(profile, section)[0])
+    if profile.filters.category:
+        parts["category filter"] = ["clip"]
+    table: dict[str, list[str]] = {}
+    for part, names in parts.items():
+        for name in dict.fromkeys(BESIDES.get(n, n) for n in names):
+            table.setdefault(name, []).append(part)
+    return table
+
+
+# ---- models: in the package, in a folder, or in the hub cache
 
 def models_of(profile: Profile, used: dict[str, list[str]]) -> tuple[Model, ...]:
     """Every model that the profile names or a part needs; ``used`` says by field which parts load it."""
-    table = profile.to_dict()["models"]
-    fields = [name for name, value in table.items() if name not in NOT_MODELS and name not in BESIDES and (value or name in used)]
-    return tuple(_model(profile, name, tuple(used.get(name, ()))) for name in fields)
+    table, found = profile.to_dict()["models"], []
+    for name, value in table.items():
+        if name not in NOT_MODELS and name not in BESIDES and (value or name in used):
+            folder = not value or value.startswith("package:") or Path(value).expanduser().is_dir()
+            look = _open_clip if name == "open_clip" and not folder else functools.partial(_model, name=name)
+            found.append(look(profile, used_by=tuple(used.get(name, ()))))
+    return tuple(found)
 
 
 def hub_cache() -> Path:
@@ -345,30 +197,27 @@ def hub_cache() -> Path:
 
 def _model(profile: Profile, name: str, used_by: tuple[str, ...]) -> Model:
     identifier = getattr(profile.models, name)
-    if name == "open_clip" and identifier and not identifier.startswith("package:") and not Path(identifier).expanduser().is_dir():
-        return _open_clip(profile, used_by)
     state, where, detail = _locate(identifier, FILES.get(name, ()), MODEL_TYPES.get(name, ""))
-    if state in HERE and Path(where).is_file() != (name == "cutler") and not (name == "mae" and Path(where).is_file()):
-        state, detail = "incomplete", "a folder of the model is wanted" if Path(where).is_file() else "a checkpoint file is wanted"
+    file, remedy, get, size = Path(where).is_file(), "", "", None
+    if state in HERE and file != (name == "cutler") and not (name == "mae" and file):
+        state, detail = "incomplete", "a folder of the model is wanted" if file else "a checkpoint file is wanted"
     if state == "file" and name == "cutler":
         state, detail = _checksum(Path(where), profile.models.cutler_sha256)
-    licence = "Apache-2.0, as this project" if state == "package" else _licence(identifier)
-    if state == "wrong model":
-        return Model(name, identifier, state, where, _size(Path(where)), licence, used_by, "", detail)
     if state == "not verified":
         remedy = f"if that is the file you trust, add --set models.cutler_sha256={detail} or write it into the profile"
         detail = f"models.cutler_sha256 is not set; the file's SHA-256 is {detail}"
-        return Model(name, identifier, state, where, _size(Path(where)), licence, used_by, "", detail, remedy)
-    return _row(name, identifier, (state, where, detail), licence, used_by, identifier)
+    if state in (*HERE, "wrong model", "not verified"):
+        size = _size(Path(where))
+    else:
+        get, size = _download(identifier)
+    licence = "Apache-2.0, as this project" if state == "package" else _licence(identifier)
+    return Model(name, identifier, state, where, size, licence, used_by, get, detail, remedy)
 
 
-def _row(name: str, shown: str, found: tuple[str, str, str], licence: str, used_by: tuple[str, ...], source: str) -> Model:
-    """``source`` is what the weights are fetched by."""
-    state, where, detail = found
-    if state in HERE:
-        return Model(name, shown, state, where, _size(Path(where)), licence, used_by, "", detail)
+def _download(source: str) -> tuple[str, int | None]:
+    """The command that fetches a model, and its size where it is known."""
     known = published(source)
-    return Model(name, shown, state, where, known.size if known else None, licence, used_by, how_to_get(source) if source else "", detail)
+    return how_to_get(source) if source else "", known.size if known else None
 
 
 def _licence(source: str) -> str:
@@ -377,19 +226,21 @@ def _licence(source: str) -> str:
 
 
 def _locate(identifier: str, wanted: tuple[tuple[str, ...], ...], model_type: str = "") -> tuple[str, str, str]:
-    """(state, where, detail) of a model named by ``package:NAME``, a path or a hub id; ``model_type`` as in :data:`MODEL_TYPES`."""
+    """(state, where, detail) of a model named by ``package:NAME``, a path or a hub id; ``model_type`` as in
+    ``MODEL_TYPES``."""
     from ovdiff_lib.networks.identity import PACKAGE, resolve_model
     from ovdiff_lib.networks.loading import wrong_type
 
+    shipped = identifier.startswith(PACKAGE)
     if not identifier:
         return "missing", "", "not set in the profile"
     try:
         source = resolve_model(identifier)
     except ModelNotAvailable:
-        return "missing", "", "reinstall ovdiff_lib with its weights" if identifier.startswith(PACKAGE) else "no such file or folder"
+        return "missing", "", "reinstall ovdiff_lib with its weights" if shipped else "no such file or folder"
     if isinstance(source, Path) and source.is_file():
         return "file", str(source), ""
-    kind = "package" if identifier.startswith(PACKAGE) else "folder"
+    kind = "package" if shipped else "folder"
     if not isinstance(source, Path):
         kind, source = "hub cache", _snapshot(source)
         if source is None:
@@ -412,7 +263,8 @@ def _snapshot(hub_id: str) -> Path | None:
 
 
 def _open_clip(profile: Profile, used_by: tuple[str, ...]) -> Model:
-    """An architecture of open_clip: its weights are a file, or a tag of which open_clip knows the repository or the address."""
+    """An architecture of open_clip: its weights are a file, or a tag of which open_clip knows the repository or the
+    address."""
     architecture, weights = profile.models.open_clip, profile.models.open_clip_pretrained
     shown = f"{architecture} / {weights}"
     if importlib.util.find_spec("open_clip") is None:
@@ -422,18 +274,20 @@ def _open_clip(profile: Profile, used_by: tuple[str, ...]) -> Model:
     trained = get_pretrained_cfg(architecture, weights) if weights else {}
     repository, _, file = trained.get("hf_hub", "").rpartition("/")
     if repository:
-        found = _locate(repository, ((file, str(Path(file).with_suffix(".safetensors"))),) if file else OPEN_CLIP_FILES)
-        return _row("open_clip", shown, found, _licence(repository), used_by, repository)
+        wanted = ((file, str(Path(file).with_suffix(".safetensors"))),) if file else OPEN_CLIP_FILES
+        state, where, detail = _locate(repository, wanted)
+        get, size = ("", _size(Path(where))) if state in HERE else _download(repository)
+        return Model("open_clip", shown, state, where, size, _licence(repository), used_by, get, detail)
     path = Path("~/.cache/clip").expanduser() / Path(trained["url"]).name if trained else Path(weights).expanduser()
-    state = "file" if weights and path.is_file() else "missing"
-    get = f"curl -L --create-dirs -o {shlex.quote(str(path))} {trained['url']}" if trained and state == "missing" else ""
-    detail = "" if trained or state == "file" else "neither a file nor a tag that open_clip has for this architecture"
-    return Model("open_clip", shown, state, str(path) if state == "file" else "", _size(path) if state == "file" else None, "see its card",
-                 used_by, get, detail)
+    if weights and path.is_file():
+        return Model("open_clip", shown, "file", str(path), _size(path), "see its card", used_by, "")
+    get = f"curl -L --create-dirs -o {shlex.quote(str(path))} {trained['url']}" if trained else ""
+    detail = "" if trained else "neither a file nor a tag that open_clip has for this architecture"
+    return Model("open_clip", shown, "missing", "", None, "see its card", used_by, get, detail)
 
 
 def _checksum(path: Path, wanted: str) -> tuple[str, str]:
-    """(state, detail) of a checkpoint file by the profile's SHA-256; of one that is not verified, the detail is its own."""
+    """(state, detail) of a checkpoint by the profile's SHA-256; of one that is not verified, the detail is its own."""
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -441,13 +295,164 @@ def _checksum(path: Path, wanted: str) -> tuple[str, str]:
         return "unreadable", f"it cannot be read ({error.strerror})"
     if wanted and found != wanted.strip().lower():
         return "wrong checksum", f"its SHA-256 is {found}, models.cutler_sha256 says {wanted}"
-    if not wanted:
-        return "not verified", found
-    return "file", ""
+    return ("file", "") if wanted else ("not verified", found)
 
 
 def _size(path: Path) -> int:
     """Bytes of a file, or of all files below a folder (links followed)."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+
+
+# ---- libraries, data sets, the machine
+
+def _version_problem() -> list[str]:
+    """One sentence if a model library has a version that this package does not work with."""
+    from ovdiff_lib.networks.loading import check_libraries
+
+    try:
+        check_libraries()
+    except ModelNotAvailable as error:
+        return [str(error)]
+    return []
+
+
+def _libraries(profile: Profile, used: dict[str, list[str]]) -> tuple[PythonLibrary, ...]:
+    """Optional libraries: module, distribution, what it serves, the part of this profile that needs it, how to get
+    it."""
+    crf = used.get("dino", []) and profile.masks.maskcut_refine == "crf" and profile.masks.segmenter == "maskcut"
+    rows = (
+        ("detectron2", "detectron2", "segmenter cutler", ", ".join(used.get("cutler", [])),
+         "conda install -c conda-forge detectron2 (environment.yml has it; the Python package index does not)"),
+        ("open_clip", "open_clip_torch", "extractors open-clip-*", ", ".join(used.get("open_clip", [])),
+         "pip install open_clip_torch"),
+        ("pydensecrf", "pydensecrf2", "masks.maskcut_refine crf", "masks.maskcut_refine" if crf else "",
+         "pip install pydensecrf2"),
+        ("accelerate", "accelerate", "less memory while weights load", "", "pip install accelerate"),
+        ("ray", "ray", "more than one machine or GPU", "", 'pip install "ray[data]"'),
+    )
+    return tuple(PythonLibrary(module, _version(module, name), *rest) for module, name, *rest in rows)
+
+
+def _version(module: str, distribution: str) -> str:
+    if importlib.util.find_spec(module) is None:
+        return ""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "installed"  # under another distribution's name
+
+
+def _data_set(root: str) -> list[dict[str, Any]]:
+    """What FOLDER holds, or whether it holds NAME: rows of name, folder, images and problem. ``InputError`` for an
+    unknown NAME."""
+    from ovdiff_lib.workbench.data.datasets import DATASETS, load_dataset
+
+    name, equals, folder = root.partition("=")
+    if not equals or Path(root).expanduser().is_dir():
+        name, folder = "", root
+    elif name not in DATASETS:
+        raise InputError(f"--data {root!r} names no data set; use FOLDER or NAME=FOLDER with a name of "
+                         f"{', '.join(DATASETS)}.")
+    rows, row = [], {"name": name, "folder": folder, "images": 0, "problem": ""}
+    for candidate in [name] if name else DATASETS:
+        try:
+            images = len(load_dataset(candidate, folder=Path(folder).expanduser()))
+            rows.append(row | {"name": candidate, "images": images})
+        except InputError as error:
+            if name:
+                rows.append(row | {"problem": str(error)})
+    none = f"The folder {folder} holds no data set whose validation split is whole; name it: --data NAME={folder}."
+    return rows or [row | {"problem": none}]
+
+
+def _machine(profile: Profile, library: Path | None) -> tuple[dict[str, Any], list[str]]:
+    """Processor, memory, GPUs and free disk; and a sentence if the profile's device is not here."""
+    import torch
+
+    from ovdiff_lib.library.store import Library
+    from ovdiff_lib.networks.loading import resolve_device
+
+    try:
+        device, problem = str(resolve_device(profile)), []
+    except ProfileError as error:
+        device, problem = "", [str(error)]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = [torch.cuda.get_device_properties(i) for i in range(count)]
+    pages = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(os.sysconf_names)
+    root = Library(library).root
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if pages else None
+    return {
+        "device": device, "gpus": [{"name": gpu.name, "memory": gpu.total_memory} for gpu in gpus],
+        "cpus": os.cpu_count(), "memory": memory, "torch": torch.__version__, "library": str(root),
+        "library_free": _free(root), "hub_cache": str(hub_cache()), "hub_cache_free": _free(hub_cache()),
+    }, problem
+
+
+def _free(folder: Path) -> int:
+    """Free bytes of the disk that ``folder`` is on, or will be on."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+# ---- what a run will cost
+
+def expected(profile: Profile, models: tuple[Model, ...]) -> dict[str, str]:
+    """Sizes that follow from the profile, and the paper's times where it runs the paper's generator."""
+    support, rows = profile.support, prototype_rows(profile)
+    widths = {name: channels(profile, name, models) for name in profile.features.extractors}
+    sizes = {name: prototype_bytes(profile, width) for name, width in widths.items() if width}
+    table = {"weights on disk": f"{size_text(sum(m.size or 0 for m in models if m.needed))} for the models in use"}
+    if missing := [m for m in models if m.needed and not m.here]:
+        unknown = sum(m.size is None for m in missing)
+        table["weights on disk"] += f", {size_text(sum(m.size or 0 for m in missing))} of them to fetch"
+        table["weights on disk"] += f" and {unknown} of unknown size" if unknown else ""
+    table["support images on disk"] = f"at most {size_text(support.size * support.image_size**2 * 3)} a class"
+    if sizes:
+        shown = " + ".join(f"{size_text(size)} ({name})" for name, size in sizes.items())
+        table["prototypes on disk"] = f"{shown} a class, {rows} float32 vectors each"
+    if published(profile.models.diffusion):
+        if "sd" in sizes:
+            held = size_text(support.size * (profile.features.sd_input_size // 8) ** 2 * widths["sd"] * 4)
+            table["memory"] = f"{held} for the sd features of one class while they are clustered, beside the weights"
+        seconds = 110 * support.size * support.steps / (32 * 30)
+        table["time to build"] = (f"about {seconds:.0f} s a class with sd on a GPU of 37 TFLOP/s such as an A40 (the "
+                                  "paper: 110 s for 32 images of 30 steps)")
+        table["time to segment"] = "about 0.6 s an image on a 2080 Ti with sd and 21 classes (the paper)"
+    return table
+
+
+def channels(profile: Profile, extractor: str, models: tuple[Model, ...]) -> int | None:
+    """Feature channels of an extractor by the configuration of its model on disk, or as published; None if neither
+    says."""
+    from ovdiff_lib.features import EXTRACTORS
+
+    names = [m for m in models if f"extractor {extractor}" in m.used_by]
+    if len(names) != 1 or extractor not in EXTRACTORS:
+        return None
+    model, known = names[0], published(names[0].identifier)
+    if model.field == "diffusion":
+        blocks = _config(model, "unet/config.json").get("block_out_channels") or (known.channels if known else ())
+        return sum(_block(layer, list(blocks)) for layer in profile.features.sd_layers) if len(blocks) else None
+    config = _config(model, "config.json")
+    config = config.get("vision_config", config)
+    width = config.get("hidden_size") if isinstance(config, dict) else None
+    return width if isinstance(width, int) else known.channels[0] if known and known.channels else None
+
+
+def _block(layer: str, blocks: list[int]) -> int:
+    """Channels of an attention layer of a UNet by its name, 0 for a name of no such form."""
+    kind, _, rest = layer.partition(".")
+    number = int(rest.split(".")[0]) if rest.split(".")[0].isdigit() else 0
+    last = blocks[-1:] * (number + 1)
+    ordered = {"down_blocks": blocks, "up_blocks": blocks[::-1], "mid_block": last}.get(kind, [])
+    return ordered[number] if number < len(ordered) else 0
+
+
+def _config(model: Model, name: str) -> dict[str, Any]:
+    path = Path(model.where) / name
+    try:
+        table = json.loads(path.read_text(encoding="utf-8")) if model.here and path.is_file() else {}
+    except (OSError, ValueError):
+        return {}  # the loader will say so; here only a figure is lost
+    return table if isinstance(table, dict) else {}

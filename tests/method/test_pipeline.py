@@ -16,7 +16,7 @@ from ovdiff_lib.checks import check_profile, setting_problems
 from ovdiff_lib.keys import for_words, made_from
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.types import PrototypeBank, Prototypes
-from ovdiff_lib.workbench.doctor import examine
+from ovdiff_lib.workbench.doctor import inspect
 
 NAMES = ("cat", "dog", "sofa")
 SHAPE = (40, 72)
@@ -373,7 +373,7 @@ def test_what_a_later_step_needs_is_asked_for_before_anything_is_drawn(tiny_prof
     assert not list(tmp_path.iterdir())
     # The doctor says the same; of models it has its own list.
     assert [word in problem for problem in setting_problems(own.profile)] == [True] * (kind is ProfileError)
-    assert any(word in problem for problem in examine(own.profile).problems)
+    assert any(word in problem for problem in inspect(own.profile).problems)
 
 
 def test_what_no_step_needs_is_not_asked_for(tiny_profile, tmp_path):

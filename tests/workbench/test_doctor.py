@@ -21,9 +21,8 @@ from ovdiff_lib.networks.published import FILES, PUBLISHED, how_to_get
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.registry import Part
 from ovdiff_lib.workbench import doctor
-from ovdiff_lib.workbench import doctor as costs
 from ovdiff_lib.workbench.data.datasets import DATASETS, MINI_DATA, load_dataset
-from ovdiff_lib.workbench.doctor import examine, render, uses
+from ovdiff_lib.workbench.doctor import inspect, uses
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 CLIP = "openai/clip-vit-base-patch16"
@@ -95,7 +94,7 @@ def test_the_paper_profile_on_a_machine_with_none_of_the_weights(tmp_path):
 
 @pytest.mark.parametrize("name", ["paper", "official"])
 def test_what_is_needed_and_what_is_not(name):
-    report = examine(load_profile(name))
+    report = inspect(load_profile(name))
     rows = by_field(report)
     assert {f for f, m in rows.items() if m.needed} == {"diffusion", "clip", "dino", "cutler"}
     assert not any(m.here for m in report.models) and {m.state for m in report.models} == {"missing"}
@@ -103,7 +102,7 @@ def test_what_is_needed_and_what_is_not(name):
     assert rows["clip"].used_by == ("extractor clip-keys", "category filter")
     problems = "\n".join(report.problems)
     assert all(m.identifier in problems for m in report.models if m.needed) and "vit-mae" not in problems and "sam-vit" not in problems
-    assert render(report).count("Missing:") == 1
+    assert str(report).count("Missing:") == 1
 
 
 def test_models_in_the_hub_cache_are_found_and_do_load(hub, tiny_models):
@@ -112,7 +111,7 @@ def test_models_in_the_hub_cache_are_found_and_do_load(hub, tiny_models):
     snapshot = put(hub, SD, tiny_models / "stable-diffusion")
     put(hub, CLIP, tiny_models / "clip")
     profile = load_profile("mini", {"models.diffusion": SD, "models.clip": CLIP})
-    report = examine(profile)
+    report = inspect(profile)
     rows = by_field(report)
     assert report.problems == () and rows["diffusion"].where == str(snapshot)
     size = sum(p.stat().st_size for p in (tiny_models / "stable-diffusion").rglob("*") if p.is_file())
@@ -131,7 +130,7 @@ def test_half_a_download_is_called_incomplete(hub, tiny_models, removed):
     snapshot = put(hub, SD, tiny_models / "stable-diffusion")
     (snapshot / removed).resolve().unlink()  # the link stays and leads nowhere
     profile = load_profile("mini", {"models.diffusion": SD})
-    report = examine(profile)
+    report = inspect(profile)
     model = by_field(report)["diffusion"]
     assert model.state == "incomplete" and removed in model.detail and model.get.startswith(f"hf download {SD}")
     assert len(report.problems) == 1 and removed in report.problems[0]
@@ -143,19 +142,19 @@ def test_half_a_download_is_called_incomplete(hub, tiny_models, removed):
 def test_a_cache_without_its_reference_is_no_model(hub, tiny_models):
     snapshot = put(hub, CLIP, tiny_models / "clip")
     profile = load_profile("mini", {"models.clip": CLIP})
-    assert by_field(examine(profile))["clip"].here
+    assert by_field(inspect(profile))["clip"].here
     reference = snapshot.parents[1] / "refs" / "main"
     for content in (None, "", "0" * 40, "\x00" * 3):
         if content is None:
             reference.unlink()
         else:
             reference.write_text(content)
-        assert by_field(examine(profile))["clip"].state == "missing"
+        assert by_field(inspect(profile))["clip"].state == "missing"
 
 
 def test_folders_and_files(tmp_path, tiny_models):
     def clip(identifier):
-        return by_field(examine(load_profile("mini", {"models.clip": str(identifier)})))["clip"]
+        return by_field(inspect(load_profile("mini", {"models.clip": str(identifier)})))["clip"]
 
     assert clip(tiny_models / "clip").state == "folder" and clip(tiny_models / "clip").licence == "see its card"
     assert clip(tmp_path / "none").state == "missing" and clip(tmp_path / "none").get == ""
@@ -165,8 +164,8 @@ def test_folders_and_files(tmp_path, tiny_models):
     (tmp_path / "weights.pth").write_bytes(b"x")
     assert clip(tmp_path / "weights.pth").state == "incomplete"
     mae = load_profile("mini", {"models.mae": str(tmp_path / "weights.pth"), "features.extractors": ["mae"]})
-    assert by_field(examine(mae))["mae"].state == "file" and examine(mae).problems == ()
-    unset = examine(load_profile("mini", {"models.dino": "", "features.extractors": ["dino"]}))
+    assert by_field(inspect(mae))["mae"].state == "file" and inspect(mae).problems == ()
+    unset = inspect(load_profile("mini", {"models.dino": "", "features.extractors": ["dino"]}))
     assert "models.dino" in unset.problems[0] and by_field(unset)["dino"].state == "missing"
 
 
@@ -177,12 +176,12 @@ def test_the_cutler_checkpoint_and_its_library(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda module, name: "")
 
     def cutler(**fields):
-        return examine(load_profile("mini", {"models.cutler": str(path), "masks.segmenter": "cutler",
+        return inspect(load_profile("mini", {"models.cutler": str(path), "masks.segmenter": "cutler",
                                              **{f"models.{k}": v for k, v in fields.items()}}))
 
     report = cutler()
     # The adapter opens a pickle only if its checksum is the profile's, so a file without one is not usable yet.
-    assert by_field(report)["cutler"].state == "not verified" and digest in by_field(report)["cutler"].detail and digest in render(report)
+    assert by_field(report)["cutler"].state == "not verified" and digest in by_field(report)["cutler"].detail and digest in str(report)
     assert len(report.problems) == 2 and f"--set models.cutler_sha256={digest}" in report.problems[0]
     assert "get it with" not in report.problems[0] and by_field(report)["cutler"].get == ""  # it need not be fetched again
     assert "detectron2" in report.problems[1] and "conda" in report.problems[1]
@@ -196,7 +195,7 @@ def test_the_cutler_checkpoint_and_its_library(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("field", "wrong", "extractor"), [
     ("mae", "dino", "mae"), ("dino", "mae", "dino"), ("open_clip", "dino", "open-clip-keys"), ("clip", "groupvit", "clip-keys")])
 def test_a_model_of_another_architecture_is_called_wrong(field, wrong, extractor):
-    report = examine(load_profile("mini", {f"models.{field}": f"package:{wrong}", "features.extractors": [extractor]}))
+    report = inspect(load_profile("mini", {f"models.{field}": f"package:{wrong}", "features.extractors": [extractor]}))
     row = by_field(report)[field]
     assert (row.state, row.here, row.get) == ("wrong model", False, "") and "model_type" in row.detail
     assert any(f"is a wrong model ({row.detail})" in problem and f"models.{field}" in problem for problem in report.problems)
@@ -204,12 +203,12 @@ def test_a_model_of_another_architecture_is_called_wrong(field, wrong, extractor
 
 def test_optional_libraries(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda module, name: "")
-    plain = {lib.name: lib for lib in examine(load_profile("mini")).libraries}
+    plain = {lib.name: lib for lib in inspect(load_profile("mini")).libraries}
     assert set(plain) == {"detectron2", "open_clip", "pydensecrf", "accelerate", "ray"}
     assert not any(lib.needed_by for lib in plain.values()) and all(lib.get and lib.serves for lib in plain.values())
     crf = load_profile("mini", {"masks.segmenter": "maskcut", "masks.maskcut_refine": "crf", "models.dino": "package:clip"})
-    assert any("pydensecrf2" in problem for problem in examine(crf).problems)
-    assert not any("pydensecrf2" in problem for problem in examine(crf.override({"masks.maskcut_refine": "none"})).problems)
+    assert any("pydensecrf2" in problem for problem in inspect(crf).problems)
+    assert not any("pydensecrf2" in problem for problem in inspect(crf.override({"masks.maskcut_refine": "none"})).problems)
     monkeypatch.undo()
     assert torch.__version__.startswith(doctor._version("torch", "torch")) and doctor._version("torch", "torch")
     assert doctor._version("no_such_module", "x") == ""
@@ -221,16 +220,16 @@ def test_a_model_library_of_another_version(monkeypatch):
 
     known = loading._versions
     monkeypatch.setattr(loading, "_versions", lambda name: ("0.39.0", ">=0.40,<1") if name == "diffusers" else known(name))
-    (problem,) = examine(load_profile("mini")).problems
+    (problem,) = inspect(load_profile("mini")).problems
     assert "diffusers 0.39.0 is installed" in problem and ">=0.40,<1" in problem
-    assert problem in render(examine(load_profile("mini")))
+    assert problem in str(inspect(load_profile("mini")))
 
 
 def test_weights_of_open_clip(hub, tmp_path):
     base = {"features.extractors": ["open-clip-keys"], "models.open_clip": "ViT-B-16-quickgelu", "models.open_clip_pretrained": "openai"}
 
     def found(**fields):
-        return by_field(examine(load_profile("mini", {**base, **{f"models.{k}": v for k, v in fields.items()}})))["open_clip"]
+        return by_field(inspect(load_profile("mini", {**base, **{f"models.{k}": v for k, v in fields.items()}})))["open_clip"]
 
     repository = "timm/vit_base_patch16_clip_224.openai"
     missing = found()
@@ -255,7 +254,7 @@ def test_uses_follow_the_registries(monkeypatch):
     own = load_profile("mini", {"features.extractors": ["own"], "masks.segmenter": "own", "filters.category": False, "models.mae": "a/b",
                                 "models.dino": "", "models.detector": "", "models.open_clip": ""})
     assert uses(own) == {"diffusion": ["support images"], "sam": ["segmenter own"]}  # of the extractor it is not known
-    assert not any("extractor own" in m.used_by for m in examine(own).models)
+    assert not any("extractor own" in m.used_by for m in inspect(own).models)
     for bad in ({"features.extractors": ["none"]}, {"features.extractors": []}, {"masks.segmenter": "none"}):
         with pytest.raises(ProfileError):
             uses(load_profile("mini", bad))
@@ -272,30 +271,30 @@ def test_mistakes_are_one_sentence(arguments, words, capsys):
 
 def test_data_sets(tmp_path, capsys):
     profile = load_profile("mini")
-    report = examine(profile, [str(MINI_DATA)])
+    report = inspect(profile, [str(MINI_DATA)])
     assert {row["name"]: row["images"] for row in report.data} == {
         n: len(load_dataset(n)) for n in DATASETS if n.startswith("mini-")}
     assert report.problems == ()
-    named = examine(profile, [f"mini-voc={MINI_DATA}", f"voc={tmp_path}"])
+    named = inspect(profile, [f"mini-voc={MINI_DATA}", f"voc={tmp_path}"])
     assert named.data[0]["images"] == len(load_dataset("mini-voc")) and named.data[1]["problem"] in named.problems
     odd = tmp_path / "a=b"
     odd.mkdir()
     for folder in (odd, tmp_path / "none"):
-        assert str(folder) in examine(profile, [str(folder)]).problems[0]
+        assert str(folder) in inspect(profile, [str(folder)]).problems[0]
     with pytest.raises(InputError, match="mini-voc"):
-        examine(profile, ["what=ever"])
+        inspect(profile, ["what=ever"])
     assert main(["doctor", "--data", str(MINI_DATA)]) == 0 and "mini-context" in capsys.readouterr().out
     assert main(["doctor", "--data", str(odd)]) == 1 and "holds no data set" in capsys.readouterr().out
 
 
 def test_a_device_that_is_not_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    report = examine(load_profile("mini", {"models.device": "cuda"}))
-    assert "models.device" in report.problems[0] and report.machine["device"] == "" and "not here" in render(report)
+    report = inspect(load_profile("mini", {"models.device": "cuda"}))
+    assert "models.device" in report.problems[0] and report.machine["device"] == "" and "not here" in str(report)
 
 
 def test_free_disk_of_folders_to_be(tmp_path):
-    report = examine(load_profile("mini"), library=tmp_path / "not" / "yet")
+    report = inspect(load_profile("mini"), library=tmp_path / "not" / "yet")
     assert report.machine["library"] == str(tmp_path / "not" / "yet") and not (tmp_path / "not").exists()
     assert report.machine["library_free"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
 
@@ -306,31 +305,31 @@ def test_channels_are_those_of_the_extractors(tiny_profile):
     from ovdiff_lib.features import build_extractors
 
     profile = tiny_profile.override({"features.extractors": ["sd", "clip-keys"]})
-    models = examine(profile).models
+    models = inspect(profile).models
     for name, extractor in build_extractors(profile).items():
-        assert costs.channels(profile, name, models) == extractor.channels
+        assert doctor.channels(profile, name, models) == extractor.channels
     mini = load_profile("mini", {"features.extractors": ["sd", "clip-keys"]})
     for name, extractor in build_extractors(mini).items():
-        assert costs.channels(mini, name, examine(mini).models) == extractor.channels
+        assert doctor.channels(mini, name, inspect(mini).models) == extractor.channels
 
 
 def test_costs_of_the_paper():
     paper = load_profile("paper")
-    models = examine(paper).models
-    assert [costs.channels(paper, n, models) for n in ("sd", "dino", "clip-keys")] == [7680, 768, 768]
+    models = inspect(paper).models
+    assert [doctor.channels(paper, n, models) for n in ("sd", "dino", "clip-keys")] == [7680, 768, 768]
     # Table A.5: without the first or the last layer, the mid block, Up-1, Up-2.
     for gone, left in (("down_blocks.0", 7360), ("up_blocks.3", 7360), ("mid_block", 6400), ("up_blocks.1", 3840), ("up_blocks.2", 5760)):
         layers = [layer for layer in paper.features.sd_layers if not layer.startswith(gone)]
-        assert costs.channels(paper.override({"features.sd_layers": layers}), "sd", models) == left
-    table = costs.expected(paper, models)
+        assert doctor.channels(paper.override({"features.sd_layers": layers}), "sd", models) == left
+    table = doctor.expected(paper, models)
     assert "130 float32 vectors" in table["prototypes on disk"] and size_text(130 * 7680 * 4) in table["prototypes on disk"]
     assert size_text(32 * 64 * 64 * 7680 * 4) in table["memory"] and "about 110 s a class" in table["time to build"]
     fewer = {"support.size": 16, "prototypes.kinds": ["class", "part"], "prototypes.background": False}
-    half = costs.expected(paper.override(fewer), models)
+    half = doctor.expected(paper.override(fewer), models)
     assert "about 55 s a class" in half["time to build"] and "33 float32 vectors" in half["prototypes on disk"]
-    assert "time to build" not in costs.expected(load_profile("mini"), examine(load_profile("mini")).models)
+    assert "time to build" not in doctor.expected(load_profile("mini"), inspect(load_profile("mini")).models)
     odd = paper.override({"features.sd_layers": ["strange", "up_blocks.9.attentions.0", "up_blocks.3.attentions.2"]})
-    assert costs.channels(odd, "sd", models) == 320
+    assert doctor.channels(odd, "sd", models) == 320
 
 
 def test_commands_fetch_what_the_loaders_read():
@@ -347,7 +346,7 @@ def test_commands_fetch_what_the_loaders_read():
     for name in ("paper", "official"):
         table = load_profile(name).to_dict()["models"]
         for field in ("diffusion", "clip", "dino", "mae", "cutler", "sam", "grounding", "groupvit"):
-            assert costs.published(table[field]) is not None, field
+            assert doctor.published(table[field]) is not None, field
 
 
 def test_sizes_as_text():
