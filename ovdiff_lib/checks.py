@@ -1,7 +1,7 @@
 """What can be known to be wrong with a profile before any work is done, and is no single field's affair.
 
-Classes take long to build, so a mistake in a later step must not wait for its turn. The values of single fields were judged when the
-profile was read (:mod:`~ovdiff_lib.profiles.schema`).
+Classes take long to build, so a mistake in a later step must not wait for its turn. The values of single fields were
+judged when the profile was read (:mod:`~ovdiff_lib.profiles.schema`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from ovdiff_lib.profiles.schema import Profile
 
 
 def check_profile(profile: Profile) -> None:
-    """``ProfileError`` for the first thing, in the order of the method's steps, that cannot work: a part that no registry has, settings that
-    do not go together. ``ModelNotAvailable`` for a missing folder of the category filter's CLIP, which is loaded last. Loads no model."""
+    """``ProfileError`` for the first thing, in the order of the steps, that cannot work: a part that no registry has,
+    settings that do not go together. ``ModelNotAvailable`` for a missing folder of the category filter's CLIP, which is
+    loaded last. Loads no model."""
     for check in _checks(profile):
         check()
     if profile.filters.category:
@@ -27,7 +28,7 @@ def check_profile(profile: Profile) -> None:
 
 
 def setting_problems(profile: Profile) -> list[str]:
-    """The sentences of every ``ProfileError`` that :func:`check_profile` has for this profile; models are not looked at."""
+    """The sentences of every ``ProfileError`` of :func:`check_profile` for this profile; models are not looked at."""
     problems = []
     for check in _checks(profile):
         try:
@@ -44,4 +45,5 @@ def _checks(profile: Profile) -> list[Callable[[], None]]:
 
 def _check_background(profile: Profile) -> None:
     if not profile.prototypes.background and profile.matching.background_threshold is None:
-        raise ProfileError(f"prototypes.background is false and nothing else scores the background; {BACKGROUND_REMEDY}")
+        raise ProfileError("prototypes.background is false and nothing else scores the background; "
+                           f"{BACKGROUND_REMEDY}")

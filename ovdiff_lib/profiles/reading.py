@@ -21,8 +21,8 @@ def available() -> list[str]:
 def load_profile(source: str | Path | Profile = "mini", overrides: dict[str, Any] | None = None) -> Profile:
     """The profile called ``source``, or read from the YAML file at that path, with ``overrides`` applied.
 
-    Raises ``ProfileError`` for an unknown name, a missing or broken file, a field that is unknown or named twice, and a value of the wrong
-    type or out of its field's range.
+    Raises ``ProfileError`` for an unknown name, a missing or broken file, a field that is unknown or named twice, and a
+    value that its field cannot hold.
     """
     if isinstance(source, Profile):
         return source.override(overrides)
@@ -33,50 +33,49 @@ def load_profile(source: str | Path | Profile = "mini", overrides: dict[str, Any
         raise ProfileError(f"There is no profile {str(source)!r}; choose one of {', '.join(available())}, "
                            "or give the path of a .yaml file.")
     try:
-        table = _read_yaml(path.read_text(encoding="utf-8"), path)
+        table = _Loader(path.read_text(encoding="utf-8"), path.name).get_single_data()
     except FileNotFoundError:
-        raise ProfileError(f"The profile file {path} does not exist; check the path, or choose one of {', '.join(available())}.") from None
+        raise ProfileError(f"The profile file {path} does not exist; check the path, or choose one of "
+                           f"{', '.join(available())}.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ProfileError(f"The profile file {path} cannot be read as YAML ({str(error).splitlines()[0]}); correct it.") from None
+        reason = str(error).splitlines()[0]
+        raise ProfileError(f"The profile file {path} cannot be read as YAML ({reason}); correct it.") from None
     return from_dict(table, f"profile file {path.name}").override(overrides)
 
 
 def parse_assignments(pairs: list[str], option: str = "--set") -> dict[str, Any]:
-    """Overrides (or notebook parameters) from NAME=VALUE of a command line, values read as YAML. Raises ``InputError``."""
+    """Overrides (or notebook parameters) from NAME=VALUE words, values read as YAML. Raises ``InputError``."""
     table = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise InputError(f"{option} {pair!r} is not of the form NAME=VALUE; write for example {option} support.size=8.")
+            raise InputError(f"{option} {pair!r} is not of the form NAME=VALUE; write for example "
+                             f"{option} support.size=8.")
         try:
             table[name] = yaml.safe_load(value) if value else ""
         except yaml.YAMLError:
-            raise InputError(f"The value of {option} {pair!r} cannot be read; write a number, true, a [list, of, values] or text."
-                             ) from None
+            raise InputError(f"The value of {option} {pair!r} cannot be read; write a number, true, "
+                             "a [list, of, values] or text.") from None
     return table
 
 
-def _read_yaml(text: str, path: Path) -> Any:
-    """The document as ``yaml.safe_load`` gives it, which would let the last of equal keys win; ``ProfileError`` for a key named twice."""
-    loader = yaml.SafeLoader(text)
-    try:
-        document = loader.get_single_node()
-        nodes, seen = [document], set()
-        while nodes:
-            node = nodes.pop()
-            if id(node) in seen or not isinstance(node, yaml.CollectionNode):
-                continue
-            seen.add(id(node))  # an alias is its anchor's node again
-            if not isinstance(node, yaml.MappingNode):
-                nodes += node.value
-                continue
+class _Loader(yaml.SafeLoader):
+    """``yaml.safe_load``, which lets the last of equal keys win, with ``ProfileError`` for a key named twice."""
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self.file, self.judged = name, set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Called for each table before merged keys (``<<``) are put among its own, and again where it is merged."""
+        if node not in self.judged:
+            self.judged.add(node)
             names = set()
-            for key, value in node.value:
-                if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in names:
-                    raise ProfileError(f"In the profile file {path.name}, {key.value!r} is named twice in one table, again in line "
-                                       f"{key.start_mark.line + 1}; keep one of them.")
-                names.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
-                nodes.append(value)
-        return None if document is None else loader.construct_document(document)
-    finally:
-        loader.dispose()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    continue
+                if (key.tag, key.value) in names:
+                    raise ProfileError(f"In the profile file {self.file}, {key.value!r} is named twice in one table, "
+                                       f"again in line {key.start_mark.line + 1}; keep one of them.")
+                names.add((key.tag, key.value))
+        super().flatten_mapping(node)

@@ -1,8 +1,9 @@
-"""Profiles: every value the method needs, typed and validated. Two profiles run the same code and differ in values only.
+"""Profiles: every value the method needs, typed and validated. Two profiles run the same code, with other values.
 
-A profile is a YAML file with one section a step. What a field may hold stands here and nowhere else, as its type: ``Literal`` lists the
-words, ``Field`` the range. Unknown sections, unknown fields and other values raise :class:`~ovdiff_lib.errors.ProfileError` with the
-legal ones. What depends on several fields, on a network or on a registry is judged by :func:`~ovdiff_lib.checks.check_profile`.
+A profile is a YAML file with one section a step. What a field may hold stands here and nowhere else, as its type:
+``Literal`` lists the words, ``Field`` the range. Unknown sections, unknown fields and other values raise
+:class:`~ovdiff_lib.errors.ProfileError` with the legal ones. What depends on several fields, on a network or on a
+registry is judged by :func:`~ovdiff_lib.checks.check_profile`.
 ``overrides`` address fields as ``"section.field"``.
 """
 
@@ -43,7 +44,7 @@ Names = Annotated[list[str], Field(min_length=1), AfterValidator(_each_once)]
 
 @dataclass(frozen=True, config=EXACT)
 class Models:
-    """Where the frozen networks come from: a folder, a hub id, or ``package:NAME`` for weights shipped with ovdiff_lib."""
+    """Where the frozen networks come from: a folder, a hub id, or ``package:NAME`` for weights that ship."""
 
     diffusion: str  # StableDiffusionPipeline
     clip: str  # CLIPModel with its tokenizer
@@ -74,21 +75,20 @@ class Support:
     image_size: Count = 512  # side of the square support images, pixels
     batch_size: Count = 8  # images drawn at a time
     seed: Seed = 0
-    mid_block: bool = False  # count the mid block's cross-attention too (the released code's attribution tool leaves it out)
+    mid_block: bool = False  # count the mid block's cross-attention too (the released code leaves it out)
 
 
 @dataclass(frozen=True, config=EXACT)
 class Masks:
     """Step 2a, Sec. 3.2: attribution to foreground and background."""
 
-    segmenter: str = "threshold"  # name in masks.SEGMENTERS; "threshold" uses the attribution alone (the paper's -CutLER)
-    threshold_classes: Annotated[int, Field(ge=2, le=5)] = 3  # levels of multi-Otsu (the search grows as 256 ** levels); the bottom
-    # one is background
+    segmenter: str = "threshold"  # name in masks.SEGMENTERS; "threshold": the attribution alone (the paper's -CutLER)
+    threshold_classes: Annotated[int, Field(ge=2, le=5)] = 3  # levels of multi-Otsu; the bottom one is background
     threshold_foreground: Count = 1  # how many levels from the top are foreground; what lies between is not used
     threshold_scope: Literal["image", "set"] = "image"  # thresholds from one map or from all maps of the support set
-    background_below: Annotated[float, Field(gt=0)] = 1.0  # background pixels must also have attribution below this (released: 0.2)
+    background_below: Annotated[float, Field(gt=0)] = 1.0  # of the attribution of background pixels (released: 0.2)
     erosion: Annotated[int, Field(ge=0)] = 0  # binary erosion of the background, pixels (released code: 1)
-    overlaps: Literal["keep", "attribution"] = "keep"  # attribution: a pixel of several proposals stays with the one of highest mean
+    overlaps: Literal["keep", "attribution"] = "keep"  # attribution: a pixel stays with one proposal, of highest mean
     fallback: Literal["otsu", "fixed"] = "otsu"  # what divides an image without proposals
     fallback_foreground: Share = 0.5  # fixed: foreground is attribution above this
     fallback_background: Share = 0.2  # fixed: background is attribution below this
@@ -96,7 +96,7 @@ class Masks:
     maskcut_tau: Annotated[float, Field(gt=-1, lt=1)] = 0.15  # cosine from which two patches are joined
     maskcut_size: Count = 480  # side of the square the image is resized to
     maskcut_facet: Literal["keys", "queries", "values"] = "keys"  # of DINO's last layer
-    maskcut_refine: Literal["walker", "crf", "none"] = "walker"  # what brings patch masks to pixels (crf needs pydensecrf2)
+    maskcut_refine: Literal["walker", "crf", "none"] = "walker"  # from patches to pixels; crf needs pydensecrf2
     detector_score: Share = 0.5  # Mask R-CNN of torchvision: lowest score of a proposal
     cutler_score: Share = 0.35  # CutLER: lowest score of a proposal
     sam_points: Count = 32  # SAM: points along a side of the prompt grid
@@ -104,7 +104,7 @@ class Masks:
     sam_stability: Share = 0.95  # lowest stability score
     grounding_box: Share = 0.25  # Grounded SAM: lowest box score
     grounding_text: Share = 0.25  # lowest text score
-    resize: Literal["area", "any"] = "area"  # how masks meet the feature grid: inside if more than half, or if any pixel is
+    resize: Literal["area", "any"] = "area"  # a cell is inside if half of it is, or any pixel
 
 
 @dataclass(frozen=True, config=EXACT)
@@ -112,7 +112,7 @@ class Features:
     """Step 2b, Sec. 4.1 and App. C.2: the frozen extractors."""
 
     extractors: Names = Field(default_factory=lambda: ["sd"])  # names in features.EXTRACTORS; several = ensemble
-    sd_layers: list[str] = Field(default_factory=list)  # modules whose attn2.to_q output is read, in order of concatenation
+    sd_layers: list[str] = Field(default_factory=list)  # modules whose attn2.to_q output is read, in this order
     sd_timestep: Annotated[int, Field(ge=0)] = 200  # tau
     sd_input_size: Count = 512  # every window is resized to this square before the VAE
     sd_latent: Literal["mean", "sample"] = "mean"  # of the VAE posterior
@@ -120,10 +120,10 @@ class Features:
     sd_noise_samples: Count = 1  # noise draws averaged per image
     clip_input_size: Count = 448  # support images are resized to this before CLIP; windows keep their size
     clip_layer: int = -2  # transformer layer the keys or tokens come from
-    clip_normalisation: Literal["clip", "imagenet"] = "clip"  # mean and standard deviation of the pixels (released code: imagenet)
+    clip_normalisation: Literal["clip", "imagenet"] = "clip"  # pixels' mean and deviation (released: imagenet)
     dino_input_size: Count = 448  # as clip_input_size
     mae_input_size: Count = 448  # as clip_input_size
-    vit_scale: Annotated[float, Field(gt=0, le=16)] = 1.0  # what DINO, MAE and CLIP see is enlarged so much, and so is their grid
+    vit_scale: Annotated[float, Field(gt=0, le=16)] = 1.0  # what DINO, MAE and CLIP see is enlarged so much
     batch_size: Count = 8  # images at a time
     seed: Seed = 0
 
@@ -132,9 +132,9 @@ class Features:
 class PrototypeSettings:
     """Step 2c, Eq. 2 and 3: which prototypes a category gets."""
 
-    kinds: Annotated[list[Literal["class", "instance", "part"]], Field(min_length=1), AfterValidator(_each_once)] = Field(
-        default_factory=lambda: ["class", "instance", "part"])
-    clusters: Annotated[int, Field(ge=1, le=16_383)] = 32  # K part prototypes per region; those of both are counted in 16 bits
+    kinds: Annotated[list[Literal["class", "instance", "part"]], Field(min_length=1), AfterValidator(_each_once)] = (
+        Field(default_factory=lambda: ["class", "instance", "part"]))
+    clusters: Annotated[int, Field(ge=1, le=16_383)] = 32  # K part prototypes per region; both count in 16 bits
     background: bool = True  # background prototypes; without them matching.background_threshold decides
     seed: Seed = 0
 
@@ -144,7 +144,7 @@ class Filters:
     """Step 3a, Sec. 3.4: category pre-filter and "stuff" filter."""
 
     category: bool = True
-    category_prompt: Annotated[str, Field(pattern=r"\{names\}")] = "{names}"  # template of the CLIP text; {names} = "a and b and c"
+    category_prompt: Annotated[str, Field(pattern=r"\{names\}")] = "{names}"  # CLIP text; {names} = "a and b and c"
     category_joiner: str = " and "
     category_top: Annotated[int, Field(ge=1, le=16)] = 10  # eta; 16 means 65,535 prompts an image
     category_logit_scale: Annotated[float, Field(gt=0)] | None = None  # null = the model's own
@@ -152,7 +152,7 @@ class Filters:
     category_keep_stuff: bool = False  # stuff categories pass the pre-filter always (released code)
     stuff: bool = True
     stuff_threshold: Cosine = 0.85
-    stuff_against: Literal["stuff", "all"] = "stuff"  # whose foreground prototypes reject background prototypes (App. A.2)
+    stuff_against: Literal["stuff", "all"] = "stuff"  # whose foreground rejects background prototypes (App. A.2)
     stuff_background: bool = False  # stuff classes keep their background prototypes (App. A.2)
     stuff_parts: bool = True  # stuff classes keep their part prototypes (App. A.2)
 
@@ -162,11 +162,11 @@ class Matching:
     """Step 3b, Eq. 4: windows and cosine matching."""
 
     short_side: Count = 448
-    long_side: Count | None = 2048  # a longer image is scaled down further, its short side then below short_side; null: never
+    long_side: Count | None = 2048  # a longer image is scaled down below short_side; null: never
     windows: list[Count] = Field(default_factory=lambda: [448, 336])
     stride: Count = 224
-    whole_image: bool = False  # the squashed whole image as one more window (released code), or the only one if there are no windows
-    background_threshold: float | None = None  # constant score of the background class when there are no background prototypes
+    whole_image: bool = False  # the squashed whole image as one more window (released code), or the only one
+    background_threshold: float | None = None  # constant score of a background without prototypes
     resample: Literal["bilinear", "lanczos"] = "bilinear"  # how the image comes to short_side (released code: lanczos)
     minimum_score: float | None = None  # a pixel whose best score is not above this is background (released code: 0)
     refine: Literal["none", "pamr"] = "none"  # post-processing of the scores
@@ -176,7 +176,7 @@ class Matching:
 
 
 UNUSED_BY_THE_METHOD = ("name", "description", "evaluation", "baselines")
-"""Sections of a profile that change no segmentation of OVDiff: what it is called, what it is measured on and compared with."""
+"""Sections of a profile that change no segmentation of OVDiff: what it is called, measured on and compared with."""
 
 
 @dataclass(frozen=True, config=EXACT)
@@ -186,7 +186,7 @@ class Evaluation:
     voc: str = "voc"  # Tables 1 to 3 and their kin
     context: str = "context"
     object: str = "coco-object"
-    without_background: dict[str, str] = Field(default_factory=dict)  # columns of Table A.7: the paper's name -> data set
+    without_background: dict[str, str] = Field(default_factory=dict)  # columns of Table A.7: paper's name -> data set
     extractors: Names = Field(default_factory=lambda: ["sd", "dino", "clip-keys"])  # the ensemble of the main tables
     images: Count | None = None  # the first so many images of each data set; null = all
     seeds: list[Seed] = Field(default_factory=lambda: [0, 1, 2, 3, 4])
@@ -199,12 +199,12 @@ class Baselines:
     archive: str = ""  # images that ReCo retrieves from: a folder, or package:NAME for one that ships; "" = not set
     reco_retrieved: Count = 50  # k, images retrieved a class
     reco_size: Count = 224  # side of the square that retrieved images are cropped to, pixels
-    reco_contexts: list[str] = Field(default_factory=lambda: ["tree", "sky", "building", "road", "person"])  # what seeds avoid
+    # What seeds avoid.
+    reco_contexts: list[str] = Field(default_factory=lambda: ["tree", "sky", "building", "road", "person"])
     clip_diy_size: Count = 256  # CLIP-DIY: side of the square an image is squashed to, pixels
     clip_diy_scales: Count = 3  # patches of the whole side, of half of it, of a quarter and so on
-    clip_diy_background: list[str] = Field(default_factory=lambda: ["background"])  # words whose best score is the background's
-    clip_diy_seed_cosine: Annotated[float, Field(gt=0, le=0.5)] = 0.3  # cosine to the background seed at which a patch is half
-    # salient (FOUND: background from there; beyond 0.5 the seed itself would not be background)
+    clip_diy_background: list[str] = Field(default_factory=lambda: ["background"])  # words of the background
+    clip_diy_seed_cosine: Annotated[float, Field(gt=0, le=0.5)] = 0.3  # to the background seed, half salient (FOUND)
 
 
 @dataclass(frozen=True, config=EXACT)
@@ -224,7 +224,7 @@ class Profile:
     baselines: Baselines
 
     def override(self, overrides: dict[str, Any] | None) -> Profile:
-        """A copy with ``{"section.field": value}`` replaced; an unknown field or a value that cannot be raises ``ProfileError``."""
+        """A copy with ``{"section.field": value}`` replaced. Raises ``ProfileError``."""
         table = self.to_dict()
         for key, value in (overrides or {}).items():
             section, _, name = str(key).partition(".")
@@ -237,14 +237,15 @@ class Profile:
         return dataclasses.asdict(self)
 
     def digest(self, *sections: str) -> str:
-        """Hash (16 hex digits) of the named sections, or of all that change a segmentation: equal values, equal hash."""
+        """Hash (16 hex digits) of the named sections, or of all that change a segmentation."""
         table = self.to_dict()
         chosen = {key: table[key] for key in (sections or [k for k in table if k not in UNUSED_BY_THE_METHOD])}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 
-SECTIONS: dict[str, type] = {"models": Models, "support": Support, "masks": Masks, "features": Features, "prototypes": PrototypeSettings,
-                             "filters": Filters, "matching": Matching, "evaluation": Evaluation, "baselines": Baselines}
+SECTIONS: dict[str, type] = {"models": Models, "support": Support, "masks": Masks, "features": Features,
+                             "prototypes": PrototypeSettings, "filters": Filters, "matching": Matching,
+                             "evaluation": Evaluation, "baselines": Baselines}
 
 
 def field_names() -> list[str]:
@@ -255,7 +256,7 @@ def field_names() -> list[str]:
 def from_dict(table: Any, origin: str) -> Profile:
     """A validated profile from nested dictionaries; ``origin`` is named in errors."""
     _known(table, Profile, origin, "")
-    sections = {section: _built(kind, table.get(section, {}), origin, f"{section}.") for section, kind in SECTIONS.items()}
+    sections = {name: _built(kind, table.get(name, {}), origin, f"{name}.") for name, kind in SECTIONS.items()}
     return _built(Profile, {**table, **sections}, origin, "")
 
 
@@ -282,16 +283,17 @@ def _built(kind: type, table: Any, origin: str, prefix: str) -> Any:
 def _known(table: Any, kind: type, origin: str, prefix: str) -> None:
     """``ProfileError`` unless ``table`` is one, with keys that ``kind`` has."""
     if not isinstance(table, dict):
-        raise ProfileError(f"In the {origin}, {prefix.rstrip('.') or 'the whole'} must be a table of fields, not {table!r}.")
-    legal = [f.name for f in dataclasses.fields(kind)]
+        name = prefix.rstrip(".") or "the whole"
+        raise ProfileError(f"In the {origin}, {name} must be a table of fields, not {table!r}.")
+    legal = [f"{prefix}{f.name}" for f in dataclasses.fields(kind)]
     for key in table:
-        if key not in legal:
-            raise ProfileError(f"In the {origin}: " + _unknown("field", f"{prefix}{key}", [prefix + name for name in legal]))
+        if f"{prefix}{key}" not in legal:
+            raise ProfileError(f"In the {origin}: " + _unknown("field", f"{prefix}{key}", legal))
 
 
 def check_choice(field: str, value: str, legal: Iterable[str]) -> None:
-    """``ProfileError`` unless ``value``, which a profile has for ``field``, is one of ``legal``: the names of a registry, which stands on a
-    higher floor than this page."""
+    """``ProfileError`` unless ``value``, a profile's ``field``, is one of ``legal``: the names of a registry,
+    which stands on a higher floor than this page."""
     if value not in legal:
         near = difflib.get_close_matches(value.lower(), legal, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -317,8 +319,8 @@ def _legal(schema: dict[str, Any]) -> str:
         return " or ".join(map(repr, schema["enum"]))
     if schema["type"] == "array":
         return f"a list{' (not empty)' * ('minItems' in schema)}, each of it {_legal(schema['items'])}"
-    words = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false", "null": "null",
-             "object": "a table of text"}[schema["type"]]
+    words = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false",
+             "null": "null", "object": "a table of text"}[schema["type"]]
     bounds = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
     wanted = [f"{word} {schema[key]:,}" for key, word in bounds.items() if key in schema]
     if "pattern" in schema:
