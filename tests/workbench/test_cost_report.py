@@ -130,7 +130,7 @@ def test_the_tables_can_be_written(building, profile, tmp_path):
     cells = [*cost_cells.building_cells(building), *cost_cells.training_cells(0.1, 0.2),
              *cost_cells.storage_cells(building, profile, load_profile("paper"), {"theirs": (768, PaperCell.own("storage", "a", "b"))})]
     assert "| 0.399 |" in write_table(tmp_path / "t.csv", "t", cells, profile, "Caption.", 3)
-    with pytest.raises(InputError, match="twice"):
+    with pytest.raises(InputError):
         write_table(tmp_path / "t.csv", "t", [*cells, cells[0]], profile, "Caption.")
 
 

@@ -68,5 +68,5 @@ def test_one_bin_for_all_and_nothing_at_all():
     result, target = segmented(0, kept=())
     statistics.update(result, target)  # background alone: infinite margins go to the last bin
     assert (statistics.right + statistics.wrong)[:-1].sum() == 0 and len(statistics.error_rates()) == 1
-    with pytest.raises(InputError, match="must be equal"):
+    with pytest.raises(InputError):
         statistics.update(result, target.T)

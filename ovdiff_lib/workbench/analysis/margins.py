@@ -1,4 +1,5 @@
-"""Does a small margin predict an error? How far the winning class is ahead, counted apart for right and wrong pixels."""
+"""Does a small margin predict an error? How far the winning class is ahead, counted apart for right and wrong
+pixels."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ BIN = 0.001
 
 
 def margins(segmentation: Segmentation) -> np.ndarray:
-    """How far the winning class is ahead of the next at each pixel, f32 (H, W), in cosine; inf where no other class was considered."""
+    """How far the winning class is ahead of the next at each pixel, f32 (H, W), in cosine; inf where no other class was
+    considered."""
     if len(segmentation.kept_scores) < 2:
         return np.full(segmentation.labels.shape, np.inf, np.float32)
     second, first = np.partition(segmentation.kept_scores, -2, axis=0)[-2:]
@@ -33,7 +35,8 @@ def margins(segmentation: Segmentation) -> np.ndarray:
 class MarginStatistics:
     """Pixels by margin, summed over images: ``right`` and ``wrong`` i64 (B,), one count a bin of width :data:`BIN`.
 
-    Pixels whose true label is ignored do not count; margins above 2, as those of pixels with one class alone, are in the last bin.
+    Pixels whose true label is ignored do not count; margins above 2, as those of pixels with one class alone, are in
+    the last bin.
     """
 
     def __init__(self) -> None:
@@ -42,24 +45,24 @@ class MarginStatistics:
     def update(self, segmentation: Segmentation, target: np.ndarray) -> None:
         """Count one image against its true labels int (H, W). Raises ``InputError`` for labels of another shape."""
         if segmentation.labels.shape != target.shape:
-            raise InputError(f"The segmentation has the shape {segmentation.labels.shape} and the label map {target.shape}; they must be "
-                             "equal.")
+            raise InputError(f"The segmentation has the shape {segmentation.labels.shape} and the label map {target.shape}; "
+                             "they must be equal.")
         bins = np.minimum(margins(segmentation) / BIN, len(self.right) - 1).astype(np.int64)
         correct = segmentation.labels == target
         self.right += np.bincount(bins[correct & (target != IGNORE)], minlength=len(self.right))
         self.wrong += np.bincount(bins[~correct & (target != IGNORE)], minlength=len(self.wrong))
 
     def auc(self) -> float:
-        """Probability that a right pixel has a larger margin than a wrong one, both drawn at random, ties counted half: 0.5 = the margin
-        says nothing, 1 = it tells every error. nan unless there are both."""
+        """Probability that a right pixel has a larger margin than a wrong one, both drawn at random, ties counted half:
+        0.5 = the margin says nothing, 1 = it tells every error. nan unless there are both."""
         if not self.right.any() or not self.wrong.any():
             return float("nan")
         smaller = np.cumsum(self.wrong) - self.wrong
         return float((self.right * (smaller + self.wrong / 2)).sum() / (self.right.sum() * self.wrong.sum()))
 
     def error_rates(self, parts: int = 10) -> list[tuple[float, float]]:
-        """Pixels sorted by margin and cut into ``parts`` of about equal size, smallest margins first: (mean margin, share of wrong
-        pixels) of each. Pixels of one bin stay together, so that a part may be missing.
+        """Pixels sorted by margin and cut into ``parts`` of about equal size, smallest margins first: (mean margin,
+        share of wrong pixels) of each. Pixels of one bin stay together, so that a part may be missing.
         """
         total = self.right + self.wrong
         if not total.any():
@@ -67,23 +70,19 @@ class MarginStatistics:
         middle = np.cumsum(total) - total / 2
         part = np.minimum((middle / total.sum() * parts).astype(int), parts - 1)
         centre = (np.arange(len(total)) + 0.5) * BIN
-        rates = []
-        for i in range(parts):
-            count = total[part == i]
-            if count.sum():
-                rates.append((float(np.average(centre[part == i], weights=count)), float(self.wrong[part == i].sum() / count.sum())))
-        return rates
-
-
-# ------------------------------------------------------------------ What a vocabulary of one's own does on a data set with label maps: which pixels of a class go to which other class.
+        chosen = [part == i for i in range(parts) if total[part == i].any()]
+        return [(float(np.average(centre[one], weights=total[one])), float(self.wrong[one].sum() / total[one].sum()))
+                for one in chosen]
 
 
 def confusions(ovdiff: OVDiff, bank: PrototypeBank, samples: Iterable[Sample], names: Sequence[str],
                progress: bool = True) -> ConfusionMatrix:
-    """Pixel counts over ``samples`` of the classes of ``bank`` and, first, background: i64 (C + 1, C + 1), rows true, columns predicted.
+    """Pixel counts over ``samples`` of the classes of ``bank`` and, first, background: i64 (C + 1, C + 1), rows true,
+    columns predicted.
 
-    ``names`` are the classes of the samples' labels 1, 2, ... Those that the bank does not have are background, and a class of the bank
-    that ``names`` lacks has an empty row: no pixel truly shows it. Names are compared without case; ignored pixels do not count.
+    ``names`` are the classes of the samples' labels 1, 2, ... Those that the bank does not have are background, and a
+    class of the bank that ``names`` lacks has an empty row: no pixel truly shows it. Names are compared without case;
+    ignored pixels do not count.
     """
     place = {name.casefold(): i + 1 for i, name in enumerate(bank.vocabulary.names)}
     table = np.zeros(256, np.int32)

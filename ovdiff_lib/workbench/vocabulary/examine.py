@@ -135,8 +135,9 @@ def ambiguity(words: str) -> Ambiguity | None:
 @functools.cache
 def _ambiguities() -> dict[str, Ambiguity]:
     with open(AMBIGUOUS, encoding="utf-8", newline="") as file:
-        rows = [[row[part].split("; ") for part in Ambiguity._fields[1:]] + [row["noun"]] for row in csv.DictReader(file)]
-    return {noun: Ambiguity(noun, tuple(senses), tuple(rewordings)) for senses, rewordings, noun in rows}
+        rows = list(csv.DictReader(file))
+    parts = {row["noun"]: [tuple(row[name].split("; ")) for name in ("senses", "rewordings")] for row in rows}
+    return {noun: Ambiguity(noun, *both) for noun, both in parts.items()}
 
 
 def plain_form(words: str) -> str:
@@ -274,7 +275,8 @@ def _notes(bank: PrototypeBank, findings: Findings, kept: Sequence[int], ovdiff:
         return []
     threshold = ovdiff.profile.filters.stuff_threshold
     return [f"With this vocabulary's stuff the stuff filter (filters.stuff_threshold {threshold:g}) removes all "
-            f"background prototypes of {', '.join(empty)}: every pixel will get a class, so name everything that images show."]
+            f"background prototypes of {', '.join(empty)}: every pixel will get a class, so name everything that images "
+            "show."]
 
 
 # ---- what CLIP reads
@@ -332,5 +334,5 @@ def _examine_nearness(findings: Findings, names: Sequence[str], own: Sequence[in
         value, name = apart[k].max(), names[apart[k].argmax()]
         findings.values[i] |= {"nearest_word": name, "text_cosine": value}
         if value > fence:
-            findings.add(i, "look", f"to CLIP's text encoder it is nearly {name!r}: cosine {value:.2f}, where most words "
-                                    f"of this vocabulary stay below {high:.2f}")
+            findings.add(i, "look", f"to CLIP's text encoder it is nearly {name!r}: cosine {value:.2f}, where most "
+                                    f"words of this vocabulary stay below {high:.2f}")
