@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from ovdiff_lib import OVDiff
+from ovdiff_lib import OVDiff, pipeline
 from ovdiff_lib.matching.pamr import pamr
 from ovdiff_lib.networks import loading
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.prototypes.kmeans import kmeans
+from ovdiff_lib.support.sampler import sample_support
 
 CLASSES = ["cat", "boat", "chest of drawers"]
 OVERRIDES = {"support.size": 2, "features.extractors": ["sd", "dino", "clip-keys"], "masks.segmenter": "maskcut",
@@ -94,6 +95,17 @@ def test_threads_draw_and_build_different_classes_as_one_does(make, alone, monke
         built = list(pool.map(lambda name: make().build([name]), CLASSES))
     for i, bank in enumerate(built):
         assert_same_bank(bank, replace(alone[0], prototypes={k: rows[i : i + 1] for k, rows in alone[0].prototypes.items()}))
+
+
+def test_threads_that_want_the_same_class_draw_it_once(make, alone, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pipeline, "sample_support", lambda *a, **k: (drawn.append(1), sample_support(*a, **k))[1])
+    shared = [make(), make()]
+    with ThreadPoolExecutor(4) as pool:
+        banks = list(pool.map(lambda n: shared[n % 2].build([CLASSES[0]]), range(4)))
+    for bank in banks:
+        assert_same_bank(bank, replace(alone[0], prototypes={k: rows[:1] for k, rows in alone[0].prototypes.items()}))
+    assert len(drawn) == 1
 
 
 def test_threads_load_a_network_once(tiny_profile, monkeypatch):
