@@ -1,4 +1,5 @@
-"""Label maps as pictures: one colour a class, by its name, in every figure, overlay, label map and page. Arrays and names only."""
+"""Label maps as pictures: one colour a class, by its name, in every figure, overlay, label map and page. Arrays and
+names only."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ TABLE = np.frombuffer(bytes.fromhex(
     "00782d00f0ff96e14bff87e1784bd27887ff87b4f00078d24b693cc34b5a695a1e96f00087963cff4ba5f0782d1e5ac3d200e187e1c3"
     "ff7896ff87c32d87a52d4bd20069ff00960f9669d2e1b4fff0870000d27878c300a5693cff2dc3d2693cffa55ad287d200d200b4d21e"
     "b487e13cb4ffb46996963cff3c9687ff4b005a87b4d24b786996ff00f0a5c3a52d1e963c"), np.uint8).reshape(-1, 3)
-"""Colours u8 (192, 3): each is the one farthest, in CIELAB, from all before it, from background, white and greys. Larger vocabularies
-use them again."""
+"""Colours u8 (192, 3): each is the one farthest, in CIELAB, from all before it, from background, white and greys.
+Larger vocabularies use them again."""
 
 NAMED = (
     "airplane,bicycle,bird,boat,bottle,bus,car,cat,chair,clock,cow,dog,horse,motorcycle,person,potted plant,"
@@ -37,8 +38,8 @@ NAMED = (
 def colours_of(class_names: Sequence[str]) -> np.ndarray:
     """Colours u8 (n, 3) of the class names of a segmentation, background first.
 
-    A name has one colour everywhere: its place in :data:`NAMED`, else its hash. Where two names of a vocabulary would share a colour, the
-    one whose hash is larger takes the next that is free.
+    A name has one colour everywhere: its place in :data:`NAMED`, else its hash. Where two names of a vocabulary would
+    share a colour, the one whose hash is larger takes the next that is free.
     """
     names = [name.casefold() for name in class_names[1:]]
     hashed = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") for name in names}
@@ -58,7 +59,8 @@ FADED = 0.65
 
 
 def paint(image: np.ndarray, labels: np.ndarray, class_names: Sequence[str], alpha: float = 0.6) -> np.ndarray:
-    """The image u8 (H, W, 3) with labels (H, W) painted over it; background (0) is only dimmed. ``class_names``, background first."""
+    """The image u8 (H, W, 3) with labels (H, W) painted over it; background (0) is only dimmed. ``class_names``,
+    background first."""
     colours = colours_of(class_names)[labels].astype(np.float32)
     weight = np.where(labels == 0, 0.45, alpha)[..., None]
     faded = np.where(labels == 0, 0, FADED)[..., None]
@@ -72,7 +74,8 @@ def paint(image: np.ndarray, labels: np.ndarray, class_names: Sequence[str], alp
 
 
 def draw_overlay(image: np.ndarray, labels: np.ndarray, class_names: Sequence[str], alpha: float = 0.6) -> Image.Image:
-    """The image u8 (H, W, 3) under its labels int (H, W), with a legend of the classes found and the share of pixels of each.
+    """The image u8 (H, W, 3) under its labels int (H, W), with a legend of the classes found and the share of pixels of
+    each.
 
     Small images are enlarged to be readable. ``class_names``, background first.
     """
@@ -80,7 +83,8 @@ def draw_overlay(image: np.ndarray, labels: np.ndarray, class_names: Sequence[st
 
     factor = max(1, round(512 / max(labels.shape)))
     picture = Image.fromarray(image).resize((labels.shape[1] * factor, labels.shape[0] * factor), Image.BICUBIC)
-    picture = Image.fromarray(paint(np.asarray(picture), np.kron(labels, np.ones((factor, factor), labels.dtype)), class_names, alpha))
+    picture = Image.fromarray(paint(np.asarray(picture), np.kron(labels, np.ones((factor, factor), labels.dtype)),
+                                    class_names, alpha))
     share = np.bincount(labels.ravel(), minlength=len(class_names)) / labels.size
     found = [int(i) for i in np.argsort(-share, kind="stable") if i > 0 and share[i] > 0]
     entries = [(i, f"{class_names[i]}  {100 * share[i]:.0f} %") for i in found] or [(0, "no class found: background")]

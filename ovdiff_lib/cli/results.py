@@ -1,4 +1,5 @@
-"""What ``ovdiff segment`` writes for an image: palette PNG of labels, overlay with legend, JSON of classes and scores."""
+"""What ``ovdiff segment`` writes for an image: palette PNG of labels, overlay with legend, JSON of classes and
+scores."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from ovdiff_lib.segmentation import Segmentation
 
 
 def output_stems(paths: list[Path]) -> list[str]:
-    """One output stem an image, no two alike whatever their case: the file's stem, with the suffix where two images share it ("a.png",
-    "a.jpg" -> "a_png", "a_jpg"), and with a number where that is taken too."""
+    """One output stem an image, no two alike whatever their case: the file's stem, with the suffix where two images
+    share it ("a.png", "a.jpg" -> "a_png", "a_jpg"), and with a number where that is taken too."""
     counts = Counter(p.stem.casefold() for p in paths)
     taken = {stem for stem, count in counts.items() if count == 1}
     stems = []
@@ -36,7 +37,8 @@ def output_stems(paths: list[Path]) -> list[str]:
     return stems
 
 
-def write_segmentation(result: Segmentation, folder: str | Path, stem: str, profile: Profile) -> tuple[Path, Path, Path]:
+def write_segmentation(result: Segmentation, folder: str | Path, stem: str, profile: Profile) -> tuple[Path, Path,
+                                                                                                       Path]:
     """Write ``stem_labels.png``, ``stem_overlay.png`` and ``stem.json`` into ``folder``; returns the three paths."""
     folder = Path(folder)
     labels, overlay, table = folder / f"{stem}_labels.png", folder / f"{stem}_overlay.png", folder / f"{stem}.json"
@@ -49,11 +51,14 @@ def write_segmentation(result: Segmentation, folder: str | Path, stem: str, prof
     for index, name in enumerate(result.class_names):
         inside = result.labels == index
         mean = float(result.kept_scores[rank[index]][inside].mean()) if inside.any() else None
-        probability = None if index == 0 or np.isnan(result.filter_scores[index - 1]) else float(result.filter_scores[index - 1])
-        rows.append({"label": index, "name": name, "colour": colours[index].tolist(), "share": float(inside.mean()), "mean_score": mean,
+        probability = None if index == 0 else float(result.filter_scores[index - 1])
+        probability = None if probability is None or np.isnan(probability) else probability
+        rows.append({"label": index, "name": name, "colour": colours[index].tolist(), "share": float(inside.mean()),
+                     "mean_score": mean,
                      "kept": index == 0 or index - 1 in result.kept, "filter_probability": probability})
     shown = os.fsencode(stem).decode(errors="replace")  # a file name need not be text, JSON must be
-    record = {"image": shown, "size": list(result.labels.shape), "classes": rows, "profile": profile.name, "settings": profile.digest(),
+    record = {"image": shown, "size": list(result.labels.shape), "classes": rows, "profile": profile.name,
+              "settings": profile.digest(),
               "version": version("ovdiff-lib")}
     write_atomic(table, (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode())
     return labels, overlay, table

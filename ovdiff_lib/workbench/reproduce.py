@@ -1,7 +1,8 @@
 """Run notebooks headless: papermill with the checks it leaves out, and only those whose inputs changed.
 
-A notebook is fresh when its source, its parameters, the package's code and data, and the tables and figures that its last good run left are
-what they were; a fresh one is not run again. Notebooks do not depend on each other: one that fails stops no other.
+A notebook is fresh when its source, its parameters, the package's code and data, and the tables and figures that its
+last good run left are what they were; a fresh one is not run again. Notebooks do not depend on each other: one that
+fails stops no other.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def notebooks(folder: Path, only: Sequence[str] = ()) -> list[Path]:
     """
     found = sorted(folder.glob("[0-9]*.ipynb"))
     if not found:
-        raise InputError(f"No notebook was found in {folder}; run the command from the project's folder or name one with --notebooks.")
+        raise InputError(f"No notebook was found in {folder}; run the command from the project's folder or name one "
+                         "with --notebooks.")
     chosen = []
     for name in (n.strip().removesuffix(".ipynb") for n in only):
         match = [p for p in found if name == p.stem or (name.isdecimal() and name.zfill(2) == p.stem.split("_")[0])]
@@ -59,29 +61,34 @@ def notebooks(folder: Path, only: Sequence[str] = ()) -> list[Path]:
 def parameters_of(notebook: Path) -> dict[str, tuple[Any, Any]]:
     """Name -> (type, default) of the cell tagged ``parameters``.
 
-    The type is the annotation (``images: int | None = None``), else that of the default; a default of None takes anything.
+    The type is the annotation (``images: int | None = None``), else that of the default; a default of None takes
+    anything.
     """
     kinds = {"Any": Any, **{kind.__name__: kind for kind in (bool, int, float, str, list, dict)}}
     found: dict[str, tuple[Any, Any]] = {}
     try:
         cells = [c["source"] for c in _read(notebook)["cells"] if "parameters" in c.get("metadata", {}).get("tags", [])]
         for statement in ast.parse("".join(map("".join, cells))).body:
-            name, default = ast.unparse(getattr(statement, "target", None) or statement.targets[0]), ast.literal_eval(statement.value)
+            name, default = ast.unparse(getattr(statement, "target", None)
+                                        or statement.targets[0]), ast.literal_eval(statement.value)
             kind: Any = Any if default is None else type(default)
             if isinstance(statement, ast.AnnAssign):
-                kind = eval(ast.unparse(statement.annotation), {"__builtins__": {}}, kinds)  # of code that is about to be run
+                # of code that is about to be run
+                kind = eval(ast.unparse(statement.annotation), {"__builtins__": {}}, kinds)
             elif kind is list and len({type(d) for d in default}) == 1:
                 kind = list[type(default[0])]
             found[name] = kind, default
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError, NameError) as error:
-        raise InputError(f"{notebook} cannot be read as a notebook with literal parameters ({_first_line(error)}); name a .ipynb file."
+        raise InputError(f"{notebook} cannot be read as a notebook with literal parameters ({_first_line(error)}); "
+                         "name a .ipynb file."
                          ) from None
     return found
 
 
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
-    """Raise ``InputError`` for a parameter that the notebook's tagged cell does not define (papermill would only warn), for a value of
-    another type than that has there, and for a file that is no notebook. A number with a point takes whole numbers too."""
+    """Raise ``InputError`` for a parameter that the notebook's tagged cell does not define (papermill would only warn),
+    for a value of another type than that has there, and for a file that is no notebook. A number with a point takes
+    whole numbers too."""
     from pydantic import TypeAdapter, ValidationError
 
     known = parameters_of(notebook)
@@ -96,16 +103,18 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
             TypeAdapter(kind).validate_python(value, strict=True)
         except (TypeError, ValidationError):
             said = kind.__name__ if type(kind) is type else kind
-            raise InputError(f"The parameter {name!r} of {notebook.name} must be {said} like its default {default!r}, not {value!r}."
+            raise InputError(f"The parameter {name!r} of {notebook.name} must be {said} like its default {default!r}, "
+                             f"not {value!r}."
                              ) from None
 
 
 def run_all(chosen: Sequence[Path], folder: Path, parameters: dict[str, Any], *, force: bool = False,
             say: Callable[[str], None] = print, workers: int = 1) -> list[str]:
-    """Run notebooks into ``folder``, ``workers`` at a time, whatever becomes of the others; returns one sentence for each that failed.
+    """Run notebooks into ``folder``, ``workers`` at a time, whatever becomes of the others; returns one sentence for
+    each that failed.
 
-    ``say`` is told of each notebook when it is through. Several at a time (:func:`in_turns`) share the processors evenly and show no
-    progress bars. An interrupt (ctrl-C) ends it; what is finished stays.
+    ``say`` is told of each notebook when it is through. Several at a time (:func:`in_turns`) share the processors
+    evenly and show no progress bars. An interrupt (ctrl-C) ends it; what is finished stays.
     """
     failures, spawn = [], multiprocessing.get_context("spawn")
     for turn, together in in_turns(chosen, folder, workers):
@@ -125,8 +134,8 @@ def run_all(chosen: Sequence[Path], folder: Path, parameters: dict[str, Any], *,
 
 
 def in_turns(chosen: Sequence[Path], folder: Path, workers: int) -> list[tuple[list[Path], int]]:
-    """Which notebooks run in one go, and how many of them at a time: the longest begin first, so that no processor waits for them at the
-    end; those whose parameters cell is tagged "alone" (they measure time) follow one by one."""
+    """Which notebooks run in one go, and how many of them at a time: the longest begin first, so that no processor
+    waits for them at the end; those whose parameters cell is tagged "alone" (they measure time) follow one by one."""
     alone, known = [n for n in chosen if has_tag(n, "alone")], _known(folder)
     others = sorted((n for n in chosen if n not in alone), key=lambda n: -known.get(n.stem, {}).get("seconds", 1e9))
     turns = [(list(chosen), 1)] if workers == 1 else [(others, workers), (alone, 1)]
@@ -134,7 +143,8 @@ def in_turns(chosen: Sequence[Path], folder: Path, workers: int) -> list[tuple[l
 
 
 def expected_time(chosen: Sequence[Path], folder: Path, workers: int) -> str:
-    """How long notebooks took when they last ran into ``folder``, ``workers`` at a time, as a sentence; "" where nothing is known.
+    """How long notebooks took when they last ran into ``folder``, ``workers`` at a time, as a sentence; "" where
+    nothing is known.
 
     The classes that they share are counted too where the folder has no library yet.
     """
@@ -162,7 +172,8 @@ def _share_processors(threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)  # the kernels inherit it
 
 
-def _run_one(notebook: Path, folder: Path, parameters: dict[str, Any], force: bool, progress: bool) -> tuple[str, str, str]:
+def _run_one(notebook: Path, folder: Path, parameters: dict[str, Any], force: bool, progress: bool) -> tuple[str, str,
+                                                                                                             str]:
     """(stem, what became of it, a sentence if it failed)."""
     started = time.time()
     try:
@@ -181,19 +192,22 @@ def is_fresh(notebook: Path, output: Path, parameters: dict[str, Any]) -> bool:
     return output.exists() and stamp.items() >= {**_state(notebook, parameters), "outputs": _outputs(output)}.items()
 
 
-def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, force: bool = False, progress: bool = True) -> bool:
+def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, force: bool = False,
+                 progress: bool = True) -> bool:
     """Execute ``notebook`` into ``output`` with ``parameters``; returns False when a fresh result was there already.
 
-    Raises ``InputError`` for an unknown parameter or one of the wrong type, ``OVDiffError`` (one sentence, naming the cell by its id and
-    its place in the notebook, and its error) when a cell fails. The copy that is being executed is ``*.partial.ipynb`` beside the output;
-    that of a failed run stays as ``*.failed.ipynb``, and ``output`` itself is replaced by good runs only.
+    Raises ``InputError`` for an unknown parameter or one of the wrong type, ``OVDiffError`` (one sentence, naming the
+    cell by its id and its place in the notebook, and its error) when a cell fails. The copy that is being executed is
+    ``*.partial.ipynb`` beside the output; that of a failed run stays as ``*.failed.ipynb``, and ``output`` itself is
+    replaced by good runs only.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
     check_parameters(notebook, parameters)
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # it does not know `int | None`, and warns of parameters so annotated
+    # it does not know `int | None`, and warns of parameters so annotated
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     failed, running = output.with_suffix(".failed.ipynb"), output.with_suffix(".partial.ipynb")
     state = _state(notebook, parameters)
     fresh = not force and is_fresh(notebook, output, parameters)
@@ -201,28 +215,34 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
         output.parent.mkdir(parents=True, exist_ok=True)
         failed.unlink(missing_ok=True)  # of an earlier run: it says nothing of this one
     except OSError as error:
-        raise InputError(f"The folder {output.parent} cannot be made ({error.strerror}); name another with --out.") from None
+        raise InputError(f"The folder {output.parent} cannot be made ({error.strerror}); name another with "
+                         "--out.") from None
     if fresh:
         return False
     started = time.time()
     try:
         with tempfile.TemporaryDirectory(prefix="ovdiff-") as sockets:
-            # Sockets in files: no port races and no warning about unencrypted TCP. In a folder of their own: by default they lie in
+            # Sockets in files: no port races and no warning about unencrypted TCP. In a folder of their own: by default
+            # they lie in
             # the working folder under one name, and two notebooks at a time would talk to each other's kernels.
-            # And a kernel that is interrupted only to be closed says nothing: an "ERROR" after a run that went well frightens people.
+            # And a kernel that is interrupted only to be closed says nothing: an "ERROR" after a run that went well
+            # frightens people.
             quiet = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"},
                             "NotebookClient": {"extra_arguments": ["--log-level=CRITICAL"]}})
-            papermill.execute_notebook(_literal(notebook), _literal(running), parameters=parameters, cwd=str(notebook.parent),
+            papermill.execute_notebook(_literal(notebook), _literal(running), parameters=parameters,
+                                       cwd=str(notebook.parent),
                                        progress_bar=progress, kernel_name="python3", config=quiet)
     except papermill.PapermillExecutionError as error:
         if error.ename == "KeyboardInterrupt":  # the interrupt reached the kernel first
             raise KeyboardInterrupt from None
         os.replace(running, failed)
         cell = next((c["id"] for c in _read(notebook)["cells"] if "".join(c["source"]) == error.source), "?")
-        raise OVDiffError(f"The notebook {notebook.name} failed in its cell {cell!r}: {error.ename}: {_first_line(error.evalue)} "
+        raise OVDiffError(f"The notebook {notebook.name} failed in its cell {cell!r}: {error.ename}: "
+                          f"{_first_line(error.evalue)} "
                           f"(executed copy: {failed})") from None
     except OSError as error:  # papermill's writing of the executed copy; what cells raise came above
-        raise InputError(f"The executed copy {running} cannot be written ({error.strerror or error}); free space or choose another "
+        raise InputError(f"The executed copy {running} cannot be written ({error.strerror or error}); free space or "
+                         "choose another "
                          "folder with --out.") from None
     except DeadKernelError:
         os.replace(running, failed)
@@ -232,7 +252,8 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
         os.replace(running, output)
     finally:
         running.unlink(missing_ok=True)  # of a run that was interrupted
-    record = {**state, "outputs": _outputs(output), "seconds": round(time.time() - started, 1), "code": code_sum(notebook),
+    record = {**state, "outputs": _outputs(output), "seconds": round(time.time() - started, 1),
+              "code": code_sum(notebook),
               "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
     write_atomic(output.with_suffix(".stamp.json"), json.dumps(record, indent=1).encode())
     return True
@@ -240,12 +261,14 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
 
 def code_sum(notebook: Path) -> str:
     """SHA-256, in hexadecimal, of the sources of a notebook's code cells, as a JSON list of text."""
-    return hashlib.sha256(json.dumps(["".join(c["source"]) for c in _read(notebook)["cells"] if c["cell_type"] == "code"]).encode()
+    return hashlib.sha256(json.dumps(["".join(c["source"]) for c in _read(notebook)["cells"]
+                                      if c["cell_type"] == "code"]).encode()
                           ).hexdigest()
 
 
 def note(folder: Path, stem: str, record: dict[str, Any] | None = None) -> None:
-    """Enter a record (default: that of the notebook's last good run, if there was one) into ``folder``/:data:`EXECUTED`."""
+    """Enter a record (default: that of the notebook's last good run, if there was one) into
+    ``folder``/:data:`EXECUTED`."""
     known, stamp = _known(folder), _json(folder / f"{stem}.stamp.json")
     record = record or {key: stamp[key] for key in ("code", "seconds") if key in stamp}
     if record and record != known.get(stem):
@@ -279,8 +302,10 @@ def _literal(path: Path) -> str:
 
 def _outputs(output: Path) -> dict[str, str]:
     """Sums of the executed copy and of the tables, figures and panels beside it that bear its name: a run's results."""
-    found = [output, *(p for kind in ("tables", "figures", "explain") for p in (output.parent / kind).glob(f"{output.stem}*"))]
-    return {p.relative_to(output.parent).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(found) if p.is_file()}
+    found = [output,
+             *(p for kind in ("tables", "figures", "explain") for p in (output.parent / kind).glob(f"{output.stem}*"))]
+    return {p.relative_to(output.parent).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(found)
+            if p.is_file()}
 
 
 def _state(notebook: Path, parameters: dict[str, Any]) -> dict[str, str]:

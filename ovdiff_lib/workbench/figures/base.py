@@ -1,6 +1,7 @@
 """Figures: label colours, overlays with a legend, support grids, the steps side by side.
 
-Every figure function returns a matplotlib ``Figure`` (or a PIL image for overlays); :func:`save_figure` writes it with its caption.
+Every figure function returns a matplotlib ``Figure`` (or a PIL image for overlays); :func:`save_figure` writes it with
+its caption.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def mask_picture(masks: ForegroundBackground, index: int) -> np.ndarray:
 
 
 def part_picture(prototypes: Prototypes, index: int = 0) -> np.ndarray:
-    """Part clusters of support image ``index`` on the feature grid: warm foreground, cool background, grey unused; u8 (h, w, 3)."""
+    """Part clusters of support image ``index`` on the feature grid: warm foreground, cool background, grey unused; u8
+    (h, w, 3)."""
     picture = np.empty((*prototypes.assignment.shape[1:], 3), np.uint8)
     picture[:] = UNUSED
     for region, first_hue in (("foreground", 0.93), ("background", 0.45)):
@@ -98,7 +100,8 @@ def support_grid(support: SupportSet, count: int = 8, masks: ForegroundBackgroun
     return image_grid(rows, names)
 
 
-def class_legend(figure: Figure, class_names: Sequence[str], labels: Sequence[int], most: int = 7, **options: Any) -> None:
+def class_legend(figure: Figure, class_names: Sequence[str], labels: Sequence[int], most: int = 7,
+                 **options: Any) -> None:
     """A legend below a figure of the colours of ``labels``, at most ``most`` in a row; ``class_names`` are those of all
     labels, background first. ``options`` are those of matplotlib's legend."""
     colours = colours_of(class_names) / 255
@@ -117,7 +120,8 @@ class ShownFigure(Figure):
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
-        self.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.06, facecolor="white", metadata={"Software": None})
+        self.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.06, facecolor="white",
+                     metadata={"Software": None})
         return buffer.getvalue()
 
 
@@ -137,5 +141,6 @@ def save_figure(figure: Figure | Image.Image, path: str | Path, caption: str) ->
     reduced = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
     reduced.save(buffer, "PNG", optimize=True)
     write_atomic(path, buffer.getvalue())
-    write_atomic(path.with_suffix(".json"), (json.dumps({"caption": caption}, ensure_ascii=False, indent=1) + "\n").encode())
+    write_atomic(path.with_suffix(".json"), (json.dumps({"caption": caption}, ensure_ascii=False, indent=1)
+                                             + "\n").encode())
     return path

@@ -1,4 +1,5 @@
-"""Charts of measured numbers: growth with error bars, and what switching one setting does. Each returns a matplotlib ``Figure``."""
+"""Charts of measured numbers: growth with error bars, and what switching one setting does. Each returns a matplotlib
+``Figure``."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ LINES = ("#1f3b57", "#e4572e", "#2e9d6a", "#b07aa1", "#c99a2e")
 
 def growth_chart(x: Sequence[float], series: Mapping[str, Sequence[Sequence[float]]], xlabel: str, ylabel: str, *,
                  logarithmic: bool = True, mark: float | None = None) -> Figure:
-    """Mean and standard deviation of each series over ``x``; ``series[name][i]`` holds the values measured at ``x[i]``, whose number n
-    stands at the point: a spread of two says less than one of four, and one value has none.
+    """Mean and standard deviation of each series over ``x``; ``series[name][i]`` holds the values measured at ``x[i]``,
+    whose number n stands at the point: a spread of two says less than one of four, and one value has none.
 
     ``logarithmic``: the x axis counts doublings. ``mark`` draws a vertical line, for a setting in use.
     """
@@ -34,7 +35,8 @@ def growth_chart(x: Sequence[float], series: Mapping[str, Sequence[Sequence[floa
         spread = [float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for v in values]
         axis.errorbar(x, mean, spread, marker="o", markersize=4, capsize=3, linewidth=1.6, color=colour, label=name)
         for place, middle, half, measured in zip(x, mean, spread, values, strict=True):
-            axis.annotate(f"n = {len(measured)}", (place, middle - half), xytext=(0, -5), textcoords="offset points", ha="center", va="top",
+            axis.annotate(f"n = {len(measured)}", (place, middle - half), xytext=(0, -5), textcoords="offset points",
+                          ha="center", va="top",
                           fontsize=8, color=colour)
     axis.margins(x=0.07, y=0.16)  # room for n below the lowest point
     if mark is not None:
@@ -49,8 +51,10 @@ def growth_chart(x: Sequence[float], series: Mapping[str, Sequence[Sequence[floa
     return figure
 
 
-def difference_chart(names: Sequence[str], differences: Sequence[float | None], xlabel: str, noise: float | None = None) -> Figure:
-    """Horizontal bars of differences, in the order given from the top; ``noise`` shades what a change of seed alone does (+-).
+def difference_chart(names: Sequence[str], differences: Sequence[float | None], xlabel: str,
+                     noise: float | None = None) -> Figure:
+    """Horizontal bars of differences, in the order given from the top; ``noise`` shades what a change of seed alone
+    does (+-).
 
     None is a switch that was not exercised: a hollow marker and words, no bar.
     """
@@ -59,7 +63,8 @@ def difference_chart(names: Sequence[str], differences: Sequence[float | None], 
     if noise:
         axis.axvspan(-noise, noise, color="#edf0f3", zorder=0)
     acting = [(place, d) for place, d in zip(places, differences, strict=True) if d is not None]
-    axis.barh([place for place, _ in acting], [d for _, d in acting], height=0.62, color=[RISE if d >= 0 else FALL for _, d in acting])
+    axis.barh([place for place, _ in acting], [d for _, d in acting], height=0.62,
+              color=[RISE if d >= 0 else FALL for _, d in acting])
     axis.axvline(0, color=INK, linewidth=0.8)
     axis.set_yticks(places, names)
     axis.set(xlabel=xlabel, ylim=(-0.7, len(names) - 0.3))
@@ -68,9 +73,11 @@ def difference_chart(names: Sequence[str], differences: Sequence[float | None], 
     for place, value in zip(places, differences, strict=True):
         if value is None:
             axis.plot(0, place, "o", markersize=5, markerfacecolor="white", markeredgecolor=GREY, zorder=3)
-            axis.annotate("not exercised here", (0, place), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8, color=GREY)
+            axis.annotate("not exercised here", (0, place), xytext=(7, 0), textcoords="offset points", va="center",
+                          fontsize=8, color=GREY)
             continue
-        axis.annotate(f"{value:+.1f}", (value, place), xytext=(3 if value >= 0 else -3, 0), textcoords="offset points", va="center",
+        axis.annotate(f"{value:+.1f}", (value, place), xytext=(3 if value >= 0 else -3, 0), textcoords="offset points",
+                      va="center",
                       ha="left" if value >= 0 else "right", fontsize=8)
     return figure
 
@@ -101,14 +108,16 @@ def _style(axis: Axes, **texts: Any) -> None:
 # ---------------------------------------------------------------------- what a class and an image cost
 
 COLOURS = ("#2e86c1", "#e4572e", "#3a9d5d", "#8e5ea2", "#c79a00", "#555555")
-"""Colours of lines and of parts of a bar, in order; the first two are those of background and foreground in the other figures."""
+"""Colours of lines and of parts of a bar, in order; the first two are those of background and foreground in the other
+figures."""
 
 MARKERS = "osD^vP"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes: ``lines`` maps a name to points (x, Measured); ``fit`` is drawn as a dashed line with its R^2."""
+    """One set of axes: ``lines`` maps a name to points (x, Measured); ``fit`` is drawn as a dashed line with its
+    R^2."""
 
     title: str
     x: str
@@ -117,7 +126,8 @@ class Panel:
 
 
 def growth_figure(panels: Sequence[Panel], unit: str) -> Figure:
-    """Seconds against what they grow with, one panel beside the other; a bar at a point spans the fastest and the slowest run."""
+    """Seconds against what they grow with, one panel beside the other; a bar at a point spans the fastest and the
+    slowest run."""
     figure, axes = _axes(len(panels))
     for axis, panel in zip(axes, panels, strict=True):
         right = max(x for points in panel.lines.values() for x, _ in points)
@@ -125,14 +135,17 @@ def growth_figure(panels: Sequence[Panel], unit: str) -> Figure:
             points = sorted(points, key=lambda point: point[0])
             x, middle = np.array([p[0] for p in points], float), np.array([p[1].median for p in points])
             spread = np.abs(np.array([[min(p[1].seconds), max(p[1].seconds)] for p in points]).T - middle)
-            aside = (number - (len(panel.lines) - 1) / 2) * 0.008 * right  # so that bars of several lines can be told apart
-            axis.errorbar(x + aside, middle, spread, color=COLOURS[number], marker=MARKERS[number], markersize=4.5, capsize=2.5,
+            # so that bars of several lines can be told apart
+            aside = (number - (len(panel.lines) - 1) / 2) * 0.008 * right
+            axis.errorbar(x + aside, middle, spread, color=COLOURS[number], marker=MARKERS[number], markersize=4.5,
+                          capsize=2.5,
                           elinewidth=0.9, linewidth=0 if panel.fit else 1.5, label=name)
         if panel.fit:
             ends = np.array([0, right])
             axis.plot(ends, panel.fit(ends), "--", color="#555555", linewidth=1.2, zorder=1, label=_formula(panel.fit))
         axis.set_xlim(0, right * 1.06)
-        axis.set_ylim(0, axis.get_ylim()[1] * (1 + 0.09 * len(axis.get_legend_handles_labels()[1])))  # room for the legend
+        # room for the legend
+        axis.set_ylim(0, axis.get_ylim()[1] * (1 + 0.09 * len(axis.get_legend_handles_labels()[1])))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 4, 5, 10]))
         _style(axis, title=panel.title, xlabel=panel.x, ylabel=unit)
         axis.legend(fontsize=7.5, frameon=False, loc="upper left")
@@ -157,7 +170,8 @@ def breakdown_figure(rows: Mapping[str, Mapping[str, float]], title: str) -> Fig
     axis.set_xlim(0, 1.14 * max(totals))
     _style(axis, title=title, xlabel="seconds")
     axis.grid(False, axis="y")
-    axis.legend(fontsize=7.5, frameon=False, ncol=len(steps), loc="upper center", bbox_to_anchor=(0.5, -0.9 / (0.55 + 0.34 * len(rows))))
+    axis.legend(fontsize=7.5, frameon=False, ncol=len(steps), loc="upper center",
+                bbox_to_anchor=(0.5, -0.9 / (0.55 + 0.34 * len(rows))))
     return figure
 
 
@@ -174,8 +188,9 @@ LEAST = 0.005
 
 def share_tables(tables: Mapping[str, np.ndarray], rows: Sequence[str], columns: Sequence[str], ylabel: str = "",
                  cell: float = 0.36) -> Figure:
-    """Tables of shares in [0, 1], f (len(rows), len(columns)) each, side by side as squares of ``cell`` inches under their titles: the
-    darker the larger, in percent, and grey where there is none (nan). ``ylabel`` says what the rows are."""
+    """Tables of shares in [0, 1], f (len(rows), len(columns)) each, side by side as squares of ``cell`` inches under
+    their titles: the darker the larger, in percent, and grey where there is none (nan). ``ylabel`` says what the rows
+    are."""
     left = 0.35 + 0.085 * max(map(len, rows))
     foot, head, gap = 0.15 + 0.075 * max(map(len, columns)), 0.34, 0.3
     width, height = cell * len(columns), cell * len(rows)

@@ -1,4 +1,5 @@
-"""Figures that explain a segmentation: from its regions to the support images (Fig. 4), margins, and why classes are absent."""
+"""Figures that explain a segmentation: from its regions to the support images (Fig. 4), margins, and why classes are
+absent."""
 
 from __future__ import annotations
 
@@ -20,22 +21,27 @@ from ovdiff_lib.workbench.analysis.margins import BIN, MarginStatistics
 from ovdiff_lib.workbench.figures.base import new_figure
 
 COLOURS = ((255, 127, 14), (0, 190, 225), (222, 60, 178), (248, 214, 40), (80, 200, 90), (150, 110, 240))
-"""RGB of the prototypes in a figure, in the order of :func:`~ovdiff_lib.explain.activated`; after the last the first comes again."""
+"""RGB of the prototypes in a figure, in the order of :func:`~ovdiff_lib.explain.activated`; after the last the first
+comes again."""
 
-REASON_COLOURS = {"kept": "#2a9d5c", BELOW: "#b9bcc4", NOT_AMONG_TOP: "#e0a03a", NOT_BEST: "#d1495b", NOT_TOLD: "#d1495b"}
+REASON_COLOURS = {"kept": "#2a9d5c", BELOW: "#b9bcc4", NOT_AMONG_TOP: "#e0a03a", NOT_BEST: "#d1495b",
+                  NOT_TOLD: "#d1495b"}
 
 LEAST, SHOWN, HATCH = 1e-4, "shown, dropped", "////"
-"""Of the figure of absent classes: the probability below which all bars are alike, and how classes are marked that an image shows although
-the pre-filter dropped them."""
+"""Of the figure of absent classes: the probability below which all bars are alike, and how classes are marked that an
+image shows although the pre-filter dropped them."""
 
 SHARP = 256
-"""Smaller images are enlarged to about this long side before regions are drawn into them, so that outlines stay thin."""
+"""Smaller images are enlarged to about this long side before regions are drawn into them, so that outlines stay
+thin."""
 
 
 def highlight(image: np.ndarray, regions: Sequence[np.ndarray], colours: Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """The image u8 (H, W, 3), paler and darker, with each region bool (h, w) tinted and outlined in its colour: u8 (k H, k W, 3).
+    """The image u8 (H, W, 3), paler and darker, with each region bool (h, w) tinted and outlined in its colour: u8 (k
+    H, k W, 3).
 
-    Regions lie on any grid over the whole image; later ones cover earlier ones. k is 1 for images of :data:`SHARP` pixels and more.
+    Regions lie on any grid over the whole image; later ones cover earlier ones. k is 1 for images of :data:`SHARP`
+    pixels and more.
     """
     factor = max(1, round(SHARP / max(image.shape[:2])))
     width, height = image.shape[1] * factor, image.shape[0] * factor
@@ -57,7 +63,8 @@ def _eroded(mask: np.ndarray, pixels: int = 2) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Trace:
-    """A row of :func:`prototype_figure`: a segmentation, the prototypes to be followed, and the support sets they come from by category.
+    """A row of :func:`prototype_figure`: a segmentation, the prototypes to be followed, and the support sets they come
+    from by category.
 
     ``pixel`` (row, column) is marked in the image where it is given.
     """
@@ -70,7 +77,8 @@ class Trace:
 
 
 def innermost(region: np.ndarray) -> tuple[int, int]:
-    """The pixel (row, column) of a region bool (H, W) that is farthest from its border, the image's included; the first of equals."""
+    """The pixel (row, column) of a region bool (H, W) that is farthest from its border, the image's included; the first
+    of equals."""
     from scipy.ndimage import distance_transform_edt
 
     depth = distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
@@ -80,7 +88,8 @@ def innermost(region: np.ndarray) -> tuple[int, int]:
 def chosen_images(prototypes: Sequence[Activated], count: int) -> list[tuple[str, int]]:
     """Support images, (category, number) each, at most ``count``, that show where the prototypes come from.
 
-    First the image with most pixels of each prototype in turn, then those in which the most pixels of any of them are left.
+    First the image with most pixels of each prototype in turn, then those in which the most pixels of any of them are
+    left.
     """
     pixels = [{(p.category, n): int(mask.sum()) for n, mask in zip(p.images, p.masks, strict=True)} for p in prototypes]
     chosen = list(dict.fromkeys(next(iter(p)) for p in pixels if p))
@@ -93,8 +102,9 @@ def chosen_images(prototypes: Sequence[Activated], count: int) -> list[tuple[str
 
 
 def prototype_figure(traces: Sequence[Trace], shown: int = 4, cell: float = 1.3, title: str = "") -> Figure:
-    """Fig. 4: at the left each segmentation, in the middle the regions that its prototypes decided, each in its own colour, at the right
-    ``shown`` support images with the regions that these prototypes were made from in the same colours.
+    """Fig. 4: at the left each segmentation, in the middle the regions that its prototypes decided, each in its own
+    colour, at the right ``shown`` support images with the regions that these prototypes were made from in the same
+    colours.
     """
     left, gap, head = 2.1, 0.14, 0.36 + (0.34 if title else 0)
     places = [left, left + cell + gap, *(left + (2 + i) * cell + 2 * gap for i in range(shown))]
@@ -103,7 +113,8 @@ def prototype_figure(traces: Sequence[Trace], shown: int = 4, cell: float = 1.3,
     for r, trace in enumerate(traces):
         top = size[1] - head - r * (cell + 0.04)
         for x, picture in zip(places, _pictures(trace, shown), strict=False):
-            axis = figure.add_axes([x / size[0], (top - cell) / size[1], (cell - 0.04) / size[0], (cell - 0.04) / size[1]])
+            place = x / size[0], (top - cell) / size[1], (cell - 0.04) / size[0], (cell - 0.04) / size[1]
+            axis = figure.add_axes(place)
             axis.imshow(picture)
             axis.set_axis_off()
         _row_names(figure, trace, size, top - 0.06)
@@ -121,7 +132,8 @@ def _pictures(trace: Trace, shown: int) -> list[np.ndarray]:
     image, labels = trace.segmentation.image, trace.segmentation.labels
     factor = max(1, round(SHARP / max(image.shape[:2])))
     large = Image.fromarray(image).resize((image.shape[1] * factor, image.shape[0] * factor), Image.Resampling.BICUBIC)
-    painted = paint(np.asarray(large), np.kron(labels, np.ones((factor, factor), labels.dtype)), trace.segmentation.class_names)
+    painted = paint(np.asarray(large), np.kron(labels, np.ones((factor, factor), labels.dtype)),
+                    trace.segmentation.class_names)
     activated = highlight(image, [p.pixels for p in trace.prototypes], colours)
     top, bottom, left, right = (factor * side for side in _around(trace))
     pictures = [painted, activated[top:bottom, left:right]]
@@ -137,7 +149,8 @@ def _pictures(trace: Trace, shown: int) -> list[np.ndarray]:
 
 
 def _around(trace: Trace) -> tuple[int, int, int, int]:
-    """A square (top, bottom, left, right), as far as the image has room for one, around what the prototypes decided and their classes."""
+    """A square (top, bottom, left, right), as far as the image has room for one, around what the prototypes decided and
+    their classes."""
     height, width = trace.segmentation.labels.shape
     labels = [_label(trace, p) for p in trace.prototypes]
     rows, columns = np.nonzero(np.isin(trace.segmentation.labels, labels) if labels else np.ones((height, width), bool))
@@ -165,7 +178,8 @@ def _row_names(figure: Figure, trace: Trace, size: tuple[float, float], top: flo
         y = top - 0.22 * lines - 0.12 - 0.25 * i
         share = 100 * prototype.pixels.sum() / max(1, (trace.segmentation.labels == _label(trace, prototype)).sum())
         which = f"{prototype.kind} {prototype.index}" if prototype.kind != "class" else "class"
-        figure.text(0.1 / size[0], y / size[1], "■", fontsize=13, va="center", color=np.array(COLOURS[i % len(COLOURS)]) / 255)
+        figure.text(0.1 / size[0], y / size[1], "■", fontsize=13, va="center",
+                    color=np.array(COLOURS[i % len(COLOURS)]) / 255)
         figure.text(0.31 / size[0], y / size[1], f"{which}: {share:.0f} %", fontsize=12, va="center")
 
 
@@ -174,7 +188,8 @@ def _label(trace: Trace, prototype: Activated) -> int:
 
 
 def margin_figure(statistics: MarginStatistics, parts: int = 10) -> Figure:
-    """Left: how the margins of right and of wrong pixels are distributed; right: the share of wrong pixels, by tenths of the margin."""
+    """Left: how the margins of right and of wrong pixels are distributed; right: the share of wrong pixels, by tenths
+    of the margin."""
     figure = new_figure((7.4, 2.6), 110, layout="constrained")
     left, right = figure.subplots(1, 2)
     both = statistics.right + statistics.wrong
@@ -190,19 +205,22 @@ def margin_figure(statistics: MarginStatistics, parts: int = 10) -> Figure:
         left.legend(frameon=False, fontsize=9)
     rates = statistics.error_rates(parts)
     right.plot([i + 1 for i in range(len(rates))], [100 * rate for _, rate in rates], "o-", color="#31435e")
-    right.set(xlabel=f"pixels by margin, in {len(rates)} equal parts (smallest first)", ylabel="% of pixels that are wrong", ylim=(0, None))
+    right.set(xlabel=f"pixels by margin, in {len(rates)} equal parts (smallest first)",
+              ylabel="% of pixels that are wrong", ylim=(0, None))
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def absent_figure(segmentations: Sequence[Segmentation], filters: Filters, names: Sequence[str], shown: Sequence[Collection[str]] = (),
+def absent_figure(segmentations: Sequence[Segmentation], filters: Filters, names: Sequence[str],
+                  shown: Sequence[Collection[str]] = (),
                   bars: int = 7) -> Figure:
-    """For each image CLIP's ``bars`` most probable classes, with the threshold 1/C and why the pre-filter dropped those it dropped.
+    """For each image CLIP's ``bars`` most probable classes, with the threshold 1/C and why the pre-filter dropped those
+    it dropped.
 
-    ``shown`` are the classes that each image really shows; their names are marked with a dot. Those of them that were dropped are always
-    among the bars, hatched, and take the place of the least probable others; a bar is at least :data:`LEAST` long. A class that was
-    segmented has its name in the colour of its pixels.
+    ``shown`` are the classes that each image really shows; their names are marked with a dot. Those of them that were
+    dropped are always among the bars, hatched, and take the place of the least probable others; a bar is at least
+    :data:`LEAST` long. A class that was segmented has its name in the colour of its pixels.
     """
     count = len(segmentations)
     figure = new_figure((3.1 * count, 3.7), 110, layout="constrained")
@@ -217,7 +235,8 @@ def absent_figure(segmentations: Sequence[Segmentation], filters: Filters, names
                for reason in used if reason != SHOWN]
     if SHOWN in used:
         handles.append(Patch(facecolor="white", edgecolor="black", hatch=HATCH, label=SHOWN))
-    figure.legend(handles=handles, loc="outside lower center", ncol=max(1, min(len(handles), count)), frameon=False, fontsize=11)
+    figure.legend(handles=handles, loc="outside lower center", ncol=max(1, min(len(handles), count)), frameon=False,
+                  fontsize=11)
     return figure
 
 
@@ -230,7 +249,8 @@ def _bars(axis: Axes, result: Segmentation, filters: Filters, shown: Collection[
     order = np.array(sorted([*others, *lost], key=ranked.index))
     names = [result.vocabulary.names[i] for i in order]
     reasons = [absent[n].reason if n in absent else "kept" for n in names]
-    drawn = axis.barh(range(len(names)), np.maximum(result.filter_scores[order], LEAST), color=[REASON_COLOURS[r] for r in reasons])
+    drawn = axis.barh(range(len(names)), np.maximum(result.filter_scores[order], LEAST),
+                      color=[REASON_COLOURS[r] for r in reasons])
     for bar, i in zip(drawn, order, strict=True):
         if i in lost:
             bar.set(hatch=HATCH, edgecolor="black")

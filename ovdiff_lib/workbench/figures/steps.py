@@ -1,4 +1,5 @@
-"""Pictures of what happens inside a step: proposals and their choice by Eq. 1, features as colours, methods side by side."""
+"""Pictures of what happens inside a step: proposals and their choice by Eq. 1, features as colours, methods side by
+side."""
 
 from __future__ import annotations
 
@@ -24,9 +25,10 @@ from ovdiff_lib.workbench.figures.base import (
 )
 
 
-def selection_figure(supports: Sequence[SupportSet], masks: Sequence[ForegroundBackground], segmenter: Any, proposals: int = 4) -> Figure:
-    """Eq. 1 on the first image of each support set: image, attribution, the first ``proposals`` proposals and their complement, each with
-    its mean attribution and framed if chosen, and the masks that result."""
+def selection_figure(supports: Sequence[SupportSet], masks: Sequence[ForegroundBackground], segmenter: Any,
+                     proposals: int = 4) -> Figure:
+    """Eq. 1 on the first image of each support set: image, attribution, the first ``proposals`` proposals and their
+    complement, each with its mean attribution and framed if chosen, and the masks that result."""
     rows, titles = [], []
     for support, mask in zip(supports, masks, strict=True):
         image, attribution = support.images[0], upsample(support.attribution[:1], support.images.shape[1:3])[0]
@@ -42,7 +44,8 @@ def selection_figure(supports: Sequence[SupportSet], masks: Sequence[ForegroundB
         said = {i: text for i, text in zip(chosen[::-1], (" = min: background", " = max: foreground"), strict=False)}
         names = [f"{mean[i]:.2f}{said.get(i, '')}" for i in shown]
         blank = np.full_like(image, 255)
-        rows.append([image, heat(image, support.attribution[0]), *pictures, *[blank] * (proposals + 1 - len(shown)), mask_picture(mask, 0)])
+        rows.append([image, heat(image, support.attribution[0]), *pictures, *[blank] * (proposals + 1 - len(shown)),
+                     mask_picture(mask, 0)])
         titles.append(["", "", *names, *[""] * (proposals + 1 - len(shown)), ""])
     columns = ["support image", "attribution", *["proposal"] * (proposals + 1), "result"]
     figure = image_grid(rows, [s.category.name for s in supports], columns, cell=1.3)
@@ -69,24 +72,28 @@ def divided(support: SupportSet, masks: ForegroundBackground, index: int, alpha:
 
 def divided_figure(supports: Sequence[SupportSet], ways: Mapping[str, Sequence[ForegroundBackground]], shown: int = 4,
                    cell: float = 0.8) -> Figure:
-    """The first ``shown`` images of each support set, :func:`divided` by the masks of each way of making them; ``ways[name]`` holds those
-    of every set. The name of a category stands over the middle of its images."""
-    rows = [[divided(s, m, i) for s, m in zip(supports, masks, strict=True) for i in range(min(shown, len(s)))] for masks in ways.values()]
+    """The first ``shown`` images of each support set, :func:`divided` by the masks of each way of making them;
+    ``ways[name]`` holds those of every set. The name of a category stands over the middle of its images."""
+    rows = [[divided(s, m, i) for s, m in zip(supports, masks, strict=True) for i in range(min(shown, len(s)))]
+            for masks in ways.values()]
     figure = image_grid(rows, list(ways), [" "], cell=cell)  # a blank name leaves the room for ours
     first = 0
     for support in supports:
         last = first + min(shown, len(support)) - 1
         left, right = (figure.axes[i].get_position() for i in (first, last))
-        figure.text((left.x0 + right.x1) / 2, left.y1 + 0.05 / figure.get_figheight(), support.category.name, ha="center", va="bottom",
+        figure.text((left.x0 + right.x1) / 2, left.y1 + 0.05 / figure.get_figheight(), support.category.name,
+                    ha="center", va="bottom",
                     fontsize=12)
         first = last + 1
     return figure
 
 
 def feature_colours(features: torch.Tensor | np.ndarray) -> np.ndarray:
-    """Feature maps (n, h, w, D) as colours u8 (n, h, w, 3): the three directions of most variance of the unit vectors, over all n maps.
+    """Feature maps (n, h, w, D) as colours u8 (n, h, w, 3): the three directions of most variance of the unit vectors,
+    over all n maps.
 
-    Alike features have alike colours; the colours themselves mean nothing. Values are cut at the 1st and 99th percentile.
+    Alike features have alike colours; the colours themselves mean nothing. Values are cut at the 1st and 99th
+    percentile.
     """
     flat = np.asarray(features, np.float32)
     shape = flat.shape[:3]
@@ -95,7 +102,8 @@ def feature_colours(features: torch.Tensor | np.ndarray) -> np.ndarray:
     flat = flat - flat.mean(0)
     _, vectors = np.linalg.eigh(flat.T @ flat)  # ascending
     axes = vectors[:, ::-1][:, :3]
-    axes = axes * np.sign(axes[np.abs(axes).argmax(0), range(axes.shape[1])])  # a sign that does not depend on the solver
+    # a sign that does not depend on the solver
+    axes = axes * np.sign(axes[np.abs(axes).argmax(0), range(axes.shape[1])])
     scores = flat @ axes
     low, high = np.percentile(scores, [1, 99], axis=0)
     span = high - low
@@ -106,27 +114,30 @@ def feature_colours(features: torch.Tensor | np.ndarray) -> np.ndarray:
     return (255 * unit).round().astype(np.uint8).reshape(*shape, 3)
 
 
-def comparison_figure(images: Sequence[np.ndarray], labels: Mapping[str, Sequence[np.ndarray]], truth: Sequence[np.ndarray],
+def comparison_figure(images: Sequence[np.ndarray], labels: Mapping[str, Sequence[np.ndarray]],
+                      truth: Sequence[np.ndarray],
                       class_names: Sequence[str], cell: float = 1.3) -> Figure:
-    """Images over the labels of several methods and the truth, with one legend; labels int (H, W), 255 in ``truth`` counts as 0.
+    """Images over the labels of several methods and the truth, with one legend; labels int (H, W), 255 in ``truth``
+    counts as 0.
 
     ``class_names`` by label id, background first. A colour stands for the same class in every figure.
     """
     truth = [np.where(t == 255, 0, t) for t in truth]
-    rows = [list(images), *([paint(i, m, class_names) for i, m in zip(images, maps, strict=True)] for maps in [*labels.values(), truth])]
+    rows = [list(images), *([paint(i, m, class_names) for i, m in zip(images, maps, strict=True)]
+                            for maps in [*labels.values(), truth])]
     figure = image_grid(rows, ["image", *labels, "truth"], cell=cell)
     found = sorted({int(v) for maps in [*labels.values(), truth] for m in maps for v in np.unique(m)} - {0})
     class_legend(figure, class_names, found)
     return figure
 
 
-# ---------------------------------------------------------------------- galleries of pictures of any shapes (Fig. 6, A.1)
+# ------------------------------------------------------------------- galleries of pictures of any shapes (Fig. 6, A.1)
 
 
 @dataclass(frozen=True)
 class Column:
-    """One picture of a gallery: ``image`` u8 (H, W, 3), a label map int (H, W) for each further row, and above it the ``title`` and the
-    words of the labels ``asked``, each in its colour."""
+    """One picture of a gallery: ``image`` u8 (H, W, 3), a label map int (H, W) for each further row, and above it the
+    ``title`` and the words of the labels ``asked``, each in its colour."""
 
     title: str
     image: np.ndarray
@@ -138,8 +149,8 @@ def gallery(columns: Sequence[Column], class_names: Sequence[str], row_names: Se
             legend_maps: Sequence[int] | None = None) -> Figure:
     """The pictures and, below, their label maps, ``height`` inches each and as wide as they are.
 
-    ``class_names`` are those of the labels, background first; ``row_names`` belong to the image and to each map. A legend below names the
-    labels of the maps numbered ``legend_maps`` (default: all) that are named above no picture.
+    ``class_names`` are those of the labels, background first; ``row_names`` belong to the image and to each map. A
+    legend below names the labels of the maps numbered ``legend_maps`` (default: all) that are named above no picture.
     """
     gap, line, letter = 0.05, 0.2, 0.1
     left = 0.15 + letter * max(len(part) for name in row_names for part in name.split("\n"))
@@ -152,14 +163,17 @@ def gallery(columns: Sequence[Column], class_names: Sequence[str], row_names: Se
     figure, colours = new_figure(size, 120), colours_of(class_names) / 255
     x = left
     for column, texts, width, room in zip(columns, heads, widths, rooms, strict=True):
-        for r, picture in enumerate([column.image, *(paint(column.image, labels, class_names) for labels in column.maps)]):
+        for r, picture in enumerate([column.image,
+                                     *(paint(column.image, labels, class_names) for labels in column.maps)]):
             top = head + r * (height + gap)
-            axis = figure.add_axes([(x + (room - width) / 2) / size[0], 1 - (top + height) / size[1], width / size[0], height / size[1]])
+            axis = figure.add_axes([(x + (room - width) / 2) / size[0], 1 - (top + height) / size[1], width / size[0],
+                                    height / size[1]])
             axis.imshow(picture, aspect="auto")
             axis.set_axis_off()
         for i, text in enumerate(texts):
             colour = "black" if i == 0 else colours[column.asked[i - 1]] * 0.85
-            figure.text((x + room / 2) / size[0], 1 - (head - 0.06 - line * (len(texts) - 1 - i)) / size[1], text, ha="center", va="bottom",
+            figure.text((x + room / 2) / size[0], 1 - (head - 0.06 - line * (len(texts) - 1 - i)) / size[1], text,
+                        ha="center", va="bottom",
                         fontsize=11, color=colour, weight="bold" if i else "normal")
         x += room + gap
     for r, name in enumerate(row_names):

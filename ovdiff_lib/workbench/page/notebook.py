@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 class Page:
-    """Saves and shows a notebook's tables and figures; output folder, profile and details are said once, in its setup cell.
+    """Saves and shows a notebook's tables and figures; output folder, profile and details are said once, in its setup
+    cell.
 
     Args:
         output: the outputs folder; tables go to ``output``/tables, figures to ``output``/figures.
@@ -36,7 +37,8 @@ class Page:
 
     def table(self, cells: list[Cell], name: str, caption: str, digits: int | dict[str, int] = 1, *, title: str = "",
               **details: Any) -> Markdown:
-        """Write the table ``name`` (CSV, Markdown, JSON) and show it. ``details`` replace those of the page, None leaves one out.
+        """Write the table ``name`` (CSV, Markdown, JSON) and show it. ``details`` replace those of the page, None
+        leaves one out.
 
         The other arguments are those of :func:`~ovdiff_lib.workbench.tables.tables.write_table`.
         """
@@ -47,7 +49,8 @@ class Page:
         return Markdown(write_table(path, name, cells, self.profile, caption, digits, title=title, details=kept))
 
     def figure(self, figure: Any, name: str, caption: str, seed: int | None = None) -> Any:
-        """Write the figure ``name`` (PNG, and its caption as JSON) and return it, so that a cell that ends with the call shows it.
+        """Write the figure ``name`` (PNG, and its caption as JSON) and return it, so that a cell that ends with the
+        call shows it.
 
         The caption ends with the profile, and with the seed where it is given.
         """

@@ -1,8 +1,9 @@
-"""The report: everything an outputs folder holds on one page that opens from disk, and the executed notebooks beside it.
+"""The report: everything an outputs folder holds on one page that opens from disk, and the executed notebooks beside
+it.
 
 ``<outputs>/report/index.html`` needs no server, no network and no other file; its content security policy forbids them.
-Every text from data (class names are whatever a user typed) is escaped. Nothing here raises because a notebook failed, was
-interrupted or never ran: a report of nine notebooks is better than none.
+Every text from data (class names are whatever a user typed) is escaped. Nothing here raises because a notebook failed,
+was interrupted or never ran: a report of nine notebooks is better than none.
 """
 
 from __future__ import annotations
@@ -63,14 +64,15 @@ class Run:
 def build_report(folder: str | Path, profile: Profile, notebooks: str | Path | None = NOTEBOOKS) -> Path:
     """Write ``folder``/report/index.html and ``folder``/report/notebooks/*.html; returns the page's path.
 
-    ``folder`` is ``outputs/<profile>``: tables, figures, executed notebooks, explain panels. ``profile`` is the one it was
-    made with. ``notebooks`` is the folder of the stripped notebooks, or None: those that have not run are named on the page.
-    What is missing, failed or broken is a sentence there. Raises ``InputError`` if ``folder`` does not exist or cannot be
-    written.
+    ``folder`` is ``outputs/<profile>``: tables, figures, executed notebooks, explain panels. ``profile`` is the one it
+    was made with. ``notebooks`` is the folder of the stripped notebooks, or None: those that have not run are named on
+    the page. What is missing, failed or broken is a sentence there. Raises ``InputError`` if ``folder`` does not exist
+    or cannot be written.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"The folder {folder} does not exist; run the notebooks first (ovdiff reproduce), or name another with --out.")
+        raise InputError(f"The folder {folder} does not exist; run the notebooks first (ovdiff reproduce), or name "
+                         "another with --out.")
     runs = {run.stem: run for run in find_runs(folder, Path(notebooks) if notebooks else None)}
     problems, claims = [run.problem for run in runs.values() if run.problem], []
     try:
@@ -80,20 +82,24 @@ def build_report(folder: str | Path, profile: Profile, notebooks: str | Path | N
     tables = _each(lambda path: (path, read_table(path), read_record(path)),
                    [p for p in sorted((folder / "tables").glob("*.csv")) if p.stem != claims_of.NAME], problems)
     panels = _each(read_panel, sorted((folder / "explain").glob("*.json")), problems)
-    parts = {stem: {"stem": stem, "title": run.title, "problem": hidden(run.problem, folder), "time": duration(run.seconds),
+    parts = {stem: {"stem": stem, "title": run.title, "problem": hidden(run.problem, folder),
+                    "time": duration(run.seconds),
                     "finished": run.finished, "page": "", "tables": [], "figures": []} for stem, run in runs.items()}
     parts[""] = {"stem": "others", "title": "Other tables and figures", "tables": [], "figures": []}
     for path, cells, record in tables:
         stem, details = _owner(path.stem, runs), record.get("details") or {}
-        facts = [*_made(runs.get(stem), folder), ("profile", record.get("profile", "")), ("settings hash", record.get("settings", ""))]
+        facts = [*_made(runs.get(stem), folder), ("profile", record.get("profile", "")), ("settings hash",
+                                                                                          record.get("settings", ""))]
         facts += [(name, plain(value)) for name, value in details.items() if name != "volatile"]
         parts[stem]["tables"].append({
-            "name": path.stem, "title": record.get("title") or path.stem, "caption": record.get("caption", ""), "facts": facts,
+            "name": path.stem, "title": record.get("title") or path.stem, "caption": record.get("caption", ""),
+            "facts": facts,
             "csv": base64.b64encode(path.read_bytes()).decode(), "volatile": details.get("volatile"),
             "view": table_view(cells, record.get("digits", 1))})
     for name, png, size, caption in _each(_figure, sorted((folder / "figures").glob("*.png")), problems):
         stem = _owner(name, runs)
-        parts[stem]["figures"].append({"name": name, "png": png, "size": size, "caption": caption, "facts": _made(runs.get(stem), folder)})
+        parts[stem]["figures"].append({"name": name, "png": png, "size": size, "caption": caption,
+                                       "facts": _made(runs.get(stem), folder)})
     target, css, script = folder / "report", _own_file("page.css"), _own_file("page.js")
     for run in runs.values():
         if run.notebook is not None:
@@ -113,7 +119,8 @@ def build_report(folder: str | Path, profile: Profile, notebooks: str | Path | N
     except ProfileError:
         shipped = table  # no profile of that name ships
     page = _template(
-        "page.html", profile=profile, digest=profile.digest(), versions=versions(), commit=git_commit(), css=css, script=script,
+        "page.html", profile=profile, digest=profile.digest(), versions=versions(), commit=git_commit(), css=css,
+        script=script,
         settings=[(f"{section}.{name}", value, shipped[section][name])
                   for section, fields in table.items() if isinstance(fields, dict) for name, value in fields.items()],
         script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -121,7 +128,8 @@ def build_report(folder: str | Path, profile: Profile, notebooks: str | Path | N
         headline=headline([(path.stem, cells, record) for path, cells, record in tables]),
         claims=claims, verdicts=claims_of.counts(claims), legend=claims_of.LEGEND,
         problems=[hidden(problem, folder) for problem in problems],
-        panels=[_safe(json.dumps(p, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")) for p in panels],
+        panels=[_safe(json.dumps(p, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
+                for p in panels],
         parts=[part for stem, part in parts.items() if stem or part["tables"] or part["figures"]],
         runs=[(run, duration(run.seconds), command(run, folder)) for run in runs.values() if run.parameters],
         written=time.strftime("%Y-%m-%d %H:%M:%S"), total=duration(sum(run.seconds or 0 for run in runs.values())))
@@ -141,7 +149,8 @@ def find_runs(folder: Path, sources: Path | None) -> list[Run]:
 def _run(folder: Path, stem: str, source: Path | None) -> Run:
     executed, failed = folder / f"{stem}.ipynb", folder / f"{stem}.failed.ipynb"
     stamp, ran = _json(folder / f"{stem}.stamp.json"), _cells(executed)
-    text = ("".join(c.get("source", "")) for c in ran or (_cells(source) if source else []) if c.get("cell_type") == "markdown")
+    text = ("".join(c.get("source", "")) for c in ran or (_cells(source) if source else [])
+            if c.get("cell_type") == "markdown")
     title = next((heading[1].strip() for heading in map(re.compile(r"#\s+(.+)").match, text) if heading), stem)
     problem = ""
     if failed.exists():
@@ -152,7 +161,8 @@ def _run(folder: Path, stem: str, source: Path | None) -> Run:
         problem = f"The executed copy {executed.name} cannot be read as a notebook; run it again."
     elif not executed.exists():
         left = any(path for kind in ("tables", "figures") for path in (folder / kind).glob(f"{stem}*"))
-        problem = f"The notebook {stem} has not been run in this folder" + ("; what it has here is of an earlier run." if left else ".")
+        problem = f"The notebook {stem} has not been run in this folder" + ("; what it has here is of an earlier run."
+                                                                            if left else ".")
     given = _json(stamp.get("parameters", "{}"))
     return Run(stem, title, given, _parameters(ran) | given, stamp.get("seconds"), str(stamp.get("finished", "")),
                executed if ran else None, problem)
@@ -165,7 +175,8 @@ def _parameters(cells: list[dict[str, Any]]) -> dict[str, Any]:
         if {"parameters", "injected-parameters"} & set(cell.get("metadata", {}).get("tags", [])):
             for statement in ast.parse("".join(cell.get("source", ""))).body:
                 target = getattr(statement, "target", None) or statement.targets[0]
-                found[ast.unparse(target)] = ast.literal_eval(statement.value)  # a notebook ran whose parameters are literals
+                # a notebook ran whose parameters are literals
+                found[ast.unparse(target)] = ast.literal_eval(statement.value)
     return found
 
 
@@ -226,12 +237,13 @@ def versions() -> dict[str, str]:
 
 
 def git_commit(package: Path = PACKAGE) -> str:
-    """The commit that the code in ``package`` is at, marked where files differ from it; "" where git does not know its files:
-    outside a checkout, and in a package installed within someone else's."""
+    """The commit that the code in ``package`` is at, marked where files differ from it; "" where git does not know its
+    files: outside a checkout, and in a package installed within someone else's."""
     def git(*arguments: str) -> str | None:
         try:
             # --no-optional-locks: reading must not write to the index while someone else commits.
-            run = subprocess.run(["git", "--no-optional-locks", "-C", str(package), *arguments], capture_output=True, text=True, timeout=30)
+            run = subprocess.run(["git", "--no-optional-locks", "-C", str(package), *arguments], capture_output=True,
+                                 text=True, timeout=30)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return run.stdout.strip() if run.returncode == 0 else None
@@ -246,7 +258,8 @@ def command(run: Run, folder: Path) -> str:
     """The command line that makes a run's tables and figures again, to be given in the project's folder."""
     given = {name: value for name, value in run.given.items() if name not in ("profile", "overrides", "output")}
     profile = str(run.given.get("profile", folder.name))
-    words = ["ovdiff", "run", f"notebooks/{run.stem}.ipynb", "--profile", os.path.relpath(profile) if os.path.isabs(profile) else profile]
+    words = ["ovdiff", "run", f"notebooks/{run.stem}.ipynb", "--profile",
+             os.path.relpath(profile) if os.path.isabs(profile) else profile]
     for option, values in (("--set", run.given.get("overrides") or {}), ("-p", given)):
         for name, value in values.items():
             words += [option, f"{name}={json.dumps(value, ensure_ascii=False)}"]
@@ -255,11 +268,12 @@ def command(run: Run, folder: Path) -> str:
 
 
 def hidden(text: str, folder: Path) -> str:
-    """Text (or JSON) without the folders of this machine, since a report is sent to others: the outputs folder as notebooks
-    write it, where Python keeps its packages, the checkout and the home folder by a name."""
+    """Text (or JSON) without the folders of this machine, since a report is sent to others: the outputs folder as
+    notebooks write it, where Python keeps its packages, the checkout and the home folder by a name."""
     places = {folder.resolve(): f"../outputs/{folder.name}", Path(sysconfig.get_path("purelib")): "site-packages",
               PACKAGE.parent: "<project>", Path.home(): "~"}
-    for place, name in sorted(places.items(), key=lambda item: -len(str(item[0]))):  # inner folders before those that hold them
+    # inner folders before those that hold them
+    for place, name in sorted(places.items(), key=lambda item: -len(str(item[0]))):
         if len(place.parts) > 1:  # a home that is the root of the disk would take away every slash
             text = re.sub(re.escape(json.dumps(str(place))[1:-1]) + r"(?![\w.-])", lambda _, name=name: name, text)
     return text
@@ -302,8 +316,10 @@ def table_view(cells: Sequence[Cell], digits: Any) -> dict[str, Any]:
     columns = list(dict.fromkeys(c.column for c in cells))
     compared = {column: any(c.printed for c in cells if c.column == column) for column in columns}
     places = digits if isinstance(digits, dict) else dict.fromkeys(columns, digits)
-    view: dict[str, Any] = {"columns": [{"name": c, "compared": compared[c]} for c in columns], "measured": [], "published": [],
-                            "compared": any(compared.values()), "width": 1 + sum(3 if compared[c] else 1 for c in columns)}
+    view: dict[str, Any] = {"columns": [{"name": c, "compared": compared[c]} for c in columns], "measured": [],
+                            "published": [],
+                            "compared": any(compared.values()),
+                            "width": 1 + sum(3 if compared[c] else 1 for c in columns)}
     for row in dict.fromkeys(c.row for c in cells):
         own = {c.column: c for c in cells if c.row == row}
         group = "published" if all(c.source == "published" for c in own.values()) else "measured"
@@ -318,7 +334,8 @@ def _cell(cell: Cell | None, digits: int, compared: bool = True) -> dict[str, An
         return {"compared": compared}
     paper, value = cell.paper, cell.paper.value if cell.paper else None
     return {"compared": compared, "predictions": cell.source == "predictions", "std": number(cell.std, digits),
-            "measured": number(cell.measured, digits) or cell.idle or "not measured", "runs": f"n = {cell.n}" if cell.n > 1 else "",
+            "measured": number(cell.measured, digits) or cell.idle or "not measured",
+            "runs": f"n = {cell.n}" if cell.n > 1 else "",
             "values": ", ".join(number(v, digits) for v in cell.values[:20]),
             "printed": "" if not cell.printed else "not reported" if value is None else
             number(value, digits) + (f" ± {number(paper.std, digits)}" if paper.std is not None else ""),
@@ -326,8 +343,8 @@ def _cell(cell: Cell | None, digits: int, compared: bool = True) -> dict[str, An
 
 
 def headline(tables: Sequence[tuple[str, list[Cell], dict[str, Any]]]) -> dict[str, Any] | None:
-    """The measured part of the paper's Table 1, of the table that holds most of it, and for each column how the method stands
-    to the best measured rival; None where nothing of it was measured."""
+    """The measured part of the paper's Table 1, of the table that holds most of it, and for each column how the method
+    stands to the best measured rival; None where nothing of it was measured."""
     found = [(name, record, [c for c in cells if c.paper and c.paper.table == "1" and c.measured is not None])
              for name, cells, record in tables]
     found = [(name, record, cells) for name, record, cells in found if any(c.paper.row == METHOD for c in cells)]
@@ -338,15 +355,19 @@ def headline(tables: Sequence[tuple[str, list[Cell], dict[str, Any]]]) -> dict[s
     best = {column: max(c.measured for c in cells if c.column == column) for column in columns}
     for row in dict.fromkeys(c.row for c in cells):
         own = {c.column: c for c in cells if c.row == row}
-        shown = [{**_cell(own[c], 1), "share": max(0.0, own[c].measured / (best[c] or 1))} if c in own else None for c in columns]
+        shown = [{**_cell(own[c], 1), "share": max(0.0, own[c].measured / (best[c] or 1))} if c in own else None
+                 for c in columns]
         rows.append({"name": row, "method": next(iter(own.values())).paper.row.startswith(METHOD), "cells": shown})
     for column in columns:
         method = [c for c in cells if c.column == column and c.paper.row == METHOD]
         rivals = [c for c in cells if c.column == column and not c.paper.row.startswith(METHOD)]
         rival = max(rivals, key=lambda c: c.measured, default=None)
-        against = f", the best measured rival ({rival.row}) {number(rival.measured, 1)}." if rival else "; no rival was measured."
+        against = "; no rival was measured."
+        if rival:
+            against = f", the best measured rival ({rival.row}) {number(rival.measured, 1)}."
         sentences += [f"{column}: {METHOD} {number(method[0].measured, 1)}{against}"] if method else []
-    return {"table": name, "title": record.get("title") or name, "columns": columns, "rows": rows, "sentences": sentences}
+    return {"table": name, "title": record.get("title") or name, "columns": columns, "rows": rows,
+            "sentences": sentences}
 
 
 # ---------------------------------------------------------------------- HTML
@@ -373,14 +394,16 @@ def _template(name: str, **values: Any) -> str:
 def notebook_body(path: Path, hide: Callable[[str], str] = str) -> str:
     """The cells of an executed notebook as HTML; ``InputError`` for a file that is no notebook.
 
-    ``hide`` changes the file's text before it is read. Only nbconvert's cells are taken, not its page, which loads scripts
-    from a content delivery network; scripts that a cell put out are left to the page's policy, which forbids them.
+    ``hide`` changes the file's text before it is read. Only nbconvert's cells are taken, not its page, which loads
+    scripts from a content delivery network; scripts that a cell put out are left to the page's policy, which forbids
+    them.
     """
     import nbformat
 
     try:
         return _exporter().from_notebook_node(nbformat.reads(hide(path.read_text(encoding="utf-8")), 4))[0]
-    # A notebook may be broken in as many ways as JSON can; nbformat, nbconvert and Jinja each have their own exceptions.
+    # A notebook may be broken in as many ways as JSON can; nbformat, nbconvert and Jinja each have their own
+    # exceptions.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"The executed notebook {path.name} cannot be shown ({reason}); run it again.") from None
@@ -405,11 +428,13 @@ def _exporter():
     class Exporter(nbconvert.HTMLExporter):
         def default_filters(self):
             yield from super().default_filters()
-            yield "markdown2html", lambda source: MarkdownWithMath(Renderer(escape=True, exclude_anchor_links=True)).render(source)
+            yield "markdown2html", lambda source: MarkdownWithMath(Renderer(escape=True,
+                                                                            exclude_anchor_links=True)).render(source)
 
     shown = ["text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/html", "text/plain"]
     settle = "nbconvert.preprocessors.CoalesceStreamsPreprocessor"  # progress bars as a terminal shows them in the end
-    exporter = Exporter(config=Config({"NbConvertBase": {"display_data_priority": shown}, "HTMLExporter": {"preprocessors": [settle]}}),
+    exporter = Exporter(config=Config({"NbConvertBase": {"display_data_priority": shown},
+                                       "HTMLExporter": {"preprocessors": [settle]}}),
                         template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
     exporter.log = logging.getLogger(__name__)
     return exporter

@@ -1,7 +1,8 @@
-"""The explain panel: for every pixel of a few images, which prototype decided it and which support regions that prototype came from.
+"""The explain panel: for every pixel of a few images, which prototype decided it and which support regions that
+prototype came from.
 
-``panel_data`` computes it once, ``write_panel`` saves it as JSON, the report embeds that JSON and a page's script only looks it up.
-What the panel says of a pixel is what :func:`ovdiff_lib.segmentation.explain` says of it.
+``panel_data`` computes it once, ``write_panel`` saves it as JSON, the report embeds that JSON and a page's script only
+looks it up. What the panel says of a pixel is what :func:`ovdiff_lib.segmentation.explain` says of it.
 """
 
 from __future__ import annotations
@@ -35,38 +36,42 @@ MAX_SUPPORT = 3
 """Support regions shown of a prototype, those of most features."""
 
 
-def panel_data(results: Mapping[str, Segmentation] | Sequence[Segmentation], supports: Mapping[str, SupportSet] | Iterable[SupportSet],
-               filters: Filters | None = None, *, caption: str = "", thumbnail: int = 64, longest: int = 640) -> dict[str, Any]:
+def panel_data(results: Mapping[str, Segmentation] | Sequence[Segmentation],
+               supports: Mapping[str, SupportSet] | Iterable[SupportSet],
+               filters: Filters | None = None, *, caption: str = "", thumbnail: int = 64,
+               longest: int = 640) -> dict[str, Any]:
     """What the panel shows of segmented images, as plain data for JSON.
 
     Args:
         results: segmentations that keep their bank (those of ``OVDiff.segment``), by title or in order.
-        supports: the support sets that the prototypes were built from, one for each class that the pre-filter kept in some image;
-            by class name, or the sets themselves.
+        supports: the support sets that the prototypes were built from, one for each class that the pre-filter kept in
+            some image; by class name, or the sets themselves.
         filters: the profile's filter settings; they tell why a class above 1/C was dropped (see
             :func:`~ovdiff_lib.explain.absent_classes`).
         caption: a sentence shown above the panel.
         thumbnail: long side of a support image in the panel, pixels.
         longest: of a larger image so many pixels along the long side are shown, evenly spaced.
 
-    Per image: ``labels``, ``winner`` (index into ``prototypes``) and ``runner_up`` (a label) u16 and ``margin`` u8 in units of ``step``,
-    each (H, W) deflated and in base64, :data:`NONE` where there is none; the picture; and every queried class with the probability
-    that the category pre-filter gave it and why it was dropped. Raises ``InputError`` for a segmentation without its bank and a support
-    set that is missing or does not fit.
+    Per image: ``labels``, ``winner`` (index into ``prototypes``) and ``runner_up`` (a label) u16 and ``margin`` u8 in
+    units of ``step``, each (H, W) deflated and in base64, :data:`NONE` where there is none; the picture; and every
+    queried class with the probability that the category pre-filter gave it and why it was dropped. Raises
+    ``InputError`` for a segmentation without its bank and a support set that is missing or does not fit.
     """
-    titled = dict(results) if isinstance(results, Mapping) else {f"image {i + 1}": result for i, result in enumerate(results)}
+    titled = dict(results) if isinstance(results, Mapping) else {f"image {i}": r for i, r in enumerate(results, 1)}
     sets = supports.values() if isinstance(supports, Mapping) else supports
     pool = _Pool({support.category.name: support for support in sets}, thumbnail)
     images = [_image(title, result, pool, filters, longest) for title, result in titled.items()]
-    return {"format": FORMAT, "caption": caption, "images": images, "prototypes": pool.prototypes, "pictures": pool.pictures}
+    return {"format": FORMAT, "caption": caption, "images": images, "prototypes": pool.prototypes,
+            "pictures": pool.pictures}
 
 
-def chosen_images(shown: Sequence[Sequence[str]], kept: Sequence[Sequence[str]], dropped: int = 1, most: int = 20) -> list[int]:
-    """Numbers of the images worth a panel, ascending, at most ``most``: one for every class, and ``dropped`` in which a class that is there
-    was dropped.
+def chosen_images(shown: Sequence[Sequence[str]], kept: Sequence[Sequence[str]], dropped: int = 1,
+                  most: int = 20) -> list[int]:
+    """Numbers of the images worth a panel, ascending, at most ``most``: one for every class, and ``dropped`` in which a
+    class that is there was dropped.
 
-    ``shown`` and ``kept`` hold for each image the classes it shows and those the pre-filter kept. First come the images with a dropped
-    class; then, for every class that none of the chosen shows, the first image that shows it.
+    ``shown`` and ``kept`` hold for each image the classes it shows and those the pre-filter kept. First come the images
+    with a dropped class; then, for every class that none of the chosen shows, the first image that shows it.
     """
     chosen = [i for i, (there, left) in enumerate(zip(shown, kept, strict=True)) if set(there) - set(left)][:dropped]
     seen = {name for i in chosen for name in shown[i]}
@@ -78,8 +83,8 @@ def chosen_images(shown: Sequence[Sequence[str]], kept: Sequence[Sequence[str]],
 
 
 def write_panel(path: str | Path, data: dict[str, Any]) -> Path:
-    """Write the panel's data (:func:`panel_data`) as JSON, whole or not at all; returns the path. The report embeds every such file in
-    ``<outputs>/explain``."""
+    """Write the panel's data (:func:`panel_data`) as JSON, whole or not at all; returns the path. The report embeds
+    every such file in ``<outputs>/explain``."""
     write_atomic(path, json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode())
     return Path(path)
 
@@ -91,7 +96,8 @@ def read_panel(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError):
         data = None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise InputError(f"The file {Path(path).name} is no explain panel that this version can read; run its notebook again.")
+        raise InputError(f"The file {Path(path).name} is no explain panel that this version can read; run its notebook "
+                         "again.")
     return data
 
 
@@ -110,9 +116,11 @@ class _Pool:
             return NONE
         support = self.supports.get(why.category)
         if support is None:
-            raise InputError(f"The panel needs the support set of {why.category!r}, whose prototypes decided pixels; add it to supports.")
+            raise InputError(f"The panel needs the support set of {why.category!r}, whose prototypes decided pixels; "
+                             "add it to supports.")
         if max(why.images, default=-1) >= len(support):
-            raise InputError(f"The support set of {why.category!r} has {len(support)} images, but its prototypes come from image "
+            raise InputError(f"The support set of {why.category!r} has {len(support)} images, but its prototypes come "
+                             "from image "
                              f"{max(why.images)}; give the set that they were built from.")
         regions = [{"picture": self.picture(support, n), "image": n, "features": int(mask.sum()), "mask": _bits(mask)}
                    for n, mask in list(zip(why.images, why.masks, strict=True))[:MAX_SUPPORT]]
@@ -136,8 +144,10 @@ def _image(title: str, result: Segmentation, pool: _Pool, filters: Filters | Non
     """One image's entry: its maps, its picture, its queried classes."""
     height, width = result.labels.shape
     grid = [max(1, round(side * min(1, longest / max(height, width)))) for side in (height, width)]
-    # The centre of each shown pixel, as nearest-neighbour resizing takes it; the identity for an image that is short enough.
-    rows, columns = (((np.arange(n) + 0.5) * side / n).astype(int) for n, side in zip(grid, (height, width), strict=True))
+    # The centre of each shown pixel, as nearest-neighbour resizing takes it; the identity for an image that is short
+    # enough.
+    rows, columns = (((np.arange(n) + 0.5) * side / n).astype(int)
+                     for n, side in zip(grid, (height, width), strict=True))
     shown = np.ix_(rows, columns)
     labels = result.labels[shown]
     runner_up, margin = _seconds(result.scores[(slice(None), *shown)], labels)
@@ -146,7 +156,8 @@ def _image(title: str, result: Segmentation, pool: _Pool, filters: Filters | Non
     return {"title": title, "size": [height, width], "grid": grid, "picture": _picture(result.image, longest),
             "classes": list(result.class_names), "colours": colours_of(result.class_names).tolist(),
             **{name: _packed(values.astype("<u2")) for name, values in maps.items()},
-            "margin": _packed(np.round(margin / step).astype(np.uint8)), "step": step, "queried": _queried(result, filters)}
+            "margin": _packed(np.round(margin / step).astype(np.uint8)), "step": step,
+            "queried": _queried(result, filters)}
 
 
 def _winners(result: Segmentation, rows: np.ndarray, columns: np.ndarray, pool: _Pool) -> np.ndarray:
@@ -154,14 +165,17 @@ def _winners(result: Segmentation, rows: np.ndarray, columns: np.ndarray, pool: 
     shown = np.ix_(rows, columns)
     pairs = result.winner[:, *shown].reshape(2, -1)
     _, first, inverse = np.unique(pairs, axis=1, return_index=True, return_inverse=True)
-    numbers = [pool.prototype(result.explain(int(rows[p // len(columns)]), int(columns[p % len(columns)]))) for p in first]
+    numbers = [pool.prototype(result.explain(int(rows[p // len(columns)]), int(columns[p % len(columns)])))
+               for p in first]
     if len(pool.prototypes) >= NONE:
-        raise InputError(f"More than {NONE - 1} prototypes decided pixels of these images; put fewer images into one panel.")
+        raise InputError(f"More than {NONE - 1} prototypes decided pixels of these images; put fewer images into one "
+                         "panel.")
     return np.array(numbers)[inverse].reshape(len(rows), len(columns))
 
 
 def _seconds(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The label that came second at each pixel (:data:`NONE` where none was considered) and how far behind, both (H, W)."""
+    """The label that came second at each pixel (:data:`NONE` where none was considered) and how far behind, both (H,
+    W)."""
     own = labels[None]
     first = np.take_along_axis(scores, own, 0)[0].astype(np.float64)
     others = scores.copy()
@@ -173,12 +187,13 @@ def _seconds(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _queried(result: Segmentation, filters: Filters | None) -> list[dict[str, Any]]:
-    """Every queried class, the most probable first: CLIP's probability (None where the pre-filter did not run), and the reason for which
-    it was dropped ("" where it was kept)."""
+    """Every queried class, the most probable first: CLIP's probability (None where the pre-filter did not run), and the
+    reason for which it was dropped ("" where it was kept)."""
     ran = np.isfinite(result.filter_scores).all()
     dropped = {absent.name: absent.reason for absent in absent_classes(result, filters)} if ran else {}
     order = sorted(range(len(result.vocabulary)), key=lambda i: (-float(result.filter_scores[i]) if ran else 0, i))
-    return [{"name": result.vocabulary.names[i], "label": i + 1, "probability": float(f"{result.filter_scores[i]:.3g}") if ran else None,
+    return [{"name": result.vocabulary.names[i], "label": i + 1,
+             "probability": float(f"{result.filter_scores[i]:.3g}") if ran else None,
              "kept": i in result.kept, "reason": dropped.get(result.vocabulary.names[i], "")} for i in order]
 
 

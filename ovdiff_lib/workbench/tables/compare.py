@@ -14,11 +14,12 @@ def compare_tables(a: str | Path, b: str | Path, tolerance: float) -> list[str]:
     """What differs between the tables in the folders ``a`` and ``b``, one sentence for each difference; [] = nothing.
 
     A folder is one of tables, or an outputs folder with a folder ``tables`` in it. Compared are which tables there are,
-    their profile and settings, their cells by row and column, and of each cell where it is from, the number of runs, the
-    paper's value (exactly), and the measured value and its standard deviation: equal within ``tolerance``, in the table's
-    own unit. Of a table that says ``"volatile": True`` in its details (times) no measured number is compared, of one that
-    names columns there (``"volatile": ["seconds"]``) none of these columns. Claims follow from the tables and are passed
-    over. Raises ``InputError`` for a tolerance that is no number from 0 on, a folder without tables, a broken table.
+    their profile and settings, their cells by row and column, and of each cell where it is from, the number of runs,
+    the paper's value (exactly), and the measured value and its standard deviation: equal within ``tolerance``, in the
+    table's own unit. Of a table that says ``"volatile": True`` in its details (times) no measured number is compared,
+    of one that names columns there (``"volatile": ["seconds"]``) none of these columns. Claims follow from the tables
+    and are passed over. Raises ``InputError`` for a tolerance that is no number from 0 on, a folder without tables, a
+    broken table.
     """
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise InputError(f"The tolerance must be a number from 0 on, not {tolerance}.")
@@ -55,7 +56,8 @@ def _differences(first: Path, second: Path, tolerance: float) -> list[str]:
 
 def _cell_differences(a: Cell, b: Cell, tolerance: float) -> list[str]:
     paper = [(c.paper.key, c.paper.value, c.paper.std) if c.paper else None for c in (a, b)]
-    found = [(name, x, y) for name, x, y in (("source", a.source, b.source), ("runs", a.n, b.n), ("paper", *paper)) if x != y]
+    found = [(name, x, y) for name, x,
+             y in (("source", a.source, b.source), ("runs", a.n, b.n), ("paper", *paper)) if x != y]
     for name, x, y in ("measured", a.measured, b.measured), ("std", a.std, b.std):
         near = x == y if x is None or y is None else abs(x - y) <= tolerance
         found += [] if near or tolerance == math.inf else [(name, x, y)]

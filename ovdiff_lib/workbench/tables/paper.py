@@ -18,10 +18,10 @@ PATH = Path(__file__).with_name("paper_results.csv")
 class PaperCell:
     """One cell of one of the paper's tables.
 
-    ``table``, ``row`` and ``column`` are its key, as written in ``paper_results.csv``: "1", "A.4", "fig5", "timing", ...
-    ``value`` is in the table's unit (mIoU in percent for nearly all; ``note`` says it), ``std`` the spread over seeds
-    where the paper gives one. ``value`` is None where the paper prints none: a method that did not report the data set,
-    or a cell of our own (see :meth:`own`).
+    ``table``, ``row`` and ``column`` are its key, as written in ``paper_results.csv``: "1", "A.4", "fig5", "timing",
+    ... ``value`` is in the table's unit (mIoU in percent for nearly all; ``note`` says it), ``std`` the spread over
+    seeds where the paper gives one. ``value`` is None where the paper prints none: a method that did not report the
+    data set, or a cell of our own (see :meth:`own`).
     """
 
     table: str
@@ -53,15 +53,18 @@ def paper_cell(table: str, row: str, column: str) -> PaperCell:
     place = next(n for n in range(3) if not any(key[: n + 1] == given[: n + 1] for key in _cells()))
     legal = sorted({key[place] for key in _cells() if key[:place] == given[:place]})
     near = difflib.get_close_matches(str(given[place]), legal, 1) or legal
-    raise InputError(f"The paper has no {('table', 'row', 'column')[place]} {given[place]!r} (asked for {given}); write "
+    raise InputError(f"The paper has no {('table', 'row', 'column')[place]} {given[place]!r} (asked for {given}); "
+                     "write "
                      f"{' or '.join(map(repr, near))}, or use PaperCell.own for a cell that the paper does not have.")
 
 
 def paper_table(table: str) -> tuple[PaperCell, ...]:
-    """All published cells of a table in the paper's order, those without a value too; ``InputError`` for an unknown one."""
+    """All published cells of a table in the paper's order, those without a value too; ``InputError`` for an unknown
+    one."""
     cells = tuple(cell for cell in _cells().values() if cell.table == table)
     if not cells:
-        raise InputError(f"There is no table {table!r}; write one of {', '.join(dict.fromkeys(k[0] for k in _cells()))}.")
+        raise InputError(f"There is no table {table!r}; write one of "
+                         f"{', '.join(dict.fromkeys(k[0] for k in _cells()))}.")
     return cells
 
 
@@ -69,5 +72,6 @@ def paper_table(table: str) -> tuple[PaperCell, ...]:
 def _cells() -> dict[tuple[str, str, str], PaperCell]:
     read = pandas.read_csv(PATH, dtype=str, keep_default_na=False).replace({"value": {"n/a": ""}, "std": {"n/a": ""}})
     cells = [PaperCell(*key, float(value) if value else None, float(std) if std else None, note)
-             for *key, value, std, note in read[["table", "row", "column", "value", "std", "note"]].itertuples(index=False)]
+             for *key, value, std,
+             note in read[["table", "row", "column", "value", "std", "note"]].itertuples(index=False)]
     return {cell.key: cell for cell in cells}

@@ -1,12 +1,12 @@
 """What the claims about results say, as tests of numbers: greater, about equal, largest drop, grows then flat, linear.
 
-**Noise.** Two cells with runs of the same three or more seeds are compared run by run: the mean of the paired differences,
-with twice its standard error as noise. For all others the noise is twice the largest of the standard deviations over seeds
-that are known: those of the two cells, where they have two or more runs, and that of the reference, OVDiff's own row of
-Table 1 with the same extractors on the same data set. A cell of one run or two may vary more than its own runs show, and
-rows with SD features alone spread more than the ensemble: so neither the cells nor one reference for all would do. Where
-nothing is known it is :data:`TOLERANCE`. A difference up to the noise decides nothing. In a claim of equality it holds up
-to :data:`TOLERANCE`: a larger one within the noise may be one or the other.
+**Noise.** Two cells with runs of the same three or more seeds are compared run by run: the mean of the paired
+differences, with twice its standard error as noise. For all others the noise is twice the largest of the standard
+deviations over seeds that are known: those of the two cells, where they have two or more runs, and that of the
+reference, OVDiff's own row of Table 1 with the same extractors on the same data set. A cell of one run or two may vary
+more than its own runs show, and rows with SD features alone spread more than the ensemble: so neither the cells nor one
+reference for all would do. Where nothing is known it is :data:`TOLERANCE`. A difference up to the noise decides
+nothing. In a claim of equality it holds up to :data:`TOLERANCE`: a larger one within the noise may be one or the other.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Spread:
-    """Standard deviation over seeds (None: not measured) of the reference row ``row`` of Table 1 on the data set ``name``."""
+    """Standard deviation over seeds (None: not measured) of the reference row ``row`` of Table 1 on the data set
+    ``name``."""
 
     name: str
     std: float | None = None
@@ -143,8 +144,8 @@ def small_spread(left: list[Sample], right: list[Sample], spread: Spread) -> Par
 
 
 def largest_drops(left: list[Sample], right: list[Sample], spread: Spread) -> Part:
-    """The first left-hand cell is the whole, each other cell the whole without a part: the left-hand parts cost more than
-    every right-hand part, by more than the noise, and cost something at all."""
+    """The first left-hand cell is the whole, each other cell the whole without a part: the left-hand parts cost more
+    than every right-hand part, by more than the noise, and cost something at all."""
     whole, *named = left
     least = max(named, key=lambda s: s.mean)  # of the named parts the one that costs least
     rival = min(right, key=lambda s: s.mean)
@@ -154,7 +155,8 @@ def largest_drops(left: list[Sample], right: list[Sample], spread: Spread) -> Pa
 
 
 def smaller_gains(left: list[Sample], right: list[Sample], spread: Spread) -> Part:
-    """Cells come in twos, with and without: the gain on the right exceeds every gain on the left by more than the noise."""
+    """Cells come in twos, with and without: the gain on the right exceeds every gain on the left by more than the
+    noise."""
     gains = [[_gain(a, b) for a, b in zip(side[::2], side[1::2], strict=True)] for side in (left, right)]
     return greater(gains[1], gains[0], spread)
 
@@ -174,8 +176,8 @@ def grows_then_flat(left: list[Sample], right: list[Sample], spread: Spread) -> 
 
 
 def linear(left: list[Sample], right: list[Sample], spread: Spread) -> Part | None:
-    """A straight line through the times has an R^2 of at least 0.98, and between the smallest and the largest N time grows
-    by half to twice as much as N. None (cells are missing) with fewer than three N."""
+    """A straight line through the times has an R^2 of at least 0.98, and between the smallest and the largest N time
+    grows by half to twice as much as N. None (cells are missing) with fewer than three N."""
     points = sorted(left, key=lambda s: s.count)
     if len(points) < 3:
         return None
@@ -210,12 +212,15 @@ def _paired(left: Sample, right: Sample) -> bool:
 
 
 def _gain(with_it: Sample, without: Sample) -> Sample:
-    values = tuple(a - b for a, b in zip(with_it.values, without.values, strict=True)) if _paired(with_it, without) else ()
-    std = statistics.stdev(values) if values else max((s.std for s in (with_it, without) if s.std is not None), default=None)
+    values = tuple(a - b for a, b in zip(with_it.values, without.values, strict=True)) if _paired(with_it,
+                                                                                                  without) else ()
+    std = statistics.stdev(values) if values else max((s.std for s in (with_it, without) if s.std is not None),
+                                                      default=None)
     return Sample(f"gain of {with_it.label.split(',')[0]}", with_it.mean - without.mean, values, with_it.seeds, std=std)
 
 
 def _worst(compared: list[Difference], verdict: Callable[[Difference], str]) -> Part:
     texts = [", ".join([str(first), *(d.against() for d in others)])
              for _, (first, *others) in itertools.groupby(compared, key=lambda d: d.left.label)]
-    return Part(min(map(verdict, compared), key=ORDER.index), "; ".join(texts), tuple(dict.fromkeys(d.how for d in compared)))
+    return Part(min(map(verdict, compared), key=ORDER.index), "; ".join(texts),
+                tuple(dict.fromkeys(d.how for d in compared)))

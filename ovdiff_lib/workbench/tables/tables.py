@@ -1,4 +1,5 @@
-"""Tables as data: one CSV row a cell, and beside it Markdown with the paper's value in its own column, and JSON with what was run."""
+"""Tables as data: one CSV row a cell, and beside it Markdown with the paper's value in its own column, and JSON with
+what was run."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from ovdiff_lib.files import write_atomic
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.workbench.tables.paper import PaperCell
 
-COLUMNS = ("table", "row", "column", "measured", "std", "n", "values", "source", "paper", "paper_std", "paper_table", "paper_row",
+COLUMNS = ("table", "row", "column", "measured", "std", "n", "values", "source", "paper", "paper_std", "paper_table",
+           "paper_row",
            "paper_column", "profile", "settings")
 SOURCES, IDLE = ("measured", "published", "predictions"), "idle: "
 STAMP = "The paper's column is from its own data sets and models."
@@ -28,11 +30,11 @@ class Cell:
     """One number of a table.
 
     ``measured`` is the mean of ``n`` runs with sample standard deviation ``std`` (None when n = 1) and ``values`` those
-    runs in the order of their seeds, where they were kept: paired comparisons need them. ``paper`` is the published cell
-    it is set beside, or with ``PaperCell.own`` only its key. ``source``: "measured" here by this code; "published": taken
-    from the paper, not measured (``measured`` is None); "predictions": measured here from a folder of another program's
-    label maps; "idle: WORDS": what the cell is about does not act here, so that a number would only repeat another; the
-    words stand in its place (``measured`` is None).
+    runs in the order of their seeds, where they were kept: paired comparisons need them. ``paper`` is the published
+    cell it is set beside, or with ``PaperCell.own`` only its key. ``source``: "measured" here by this code;
+    "published": taken from the paper, not measured (``measured`` is None); "predictions": measured here from a folder
+    of another program's label maps; "idle: WORDS": what the cell is about does not act here, so that a number would
+    only repeat another; the words stand in its place (``measured`` is None).
 
     Raises ``InputError`` for a cell that contradicts itself and for numbers that are not finite.
     """
@@ -76,8 +78,10 @@ class Cell:
         return self.paper is not None and (self.paper.value is not None or self.source == "published")
 
     @classmethod
-    def of(cls, row: str, column: str, values: Iterable[float], paper: PaperCell | None = None, source: str = "measured") -> Cell:
-        """The cell of several runs: mean, sample standard deviation (n - 1 in the denominator; None for one run), the runs."""
+    def of(cls, row: str, column: str, values: Iterable[float], paper: PaperCell | None = None,
+           source: str = "measured") -> Cell:
+        """The cell of several runs: mean, sample standard deviation (n - 1 in the denominator; None for one run), the
+        runs."""
         values = tuple(float(v) for v in values)
         if not values:
             raise InputError(f"The cell {row!r}, {column!r} has no values; give at least one.")
@@ -85,28 +89,32 @@ class Cell:
         return cls(row, column, statistics.fmean(values), std, len(values), paper, values, source)
 
 
-def write_table(path: str | Path, name: str, cells: list[Cell], profile: Profile, caption: str, digits: int | dict[str, int] = 1, *,
+def write_table(path: str | Path, name: str, cells: list[Cell], profile: Profile, caption: str,
+                digits: int | dict[str, int] = 1, *,
                 title: str = "", details: dict[str, Any] | None = None) -> str:
     """Write ``path`` (.csv), and beside it the Markdown (.md), which is returned, and what was run (.json).
 
-    ``digits``: decimals shown in the Markdown, for all columns or by column ({"images": 0}; others get 1); the CSV keeps
-    six significant digits. ``title``: what it corresponds to ("Table 1"). ``details``: further facts of the run for the
-    JSON, such as {"images": 211, "seeds": [0, 1, 2]}, which the Markdown says at its head ("images" of several data sets:
-    {"voc": 211}). {"volatile": True} says that the numbers differ from run to run (times), {"volatile": ["seconds"]} that
-    those of these columns do: :func:`~ovdiff_lib.workbench.tables.compare.compare_tables` passes them over. Raises
-    ``InputError`` when a cell comes twice.
+    ``digits``: decimals shown in the Markdown, for all columns or by column ({"images": 0}; others get 1); the CSV
+    keeps six significant digits. ``title``: what it corresponds to ("Table 1"). ``details``: further facts of the run
+    for the JSON, such as {"images": 211, "seeds": [0, 1, 2]}, which the Markdown says at its head ("images" of several
+    data sets: {"voc": 211}). {"volatile": True} says that the numbers differ from run to run (times), {"volatile":
+    ["seconds"]} that those of these columns do: :func:`~ovdiff_lib.workbench.tables.compare.compare_tables` passes them
+    over. Raises ``InputError`` when a cell comes twice.
     """
     path, places, details = Path(path), [(c.row, c.column) for c in cells], details or {}
     if twice := sorted({place for place in places if places.count(place) > 1}):
-        raise InputError(f"The table {name} has the cell {twice[0][0]!r}, {twice[0][1]!r} twice; give rows names that differ.")
+        raise InputError(f"The table {name} has the cell {twice[0][0]!r}, {twice[0][1]!r} twice; give rows names that "
+                         "differ.")
     # A notebook runs in its own folder: the longest stem there with which the table's name begins.
     notebook = max((p.stem for p in Path.cwd().glob("*.ipynb") if name.startswith(p.stem)), key=len, default="")
-    record = {"name": name, "title": title, "caption": caption, "digits": digits, "notebook": notebook, "profile": profile.name,
+    record = {"name": name, "title": title, "caption": caption, "digits": digits, "notebook": notebook,
+              "profile": profile.name,
               "settings": profile.digest(), "details": details}
     try:
         text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise InputError(f"The details of the table {name} cannot be written as JSON ({error}); use plain numbers, text and lists."
+        raise InputError(f"The details of the table {name} cannot be written as JSON ({error}); use plain numbers, "
+                         "text and lists."
                          ) from None
     rows = pandas.DataFrame([(name, *_row(cell), profile.name, profile.digest()) for cell in cells], columns=COLUMNS)
     write_atomic(path, rows.to_csv(index=False, lineterminator="\n").encode())
@@ -128,12 +136,14 @@ def read_table(path: str | Path) -> list[Cell]:
     except InputError:
         raise
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} cannot be read as a table of this project ({str(error).splitlines()[0]}); run its notebook again."
+        raise InputError(f"{path} cannot be read as a table of this project ({str(error).splitlines()[0]}); run its "
+                         "notebook again."
                          ) from None
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """What was run (the .json beside the table ``path``); {} where there is no such file, ``InputError`` if it is broken."""
+    """What was run (the .json beside the table ``path``); {} where there is no such file, ``InputError`` if it is
+    broken."""
     path = Path(path).with_suffix(".json")
     if not path.exists():
         return {}
@@ -148,12 +158,14 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 def _row(cell: Cell) -> tuple[Any, ...]:
     paper = cell.paper or PaperCell("", "", "")
-    measured, std, value, spread = ("" if x is None else f"{x:.6g}" for x in (cell.measured, cell.std, paper.value, paper.std))
+    measured, std, value, spread = ("" if x is None else f"{x:.6g}"
+                                    for x in (cell.measured, cell.std, paper.value, paper.std))
     values = " ".join(f"{v:.6g}" for v in cell.values)
     return cell.row, cell.column, measured, std, cell.n, values, cell.source, value, spread, *paper.key
 
 
-def _cell(row: str, column: str, measured: str, std: str, n: str, values: str, source: str, value: str, spread: str, *key: str) -> Cell:
+def _cell(row: str, column: str, measured: str, std: str, n: str, values: str, source: str, value: str, spread: str,
+          *key: str) -> Cell:
     first, second, third, fourth = (float(x) if x else None for x in (measured, std, value, spread))
     paper = PaperCell(*key, third, fourth) if any(key) else None
     return Cell(row, column, first, second, int(n), paper, tuple(map(float, values.split())), source)
@@ -163,11 +175,13 @@ def _grid(cells: list[Cell], digits: int | dict[str, int]) -> str:
     """Rows by columns as Markdown; a column in which the paper prints something has the paper's beside it."""
     table = pandas.DataFrame(index=dict.fromkeys(c.row for c in cells))
     for column in dict.fromkeys(c.column for c in cells):
-        here, places = [c for c in cells if c.column == column], digits.get(column, 1) if isinstance(digits, dict) else digits
+        here, places = [c for c in cells if c.column == column], digits.get(column, 1) if isinstance(digits,
+                                                                                                     dict) else digits
         table[column] = pandas.Series({c.row: _measured(c, places) for c in here})
         if any(c.printed for c in here):
             table[f"{column} (paper, its own data)"] = pandas.Series({c.row: _published(c, places) for c in here})
-    lines = [["", *map(_escape, table.columns)]] + [[_escape(row), *texts] for row, *texts in table.fillna("").itertuples(name=None)]
+    lines = [["", *map(_escape, table.columns)]]
+    lines += [[_escape(row), *texts] for row, *texts in table.fillna("").itertuples(name=None)]
     rule = "|---|" + "---:|" * len(table.columns)
     head, *body = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([head.replace("|  |", "| |", 1), rule, *body])
@@ -195,12 +209,14 @@ def _amount(details: dict[str, Any]) -> str:
     if isinstance(images, dict) and len(set(images.values())) == 1:
         said.append(f"{next(iter(images.values()))} images" + " of each data set" * (len(images) > 1))
     elif isinstance(images, dict) and images:
-        said.append("images: " + ", ".join(f"{number} of {source.partition(':')[0]}" for source, number in images.items()))
+        said.append("images: "
+                    + ", ".join(f"{number} of {source.partition(':')[0]}" for source, number in images.items()))
     elif isinstance(images, int):
         said.append(f"{images} image{'s' * (images != 1)}")
     if isinstance(seeds, (list, tuple)) and seeds:
         run = len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1))
-        said.append(f"seed{'s' * (len(seeds) > 1)} {f'{seeds[0]} to {seeds[-1]}' if run else ', '.join(map(str, seeds))}")
+        said.append(f"seed{'s' * (len(seeds) > 1)} "
+                    f"{f'{seeds[0]} to {seeds[-1]}' if run else ', '.join(map(str, seeds))}")
     text = ", ".join(said)
     return f"{text[0].upper()}{text[1:]}. " if text else ""
 
