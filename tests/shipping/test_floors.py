@@ -27,13 +27,18 @@ MODULES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts).removesuffix("
 
 @functools.cache
 def imports(module: str) -> set[str]:
-    """The package's modules that a module names in an import, wherever in the file it stands; "" is the package itself."""
+    """The package's modules that an import in ``module`` runs, wherever in the file it stands; "" is the package itself.
+
+    Those it names, and the ``__init__`` of the folders they lie in, but for folders that ``module`` lies in, too.
+    """
     found = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         names = [f"{node.module}.{a.name}" for a in node.names] if isinstance(node, ast.ImportFrom) else \
                 [a.name for a in node.names] if isinstance(node, ast.Import) else []
         inside = [name.partition(".")[2] for name in names if name.partition(".")[0] == PACKAGE.name]
         found |= {name if name in MODULES else name.rpartition(".")[0] for name in inside}
+    folders = {name.rsplit(".", n)[0] for name in found for n in range(1, name.count(".") + 1)}
+    found |= {folder for folder in folders if not f"{module}.".startswith(f"{folder}.")}
     return found - {module}
 
 

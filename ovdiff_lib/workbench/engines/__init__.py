@@ -7,6 +7,5 @@ prototypes with either, :func:`~ovdiff_lib.workbench.evaluation.parallel.evaluat
 from ovdiff_lib.workbench.engines.base import Engine, Outcome
 from ovdiff_lib.workbench.engines.local import LocalEngine
 from ovdiff_lib.workbench.engines.ray import RayEngine
-from ovdiff_lib.workbench.evaluation.building import build_classes, processors
 
-__all__ = ["Engine", "LocalEngine", "Outcome", "RayEngine", "build_classes", "processors"]
+__all__ = ["Engine", "LocalEngine", "Outcome", "RayEngine"]
