@@ -1,4 +1,5 @@
-"""From a pixel back to the support regions that decided it (Sec. 4.4, Fig. 4), and from a class that is not there to why (Sec. 3.4)."""
+"""From a pixel back to the support regions that decided it (Sec. 4.4, Fig. 4), and from a class that is not there to
+why (Sec. 3.4)."""
 
 from __future__ import annotations
 
@@ -15,11 +16,13 @@ from ovdiff_lib.types import KINDS, REGIONS, PrototypeBank
 
 BELOW, NOT_AMONG_TOP, NOT_BEST = REASONS = "below 1/C", "not among the top eta", "not in the best combined prompt"
 NOT_TOLD = f"{NOT_AMONG_TOP} or {NOT_BEST}"
-"""Why the category pre-filter dropped a class: its probability, its rank, the prompt of several classes; or one of the latter two."""
+"""Why the category pre-filter dropped a class: its probability, its rank, the prompt of several classes; or one of the
+latter two."""
 
 
 def decided_by(segmentation: Segmentation, bank: PrototypeBank | None = None) -> dict[tuple[str, str], int]:
-    """How many pixels each sort of prototype decided, by (region, kind), all six; a constant background score's pixels are in none.
+    """How many pixels each sort of prototype decided, by (region, kind), all six; a constant background score's pixels
+    are in none.
 
     ``bank`` as in :func:`~ovdiff_lib.segmentation.explain`; default: the one that the segmentation keeps.
     """
@@ -37,8 +40,8 @@ def decided_by(segmentation: Segmentation, bank: PrototypeBank | None = None) ->
 class Activated:
     """A prototype and what it did in an image: it decided ``pixels`` bool (H, W).
 
-    It is row ``index`` of the prototypes of ``category``, of a ``kind`` and ``region``, and was made from the support images ``images``
-    (most pixels first), within ``masks`` bool (len(images), h, w).
+    It is row ``index`` of the prototypes of ``category``, of a ``kind`` and ``region``, and was made from the support
+    images ``images`` (most pixels first), within ``masks`` bool (len(images), h, w).
     """
 
     category: str
@@ -52,7 +55,8 @@ class Activated:
 
 def activated(segmentation: Segmentation, class_name: str, count: int = 3, kinds: Sequence[str] = KINDS,
               bank: PrototypeBank | None = None) -> tuple[Activated, ...]:
-    """The prototypes that decided most pixels of ``class_name``, most first, at most ``count`` of the given ``kinds`` (Fig. 4, middle)."""
+    """The prototypes that decided most pixels of ``class_name``, most first, at most ``count`` of the given ``kinds``
+    (Fig. 4, middle)."""
     if class_name not in segmentation.class_names:
         raise InputError(f"The segmentation has no class {class_name!r}; choose one of {', '.join(segmentation.class_names)}.")
     bank = matched_bank(segmentation, bank)
@@ -72,8 +76,9 @@ def activated(segmentation: Segmentation, class_name: str, count: int = 3, kinds
 
 @dataclass(frozen=True)
 class AbsentClass:
-    """A queried class that the category pre-filter dropped: CLIP's ``probability`` of it among the queried classes, the ``threshold`` 1/C
-    that it had to reach, and the ``reason``: :data:`BELOW`, :data:`NOT_AMONG_TOP`, :data:`NOT_BEST` or :data:`NOT_TOLD`."""
+    """A queried class that the category pre-filter dropped: CLIP's ``probability`` of it among the queried classes, the
+    ``threshold`` 1/C that it had to reach, and the ``reason``: :data:`BELOW`, :data:`NOT_AMONG_TOP`, :data:`NOT_BEST`
+    or :data:`NOT_TOLD`."""
 
     name: str
     probability: float
@@ -84,8 +89,9 @@ class AbsentClass:
 def absent_classes(segmentation: Segmentation, filters: Filters | None = None) -> list[AbsentClass]:
     """The classes that the category pre-filter (Sec. 3.4) dropped, the most probable first; none where it did not run.
 
-    ``filters`` are the settings that the image was segmented with: eta, and whether stuff is judged. Without them every class counts as
-    judged, and of one above 1/C that ranks behind all kept ones it cannot be said whether rank or prompt was the reason.
+    ``filters`` are the settings that the image was segmented with: eta, and whether stuff is judged. Without them every
+    class counts as judged, and of one above 1/C that ranks behind all kept ones it cannot be said whether rank or
+    prompt was the reason.
     """
     probabilities, kinds = segmentation.filter_scores, [c.kind for c in segmentation.vocabulary]
     judged = [i for i, kind in enumerate(kinds) if not (filters is not None and filters.category_keep_stuff and kind == "stuff")]

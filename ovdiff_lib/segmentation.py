@@ -15,11 +15,11 @@ from ovdiff_lib.types import PrototypeBank
 class Explanation:
     """Why a pixel got its label.
 
-    ``class_name`` won with ``score``; ``runner_up`` came second, ``margin`` behind (None if no other class was considered).
-    The deciding prototype is row ``index`` of ``extractor``'s prototypes of ``category`` (for background: the category whose support
-    images it comes from), of a ``kind`` and ``region``. It was made from the support images ``images`` (most pixels first),
-    within ``masks`` bool (len(images), h, w) on the extractor's feature grid. A constant background score has no prototype: these fields
-    are None, ``images`` and ``masks`` empty.
+    ``class_name`` won with ``score``; ``runner_up`` came second, ``margin`` behind (None if no other class was
+    considered). The deciding prototype is row ``index`` of ``extractor``'s prototypes of ``category`` (for background:
+    the category whose support images it comes from), of a ``kind`` and ``region``. It was made from the support images
+    ``images`` (most pixels first), within ``masks`` bool (len(images), h, w) on the extractor's feature grid. A
+    constant background score has no prototype: these fields are None, ``images`` and ``masks`` empty.
     """
 
     row: int
@@ -47,8 +47,8 @@ class Explanation:
 def explain(segmentation: Segmentation, bank: PrototypeBank | None, row: int, column: int) -> Explanation:
     """Explain the label at (row, column) of a segmentation by the bank that it was matched with.
 
-    ``bank`` is the one given to the matching (after the "stuff" filter), of the whole vocabulary or of the kept categories. Raises
-    ``InputError`` for a pixel outside the image or a bank that does not fit.
+    ``bank`` is the one given to the matching (after the "stuff" filter), of the whole vocabulary or of the kept
+    categories. Raises ``InputError`` for a pixel outside the image or a bank that does not fit.
     """
     height, width = segmentation.labels.shape
     if not (0 <= row < height and 0 <= column < width):
@@ -83,7 +83,8 @@ def matched_bank(segmentation: Segmentation, bank: PrototypeBank | None) -> Prot
 
 
 def deciding(segmentation: Segmentation, bank: PrototypeBank, where: tuple[slice, slice] = np.s_[:, :]) -> np.ndarray:
-    """``segmentation.winner`` of the pixels ``where``, once it fits the bank of the kept categories; else ``InputError``."""
+    """``segmentation.winner`` of the pixels ``where``, once it fits the bank of the kept categories; else
+    ``InputError``."""
     rows, labels, winner = bank.prototypes[bank.extractors[0]], segmentation.labels[where], segmentation.winner[:, *where]
     category, row = winner
     for c in np.unique(category[category >= 0]):
@@ -109,11 +110,12 @@ def _second(segmentation: Segmentation, label: int, row: int, column: int) -> tu
 class Segmentation:
     """A segmented image.
 
-    ``image`` u8 (H, W, 3); ``labels`` i32 (H, W), 0 = background, i + 1 = ``vocabulary.categories[i]``; ``kept_scores`` f32
-    (1 + len(kept), H, W) cosine similarities of background and of the categories in ``kept``; ``winner`` i32 (2, H, W)
-    (category, row) of the prototype that decided the pixel, ``bank.prototypes[first extractor][category].vectors[row]``, -1 where a
-    constant did; ``kept`` indices of the categories the pre-filter kept; ``filter_scores`` f32 (C,) its class probabilities; ``bank`` the
-    prototypes it was matched with, after the filters: those of the kept categories.
+    ``image`` u8 (H, W, 3); ``labels`` i32 (H, W), 0 = background, i + 1 = ``vocabulary.categories[i]``; ``kept_scores``
+    f32 (1 + len(kept), H, W) cosine similarities of background and of the categories in ``kept``; ``winner`` i32 (2, H,
+    W) (category, row) of the prototype that decided the pixel, ``bank.prototypes[first
+    extractor][category].vectors[row]``, -1 where a constant did; ``kept`` indices of the categories the pre-filter
+    kept; ``filter_scores`` f32 (C,) its class probabilities; ``bank`` the prototypes it was matched with, after the
+    filters: those of the kept categories.
     """
 
     image: np.ndarray
@@ -132,8 +134,8 @@ class Segmentation:
 
     @property
     def scores(self) -> np.ndarray:
-        """Scores of the whole vocabulary, f32 (C + 1, H, W), -inf for categories that the pre-filter dropped; made at each call, as large
-        as the vocabulary."""
+        """Scores of the whole vocabulary, f32 (C + 1, H, W), -inf for categories that the pre-filter dropped; made at
+        each call, as large as the vocabulary."""
         full = np.full((len(self.vocabulary) + 1, *self.labels.shape), -np.inf, np.float32)
         full[[0, *(k + 1 for k in self.kept)]] = self.kept_scores
         return full

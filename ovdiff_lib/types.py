@@ -1,7 +1,7 @@
 """What flows between the steps of OVDiff: small frozen dataclasses, each the input of the next step.
 
-Symbols used throughout the package: C categories, N support images a category, (H, W) image pixels, (h, w) feature grid,
-D feature channels, P prototypes. Shapes are (H, W) everywhere; images are u8 RGB (H, W, 3).
+Symbols used throughout the package: C categories, N support images a category, (H, W) image pixels, (h, w) feature
+grid, D feature channels, P prototypes. Shapes are (H, W) everywhere; images are u8 RGB (H, W, 3).
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class SupportSet:
         return replace(self, images=self.images[index], attribution=self.attribution[index], seeds=self.seeds[index])
 
     def joined(self, other: SupportSet) -> SupportSet:
-        """This support set followed by the images of another of the same image and map size; category and provenance are this one's."""
+        """This support set followed by the images of another of the same image and map size; category and provenance
+        are this one's."""
         if self.images.shape[1:] != other.images.shape[1:] or self.attribution.shape[1:] != other.attribution.shape[1:]:
             raise InputError(f"Support images of {self.images.shape[1:3]} and {other.images.shape[1:3]} pixels cannot be joined; draw both "
                              "with the same support.image_size.")
@@ -52,7 +53,8 @@ class SupportSet:
 
 @dataclass(frozen=True)
 class ForegroundBackground:
-    """Where the object is and is not in each support image: bool (N, H, W) each, disjoint; pixels in neither are unused.
+    """Where the object is and is not in each support image: bool (N, H, W) each, disjoint; pixels in neither are
+    unused.
 
     ``source`` names for each image what made the masks ("threshold" or the segmenter's name).
     """
@@ -66,10 +68,10 @@ class ForegroundBackground:
 class Prototypes:
     """Prototypes of one category in one extractor's feature space (Eq. 2, 3).
 
-    ``vectors`` f32 (P, D), raw; ``kind`` (P,) of :data:`KINDS`; ``region`` (P,) of :data:`REGIONS`; ``image`` i32 (P,) support image
-    of an instance prototype, else -1; ``cluster`` i32 (P,) part code of a part prototype, else -1; ``assignment`` i16
-    (N, h, w) part code of every support feature: part k of the foreground is k, of the background K + k, unused is -1.
-    Which features a prototype or a region comes from, :meth:`cells_of` and :meth:`cells` say.
+    ``vectors`` f32 (P, D), raw; ``kind`` (P,) of :data:`KINDS`; ``region`` (P,) of :data:`REGIONS`; ``image`` i32 (P,)
+    support image of an instance prototype, else -1; ``cluster`` i32 (P,) part code of a part prototype, else -1;
+    ``assignment`` i16 (N, h, w) part code of every support feature: part k of the foreground is k, of the background K
+    + k, unused is -1. Which features a prototype or a region comes from, :meth:`cells_of` and :meth:`cells` say.
     """
 
     vectors: np.ndarray
@@ -85,7 +87,8 @@ class Prototypes:
     def cells(self, region: str) -> np.ndarray:
         """The support features that made the prototypes of a region: bool (N, h, w).
 
-        ``InputError`` once the part prototypes of the foreground were selected away, and with them which codes are the foreground's.
+        ``InputError`` once the part prototypes of the foreground were selected away, and with them which codes are the
+        foreground's.
         """
         codes = self._part_codes("foreground")
         if not len(codes):  # built without parts: one code a region, the foreground's is 0
@@ -97,8 +100,8 @@ class Prototypes:
         return foreground if region == "foreground" else (self.assignment >= 0) & ~foreground
 
     def cells_of(self, index: int) -> np.ndarray:
-        """The support features whose mean prototype ``index`` is: bool (N, h, w). Of a part those of its cluster, of an instance those of
-        its image's mask, of a class those of all masks. Raises as :meth:`cells`."""
+        """The support features whose mean prototype ``index`` is: bool (N, h, w). Of a part those of its cluster, of an
+        instance those of its image's mask, of a class those of all masks. Raises as :meth:`cells`."""
         if self.kind[index] == "part":
             return self.assignment == self.cluster[index]
         cells = self.cells(str(self.region[index]))
@@ -144,7 +147,8 @@ class PrototypeBank:
         return tuple(self.prototypes)
 
     def restrict(self, kept: Iterable[int]) -> PrototypeBank:
-        """The bank of the categories at the indices ``kept`` alone, in vocabulary order (category pre-filter, Sec. 3.4)."""
+        """The bank of the categories at the indices ``kept`` alone, in vocabulary order (category pre-filter, Sec.
+        3.4)."""
         order = sorted(set(kept))
         vocabulary = Vocabulary(tuple(self.vocabulary.categories[i] for i in order))
         return PrototypeBank(vocabulary, {name: tuple(rows[i] for i in order) for name, rows in self.prototypes.items()})
@@ -154,6 +158,7 @@ class PrototypeBank:
         return self.map(lambda name, index, p: p.select(p.region == "foreground"))
 
     def map(self, function) -> PrototypeBank:
-        """A bank with ``function(extractor, index, prototypes) -> Prototypes`` applied to each category's prototypes."""
+        """A bank with ``function(extractor, index, prototypes) -> Prototypes`` applied to each category's
+        prototypes."""
         return PrototypeBank(self.vocabulary, {
             name: tuple(function(name, i, p) for i, p in enumerate(rows)) for name, rows in self.prototypes.items()})

@@ -1,8 +1,9 @@
 """Step 2b, Sec. 4.1 and App. C.2: dense features of frozen networks.
 
-To add an extractor, write a class with the three members of :class:`Extractor` and one line in :data:`EXTRACTORS`: ``"name": Part(Mine)``,
-where ``Mine(profile)`` builds it. The prototype library's keys hold a hash of the module that defines ``Mine``, so that classes are built
-again after it was edited; ``Part(Mine, version="1")`` puts a version of your own in its place (:class:`~ovdiff_lib.registry.Part`).
+To add an extractor, write a class with the three members of :class:`Extractor` and one line in :data:`EXTRACTORS`:
+``"name": Part(Mine)``, where ``Mine(profile)`` builds it. The prototype library's keys hold a hash of the module that
+defines ``Mine``, so that classes are built again after it was edited; ``Part(Mine, version="1")`` puts a version of
+your own in its place (:class:`~ovdiff_lib.registry.Part`).
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from ovdiff_lib.registry import Part, check_part
 
 
 class Extractor(Protocol):
-    """Phi_v of Sec. 3.3. ``channels`` is D. One that has a true ``any_size`` also takes a list of images u8 (H, W, 3) of several sizes."""
+    """Phi_v of Sec. 3.3. ``channels`` is D. One that has a true ``any_size`` also takes a list of images u8 (H, W, 3)
+    of several sizes."""
 
     name: str
     channels: int
 
     def __call__(self, images: np.ndarray, seeds: np.ndarray) -> torch.Tensor:
-        """Images u8 (n, H, W, 3) of any size, i64 (n,) seeds for what the extractor draws: f32 (n, h, w, D), raw, on the CPU."""
+        """Images u8 (n, H, W, 3) of any size, i64 (n,) seeds for what the extractor draws: f32 (n, h, w, D), raw, on
+        the CPU."""
         ...
 
 
@@ -56,7 +59,8 @@ def check_extractors(profile: Profile) -> None:
 
 @undisturbed()
 def build_extractors(profile: Profile) -> dict[str, Extractor]:
-    """The extractors of ``features.extractors`` by name, in order. Raises ``ProfileError`` and ``ModelNotAvailable``."""
+    """The extractors of ``features.extractors`` by name, in order. Raises ``ProfileError`` and
+    ``ModelNotAvailable``."""
     check_extractors(profile)
     return {name: EXTRACTORS[name](profile) for name in profile.features.extractors}
 

@@ -1,4 +1,5 @@
-"""Stable Diffusion as a feature extractor (App. C.2): cross-attention queries of a UNet that sees the slightly noised image."""
+"""Stable Diffusion as a feature extractor (App. C.2): cross-attention queries of a UNet that sees the slightly noised
+image."""
 
 from __future__ import annotations
 
@@ -25,9 +26,9 @@ QUERY = ".transformer_blocks.0.attn2.to_q"
 class DiffusionExtractor:
     """Queries of ``features.sd_layers``, brought to the latent grid and concatenated in that order.
 
-    An image becomes a square of ``sd_input_size``, is encoded by the VAE, noised to ``sd_timestep`` (tau) and passed through
-    the UNet once, with the empty prompt ("unconditional mode"). The noise is the image's own (``sd_noise: seeded``) or the
-    same for all (``fixed``); features of several ``sd_noise_samples`` are averaged.
+    An image becomes a square of ``sd_input_size``, is encoded by the VAE, noised to ``sd_timestep`` (tau) and passed
+    through the UNet once, with the empty prompt ("unconditional mode"). The noise is the image's own (``sd_noise:
+    seeded``) or the same for all (``fixed``); features of several ``sd_noise_samples`` are averaged.
     """
 
     name = "sd"
@@ -62,8 +63,8 @@ class DiffusionExtractor:
 
     @undisturbed()
     def __call__(self, images: np.ndarray | Sequence[np.ndarray], seeds: np.ndarray) -> torch.Tensor:
-        """Images u8 (n, H, W, 3), or n images u8 (H, W, 3) of any sizes, and one i64 seed an image to queries f32 (n, h, w, D) on the CPU,
-        (h, w) the latent grid."""
+        """Images u8 (n, H, W, 3), or n images u8 (H, W, 3) of any sizes, and one i64 seed an image to queries f32 (n,
+        h, w, D) on the CPU, (h, w) the latent grid."""
         wrong = [i for i in images if i.ndim != 3 or i.shape[-1] != 3 or i.dtype != np.uint8]
         if wrong or len(images) != len(seeds):
             found = f"{wrong[0].dtype} {wrong[0].shape}" if wrong else f"{len(images)} images"
@@ -105,7 +106,8 @@ class DiffusionExtractor:
         return total.div_(len(noises)).cpu()
 
     def _draw(self, seeds: np.ndarray, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise at tau (samples, n, c, h, w) and for the VAE posterior (n, c, h, w), from each image's own generator."""
+        """Noise at tau (samples, n, c, h, w) and for the VAE posterior (n, c, h, w), from each image's own
+        generator."""
         drawn = []
         for seed in seeds:
             generator = torch.Generator("cpu").manual_seed(int(seed) if self.settings.sd_noise == "seeded" else self.settings.seed)
@@ -114,7 +116,8 @@ class DiffusionExtractor:
         return drawn[:-1], drawn[-1]
 
     def _queries_of(self, latents: torch.Tensor) -> torch.Tensor:
-        """Concatenated queries f32 (n, h, w, D) of one UNet call on noised latents f32 (n, c, h, w); it ends at the last layer wanted."""
+        """Concatenated queries f32 (n, h, w, D) of one UNet call on noised latents f32 (n, c, h, w); it ends at the
+        last layer wanted."""
         unet, size = self.pipe.unet, tuple(latents.shape[-2:])
         with captured(self.queries, stop=True) as outputs:
             unet(latents.to(unet.dtype), self.settings.sd_timestep, encoder_hidden_states=self.prompt.expand(len(latents), -1, -1),

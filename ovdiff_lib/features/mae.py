@@ -1,7 +1,8 @@
 """MAE as a feature extractor (Table 2): the keys of its last layer.
 
-Two kinds of weights run through the same code: a folder or hub id of ``ViTMAEModel``, and a ``.pth`` file of the original code (names of
-timm's ViT), which is how the checkpoint pre-trained at 448 pixels, "long_seq_mae", is published (Hu et al., 2022).
+Two kinds of weights run through the same code: a folder or hub id of ``ViTMAEModel``, and a ``.pth`` file of the
+original code (names of timm's ViT), which is how the checkpoint pre-trained at 448 pixels, "long_seq_mae", is published
+(Hu et al., 2022).
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ NOT_ENCODER = ("decoder_", "mask_token")
 """How tensors begin that only pre-training needs."""
 
 HEAD_WIDTH = {1280: 80}
-"""Channels of an attention head by the width of the model, where it is not 64: the weights do not tell. 1280 is ViT-H."""
+"""Channels of an attention head by the width of the model, where it is not 64: the weights do not tell. 1280 is
+ViT-H."""
 
 
 class MaeExtractor(ViTExtractor):
-    """Output of ``k_proj`` of the last layer, heads side by side, no patch hidden; the short side is ``features.mae_input_size``."""
+    """Output of ``k_proj`` of the last layer, heads side by side, no patch hidden; the short side is
+    ``features.mae_input_size``."""
 
     title = "MAE"
 
@@ -49,14 +52,16 @@ class MaeExtractor(ViTExtractor):
         return cls(load_mae(profile), profile.features)
 
     def run(self, pixels: torch.Tensor) -> None:
-        """Through the encoder. Patches are sorted by their "noise" even if none is hidden: rising noise keeps them row by row."""
+        """Through the encoder. Patches are sorted by their "noise" even if none is hidden: rising noise keeps them row
+        by row."""
         count = pixels.shape[-2] // self.patch * (pixels.shape[-1] // self.patch)
         noise = torch.arange(count, dtype=torch.float32, device=pixels.device).expand(len(pixels), -1)
         self.model(pixels, noise=noise, interpolate_pos_encoding=True)
 
 
 def load_mae(profile: Profile) -> ViTMAEModel:
-    """The encoder of ``profile.models.mae`` with mask ratio 0, eval mode, on the device. Raises ``ModelNotAvailable``, ``ProfileError``."""
+    """The encoder of ``profile.models.mae`` with mask ratio 0, eval mode, on the device. Raises ``ModelNotAvailable``,
+    ``ProfileError``."""
     return load_network(profile, "mae", _build)
 
 
@@ -72,7 +77,8 @@ def _build(source: Path | str, device: torch.device, dtype: torch.dtype, options
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """The weights in a file of the original code, under "model" or bare. ``ValueError`` if it holds something else.
 
-    Only tensors and plain containers are unpickled, and the training options that the original code stores beside the weights.
+    Only tensors and plain containers are unpickled, and the training options that the original code stores beside the
+    weights.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -88,7 +94,8 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
 
 
 def from_timm(state: dict[str, torch.Tensor]) -> ViTMAEModel:
-    """``ViTMAEModel`` f32 of any size with the weights of a timm ViT: fused qkv, its bias whole, without the keys' part, or absent.
+    """``ViTMAEModel`` f32 of any size with the weights of a timm ViT: fused qkv, its bias whole, without the keys'
+    part, or absent.
 
     The decoder is left out. Sizes are read from the tensors. ``ValueError`` for what is not such an encoder.
     """

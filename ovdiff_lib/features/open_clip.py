@@ -1,7 +1,7 @@
 """CLIP of the open_clip library as a feature extractor (Table 2): the keys or the tokens of one of its layers.
 
-The same network as in :mod:`~ovdiff_lib.features.clip`, run by the other library. Given a folder of transformers' CLIPModel, its weights
-are converted, and both libraries give the same features at any input size.
+The same network as in :mod:`~ovdiff_lib.features.clip`, run by the other library. Given a folder of transformers'
+CLIPModel, its weights are converted, and both libraries give the same features at any input size.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ DEFAULT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 class OpenClipExtractor(ViTExtractor):
-    """``kind`` "keys": the key third of the fused projection of layer ``features.clip_layer``; "tokens": output of that whole layer.
+    """``kind`` "keys": the key third of the fused projection of layer ``features.clip_layer``; "tokens": output of that
+    whole layer.
 
     The short side is ``features.clip_input_size``, the pixel statistics those of ``features.clip_normalisation``.
     """
@@ -56,7 +57,8 @@ class OpenClipExtractor(ViTExtractor):
         return cls(load_open_clip(profile), profile.features, kind)
 
     def run(self, pixels: torch.Tensor) -> None:
-        """Through the image tower, whose position embeddings have the length of one input size: those of this size take their place."""
+        """Through the image tower, whose position embeddings have the length of one input size: those of this size take
+        their place."""
         grid = (pixels.shape[-2] // self.patch, pixels.shape[-1] // self.patch)
         positions = resize_positions(self.model.positional_embedding, grid)
         torch.func.functional_call(self.model, {"positional_embedding": positions}, (pixels,))
@@ -72,8 +74,8 @@ class OpenClipExtractor(ViTExtractor):
 def resize_positions(positions: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Position embeddings (1 + side^2, D), class token first, for a grid of patches (h, w): (1 + hw, D).
 
-    Bicubic without antialiasing, as transformers does it, so that both libraries agree; open_clip itself, which resizes only when weights
-    are loaded, uses antialiasing.
+    Bicubic without antialiasing, as transformers does it, so that both libraries agree; open_clip itself, which resizes
+    only when weights are loaded, uses antialiasing.
     """
     side = math.isqrt(len(positions) - 1)
     if (side, side) == tuple(grid):
@@ -86,9 +88,9 @@ def resize_positions(positions: torch.Tensor, grid: tuple[int, int]) -> torch.Te
 def load_open_clip(profile: Profile) -> VisionTransformer:
     """The image tower of ``models.open_clip``, eval mode, on the device.
 
-    An architecture of open_clip takes the weights of ``models.open_clip_pretrained``, a tag or a file. With a tag, the activation is that
-    the weights were trained with, QuickGELU or GELU; with a file, it is that of the named architecture ("...-quickgelu" has QuickGELU).
-    Raises ``ModelNotAvailable`` and ``ProfileError``.
+    An architecture of open_clip takes the weights of ``models.open_clip_pretrained``, a tag or a file. With a tag, the
+    activation is that the weights were trained with, QuickGELU or GELU; with a file, it is that of the named
+    architecture ("...-quickgelu" has QuickGELU). Raises ``ModelNotAvailable`` and ``ProfileError``.
     """
     name, weights = profile.models.open_clip, profile.models.open_clip_pretrained
     if not name:
@@ -124,7 +126,8 @@ def _create(source: Path, device: torch.device, dtype: torch.dtype, _options: di
 
 
 def _check_names(architecture: str, weights: str) -> dict:
-    """What open_clip knows of the weights' tag, {} for a file. ``ProfileError`` for a wrong name or a tower that is no plain ViT."""
+    """What open_clip knows of the weights' tag, {} for a file. ``ProfileError`` for a wrong name or a tower that is no
+    plain ViT."""
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg
 
@@ -144,7 +147,8 @@ def _check_names(architecture: str, weights: str) -> dict:
 
 
 def _weights_file(architecture: str, tag: str, trained: dict, download: bool) -> str:
-    """Path of a tag's weights in the caches that open_clip downloads to, or from there. ``ModelNotAvailable`` if they cannot be had."""
+    """Path of a tag's weights in the caches that open_clip downloads to, or from there. ``ModelNotAvailable`` if they
+    cannot be had."""
     import open_clip
     from huggingface_hub import try_to_load_from_cache
 
@@ -169,7 +173,8 @@ def _weights_file(architecture: str, tag: str, trained: dict, download: bool) ->
 
 
 def from_transformers(model: CLIPModel) -> VisionTransformer:
-    """open_clip's image tower of the same sizes with the same weights, f32. ``ValueError`` for an activation open_clip does not have."""
+    """open_clip's image tower of the same sizes with the same weights, f32. ``ValueError`` for an activation open_clip
+    does not have."""
     from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
 
     config, state = model.config.vision_config, model.state_dict()

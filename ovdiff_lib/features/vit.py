@@ -1,4 +1,5 @@
-"""What the extractors that are vision transformers share: the size at which an image is seen, pixel statistics, batches, the patch grid."""
+"""What the extractors that are vision transformers share: the size at which an image is seen, pixel statistics,
+batches, the patch grid."""
 
 from __future__ import annotations
 
@@ -22,11 +23,12 @@ MOST_PATCHES = 16_384
 
 
 class ViTExtractor(ABC):
-    """Features of a frozen ViT, one a patch, raw. A subclass names the ``source``, the module whose output is read, and runs the model.
+    """Features of a frozen ViT, one a patch, raw. A subclass names the ``source``, the module whose output is read, and
+    runs the model.
 
-    The short side becomes ``features.<size_field>``, but a smaller square (a small window) keeps its size; then both sides
-    are multiplied by ``features.vit_scale`` and rounded up to whole patches. Position embeddings are interpolated to that
-    grid, the class token is dropped. Nothing is drawn: seeds have no effect.
+    The short side becomes ``features.<size_field>``, but a smaller square (a small window) keeps its size; then both
+    sides are multiplied by ``features.vit_scale`` and rounded up to whole patches. Position embeddings are interpolated
+    to that grid, the class token is dropped. Nothing is drawn: seeds have no effect.
     """
 
     title: str
@@ -55,7 +57,8 @@ class ViTExtractor(ABC):
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in pixels at which the model sees an image of that size.
 
-        Raises ``InputError`` for an image without pixels and for one that makes more than :data:`MOST_PATCHES`, as elongated ones do.
+        Raises ``InputError`` for an image without pixels and for one that makes more than :data:`MOST_PATCHES`, as
+        elongated ones do.
         """
         given = f"{height} x {width} pixels"
         if height < 1 or width < 1:
@@ -72,10 +75,12 @@ class ViTExtractor(ABC):
 
     @abstractmethod
     def run(self, pixels: torch.Tensor) -> None:
-        """One forward pass of normalised pixels (n, 3, H, W), H and W multiples of the patch, on the model's device and in its dtype."""
+        """One forward pass of normalised pixels (n, 3, H, W), H and W multiples of the patch, on the model's device and
+        in its dtype."""
 
     def features_of(self, output: torch.Tensor) -> torch.Tensor:
-        """(n, 1 + hw, D) from what the source put out, class token first, patches row by row; here the output itself."""
+        """(n, 1 + hw, D) from what the source put out, class token first, patches row by row; here the output
+        itself."""
         return output
 
     def _extract(self, images: np.ndarray, size: tuple[int, int]) -> torch.Tensor:

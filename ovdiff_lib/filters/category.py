@@ -1,7 +1,8 @@
 """Category pre-filter (Sec. 3.4): CLIP decides which categories of the vocabulary an image shows at all.
 
-Single names narrow the vocabulary to at most eta categories; then every non-empty subset of those becomes one prompt, "a and b and c",
-and the prompt most like the image decides. Those are 2^eta - 1 prompts, which :mod:`~ovdiff_lib.networks.clip_text` encodes together.
+Single names narrow the vocabulary to at most eta categories; then every non-empty subset of those becomes one prompt,
+"a and b and c", and the prompt most like the image decides. Those are 2^eta - 1 prompts, which
+:mod:`~ovdiff_lib.networks.clip_text` encodes together.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 class CategoryFilter:
     """Which categories of a vocabulary are in an image, by CLIP.
 
-    ``clip`` and ``tokenizer`` are a transformers ``CLIPModel`` in eval mode and its tokenizer; ``profile.filters`` holds the settings.
-    The result depends on the image, the vocabulary and the profile alone; text embeddings are cached across images.
+    ``clip`` and ``tokenizer`` are a transformers ``CLIPModel`` in eval mode and its tokenizer; ``profile.filters``
+    holds the settings. The result depends on the image, the vocabulary and the profile alone; text embeddings are
+    cached across images.
     """
 
     def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer, profile: Profile) -> None:
@@ -50,9 +52,9 @@ class CategoryFilter:
     def __call__(self, image: np.ndarray, vocabulary: Vocabulary) -> tuple[tuple[int, ...], np.ndarray]:
         """Indices of the kept categories in vocabulary order (never empty), and the class probabilities f32 (C,).
 
-        ``image`` is u8 (H, W, 3). Categories above 1/C stay, at most ``category_top``; of their subsets the one whose joined
-        prompt is most like the image is kept. With ``category_keep_stuff`` things alone are judged, and stuff stays, with probability 1.
-        Raises ``InputError`` for a name that is too long for CLIP.
+        ``image`` is u8 (H, W, 3). Categories above 1/C stay, at most ``category_top``; of their subsets the one whose
+        joined prompt is most like the image is kept. With ``category_keep_stuff`` things alone are judged, and stuff
+        stays, with probability 1. Raises ``InputError`` for a name that is too long for CLIP.
         """
         embedding = self.embed_image(image)
         judged = self._judged(vocabulary)
@@ -76,7 +78,8 @@ class CategoryFilter:
 
     @undisturbed()
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-        """Class probabilities f32 (C,) of an image u8 (H, W, 3): softmax of logit scale x cosine over the vocabulary."""
+        """Class probabilities f32 (C,) of an image u8 (H, W, 3): softmax of logit scale x cosine over the
+        vocabulary."""
         return self._probabilities(self.embed_image(image), vocabulary, self._judged(vocabulary))
 
     @undisturbed()
@@ -118,7 +121,8 @@ class CategoryFilter:
 
 
 def square_image(image: np.ndarray, side: int, crop: str) -> np.ndarray:
-    """An image u8 (H, W, 3) as CLIP's u8 (side, side, 3), bicubic: "squash" ignores the aspect ratio, "centre" cuts the longer side."""
+    """An image u8 (H, W, 3) as CLIP's u8 (side, side, 3), bicubic: "squash" ignores the aspect ratio, "centre" cuts the
+    longer side."""
     height, width = image.shape[:2]
     picture = Image.fromarray(image)
     if crop == "squash":

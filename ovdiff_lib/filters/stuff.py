@@ -1,4 +1,5 @@
-""""Stuff" filter (Sec. 3.4): background prototypes that show what another category calls its foreground; its variants of App. A.2."""
+""""Stuff" filter (Sec. 3.4): background prototypes that show what another category calls its foreground; its variants
+of App. A.2."""
 
 from __future__ import annotations
 
@@ -33,11 +34,13 @@ class StuffFilter:
 
 @undisturbed()
 def filter_stuff(bank: PrototypeBank, settings: Filters) -> PrototypeBank:
-    """The bank without misleading background prototypes; every extractor is judged in its own space. Foreground prototypes stay.
+    """The bank without misleading background prototypes; every extractor is judged in its own space. Foreground
+    prototypes stay.
 
-    As published (``stuff_against`` "stuff"): a thing category loses each whose cosine to any foreground prototype of any
-    stuff category exceeds ``stuff_threshold``; stuff categories lose all of them, or none with ``stuff_background``. With "all"
-    every category loses each that is so similar to any foreground prototype of another category, whatever its kind.
+    As published (``stuff_against`` "stuff"): a thing category loses each whose cosine to any foreground prototype of
+    any stuff category exceeds ``stuff_threshold``; stuff categories lose all of them, or none with
+    ``stuff_background``. With "all" every category loses each that is so similar to any foreground prototype of another
+    category, whatever its kind.
 
     Without ``stuff_parts`` the part prototypes of stuff categories are taken away before. Raises ``InputError`` for
     a category that would be left without foreground prototypes.
@@ -77,7 +80,8 @@ def _without_parts(prototypes: Prototypes, name: str) -> Prototypes:
 
 
 class _Judges:
-    """Unit vectors of several categories, one below the other, so that a category is compared with all the others in a few products."""
+    """Unit vectors of several categories, one below the other, so that a category is compared with all the others in a
+    few products."""
 
     def __init__(self, vectors: dict[int, torch.Tensor]) -> None:
         self.stacked = torch.cat(list(vectors.values())) if vectors else torch.zeros(0, 1, dtype=torch.float32, device="cpu")
@@ -85,7 +89,8 @@ class _Judges:
         self.place = dict(zip(vectors, itertools.pairwise(ends), strict=True))
 
     def nearest(self, vectors: torch.Tensor, index: int) -> torch.Tensor | None:
-        """Highest cosine f32 (p,) of each unit vector (p, D) to any of another category than ``index``; None where there is no other."""
+        """Highest cosine f32 (p,) of each unit vector (p, D) to any of another category than ``index``; None where
+        there is no other."""
         start, stop = self.place.get(index, (0, 0))
         others = [block for part in (self.stacked[:start], self.stacked[stop:]) for block in part.split(BLOCK) if len(block)]
         if not others:

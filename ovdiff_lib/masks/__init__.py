@@ -1,10 +1,10 @@
 """Step 2a, Sec. 3.2: from attribution to foreground and background masks.
 
-A segmenter (the paper's Gamma) proposes masks without knowing any class; :mod:`~ovdiff_lib.masks.select` picks among them by
-attribution (Eq. 1). To add one, write a class with ``name`` and ``propose`` and give it a line in :data:`SEGMENTERS`:
-``"name": Part(Mine)``, where ``Mine(profile)`` builds it. The prototype library's keys hold a hash of the module that defines ``Mine``, so
-that classes are built again after it was edited; ``Part(Mine, version="1")`` puts a version of your own in its place
-(:class:`~ovdiff_lib.registry.Part`).
+A segmenter (the paper's Gamma) proposes masks without knowing any class; :mod:`~ovdiff_lib.masks.select` picks among
+them by attribution (Eq. 1). To add one, write a class with ``name`` and ``propose`` and give it a line in
+:data:`SEGMENTERS`: ``"name": Part(Mine)``, where ``Mine(profile)`` builds it. The prototype library's keys hold a hash
+of the module that defines ``Mine``, so that classes are built again after it was edited; ``Part(Mine, version="1")``
+puts a version of your own in its place (:class:`~ovdiff_lib.registry.Part`).
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from ovdiff_lib.registry import Part, check_part
 class Segmenter(Protocol):
     """Class-agnostic mask proposals for one image. ``name`` says in results what made a mask.
 
-    A segmenter that is faster on several images at a time may also have ``propose_many(images, words)``: images u8 (n, H, W, 3), and a
-    list of what ``propose`` returns for each, up to rounding.
+    A segmenter that is faster on several images at a time may also have ``propose_many(images, words)``: images u8 (n,
+    H, W, 3), and a list of what ``propose`` returns for each, up to rounding.
     """
 
     name: str
 
     def propose(self, image: np.ndarray, words: str) -> np.ndarray:
-        """bool (M, H, W), M >= 0 proposals that may overlap, for a u8 RGB image (H, W, 3). The background is not among them.
+        """bool (M, H, W), M >= 0 proposals that may overlap, for a u8 RGB image (H, W, 3). The background is not among
+        them.
 
         ``words`` name what the image was drawn for; only a segmenter guided by text reads them.
         """

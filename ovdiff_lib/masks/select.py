@@ -1,4 +1,5 @@
-"""Eq. 1: among mask proposals, the one with the highest average attribution is foreground, the one with the lowest background."""
+"""Eq. 1: among mask proposals, the one with the highest average attribution is foreground, the one with the lowest
+background."""
 
 from __future__ import annotations
 
@@ -18,10 +19,12 @@ TOGETHER = 8
 
 
 def select(proposals: np.ndarray, attribution: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eq. 1: foreground and background, bool (H, W), from proposals bool (M, H, W) and their mean attribution, f32 (H, W).
+    """Eq. 1: foreground and background, bool (H, W), from proposals bool (M, H, W) and their mean attribution, f32 (H,
+    W).
 
     What no proposal covers is one more mask (the paper's "including a mask for the background"). Where the two chosen
-    masks overlap the pixel is foreground. Both are empty without a proposal; one that covers the image has no background.
+    masks overlap the pixel is foreground. Both are empty without a proposal; one that covers the image has no
+    background.
     """
     if not proposals.any():
         empty = np.zeros(attribution.shape, dtype=bool)
@@ -42,7 +45,8 @@ def mean_attribution(masks: np.ndarray, attribution: np.ndarray) -> np.ndarray:
 
 
 def separate(proposals: np.ndarray, attribution: np.ndarray) -> np.ndarray:
-    """Proposals bool (M, H, W) made disjoint: a pixel of several stays with the one of highest mean attribution as a whole."""
+    """Proposals bool (M, H, W) made disjoint: a pixel of several stays with the one of highest mean attribution as a
+    whole."""
     proposals = proposals[proposals.any(axis=(1, 2))]
     order = np.argsort(-mean_attribution(proposals, attribution), kind="stable")
     ranked = proposals[order]
@@ -64,8 +68,8 @@ def check_masks(settings: Masks) -> None:
 def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | None = None) -> ForegroundBackground:
     """Masks of every support image, bool (N, H, W) at the images' size, by Eq. 1 among what the segmenter proposes.
 
-    Where it proposes nothing, thresholds on the attribution decide (``masks.fallback``; App. C.5: multi-Otsu), and the image's
-    ``source`` is "threshold". ``segmenter`` defaults to the one that ``masks.segmenter`` names.
+    Where it proposes nothing, thresholds on the attribution decide (``masks.fallback``; App. C.5: multi-Otsu), and the
+    image's ``source`` is "threshold". ``segmenter`` defaults to the one that ``masks.segmenter`` names.
     """
     from tqdm import tqdm
 
@@ -98,7 +102,8 @@ def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | Non
 
 
 def proposals(segmenter: Segmenter, images: np.ndarray, words: str) -> Iterator[np.ndarray]:
-    """What ``segmenter`` proposes for each of the images u8 (N, H, W, 3), :data:`TOGETHER` at a time where it has ``propose_many``."""
+    """What ``segmenter`` proposes for each of the images u8 (N, H, W, 3), :data:`TOGETHER` at a time where it has
+    ``propose_many``."""
     several = getattr(segmenter, "propose_many", None)
     for start in range(0, len(images), TOGETHER if several else 1):
         with undisturbed():
@@ -107,7 +112,8 @@ def proposals(segmenter: Segmenter, images: np.ndarray, words: str) -> Iterator[
 
 
 def _thresholds(attribution: np.ndarray, chosen: list[int], settings: Masks) -> tuple[np.ndarray, np.ndarray]:
-    """Foreground and background of the maps at the indices ``chosen``; thresholds of the whole set are those of all maps."""
+    """Foreground and background of the maps at the indices ``chosen``; thresholds of the whole set are those of all
+    maps."""
     if settings.fallback == "fixed":
         return fixed_thresholds(attribution[chosen], settings.fallback_foreground, settings.fallback_background)
     if settings.threshold_scope == "set":

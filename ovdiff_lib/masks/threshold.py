@@ -1,4 +1,5 @@
-"""Multi-level thresholding of attribution maps (App. C.5): what is left when a segmenter proposes nothing, and "-CutLER"."""
+"""Multi-level thresholding of attribution maps (App. C.5): what is left when a segmenter proposes nothing, and
+"-CutLER"."""
 
 from __future__ import annotations
 
@@ -30,9 +31,10 @@ def multi_otsu(attribution: np.ndarray, classes: int = 3, scope: str = "image",
                foreground_levels: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Foreground and background of attribution maps f32 (n, h, w): bool (n, h, w) each, disjoint.
 
-    Multi-Otsu (Liao, Chen and Chung, 2001) splits the values into ``classes`` levels, of each map or (``scope`` "set") of all together;
-    the top ``foreground_levels`` are foreground, the bottom one is background. Values in fewer bins than there are classes are
-    split in two at the middle of their range; a constant map says nothing, so both its masks are empty.
+    Multi-Otsu (Liao, Chen and Chung, 2001) splits the values into ``classes`` levels, of each map or (``scope`` "set")
+    of all together; the top ``foreground_levels`` are foreground, the bottom one is background. Values in fewer bins
+    than there are classes are split in two at the middle of their range; a constant map says nothing, so both its masks
+    are empty.
     """
     check_multi_otsu(classes, foreground_levels)
     if not np.isfinite(attribution).all():
@@ -47,8 +49,9 @@ def multi_otsu(attribution: np.ndarray, classes: int = 3, scope: str = "image",
 def fixed_thresholds(attribution: np.ndarray, foreground_above: float, background_below: float) -> tuple[np.ndarray, np.ndarray]:
     """Foreground and background of attribution maps f32 (n, h, w): bool (n, h, w) each, disjoint.
 
-    Each map is min-max scaled; foreground is what lies above the first threshold, background what lies below the second. A constant map
-    has neither. Raises ``ProfileError`` unless 0 <= ``background_below`` <= ``foreground_above`` <= 1.
+    Each map is min-max scaled; foreground is what lies above the first threshold, background what lies below the
+    second. A constant map has neither. Raises ``ProfileError`` unless 0 <= ``background_below`` <= ``foreground_above``
+    <= 1.
     """
     check_fixed(foreground_above, background_below)
     if not np.isfinite(attribution).all():

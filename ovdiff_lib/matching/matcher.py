@@ -1,7 +1,8 @@
 """Step 3b, Sec. 3.4: windows of the image against the prototypes of the kept categories (Eq. 4).
 
-Per extractor and window: cosine of every feature with every prototype, the maximum over each class's prototypes, bilinear to the window.
-Then the mean over extractors, over the windows of a scale that cover a pixel, and over scales; last, PAMR where the profile asks for it.
+Per extractor and window: cosine of every feature with every prototype, the maximum over each class's prototypes,
+bilinear to the window. Then the mean over extractors, over the windows of a scale that cover a pixel, and over scales;
+last, PAMR where the profile asks for it.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def _sizes(settings: Matching) -> list[int]:
 
 @dataclass(frozen=True)
 class _ClassRows:
-    """Prototypes of one bank in one extractor, L2-normalised, one entry a class, background first (None without any)."""
+    """Prototypes of one bank in one extractor, L2-normalised, one entry a class, background first (None without
+    any)."""
 
     vectors: list[torch.Tensor | None]  # f32 (p, D)
     index: list[np.ndarray]  # i64 (p, 2) the category of each vector and its row there
@@ -86,8 +88,8 @@ class _Window:
 class Matcher:
     """Scores of every class at every pixel of an image, by cosine similarity to prototypes.
 
-    ``extractors`` are :data:`~ovdiff_lib.features.EXTRACTORS` objects by name; more than one make an ensemble. Settings are
-    ``profile.matching``. A score depends on the image, the bank and the profile alone.
+    ``extractors`` are :data:`~ovdiff_lib.features.EXTRACTORS` objects by name; more than one make an ensemble. Settings
+    are ``profile.matching``. A score depends on the image, the bank and the profile alone.
     """
 
     def __init__(self, extractors: dict[str, Any], profile: Profile) -> None:
@@ -100,14 +102,16 @@ class Matcher:
 
     @undisturbed()
     def scores(self, image: np.ndarray, bank: PrototypeBank) -> tuple[np.ndarray, np.ndarray]:
-        """Scores f32 (C + 1, H, W) of an image u8 (H, W, 3) against C categories, and which prototype decided each pixel.
+        """Scores f32 (C + 1, H, W) of an image u8 (H, W, 3) against C categories, and which prototype decided each
+        pixel.
 
         Class 0 is background, by the background prototypes of all categories; without any it scores the constant
         ``matching.background_threshold``, -inf where the filters removed all of them, and ``InputError`` if neither was
         asked for. Where no score exceeds ``matching.minimum_score`` background gets the highest, and so the pixel.
 
-        The prototype is a pair (category, row), i32 (2, H, W): ``bank.prototypes[first extractor][category].vectors[row]``,
-        of the winning class the one with the highest cosine in any window over the pixel; -1 where a constant decided.
+        The prototype is a pair (category, row), i32 (2, H, W): ``bank.prototypes[first
+        extractor][category].vectors[row]``, of the winning class the one with the highest cosine in any window over the
+        pixel; -1 where a constant decided.
         """
         opened = self._open(image, bank)
         self._score_all(opened.windows)
@@ -224,7 +228,8 @@ class Matcher:
             image.cover[window.scale][top : top + height, left : left + width] += 1
 
     def _match(self, features: torch.Tensor, rows: _ClassRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Highest cosine f32 (n, C + 1, h, w) of every feature (n, h, w, D) to each class and its row i64; 0 and -1 without prototypes."""
+        """Highest cosine f32 (n, C + 1, h, w) of every feature (n, h, w, D) to each class and its row i64; 0 and -1
+        without prototypes."""
         n, h, w, channels = features.shape
         if channels != rows.vectors[1].shape[1]:
             raise InputError(f"The prototypes have {rows.vectors[1].shape[1]} channels but the image features {channels}; "
@@ -245,8 +250,8 @@ class Matcher:
 
     @staticmethod
     def _winner(labels: np.ndarray, seen: list, rows: _ClassRows, resized: tuple[int, int]) -> np.ndarray:
-        """Of all windows over a pixel, the prototype with the highest cosine within the class that won the pixel: (category, row), i32
-        (2, H, W)."""
+        """Of all windows over a pixel, the prototype with the highest cosine within the class that won the pixel:
+        (category, row), i32 (2, H, W)."""
         best, argument = np.full(labels.shape, -np.inf, np.float32), np.full(labels.shape, -1)
         centre = [((np.arange(n) + 0.5) * r / n).astype(int) for n, r in zip(labels.shape, resized, strict=True)]
         for (top, left, height, width), values, arguments in seen:

@@ -1,7 +1,8 @@
-"""PAMR, pixel-adaptive mask refinement (Araslanov and Roth, CVPR 2020): scores flow between neighbours of similar colour.
+"""PAMR, pixel-adaptive mask refinement (Araslanov and Roth, CVPR 2020): scores flow between neighbours of similar
+colour.
 
-The paper's "(+PAMR)" rows (Table 1). Each pixel looks at its 8 neighbours at every dilation; how alike they are in colour is computed
-once, as weights that sum to 1, and the scores are averaged with them several times.
+The paper's "(+PAMR)" rows (Table 1). Each pixel looks at its 8 neighbours at every dilation; how alike they are in
+colour is computed once, as weights that sum to 1, and the scores are averaged with them several times.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ BLOCK_VALUES = 2**20
 def pamr(image: np.ndarray, scores: torch.Tensor, iterations: int = 10, dilations: Sequence[int] = DILATIONS) -> torch.Tensor:
     """Scores f32 (C, H, W) refined by an image (H, W, 3), u8 or f32 of any range, on the device of ``scores``.
 
-    Results are convex combinations of a class's scores, whatever the image's brightness and contrast; -inf everywhere stays so.
+    Results are convex combinations of a class's scores, whatever the image's brightness and contrast; -inf everywhere
+    stays so.
     """
     weights = affinity(image, dilations, scores.device)
     alive = ~torch.isneginf(scores).flatten(1).all(1)  # 0 x -inf is NaN
@@ -45,8 +47,9 @@ def pamr(image: np.ndarray, scores: torch.Tensor, iterations: int = 10, dilation
 def affinity(image: np.ndarray, dilations: Sequence[int] = DILATIONS, device: torch.device | str = "cpu") -> torch.Tensor:
     """Weights f32 (8 x dilations, H, W) of each pixel's neighbours, which sum to 1.
 
-    Softmax over the neighbours of the mean over channels of -abs(x_p - x_q) / (1e-8 + 0.1 sigma_p), with sigma_p the unbiased
-    standard deviation over the 3 x 3 positions of every dilation, the centre counted with each. Beyond its border the image repeats it.
+    Softmax over the neighbours of the mean over channels of -abs(x_p - x_q) / (1e-8 + 0.1 sigma_p), with sigma_p the
+    unbiased standard deviation over the 3 x 3 positions of every dilation, the centre counted with each. Beyond its
+    border the image repeats it.
     """
     x = torch.from_numpy(np.ascontiguousarray(image)).to(device, torch.float32).permute(2, 0, 1).contiguous()
     count = 9 * len(dilations)

@@ -17,7 +17,8 @@ Box = tuple[int, int, int, int]  # top, left, height, width in the resized image
 
 
 def scales(shape: tuple[int, int], settings: Matching) -> list[tuple[int, list[Box]]]:
-    """The windows of a resized image of ``shape`` (H, W): of each scale the side at which they are looked at and where they lie.
+    """The windows of a resized image of ``shape`` (H, W): of each scale the side at which they are looked at and where
+    they lie.
 
     With ``whole_image`` the image as a whole, squashed, is one more scale.
     """
@@ -43,8 +44,8 @@ def crop(resized: np.ndarray, box: Box, side: int) -> np.ndarray:
 def windows(shape: tuple[int, int], size: int, stride: int) -> list[tuple[int, int, int]]:
     """Square windows (top, left, size) that cover an image of ``shape`` (H, W), row by row.
 
-    ceil((L - size) / stride) + 1 windows along a side of length L; the last is shifted back to end at the image's border, as in
-    mmsegmentation's sliding inference. ``size`` must not exceed either side, nor ``stride`` the size.
+    ceil((L - size) / stride) + 1 windows along a side of length L; the last is shifted back to end at the image's
+    border, as in mmsegmentation's sliding inference. ``size`` must not exceed either side, nor ``stride`` the size.
     """
     if not 0 < size <= min(shape):
         raise InputError(f"A window of {size} pixels does not fit in an image of {shape[0]} x {shape[1]}; use a smaller window.")
@@ -55,8 +56,8 @@ def windows(shape: tuple[int, int], size: int, stride: int) -> list[tuple[int, i
 
 
 def window_seeds(seed: int, image: np.ndarray, count: int) -> np.ndarray:
-    """Noise seeds i64 (count,) of an image's windows: from its pixels u8 (H, W, 3) and the window's number, never from the order images
-    come in."""
+    """Noise seeds i64 (count,) of an image's windows: from its pixels u8 (H, W, 3) and the window's number, never from
+    the order images come in."""
     digest = hashlib.sha256(f"{seed}:{image.shape}:".encode() + np.ascontiguousarray(image).tobytes()).digest()
     # 63 bits: torch, NumPy and int64 arrays all take them.
     drawn = [int.from_bytes(hashlib.sha256(digest + str(i).encode()).digest()[:8], "big") >> 1 for i in range(count)]

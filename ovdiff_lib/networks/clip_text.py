@@ -1,8 +1,8 @@
 """CLIP embeddings of many texts that begin alike, as the joined prompts of the category filter do (Sec. 3.4).
 
-Each text attends to its own earlier tokens only and is read at its end token. So texts with a common beginning can share the computation
-of it: sorted texts form a tree of tokens, whose branches are laid side by side in one row, with positions and an attention mask that show
-each token its ancestors. The result is that of encoding every text alone.
+Each text attends to its own earlier tokens only and is read at its end token. So texts with a common beginning can
+share the computation of it: sorted texts form a tree of tokens, whose branches are laid side by side in one row, with
+positions and an attention mask that show each token its ancestors. The result is that of encoding every text alone.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ CACHED_TEXTS = 2**15
 """Text embeddings kept across images (67 MB at 512 channels)."""
 
 WIDTH = 96
-"""Tokens of a packed row, or the length of a text where that is more. Each row begins with a text as a whole, so few long rows repeat
-less than many short ones, but attention has more to hide."""
+"""Tokens of a packed row, or the length of a text where that is more. Each row begins with a text as a whole, so few
+long rows repeat less than many short ones, but attention has more to hide."""
 
 ROWS = 32
 """Packed rows per forward pass of the text tower."""
@@ -90,7 +90,8 @@ class TextEncoder:
         return [self._free.pop() for _ in range(count)]
 
     def _tokens(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text, from start to end token. CLIP's tokens never span a space, so each word is looked up alone, once."""
+        """Token ids of a text, from start to end token. CLIP's tokens never span a space, so each word is looked up
+        alone, once."""
         words = text.split(" ")
         for word in words:
             if word not in self._words:
@@ -116,9 +117,9 @@ def check_finite(embedding: torch.Tensor) -> torch.Tensor:
 def pack(sequences: Sequence[tuple[int, ...]], width: int) -> tuple[list[Row], np.ndarray]:
     """Token sequences as prefix trees in rows of at most ``width`` tokens.
 
-    Returns the rows, each (tokens, positions, last): a token's descendants are those behind it up to column ``last``, so token i sees
-    token j if j <= i <= last[j]. And for every sequence the row and column of its last token, i64 (n, 2). Every sequence has 1 to
-    ``width`` tokens.
+    Returns the rows, each (tokens, positions, last): a token's descendants are those behind it up to column ``last``,
+    so token i sees token j if j <= i <= last[j]. And for every sequence the row and column of its last token, i64 (n,
+    2). Every sequence has 1 to ``width`` tokens.
     """
     rows: list[Row] = []
     place = np.zeros((len(sequences), 2), np.int64)
@@ -149,7 +150,8 @@ def pack(sequences: Sequence[tuple[int, ...]], width: int) -> tuple[list[Row], n
 
 
 def encode(clip: CLIPModel, rows: Sequence[Row], place: np.ndarray) -> torch.Tensor:
-    """Projected embeddings (n, E), on the model's device and in its dtype, of the texts that end at ``place`` i64 (n, 2) in packed rows."""
+    """Projected embeddings (n, E), on the model's device and in its dtype, of the texts that end at ``place`` i64 (n,
+    2) in packed rows."""
     text, weight = clip.text_model, clip.text_projection.weight
     ends = torch.empty(len(place), weight.shape[1], dtype=weight.dtype, device=weight.device)
     for start in range(0, len(rows), ROWS):
@@ -188,8 +190,8 @@ def _hidden_ends(text: torch.nn.Module, rows: Sequence[Row], place: np.ndarray) 
 
 
 def _layer_at(layer: torch.nn.Module, hidden: torch.Tensor, mask: torch.Tensor, asking: torch.Tensor) -> torch.Tensor:
-    """A layer of CLIP's text tower on hidden states (B, W, D) under a mask (B, 1, W, W), at the columns ``asking`` i64 (B, m) alone:
-    (B, m, D)."""
+    """A layer of CLIP's text tower on hidden states (B, W, D) under a mask (B, 1, W, W), at the columns ``asking`` i64
+    (B, m) alone: (B, m, D)."""
     attention, every = layer.self_attn, torch.arange(len(hidden), dtype=torch.long, device=hidden.device)[:, None]
     normed = layer.layer_norm1(hidden)
 

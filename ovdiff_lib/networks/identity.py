@@ -15,7 +15,8 @@ _file_hashes: dict[tuple[str, int, int], str] = {}
 
 
 def resolve_model(identifier: str) -> Path | str:
-    """The folder of ``package:NAME`` or of a path, a weights file, or the hub id itself. Raises ``ModelNotAvailable`` if it is missing."""
+    """The folder of ``package:NAME`` or of a path, a weights file, or the hub id itself. Raises ``ModelNotAvailable``
+    if it is missing."""
     if identifier.startswith(PACKAGE):
         folder = SHIPPED / identifier.removeprefix(PACKAGE)
         if not folder.is_dir():
@@ -32,7 +33,8 @@ def resolve_model(identifier: str) -> Path | str:
 
 
 def model_identity(identifier: str) -> str:
-    """What tells one set of weights from another: a hash of the folder's weight and config files, or hub id and revision.
+    """What tells one set of weights from another: a hash of the folder's weight and config files, or hub id and
+    revision.
 
     Hashes are kept per (path, mtime, size), so asking again reads no file twice.
     """

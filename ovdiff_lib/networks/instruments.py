@@ -1,4 +1,5 @@
-"""How a network is run: undisturbed by the caller's settings and other threads, in batches, with the outputs of its layers kept."""
+"""How a network is run: undisturbed by the caller's settings and other threads, in batches, with the outputs of its
+layers kept."""
 
 from __future__ import annotations
 
@@ -20,11 +21,12 @@ PRECISION = ((torch.backends.cuda.matmul, "ieee"), (torch.backends.cudnn.conv, "
 def undisturbed() -> Iterator[None]:
     """One thread at a time, with PyTorch as it comes: results depend on no other thread and on nothing the caller set.
 
-    Whoever loads or runs a network does it in here, as a ``with`` block or by decorating a function, because networks are
-    shared by all objects of a process, and their hooks, schedulers and tokenizers change while they run. Inside there are
-    no gradients, inference mode or autocast; the default dtype is float32, the default device the CPU, and float32 is
-    computed as such. All of it is as before afterwards. May be nested; never ``yield`` from inside. Whether algorithms are
-    deterministic stays the caller's choice: on a CPU it changes nothing, and on a GPU it was made on purpose.
+    Whoever loads or runs a network does it in here, as a ``with`` block or by decorating a function, because networks
+    are shared by all objects of a process, and their hooks, schedulers and tokenizers change while they run. Inside
+    there are no gradients, inference mode or autocast; the default dtype is float32, the default device the CPU, and
+    float32 is computed as such. All of it is as before afterwards. May be nested; never ``yield`` from inside. Whether
+    algorithms are deterministic stays the caller's choice: on a CPU it changes nothing, and on a GPU it was made on
+    purpose.
     """
     with _lock, contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():  # its tensors could not be changed later, outside of it

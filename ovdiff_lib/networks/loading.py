@@ -1,7 +1,8 @@
 """The frozen networks, each loaded once.
 
 A model is named by a folder, a hub id, or ``package:NAME`` (weights that ship in ``ovdiff_lib/mini/weights/NAME``).
-Whatever the model libraries raise while loading becomes :class:`~ovdiff_lib.errors.ModelNotAvailable` here and nowhere else.
+Whatever the model libraries raise while loading becomes :class:`~ovdiff_lib.errors.ModelNotAvailable` here and nowhere
+else.
 """
 
 from __future__ import annotations
@@ -39,22 +40,25 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 LIBRARIES = {"diffusers": "diffusers", "transformers": "transformers", "open_clip": "open_clip_torch", "torchvision": "torchvision",
              "timm": "timm"}
-"""Module -> distribution of the libraries whose networks are loaded, and read at layers whose names they do not promise to keep."""
+"""Module -> distribution of the libraries whose networks are loaded, and read at layers whose names they do not promise
+to keep."""
 
 _loaded: dict[tuple, Any] = {}
 
 
 def load_diffusion(profile: Profile) -> StableDiffusionPipeline:
-    """The Stable Diffusion pipeline of ``profile.models.diffusion``: eval mode, on the device, no safety checker, no progress bar.
+    """The Stable Diffusion pipeline of ``profile.models.diffusion``: eval mode, on the device, no safety checker, no
+    progress bar.
 
-    The scheduler is DPM-Solver++ of order 2 (App. C.5) over the noise schedule the pipeline was trained with. The same object
-    is returned for the same folder, device and dtype. Raises ``ModelNotAvailable`` and ``ProfileError``.
+    The scheduler is DPM-Solver++ of order 2 (App. C.5) over the noise schedule the pipeline was trained with. The same
+    object is returned for the same folder, device and dtype. Raises ``ModelNotAvailable`` and ``ProfileError``.
     """
     return _cached("diffusion", _build_diffusion, profile.models.diffusion, profile)
 
 
 def load_clip(profile: Profile) -> tuple[CLIPModel, CLIPTokenizer]:
-    """CLIP and its tokenizer of ``profile.models.clip``, eval mode, on the device; cached like :func:`load_diffusion`."""
+    """CLIP and its tokenizer of ``profile.models.clip``, eval mode, on the device; cached like
+    :func:`load_diffusion`."""
     return _cached("clip", _build_clip, profile.models.clip, profile)
 
 
@@ -65,11 +69,13 @@ def load_dino(profile: Profile) -> ViTModel:
 
 def load_network(profile: Profile, name: str, build: Callable[[Path | str, torch.device, torch.dtype, dict], Any], *,
                  source: str = "", variant: str = "") -> Any:
-    """What ``build(source, device, dtype, options)`` makes of ``profile.models.<name>``; cached like :func:`load_diffusion`.
+    """What ``build(source, device, dtype, options)`` makes of ``profile.models.<name>``; cached like
+    :func:`load_diffusion`.
 
-    ``build`` gets a folder, a file or a hub id, and keyword arguments for ``from_pretrained``. Give ``source`` where the weights are not
-    under the field's own identifier, and ``variant`` where the same weights make different networks. Raises ``ProfileError`` if the field
-    is empty and ``ModelNotAvailable`` for whatever the libraries raise, and for a model of another architecture than the field's.
+    ``build`` gets a folder, a file or a hub id, and keyword arguments for ``from_pretrained``. Give ``source`` where
+    the weights are not under the field's own identifier, and ``variant`` where the same weights make different
+    networks. Raises ``ProfileError`` if the field is empty and ``ModelNotAvailable`` for whatever the libraries raise,
+    and for a model of another architecture than the field's.
     """
     identifier = getattr(profile.models, name)
     if not identifier:
@@ -80,7 +86,8 @@ def load_network(profile: Profile, name: str, build: Callable[[Path | str, torch
 def last_attention(model: ViTModel | ViTMAEModel) -> torch.nn.Module:
     """Attention of the last layer of a ViT of transformers, with the projections ``q_proj``, ``k_proj`` and ``v_proj``.
 
-    It reads the layer-normed stream (pre-norm). The library does not promise these names: ``ModelNotAvailable`` where it has others.
+    It reads the layer-normed stream (pre-norm). The library does not promise these names: ``ModelNotAvailable`` where
+    it has others.
     """
     try:
         attention = model.layers[-1].attention
@@ -93,7 +100,8 @@ def last_attention(model: ViTModel | ViTMAEModel) -> torch.nn.Module:
 
 
 def check_libraries() -> None:
-    """``ModelNotAvailable`` if one of :data:`LIBRARIES` is outside the range that this package declares in pyproject.toml.
+    """``ModelNotAvailable`` if one of :data:`LIBRARIES` is outside the range that this package declares in
+    pyproject.toml.
 
     Asked before anything is loaded: another version fails later, somewhere inside a network, or gives other features.
     """
@@ -105,7 +113,8 @@ def check_libraries() -> None:
 
 
 def resolve_device(profile: Profile) -> torch.device:
-    """``profile.models.device`` as a device that exists here; "auto" is the GPU if there is one. Raises ``ProfileError``."""
+    """``profile.models.device`` as a device that exists here; "auto" is the GPU if there is one. Raises
+    ``ProfileError``."""
     name = profile.models.device
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -128,7 +137,8 @@ def resolve_dtype(profile: Profile) -> torch.dtype:
 
 
 def wrong_type(folder: Path, wanted: str) -> str:
-    """What is wrong with the ``model_type`` in the config.json of a folder, "" if it is ``wanted``; a folder without one is not judged."""
+    """What is wrong with the ``model_type`` in the config.json of a folder, "" if it is ``wanted``; a folder without
+    one is not judged."""
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # missing or damaged, of which the loaders say more
@@ -138,7 +148,8 @@ def wrong_type(folder: Path, wanted: str) -> str:
 
 
 def _check_type(name: str, source: Path | str, options: dict) -> None:
-    """``ValueError`` if ``source`` holds another architecture than ``profile.models.<name>`` is for; the hub may be asked for it."""
+    """``ValueError`` if ``source`` holds another architecture than ``profile.models.<name>`` is for; the hub may be
+    asked for it."""
     if name not in MODEL_TYPES or (isinstance(source, Path) and source.is_file()):
         return
     if not isinstance(source, Path):
@@ -198,7 +209,8 @@ def _build_dino(source: Path | str, device: torch.device, dtype: torch.dtype, op
 
 
 def complete(name: str, loaded: tuple[torch.nn.Module, dict]) -> torch.nn.Module:
-    """The loaded network in eval mode; ``ValueError`` if some of its weights were missing in the file or are not finite."""
+    """The loaded network in eval mode; ``ValueError`` if some of its weights were missing in the file or are not
+    finite."""
     model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -237,7 +249,8 @@ def _loading(identifier: str, source: Path | str, download: bool) -> Iterator[No
 
 
 def _place(error: BaseException) -> str:
-    """Where an error comes from, as far as a user can tell it to somebody: its type, module and line, and the model library."""
+    """Where an error comes from, as far as a user can tell it to somebody: its type, module and line, and the model
+    library."""
     frames = [(frame.f_globals["__name__"], line) for frame, line in traceback.walk_tb(error.__traceback__)]
     module, line = frames[-1]
     # What lacks an attribute, or cannot be imported, is of a library that need not have been running.
@@ -254,7 +267,8 @@ def _place(error: BaseException) -> str:
 
 @functools.cache
 def _versions(distribution: str) -> tuple[str, str]:
-    """The installed version ("" if there is none) and the range, ">=1,<2", that this package's own metadata name ("" if they do not)."""
+    """The installed version ("" if there is none) and the range, ">=1,<2", that this package's own metadata name ("" if
+    they do not)."""
     try:
         installed = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

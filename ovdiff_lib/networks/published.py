@@ -1,4 +1,5 @@
-"""The published weights that profiles name: licence, download size, how to get them, and which files of a model a loader reads."""
+"""The published weights that profiles name: licence, download size, how to get them, and which files of a model a
+loader reads."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ _CUTLER_URL = "http://dl.fbaipublicfiles.com/cutler/checkpoints/cutler_cascade_f
 
 @dataclass(frozen=True)
 class Published:
-    """``size`` in bytes of what is fetched (four bytes a parameter; None if not known); ``url`` of a single file; ``options`` of
-    ``hf download``; ``channels`` of its features (Stable Diffusion: of its UNet's blocks, first to last)."""
+    """``size`` in bytes of what is fetched (four bytes a parameter; None if not known); ``url`` of a single file;
+    ``options`` of ``hf download``; ``channels`` of its features (Stable Diffusion: of its UNet's blocks, first to
+    last)."""
 
     licence: str
     size: int | None = None
@@ -90,8 +92,8 @@ FILES: dict[str, tuple[tuple[str, ...], ...]] = {
 
 MODEL_TYPES = {"clip": "clip", "dino": "vit", "mae": "vit_mae", "open_clip": "clip", "sam": "sam", "grounding": "grounding-dino",
                "groupvit": "groupvit"}
-"""Field of ``profile.models`` -> ``model_type`` in the config.json of a folder of that model. Weights of another architecture often load,
-in part or in whole, and give features of something else."""
+"""Field of ``profile.models`` -> ``model_type`` in the config.json of a folder of that model. Weights of another
+architecture often load, in part or in whole, and give features of something else."""
 
 OPEN_CLIP_FILES = (("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),)
 """The same for a hub repository of open_clip's weights."""

@@ -18,10 +18,11 @@ def build_prototypes(features: torch.Tensor | np.ndarray, masks: ForegroundBackg
                      resize: str = "area") -> Prototypes:
     """Prototypes of one category from its support features f32 (N, h, w, D), raw, and masks bool (N, H, W).
 
-    Of each region, foreground first (Eq. 3): the class prototype, the mean of all masked features; an instance prototype
-    (Eq. 2) of each image with a mask; ``settings.clusters`` part prototypes, k-means centroids of the masked features (fewer
-    where there are fewer features). A cell of both regions counts for both and is recorded as foreground. Without part
-    prototypes ``assignment`` holds 0 on the foreground and K on the background. ``OVDiffError`` for an empty foreground.
+    Of each region, foreground first (Eq. 3): the class prototype, the mean of all masked features; an instance
+    prototype (Eq. 2) of each image with a mask; ``settings.clusters`` part prototypes, k-means centroids of the masked
+    features (fewer where there are fewer features). A cell of both regions counts for both and is recorded as
+    foreground. Without part prototypes ``assignment`` holds 0 on the foreground and K on the background.
+    ``OVDiffError`` for an empty foreground.
     """
     features = torch.as_tensor(features)
     if features.ndim != 4 or len(features) != len(masks.foreground):
@@ -51,7 +52,8 @@ def build_prototypes(features: torch.Tensor | np.ndarray, masks: ForegroundBackg
 
 
 def _region(features: torch.Tensor, inside: torch.Tensor, settings: PrototypeSettings):
-    """Rows (vector, kind, image, cluster) of one region and the cluster i16 of each of its features; ``inside`` is not empty."""
+    """Rows (vector, kind, image, cluster) of one region and the cluster i16 of each of its features; ``inside`` is not
+    empty."""
     made = []
     counts = inside.sum((1, 2))
     images = torch.nonzero(counts)[:, 0].tolist()
@@ -71,8 +73,8 @@ def _region(features: torch.Tensor, inside: torch.Tensor, settings: PrototypeSet
 def resize_masks(masks: np.ndarray, size: tuple[int, int], how: str = "area") -> torch.Tensor:
     """Masks bool (N, H, W) on the feature grid: bool tensor (N, *size).
 
-    "area": a cell is inside if more than half of it is; a mask too thin for that keeps its fullest cells, so no mask vanishes.
-    "any": a cell is inside if any pixel of it is.
+    "area": a cell is inside if more than half of it is; a mask too thin for that keeps its fullest cells, so no mask
+    vanishes. "any": a cell is inside if any pixel of it is.
     """
     tensor = torch.from_numpy(np.ascontiguousarray(masks))[:, None].float()
     covered = F.adaptive_avg_pool2d(tensor, size)[:, 0]

@@ -1,8 +1,9 @@
 """k-means for part prototypes (Sec. 3.3): few clusters, very many channels, and data that may not fit in memory twice.
 
-Seeding (greedy k-means++) and most of Lloyd's iterations run on a sample of :data:`SAMPLE` points a cluster, in :data:`PROJECTED` random
-directions, which keep distances nearly as they are (Johnson and Lindenstrauss, 1984); a few iterations over all points and channels then
-settle centroids and assignment. A mini support set is smaller than its sample, so there it is plain Lloyd's algorithm.
+Seeding (greedy k-means++) and most of Lloyd's iterations run on a sample of :data:`SAMPLE` points a cluster, in
+:data:`PROJECTED` random directions, which keep distances nearly as they are (Johnson and Lindenstrauss, 1984); a few
+iterations over all points and channels then settle centroids and assignment. A mini support set is smaller than its
+sample, so there it is plain Lloyd's algorithm.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import torch.nn.functional as F
 from ovdiff_lib.networks.instruments import undisturbed
 
 SAMPLE = 256
-"""Points a cluster in the sample: the centroid of that many strays from the true one by 1/256 of the cluster's variance."""
+"""Points a cluster in the sample: the centroid of that many strays from the true one by 1/256 of the cluster's
+variance."""
 
 PROJECTED = 512
 """Directions that the sample is projected to, where it has more channels."""
 
 RESTARTS = 2
-"""Seedings tried on a sample: a second costs little beside the passes over all points; the better of two had 0.6 % less inertia."""
+"""Seedings tried on a sample: a second costs little beside the passes over all points; the better of two had 0.6 % less
+inertia."""
 
 REFINE = 3
 """Most iterations over all points, once the sample has converged."""
@@ -35,12 +38,13 @@ BLOCK = 2**23
 @undisturbed()
 def kmeans(x: torch.Tensor | np.ndarray, k: int, seed: int = 0, iterations: int = 50, restarts: int | None = None,
            tolerance: float = 1e-4) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centroids f32 (k', D) and assignment i64 (M,) of the points ``x`` (M, D), on the device of ``x``; deterministic in ``seed``.
+    """Centroids f32 (k', D) and assignment i64 (M,) of the points ``x`` (M, D), on the device of ``x``; deterministic
+    in ``seed``.
 
-    k' <= k: fewer only where there are fewer distinct points. Each centroid is the mean of its points, no cluster is empty.
-    Lloyd's iterations stop after ``iterations``, or when the centroids' squared shift falls below ``tolerance`` times the mean
-    variance of a channel (as in scikit-learn). Of ``restarts`` seedings (default: :data:`RESTARTS` on a sample, else 1) the one
-    of least inertia is kept.
+    k' <= k: fewer only where there are fewer distinct points. Each centroid is the mean of its points, no cluster is
+    empty. Lloyd's iterations stop after ``iterations``, or when the centroids' squared shift falls below ``tolerance``
+    times the mean variance of a channel (as in scikit-learn). Of ``restarts`` seedings (default: :data:`RESTARTS` on a
+    sample, else 1) the one of least inertia is kept.
     """
     x = x if isinstance(x, torch.Tensor) else torch.from_numpy(np.asarray(x))
     if k < 1 or x.ndim != 2 or len(x) == 0:
@@ -95,7 +99,8 @@ def _means(x: torch.Tensor, mean: torch.Tensor, assignment: torch.Tensor, k: int
 
 
 def _seed_centroids(points: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:
-    """Greedy k-means++ (Arthur and Vassilvitskii, 2007): of a few points drawn by squared distance, the one that lowers inertia most."""
+    """Greedy k-means++ (Arthur and Vassilvitskii, 2007): of a few points drawn by squared distance, the one that lowers
+    inertia most."""
     norms = points.square().sum(1)
     trials = 2 + int(math.log(k))
     first = int(torch.randint(len(points), (1,), generator=generator, dtype=torch.long, device="cpu"))
@@ -122,8 +127,8 @@ def _distances(points: torch.Tensor, norms: torch.Tensor, centres: torch.Tensor)
 
 def _lloyd(x: torch.Tensor, mean: torch.Tensor | None, centroids: torch.Tensor, iterations: int,
            tolerance: float) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Centroids (relative to ``mean``), assignment and inertia after Lloyd's iterations from ``centroids``; ``mean`` None: ``x`` is f32
-    and has it taken off."""
+    """Centroids (relative to ``mean``), assignment and inertia after Lloyd's iterations from ``centroids``; ``mean``
+    None: ``x`` is f32 and has it taken off."""
     lengths = _lengths(x, mean)
     spread = float(lengths.sum(dtype=torch.float64))
     for _ in range(max(1, iterations)):
@@ -160,7 +165,8 @@ def _lengths(x: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
 
 
 def _assign(x: torch.Tensor, mean: torch.Tensor | None, centroids: torch.Tensor, lengths: torch.Tensor):
-    """One pass: nearest centroid and squared distance of every point; sum and number of the points of every centroid."""
+    """One pass: nearest centroid and squared distance of every point; sum and number of the points of every
+    centroid."""
     k = len(centroids)
     square = centroids.square().sum(1)
     sums = torch.zeros(centroids.shape, dtype=torch.float64, device=x.device)

@@ -1,7 +1,7 @@
 """Attribution maps A_n (Sec. 3.2): cross-attention of the class tokens, summed over layers, heads and denoising steps.
 
-``with record_attribution(...)`` replaces the attention processors of the UNet for as long as images are drawn; nothing is
-computed twice and nothing is stored per step.
+``with record_attribution(...)`` replaces the attention processors of the UNet for as long as images are drawn; nothing
+is computed twice and nothing is stored per step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ovdiff_lib.errors import InputError, ProfileError
-from ovdiff_lib.networks.instruments import attention_grid
+from ovdiff_lib.networks.instruments import attention_grid, undisturbed
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -30,11 +30,13 @@ def fill_template(template: str, name: str) -> str:
     return template.replace(PLACEHOLDER, name)
 
 
+@undisturbed()
 def class_token_positions(tokenizer: CLIPTokenizer, template: str, name: str) -> list[int]:
     """Positions in the text encoder's sequence (0 = start token) of the tokens that ``name`` occupies in ``template``.
 
     Found by the place of the name in the template: a word of the name that the template has as well is not counted
-    there. Raises ``InputError`` if the prompt is longer than the text encoder reads, ``ProfileError`` for a bad template.
+    there. Raises ``InputError`` if the prompt is longer than the text encoder reads, ``ProfileError`` for a bad
+    template.
     """
     prompt = fill_template(template, name)
     start = template.index(PLACEHOLDER)
@@ -54,9 +56,9 @@ def record_attribution(unet: torch.nn.Module, token_positions: list[int], size: 
                        guided: bool = True) -> Iterator[AttributionRecorder]:
     """Record the attention to ``token_positions`` of every UNet call inside the ``with`` block.
 
-    ``size`` = (h, w) of the latents. Cross-attention of the mid block counts only with ``mid_block``: the attribution tool of
-    the paper leaves it out. ``guided``: the batch is a negative and a conditional half, and only the latter is recorded.
-    The former processors are put back when the block ends, also by an exception.
+    ``size`` = (h, w) of the latents. Cross-attention of the mid block counts only with ``mid_block``: the attribution
+    tool of the paper leaves it out. ``guided``: the batch is a negative and a conditional half, and only the latter is
+    recorded. The former processors are put back when the block ends, also by an exception.
     """
     recorder = AttributionRecorder(token_positions, size, guided)
     blocks = ("down_blocks", "up_blocks", "mid_block") if mid_block else ("down_blocks", "up_blocks")
@@ -82,7 +84,8 @@ class AttributionRecorder:
 
     @torch.no_grad()
     def add(self, layer: str, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
-        """Add softmax(scale q k^T), averaged over heads and class tokens; q (B, heads, hw, d), k (B, heads, tokens, d)."""
+        """Add softmax(scale q k^T), averaged over heads and class tokens; q (B, heads, hw, d), k (B, heads, tokens,
+        d)."""
         if self.guided:
             if len(query) % 2:
                 raise ValueError(f"a guided UNet batch has two halves, this one has {len(query)} entries")
@@ -96,7 +99,8 @@ class AttributionRecorder:
             self.sums[layer] = attention
 
     def maps(self) -> torch.Tensor:
-        """Attribution f32 (n, h, w) of the conditional images on the CPU, >= 0, not normalised: the sum over layers and steps.
+        """Attribution f32 (n, h, w) of the conditional images on the CPU, >= 0, not normalised: the sum over layers and
+        steps.
 
         Each layer is upsampled bicubically and its undershoot clamped, as in DAAM; heads and class tokens are averaged,
         which differs from a sum by a constant that Eq. 1 and Otsu thresholds do not see.
@@ -111,7 +115,8 @@ class AttributionRecorder:
 
 
 class RecordingProcessor:
-    """diffusers' ``AttnProcessor2_0`` for the cross-attention of Stable Diffusion, which shows its query and key to the recorder."""
+    """diffusers' ``AttnProcessor2_0`` for the cross-attention of Stable Diffusion, which shows its query and key to the
+    recorder."""
 
     def __init__(self, layer: str, recorder: AttributionRecorder) -> None:
         self.layer, self.recorder = layer, recorder

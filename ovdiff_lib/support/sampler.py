@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 @undisturbed()
 def sample_support(pipe: StableDiffusionPipeline, category: Category, profile: Profile, count: int | None = None,
                    progress: bool = True, start: int = 0) -> SupportSet:
-    """Draw ``count`` (default ``support.size``) images of ``category``, from number ``start`` on, and their attribution, in one pass.
+    """Draw ``count`` (default ``support.size``) images of ``category``, from number ``start`` on, and their
+    attribution, in one pass.
 
-    Image i depends on (support settings, prompt, ``support.seed``, i) alone. Images are u8 (N, S, S, 3), S = ``support.image_size``;
-    attribution is f32 (N, S/f, S/f), f the VAE's factor, each map min-max scaled to [0, 1], zeros where it is constant.
+    Image i depends on (support settings, prompt, ``support.seed``, i) alone. Images are u8 (N, S, S, 3), S =
+    ``support.image_size``; attribution is f32 (N, S/f, S/f), f the VAE's factor, each map min-max scaled to [0, 1],
+    zeros where it is constant.
     """
     settings = profile.support
     count = settings.size if count is None else count

@@ -1,4 +1,5 @@
-"""CutLER (Wang et al., 2023) as segmenter, Gamma of the paper's Sec. 3.2: its published Cascade Mask R-CNN in stock detectron2.
+"""CutLER (Wang et al., 2023) as segmenter, Gamma of the paper's Sec. 3.2: its published Cascade Mask R-CNN in stock
+detectron2.
 
 detectron2 is imported only when the segmenter is built. What CutLER's own heads add matters in training alone.
 """
@@ -80,7 +81,8 @@ class CutLER:
 
     @classmethod
     def build(cls, profile: Profile) -> CutLER:
-        """The segmenter of a profile, its checkpoint once the checksum agrees. Raises ``ProfileError`` and ``ModelNotAvailable``."""
+        """The segmenter of a profile, its checkpoint once the checksum agrees. Raises ``ProfileError`` and
+        ``ModelNotAvailable``."""
         _detectron2()
         if profile.models.cutler:
             check_checksum(profile.models.cutler, profile.models.cutler_sha256)
@@ -100,13 +102,15 @@ class CutLER:
 
 
 def input_size(height: int, width: int) -> tuple[int, int]:
-    """(height, width) at which the network sees an image of that size: short side 800, unless the long one would exceed 1333."""
+    """(height, width) at which the network sees an image of that size: short side 800, unless the long one would exceed
+    1333."""
     scale = min(SHORT_SIDE / min(height, width), LONG_SIDE / max(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 def check_checksum(identifier: str, expected: str) -> None:
-    """The checkpoint is a pickle, so it is opened only if its SHA-256 is the one the user vouches for; ``ModelNotAvailable`` if not.
+    """The checkpoint is a pickle, so it is opened only if its SHA-256 is the one the user vouches for;
+    ``ModelNotAvailable`` if not.
 
     ``ProfileError`` if there is no such checksum in the profile.
     """
@@ -125,7 +129,8 @@ def check_checksum(identifier: str, expected: str) -> None:
 
 
 def build_network(device: torch.device | str, overrides: dict[str, Any] | None = None) -> torch.nn.Module:
-    """The network with random weights, eval mode; ``overrides`` go over :data:`CONFIG`. ``ProfileError`` without detectron2."""
+    """The network with random weights, eval mode; ``overrides`` go over :data:`CONFIG`. ``ProfileError`` without
+    detectron2."""
     get_cfg, build_model = _detectron2()
     config = get_cfg()
     values = {**CONFIG, "MODEL.DEVICE": str(device), "MODEL.WEIGHTS": "", **(overrides or {})}
@@ -134,7 +139,8 @@ def build_network(device: torch.device | str, overrides: dict[str, Any] | None =
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint, read without running what a pickle may ask for. ``ValueError`` if it holds anything else."""
+    """The weights in a checkpoint, read without running what a pickle may ask for. ``ValueError`` if it holds anything
+    else."""
     try:
         with torch.serialization.safe_globals(_numpy_globals()):
             content = torch.load(path, map_location="cpu", weights_only=True)

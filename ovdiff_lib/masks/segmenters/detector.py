@@ -1,7 +1,9 @@
-"""A small class-agnostic Mask R-CNN (He et al., 2017) as segmenter: CutLER's recipe (Wang et al., 2023) at the size of the mini world.
+"""A small class-agnostic Mask R-CNN (He et al., 2017) as segmenter: CutLER's recipe (Wang et al., 2023) at the size of
+the mini world.
 
-The network is torchvision's, with a residual backbone and heads of its own; what it learned comes from MaskCut's masks alone
-(``ovdiff_lib.recipes.train_detector``). A model is a folder with ``config.json`` (the fields of :data:`CONFIG`) and ``model.safetensors``.
+The network is torchvision's, with a residual backbone and heads of its own; what it learned comes from MaskCut's masks
+alone (``ovdiff_lib.recipes.train_detector``). A model is a folder with ``config.json`` (the fields of :data:`CONFIG`)
+and ``model.safetensors``.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ SMALLEST = 8
 
 
 class Residual(nn.Module):
-    """Two 3 x 3 convolutions with a shortcut (He et al., 2016), group-normalised: the same for a batch of one and of many."""
+    """Two 3 x 3 convolutions with a shortcut (He et al., 2016), group-normalised: the same for a batch of one and of
+    many."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -70,7 +73,8 @@ class Residual(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Residual stages at strides 4, 8, 16 and 32 with a feature pyramid over them: (B, 3, H, W) to four maps of equal channels."""
+    """Residual stages at strides 4, 8, 16 and 32 with a feature pyramid over them: (B, 3, H, W) to four maps of equal
+    channels."""
 
     def __init__(self, widths: list[int], blocks: list[int], pyramid: int) -> None:
         from torchvision.ops import FeaturePyramidNetwork
@@ -93,7 +97,8 @@ class Backbone(nn.Module):
 def build_detector(config: dict[str, Any]) -> MaskRCNN:
     """A torchvision ``MaskRCNN`` with random weights and two classes, background and object.
 
-    ``config`` has the fields of :data:`CONFIG`, all of them and no others; ``ValueError`` if it has not, or a value is of another type.
+    ``config`` has the fields of :data:`CONFIG`, all of them and no others; ``ValueError`` if it has not, or a value is
+    of another type.
     """
     from torchvision.models.detection import MaskRCNN
     from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -159,7 +164,8 @@ def save_detector(model: MaskRCNN, config: dict[str, Any], folder: Path) -> None
 
 
 def load_detector(folder: Path | str, device: torch.device | str = "cpu") -> MaskRCNN:
-    """The network of ``folder``, float32, eval mode. ``OSError`` or ``ValueError`` if files are missing, incomplete, or not finite."""
+    """The network of ``folder``, float32, eval mode. ``OSError`` or ``ValueError`` if files are missing, incomplete, or
+    not finite."""
     from safetensors.torch import load_file
 
     if not isinstance(folder, Path) or not folder.is_dir():
@@ -176,7 +182,8 @@ def load_detector(folder: Path | str, device: torch.device | str = "cpu") -> Mas
 
 
 def paste(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Each mask f32 (M, h, w), stretched over its box (x0, y0, x1, y1) f32 (M, 4), at every pixel centre: f32 (M, H, W), 0 outside.
+    """Each mask f32 (M, h, w), stretched over its box (x0, y0, x1, y1) f32 (M, 4), at every pixel centre: f32 (M, H,
+    W), 0 outside.
 
     Bilinear, as detectron2 pastes masks: no rounding of boxes to whole pixels, which matters at 64 px.
     """
@@ -198,11 +205,11 @@ def detect(model: MaskRCNN, image: np.ndarray, score: float = 0.0) -> Detections
 
 @undisturbed()
 def detect_many(model: MaskRCNN, images: np.ndarray, score: float = 0.0) -> list[Detections]:
-    """:data:`Detections` of each of the images u8 (n, H, W, 3), in one batch, by a model in eval mode. Those below ``score`` are left out
-    before their masks are computed.
+    """:data:`Detections` of each of the images u8 (n, H, W, 3), in one batch, by a model in eval mode. Those below
+    ``score`` are left out before their masks are computed.
 
-    Images are resized by ``short_side`` and ``long_side``, antialiased where they shrink. A pixel is in a mask from probability 0.5.
-    Raises ``InputError`` for images so elongated that nothing of their short side would be left.
+    Images are resized by ``short_side`` and ``long_side``, antialiased where they shrink. A pixel is in a mask from
+    probability 0.5. Raises ``InputError`` for images so elongated that nothing of their short side would be left.
     """
     from torchvision.models.detection.image_list import ImageList
 
@@ -233,8 +240,9 @@ def _detections(found: dict[str, Tensor], boxes: Tensor, size: tuple[int, int]) 
 
 @contextlib.contextmanager
 def _least_score(model: MaskRCNN, score: float) -> Iterator[None]:
-    """Detections below ``score`` do not reach the mask head, which takes most of the time. Those above are the same: in descending order
-    of score, neither suppression of overlaps nor the largest number of detections looks at what comes later."""
+    """Detections below ``score`` do not reach the mask head, which takes most of the time. Those above are the same: in
+    descending order of score, neither suppression of overlaps nor the largest number of detections looks at what comes
+    later."""
     heads, former = model.roi_heads, model.roi_heads.score_thresh
     # torchvision keeps what is above its threshold.
     heads.score_thresh = max(former, float(np.nextafter(np.float32(score), np.float32(-1))))

@@ -1,6 +1,8 @@
-"""MaskCut (Wang et al., 2023, "Cut and Learn"): proposals from normalised cuts of DINO features; CutLER learns from them.
+"""MaskCut (Wang et al., 2023, "Cut and Learn"): proposals from normalised cuts of DINO features; CutLER learns from
+them.
 
-The first cut separates the most salient object from the rest, its patches are painted out, and the next cut looks at what is left.
+The first cut separates the most salient object from the rest, its patches are painted out, and the next cut looks at
+what is left.
 """
 
 from __future__ import annotations
@@ -31,16 +33,19 @@ LANCZOS_VECTORS = 20
 """Vectors that the eigen-solver keeps; an affinity with no more patches than that is decomposed whole."""
 
 LARGEST_OVERLAP, SMALLEST_AREA = 0.5, 0.01
-"""A later cut counts only if its IoU with the one before is at most the first and its share of the patches above the second."""
+"""A later cut counts only if its IoU with the one before is at most the first and its share of the patches above the
+second."""
 
 
 class MaskCut:
-    """Keys, or another facet, of DINO's last layer, cut ``maskcut_rounds`` times; images become squares of ``maskcut_size`` pixels."""
+    """Keys, or another facet, of DINO's last layer, cut ``maskcut_rounds`` times; images become squares of
+    ``maskcut_size`` pixels."""
 
     name = "maskcut"
 
     def __init__(self, model: ViTModel, settings: Masks) -> None:
-        """Raises ``ProfileError`` for a ``maskcut_size`` below two patches, and without what ``maskcut_refine`` needs."""
+        """Raises ``ProfileError`` for a ``maskcut_size`` below two patches, and without what ``maskcut_refine``
+        needs."""
         self.model, self.settings, self.patch = model, settings, model.config.patch_size
         if settings.maskcut_size < 2 * self.patch:
             raise ProfileError(f"masks.maskcut_size is {settings.maskcut_size}; it must be at least {2 * self.patch}, two patches of this "
@@ -56,7 +61,8 @@ class MaskCut:
         return cls(load_dino(profile), profile.masks)
 
     def propose(self, image: np.ndarray, words: str) -> np.ndarray:
-        """bool (M, H, W), M <= ``maskcut_rounds``, for u8 (H, W, 3): disjoint before refinement, without holes, none empty."""
+        """bool (M, H, W), M <= ``maskcut_rounds``, for u8 (H, W, 3): disjoint before refinement, without holes, none
+        empty."""
         square = np.array(Image.fromarray(image).resize((self.side, self.side), Image.Resampling.LANCZOS))
         found = []
         for mask in cut(self.features(square), self.settings.maskcut_rounds, self.settings.maskcut_tau):
@@ -69,7 +75,8 @@ class MaskCut:
 
     @undisturbed()
     def features(self, square: np.ndarray) -> np.ndarray:
-        """The facet f32 (h, w, D) of an image u8 (side, side, 3), one a patch, heads concatenated, without the class token."""
+        """The facet f32 (h, w, D) of an image u8 (side, side, 3), one a patch, heads concatenated, without the class
+        token."""
         device = self.model.device
         pixels = torch.from_numpy(square).permute(2, 0, 1)[None].to(device, torch.float32) / 255
         mean, std = (torch.tensor(values, dtype=torch.float32, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -84,8 +91,8 @@ class MaskCut:
 def cut(features: np.ndarray, rounds: int, tau: float) -> list[np.ndarray]:
     """At most ``rounds`` disjoint, non-empty patch masks, bool (h, w) each, of features (h, w, D), most salient first.
 
-    A later cut that overlaps the one before or is tiny is dropped and ends the search: nothing is painted out for it, so the next cut
-    would be the same one again. Patches that are all alike have no cut.
+    A later cut that overlaps the one before or is tiny is dropped and ends the search: nothing is painted out for it,
+    so the next cut would be the same one again. Patches that are all alike have no cut.
     """
     grid = features.shape[:2]
     flat = features.reshape(-1, features.shape[-1]).astype(np.float64)
@@ -106,11 +113,13 @@ def cut(features: np.ndarray, rounds: int, tau: float) -> list[np.ndarray]:
 
 
 def cut_vector(joined: np.ndarray) -> np.ndarray:
-    """Second smallest generalised eigenvector x, f64 (n,), of (D - A) x = lambda D x; its entry of largest size is positive.
+    """Second smallest generalised eigenvector x, f64 (n,), of (D - A) x = lambda D x; its entry of largest size is
+    positive.
 
-    ``joined`` bool (n, n), symmetric, says which pairs have affinity 1 in A, all others have :data:`WEAK`; D = diag(sums of the rows of A).
-    With y = sqrt(D) x this is the second largest eigenvector of the normalised affinity D^-1/2 A D^-1/2. The largest is known, sqrt(D): it
-    is moved to the bottom of the spectrum, so that Lanczos iterations look for the one vector at the top.
+    ``joined`` bool (n, n), symmetric, says which pairs have affinity 1 in A, all others have :data:`WEAK`; D =
+    diag(sums of the rows of A). With y = sqrt(D) x this is the second largest eigenvector of the normalised affinity
+    D^-1/2 A D^-1/2. The largest is known, sqrt(D): it is moved to the bottom of the spectrum, so that Lanczos
+    iterations look for the one vector at the top.
     """
     from scipy.linalg import eigh
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
@@ -143,8 +152,8 @@ def cut_vector(joined: np.ndarray) -> np.ndarray:
 def salient_part(vector: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """bool ``grid``: the side of the cut that is the object, as the connected part around its most extreme patch.
 
-    ``vector`` f64 (h * w,) is what :func:`cut_vector` returns. The object is the side above the mean, which has the extreme entry, unless
-    three of the image's corners lie in it.
+    ``vector`` f64 (h * w,) is what :func:`cut_vector` returns. The object is the side above the mean, which has the
+    extreme entry, unless three of the image's corners lie in it.
     """
     from scipy.ndimage import label
 

@@ -11,7 +11,8 @@ WALKER_SIDE = 240
 """The random walker solves a linear system over uncertain pixels; a larger image is scaled down to this side for it."""
 
 BETA = 3000
-"""How strongly the walk avoids edges. scikit-image's default, 130, lets it cross them: masks of the mini world leave their objects."""
+"""How strongly the walk avoids edges. scikit-image's default, 130, lets it cross them: masks of the mini world leave
+their objects."""
 
 SMALLEST_AGREEMENT = 0.5
 """A mask whose refined version has a lower IoU with it than this is not trusted (MaskCut)."""
@@ -26,9 +27,10 @@ def check_refinement(how: str) -> None:
 def refine(mask: np.ndarray, image: np.ndarray, how: str) -> np.ndarray | None:
     """A mask bool (h, w), h and w at most the image's, at the pixels of ``image`` u8 (H, W, 3); holes are filled.
 
-    "walker": pixels well inside and well outside the mask stay, a random walk between them that avoids crossing edges of the image decides
-    the rest (Grady, 2006). "crf": mean field of a dense CRF (Krähenbühl and Koltun, 2011). "none": nearest neighbours. None where
-    the result has less than :data:`SMALLEST_AGREEMENT` IoU with the mask. Raises ``ProfileError`` as :func:`check_refinement` does.
+    "walker": pixels well inside and well outside the mask stay, a random walk between them that avoids crossing edges
+    of the image decides the rest (Grady, 2006). "crf": mean field of a dense CRF (Krähenbühl and Koltun, 2011). "none":
+    nearest neighbours. None where the result has less than :data:`SMALLEST_AGREEMENT` IoU with the mask. Raises
+    ``ProfileError`` as :func:`check_refinement` does.
     """
     from scipy.ndimage import binary_fill_holes
 
@@ -46,9 +48,11 @@ def refine(mask: np.ndarray, image: np.ndarray, how: str) -> np.ndarray | None:
 
 
 def walker(mask: np.ndarray, image: np.ndarray, margin: float) -> np.ndarray:
-    """bool (H, W): pixels within ``margin`` of the border of ``mask`` bool (H, W) are decided anew by the image u8 (H, W, 3).
+    """bool (H, W): pixels within ``margin`` of the border of ``mask`` bool (H, W) are decided anew by the image u8 (H,
+    W, 3).
 
-    A part too thin for that keeps its innermost pixels. Neither the mask nor its complement may be empty, nor the image of one colour.
+    A part too thin for that keeps its innermost pixels. Neither the mask nor its complement may be empty, nor the image
+    of one colour.
     """
     from scipy.ndimage import distance_transform_edt
     from skimage.segmentation import random_walker
@@ -64,7 +68,8 @@ def walker(mask: np.ndarray, image: np.ndarray, margin: float) -> np.ndarray:
 
 
 def crf(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """bool (H, W): ``mask`` bool (H, W) after 10 mean-field steps of a dense CRF on ``image`` u8 (H, W, 3), with MaskCut's constants.
+    """bool (H, W): ``mask`` bool (H, W) after 10 mean-field steps of a dense CRF on ``image`` u8 (H, W, 3), with
+    MaskCut's constants.
 
     Distances, which MaskCut gives for 480 pixels, scale with the image.
     """
@@ -82,7 +87,8 @@ def crf(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A mask bool (h, w) at (H, W) = ``size``: inside where the bilinearly resized mask, with antialiasing, is above one half."""
+    """A mask bool (h, w) at (H, W) = ``size``: inside where the bilinearly resized mask, with antialiasing, is above
+    one half."""
     if mask.shape == tuple(size):
         return mask
     return np.array(Image.fromarray(mask.astype(np.uint8) * 255).resize(size[::-1], Image.Resampling.BILINEAR)) > 127

@@ -1,6 +1,8 @@
-"""Segment Anything (Kirillov et al., 2023) as segmenter, prompted by a grid of points or by Grounding DINO's boxes (App. A.1).
+"""Segment Anything (Kirillov et al., 2023) as segmenter, prompted by a grid of points or by Grounding DINO's boxes
+(App. A.1).
 
-A grid of points asks for everything in the image, boxes for what the support image was drawn for. The networks are those of transformers.
+A grid of points asks for everything in the image, boxes for what the support image was drawn for. The networks are
+those of transformers.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ BOX_NMS = 0.7
 
 
 class SegmentAnything:
-    """Automatic mask generation: ``sam_points`` x ``sam_points`` prompts, three masks each, filtered by ``sam_iou``, ``sam_stability`` and
-    :data:`BOX_NMS`."""
+    """Automatic mask generation: ``sam_points`` x ``sam_points`` prompts, three masks each, filtered by ``sam_iou``,
+    ``sam_stability`` and :data:`BOX_NMS`."""
 
     name = "sam"
 
@@ -57,7 +59,8 @@ class SegmentAnything:
 class GroundedSam:
     """Boxes of Grounding DINO (Liu et al., 2023) for the words, each turned into one mask by Segment Anything.
 
-    A box counts if one of its words scores above ``grounding_box``, and if a word of it scores above ``grounding_text``.
+    A box counts if one of its words scores above ``grounding_box``, and if a word of it scores above
+    ``grounding_text``.
     """
 
     name = "grounded-sam"
@@ -74,7 +77,8 @@ class GroundedSam:
 
     @undisturbed()
     def propose(self, image: np.ndarray, words: str) -> np.ndarray:
-        """bool (M, H, W) of an image u8 (H, W, 3), highest score first, none empty. ``InputError`` without ``words``."""
+        """bool (M, H, W) of an image u8 (H, W, 3), highest score first, none empty. ``InputError`` without
+        ``words``."""
         _check_elongation(image, self.processor.image_processor)
         boxes = self.boxes(image, words)
         if not len(boxes):
