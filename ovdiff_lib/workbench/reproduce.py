@@ -161,29 +161,28 @@ def expected_time(chosen: Sequence[Path], folder: Path, workers: int) -> str:
 
 
 def has_tag(notebook: Path, tag: str) -> bool:
-    """Whether a cell of the notebook has the tag."""
-    try:
-        return any(tag in cell["metadata"].get("tags", []) for cell in _read(notebook)["cells"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False  # running it will say what is wrong
+    """Whether a cell of the notebook has the tag; a file that is no notebook has none, and running it will say so."""
+    cells = _json(notebook).get("cells")
+    return any(tag in c.get("metadata", {}).get("tags", []) for c in cells or [] if isinstance(c, dict))
 
 
 def _share_processors(threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)  # the kernels inherit it
 
 
-def _run_one(notebook: Path, folder: Path, parameters: dict[str, Any], force: bool, progress: bool) -> tuple[str, str,
-                                                                                                             str]:
+def _run_one(notebook: Path, folder: Path, parameters: dict[str, Any], force: bool,
+             progress: bool) -> tuple[str, str, str]:
     """(stem, what became of it, a sentence if it failed)."""
-    started = time.time()
+    started, failure, ran = time.time(), "", False
     try:
         ran = run_notebook(notebook, folder / notebook.name, parameters, force=force, progress=progress)
-        return notebook.stem, f"executed in {time.time() - started:.0f} s" if ran else "fresh, nothing to do", ""
     except OVDiffError as error:
         failure = str(error)
     except Exception as error:  # whatever it is, the notebooks that follow do not depend on it
         failure = f"The notebook {notebook.name} could not be run: {type(error).__name__}: {_first_line(error)}"
-    return notebook.stem, f"FAILED after {time.time() - started:.0f} s", failure
+    took = f"{time.time() - started:.0f} s"
+    sentence = f"FAILED after {took}" if failure else f"executed in {took}" if ran else "fresh, nothing to do"
+    return notebook.stem, sentence, failure
 
 
 def is_fresh(notebook: Path, output: Path, parameters: dict[str, Any]) -> bool:
@@ -196,74 +195,62 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
                  progress: bool = True) -> bool:
     """Execute ``notebook`` into ``output`` with ``parameters``; returns False when a fresh result was there already.
 
-    Raises ``InputError`` for an unknown parameter or one of the wrong type, ``OVDiffError`` (one sentence, naming the
-    cell by its id and its place in the notebook, and its error) when a cell fails. The copy that is being executed is
-    ``*.partial.ipynb`` beside the output; that of a failed run stays as ``*.failed.ipynb``, and ``output`` itself is
-    replaced by good runs only.
+    Raises ``InputError`` for an unknown parameter or one of the wrong type, ``OVDiffError`` (one sentence that names
+    the cell and its error) when a cell fails. The copy that is being executed is ``*.partial.ipynb`` beside the output;
+    that of a failed run stays as ``*.failed.ipynb``, and ``output`` itself is replaced by good runs only.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
     check_parameters(notebook, parameters)
-    # it does not know `int | None`, and warns of parameters so annotated
+    # papermill does not know `int | None`, and would warn of parameters so annotated.
     logging.getLogger("papermill").setLevel(logging.ERROR)
     failed, running = output.with_suffix(".failed.ipynb"), output.with_suffix(".partial.ipynb")
-    state = _state(notebook, parameters)
-    fresh = not force and is_fresh(notebook, output, parameters)
+    state, fresh = _state(notebook, parameters), not force and is_fresh(notebook, output, parameters)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         failed.unlink(missing_ok=True)  # of an earlier run: it says nothing of this one
     except OSError as error:
-        raise InputError(f"The folder {output.parent} cannot be made ({error.strerror}); name another with "
-                         "--out.") from None
+        raise InputError(f"{output.parent} cannot be made ({error.strerror}); name another with --out.") from None
     if fresh:
         return False
     started = time.time()
     try:
         with tempfile.TemporaryDirectory(prefix="ovdiff-") as sockets:
             # Sockets in files: no port races and no warning about unencrypted TCP. In a folder of their own: by default
-            # they lie in
-            # the working folder under one name, and two notebooks at a time would talk to each other's kernels.
-            # And a kernel that is interrupted only to be closed says nothing: an "ERROR" after a run that went well
-            # frightens people.
+            # they lie in the working folder under one name, and two notebooks at a time would talk to each other's
+            # kernels. And a kernel that is interrupted only to be closed says nothing: an "ERROR" after a run that went
+            # well frightens people.
             quiet = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"},
                             "NotebookClient": {"extra_arguments": ["--log-level=CRITICAL"]}})
-            papermill.execute_notebook(_literal(notebook), _literal(running), parameters=parameters,
-                                       cwd=str(notebook.parent),
-                                       progress_bar=progress, kernel_name="python3", config=quiet)
-    except papermill.PapermillExecutionError as error:
-        if error.ename == "KeyboardInterrupt":  # the interrupt reached the kernel first
-            raise KeyboardInterrupt from None
+            papermill.execute_notebook(_literal(notebook), _literal(running), parameters=parameters, config=quiet,
+                                       cwd=str(notebook.parent), progress_bar=progress, kernel_name="python3")
+        os.replace(running, output)
+    except (papermill.PapermillExecutionError, DeadKernelError) as error:
+        said = "lost its kernel, most often for want of memory; close other programs or use smaller settings"
+        if isinstance(error, papermill.PapermillExecutionError):
+            if error.ename == "KeyboardInterrupt":  # the interrupt reached the kernel first
+                raise KeyboardInterrupt from None
+            cell = next((c["id"] for c in _read(notebook)["cells"] if "".join(c["source"]) == error.source), "?")
+            said = f"failed in its cell {cell!r}: {error.ename}: {_first_line(error.evalue)}"
         os.replace(running, failed)
-        cell = next((c["id"] for c in _read(notebook)["cells"] if "".join(c["source"]) == error.source), "?")
-        raise OVDiffError(f"The notebook {notebook.name} failed in its cell {cell!r}: {error.ename}: "
-                          f"{_first_line(error.evalue)} "
-                          f"(executed copy: {failed})") from None
+        raise OVDiffError(f"The notebook {notebook.name} {said} (executed copy: {failed})") from None
     except OSError as error:  # papermill's writing of the executed copy; what cells raise came above
         raise InputError(f"The executed copy {running} cannot be written ({error.strerror or error}); free space or "
-                         "choose another "
-                         "folder with --out.") from None
-    except DeadKernelError:
-        os.replace(running, failed)
-        raise OVDiffError(f"The notebook {notebook.name} lost its kernel, most often for want of memory; "
-                          f"close other programs or use smaller settings (executed copy: {failed})") from None
-    else:
-        os.replace(running, output)
+                         "choose another folder with --out.") from None
     finally:
         running.unlink(missing_ok=True)  # of a run that was interrupted
     record = {**state, "outputs": _outputs(output), "seconds": round(time.time() - started, 1),
-              "code": code_sum(notebook),
-              "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
+              "code": code_sum(notebook), "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
     write_atomic(output.with_suffix(".stamp.json"), json.dumps(record, indent=1).encode())
     return True
 
 
 def code_sum(notebook: Path) -> str:
     """SHA-256, in hexadecimal, of the sources of a notebook's code cells, as a JSON list of text."""
-    return hashlib.sha256(json.dumps(["".join(c["source"]) for c in _read(notebook)["cells"]
-                                      if c["cell_type"] == "code"]).encode()
-                          ).hexdigest()
+    sources = ["".join(c["source"]) for c in _read(notebook)["cells"] if c["cell_type"] == "code"]
+    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
 
 
 def note(folder: Path, stem: str, record: dict[str, Any] | None = None) -> None:
@@ -302,10 +289,10 @@ def _literal(path: Path) -> str:
 
 def _outputs(output: Path) -> dict[str, str]:
     """Sums of the executed copy and of the tables, figures and panels beside it that bear its name: a run's results."""
-    found = [output,
-             *(p for kind in ("tables", "figures", "explain") for p in (output.parent / kind).glob(f"{output.stem}*"))]
-    return {p.relative_to(output.parent).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(found)
-            if p.is_file()}
+    folder = output.parent
+    found = [output, *(p for kind in ("tables", "figures", "explain") for p in (folder / kind).glob(f"{output.stem}*"))]
+    sums = {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(found) if p.is_file()}
+    return {p.relative_to(folder).as_posix(): digest for p, digest in sums.items()}
 
 
 def _state(notebook: Path, parameters: dict[str, Any]) -> dict[str, str]:
@@ -321,6 +308,6 @@ def _package() -> str:
     for path in sorted(p for p in keys.PACKAGE.rglob("*") if p.suffix in (".py", *DATA)):
         name = path.relative_to(keys.PACKAGE)
         if not any(name.is_relative_to(folder) for folder in NOT_READ):
-            read = keys.statements(path.read_text(encoding="utf-8")).encode() if path.suffix == ".py" else path.read_bytes()
-            digest.update(name.as_posix().encode() + b"\0" + read + b"\0")
+            code = keys.statements(path.read_text(encoding="utf-8")).encode() if path.suffix == ".py" else b""
+            digest.update(name.as_posix().encode() + b"\0" + (code or path.read_bytes()) + b"\0")
     return digest.hexdigest()
