@@ -1,4 +1,4 @@
-"""``ovdiff doctor`` (is everything here that a profile needs?) and ``ovdiff vocabulary`` (are these classes a good choice?)."""
+"""``ovdiff doctor`` (is what a profile needs here?) and ``ovdiff vocabulary`` (are these classes a good choice?)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
                      "Say which models, libraries and data a profile needs, what is here, and how to get the rest.")
     doctor.add_argument("--data", action="append", default=[], metavar="[NAME=]FOLDER",
                         help="a data set's folder; may be repeated")
-    vocabulary = command("vocabulary", run_vocabulary, "Say which classes collide, which words are ambiguous or unknown and which "
-                         "are badly drawn, before any image is segmented; exit code 1 if a class is not fine.")
-    vocabulary.add_argument("names", nargs="?", metavar="CLASSES", help='class names, for example "mouse, picture frame"')
+    vocabulary = command("vocabulary", run_vocabulary,
+                         "Say which classes collide, which words are ambiguous or unknown and which are badly drawn, "
+                         "before any image is segmented; exit code 1 if a class is not fine.")
+    vocabulary.add_argument("names", nargs="?", metavar="CLASSES", help='class names, for example "mouse, picture"')
     add_class_options(vocabulary, required=False)
     vocabulary.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE",
-                            help="from which value on something is worth a look or bad (--limit collide_bad=0.4; the report lists "
-                                 "all); may be repeated")
+                            help="from which value on something is worth a look or bad (--limit collide_bad=0.4; "
+                                 "the report lists all); may be repeated")
     for sub in (doctor, vocabulary):
         sub.add_argument("--json", type=Path, help="write the report to this file too")
 

@@ -24,25 +24,26 @@ from ovdiff_lib.files import check_output
 def add_commands(command: Callable[..., argparse.ArgumentParser], bare: Callable[..., argparse.ArgumentParser]) -> None:
     """Add both commands: ``command(name, run, help)`` adds one with the options of a profile, ``bare`` one without."""
     evaluate = command("evaluate", run_evaluate, "Measure mIoU on a data set.")
-    evaluate.add_argument("dataset", help="mini-voc, mini-object, mini-context; or, with --data, voc, context, coco-object, and "
-                                          "without background voc20, context59, coco-stuff, ade20k, cityscapes")
+    evaluate.add_argument("dataset",
+                          help="mini-voc, mini-object, mini-context; or, with --data, voc, context, coco-object, and "
+                               "without background voc20, context59, coco-stuff, ade20k, cityscapes")
     evaluate.add_argument("--data", type=Path, metavar="FOLDER", help="where the data set is, for example VOCdevkit")
     evaluate.add_argument("--split", default="val", help="val, train, or wild of the mini world (default: val)")
     evaluate.add_argument("--names",
-                          help="class names given to the networks: fixed (the paper's corrections, default), raw, fourteen")
+                          help="names given to the networks: fixed (the paper's corrections, default), raw, fourteen")
     evaluate.add_argument("--limit", type=int, help="use the first LIMIT images only")
     evaluate.add_argument("--predictions", type=Path, metavar="FOLDER",
                           help="score label maps in this folder, named by image id, instead of segmenting")
     evaluate.add_argument("--zero-based", action="store_true",
                           help="with --predictions: label 0 is the first category (default: background, or nothing)")
     evaluate.add_argument("--resume", type=Path, metavar="FOLDER",
-                          help="keep the state here while evaluating; the same command goes on where it was interrupted")
+                          help="keep the state here while evaluating; the same command goes on where it stopped")
     evaluate.add_argument("--json", type=Path, help="write the result to this file too")
     add_stuff_options(evaluate)
     add_engine_options(evaluate)
 
     convert = bare("convert", run_convert,
-                   "Make label maps: PASCAL Context from its JSON file; train ids of COCO and Cityscapes for other tools.")
+                   "Make label maps: PASCAL Context from its JSON file; train ids of COCO and Cityscapes for tools.")
     convert.add_argument("dataset", choices=["context", "coco-object", "coco-stuff", "cityscapes"])
     convert.add_argument("--data", type=Path, required=True, metavar="FOLDER",
                          help="where the data set is; label maps are written into it")
@@ -60,7 +61,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
     if options.zero_based and not options.predictions:
         raise InputError("--zero-based says how label maps are numbered; use it together with --predictions FOLDER.")
     if options.predictions and (options.resume or options.engine != "local" or options.workers is not None):
-        raise InputError("Scoring saved predictions is done at once and in this process; leave out --resume, --engine and --workers.")
+        raise InputError("Scoring saved predictions is done at once and in this process; leave out --resume, --engine "
+                         "and --workers.")
     check_stuff_options(options)
     if options.json:
         check_output(options.json.parent)
@@ -79,7 +81,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
             record["stuff"] = [c.name for c in vocabulary if c.kind == "stuff"]
         settings = {**record, "data": str(options.data and options.data.resolve()), "profile": ovdiff.profile.digest()}
         result = _segment_and_count(options, ovdiff, dataset, vocabulary, settings)
-        record["profile"], by = ovdiff.profile.to_dict(), f"profile {ovdiff.profile.name}, settings {ovdiff.profile.digest()}"
+        record["profile"] = ovdiff.profile.to_dict()
+        by = f"profile {ovdiff.profile.name}, settings {ovdiff.profile.digest()}"
     width = max(len(n) for n in result.class_names)
     for name, value in zip(result.class_names, result.iou, strict=True):
         print(f"{name:{width}s} {'  -  ' if value != value else f'{100 * value:5.1f}'}")
@@ -95,8 +98,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
                                   "iou": dict(zip(result.class_names, iou, strict=True))})
 
 
-def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any, vocabulary: Any, settings: dict[str, Any]):
-    """The result of OVDiff on the data set, its classes built first; on the workers of an engine where the options ask for one."""
+def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any, vocabulary: Any, settings: dict):
+    """The result of OVDiff on the data set, its classes built first; on an engine's workers if the options say so."""
     from ovdiff_lib.workbench.evaluation.measure import evaluate, for_dataset, image_count, label_predictor
     from ovdiff_lib.workbench.evaluation.parallel import Segmenter, evaluate_on
 
@@ -105,7 +108,8 @@ def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any, v
         bank = builder.build(vocabulary)
         if options.resume:
             settings |= _identities(ovdiff.profile, bank)
-        return evaluate(label_predictor(ovdiff, bank, dataset), dataset, limit=options.limit, settings=settings, resume=options.resume)
+        predictor = label_predictor(ovdiff, bank, dataset)
+        return evaluate(predictor, dataset, limit=options.limit, settings=settings, resume=options.resume)
     if options.resume:
         raise InputError("--resume keeps the state of one process; leave it out, or --engine and --workers.")
     image_count(dataset, options.limit)  # a limit of no images is reported before classes are built
@@ -132,8 +136,11 @@ def run_convert(options: argparse.Namespace) -> None:
 
     if options.dataset == "context":
         if options.json is None:
-            raise InputError("PASCAL Context is converted from its annotation file; name it with --json trainval_merged.json.")
+            raise InputError("PASCAL Context is converted from its annotation file; name it with --json "
+                             "trainval_merged.json.")
         counts = convert_context(options.json, options.data)
-        print(f"PASCAL Context: {', '.join(f'{count} {phase} images' for phase, count in counts.items())}; label maps and lists written.")
+        made = ", ".join(f"{count} {phase} images" for phase, count in counts.items())
+        print(f"PASCAL Context: {made}; label maps and lists written.")
     else:
-        print(f"{options.dataset}: {convert_train_ids(options.dataset, options.data, options.split)} label maps written.")
+        count = convert_train_ids(options.dataset, options.data, options.split)
+        print(f"{options.dataset}: {count} label maps written.")

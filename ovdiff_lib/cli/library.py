@@ -20,12 +20,14 @@ from ovdiff_lib.library.store import Entry, Library
 
 def add_commands(bare: Callable[..., argparse.ArgumentParser]) -> None:
     """Add ``library`` with its own commands; ``bare(name, run, help)`` adds a command without options."""
-    own = bare("library", None, "Show, check, share and clear the prototype library.").add_subparsers(required=True, metavar="COMMAND")
+    library = bare("library", None, "Show, check, share and clear the prototype library.")
+    own = library.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str, choice: bool = True) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable, text: str, choice: bool = True) -> argparse.ArgumentParser:
         sub = own.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
-        sub.add_argument("--library", type=Path, help="the library's folder (default: $OVDIFF_LIBRARY, else the user's cache folder)")
+        sub.add_argument("--library", type=Path,
+                         help="the library's folder (default: $OVDIFF_LIBRARY, else the user's cache folder)")
         if choice:
             sub.add_argument("--classes", help='entries of these words alone, for example "cat, sofa"')
             sub.add_argument("--keys", help="entries of these keys, or beginnings of keys, alone")
@@ -33,17 +35,22 @@ def add_commands(bare: Callable[..., argparse.ArgumentParser]) -> None:
 
     show = command("list", _list, "What is in the library, a line a class.")
     show.add_argument("--json", type=Path, help="write every entry with all it was made from to this file")
-    command("verify", _verify, "Read every entry and check its sums; broken ones are set aside. Exit code 1 if there are any.", False)
+    command("verify", _verify,
+            "Read every entry and check its sums; broken ones are set aside. Exit code 1 if there are any.",
+            choice=False)
     export = command("export", _export, "Write entries into one file that `import` reads.")
     export.add_argument("file", type=Path, help="a .tar, or .tar.gz or .tar.xz to compress it")
     export.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
-    export.add_argument("--prototypes-only", action="store_true", help="leave support images and masks out: enough to segment with")
-    imported = command("import", _import, "Add the entries of an exported file, once all of them have been verified.", False)
+    export.add_argument("--prototypes-only", action="store_true",
+                        help="leave support images and masks out: enough to segment with")
+    imported = command("import", _import, "Add the entries of an exported file, once all of them have been verified.",
+                       choice=False)
     imported.add_argument("file", type=Path, help="a file that `export` wrote")
     remove = command("remove", _remove, "Delete entries, or what interrupted runs left.")
     remove.add_argument("--unused-for", type=float, metavar="DAYS", help="those that nobody read for so many days")
     remove.add_argument("--all", action="store_true", help="every entry")
-    remove.add_argument("--leftovers", action="store_true", help="what killed runs left and entries that were set aside as broken")
+    remove.add_argument("--leftovers", action="store_true",
+                        help="what killed runs left and entries that were set aside as broken")
     remove.add_argument("--dry-run", action="store_true", help="say what would go, and delete nothing")
 
 
@@ -53,31 +60,32 @@ def words_of(described: dict[str, Any]) -> str:
 
 
 def chosen(library: Library, classes: str | None = None, keys: str | None = None) -> list[tuple[Entry, dict[str, Any]]]:
-    """Entries and their descriptions, of the words in ``classes`` and the beginnings of keys in ``keys`` where those are given.
+    """Entries and their descriptions, of the words in ``classes`` and the beginnings of keys in ``keys`` if given.
 
-    Raises ``InputError`` for words and keys that no entry has. Entries whose description is broken are left out: `verify` finds them.
+    Raises ``InputError`` for words and keys that no entry has. Broken entries are left out: `verify` finds them.
     """
     found = []
     for entry in library.entries():
         with contextlib.suppress(InputError):
             found.append((entry, library.describe(entry)))
-    for what, given, fits in (("words", classes, lambda entry, described, name: words_of(described) == Category(name).prompt),
-                              ("key", keys, lambda entry, described, name: entry.key.startswith(name))):
+    for what, given, fits in (("words", classes, lambda _, made, name: words_of(made) == Category(name).prompt),
+                              ("key", keys, lambda entry, _, name: entry.key.startswith(name))):
         wanted = [name.strip() for name in (given or "").split(",") if name.strip()]
         for name in wanted:
             if not any(fits(*one, name) for one in found):
-                raise InputError(f"No entry of the library {library.root} has the {what} {name!r}; `ovdiff library list` shows "
-                                 "what there is.")
+                raise InputError(f"No entry of the library {library.root} has the {what} {name!r}; `ovdiff library "
+                                 "list` shows what there is.")
         if given is not None:
             found = [one for one in found if any(fits(*one, name) for name in wanted)]
     return found
 
 
 def _there(options: argparse.Namespace) -> Library:
-    """The library that the options name; ``InputError`` if its folder is not there, which is rather a mistyped name than an empty one."""
+    """The library that the options name; ``InputError`` without its folder: that is rather a slip than an empty one."""
     library = Library(options.library)
     if not library.root.is_dir():
-        raise InputError(f"There is no library folder {library.root}; name one with --library, or build classes, which makes it.")
+        raise InputError(f"There is no library folder {library.root}; name one with --library, or build classes, which "
+                         "makes it.")
     return library
 
 
@@ -85,21 +93,25 @@ def _list(options: argparse.Namespace) -> None:
     library = _there(options)
     found = chosen(library, options.classes, options.keys)
     if options.json:
-        write_json(options.json, [{"kind": e.kind, "key": e.key, "bytes": e.bytes, "used": e.used, **described} for e, described in found])
+        write_json(options.json, [{"kind": e.kind, "key": e.key, "bytes": e.bytes, "used": e.used, **described}
+                                  for e, described in found])
     rows, by_words = [("words", "images", "prototypes of", "entries", "size", "last used")], defaultdict(list)
     for entry, described in found:
         by_words[words_of(described)].append((entry, described))
     for words, group in sorted(by_words.items()):
-        images = [described["images"][0] for entry, described in group if entry.kind == "support"]
-        steps = sorted({described.get("made_from", {}).get("step", "?") for entry, described in group if entry.kind == "prototypes"})
+        images = max((described["images"][0] for entry, described in group if entry.kind == "support"), default="-")
+        made_from = [described.get("made_from", {}) for entry, described in group if entry.kind == "prototypes"]
+        steps = {table.get("step", "?") for table in made_from}
         day = time.strftime("%Y-%m-%d", time.localtime(max(entry.used for entry, _ in group)))
-        rows.append((words, str(max(images, default="-")), ", ".join(steps) or "-", str(len(group)), _size(e for e, _ in group), day))
+        size = _size(entry for entry, _ in group)
+        rows.append((words, str(images), ", ".join(sorted(steps)) or "-", str(len(group)), size, day))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows if found else ():
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(f"{counted(len(by_words), 'class', 'classes')}, {_amount(found)} in {library.root}")
     if left := library.leftovers():
-        print(f"{counted(len(left), 'leftover')} of interrupted runs or broken entries; `ovdiff library remove --leftovers` deletes them.")
+        print(f"{counted(len(left), 'leftover')} of interrupted runs or broken entries; "
+              "`ovdiff library remove --leftovers` deletes them.")
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -136,19 +148,22 @@ def _import(options: argparse.Namespace) -> None:
 
     library = Library(options.library)
     done = import_archive(library, options.file, progress=True)
-    print(f"{counted(done.new, 'new entry', 'new entries')} in {library.root}; {counted(done.grown, 'support set')} grew, "
-          f"{counted(done.kept, 'entry', 'entries')} of the archive here already.")
+    print(f"{counted(done.new, 'new entry', 'new entries')} in {library.root}; "
+          f"{counted(done.grown, 'support set')} grew, {counted(done.kept, 'entry', 'entries')} were here already.")
 
 
 def _remove(options: argparse.Namespace) -> None:
     library = _there(options)
     selected = options.classes or options.keys or options.all or options.unused_for is not None
     if not (selected or options.leftovers):
-        raise InputError("Say what to remove: --classes, --keys, --unused-for DAYS, --all or --leftovers; --dry-run shows it first.")
+        raise InputError("Say what to remove: --classes, --keys, --unused-for DAYS, --all or --leftovers; --dry-run "
+                         "shows it first.")
     if options.unused_for is not None and not 0 < options.unused_for < math.inf:
-        raise InputError(f"--unused-for is {options.unused_for:g}; give a number of days above 0, or --all for every entry.")
+        raise InputError(f"--unused-for is {options.unused_for:g}; give a number of days above 0, or --all for every "
+                         "entry.")
     if options.all and (options.classes or options.keys or options.unused_for is not None):
-        raise InputError("--all means every entry; leave it out to remove those of --classes, --keys or --unused-for alone.")
+        raise InputError("--all means every entry; leave it out to remove those of --classes, --keys or --unused-for "
+                         "alone.")
     gone = "would go" if options.dry_run else "removed"
     if selected:
         found = chosen(library, options.classes, options.keys)

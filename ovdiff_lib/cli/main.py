@@ -1,7 +1,8 @@
-"""The command line: ``ovdiff segment | build | evaluate | convert | doctor | vocabulary | library | run | reproduce | ...``.
+"""The command line: ``ovdiff segment | build``, and the commands of the other modules here.
 
-Errors a user can cause end in one sentence on stderr and exit code 2; what was carried out with a bad result (a notebook that
-failed, tables that differ) ends with exit code 1; ctrl-C ends with exit code 130 and leaves no half-written file.
+Errors a user can cause end in one sentence on stderr and exit code 2; what was carried out with a bad result (a
+notebook that failed, tables that differ) ends with exit code 1; ctrl-C ends with exit code 130 and
+leaves no half-written file.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ovdiff", description="Training-free open-vocabulary segmentation from words (OVDiff).")
+    parser = argparse.ArgumentParser(
+        prog="ovdiff", description="Training-free open-vocabulary segmentation from words (OVDiff).")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def bare(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
@@ -55,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     segment = command("segment", run_segment, "Label the pixels of an image, or of every image in a folder.")
     segment.add_argument("image", type=Path, help="an image (PNG, JPEG, WebP) or a folder of them")
     add_class_options(segment)
-    segment.add_argument("--out", type=Path, default=Path("out"), help="folder for label maps, overlays and JSON (default: out)")
+    segment.add_argument("--out", type=Path, default=Path("out"),
+                         help="folder for label maps, overlays and JSON (default: out)")
     build = command("build", run_build, "Build the prototypes of classes into the library.")
     add_class_options(build)
     add_engine_options(build)
@@ -103,7 +106,8 @@ def run_segment(options: argparse.Namespace) -> None:
     for message in broken:
         print(f"ovdiff: {message}", file=sys.stderr)
     if broken:
-        raise InputError(f"{len(broken)} of {len(paths)} images could not be segmented; the others are in {shown(options.out)}.")
+        raise InputError(f"{len(broken)} of {len(paths)} images could not be segmented; the others are in "
+                         f"{shown(options.out)}.")
     example = f" ({shown(written[0].name)}, ...)" if len(paths) == 1 else ""
     print(f"{counted(len(paths), 'image')} segmented; results in {shown(options.out)}{example}")
 
@@ -117,8 +121,8 @@ def run_build(options: argparse.Namespace) -> None:
     bank = ovdiff.build(vocabulary)
     for name in bank.extractors:
         counts = sum(len(p) for p in bank.prototypes[name])
-        print(f"{counted(len(bank.vocabulary), 'class', 'classes')}, {counted(counts, 'prototype')} of extractor {name!r}, "
-              f"{time.time() - started:.0f} s, in {ovdiff.library.root}")
+        print(f"{counted(len(bank.vocabulary), 'class', 'classes')}, {counted(counts, 'prototype')} of extractor "
+              f"{name!r}, {time.time() - started:.0f} s, in {ovdiff.library.root}")
 
 
 if __name__ == "__main__":

@@ -23,13 +23,15 @@ def add_commands(command: Callable[..., argparse.ArgumentParser], bare: Callable
                      help="a notebook parameter; may be repeated")
     reproduce = command("reproduce", _reproduce,
                         "Execute the notebooks, judge the paper's claims on their tables and write the report.")
-    reproduce.add_argument("--only", default="", metavar="03,05", help="only these notebooks, by number or name (default: all)")
+    reproduce.add_argument("--only", default="", metavar="03,05",
+                           help="only these notebooks, by number or name (default: all)")
     reproduce.add_argument("--force", action="store_true", help="run fresh notebooks again")
     reproduce.add_argument("--workers", type=int,
                            help="classes and notebooks at a time (default: the processors, or 1 on a GPU)")
     report = command("report", run_report, "Gather tables, figures, claims and notebooks of a profile on one page.")
     for sub in (reproduce, report):
-        sub.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="folder of the notebooks (default: notebooks)")
+        sub.add_argument("--notebooks", type=Path, default=Path("notebooks"),
+                         help="folder of the notebooks (default: notebooks)")
     for sub in (run, reproduce, report):
         sub.add_argument("--out", type=Path, default=Path("outputs"), help="outputs folder (default: outputs)")
     compare = bare("compare-tables", _compare, "Say where two sets of tables differ; exit code 1 if they do.")
@@ -49,7 +51,8 @@ def _run(options: argparse.Namespace) -> None:
     from ovdiff_lib.workbench.reproduce import note, run_notebook
 
     if not options.notebook.exists():
-        raise InputError(f"The notebook {options.notebook} does not exist; the ones that ship are in the folder notebooks/.")
+        raise InputError(f"The notebook {options.notebook} does not exist; the ones that ship are in the folder "
+                         "notebooks/.")
     parameters = {**_parameters(options), **parse_assignments(options.parameter, "--parameter")}
     # Meant from where the command is run; the notebook itself runs in its own folder.
     parameters["output"] = str(Path(str(parameters["output"])).resolve())
@@ -73,7 +76,8 @@ def _reproduce(options: argparse.Namespace) -> int:
     print(expected_time(stale, folder, workers) or f"{len(stale)} to run.", flush=True)
     if workers > 1 and any(has_tag(notebook, "long") for notebook in stale):  # those measure on all data sets and seeds
         _draw(profile, folder, workers)
-    failures = run_all(chosen, folder, parameters, force=options.force, say=lambda text: print(text, flush=True), workers=workers)
+    failures = run_all(chosen, folder, parameters, force=options.force, workers=workers,
+                       say=lambda text: print(text, flush=True))
     # Also after a failure: what is there is worth seeing, and the report says what is not.
     for name, write in (("claims", _claims), ("report", _report)):
         try:
@@ -90,7 +94,7 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 
 def _draw(profile: Profile, folder: Path, workers: int) -> None:
-    """Build the classes that the notebooks share, on all processors; what cannot be built, or read, the notebooks will say themselves."""
+    """Build the classes that the notebooks share, on all processors; what cannot be built they will say."""
     from ovdiff_lib.workbench.evaluation.bench import Bench
     from ovdiff_lib.workbench.evaluation.building import build_classes
     from ovdiff_lib.workbench.reproduce import CLASSES, note
@@ -98,11 +102,13 @@ def _draw(profile: Profile, folder: Path, workers: int) -> None:
     started, anew = time.time(), not (folder / "cache").exists()
     bench = Bench(profile, {"features.extractors": profile.evaluation.extractors}, library=folder / "cache")
     try:
-        sets = [bench.dataset(source) for source in (profile.evaluation.voc, profile.evaluation.context, profile.evaluation.object)]
+        data = profile.evaluation
+        sets = [bench.dataset(source) for source in (data.voc, data.context, data.object)]
     except OVDiffError as error:
         print(f"Classes are built as the notebooks need them: {error}", flush=True)
         return
-    build_classes(bench.profile, [category for data in sets for category in data.vocabulary], bench.seeds, bench.library, workers)
+    categories = [category for dataset in sets for category in dataset.vocabulary]
+    build_classes(bench.profile, categories, bench.seeds, bench.library, workers)
     if anew:
         note(folder, CLASSES, {"seconds": round(time.time() - started, 1)})
 
@@ -126,7 +132,8 @@ def _compare(options: argparse.Namespace) -> int:
     differences = compare_tables(options.first, options.second, options.tolerance)
     for text in differences:
         print(text)
-    print(f"{len(differences)} differences" if differences else f"The tables are the same (tolerance {options.tolerance:g}).")
+    same = f"The tables are the same (tolerance {options.tolerance:g})."
+    print(f"{len(differences)} differences" if differences else same)
     return 1 if differences else 0
 
 

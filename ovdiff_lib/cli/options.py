@@ -40,8 +40,9 @@ def ovdiff_of(options: argparse.Namespace) -> OVDiff:
 
 
 def add_stuff_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stuff-from", metavar="c8|coco-stuff|FILE", help="which classes are stuff: the paper's Table C.8, "
-                        "the split of COCO-Stuff, or a CSV file with class,label")
+    parser.add_argument("--stuff-from", metavar="c8|coco-stuff|FILE",
+                        help="which classes are stuff: the paper's Table C.8, the split of COCO-Stuff, or a CSV file "
+                             "with class,label")
     parser.add_argument("--stuff-default", choices=["thing", "stuff"],
                         help="with --stuff-from: what classes are that it does not name")
 
@@ -64,7 +65,8 @@ def vocabulary_of(options: argparse.Namespace) -> Vocabulary:
     vocabulary = Vocabulary.of(_names(options), marked)
     missing = [s for s in marked if s.casefold() not in {n.casefold() for n in vocabulary.names}]
     if missing:
-        raise InputError(f"--stuff names {missing[0]!r}, which is not among the classes; add it to --classes or remove it.")
+        raise InputError(f"--stuff names {missing[0]!r}, which is not among the classes; add it to --classes or remove "
+                         "it.")
     others = [c for c in vocabulary if c.kind != "stuff"]
     if options.stuff_from and others:
         found = kinds(others, options.stuff_from, options.stuff_default)
@@ -78,30 +80,33 @@ def _names(options: argparse.Namespace) -> list[str]:
     try:
         return [line for line in options.classes_file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError):
-        raise InputError(f"The classes file {options.classes_file} cannot be read; give a UTF-8 text file with one class a line."
-                         ) from None
+        raise InputError(f"The classes file {options.classes_file} cannot be read; give a UTF-8 text file with one "
+                         "class a line.") from None
 
 
 def check_stuff_options(options: argparse.Namespace) -> None:
     """``InputError`` for ``--stuff-default`` without the table that it completes."""
     if options.stuff_default and not options.stuff_from:
-        raise InputError("--stuff-default says what classes are that a table does not name; use it together with --stuff-from.")
+        raise InputError("--stuff-default says what classes are that a table does not name; use it together with "
+                         "--stuff-from.")
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """How many processes do the work, and where."""
     parser.add_argument("--engine", choices=["local", "ray"], default="local",
-                        help="local: processes of this machine (default); ray: a Ray cluster, all of whose machines must see "
-                             "the library, the models and the data under the same paths (a network file system)")
+                        help="local: processes of this machine (default); ray: a Ray cluster, all of whose machines "
+                             "must see the library, the models and the data under the same paths (a network file "
+                             "system)")
     parser.add_argument("--workers", type=int,
                         help="processes that work side by side (default: local 1, ray as many as there is room for)")
-    parser.add_argument("--address", help="with --engine ray: a running cluster, HOST:PORT or auto (default: $RAY_ADDRESS, or a "
-                                          "Ray on this machine alone, started for the work)")
+    parser.add_argument("--address",
+                        help="with --engine ray: a running cluster, HOST:PORT or auto (default: $RAY_ADDRESS, or a Ray "
+                             "on this machine alone, started for the work)")
 
 
 def engine_of(options: argparse.Namespace, profile: Profile) -> Engine | None:
-    """The engine that the options ask for; None is one step after the other in this process. Raises ``InputError`` for options
-    that do not go together."""
+    """The engine that the options ask for; None is one step after the other in this process. Raises ``InputError`` for
+    options that do not go together."""
     from ovdiff_lib.workbench.engines.local import LocalEngine
     from ovdiff_lib.workbench.engines.ray import RayEngine
 
@@ -116,13 +121,14 @@ def engine_of(options: argparse.Namespace, profile: Profile) -> Engine | None:
 
 
 def build_with(engine: Engine, ovdiff: OVDiff, vocabulary: Vocabulary) -> None:
-    """Build every class of the vocabulary into the library of ``ovdiff``. The others are built when one fails; each that fails is
-    named on stderr, then ``OVDiffError`` is raised."""
+    """Build every class of the vocabulary into the library of ``ovdiff``. The others are built when one fails; each
+    that fails is named on stderr, then ``OVDiffError`` is raised."""
     from ovdiff_lib.checks import check_profile
     from ovdiff_lib.workbench.evaluation.building import build_classes
 
     check_profile(ovdiff.profile)
-    failures = build_classes(ovdiff.profile, vocabulary, None, ovdiff.library.root, engine=engine, progress=ovdiff.progress)
+    failures = build_classes(ovdiff.profile, vocabulary, None, ovdiff.library.root, engine=engine,
+                             progress=ovdiff.progress)
     for sentence in failures:
         print(f"ovdiff: {sentence}", file=sys.stderr)
     if failures:
