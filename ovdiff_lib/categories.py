@@ -46,6 +46,11 @@ class Category:
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "prompt", " ".join(self.prompt.split()) or name)
 
+    @classmethod
+    def of(cls, words: Category | str) -> Category:
+        """The category itself, or the thing that is called ``words``."""
+        return words if isinstance(words, Category) else cls(words)
+
 
 def _unreadable(text: str) -> bool:
     """Whether the text holds control characters or lone surrogates (what undecodable bytes on a command line become)."""

@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,13 +42,8 @@ from ovdiff_lib.types import ForegroundBackground, PrototypeBank, Prototypes, Su
 
 Classes = PrototypeBank | Vocabulary | Iterable[str | Category] | str
 
-
-class Networks:
-    """Loads the networks of one object; :class:`~ovdiff_lib.workbench.evaluation.shared.SharedNetworks` serves many."""
-
-    extractors = staticmethod(build_extractors)
-    segmenter = staticmethod(build_segmenter)
-    category_filter = staticmethod(CategoryFilter.build)
+OWN = SimpleNamespace(extractors=build_extractors, segmenter=build_segmenter, category_filter=CategoryFilter.build)
+"""Loads the networks of one object; :class:`~ovdiff_lib.workbench.evaluation.shared.SharedNetworks` serves many."""
 
 
 class OVDiff:
@@ -64,27 +60,27 @@ class OVDiff:
     """
 
     def __init__(self, profile: str | Path | Profile = "mini", overrides: dict[str, Any] | None = None, *,
-                 library: str | Path | None = None, progress: bool = True, networks: Networks | None = None):
+                 library: str | Path | None = None, progress: bool = True, networks: Any = OWN):
         self.profile = load_profile(profile, overrides)
         self.library = Library(library)
         self.progress = progress
-        self.networks = networks or Networks()
+        self.networks = networks
 
     def replaced(self, overrides: dict[str, Any]) -> OVDiff:
-        """Another object with profile fields replaced and the same library, progress and shared networks."""
-        return OVDiff(self.profile, overrides, library=self.library.root, progress=self.progress, networks=self.networks)
+        """Another object with profile fields replaced and the same library, progress and networks."""
+        same = {"library": self.library.root, "progress": self.progress, "networks": self.networks}
+        return OVDiff(self.profile, overrides, **same)
 
     # ------------------------------------------------------------------ steps 1 and 2: words to prototypes
-
     def build(self, classes: Vocabulary | Iterable[str | Category] | str, stuff: Iterable[str] = ()) -> PrototypeBank:
         """Prototypes of every class (Sec. 3.1 to 3.3); classes built before come from the library.
 
-        ``classes`` are names, categories, or one string "cat, sofa"; names also listed in ``stuff`` are treated as stuff regions.
+        ``classes`` are names, categories, or one string "cat, sofa"; those also named in ``stuff`` are stuff regions.
         """
-        vocabulary, extractors = Vocabulary.of(classes, stuff), self.profile.features.extractors
+        vocabulary = Vocabulary.of(classes, stuff)
         hidden = not self.progress or len(vocabulary) == 1
-        built = [self.build_class(category) for category in tqdm(vocabulary, "building classes", unit="class", disable=hidden)]
-        return PrototypeBank(vocabulary, {name: tuple(one[name] for one in built) for name in extractors})
+        built = [self.build_class(one) for one in tqdm(vocabulary, "building classes", unit="class", disable=hidden)]
+        return PrototypeBank(vocabulary, {name: tuple(p[name] for p in built) for name in built[0]})
 
     def build_class(self, category: Category | str) -> dict[str, Prototypes]:
         """Steps 1 and 2 for one category: its prototypes by extractor; what the library holds is taken from there."""
@@ -96,14 +92,11 @@ class OVDiff:
 
     def support(self, category: Category | str) -> SupportSet:
         """Step 1: support images drawn for a category, with the attribution of its words (Sec. 3.1, 3.2)."""
-        category = _category(category)
-
-        def draw(start: int, count: int) -> SupportSet:
-            return sample_support(self.diffusion, category, self.profile, count, self.progress, start)
-
+        category = Category.of(category)
         key, made_from = keys.for_words(self._made_from("support"), category.prompt)
-        found = self.library.get_or_grow(key, self.profile.support.size, draw, made_from)
-        return dataclasses.replace(found, category=category)  # the library knows the words, not what this user calls them
+        found = self.library.get_or_grow(key, self.profile.support.size, lambda start, count: sample_support(
+            self.diffusion, category, self.profile, count, self.progress, start), made_from)
+        return dataclasses.replace(found, category=category)  # the library knows the words, not the name they have here
 
     def masks(self, support: SupportSet) -> ForegroundBackground:
         """Step 2a: where the object is and is not in each support image (Sec. 3.2, Eq. 1)."""
@@ -123,26 +116,21 @@ class OVDiff:
         return build_prototypes(features, masks, self.profile.prototypes, self.profile.masks.resize)
 
     def _kept(self, step: str, category: Category | str, make: Callable[[], Any]) -> Any:
-        """The masks of a category, or its prototypes of the extractor ``step``: from the library, or made and kept there."""
-        key, made_from = keys.for_words(self._made_from(step), _category(category).prompt)
+        """A category's masks, or its prototypes of the extractor ``step``: from the library, or made and kept there."""
+        key, made_from = keys.for_words(self._made_from(step), Category.of(category).prompt)
         return self.library.get_or_make("masks" if step == "masks" else "prototypes", key, make, made_from)
 
-    @cached_property
-    def _made_from(self) -> Callable[[str], dict[str, Any]]:
-        return cache(lambda step: keys.made_from(self.profile, step))  # the same for all classes
-
     # ------------------------------------------------------------------ step 3: image and prototypes to labels
-
     def segment(self, image: Any, classes: Classes) -> Segmentation:
-        """Label every pixel of an image (a path, a PIL image or an array) with a class or background (Sec. 3.4, Eq. 4)."""
+        """Label every pixel of an image (a path, PIL image or array) with a class or background (Sec. 3.4, Eq. 4)."""
         image, bank = read_image(image), self._bank(classes)
         kept, probabilities = self._keep(image, bank.vocabulary)
         matched = bank.restrict(kept)
         scores, winner = self.matcher.scores(image, matched)  # (1 + kept, H, W): background first
-        return _labelled(image, scores, winner, bank.vocabulary, kept, probabilities, matched)
+        return Segmentation(image, _labels(scores, kept), scores, winner, bank.vocabulary, kept, probabilities, matched)
 
     def segment_many(self, images: Iterable[Any], classes: Classes, together: int = 8) -> Iterator[Segmentation]:
-        """:meth:`segment` of each image, in order, ``together`` of them at a time: their windows share the networks' batches.
+        """:meth:`segment` of each image, in order, ``together`` at a time: their windows share the networks' batches.
 
         Images are read as they are needed. The results are those of one image after the other, up to rounding.
         """
@@ -151,22 +139,22 @@ class OVDiff:
             found = [self._keep(image, bank.vocabulary) for image in chosen]
             matched = [bank.restrict(kept) for kept, _ in found]
             scored = self.matcher.scores_many(list(zip(chosen, matched, strict=True)))
-            for image, (kept, probabilities), own, (scores, winner) in zip(chosen, found, matched, scored, strict=True):
-                yield _labelled(image, scores, winner, bank.vocabulary, kept, probabilities, own)
+            for image, (kept, chances), own, (scores, winner) in zip(chosen, found, matched, scored, strict=True):
+                yield Segmentation(image, _labels(scores, kept), scores, winner, bank.vocabulary, kept, chances, own)
 
     def _bank(self, classes: Classes) -> PrototypeBank:
-        """The prototypes to match with: built if they are words, without misleading background where the profile says so."""
+        """The prototypes to match with: built if they are words, then through the "stuff" filter."""
         bank = classes if isinstance(classes, PrototypeBank) else self.build(classes)
         return self.stuff_filter(bank) if self.profile.filters.stuff else bank
 
     def _keep(self, image: np.ndarray, vocabulary: Vocabulary) -> tuple[tuple[int, ...], np.ndarray]:
-        """The categories that may be in the image, and their probabilities; all of them, and NaN, without the category filter."""
+        """The categories that may be in the image, and their probabilities; without the filter all of them, and NaN."""
         if self.profile.filters.category:
             return self.category_filter(image, vocabulary)
         return tuple(range(len(vocabulary))), np.full(len(vocabulary), np.nan, np.float32)
 
-    # ------------------------------------------------------------------ what is loaded when first used
-
+    # ------------------------------------------------------------------ what is made when first used
+    _made_from = cached_property(lambda self: cache(lambda step: keys.made_from(self.profile, step)))
     diffusion = cached_property(lambda self: load_diffusion(self.profile))
     extractors = cached_property(lambda self: self.networks.extractors(self.profile))
     segmenter = cached_property(lambda self: self.networks.segmenter(self.profile))
@@ -175,12 +163,6 @@ class OVDiff:
     matcher = cached_property(lambda self: Matcher(self.extractors, self.profile))
 
 
-def _category(words: Category | str) -> Category:
-    return words if isinstance(words, Category) else Category(words)
-
-
-def _labelled(image: np.ndarray, scores: np.ndarray, winner: np.ndarray, vocabulary: Vocabulary, kept: tuple[int, ...],
-              probabilities: np.ndarray, matched: PrototypeBank) -> Segmentation:
-    """Eq. 4: a pixel is of the class with its highest score; 0 is background, 1 + c category c of the whole vocabulary."""
-    labels = np.array([0, *(1 + c for c in kept)], np.int32)[scores.argmax(0)]
-    return Segmentation(image, labels, scores, winner, vocabulary, tuple(kept), probabilities, matched)
+def _labels(scores: np.ndarray, kept: tuple[int, ...]) -> np.ndarray:
+    """Eq. 4: a pixel is of the class with its highest score; 0 is background, 1 + c is category c of the vocabulary."""
+    return np.array([0, *(1 + c for c in kept)], np.int32)[scores.argmax(0)]

@@ -18,15 +18,15 @@ import numpy as np
 from ovdiff_lib import keys
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.features import EXTRACTORS, check_extractors
+from ovdiff_lib.filters.category import CategoryFilter
 from ovdiff_lib.masks import SEGMENTERS, check_segmenter
-from ovdiff_lib.pipeline import Networks
 from ovdiff_lib.profiles.schema import Profile
 
 MEMORY = 2**31
 """Bytes of results that are remembered, of all networks together."""
 
 
-class SharedNetworks(Networks):
+class SharedNetworks:
     """Networks by what they depend on, to be given to :class:`~ovdiff_lib.pipeline.OVDiff` as ``networks``.
 
     A remembered result is the same object again: nobody may change it in place.
@@ -52,7 +52,7 @@ class SharedNetworks(Networks):
         """The category filter of the profile. Raises ``ProfileError`` and ``ModelNotAvailable``."""
         key = json.dumps(["filter", profile.models.clip, _machine(profile), dataclasses.asdict(profile.filters)], sort_keys=True)
         if key not in self._made:
-            self._made[key] = _RememberingFilter(super().category_filter(profile), self._memory)
+            self._made[key] = _RememberingFilter(CategoryFilter.build(profile), self._memory)
         return self._made[key]
 
     def baseline(self, name: str, profile: Profile) -> Any:
