@@ -437,4 +437,5 @@ def _exporter():
                                        "HTMLExporter": {"preprocessors": [settle]}}),
                         template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
     exporter.log = logging.getLogger(__name__)
+    exporter.log.setLevel(logging.ERROR)  # it would warn of pictures without a description
     return exporter
