@@ -1,8 +1,9 @@
-"""What a result depends on: its words, settings, models and code. The library, shared networks and stored measurements all ask here.
+"""What a result depends on: its words, settings, models and code. The library, shared networks and stored measurements
+all ask here.
 
-Code counts by its statements, not by comments, docstrings and layout. Which modules make a step's result is read from their own imports:
-whatever :data:`STEPS` reach within the package, but for :data:`NOT_CODE`.
-A registry names many parts and only the chosen one counts, so editing MaskCut makes no mask of the detector anew.
+Code counts by its statements, not by comments, docstrings and layout. Which modules make a step's result is read from
+their own imports: whatever :data:`STEPS` reach within the package, but for :data:`NOT_CODE`. A registry names many
+parts and only the chosen one counts, so editing MaskCut makes no mask of the detector anew.
 """
 
 from __future__ import annotations
@@ -44,16 +45,18 @@ Need = tuple[str, str]
 # ------------------------------------------------------------------ what is asked for
 
 def for_words(table: dict[str, Any], prompt: str) -> tuple[str, dict[str, Any]]:
-    """The library's key for one category, and what it is the hash of: ``table`` of :func:`made_from` with the category's words."""
+    """The library's key for one category, and what it is the hash of: ``table`` of :func:`made_from` with the
+    category's words."""
     table = {**table, "prompt": prompt}
     return identify(table), table
 
 
 def made_from(profile: Profile, step: str) -> dict[str, Any]:
-    """What the result of a step ("support", "masks" or the name of an extractor, for its prototypes) is made from, but for the words.
+    """What the result of a step ("support", "masks" or the name of an extractor, for its prototypes) is made from, but
+    for the words.
 
-    The settings that the step and those before it stand on, and the identity of the models and of the code that they run. Fields of parts
-    that are not used do not count.
+    The settings that the step and those before it stand on, and the identity of the models and of the code that they
+    run. Fields of parts that are not used do not count.
     """
     models, code = {"diffusion": model_identity(profile.models.diffusion)}, {"support": code_digest(*STEPS["support"])}
     settings = {"support": dataclasses.asdict(profile.support)}
@@ -76,7 +79,8 @@ def made_from(profile: Profile, step: str) -> dict[str, Any]:
 
 
 def of_part(profile: Profile, section: str, name: str) -> dict[str, Any]:
-    """What the results of an extractor (``section`` "features") or a segmenter ("masks") depend on: models, settings, code."""
+    """What the results of an extractor (``section`` "features") or a segmenter ("masks") depend on: models, settings,
+    code."""
     registry, table = {"features": ("EXTRACTORS", EXTRACTORS), "masks": ("SEGMENTERS", SEGMENTERS)}[section]
     part = table[name]
     models, settings = part.depends_on(profile, section)
@@ -86,14 +90,16 @@ def of_part(profile: Profile, section: str, name: str) -> dict[str, Any]:
 
 
 def of_labels(profile: Profile, all_models: bool = False) -> dict[str, Any]:
-    """What the label maps of a profile depend on, as plain data; ``all_models``: a baseline's, which may load any model."""
-    table = {section: {k: v for k, v in fields.items() if k not in SPEED_ONLY} for section, fields in profile.to_dict().items()
-             if section not in UNUSED_BY_THE_METHOD and section != "models"}
+    """What the label maps of a profile depend on, as plain data; ``all_models``: a baseline's, which may load any
+    model."""
+    table = {section: {k: v for k, v in fields.items() if k not in SPEED_ONLY}
+             for section, fields in profile.to_dict().items() if section not in (*UNUSED_BY_THE_METHOD, "models")}
     used = {"diffusion": _identity(profile.models.diffusion)}
     if profile.filters.category:
         used["clip"] = _identity(profile.models.clip)
     code = {"pipeline": code_digest(f"{NAME}.pipeline")}
-    for section, name in [*(("features", name) for name in profile.features.extractors), ("masks", profile.masks.segmenter)]:
+    parts = [("features", name) for name in profile.features.extractors]
+    for section, name in [*parts, ("masks", profile.masks.segmenter)]:
         part = of_part(profile, section, name)
         used |= part["models"]
         code[f"{section} {name}"] = part["code"]
@@ -106,7 +112,7 @@ def of_labels(profile: Profile, all_models: bool = False) -> dict[str, Any]:
 def _identity(source: str) -> str:
     try:
         return model_identity(source)
-    except (ModelNotAvailable, ValueError):  # what needs it will say so; of an architecture's name the hub's library says it is no id
+    except (ModelNotAvailable, ValueError):  # what needs it will say so; the name of an architecture is no hub id
         return f"not here: {source}"
 
 
@@ -114,7 +120,8 @@ def _identity(source: str) -> str:
 
 @dataclass(frozen=True)
 class _Module:
-    """A module as :func:`code_digest` sees it: its ``statements`` and what they need; ``names`` that others may want of it, by name.
+    """A module as :func:`code_digest` sees it: its ``statements`` and what they need; ``names`` that others may want of
+    it, by name.
 
     Those are what it imports and does not use itself, and its registries, as a whole and entry by entry.
     """
@@ -128,8 +135,8 @@ _parsed: dict[Path, tuple[int, Any, _Module]] = {}
 
 
 def code_digest(*roots: str) -> str:
-    """Hash (16 hex digits) of the statements of these modules of the package and of all that they need of it, tables beside them
-    included."""
+    """Hash (16 hex digits) of the statements of these modules of the package and of all that they need of it, tables
+    beside them included."""
     return _digest([(root, "") for root in roots], {})
 
 
@@ -179,7 +186,8 @@ def _file(module: str) -> Path | None:
 
 
 def _module(module: str, path: Path) -> _Module:
-    """The module in a file, read once for each time that Python loads it: what runs is what was loaded, whatever was written since."""
+    """The module in a file, read once for each time that Python loads it: what runs is what was loaded, whatever was
+    written since."""
     loaded = sys.modules.get(module)
     spec = loaded.__spec__ if getattr(loaded, "__file__", None) == str(path) else None
     stamp = id(spec) if spec else path.stat().st_mtime_ns  # loading a module again gives it another spec
@@ -196,7 +204,8 @@ def statements(source: str) -> str:
 def _parse(source: str) -> ast.Module:
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node) is not None:
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        if documented and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return tree
 
@@ -233,4 +242,5 @@ def _imports(tree: ast.AST) -> Iterator[tuple[str, Need]]:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == NAME:
             yield from ((alias.asname or alias.name, (node.module, alias.name)) for alias in node.names)
         elif isinstance(node, ast.Import):
-            yield from ((alias.asname or NAME, (alias.name, "")) for alias in node.names if alias.name.partition(".")[0] == NAME)
+            own = [alias for alias in node.names if alias.name.partition(".")[0] == NAME]
+            yield from ((alias.asname or NAME, (alias.name, "")) for alias in own)

@@ -1,6 +1,7 @@
 """What a registry of exchangeable parts holds: how a part is built, and what its results depend on.
 
-The shortest entry is ``"name": Part(Mine)``, where ``Mine(profile)`` is the part; everything else has a default that is right.
+The shortest entry is ``"name": Part(Mine)``, where ``Mine(profile)`` is the part; everything else has a default that is
+right.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ NOT_MODELS = ("device", "dtype", "download")
 class Part:
     """An entry of ``EXTRACTORS`` or ``SEGMENTERS``: ``part(profile)`` builds it.
 
-    ``models`` are the fields of ``profile.models`` it loads, ``settings`` the fields of its section that change its results ("sd_" stands
-    for every field that begins so). Both go into the prototype library's keys. None, the default, counts all of them: always right, but
-    then a change of any one builds the classes again, and ``ovdiff doctor`` cannot say which models the part needs.
+    ``models`` are the fields of ``profile.models`` it loads, ``settings`` the fields of its section that change its
+    results ("sd_" stands for every field that begins so). Both go into the prototype library's keys. None, the default,
+    counts all of them: always right, but then a change of any one builds the classes again, and ``ovdiff doctor``
+    cannot say which models the part needs.
 
-    The code of a part is in those keys, too (:mod:`~ovdiff_lib.keys`): classes are built again after an edit of the module that defines it.
-    ``version`` takes the code's place; give one, and change it with the results, where the text cannot be had.
+    The code of a part is in those keys, too (:mod:`~ovdiff_lib.keys`): classes are built again after an edit of the
+    module that defines it. ``version`` takes the code's place; give one, and change it with the results, where the text
+    cannot be had.
     """
 
     build: Callable[[Profile], Any]
@@ -42,7 +45,8 @@ class Part:
     module: str = field(init=False, repr=False, compare=False)
     """Name of the module that defines the part."""
     source: str = field(init=False, repr=False, compare=False)
-    """Text of that module as it is when the entry is made; in a notebook that of the function or class, "" where there is none."""
+    """Text of that module as it is when the entry is made; in a notebook that of the function or class, "" where there
+    is none."""
 
     def __post_init__(self) -> None:
         module, source = _defined(self.build)
@@ -57,10 +61,11 @@ class Part:
 
         Raises ``ProfileError`` if the part declares a model or a setting that no profile has.
         """
-        models = {f.name: getattr(profile.models, f.name) for f in dataclasses.fields(profile.models) if f.name not in NOT_MODELS}
+        models = {k: v for k, v in dataclasses.asdict(profile.models).items() if k not in NOT_MODELS}
         if unknown := set(self.models or ()) - set(models):
-            raise ProfileError(f"A part declares the model {min(unknown)!r}, which no profile has; name one of {', '.join(models)}.")
-        models = {name: value for name, value in models.items() if (name in self.models if self.models is not None else value)}
+            raise ProfileError(f"A part declares the model {min(unknown)!r}, which no profile has; name one of "
+                               f"{', '.join(models)}.")
+        models = {k: v for k, v in models.items() if (k in self.models if self.models is not None else v)}
         return models, chosen_settings(profile, section, self.settings)
 
 
@@ -71,10 +76,10 @@ def chosen_settings(profile: Profile, section: str, names: tuple[str, ...] | Non
         return table
     chosen = {}
     for name in names:
-        found = {key: value for key, value in table.items() if key == name or (name.endswith("_") and key.startswith(name))}
+        found = {k: v for k, v in table.items() if k == name or (name.endswith("_") and k.startswith(name))}
         if not found:
-            raise ProfileError(f"A part declares the setting {name!r}, which {section} does not have; name one of {', '.join(table)}, "
-                               "or how several begin, up to an underscore.")
+            raise ProfileError(f"A part declares the setting {name!r}, which {section} does not have; name one of "
+                               f"{', '.join(table)}, or how several begin, up to an underscore.")
         chosen |= found
     return chosen
 
@@ -87,7 +92,8 @@ def check_part(registry: str, name: str, part: Any) -> None:
 
 
 def _defined(build: Any) -> tuple[str, str]:
-    """Name and text of the module that defines ``build``; of a notebook, which has no file, the text of the function or class alone."""
+    """Name and text of the module that defines ``build``; of a notebook, which has no file, the text of the function or
+    class alone."""
     build = build.func if isinstance(build, functools.partial) else build
     thing = getattr(build, "__self__", None) or build  # of a classmethod its class
     thing = thing if inspect.isroutine(thing) or inspect.isclass(thing) else type(thing)

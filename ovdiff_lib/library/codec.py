@@ -5,8 +5,8 @@
     masks        arrays.safetensors   foreground and background, a bit a pixel
     prototypes   arrays.safetensors   vectors f32, and what each is
 
-Each kind gives its files and a description of plain data; the reader gets both back and raises ``ValueError`` for what does not fit
-together. Sums, names and places are :mod:`ovdiff_lib.library.store`'s matter.
+Each kind gives its files and a description of plain data; the reader gets both back and raises ``ValueError`` for what
+does not fit together. Sums, names and places are :mod:`ovdiff_lib.library.store`'s matter.
 """
 
 from __future__ import annotations
@@ -66,10 +66,11 @@ def support_from(files: Files, described: Described) -> SupportSet:
     for i, start in enumerate(range(0, shape[0], step)):
         _read_png(files[strip_name(i)], images[start : start + step])
     arrays = load(files[ARRAYS])
-    support = SupportSet(Category(**described["category"]), images, arrays["attribution"], arrays["seeds"], described["provenance"])
+    category = Category(**described["category"])
+    support = SupportSet(category, images, arrays["attribution"], arrays["seeds"], described["provenance"])
     _check_array("attribution", support.attribution, np.float32, 3)
     if not len(support.seeds) == len(support.attribution) == len(images):
-        raise ValueError(f"{len(images)} images, {len(support.attribution)} attribution maps and {len(support.seeds)} seeds")
+        raise ValueError(f"{len(images)} images, {len(support.attribution)} maps and {len(support.seeds)} seeds")
     return support
 
 
@@ -116,7 +117,8 @@ def prototypes_from(files: Files, described: Described) -> Prototypes:
                       arrays["image"], arrays["cluster"], arrays["assignment"])
 
 
-CODECS = {"support": (support_files, support_from), "masks": (masks_files, masks_from), "prototypes": (prototypes_files, prototypes_from)}
+CODECS = {"support": (support_files, support_from), "masks": (masks_files, masks_from),
+          "prototypes": (prototypes_files, prototypes_from)}
 """The kinds of entries, in the order in which a class is built: what gives their files and what reads them."""
 
 
@@ -155,7 +157,7 @@ def _arrays(arrays: dict[str, np.ndarray]) -> bytes:
     return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
 
-# ------------------------------------------------------------------ an entry's files, and entry.json, which vouches for them
+# ------------------------------------------------------------------ an entry's files; entry.json vouches for them
 
 FORMAT = 2
 """Layout of an entry; entries of another format count as missing."""
@@ -178,13 +180,14 @@ def encode(kind: str, key: str, value: Any, made_from: Described | None = None) 
 def write_meta(kind: str, key: str, files: Files, described: Described, made_from: Described | None = None) -> bytes:
     """The text of ``entry.json`` for these files."""
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    body = {"format": FORMAT, "kind": kind, "key": key, "sha256": sums, **({"made_from": made_from} if made_from else {}), **described}
+    origin = {"made_from": made_from} if made_from else {}
+    body = {"format": FORMAT, "kind": kind, "key": key, "sha256": sums, **origin, **described}
     return json.dumps({"body": body, "sha256": _digest(body)}, indent=1).encode()
 
 
 def read_meta(path: Path, kind: str, key: str) -> Described:
-    """The description of the entry in the folder ``path``; ``FileNotFoundError`` if there is no such folder, ``Broken`` unless its sum,
-    format, kind, key and file names hold."""
+    """The description of the entry in the folder ``path``; ``FileNotFoundError`` if there is no such folder, ``Broken``
+    unless its sum, format, kind, key and file names hold."""
     if not path.exists():
         raise FileNotFoundError(path)
     data = _bytes(path / META)
@@ -198,7 +201,8 @@ def read_meta(path: Path, kind: str, key: str) -> Described:
         if "made_from" in body:
             if identify(body["made_from"]) != key:
                 raise Broken("its key is not the hash of what it says it was made from")
-            Category(body["made_from"]["step"], body["made_from"]["prompt"])  # shown to users: text, and nothing that steers a terminal
+            # Shown to users: text, and nothing that steers a terminal.
+            Category(body["made_from"]["step"], body["made_from"]["prompt"])
         if bad := [name for name in body["sha256"] if not FILE.fullmatch(name)]:
             raise Broken(f"{META} names a file {bad[0][:40]!r}")
         return body
@@ -230,7 +234,8 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except PermissionError as error:
-        raise InputError(f"The library entry {path.parent} may not be read ({error.strerror}); check its permissions.") from None
+        raise InputError(f"The library entry {path.parent} may not be read ({error.strerror}); check its permissions."
+                         ) from None
     except FileNotFoundError:
         raise Broken(f"{path.name} is missing") from None
     except OSError as error:

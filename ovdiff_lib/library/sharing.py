@@ -3,7 +3,8 @@
     index.json                                                                                  the entries it holds
     <kind>/<key>/entry.json, <kind>/<key>/arrays.safetensors, <kind>/<key>/images_000.png ...
 
-An archive is taken whole or not at all. Sums tell an archive that was damaged from one that was not; they do not tell who made it.
+An archive is taken whole or not at all. Sums tell an archive that was damaged from one that was not; they do not tell
+who made it.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ MODES = {".tar": "w", ".tar.gz": "w:gz", ".tgz": "w:gz", ".tar.xz": "w:xz", ".tx
 
 @dataclass(frozen=True)
 class Imported:
-    """How many entries of an archive were ``new``, made an entry ``grown`` (a support set with more images), or were here already
-    (``kept``: what is here stays)."""
+    """How many entries of an archive were ``new``, made an entry ``grown`` (a support set with more images), or were
+    here already (``kept``: what is here stays)."""
 
     new: int = 0
     grown: int = 0
@@ -49,12 +50,14 @@ class Imported:
 def export_entries(library: Library, entries: Iterable[Entry], path: str | Path, progress: bool = False) -> int:
     """Write entries into the tar file ``path`` (of an ending in :data:`MODES`); returns how many.
 
-    Each is verified as it is read; the file is whole or not there, and the same entries make the same bytes in a .tar. Raises
-    ``InputError`` for an entry that is broken, for none at all, for another ending, and where ``path`` cannot be written.
+    Each is verified as it is read; the file is whole or not there, and the same entries make the same bytes in a .tar.
+    Raises ``InputError`` for an entry that is broken, for none at all, for another ending, and where ``path`` cannot be
+    written.
     """
     entries, path = list(entries), Path(path)
     if not entries:
-        raise InputError("There is nothing to export: no entry of the library was chosen; `ovdiff library list` shows what there is.")
+        raise InputError("There is nothing to export: no entry of the library was chosen; `ovdiff library list` shows "
+                         "what there is.")
     mode = next((mode for suffix, mode in MODES.items() if path.name.lower().endswith(suffix)), None)
     if mode is None:
         raise InputError(f"{path} does not end in {', '.join(MODES)}; name the archive so that its form is known.")
@@ -71,11 +74,11 @@ def export_entries(library: Library, entries: Iterable[Entry], path: str | Path,
         os.replace(temporary, path)
         fsync_folder(path.absolute().parent)
     except Broken as broken:
-        raise InputError(f"The library entry {entry.path} is broken ({broken}), so nothing was exported; run `ovdiff library verify`, "
-                         "which sets it aside.") from None
+        raise InputError(f"The library entry {entry.path} is broken ({broken}), so nothing was exported; run `ovdiff "
+                         "library verify`, which sets it aside.") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror or error}); free space or choose a folder that you may write to."
-                         ) from None
+        raise InputError(f"{path} cannot be written ({error.strerror or error}); free space or choose a folder that "
+                         "you may write to.") from None
     finally:
         temporary.unlink(missing_ok=True)
     return len(entries)
@@ -84,9 +87,9 @@ def export_entries(library: Library, entries: Iterable[Entry], path: str | Path,
 def import_archive(library: Library, path: str | Path, progress: bool = False) -> Imported:
     """Add the entries of a tar file to a library.
 
-    An entry that is here already stays, but for a support set that the archive has with more images and the same first ones. Raises
-    ``InputError``, and adds nothing, for a file that is no such archive, is torn, holds anything but entries, does not verify or would
-    not fit on the disk.
+    An entry that is here already stays, but for a support set that the archive has with more images and the same first
+    ones. Raises ``InputError``, and adds nothing, for a file that is no such archive, is torn, holds anything but
+    entries, does not verify or would not fit on the disk.
     """
     path, staging = Path(path), beside(library.root / "import")
     if not path.is_file():
@@ -110,12 +113,13 @@ def _unpack(path: Path, staging: Path) -> None:
         nonlocal free
         free -= member.size
         if not MEMBER.fullmatch(member.name) or not member.isreg():
-            raise InputError(f"The archive {path} holds {member.name[:80]!r}, which is no file of a library entry; nothing was "
-                             "imported. Use a file that `ovdiff library export` wrote.")
+            raise InputError(f"The archive {path} holds {member.name[:80]!r}, which is no file of a library entry; "
+                             "nothing was imported. Use a file that `ovdiff library export` wrote.")
         if member.name in seen:
             raise InputError(f"The archive {path} holds {member.name!r} twice; nothing was imported.")
         if free < 0:
-            raise InputError(f"The archive {path} unpacks to more than what is free in {staging.parent}; nothing was imported.")
+            raise InputError(f"The archive {path} unpacks to more than what is free in {staging.parent}; nothing was "
+                             "imported. Free space, or name another folder with OVDIFF_LIBRARY.")
         seen.add(member.name)
         return tarfile.data_filter(member, folder)
 
@@ -126,20 +130,23 @@ def _unpack(path: Path, staging: Path) -> None:
         raise
     except (OSError, EOFError, ValueError, OverflowError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
         reason = f" ({str(error).splitlines()[0][:120]})" if str(error) else ""
-        raise InputError(f"{path} cannot be read as an archive of library entries{reason}; nothing was imported. Get the file again, "
-                         "or export it again.") from None
+        raise InputError(f"{path} cannot be read as an archive of library entries{reason}; nothing was imported. Get "
+                         "the file again, or export it again.") from None
 
 
 def _verified(path: Path, staging: Path) -> list[tuple[str, str]]:
-    """(kind, key) of every entry below ``staging``, in a class's order of building; ``InputError`` unless all are whole."""
+    """(kind, key) of every entry below ``staging``, in a class's order of building; ``InputError`` unless all are
+    whole."""
     entries = [(kind, folder.name) for kind in CODECS for folder in sorted((staging / kind).glob("*"))]
     # A tar file that was cut off between two files is not torn for the library that reads it.
     try:
         index = json.loads((staging / INDEX).read_bytes())
     except (OSError, ValueError):
         index = None
-    if not entries or not isinstance(index, list) or sorted(map(str, index)) != sorted("/".join(entry) for entry in entries):
-        raise InputError(f"The archive {path} does not hold just the entries of its {INDEX}; nothing was imported. Get the file again.")
+    said = sorted(map(str, index)) if isinstance(index, list) else None
+    if not entries or said != sorted("/".join(entry) for entry in entries):
+        raise InputError(f"The archive {path} does not hold just the entries of its {INDEX}; nothing was imported. Get "
+                         "the file again.")
     for kind, key in entries:
         folder = staging / kind / key
         try:
@@ -150,8 +157,8 @@ def _verified(path: Path, staging: Path) -> list[tuple[str, str]]:
             if extra := sorted({file.name for file in folder.iterdir()} - {META, *body["sha256"]}):
                 raise Broken(f"{extra[0]} is not among its files")
         except Broken as broken:
-            raise InputError(f"The entry {kind}/{key} in {path} does not verify ({broken}); nothing was imported. Get the archive again."
-                             ) from None
+            raise InputError(f"The entry {kind}/{key} in {path} does not verify ({broken}); nothing was imported. Get "
+                             "the archive again.") from None
     return entries
 
 
@@ -163,8 +170,9 @@ def _place(library: Library, kind: str, key: str, folder: Path) -> str:
             return "new"
         if kind == "support":
             here, there = library.get(kind, key), read(folder, kind, key)
-            n = len(here)
-            if len(there) > n and np.array_equal(here.images, there.images[:n]) and np.array_equal(here.seeds, there.seeds[:n]):
+            first = there.take(range(min(len(here), len(there))))
+            same = np.array_equal(here.images, first.images) and np.array_equal(here.seeds, first.seeds)
+            if same and len(there) > len(here):
                 library.place(kind, key, files, replace=True)
                 return "grown"
     return "kept"

@@ -1,12 +1,12 @@
 """The prototype library: support sets, masks and prototypes kept on disk, found by the hash of all they were made from.
 
-    root/support/<key>/ images_000.png, arrays.safetensors, entry.json     root/masks/<key>/ ...     root/prototypes/<key>/ ...
-    root/locks/<key>.lock
+    root/support/<key>/ images_000.png, arrays.safetensors, entry.json
+    root/masks/<key>/ ...     root/prototypes/<key>/ ...     root/locks/<key>.lock
 
-An entry is written beside its place, flushed, then renamed, so it is there whole or not at all, whatever kills the process.
-Reading checks SHA-256 sums; an entry that is torn or was edited is set aside as ``<key>.<number>.broken``, logged by name, and
-counts as missing. Locks spare work, entries do not stand on them: where a file system's locks do nothing, a class may be built
-twice, and no entry is lost.
+An entry is written beside its place, flushed, then renamed, so it is there whole or not at all, whatever kills the
+process. Reading checks SHA-256 sums; an entry that is torn or was edited is set aside as ``<key>.<number>.broken``,
+logged by name, and counts as missing. Locks spare work, entries do not stand on them: where a file system's locks do
+nothing, a class may be built twice, and no entry is lost.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def default_root() -> Path:
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored entry: its ``kind`` (support, masks or prototypes), ``key``, folder ``path``, size in ``bytes``, and when it was last
-    read or written (``used``, seconds since 1970)."""
+    """One stored entry: its ``kind`` (support, masks or prototypes), ``key``, folder ``path``, size in ``bytes``, and
+    when it was last read or written (``used``, seconds since 1970)."""
 
     kind: str
     key: str
@@ -58,12 +58,13 @@ class Entry:
 
 
 class Library:
-    """A content-addressed store below ``root`` (default: :func:`default_root`). Nothing is created before the first write.
+    """A content-addressed store below ``root`` (default: :func:`default_root`). Nothing is created before the first
+    write.
 
     Kinds are "support", "masks" and "prototypes". Keys are hex digests (8 to 64 digits) that the caller computes
-    (:mod:`ovdiff_lib.keys`); class names never become file names. ``made_from`` is what a key is the hash of, kept with the
-    entry; an entry whose table has another hash is broken. Writing raises ``InputError``, in one sentence, where the disk is
-    full or the folder may not be written.
+    (:mod:`ovdiff_lib.keys`); class names never become file names. ``made_from`` is what a key is the hash of, kept with
+    the entry; an entry whose table has another hash is broken. Writing raises ``InputError``, in one sentence, where
+    the disk is full or the folder may not be written.
     """
 
     def __init__(self, root: str | Path | None = None) -> None:
@@ -91,10 +92,12 @@ class Library:
         self.place(kind, key, encode(kind, key, value, made_from), replace)
 
     def get_or_make(self, kind: str, key: str, make: Callable[[], Any], made_from: Described | None = None) -> Any:
-        """What is stored under ``key``; if nothing is, ``make()``, which is stored: once among all processes and threads."""
+        """What is stored under ``key``; if nothing is, ``make()``, which is stored: once among all processes and
+        threads."""
         return self._get_or(kind, key, lambda found: found is not None, lambda _: make(), made_from)
 
-    def get_or_grow(self, key: str, count: int, draw: Callable[[int, int], SupportSet], made_from: Described | None = None) -> SupportSet:
+    def get_or_grow(self, key: str, count: int, draw: Callable[[int, int], SupportSet],
+                    made_from: Described | None = None) -> SupportSet:
         """The first ``count`` images of a support set; ``draw(start, missing)`` makes those that are not there yet.
 
         Image i depends on its number, not on how many there are: a smaller set is the beginning of a larger one.
@@ -102,9 +105,11 @@ class Library:
         def grow(have: SupportSet | None) -> SupportSet:
             return draw(0, count) if have is None else have.joined(draw(len(have), count - len(have)))
 
-        return self._get_or("support", key, lambda have: have is not None and len(have) >= count, grow, made_from).take(range(count))
+        found = self._get_or("support", key, lambda have: have is not None and len(have) >= count, grow, made_from)
+        return found.take(range(count))
 
-    def _get_or(self, kind: str, key: str, enough: Callable[[Any], bool], make: Callable[[Any], Any], made_from: Described | None) -> Any:
+    def _get_or(self, kind: str, key: str, enough: Callable[[Any], bool], make: Callable[[Any], Any],
+                made_from: Described | None) -> Any:
         found = self.get(kind, key)
         if not enough(found):
             with self.lock(key):
@@ -127,12 +132,13 @@ class Library:
         return found
 
     def describe(self, entry: Entry) -> Described:
-        """What an entry says of itself, checked against its sum; its files are not read. ``InputError`` if that cannot be had."""
+        """What an entry says of itself, checked against its sum; its files are not read. ``InputError`` if that cannot
+        be had."""
         try:
             return read_meta(entry.path, entry.kind, entry.key)
         except (FileNotFoundError, Broken) as error:
-            raise InputError(f"The library entry {entry.path} is broken ({error}); run `ovdiff library verify`, which sets it aside."
-                             ) from None
+            raise InputError(f"The library entry {entry.path} is broken ({error}); run `ovdiff library verify`, which "
+                             "sets it aside.") from None
 
     def verify(self, progress: bool = False) -> list[Entry]:
         """Check every entry's sums and that its files can be read; sets aside and returns those that are broken."""
@@ -148,7 +154,8 @@ class Library:
         return len(found)
 
     def leftovers(self) -> list[Path]:
-        """What interrupted writers and broken entries left behind; what a process that may be alive is writing is not among them."""
+        """What interrupted writers and broken entries left behind; what a process that may be alive is writing is not
+        among them."""
         torn = [path for kind in CODECS for path in (self.root / kind).glob("*") if path.suffix in (".part", ".broken")]
         return sorted(path for path in [*torn, *self.root.glob(".import*")] if _abandoned(path))
 
@@ -168,7 +175,8 @@ class Library:
     def lock(self, key: str) -> Iterator[None]:
         """Hold ``key`` alone among all processes and threads, so that what it names is built once. May be nested.
 
-        The system frees it when the process ends, however it ends. Raises ``InputError`` where the library may not be written.
+        The system frees it when the process ends, however it ends. Raises ``InputError`` where the library may not be
+        written.
         """
         path = self.root / "locks" / f"{_checked(key)}.lock"
         with self.writing():
@@ -190,11 +198,12 @@ class Library:
         try:
             yield
         except OSError as error:
-            raise InputError(f"The library folder {self.root} cannot be written ({error.strerror or error}); free space, or name another"
-                             " folder with OVDIFF_LIBRARY.") from None
+            raise InputError(f"The library folder {self.root} cannot be written ({error.strerror or error}); free "
+                             "space, or name another folder with OVDIFF_LIBRARY.") from None
 
     def place(self, kind: str, key: str, files: Files, replace: bool = False) -> bool:
-        """Put the files of a whole entry in their place; False if one is there already and stays, as it does unless ``replace``."""
+        """Put the files of a whole entry in their place; False if one is there already and stays, as it does unless
+        ``replace``."""
         path = self._path(kind, key)
         with self.lock(key):
             if not replace and self.get(kind, key, touch=False) is not None:
@@ -247,12 +256,14 @@ class Library:
 
 
 def beside(path: Path) -> Path:
-    """A new name in the folder of ``path`` for what this process is writing; while the process lives, nobody sweeps it away."""
+    """A new name in the folder of ``path`` for what this process is writing; while the process lives, nobody sweeps it
+    away."""
     return path.with_name(f".{path.name}.{HOST}-{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
 def _abandoned(path: Path) -> bool:
-    """Whether nobody is writing at a leftover: its process on this machine is gone, or another machine's has been silent for a day."""
+    """Whether nobody is writing at a leftover: its process on this machine is gone, or another machine's has been
+    silent for a day."""
     owner = OWNER.search(path.name)
     if path.suffix == ".broken" or (owner and owner["host"] == HOST and not _alive(int(owner["pid"]))):
         return True

@@ -166,7 +166,8 @@ def uses(profile: Profile) -> dict[str, list[str]]:
     named[f"segmenter {profile.masks.segmenter}"] = SEGMENTERS[profile.masks.segmenter], "masks"
     parts = {"support images": ["diffusion"]}
     for label, (part, section) in named.items():  # nothing is known of a part that declares nothing
-        parts[label] = [] if part.models is None else list(part.depends_on(profile, section)[0])
+        models, _ = part.depends_on(profile, section)  # a declaration of what no profile has is an error
+        parts[label] = [] if part.models is None else list(models)
     if profile.filters.category:
         parts["category filter"] = ["clip"]
     table: dict[str, list[str]] = {}

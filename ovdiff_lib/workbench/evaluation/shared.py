@@ -1,7 +1,9 @@
-"""Extractors, segmenters and category filters that several OVDiff objects share, for measuring many settings on the same images.
+"""Extractors, segmenters and category filters that several OVDiff objects share, for measuring many settings on the
+same images.
 
-Settings that differ in one field mostly run the same networks on the same pixels. :class:`SharedNetworks` builds each once for everything
-it depends on, and they remember their latest results, so that a second setting pays for what differs alone.
+Settings that differ in one field mostly run the same networks on the same pixels. :class:`SharedNetworks` builds each
+once for everything it depends on, and they remember their latest results, so that a second setting pays for what
+differs alone.
 """
 
 from __future__ import annotations
@@ -50,16 +52,19 @@ class SharedNetworks:
 
     def category_filter(self, profile: Profile) -> Any:
         """The category filter of the profile. Raises ``ProfileError`` and ``ModelNotAvailable``."""
-        key = json.dumps(["filter", profile.models.clip, _machine(profile), dataclasses.asdict(profile.filters)], sort_keys=True)
+        table = ["filter", profile.models.clip, _machine(profile), dataclasses.asdict(profile.filters)]
+        key = json.dumps(table, sort_keys=True)
         if key not in self._made:
             self._made[key] = _RememberingFilter(CategoryFilter.build(profile), self._memory)
         return self._made[key]
 
     def baseline(self, name: str, profile: Profile) -> Any:
-        """The baseline called ``name`` with the profile's values. Raises as :func:`~ovdiff_lib.workbench.baselines.build_baseline`."""
+        """The baseline called ``name`` with the profile's values. Raises as
+        :func:`~ovdiff_lib.workbench.baselines.build_baseline`."""
         from ovdiff_lib.workbench.baselines import build_baseline
 
-        values = {section: fields for section, fields in profile.to_dict().items() if section not in ("name", "description", "evaluation")}
+        unused = ("name", "description", "evaluation")
+        values = {section: fields for section, fields in profile.to_dict().items() if section not in unused}
         key = json.dumps(["baseline", name, values], sort_keys=True)
         if key not in self._made:
             self._made[key] = _RememberingBaseline(build_baseline(name, profile), self._memory)
@@ -67,7 +72,8 @@ class SharedNetworks:
 
     def _make(self, section: str, name: str, part: Any, profile: Profile, remember: type) -> Any:
         batch = getattr(getattr(profile, section), "batch_size", 0)
-        key = json.dumps([section, name, keys.of_part(profile, section, name), batch, _machine(profile)], sort_keys=True)
+        table = [section, name, keys.of_part(profile, section, name), batch, _machine(profile)]
+        key = json.dumps(table, sort_keys=True)
         if key not in self._made:
             self._made[key] = remember(part(profile), self._memory)
         return self._made[key]
@@ -157,7 +163,8 @@ class _RememberingFilter:
 
     def __call__(self, image: np.ndarray, vocabulary: Vocabulary) -> Any:
         key = id(self), _digest(image), vocabulary
-        return self._memory(key, lambda: self.filter(image, vocabulary), lambda found: 64 * len(found[0]) + found[1].nbytes)
+        return self._memory(key, lambda: self.filter(image, vocabulary),
+                            lambda found: 64 * len(found[0]) + found[1].nbytes)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.filter, name)
