@@ -36,7 +36,8 @@ STREAMS = (("clip", "vae", "unet"), ("dino", "mae", "detector", "groupvit"))
 FOLDERS = {"unet": "stable-diffusion", "vae": "stable-diffusion/vae"}
 """Where a model ships, if not under its own name."""
 
-SCENES = {"cpu": ("--train", "100000", "--frames", "30000"), "cuda": ("--train", "120000", "--frames", "40000")}
+SCENES = 100_000
+"""Training scenes; there are a third as many pairs of frames."""
 
 # A GPU is fed larger batches, with learning rates that grow less than they do.
 LARGE = {
@@ -148,7 +149,7 @@ def write_cards(training: Path, weights: Path = WEIGHTS, remarks: dict[str, str]
                            f"{100 * groups['whole_image_miou']:.1f} %).")
     world = drawn_world()
     glyphs = sum(len(t.glyphs.get(s, ())) for t in world.things for s in world.train_styles) - sum(len(t.held) for t in world.things)
-    data = DATA_NOTE.format(scenes=SCENES[DEVICE.type][1], nouns=len(world.things), styles=len(world.train_styles), glyphs=glyphs)
+    data = DATA_NOTE.format(scenes=f"{SCENES:,}", nouns=len(world.things), styles=len(world.train_styles), glyphs=glyphs)
     for kind in quality:
         folder = weights / FOLDERS.get(kind, kind)
         notes = f"## Quality\n\nMeasured by `python -m ovdiff_lib.recipes.quality`. {quality[kind]}\n\n{data}"
@@ -163,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("work"), help="folder for art, scenes and checkpoints (default: work)")
     parser.add_argument("--hours", type=float, help="time for everything (default: 0.4 on a GPU, 30 without)")
     parser.add_argument("--piece", type=float, default=float("inf"), help="minutes after which this call stops; call it again to go on")
+    parser.add_argument("--scenes", type=int, default=SCENES, help="training scenes")
     parser.add_argument("--stop", choices=("glyphs", "scenes"), help="do no more than this")
     parser.add_argument("--ship", action="store_true", help="put splits, weights and cards in place of those of this checkout")
     args = parser.parse_args(argv)
@@ -170,7 +172,8 @@ def main(argv: list[str] | None = None) -> None:
     build_glyphs(drawn_world(), args.work)
     if args.stop == "glyphs":
         return
-    drawing = ["ovdiff_lib.recipes.build", "--work", str(args.work), *SCENES[DEVICE.type], *(["--ship"] if args.ship else [])]
+    drawing = ["ovdiff_lib.recipes.build", "--work", str(args.work), "--train", str(args.scenes), "--frames", str(args.scenes // 3),
+               *(["--ship"] if args.ship else [])]
     subprocess.run([sys.executable, "-m", *drawing], check=True)
     if args.stop == "scenes":
         return

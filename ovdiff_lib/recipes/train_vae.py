@@ -2,15 +2,17 @@
 
 ``python -m ovdiff_lib.recipes.train_vae --data DIR --out DIR --work DIR``
 
-No adversary and no perceptual network: at this size L1 plus the L1 of image
-gradients keeps edges, and a very small KL keeps the latents near unit scale
-without costing detail. It has no attention, so that it can learn from crops, of more scenes in the same time, and take any size.
+No adversary and no perceptual network: at this size L1 plus the L1 of image gradients keeps edges, and a very small KL keeps the latents
+near unit scale without costing detail. Without attention it can learn from crops, of more scenes in the same time, and take any size. In
+half of the steps the latents are shrunk and must give the shrunken image (EQ-VAE, Kouzelis et al., 2025): latents that behave like small
+pictures are easier to learn for a UNet.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
@@ -92,6 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--channels", type=int, nargs="+", default=(32, 64, 128, 128))
     parser.add_argument("--latent-channels", type=int, default=4)
     parser.add_argument("--crop", type=int, default=64, help="side of the crops it learns from, in pixels")
+    parser.add_argument("--equivariance", type=float, default=0.5, help="share of the steps with shrunken latents")
     parser.add_argument("--kl", type=float, default=2e-4, help="weight of the KL per latent value")
     args = parser.parse_args(argv)
     seed_everything(args.seed, args.threads)
@@ -110,7 +113,11 @@ def main(argv: list[str] | None = None) -> None:
             posterior = vae.encode(target).latent_dist
             mean, log_variance = posterior.mean.float(), posterior.logvar.float()
             noise = torch.randn(mean.shape, generator=generator).to(DEVICE)
-            output = vae.decode(mean + (0.5 * log_variance).exp() * noise).sample.float()
+            latents = mean + (0.5 * log_variance).exp() * noise
+            if float(torch.rand(1, generator=generator)) < args.equivariance:
+                factor = (0.5, 0.75)[step % 2]
+                latents, target = (F.interpolate(x, scale_factor=factor, mode="bilinear", antialias=True) for x in (latents, target))
+            output = vae.decode(latents).sample.float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         loss = reconstruction_loss(output, target) + args.kl * kl
         optimizer.zero_grad(set_to_none=True)
