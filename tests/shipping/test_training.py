@@ -110,3 +110,153 @@ def test_frames_show_one_object_twice_in_two_places():
     assert np.array_equal(first, build._frames(0, 64)) and not np.array_equal(first, build._frames(len(world.things), 64))
     black = (build._frames(1, 64) < 70).all(-1)
     assert (black.mean(axis=(1, 2)) > 0.03).all()
+
+
+# ---- all stages
+
+def write_scenes(folder, size=32, count=12):
+    """Random scenes with captions, frames and an evaluation split, as ``recipes.build`` leaves them."""
+    import json
+
+    rng = np.random.default_rng(0)
+    for name, shape in (("train_images", (count,)), ("frames", (count, 2)), ("eval_images", (count,))):
+        np.save(folder / f"{name}.npy", rng.integers(0, 255, (*shape, size, size, 3), dtype=np.uint8))
+    np.save(folder / "eval_labels.npy", np.arange(count) % 2)
+    nouns = ("cat", "hot dog")
+    captions = [[f"a flat picture of a {n} with sky", f"a good picture of a {n}", n, f"a {n} and sky"] for n in nouns] * (count // 2)
+    for name, content in (("train_captions", captions), ("nouns", nouns)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_clip_vae_and_unet_train_in_pieces_into_a_pipeline_that_draws(tmp_path):
+    """Two steps of each at 32 px. A call that stops after its piece exits with PAUSED, and the next one goes on."""
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPModel, CLIPTokenizer
+
+    from ovdiff_lib.recipes import train_clip, train_unet, train_vae
+    from ovdiff_lib.recipes.training import PAUSED
+
+    write_scenes(tmp_path)
+
+    def train(script, name, *more):
+        script.main(["--data", str(tmp_path), "--out", str(tmp_path / name), "--work", str(tmp_path / f"{name}.work"), "--steps", "2",
+                     "--batch", "4", "--no-bf16", *more])
+
+    train(train_clip, "clip", "--width", "32", "--layers", "1")
+    tokenizer, clip = CLIPTokenizer.from_pretrained(tmp_path / "clip"), CLIPModel.from_pretrained(tmp_path / "clip")
+    # With a legacy end token transformers pools text at the largest id; here that is the end token.
+    assert tokenizer.eos_token_id == max(tokenizer.get_vocab().values()) == clip.config.text_config.eos_token_id
+    train(train_vae, "vae", "--channels", "8", "8", "8", "8", "--crop", "16", "--latent-channels", "6")
+    unet = ("--vae", str(tmp_path / "vae"), "--clip", str(tmp_path / "clip"), "--channels", "16", "16", "32", "--no-compile", "--optimizer",
+            "muon")
+    with pytest.raises(SystemExit) as stop:
+        train(train_unet, "sd", *unet, "--piece", "0")
+    assert stop.value.code == PAUSED and not (tmp_path / "sd").exists()
+    train(train_unet, "sd", *unet)
+    assert [row.split(",")[0] for row in (tmp_path / "sd.work" / "log.csv").read_text().splitlines()] == ["step", "2"]
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "sd")
+    assert pipe.unet.config.in_channels == 6 and pipe.vae_scale_factor == 8 and pipe.scheduler.config.prediction_type == "v_prediction"
+    assert pipe.unet.config.sample_size == 4
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe.to(torch.float32)("a good picture of a cat", num_inference_steps=2, output_type="np").images
+    assert drawn.shape == (1, 32, 32, 3) and np.isfinite(drawn).all()
+
+
+def test_v_is_what_turns_noisy_latents_back(tmp_path):
+    """Batches: signal * noisy - noise * v is the clean latent, and signal^2 + noise^2 = 1; noisier steps weigh no less."""
+    from types import SimpleNamespace
+
+    from ovdiff_lib.recipes.train_unet import Batches
+
+    latents = np.random.default_rng(0).normal(size=(16, 4, 2, 3)).astype(np.float16)
+    states, ends = np.arange(2 * 5 * 3, dtype=np.float16).reshape(2, 5, 3), np.array([1, 3])
+    args = SimpleNamespace(text_length=5, ending_dropout=0.5, batch=16, seed=0, dropout=0.25, gamma=5.0)
+    noisy, t, text, v, weight = Batches(args, latents, states, ends, [["x"] * 4] * 16, {"": 0, "x": 1})(3)
+    betas = np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2
+    alpha = torch.tensor(np.cumprod(1 - betas)[t.numpy()], dtype=torch.float32).view(-1, 1, 1, 1)
+    clean = alpha.sqrt() * noisy - (1 - alpha).sqrt() * v
+    assert torch.allclose(clean, torch.from_numpy(latents).float(), atol=2e-3)
+    by_time = weight[t.argsort()]
+    assert (by_time.diff() >= 0).all() and float(by_time[-1]) == 1 and len(set(t.tolist())) == 16
+    empty, full = torch.from_numpy(states).float()
+    mixture = torch.cat([full[:3], empty[3:]])  # a caption whose ending says nothing
+    kinds = [sum(torch.equal(row, kind) for row in text) for kind in (empty, full, mixture)]
+    assert sum(kinds) == 16 and min(kinds) >= 1
+
+
+def test_orthogonal_moves_singular_values_towards_one():
+    from ovdiff_lib.recipes.training import Muon, orthogonal
+
+    for shape in ((3, 12, 30), (3, 30, 12)):
+        matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+        made = orthogonal(matrices)
+        assert s.max() / s.min() > 3 and made.shape == shape
+        along = (u.mT @ made @ v.mT).diagonal(dim1=1, dim2=2)
+        assert (along > 0.6).all() and (along < 1.25).all()
+    layer = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 7))
+    optimizer, before = Muon(layer, 1e-2, ends=("1.",), weight_decay=0.0), [p.detach().clone() for p in layer.parameters()]
+    layer(torch.randn(16, 6, generator=torch.Generator().manual_seed(1))).square().sum().backward()
+    optimizer.step()
+    moved = [(p - b).abs() for p, b in zip(layer.parameters(), before, strict=True)]
+    # Adam's first step is its rate in every entry; Muon's has all singular values alike.
+    assert all(torch.allclose(m, torch.full_like(m, 1e-2), atol=1e-4) for m in moved[1:])
+    values = torch.linalg.svdvals(layer[0].weight.detach() - before[0])
+    assert values.max() < 3 * values.min()
+
+
+def test_patches_are_dropped_only_while_clip_trains():
+    from transformers import CLIPConfig, CLIPModel
+
+    from ovdiff_lib.recipes.train_clip import drop_patches
+
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = CLIPModel(CLIPConfig(text_config=tower, vision_config=tower | {"image_size": 32, "patch_size": 8}, projection_dim=16))
+    drop_patches(model, 0.5)
+    pixels = torch.randn(3, 3, 32, 32)
+    whole = model.eval().vision_model.embeddings(pixels)
+    some = model.train().vision_model.embeddings(pixels)
+    assert whole.shape == (3, 17, 32) and some.shape == (3, 9, 32) and torch.equal(some[:, 0], whole[:, 0])
+    for kept, row in zip(some, whole, strict=True):
+        places = [int((row == token).all(1).nonzero()[0]) for token in kept[1:]]
+        assert len(set(places)) == 8 and 0 not in places
+
+
+def test_koleo_and_hidden_patches():
+    from ovdiff_lib.recipes.train_dino import hide, spread
+
+    angles = torch.tensor([0.0, 0.1, 2.0])
+    tokens = 3 * torch.stack([angles.cos(), angles.sin()], dim=1)
+    near, far = 2 * math.sin(0.05), 2 * math.sin(0.95)  # chords
+    assert math.isclose(float(spread(tokens)), -(2 * math.log(near) + math.log(far)) / 3, rel_tol=1e-3)
+    hidden = hide(40, 6, torch.Generator().manual_seed(0)).view(40, 6, 6)
+    assert (hidden[::2].sum((1, 2)) == 1).all() and 0.25 < hidden[1::2].float().mean() < 0.55
+    for crop in hidden:
+        rows, columns = crop.any(1), crop.any(0)
+        assert torch.equal(crop, rows[:, None] & columns) and rows.sum() * columns.sum() == crop.sum()
+
+
+def test_stages_run_side_by_side_in_pieces_and_only_once(tmp_path, monkeypatch):
+    """Each stage here is a small script that is paused once and then finishes."""
+    from ovdiff_lib.recipes import rebuild
+
+    (tmp_path / "stage.py").write_text(
+        "import pathlib, sys\nname, work = sys.argv[1], pathlib.Path(sys.argv[2])\n(work / 'training' / name).mkdir(parents=True, "
+        "exist_ok=True)\nwith (work / 'order').open('a') as f: f.write(name + ' ')\nlog = (work / 'order').read_text().split()\n"
+        "if name == 'clip': assert 'groupvit' not in log\nsys.exit(0 if log.count(name) > 1 else 75)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(rebuild, "command", lambda name, work, hours, *more: ["stage", name, str(work)])
+    for _ in range(4):
+        if rebuild.train(tmp_path, 1, 0.52):
+            break
+    else:
+        raise AssertionError("never finished")
+    log = (tmp_path / "order").read_text().split()
+    assert {name: log.count(name) for name in rebuild.SHARES} == dict.fromkeys(rebuild.SHARES, 2)
+    assert rebuild.train(tmp_path, 1, 0.52) and (tmp_path / "order").read_text().split() == log
+    for stream in rebuild.STREAMS:
+        assert [name for name in dict.fromkeys(log) if name in stream] == list(stream)
+        assert 0.9 < sum(rebuild.SHARES[name] for name in stream) < 0.97
+    monkeypatch.setattr(rebuild, "command", lambda name, work, hours, *more: ["no_such_module"])
+    with pytest.raises(SystemExit, match="failed; its last words"):
+        rebuild.train(tmp_path / "other", 1, 0.52)
