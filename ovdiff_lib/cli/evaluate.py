@@ -101,7 +101,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
 def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any, vocabulary: Any, settings: dict):
     """The result of OVDiff on the data set, its classes built first; on an engine's workers if the options say so."""
     from ovdiff_lib.workbench.evaluation.measure import evaluate, for_dataset, image_count, label_predictor
-    from ovdiff_lib.workbench.evaluation.parallel import Segmenter, evaluate_on
+    from ovdiff_lib.workbench.evaluation.workers import WithBank, evaluate_on
 
     engine, builder = engine_of(options, ovdiff.profile), for_dataset(ovdiff, dataset)
     if engine is None:
@@ -115,7 +115,7 @@ def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any, v
     image_count(dataset, options.limit)  # a limit of no images is reported before classes are built
     with engine:
         build_with(engine, builder, vocabulary)
-        segmenter = Segmenter(ovdiff.profile, builder.build(vocabulary))
+        segmenter = WithBank(ovdiff.profile, builder.build(vocabulary))
         return evaluate_on(engine, segmenter, dataset, limit=options.limit, settings=settings)
 
 

@@ -63,7 +63,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from ovdiff_lib.workbench.evaluation.building import processors
+    from ovdiff_lib.workbench.evaluation.workers import processors
     from ovdiff_lib.workbench.reproduce import expected_time, has_tag, is_fresh, notebooks, run_all
 
     if options.workers is not None and options.workers < 1:
@@ -96,7 +96,7 @@ def _reproduce(options: argparse.Namespace) -> int:
 def _draw(profile: Profile, folder: Path, workers: int) -> None:
     """Build the classes that the notebooks share, on all processors; what cannot be built they will say."""
     from ovdiff_lib.workbench.evaluation.bench import Bench
-    from ovdiff_lib.workbench.evaluation.building import build_classes
+    from ovdiff_lib.workbench.evaluation.workers import build_classes
     from ovdiff_lib.workbench.reproduce import CLASSES, note
 
     started, anew = time.time(), not (folder / "cache").exists()

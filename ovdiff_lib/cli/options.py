@@ -16,7 +16,7 @@ from ovdiff_lib.profiles.schema import Profile
 
 if TYPE_CHECKING:
     from ovdiff_lib.pipeline import OVDiff
-    from ovdiff_lib.workbench.engines.base import Engine
+    from ovdiff_lib.workbench.parallel import Engine
 
 
 def add_profile_options(parser: argparse.ArgumentParser) -> None:
@@ -107,8 +107,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 def engine_of(options: argparse.Namespace, profile: Profile) -> Engine | None:
     """The engine that the options ask for; None is one step after the other in this process. Raises ``InputError`` for
     options that do not go together."""
-    from ovdiff_lib.workbench.engines.local import LocalEngine
-    from ovdiff_lib.workbench.engines.ray import RayEngine
+    from ovdiff_lib.workbench.parallel import LocalEngine, RayEngine
 
     if options.address and options.engine != "ray":
         raise InputError("--address names a Ray cluster; use it together with --engine ray.")
@@ -124,7 +123,7 @@ def build_with(engine: Engine, ovdiff: OVDiff, vocabulary: Vocabulary) -> None:
     """Build every class of the vocabulary into the library of ``ovdiff``. The others are built when one fails; each
     that fails is named on stderr, then ``OVDiffError`` is raised."""
     from ovdiff_lib.checks import check_profile
-    from ovdiff_lib.workbench.evaluation.building import build_classes
+    from ovdiff_lib.workbench.evaluation.workers import build_classes
 
     check_profile(ovdiff.profile)
     failures = build_classes(ovdiff.profile, vocabulary, None, ovdiff.library.root, engine=engine,

@@ -25,7 +25,7 @@ from ovdiff_lib.recipes.sheet import attribution_iou, draw, recognised, sheet
 from ovdiff_lib.recipes.train_vae import psnr
 from ovdiff_lib.workbench.baselines.groupvit import GroupViT, load_groupvit
 from ovdiff_lib.workbench.data.datasets import load_dataset
-from ovdiff_lib.workbench.evaluation.measure import evaluate, grid_search_threshold
+from ovdiff_lib.workbench.evaluation.measure import best_of, evaluate, search_threshold
 
 WEIGHTS = Path(mini.__file__).parent / "weights"
 FOLDERS = {"diffusion": "stable-diffusion", "clip": "clip", "dino": "dino", "mae": "mae", "detector": "detector", "groupvit": "groupvit"}
@@ -106,10 +106,10 @@ def groupvit_quality(profile: Profile, split: str) -> dict[str, float]:
     right = [vocabulary.names[int((groupvit.groups(image[None])[2] @ texts.T).argmax())] == noun
              for image, _, noun in single_object_scenes(split)]
     thresholds = [step / 50 for step in range(1, 50)]
-    search = grid_search_threshold(lambda image: groupvit.scores(image, dataset.vocabulary), dataset, thresholds)
+    threshold, found = best_of(search_threshold(lambda image: groupvit.scores(image, dataset.vocabulary), dataset, thresholds))
     classes = groupvit.text_embeddings(dataset.vocabulary)
     flat = evaluate(lambda image: np.full(image.shape[:2], 1 + int((groupvit.groups(image[None])[2] @ classes.T).argmax())), dataset)
-    return {"zero_shot_top1": float(np.mean(right)), "mini_voc_miou": search.best.miou, "background_threshold": search.best_threshold,
+    return {"zero_shot_top1": float(np.mean(right)), "mini_voc_miou": found.miou, "background_threshold": threshold,
             "whole_image_miou": flat.miou}
 
 

@@ -259,9 +259,9 @@ def test_build_reads_a_file_and_fills_the_library(tiny, tmp_path, library, capsy
 
 def test_evaluate_prints_and_writes_the_same_numbers(tiny, tmp_path, capsys, monkeypatch):
     """Two classes of the data set's twenty, by a stand-in for its vocabulary, to save the time of drawing all."""
-    import ovdiff_lib.workbench.evaluation as evaluation
+    from ovdiff_lib.workbench.data import datasets
 
-    original = evaluation.load_dataset
+    original = datasets.load_dataset
 
     def small(name, split="val"):
         from ovdiff_lib.categories import Vocabulary
@@ -272,7 +272,7 @@ def test_evaluate_prints_and_writes_the_same_numbers(tiny, tmp_path, capsys, mon
         dataset._labels[(dataset._labels > 2) & (dataset._labels != 255)] = 0
         return dataset
 
-    monkeypatch.setattr(evaluation, "load_dataset", small)
+    monkeypatch.setattr(datasets, "load_dataset", small)
     path = tmp_path / "deep" / "result.json"
     assert main(["evaluate", "mini-voc", "--split", "wild", "--limit", "2", "--json", str(path), *tiny]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -11,7 +11,7 @@ import pytest
 from ovdiff_lib import OVDiff
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.workbench.evaluation.bench import Bench
-from ovdiff_lib.workbench.evaluation.rows import Row
+from ovdiff_lib.workbench.evaluation.rows import Rival
 from ovdiff_lib.workbench.tables.claims import judge
 from ovdiff_lib.workbench.tables.tables import read_table
 
@@ -70,7 +70,7 @@ def test_every_table_is_of_todays_settings(stem):
 @pytest.mark.parametrize(("row", "name"), [("MaskCLIP", "maskclip"), ("CLIP-DIY", "clip-diy")])
 def test_a_rivals_row_is_measured_again(row, name, tmp_path):
     bench = Bench("mini", library=tmp_path, progress=False)
-    (again,) = bench.cells([Row(row, baseline=name)], {"VOC": bench.profile.evaluation.voc}, "1")
+    (again,) = bench.cells([Rival(row, baseline=name)], {"VOC": bench.profile.evaluation.voc}, "1")
     assert again.measured == pytest.approx(cell("05_main_results_table1", row, "mini-voc").measured, abs=TOLERANCE)
 
 

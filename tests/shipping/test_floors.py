@@ -13,13 +13,7 @@ FLOORS = ["errors overlay mini", "profiles categories files", "networks registry
           "cli recipes"]
 """Rooms (folders and single modules), the ground floor first. A room imports from itself and from the floors below."""
 
-UNTIL = {
-    "workbench.baselines -> workbench.baselines.filtered",
-    "workbench.baselines.filtered -> workbench.baselines",
-    "workbench.evaluation.bench -> workbench.evaluation.rows",
-    "workbench.evaluation.measure -> ",
-    "workbench.evaluation.rows -> workbench.evaluation.bench",
-}
+UNTIL: set[str] = set()
 """Imports that break a rule today. The list may only shrink: one that is gone must leave it."""
 
 MODULES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").strip("."): p for p in PACKAGE.rglob("*.py")}

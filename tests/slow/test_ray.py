@@ -27,14 +27,11 @@ from ovdiff_lib import OVDiff
 from ovdiff_lib.categories import Category
 from ovdiff_lib.cli.main import main
 from ovdiff_lib.errors import InputError, OVDiffError
-from ovdiff_lib.workbench.engines.local import LocalEngine
-from ovdiff_lib.workbench.engines.ray import ATTEMPTS, RayEngine
-from ovdiff_lib.workbench.evaluation import building
-from ovdiff_lib.workbench.evaluation.building import build_classes
-from ovdiff_lib.workbench.evaluation.parallel import evaluate_on
+from ovdiff_lib.workbench.evaluation import workers as working
+from ovdiff_lib.workbench.evaluation.workers import build_classes, evaluate_on
+from ovdiff_lib.workbench.parallel import RETRIES, LocalEngine, RayEngine
 
 ray = pytest.importorskip("ray")
-pytest.importorskip("ray.data")
 
 TESTS = Path(__file__).parents[1] / "workbench"
 tiny = test_engines.tiny
@@ -74,7 +71,7 @@ def test_workers_that_are_killed_lose_nothing(cluster, tmp_path):
     outcomes = {o.index: o for o in RayEngine(2).run(partial(Fatal, tmp_path), range(15))}
     assert (tmp_path / "killed").exists()
     assert {i: o.result for i, o in outcomes.items()} == {i: 2 * i if i != 13 else None for i in range(15)}
-    assert f"lost {ATTEMPTS} times" in outcomes.pop(13).error and all(not o.error for o in outcomes.values())
+    assert f"lost {1 + RETRIES} times" in outcomes.pop(13).error and all(not o.error for o in outcomes.values())
 
 
 @pytest.mark.parametrize(("engine", "words"), [(RayEngine(1, gpus_per_worker=1), "0 GPUs"), (RayEngine(3), "2 CPUs")])
@@ -89,7 +86,7 @@ def test_what_the_cluster_lacks_is_refused_at_once(cluster, tmp_path, engine, wo
 
 def test_classes_are_those_of_the_engine_local_though_a_worker_is_killed(cluster, tiny_profile, tmp_path, monkeypatch):
     words = [Category("dog"), Category("boat"), Category("long", "dog " * 60)]
-    monkeypatch.setattr(building, "ClassBuilder", FatalBuilder)
+    monkeypatch.setattr(working, "ClassBuilder", FatalBuilder)
     (sentence,) = build_classes(tiny_profile, words, None, tmp_path / "ray", progress=False, engine=RayEngine(2))
     assert "'long'" in sentence and "tokens" in sentence and "\n" not in sentence  # what cannot be built, and nothing else
     assert (tmp_path / "ray" / "killed").exists()
@@ -150,12 +147,12 @@ def test_a_running_cluster_is_used_and_left_running(cluster, tiny, tmp_path):
 
 SLEEPER = """
 import signal, sys
-from ovdiff_lib.engines import RayEngine
+from ovdiff_lib.workbench.parallel import RayEngine
 from test_engines import Slow
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore ctrl-C
 try:
-    for outcome in RayEngine(1).run(Slow, [0, 600]):
-        print("done", outcome.index, flush=True)
+    for finished in RayEngine(1).run(Slow, [0, 600]):
+        print("done", finished.index, flush=True)
 except KeyboardInterrupt:
     sys.exit(130)
 """

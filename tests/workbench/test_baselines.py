@@ -12,7 +12,7 @@ from ovdiff_lib.matching.windows import windows
 from ovdiff_lib.networks.loading import load_clip
 from ovdiff_lib.workbench.baselines.maskclip import MaskCLIP
 from ovdiff_lib.workbench.data.datasets import load_dataset
-from ovdiff_lib.workbench.evaluation.measure import evaluate, grid_search_threshold
+from ovdiff_lib.workbench.evaluation.measure import evaluate, search_threshold
 
 TEMPLATES = ("a good picture of a {name}",)
 PETS = Vocabulary.of("cat, dog, chest of drawers")
@@ -142,8 +142,8 @@ def test_adding_a_class_changes_no_other_score(make):
 def test_it_plugs_into_the_evaluation(make):
     dataset, maskclip = load_dataset("mini-voc", "wild"), make(threshold=0.1)
     alone = evaluate(lambda image: maskclip.predict(image, dataset.vocabulary), dataset, limit=3, progress=False)
-    search = grid_search_threshold(lambda image: maskclip.scores(image, dataset.vocabulary), dataset, [0.0, 0.1], limit=3, progress=False)
-    assert (search.results[1].confusion == alone.confusion).all() and alone.images == 3
+    search = search_threshold(lambda image: maskclip.scores(image, dataset.vocabulary), dataset, [0.0, 0.1], limit=3, progress=False)
+    assert (search[0.1].confusion == alone.confusion).all() and alone.images == 3
 
 
 @pytest.mark.parametrize("templates", [(), "a good picture of a {name}", ("a picture",)])

@@ -16,8 +16,8 @@ from ovdiff_lib.workbench.data.datasets import MINI_DATA, load_dataset
 from ovdiff_lib.workbench.data.metrics import ConfusionMatrix
 from ovdiff_lib.workbench.data.predictions import predictions_from
 from ovdiff_lib.workbench.data.samples import Sample
-from ovdiff_lib.workbench.evaluation import resume
-from ovdiff_lib.workbench.evaluation.measure import evaluate, foreground_labels, grid_search_threshold, label_predictor
+from ovdiff_lib.workbench.evaluation import measure
+from ovdiff_lib.workbench.evaluation.measure import best_of, evaluate, foreground_labels, label_predictor, search_threshold
 
 SPLITS = ("val", "wild")
 MINI = ("mini-voc", "mini-object", "mini-context")
@@ -275,12 +275,11 @@ def toy_scores(image):
 
 
 def test_threshold_search_equals_one_evaluation_a_threshold():
-    thresholds = [-1.0, 0.5, 0.9, 1.2, 3.0]
+    thresholds = [0.9, -1.0, 0.5, 1.2, 3.0]
     scored = []
-    search = grid_search_threshold(lambda image: (scored.append(1), toy_scores(image))[1], Toy(), thresholds, progress=False,
-                                   settings={"method": "x"})
-    assert len(scored) == 3  # once an image, whatever the number of thresholds
-    for threshold, result in zip(thresholds, search.results, strict=True):
+    found = search_threshold(lambda image: (scored.append(1), toy_scores(image))[1], Toy(), thresholds, progress=False)
+    assert len(scored) == 3 and list(found) == sorted(thresholds)  # once an image, whatever the number of thresholds
+    for threshold, result in found.items():
         def predict(image, constant=threshold):
             scores = toy_scores(image)
             scores[0] = constant
@@ -288,24 +287,25 @@ def test_threshold_search_equals_one_evaluation_a_threshold():
 
         alone = evaluate(predict, Toy(), progress=False)
         assert (result.confusion == alone.confusion).all() and result.miou == alone.miou
-        assert result.settings == {"method": "x", "background_threshold": threshold}
-    best = max(result.miou for result in search.results)
-    assert search.best.miou == best and search.results[thresholds.index(search.best_threshold)] is search.best
-    assert len({result.miou for result in search.results}) > 2
+        assert (result.by_image() == alone.by_image()).all()
+    best = max(result.miou for result in found.values())
+    threshold, result = best_of(found)
+    assert result.miou == best and found[threshold] is result and all(found[t].miou < best for t in found if t < threshold)
+    assert len({result.miou for result in found.values()}) > 2
 
 
 def test_threshold_search_with_categories_that_a_filter_dropped():
     def scores(image):
         return np.stack([np.zeros(image.shape[:2]), np.full(image.shape[:2], -np.inf), np.full(image.shape[:2], -np.inf)])
 
-    assert grid_search_threshold(scores, Toy(), [-1e9], progress=False).best.confusion[:, 1:].sum() == 0
+    assert search_threshold(scores, Toy(), [-1e9], progress=False)[-1e9].confusion[:, 1:].sum() == 0
 
 
 def test_threshold_search_refuses_what_it_cannot_use():
     with pytest.raises(InputError, match="thresholds is empty"):
-        grid_search_threshold(toy_scores, Toy(), [], progress=False)
+        search_threshold(toy_scores, Toy(), [], progress=False)
     with pytest.raises(InputError, match="scores 1 categories") as caught:
-        grid_search_threshold(lambda image: toy_scores(image)[:2], Toy(), [0.5], progress=False)
+        search_threshold(lambda image: toy_scores(image)[:2], Toy(), [0.5], progress=False)
     sentence(caught)
 
 
@@ -345,6 +345,15 @@ def test_evaluation_equals_a_loop_over_pixels(background):
     assert (confusion_matrix(true[true != 255], predicted[true != 255], labels=range(first, 3)) == result.confusion).all()
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_the_counts_of_each_image_are_kept(background):
+    dataset = Toy(4, has_background=background)
+    result = evaluate(guess, dataset, progress=False)
+    first = 0 if background else 1
+    alone = [by_hand([(guess(s.image), s.labels)], 3 - first, first)[0] for s in dataset]
+    assert result.by_image().tolist() == alone and (result.by_image().sum(0) == result.confusion).all()
+
+
 def test_without_background_the_mean_is_over_the_categories():
     result = evaluate(lambda image: image[..., 0], Toy(has_background=False), progress=False)
     assert result.miou == 1 and result.iou.tolist() == [1, 1] and len(result.class_names) == 2
@@ -377,7 +386,7 @@ def test_background_must_not_be_predicted_where_there_is_none():
 
     assert evaluate(only_where_ignored, Toy(has_background=False), progress=False).miou == 1
     with pytest.raises(InputError, match="threshold") as caught:
-        grid_search_threshold(toy_scores, Toy(has_background=False), [0.5], progress=False)
+        search_threshold(toy_scores, Toy(has_background=False), [0.5], progress=False)
     sentence(caught)
 
 
@@ -508,15 +517,15 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(tmp_path, backgrou
     result = evaluate(rest, dataset, progress=False, settings=SETTINGS, resume=tmp_path / "deep" / "state")
     assert rest.seen == 2 and result.images == 7
     assert (result.confusion == whole.confusion).all() and result.miou == whole.miou
-    assert list((tmp_path / "deep" / "state").iterdir()) == []  # finished: nothing to go on from
+    assert (result.by_image() == whole.by_image()).all()
     again = Interrupted()
-    evaluate(again, dataset, progress=False, settings=SETTINGS, resume=tmp_path / "deep" / "state")
-    assert again.seen == 7
+    finished = evaluate(again, dataset, progress=False, settings=SETTINGS, resume=tmp_path / "deep" / "state")
+    assert again.seen == 0 and (finished.confusion == whole.confusion).all()
 
 
 def test_a_killed_evaluation_loses_only_what_was_not_written(tmp_path, monkeypatch):
     """The state as it lies on disk while the run is at the fourth image, as after kill -9."""
-    monkeypatch.setattr(resume, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(measure, "SAVE_EVERY", 0.0)
     copy, dataset = tmp_path / "copy", Toy(6)
 
     def predict(image):
@@ -550,7 +559,7 @@ def test_another_evaluation_does_not_go_on_from_it(tmp_path, other):
     assert state.read_bytes() == kept
 
 
-@pytest.mark.parametrize("damage", ["empty", "torn", "garbage", "other key", "other shape", "too far", "negative"])
+@pytest.mark.parametrize("damage", ["empty", "torn", "garbage", "other key", "other shape", "too far", "cut", "negative"])
 def test_a_state_that_cannot_be_used_is_reported_and_not_used(tmp_path, caplog, damage):
     dataset = Toy(7)
     whole = evaluate(guess, dataset, progress=False)
@@ -561,13 +570,14 @@ def test_a_state_that_cannot_be_used_is_reported_and_not_used(tmp_path, caplog, 
     if damage in ("empty", "torn", "garbage"):
         state.write_bytes({"empty": b"", "torn": content[:len(content) // 2], "garbage": b"x" * 100}[damage])
     else:
-        changes = {"other key": {"key": np.array("{}")}, "other shape": {"counts": np.ones((2, 2), np.int64)}, "too far": {"done": 8},
-                   "negative": {"counts": fields["counts"] - 10**6}}[damage]
+        changes = {"other key": {"key": np.array("{}")}, "other shape": {"places": fields["places"] + 9},
+                   "cut": {"values": fields["values"][1:]}, "negative": {"values": -fields["values"]},
+                   "too far": {"lengths": np.append(fields["lengths"], [0] * 5)}}[damage]
         np.savez(state, **{**fields, **changes})
     fresh = Interrupted()
     result = evaluate(fresh, dataset, progress=False, settings=SETTINGS, resume=tmp_path)
     assert fresh.seen == 7 and (result.confusion == whole.confusion).all()
-    assert len(caplog.records) == 1 and str(state) in caplog.text and "afresh" in caplog.text
+    assert len(caplog.records) == 1 and str(state) in caplog.text and "measured again" in caplog.text
 
 
 def test_a_state_needs_settings_that_tell_it_from_others(tmp_path):
@@ -653,7 +663,7 @@ def test_commands_on_a_data_set_without_background(cli, tmp_path, capsys, two_cl
     table = json.loads(target.read_text())
     assert list(table["iou"]) == ["road", "sidewalk"] and table["background"] is False and table["images"] == 2
     assert "500 images" in said and "Background is not evaluated" in said and f"{100 * table['miou']:.1f}" in said.splitlines()[-1]
-    assert not list(tmp_path.glob("state/*"))
+    assert len(list(tmp_path.glob("state/*"))) == 1
     bare = tmp_path / "bare.json"
     assert cli("evaluate", "cityscapes", "--data", tmp_path / "data", "--json", bare, settings={"prototypes.background": False}) == 0
     assert json.loads(bare.read_text())["iou"] == table["iou"]  # background prototypes take no part

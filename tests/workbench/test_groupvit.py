@@ -22,7 +22,7 @@ from ovdiff_lib.recipes import train_groupvit
 from ovdiff_lib.recipes.training import round_weights
 from ovdiff_lib.workbench.baselines.groupvit import PROMPT, GroupViT, group_scores, load_groupvit
 from ovdiff_lib.workbench.data.datasets import load_dataset
-from ovdiff_lib.workbench.evaluation.measure import evaluate, grid_search_threshold
+from ovdiff_lib.workbench.evaluation.measure import evaluate, search_threshold
 
 TEMPLATES = ("a good picture of a {name}",)
 PETS = Vocabulary.of("cat, dog, chest of drawers")
@@ -256,8 +256,8 @@ def test_background_and_the_search_for_its_threshold(make):
     assert 0 < (labels == 0).mean() < 1 and (labels[labels > 0] == without[labels > 0]).all()
     dataset, groupvit = load_dataset("mini-voc", "wild"), make(middle)
     alone = evaluate(lambda i: groupvit.predict(i, dataset.vocabulary), dataset, limit=2, progress=False)
-    search = grid_search_threshold(lambda i: make().scores(i, dataset.vocabulary), dataset, [0.0, middle], limit=2, progress=False)
-    assert (search.results[1].confusion == alone.confusion).all()
+    search = search_threshold(lambda i: make().scores(i, dataset.vocabulary), dataset, [0.0, middle], limit=2, progress=False)
+    assert (search[middle].confusion == alone.confusion).all()
 
 
 def test_text_is_pooled_at_the_end_token(make, profile):
@@ -408,6 +408,6 @@ def test_the_shipped_model_is_small_and_segments():
     mini = load_profile("mini")
     groupvit, dataset = GroupViT.build(mini), load_dataset("mini-voc")
     assert groupvit.model.config.text_config.eos_token_id == groupvit.tokenizer.eos_token_id
-    search = grid_search_threshold(lambda i: groupvit.scores(i, dataset.vocabulary), dataset, [0.3, 0.5, 0.7], limit=24, progress=False)
+    search = search_threshold(lambda i: groupvit.scores(i, dataset.vocabulary), dataset, [0.3, 0.5, 0.7], limit=24, progress=False)
     chance = evaluate(lambda i: np.ones(i.shape[:2], int), dataset, limit=24, progress=False)
-    assert search.best.miou > 0.1 > 2 * chance.miou
+    assert max(found.miou for found in search.values()) > 0.1 > 2 * chance.miou

@@ -4,21 +4,20 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix
 
-from ovdiff_lib import InputError, OVDiff, ProfileError
+from ovdiff_lib import InputError, OVDiff, ProfileError, keys
 from ovdiff_lib.categories import Vocabulary
-from ovdiff_lib.keys import of_labels
 from ovdiff_lib.registry import Part
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.data.samples import Sample
 from ovdiff_lib.workbench.data.synonyms import synonyms
-from ovdiff_lib.workbench.evaluation import study
-from ovdiff_lib.workbench.evaluation.banks import of_kinds, rows_of_sizes, with_words
+from ovdiff_lib.workbench.evaluation import measure as measuring
+from ovdiff_lib.workbench.evaluation import shared
+from ovdiff_lib.workbench.evaluation.banks import of_kinds, of_labels, rows_of_sizes, with_words
 from ovdiff_lib.workbench.evaluation.bench import Bench
-from ovdiff_lib.workbench.evaluation.measure import evaluate, grid_search_threshold
-from ovdiff_lib.workbench.evaluation.results import Counted, ResultStore, code_digest
-from ovdiff_lib.workbench.evaluation.rows import THRESHOLDS, Row, at_thresholds
+from ovdiff_lib.workbench.evaluation.measure import Method, Sweep, best_of, evaluate, measure, search_threshold
+from ovdiff_lib.workbench.evaluation.results import Counts, ResultStore, code_digest
+from ovdiff_lib.workbench.evaluation.rows import THRESHOLDS, Rival, Row, Searched
 from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
-from ovdiff_lib.workbench.evaluation.study import Sweep, measure
 
 
 class Few:
@@ -39,24 +38,18 @@ class Few:
         return self.samples[index]
 
 
-class Shift:
+class Shift(Method):
     """A method of T label maps, by the pixels' values; counts its images."""
 
     def __init__(self, shift, variants=1, stop=None):
-        self.shift, self.variants, self.stop, self.seen = shift, variants, stop, 0
+        super().__init__({"shift": shift, "variants": variants}, lambda dataset: self.predict, variants)
+        self.__dict__.update(shift=shift, stop=stop, seen=0)
 
-    @property
-    def key(self):
-        return {"shift": self.shift, "variants": self.variants}
-
-    def prepare(self, dataset):
-        def predict(image):
-            if self.stop is not None and self.seen == self.stop:
-                raise KeyboardInterrupt
-            self.seen += 1
-            return np.stack([(image[..., 0].astype(int) + self.shift + t) % 3 for t in range(self.variants)])
-
-        return predict
+    def predict(self, sample):
+        if self.stop is not None and self.seen == self.stop:
+            raise KeyboardInterrupt
+        self.__dict__["seen"] += 1
+        return np.stack([(sample.image[..., 0].astype(int) + self.shift + t) % 3 for t in range(self.variants)])
 
 
 def expected(shift):
@@ -71,13 +64,15 @@ def test_counts_are_those_of_sklearn(tmp_path):
     assert [len(found[name]) for name in ("one", "two")] == [1, 2]
     for result, shift in zip([*found["one"], *found["two"]], (0, 1, 2), strict=True):
         assert (result.confusion == expected(shift)).all() and result.images == 5 and result.class_names == ("background", "dog", "boat")
-    with pytest.raises(InputError, match="no images"):
+    few = Few()
+    alone = [confusion_matrix(t.labels[t.labels != 255], ((t.image[..., 0].astype(int) + 2) % 3)[t.labels != 255], labels=[0, 1, 2])
+             for t in few.samples]
+    again = measure({"two": Shift(1, 2)}, few, folder=tmp_path, progress=False)["two"]  # as they were stored
+    assert (found["two"][1].by_image() == alone).all() and (again[1].by_image() == alone).all()
+    with pytest.raises(InputError, match="limit"):
         measure({"one": Shift(0)}, Few(), limit=0, progress=False)
     with pytest.raises(InputError, match=r"shape \(1, 6, 9\)"):
-        bad = Shift(0)
-        bad.variants = 2
-        bad.prepare = lambda dataset: lambda image: np.zeros((1, 6, 9), int)
-        measure({"bad": bad}, Few(), progress=False)
+        measure({"bad": Method({}, lambda dataset: lambda sample: np.zeros((1, 6, 9), int), 2)}, Few(), progress=False)
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path):
@@ -97,7 +92,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path):
 
 def test_other_code_is_another_result(tmp_path, monkeypatch):
     measure({"one": Shift(0)}, Few(), folder=tmp_path, progress=False)
-    monkeypatch.setattr(study, "code_digest", lambda: "other")
+    monkeypatch.setattr(measuring, "code_digest", lambda: "other")
     again = Shift(0)
     measure({"one": again}, Few(), folder=tmp_path, progress=False)
     assert again.seen == 5
@@ -126,14 +121,16 @@ def test_damaged_results_are_measured_again(tmp_path, caplog):
         caplog.clear()
     # A file of another evaluation under this name.
     store = ResultStore(tmp_path / "other")
-    store.save("few", {"a": 1}, Counted(2, np.ones((1, 3, 3), np.int64), 1.0))
+    ones = Counts((1, 3, 3))
+    ones.add(np.ones((1, 3, 3), np.int64))
+    store.save("few", {"a": 1}, ones)
     (foreign,) = (tmp_path / "other").glob("*.npz")
     foreign.rename(path)
     again = Shift(0)
     measure({"one": again}, Few(), folder=tmp_path, progress=False)
     assert again.seen == 5
     with pytest.raises(InputError, match="plain"):
-        store.load("few", {"a": {1, 2}}, (1, 3, 3))
+        store.load("few", {"a": {1, 2}}, (1, 3, 3), 5)
 
 
 # ---- the bench
@@ -148,7 +145,7 @@ SMALL = {"filters.category_top": 2}
 
 def test_rows_equal_what_evaluate_says(bench, tiny_profile, tmp_path):
     rows = [Row("full", SMALL), Row("no filter", {"filters.category": False}), Row("parts", {**SMALL, "prototypes.kinds": ["part"]}),
-            Row("search", SMALL, search=True)]
+            Searched("search", SMALL)]
     found = bench.measure(rows, "mini-voc")
     data = load_dataset("mini-voc")
     for row in rows[:3]:
@@ -161,8 +158,8 @@ def test_rows_equal_what_evaluate_says(bench, tiny_profile, tmp_path):
     plain = OVDiff(tiny_profile, {**SMALL, "support.seed": 3, "prototypes.seed": 3, "matching.background_threshold": 0.0}, library=tmp_path,
                    progress=False)
     bare = plain.build(data.vocabulary).without_background()
-    search = grid_search_threshold(lambda image: plain.segment(image, bare).scores, data, THRESHOLDS, 2, progress=False)
-    assert search.best.miou == found["search"][0].miou
+    search = search_threshold(lambda image: plain.segment(image, bare).scores, data, THRESHOLDS, 2, progress=False)
+    assert best_of(search)[1].miou == found["search"][0].miou
 
 
 def test_cells_carry_seeds_and_the_papers_place(bench):
@@ -207,6 +204,12 @@ def test_kinds_are_chosen_from_the_full_bank(bench):
             assert np.array_equal(one.vectors, other.vectors) and one.kind.tolist() == other.kind.tolist()
 
 
+def test_things_and_stuff_by_another_table(bench):
+    bank = of_labels("c8")(bench, 3, Vocabulary.of("dog, grass"))
+    assert [c.kind for c in bank.vocabulary] == ["thing", "stuff"]
+    assert np.array_equal(bank.prototypes["sd"][1].vectors, bench.ovdiff(seed=3).build("grass").prototypes["sd"][0].vectors)
+
+
 def test_words_share_the_images(bench):
     build = with_words({"dog": ["dog", "puppy"], "cat": ["cat"]}, SMALL)
     bank = build(bench, 3, Vocabulary.of("dog, boat"))
@@ -224,18 +227,18 @@ def test_words_share_the_images(bench):
 def test_the_key_holds_what_changes_labels(bench):
     """Every field of the method's sections, and none of speed or of the data sets'."""
     profile = bench.profile
-    base = of_labels(profile)
-    assert of_labels(profile.override({"support.batch_size": 99, "evaluation.images": 7, "evaluation.voc": "x"})) == base
+    base = keys.of_labels(profile)
+    assert keys.of_labels(profile.override({"support.batch_size": 99, "evaluation.images": 7, "evaluation.voc": "x"})) == base
     for change in ({"matching.stride": 16}, {"filters.stuff": False}, {"prototypes.kinds": ["part"]}, {"models.dtype": "bfloat16"},
                    {"masks.erosion": 1}, {"support.seed": 9}, {"features.sd_timestep": 100}, {"features.extractors": ["clip-keys"]}):
-        assert of_labels(profile.override(change)) != base, change
-    unknown = of_labels(profile.override({"models.sam": "nobody/nothing", "masks.segmenter": "sam"}))
+        assert keys.of_labels(profile.override(change)) != base, change
+    unknown = keys.of_labels(profile.override({"models.sam": "nobody/nothing", "masks.segmenter": "sam"}))
     assert "nobody/nothing" in str(unknown["models"])
 
 
 def test_thresholds_by_hand():
     scores = np.array([[[9, 9]], [[0.2, 0.5]], [[0.1, 0.7]]], np.float32)  # (C + 1, 1, 2)
-    maps = at_thresholds(scores).maps()
+    maps = Sweep.of(scores, THRESHOLDS).maps()
     assert maps.shape == (len(THRESHOLDS), 1, 2)
     assert maps[THRESHOLDS.index(0.1)].tolist() == [[1, 2]] and maps[THRESHOLDS.index(0.3)].tolist() == [[0, 2]]
     assert maps[THRESHOLDS.index(0.9)].tolist() == [[0, 0]]
@@ -295,8 +298,8 @@ def test_rows_of_one_baseline_share_it_and_its_scores(tiny_profile, tmp_path, mo
 
     monkeypatch.setitem(BASELINES, "counting", Part(Counting))
     bench = Bench(tiny_profile, library=tmp_path, seeds=[0], images=2, progress=False)
-    rows = [Row("alone", baseline="counting"), Row("filtered", baseline="counting", filtered=True),
-            Row("voted", baseline="counting", voted=True)]
+    rows = [Rival("alone", baseline="counting"), Rival("filtered", baseline="counting", filtered=True),
+            Rival("voted", baseline="counting", voted=True)]
     assert bench.missing(rows) == {}
     found = bench.measure(rows, "mini-voc")
     assert calls == ["built", "scored", "scored"]
@@ -306,29 +309,41 @@ def test_rows_of_one_baseline_share_it_and_its_scores(tiny_profile, tmp_path, mo
         assert found[row.label][0].miou == alone[row.label][0].miou  # a filter or a vote changed nothing for the others
 
 
-def test_memory_is_bounded(monkeypatch):
-    from ovdiff_lib.workbench.evaluation import shared as parts
+@pytest.fixture
+def room(monkeypatch):
+    def of(size):
+        monkeypatch.setattr(shared, "_remembered", shared.LRUCache(size, getsizeof=shared._bytes))
 
-    monkeypatch.setattr(parts, "MEMORY", 100)
-    memory, made = parts._Memory(), []
-    for key in (1, 2, 3, 1, 4, 2):
-        memory(key, lambda: made.append(1) or 40, int)
-    # 1 and 2 fit; 3 pushes 1 out, 1 comes again and pushes 2 out, 4 pushes 3, 2 comes again.
-    assert len(made) == 6
-    memory(2, lambda: made.append(1) or 40, int)
-    assert len(made) == 6
-    memory(9, lambda: made.append(1) or 1000, int)
-    memory(9, lambda: made.append(1) or 1000, int)
-    assert len(made) == 7  # one that does not fit is still remembered until the next
+    return of
 
 
-@pytest.mark.parametrize("room", [2**20, 700])
+def test_memory_is_bounded(room):
+    room(100)
+    made = []
+    for key, size in ((1, 40), (2, 40), (3, 40), (1, 40), (4, 40), (2, 40), (2, 40), (9, 1000), (9, 1000), (2, 40)):
+        assert len(shared.remember(key, lambda size=size: made.append(1) or np.zeros(size, np.uint8))) == size
+    # 1 and 2 fit; 3 pushes 1 out, 1 comes again and pushes 2 out, 4 pushes 3, 2 comes again and stays; what never fits is made each time.
+    assert len(made) == 8
+
+
+def test_classes_are_built_one_after_the_other_for_all_methods():
+    """So that what methods share of a class is remembered no longer than for that class."""
+    order = []
+
+    def method(name):
+        predict = lambda sample: np.zeros((1, 6, 9), int)  # noqa: E731
+        return Method({"name": name}, lambda dataset: order.append(name) or predict,
+                      build=lambda dataset, category: order.append(f"{name} {category.name}"))
+
+    measure({"a": method("a"), "b": method("b")}, Few(), progress=False)
+    assert order == ["a dog", "b dog", "a boat", "b boat", "a", "b"]
+
+
+@pytest.mark.parametrize("size", [2**20, 700])
 @pytest.mark.parametrize("together", [True, False])
-def test_a_remembering_segmenter_asks_for_several_images_at_a_time_and_for_none_twice(room, together, monkeypatch):
+def test_a_remembering_segmenter_asks_for_several_images_at_a_time_and_for_none_twice(size, together, room):
     """Also where results (of 6 x 8 x 5 bytes) make room for each other; and of one that knows single images alone."""
-    from ovdiff_lib.workbench.evaluation import shared as parts
-
-    monkeypatch.setattr(parts, "MEMORY", room)
+    room(size)
     asked = []
 
     class Alone:
@@ -343,12 +358,12 @@ def test_a_remembering_segmenter_asks_for_several_images_at_a_time_and_for_none_
             asked.append(len(images))
             return [np.repeat((image[..., 0] > 100)[None], 5, 0) for image in images]
 
-    segmenter = parts._RememberingSegmenter(Many() if together else Alone(), parts._Memory())
+    segmenter = shared.RememberingSegmenter(Many() if together else Alone())
     images = np.random.default_rng(0).integers(0, 255, (11, 6, 8, 3), np.uint8)
     for chosen in (images[:4], images[2:], images):
         for image, masks in zip(chosen, segmenter.propose_many(chosen, "cat"), strict=True):
             assert masks.shape == (5, 6, 8) and (masks == (image[..., 0] > 100)).all()
-    if room == 2**20:
+    if size == 2**20:
         assert asked == ([4, 7] if together else [1] * 11)
         assert segmenter.propose(images[3], "cat").any() and sum(asked) == 11
         segmenter.propose(images[3], "dog")

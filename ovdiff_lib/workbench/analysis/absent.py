@@ -13,6 +13,7 @@ from ovdiff_lib.errors import InputError
 from ovdiff_lib.workbench.analysis.examples import shown_labels
 from ovdiff_lib.workbench.data.metrics import IGNORE, ConfusionMatrix
 from ovdiff_lib.workbench.data.samples import Sample
+from ovdiff_lib.workbench.evaluation.measure import Sweep
 
 
 class AbsentTest:
@@ -131,18 +132,16 @@ def absent_tests(methods: Mapping[str, Callable[[np.ndarray, tuple[int, ...]], n
 def search_threshold(score: Callable[[np.ndarray, tuple[int, ...]], np.ndarray], trials: Sequence[Trial], classes: int,
                      thresholds: Sequence[float]) -> tuple[float, float]:
     """The constant background score with the highest mIoU over trials, and that mIoU: with few words asked another one
-    is best than with all (:func:`~ovdiff_lib.workbench.evaluation.measure.grid_search_threshold`). The first of equals.
+    is best than with all (:func:`~ovdiff_lib.workbench.evaluation.measure.search_threshold`). The first of equals.
 
     ``score(image, asked)`` gives f32 (len(asked) + 1, H, W), whose row 0 is not read. Chosen on the images it is
     measured on.
     """
     if not trials or not thresholds:
         raise InputError("There are no trials or no thresholds to search over; give at least one of each.")
-    matrices = [ConfusionMatrix(classes + 1) for _ in thresholds]
+    counts = np.zeros((len(thresholds), classes + 1, classes + 1), np.int64)
     for sample, asked in trials:
         scores = score(sample.image, asked)[1:]
-        best, category = scores.max(0), np.array(asked)[scores.argmax(0)]
-        for threshold, matrix in zip(thresholds, matrices, strict=True):
-            matrix.update(np.where(best > threshold, category, 0), sample.labels)
-    miou = [matrix.miou() for matrix in matrices]
+        counts += Sweep(scores.max(0), np.array(asked)[scores.argmax(0)], tuple(thresholds)).matrices(sample.labels, classes + 1)
+    miou = [ConfusionMatrix.of(matrix).miou() for matrix in counts]
     return float(thresholds[int(np.argmax(miou))]), float(max(miou))

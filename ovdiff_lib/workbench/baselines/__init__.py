@@ -6,14 +6,12 @@ class with the two members of :class:`Baseline` and one line in :data:`BASELINES
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.registry import Part
 from ovdiff_lib.workbench.baselines.clip_diy import ClipDIY
+from ovdiff_lib.workbench.baselines.common import Baseline
 from ovdiff_lib.workbench.baselines.filtered import Filtered
 from ovdiff_lib.workbench.baselines.groupvit import GroupViT
 from ovdiff_lib.workbench.baselines.maskclip import MaskCLIP
@@ -22,20 +20,6 @@ from ovdiff_lib.workbench.baselines.segmenter import ClipSegmenter, majority_vot
 
 if TYPE_CHECKING:
     from ovdiff_lib.profiles.schema import Profile
-
-
-
-class Baseline(Protocol):
-    """Open-vocabulary segmentation of one image at a time."""
-
-    def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-        """f32 (C + 1, H, W) of an image u8 (H, W, 3), row 0 the background: -inf or a constant where the method has no model of it."""
-        ...
-
-    def predict(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-        """Labels i64 (H, W): 0 = background, i + 1 = category i."""
-        ...
-
 
 BASELINES: dict[str, Part] = {
     "maskclip": Part(MaskCLIP.build, models=("clip",), settings=()),
@@ -48,7 +32,7 @@ BASELINES: dict[str, Part] = {
 
 OWN_BACKGROUND = frozenset({"clip-diy", "clip-segmenter"})
 """Baselines that model the background themselves. Row 0 of the others is -inf as built, and a constant threshold stands for the background
-(:func:`~ovdiff_lib.workbench.evaluation.measure.grid_search_threshold`)."""
+(:func:`~ovdiff_lib.workbench.evaluation.measure.search_threshold`)."""
 
 
 def build_baseline(name: str, profile: Profile) -> Baseline:

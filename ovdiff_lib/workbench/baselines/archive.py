@@ -24,7 +24,7 @@ from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import write_atomic
 from ovdiff_lib.filters.category import square_image
 from ovdiff_lib.images import SUFFIXES, read_image
-from ovdiff_lib.workbench.baselines.clip import embed_images
+from ovdiff_lib.workbench.baselines.common import embed_images
 
 if TYPE_CHECKING:
     from transformers import CLIPModel

@@ -23,7 +23,7 @@ from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.networks.loading import last_attention, load_clip
 from ovdiff_lib.profiles.schema import Baselines, Profile
-from ovdiff_lib.workbench.baselines.clip import TextEmbeddings, embed_images
+from ovdiff_lib.workbench.baselines.common import TextEmbeddings, embed_images
 from ovdiff_lib.workbench.baselines.sliding import resize_maps
 
 if TYPE_CHECKING:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ovdiff_lib.categories import Vocabulary
-
-if TYPE_CHECKING:
-    from ovdiff_lib.workbench.baselines import Baseline
-
+from ovdiff_lib.workbench.baselines.common import Baseline
 
 CategoryFilter = Callable[[np.ndarray, Vocabulary], tuple[Sequence[int], np.ndarray]]
 """Image u8 (H, W, 3) and vocabulary -> indices of the kept categories, and their probabilities: ``OVDiff.category_filter``."""

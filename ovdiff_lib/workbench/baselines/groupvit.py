@@ -22,7 +22,7 @@ from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.loading import complete, load_network
 from ovdiff_lib.profiles.schema import Matching, Profile
-from ovdiff_lib.workbench.baselines.clip import TextEmbeddings
+from ovdiff_lib.workbench.baselines.common import TextEmbeddings
 from ovdiff_lib.workbench.baselines.sliding import sliding_scores
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class GroupViT:
     are averaged over ``templates``, each with ``{name}`` for the class. ``background_threshold`` is the constant score of the background
     (:data:`BACKGROUND_THRESHOLDS`); None = there is no background, or the caller searches it::
 
-        grid_search_threshold(lambda image: groupvit.scores(image, dataset.vocabulary), dataset, thresholds)
+        search_threshold(lambda image: groupvit.scores(image, dataset.vocabulary), dataset, thresholds)
     """
 
     def __init__(self, model: GroupViTModel, tokenizer: CLIPTokenizer, matching: Matching, templates: Sequence[str] = (PROMPT,),

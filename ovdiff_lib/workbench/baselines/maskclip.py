@@ -19,7 +19,7 @@ from ovdiff_lib.errors import InputError
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.loading import load_clip
 from ovdiff_lib.profiles.schema import Matching, Profile
-from ovdiff_lib.workbench.baselines.clip import TextEmbeddings, clip_pixels
+from ovdiff_lib.workbench.baselines.common import TextEmbeddings, clip_pixels
 from ovdiff_lib.workbench.baselines.sliding import sliding_scores
 
 if TYPE_CHECKING:

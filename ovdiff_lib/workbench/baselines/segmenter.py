@@ -21,7 +21,7 @@ from ovdiff_lib.masks import SEGMENTERS, Segmenter, ThresholdOnly, build_segment
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.loading import load_clip
 from ovdiff_lib.profiles.schema import Matching, Profile
-from ovdiff_lib.workbench.baselines.clip import TextEmbeddings, clip_pixels
+from ovdiff_lib.workbench.baselines.common import TextEmbeddings, clip_pixels
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer

@@ -15,12 +15,12 @@ import numpy as np
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.types import PrototypeBank, SupportSet
+from ovdiff_lib.workbench.data.things import with_kinds
+from ovdiff_lib.workbench.evaluation.bench import Bench
+from ovdiff_lib.workbench.evaluation.rows import Row
 
 if TYPE_CHECKING:
     from ovdiff_lib.pipeline import OVDiff
-    from ovdiff_lib.workbench.evaluation.bench import Bench
-    from ovdiff_lib.workbench.evaluation.rows import Row
-
 
 
 def rows_of_sizes(bench: Bench, sizes: Sequence[int], settings: Mapping | None = None) -> list[Row]:
@@ -30,8 +30,6 @@ def rows_of_sizes(bench: Bench, sizes: Sequence[int], settings: Mapping | None =
     5 seeds of 16 images N = 32 is measured twice and N = 64 once, and nothing more is drawn. Raises ``InputError`` for a
     size that is not positive, and one above ``support.size`` that is no multiple of it or more than all seeds hold.
     """
-    from ovdiff_lib.workbench.evaluation.rows import Row
-
     drawn = bench.profile.override(dict(settings or {})).support.size
     rows = []
     for size in sizes:
@@ -63,6 +61,12 @@ def of_kinds(kinds: Sequence[str], settings: Mapping | None = None) -> Callable[
         return bank.map(lambda extractor, index, prototypes: prototypes.select(np.isin(prototypes.kind, list(kinds))))
 
     return build
+
+
+def of_labels(source: str, settings: Mapping | None = None) -> Callable[[Bench, int, Vocabulary], PrototypeBank]:
+    """The bank of the same classes as things and stuff by ``source`` (:func:`~ovdiff_lib.workbench.data.things.kinds`), what it does not
+    name a thing; the data set's own labels have no say."""
+    return lambda bench, seed, vocabulary: bench.ovdiff(settings, seed).build(with_kinds(vocabulary, source, "thing"))
 
 
 def with_words(words: Mapping[str, Sequence[str]], settings: Mapping | None = None) -> Callable[[Bench, int, Vocabulary], PrototypeBank]:

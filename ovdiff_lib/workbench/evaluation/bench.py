@@ -21,11 +21,12 @@ from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.workbench.data.datasets import load_dataset
-from ovdiff_lib.workbench.data.samples import Dataset
-from ovdiff_lib.workbench.evaluation.measure import EvaluationResult
-from ovdiff_lib.workbench.evaluation.rows import Row, method_of
+from ovdiff_lib.workbench.data.samples import Dataset, Sample
+from ovdiff_lib.workbench.evaluation.measure import EvaluationResult, Method, Sweep, measure
+from ovdiff_lib.workbench.evaluation.rows import Rival, Row
 from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
-from ovdiff_lib.workbench.evaluation.study import Sweep, measure
+from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell, paper_table
+from ovdiff_lib.workbench.tables.tables import Cell
 
 
 class Bench:
@@ -51,17 +52,13 @@ class Bench:
             raise InputError("The list of seeds is empty; give at least one.")
         self.library, self.seeds, self.images, self.progress = Path(library), tuple(seeds), images, progress
         self.parts = SharedNetworks()
-        self._methods: dict[str, OVDiff] = {}
         self._datasets: dict[tuple[str, str], Dataset] = {}
 
     def ovdiff(self, settings: Mapping[str, Any] | None = None, seed: int | None = None) -> OVDiff:
         """OVDiff with the bench's profile, ``settings`` replaced and ``seed`` (default: the first)."""
         seed = self.seeds[0] if seed is None else seed
         profile = self.profile.override({"support.seed": seed, "prototypes.seed": seed, **(settings or {})})
-        key = repr(profile)
-        if key not in self._methods:
-            self._methods[key] = OVDiff(profile, library=self.library, progress=self.progress, networks=self.parts)
-        return self._methods[key]
+        return OVDiff(profile, library=self.library, progress=self.progress, networks=self.parts)
 
     def dataset(self, source: str, names: str = "fixed") -> Dataset:
         """The data set of ``source`` = "name", "name/split" or, with its folder, "name:folder". Raises ``InputError``."""
@@ -75,22 +72,17 @@ class Bench:
         """For each row by label its results on the data set ``source``, one a seed; of a search the best."""
         if len({row.label for row in rows}) < len(rows):
             raise InputError("Two rows of the table have the same label; give each its own.")
-        found: dict[str, tuple[EvaluationResult, ...]] = {}
+        found: dict[tuple[str, int], tuple[EvaluationResult, ...]] = {}
         for names in dict.fromkeys(row.names for row in rows):
-            named = [row for row in rows if row.names == names]
-            methods = {f"{row.label}\0{seed}": method_of(self, row, seed) for row in named for seed in self._seeds(row)}
-            found |= measure(methods, self.dataset(source, names), folder=self.library / "results", limit=self.images,
-                             progress=self.progress)
-        best = {name: max(results, key=lambda r: r.miou) for name, results in found.items()}
-        return {row.label: tuple(best[f"{row.label}\0{seed}"] for seed in self._seeds(row)) for row in rows}
+            methods = {(row.label, seed): row.method(self, seed) for row in rows if row.names == names for seed in self._seeds(row)}
+            found |= self._measure(methods, self.dataset(source, names))
+        return {row.label: tuple(max(found[row.label, seed], key=lambda r: r.miou) for seed in self._seeds(row)) for row in rows}
 
-    def cells(self, rows: Sequence[Row], columns: Mapping[str, str], table: str = "") -> list:
+    def cells(self, rows: Sequence[Row], columns: Mapping[str, str], table: str = "") -> list[Cell]:
         """Cells of mIoU in percent, rows by data sets; ``columns`` maps the paper's column to the source of a data set.
 
         Cells carry their place in the paper's table ``table`` and, where it has one, its value.
         """
-        from ovdiff_lib.workbench.tables.tables import Cell
-
         cells = []
         for column, source in columns.items():
             measured = self.measure(rows, source)
@@ -102,29 +94,24 @@ class Bench:
     def predictor(self, row: Row, source: str) -> Callable[[np.ndarray], np.ndarray]:
         """Image u8 (H, W, 3) -> labels int (H, W) of a row on the data set ``source``, with the first seed; of a search, with the constant
         that was measured to be best."""
-        method = method_of(self, row, self.seeds[0])
-        predict, chosen = method.prepare(self.dataset(source, row.names)), 0
+        method, dataset, chosen = row.method(self, self.seeds[0]), self.dataset(source, row.names), 0
+        predict = method.prepare(dataset)
         if method.variants > 1:
-            found = measure({row.label: method}, self.dataset(source, row.names), folder=self.library / "results", limit=self.images,
-                            progress=self.progress)[row.label]
-            chosen = int(np.argmax([r.miou for r in found]))
+            chosen = int(np.argmax([r.miou for r in self._measure({row.label: method}, dataset)[row.label]]))
 
         def labels(image: np.ndarray) -> np.ndarray:
-            made = predict(image)
+            made = predict(Sample("", image, np.zeros(image.shape[:2], np.uint8)))
             return (made.maps() if isinstance(made, Sweep) else made)[chosen]
 
         return labels
 
     @staticmethod
-    def labelled(cells: Sequence, column: str) -> list:
+    def labelled(cells: Sequence[Cell], column: str) -> list[Cell]:
         """The cells with another label of their column; their place in the paper's table stays."""
         return [dataclasses.replace(cell, column=column) for cell in cells]
 
-    def published(self, cells: Sequence, columns: Mapping[str, str], table: str) -> list:
+    def published(self, cells: Sequence[Cell], columns: Mapping[str, str], table: str) -> list[Cell]:
         """``cells`` and, after them, the rows of the paper's table ``table`` that are not among them, with the paper's numbers alone."""
-        from ovdiff_lib.workbench.tables.paper import paper_table
-        from ovdiff_lib.workbench.tables.tables import Cell
-
         here = {cell.paper.row for cell in cells if cell.paper}
         return [*cells, *(Cell(p.row, self.dataset(columns[p.column]).name, paper=p, source="published") for p in paper_table(table)
                           if p.row not in here and p.column in columns and p.value is not None)]
@@ -134,23 +121,20 @@ class Bench:
         reasons = {}
         for row in rows:
             try:
-                if row.baseline:
-                    self.parts.baseline(row.baseline, self.ovdiff(row.settings).profile)
-                else:
-                    ovdiff = self.ovdiff(row.settings)
-                    ovdiff.extractors, ovdiff.segmenter  # noqa: B018
+                row.needs(self)
             except (ModelNotAvailable, ProfileError) as error:
                 reasons[row.label] = str(error)
         return reasons
 
+    def _measure(self, methods: Mapping[Any, Method], dataset: Dataset) -> dict[Any, tuple[EvaluationResult, ...]]:
+        return measure(methods, dataset, folder=self.library / "results", limit=self.images, progress=self.progress)
+
     def _seeds(self, row: Row) -> tuple[int, ...]:
-        return self.seeds[:1] if row.baseline else self.seeds[: row.seeds]
+        return self.seeds[:1] if isinstance(row, Rival) else self.seeds[: row.seeds]
 
 
-def _published(table: str, row: str, column: str):
+def _published(table: str, row: str, column: str) -> PaperCell:
     """The paper's cell, or one of our own in its table."""
-    from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell
-
     try:
         return paper_cell(table, row, column)
     except InputError:

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.workbench.evaluation.rows import Row
-
-if TYPE_CHECKING:
-    from ovdiff_lib.workbench.tables.tables import Cell
-
+from ovdiff_lib.workbench.tables.tables import IDLE, Cell
 
 FULL, CLIP, THRESHOLDS = "full", "full, CLIP keys", "full, thresholds alone"
 """Labels of the rows that changes are measured against."""
@@ -101,8 +98,6 @@ def changes(cells: Sequence[Cell]) -> list[Cell]:
     """For each measured cell of :func:`rows_of_choices` but the bases, the difference to its base in the same column; n and values follow
     the pairs of seeds. Columns become "<column>, change". Where every run has exactly the mIoU of its base the cell is idle, "not
     exercised", with the reason where one is known: a mean over classes that agrees to the last bit is one of the same counts."""
-    from ovdiff_lib.workbench.tables.tables import IDLE, Cell
-
     of = {label: choice for choice in CHOICES for label, _ in (choice.paper, choice.code)}
     found = {(cell.row, cell.column): cell for cell in cells}
     made = []

@@ -1,6 +1,6 @@
 """Counted results on disk: finished evaluations are found again, interrupted ones go on where they stopped.
 
-    folder/<data set>-<digest>.npz      key (JSON text), done, counts i64 (T, K, K), seconds
+    folder/<data set>-<digest>.npz      key (JSON text), lengths i64 (images,), places i32 (n,), values i32 (n,)
 
 The digest is that of the key, everything the counts depend on; the key itself is in the file, so that a result is never another's.
 """
@@ -13,7 +13,6 @@ import json
 import logging
 import zipfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,36 @@ from ovdiff_lib.files import write_atomic
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Counted:
-    """State of an evaluation: images ``done``, ``counts`` i64 (T, K, K) of T label maps an image, ``seconds`` spent."""
+class Counts:
+    """Confusion matrices of T label maps, i64 (T, K, K) for each image that was counted, of which only what is not zero is kept."""
 
-    done: int
-    counts: np.ndarray
-    seconds: float
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.shape = tuple(shape)
+        self.images: list[tuple[np.ndarray, np.ndarray]] = []  # for each image places in the (T, K, K) and what is there, i32 (n,)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def add(self, counts: np.ndarray) -> None:
+        """Take in the next image's counts i64 (T, K, K)."""
+        places = np.flatnonzero(counts)
+        self.images.append((places.astype(np.int32), counts.ravel()[places].astype(np.int32)))
+
+    def total(self) -> np.ndarray:
+        """The sum over the images, i64 (T, K, K)."""
+        total = np.zeros(int(np.prod(self.shape)), np.int64)
+        for places, values in self.images:
+            total[places] += values
+        return total.reshape(self.shape)
+
+    def by_image(self, variant: int = 0) -> np.ndarray:
+        """The matrices of one of the T label maps, i64 (images, K, K)."""
+        size = self.shape[1] * self.shape[2]
+        made = np.zeros((len(self), size), np.int64)
+        for row, (places, values) in zip(made, self.images, strict=True):
+            own = places // size == variant
+            row[places[own] % size] = values[own]
+        return made.reshape(len(self), *self.shape[1:])
 
 
 class ResultStore:
@@ -41,29 +63,29 @@ class ResultStore:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
 
-    def load(self, name: str, key: dict[str, Any], shape: tuple[int, int, int]) -> Counted:
-        """The state of the evaluation ``key`` on the data set ``name``; an empty one of (T, K, K) = ``shape`` if there is none."""
-        empty = Counted(0, np.zeros(shape, np.int64), 0.0)
-        path, text = self._path(name, key)
+    def load(self, name: str, key: dict[str, Any], shape: tuple[int, int, int], images: int) -> Counts:
+        """The counts of the evaluation ``key`` on at most ``images`` images of the data set ``name``; none where there is no such file."""
+        found, (path, text) = Counts(shape), self._path(name, key)
         try:
             with np.load(path, allow_pickle=False) as stored:
-                found = str(stored["key"]), Counted(int(stored["done"]), stored["counts"], float(stored["seconds"]))
+                known, lengths, places, values = (stored[part] for part in ("key", "lengths", "places", "values"))
+            if str(known) != text or len(lengths) > images or not len(places) == len(values) == lengths.sum() or (lengths < 0).any() or (
+                    len(places) and not (0 <= places.min() <= places.max() < np.prod(shape) and values.min() > 0)):
+                raise ValueError("it is not of this evaluation")
+            ends = np.cumsum(lengths)[:-1]
+            found.images = list(zip(np.split(places.astype(np.int32), ends), np.split(values.astype(np.int32), ends), strict=True))
         except FileNotFoundError:
-            return empty
+            pass
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            logger.warning("The stored result %s cannot be read (%s); it is measured again.", path, error)
-            return empty
-        state = found[1]
-        if found[0] != text or state.counts.shape != shape or state.counts.dtype != np.int64 or state.done < 0:
-            logger.warning("The stored result %s is not of this evaluation; it is measured again.", path)
-            return empty
-        return state
+            logger.warning("The stored result %s cannot be used (%s); it is measured again.", path, error)
+        return found
 
-    def save(self, name: str, key: dict[str, Any], state: Counted) -> None:
-        """Keep a state. Raises ``InputError`` where the folder cannot be written."""
+    def save(self, name: str, key: dict[str, Any], counts: Counts) -> None:
+        """Keep the counts of at least one image. Raises ``InputError`` where the folder cannot be written."""
         path, text = self._path(name, key)
+        places, values = (np.concatenate(part) for part in zip(*counts.images, strict=True))
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, key=np.array(text), done=np.int64(state.done), counts=state.counts, seconds=np.float64(state.seconds))
+        np.savez_compressed(buffer, key=np.array(text), lengths=[len(places) for places, _ in counts.images], places=places, values=values)
         write_atomic(path, buffer.getvalue())
 
     def _path(self, name: str, key: dict[str, Any]) -> tuple[Path, str]:
@@ -76,4 +98,4 @@ class ResultStore:
 
 def code_digest() -> str:
     """Hash (16 hex digits) of the package's code that can change a count: results of other code are not taken for this one's."""
-    return keys.code_digest("ovdiff_lib.workbench.evaluation.rows", "ovdiff_lib.workbench.evaluation.study")
+    return keys.code_digest("ovdiff_lib.workbench.evaluation.rows", "ovdiff_lib.workbench.evaluation.measure")

@@ -1,10 +1,13 @@
-"""Rows of a table as methods: OVDiff with other settings, without background prototypes at every threshold, and baselines."""
+"""Rows of a table: OVDiff with other settings, without background prototypes at every threshold, and rivals.
+
+A row needs of its bench (:class:`~ovdiff_lib.workbench.evaluation.bench.Bench`) the ``ovdiff(settings, seed)`` and the shared ``parts``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,13 +15,8 @@ from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.keys import of_labels
 from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.types import PrototypeBank
-from ovdiff_lib.workbench.data.samples import Dataset
-from ovdiff_lib.workbench.evaluation.measure import for_dataset, label_predictor
-from ovdiff_lib.workbench.evaluation.study import Method, Sweep
-
-if TYPE_CHECKING:
-    from ovdiff_lib.workbench.evaluation.bench import Bench
-
+from ovdiff_lib.workbench.data.samples import Dataset, Sample
+from ovdiff_lib.workbench.evaluation.measure import Method, Sweep, for_dataset, foreground_labels, label_predictor
 
 THRESHOLDS = tuple(round(0.01 * i, 2) for i in range(100))
 """Constant background scores that a search tries."""
@@ -26,138 +24,113 @@ THRESHOLDS = tuple(round(0.01 * i, 2) for i in range(100))
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table.
+    """One row of a table: OVDiff with the profile fields ``settings`` replaced.
 
-    ``label`` is shown; ``settings`` are the profile fields in which it differs; ``paper`` is the row's name in the paper's table ("" =
-    the label). ``search``: no background prototypes, but the best of :data:`THRESHOLDS` as constant background score, searched on the
-    images it is measured on. ``baseline`` names an entry of ``BASELINES`` measured instead of OVDiff, ``filtered`` whether behind
-    OVDiff's category filter, ``voted`` whether each proposal of the profile's segmenter then takes its majority label. ``kinds`` is a
-    source of thing / stuff labels (:func:`~ovdiff_lib.workbench.data.things.kinds`; default: the data set's own), ``build`` a function (bench,
-    seed, vocabulary) -> bank that replaces ``OVDiff.build``, told apart by ``label`` and ``settings``. ``names`` selects the class names
-    given to the networks (:data:`~ovdiff_lib.workbench.data.classes.NAMES`). ``seeds`` limits how many seeds are measured.
+    ``label`` is shown; ``paper`` is the row's name in the paper's table ("" = the label). ``build``, a function (bench, seed,
+    vocabulary) -> bank, replaces ``OVDiff.build`` (:mod:`~ovdiff_lib.workbench.evaluation.banks`); ``label`` and ``settings`` tell it
+    apart. ``names`` selects the class names given to the networks (:data:`~ovdiff_lib.workbench.data.classes.NAMES`). ``seeds`` limits
+    how many seeds are measured.
     """
 
     label: str
     settings: dict[str, Any] = field(default_factory=dict)
     paper: str = ""
-    search: bool = False
-    baseline: str = ""
-    filtered: bool = False
-    voted: bool = False
-    kinds: str = ""
-    build: Callable[[Bench, int, Vocabulary], PrototypeBank] | None = None
+    build: Callable[[Any, int, Vocabulary], PrototypeBank] | None = None
     names: str = "fixed"
     seeds: int | None = None
 
+    def method(self, bench: Any, seed: int) -> Method:
+        """The method that the row stands for."""
+        ovdiff = bench.ovdiff(self.settings, seed)
 
-def method_of(bench: Bench, row: Row, seed: int) -> Method:
-    """The method that a row stands for."""
-    if row.baseline:
-        return _Baseline(bench, row)
-    return (_Search if row.search else _Plain)(bench, row, seed)
+        def prepare(dataset: Dataset) -> Callable[[Sample], np.ndarray]:
+            predict = label_predictor(ovdiff, self.bank(bench, ovdiff, seed, dataset), dataset)
+            return lambda sample: predict(sample.image)[None]
+
+        return Method(self.key(ovdiff, seed), prepare, build=self.builder(ovdiff))
+
+    def needs(self, bench: Any) -> None:
+        """``ModelNotAvailable`` or ``ProfileError`` where the row cannot be measured here."""
+        ovdiff = bench.ovdiff(self.settings)
+        ovdiff.extractors, ovdiff.segmenter  # noqa: B018
+
+    def key(self, ovdiff: OVDiff, seed: int) -> dict[str, Any]:
+        made = {"build": [self.label, seed]} if self.build else {}
+        return {"method": "ovdiff", **made, **of_labels(ovdiff.profile)}
+
+    def bank(self, bench: Any, ovdiff: OVDiff, seed: int, dataset: Dataset) -> PrototypeBank:
+        return (self.build(bench, seed, dataset.vocabulary) if self.build else for_dataset(ovdiff, dataset).build(dataset.vocabulary))
+
+    def builder(self, ovdiff: OVDiff) -> Callable | None:
+        return None if self.build else lambda dataset, category: for_dataset(ovdiff, dataset).build_class(category)
 
 
 @dataclass(frozen=True)
-class _Plain:
-    """OVDiff as it is."""
+class Searched(Row):
+    """OVDiff without background prototypes: the best of :data:`THRESHOLDS` as constant background score, searched on the images it is
+    measured on."""
 
-    bench: Bench
-    row: Row
-    seed: int
-    variants = 1
-
-    @property
-    def ovdiff(self) -> OVDiff:
-        return self.bench.ovdiff(self.row.settings, self.seed)
-
-    @property
-    def key(self) -> dict[str, Any]:
-        made = {"build": [self.row.label, self.seed]} if self.row.build else {}
-        return {"method": "ovdiff", "kinds": self.row.kinds, **made, **of_labels(self.ovdiff.profile)}
-
-    def bank(self, dataset: Dataset) -> PrototypeBank:
-        from ovdiff_lib.workbench.data.things import with_kinds
-
-        vocabulary = with_kinds(dataset.vocabulary, self.row.kinds, "thing") if self.row.kinds else dataset.vocabulary
-        if self.row.build:
-            return self.row.build(self.bench, self.seed, vocabulary)
-        return for_dataset(self.ovdiff, dataset).build(vocabulary)
-
-    def prepare(self, dataset: Dataset) -> Callable[[np.ndarray], np.ndarray]:
-        predict = label_predictor(self.ovdiff, self.bank(dataset), dataset)
-        return lambda image: predict(image)[None]
-
-
-class _Search(_Plain):
-    """OVDiff without background prototypes, at every constant background score."""
-
-    variants = len(THRESHOLDS)
-
-    @property
-    def ovdiff(self) -> OVDiff:
+    def method(self, bench: Any, seed: int) -> Method:
         # Any constant will do: the background's row of the scores is not read.
-        return self.bench.ovdiff({**self.row.settings, "matching.background_threshold": 0.0}, self.seed)
+        ovdiff = bench.ovdiff({**self.settings, "matching.background_threshold": 0.0}, seed)
 
-    @property
-    def key(self) -> dict[str, Any]:
-        return {**super().key, "thresholds": list(THRESHOLDS)}
+        def prepare(dataset: Dataset) -> Callable[[Sample], Sweep]:
+            bank = self.bank(bench, ovdiff, seed, dataset).without_background()
+            return lambda sample: Sweep.of(ovdiff.segment(sample.image, bank).scores, THRESHOLDS)
 
-    def prepare(self, dataset: Dataset) -> Callable[[np.ndarray], np.ndarray]:
-        ovdiff, bank = self.ovdiff, self.bank(dataset).without_background()
-        return lambda image: at_thresholds(ovdiff.segment(image, bank).scores)
+        return Method({**self.key(ovdiff, seed), "thresholds": list(THRESHOLDS)}, prepare, len(THRESHOLDS), self.builder(ovdiff))
 
 
-class _Baseline:
-    """A baseline, with its own background or the best constant one, behind the filter and by vote where the row asks for it."""
+@dataclass(frozen=True)
+class Rival(Row):
+    """The entry ``baseline`` of ``BASELINES``, with its own background or the best constant one, as :class:`Searched`.
 
-    def __init__(self, bench: Bench, row: Row) -> None:
-        self.bench, self.row = bench, row
-        self.profile = bench.ovdiff(row.settings).profile
+    ``filtered``: behind OVDiff's category filter; ``voted``: each proposal of the profile's segmenter then takes its majority label.
+    """
 
-    @property
-    def own_background(self) -> bool:
+    baseline: str = ""
+    filtered: bool = False
+    voted: bool = False
+
+    def method(self, bench: Any, seed: int) -> Method:
         from ovdiff_lib.workbench.baselines import OWN_BACKGROUND
 
-        return self.row.baseline in OWN_BACKGROUND
+        ovdiff = bench.ovdiff(self.settings)
+        own, variants = self.baseline in OWN_BACKGROUND, 1 if self.baseline in OWN_BACKGROUND else len(THRESHOLDS)
+        key = {"method": self.baseline, "filtered": self.filtered, "voted": self.voted, **of_labels(ovdiff.profile, True),
+               "baselines": ovdiff.profile.to_dict().get("baselines", {}), **({} if own else {"thresholds": list(THRESHOLDS)})}
 
-    @property
-    def variants(self) -> int:
-        return 1 if self.own_background else len(THRESHOLDS)
+        def prepare(dataset: Dataset) -> Callable[[Sample], np.ndarray | Sweep]:
+            baseline = self.needs(bench)
 
-    @property
-    def key(self) -> dict[str, Any]:
-        key = {"method": self.row.baseline, "filtered": self.row.filtered, "voted": self.row.voted, **of_labels(self.profile, True),
-               "baselines": self.profile.to_dict().get("baselines", {})}
-        return key if self.own_background else {**key, "thresholds": list(THRESHOLDS)}
+            def label(sample: Sample) -> np.ndarray | Sweep:
+                scores = baseline.scores(sample.image, dataset.vocabulary)
+                if not own:
+                    made = Sweep.of(scores, THRESHOLDS)
+                else:
+                    made = (scores.argmax(0) if dataset.has_background else foreground_labels(scores))[None]
+                return self._vote(made, ovdiff, sample, dataset) if self.voted else made
 
-    def prepare(self, dataset: Dataset) -> Callable[[np.ndarray], np.ndarray]:
+            return label
+
+        return Method(key, prepare, variants)
+
+    def needs(self, bench: Any) -> Any:
+        """The baseline. Raises ``ModelNotAvailable`` or ``ProfileError`` where it cannot be measured here."""
         from ovdiff_lib.workbench.baselines.filtered import Filtered
+
+        ovdiff = bench.ovdiff(self.settings)
+        baseline = bench.parts.baseline(self.baseline, ovdiff.profile)
+        return Filtered(baseline, ovdiff.category_filter) if self.filtered else baseline
+
+    @staticmethod
+    def _vote(made: np.ndarray | Sweep, ovdiff: OVDiff, sample: Sample, dataset: Dataset) -> np.ndarray:
         from ovdiff_lib.workbench.baselines.segmenter import majority_vote
 
-        ovdiff = self.bench.ovdiff(self.row.settings)
-        baseline = self.bench.parts.baseline(self.row.baseline, self.profile)
-        if self.row.filtered:
-            baseline = Filtered(baseline, ovdiff.category_filter)
-
-        def predict(image: np.ndarray) -> np.ndarray:
-            scores = baseline.scores(image, dataset.vocabulary)
-            if not self.own_background:
-                labels = at_thresholds(scores)
-            else:
-                labels = (scores.argmax(0) if dataset.has_background else scores[1:].argmax(0) + 1)[None]
-            if not self.row.voted:
-                return labels
-            proposals, voted = ovdiff.segmenter.propose(image, ""), []
-            if isinstance(labels, Sweep):
-                labels = labels.maps() if dataset.has_background else np.repeat(labels.category[None], self.variants, 0)
-            for index, one in enumerate(labels):  # neighbouring thresholds often make the same map
-                same = index and (one == labels[index - 1]).all()
-                voted.append(voted[-1] if same else majority_vote(one, proposals))
-            return np.stack(voted)
-
-        return predict
-
-
-def at_thresholds(scores: np.ndarray) -> Sweep:
-    """Scores f32 (C + 1, H, W) as label maps, one for each of :data:`THRESHOLDS` as constant background score; row 0 is not read."""
-    return Sweep(scores[1:].max(0), scores[1:].argmax(0) + 1, THRESHOLDS)
+        if isinstance(made, Sweep):
+            made = made.maps() if dataset.has_background else np.repeat(made.category[None], len(made.thresholds), 0)
+        proposals, voted = ovdiff.segmenter.propose(sample.image, ""), []
+        for index, one in enumerate(made):  # neighbouring thresholds often make the same map
+            same = index and (one == made[index - 1]).all()
+            voted.append(voted[-1] if same else majority_vote(one, proposals))
+        return np.stack(voted)

@@ -1,15 +1,16 @@
-"""What the baselines that run CLIP share: class names and images as unit vectors of its joint space."""
+"""What the baselines share: their two methods, and class names and images as unit vectors of CLIP's joint space."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD
 from ovdiff_lib.networks.instruments import undisturbed
@@ -17,6 +18,18 @@ from ovdiff_lib.networks.instruments import undisturbed
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
+
+
+class Baseline(Protocol):
+    """Open-vocabulary segmentation of one image at a time."""
+
+    def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+        """f32 (C + 1, H, W) of an image u8 (H, W, 3), row 0 the background: -inf or a constant where the method has no model of it."""
+        ...
+
+    def predict(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+        """Labels i64 (H, W): 0 = background, i + 1 = category i."""
+        ...
 
 
 class TextEmbeddings:

@@ -1,0 +1,262 @@
+"""Engines: one worker's code run over many tasks, in this process, in several of this machine (joblib), or on a Ray cluster.
+
+Both have one method, ``run(make, tasks)``. ``make`` is called once in each process that works and gives ``worker(task) -> result``; what a
+task raises comes back as data. Ray is imported when a :class:`RayEngine` runs, and only then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from joblib import Parallel, delayed
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+from ovdiff_lib.errors import InputError, OVDiffError
+
+Make = Callable[[], Callable[[Any], Any]]
+"""Makes a worker. Can be pickled, as tasks and results can."""
+
+RETRIES = 3
+"""How often Ray begins a task again whose worker was lost."""
+
+IDLE = 5
+"""Seconds after which a process of this machine that has nothing to do ends, and with it the memory of its networks."""
+
+logger = logging.getLogger(__name__)
+_process: dict[str, Any] = {}  # the worker of this process
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What became of task number ``index``: its ``result``, or in ``error`` a sentence that says why there is none."""
+
+    index: int
+    result: Any = None
+    error: str = ""
+
+
+class Engine:
+    """Runs a worker over tasks. In a ``with`` block what it starts (a Ray) is kept between runs and ended with the block."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """An engine that starts nothing has nothing to end."""
+
+    def run(self, make: Make, tasks: Sequence[Any]) -> Iterator[Finished]:
+        """What became of every task, each once, in the order in which they finish.
+
+        A task whose worker is lost (killed, out of memory) is run again. Raises ``OVDiffError`` when the engine cannot go on, and
+        ``InputError`` for more workers than there is room for.
+        """
+        raise NotImplementedError
+
+
+def described(error: BaseException) -> str:
+    """What an error says: the project's own as it is, of others the kind and the first line."""
+    lines = str(error).strip().splitlines() or [""]
+    return str(error) if isinstance(error, OVDiffError) else f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
+
+
+def _finish(index: int, task: Any, make: Make | None = None) -> Finished:
+    try:
+        if "worker" not in _process:
+            _process["worker"] = (make or _process["make"])()
+        return Finished(index, _process["worker"](task))
+    except Exception as error:  # whatever it is, the other tasks do not depend on it
+        logger.debug("Task %d failed.", index, exc_info=True)
+        return Finished(index, error=described(error))
+
+
+def _begin(make: Make) -> None:
+    _process.clear()
+    _process["make"] = make
+
+
+class LocalEngine(Engine):
+    """``workers`` processes of this machine, each with its share of the processors; one worker is this process itself."""
+
+    def __init__(self, workers: int = 1) -> None:
+        if workers < 1:
+            raise InputError(f"The number of workers is {workers}; give at least 1.")
+        self.workers = workers
+
+    def run(self, make: Make, tasks: Sequence[Any]) -> Iterator[Finished]:
+        """As :meth:`Engine.run`. When a process is killed all are started again and go on with what is unfinished."""
+        if self.workers == 1:
+            _begin(make)
+            yield from map(_finish, range(len(tasks)), tasks)
+            _process.clear()
+            return
+        left = dict(enumerate(tasks))
+        while left:
+            before = len(left)
+            pool = Parallel(min(self.workers, before), return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs",
+                            initializer=_begin, initargs=(make,), idle_worker_timeout=IDLE)
+            try:
+                with contextlib.closing(pool(delayed(_finish)(index, task) for index, task in list(left.items()))) as finished:
+                    for one in finished:
+                        del left[one.index]
+                        yield one
+            except TerminatedWorkerError:
+                if len(left) == before:
+                    raise OVDiffError(f"The worker processes ended before a task was finished, {before} of {len(tasks)} are left; they"
+                                      " were killed or ran out of memory, use fewer workers.") from None
+                logger.warning("A worker process ended unexpectedly; fresh ones go on with the %d tasks that are left.", len(left))
+
+
+class RayEngine(Engine):
+    """Workers on the machines of a Ray cluster.
+
+    Args:
+        workers: how many (default: as many as there is room for, each with one CPU, or with its GPUs).
+        address: of a running cluster, "HOST:PORT" or "auto" for the one that this machine belongs to; default the environment variable
+            ``RAY_ADDRESS``, and without that a Ray on this machine alone that is started for the work and ended after it.
+        gpus_per_worker: GPUs that a worker has for itself, also a part of one such as 0.5; None is one where the cluster has GPUs. Without
+            any a worker computes on the CPU.
+
+    A Ray that this process is connected to already is used as it is, and stays. The project, the models, the data and the library must be
+    found under the same paths on all machines.
+    """
+
+    def __init__(self, workers: int | None = None, address: str | None = None, gpus_per_worker: float | None = 0) -> None:
+        if workers is not None and workers < 1:
+            raise InputError(f"The number of workers is {workers}; give at least 1.")
+        if gpus_per_worker is not None and (gpus_per_worker < 0 or (gpus_per_worker > 1 and gpus_per_worker % 1)):
+            raise InputError(f"The number of GPUs of a worker is {gpus_per_worker}; give 0, a part of 1, or a whole number.")
+        self.workers, self.address, self.gpus = workers, address, gpus_per_worker
+        self._open, self._entered = contextlib.ExitStack(), 0
+
+    def __enter__(self) -> Self:
+        if not self._entered:
+            with contextlib.ExitStack() as stack:  # ends what was started where starting fails
+                _connect(stack, self.address or os.environ.get("RAY_ADDRESS") or "local")
+                self._open = stack.pop_all()
+        self._entered += 1
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._entered -= 1
+        if not self._entered:
+            self._open.close()
+
+    def run(self, make: Make, tasks: Sequence[Any]) -> Iterator[Finished]:
+        """As :meth:`Engine.run`; a task whose worker is lost each of 1 + :data:`RETRIES` times comes back with an error."""
+        with self:
+            ray, waiting, running = import_ray(), iter(enumerate(tasks)), {}
+            workers, cpus, gpus = divide([n["Resources"] for n in ray.nodes() if n["Alive"]], self.workers, self.gpus, len(tasks))
+            # A worker of a GPU shares the CPUs that there are.
+            remote = ray.remote(num_cpus=0 if gpus else cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=RETRIES)(_Actor)
+            made = ray.put(make)
+            actors = [remote.remote(made, cpus, os.getcwd()) for _ in range(workers)]
+
+            def give(actor: Any) -> None:
+                for index, task in itertools.islice(waiting, 1):
+                    running[actor.finish.remote(index, task)] = actor, index
+
+            try:
+                for actor in actors:
+                    give(actor)
+                while running:
+                    (ready,), _ = ray.wait(list(running))
+                    actor, index = running.pop(ready)
+                    try:
+                        finished = ray.get(ready)
+                    except ray.exceptions.RayActorError:
+                        finished = Finished(index, error=f"The worker was lost {1 + RETRIES} times at this, killed or out of memory; use"
+                                                         " fewer workers.")
+                    yield finished
+                    give(actor)
+            except ray.exceptions.RayError as error:
+                raise OVDiffError(f"Ray could not go on with the work ({described(error)}); check that the project is installed on all"
+                                  " machines, and run again: what is stored is kept.") from error
+            finally:
+                for actor in actors:
+                    ray.kill(actor)
+
+
+class _Actor:
+    """One of Ray's workers, made at its first task."""
+
+    def __init__(self, make: Make, threads: int, folder: str) -> None:
+        import ray
+
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        if not ray.get_gpu_ids():  # those of the machine belong to others; PyTorch has not looked yet
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        if Path(folder).is_dir():  # paths that are meant from where the command runs
+            os.chdir(folder)
+        _begin(make)
+
+    def finish(self, index: int, task: Any) -> Finished:
+        return _finish(index, task)
+
+
+def divide(nodes: Sequence[Mapping[str, float]], workers: int | None, gpus: float | None, tasks: int) -> tuple[int, int, float]:
+    """(workers, CPUs and GPUs of each): how the machines are shared by at most ``tasks`` workers.
+
+    ``nodes`` are the resources ("CPU", "GPU") of each machine, ``workers`` None: all that fit. ``gpus`` None: one each where there are GPUs. A worker needs its GPUs on one machine, or without any a
+    CPU. Raises ``InputError`` when they do not fit, for which Ray would wait for ever.
+    """
+    total = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
+    gpus = (1 if total["GPU"] else 0) if gpus is None else gpus
+
+    def room(cpus: int) -> int:
+        wanted = {"CPU": cpus, "GPU": gpus}
+        return sum(min(int(node.get(kind, 0) / each + 1e-6) for kind, each in wanted.items() if each) for node in nodes)
+
+    most = room(0 if gpus else 1)
+    if most < (workers or 1):
+        each = f"{gpus:g} GPU{'s' * (gpus > 1)}" if gpus else "one CPU"
+        raise InputError(f"{workers or 1} workers with {each} each do not fit the Ray cluster, which has {total['CPU']:g} CPUs and"
+                         f" {total['GPU']:g} GPUs on {len(nodes)} machines and room for {most}; ask for fewer workers or GPUs, or let more"
+                         " machines join it.")
+    count, cpus = min(workers or most, tasks), 1
+    while room(cpus + 1) >= count:
+        cpus += 1
+    return count, cpus, gpus
+
+
+def _connect(stack: contextlib.ExitStack, address: str) -> None:
+    """Connect this process to the Ray at ``address``, or start one for "local"; ``stack`` ends what was begun here."""
+    ray = import_ray()
+    if ray.is_initialized():
+        return
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+    if address == "local":
+        known = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+        if not known and os.environ.get("RAY_AUTH_MODE", "").lower() != "disabled" and not (Path.home() / ".ray" / "auth_token").exists():
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # or Ray writes one into the user's home; it reads it once in a process
+        usual = tempfile.gettempdir()
+        folder = tempfile.mkdtemp(prefix="ray-", dir=usual if len(usual) <= 40 else "/tmp")  # or its sockets' names are too long
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        options |= {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False, "object_store_memory": 2**29, "_temp_dir": folder}
+    stack.callback(ray.shutdown)
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        what = "Ray could not be started on this machine" if address == "local" else f"There is no Ray cluster at {address}"
+        raise OVDiffError(f"{what} ({described(error)}); check the address (--address, RAY_ADDRESS), or use the engine local.") from None
+
+
+def import_ray() -> Any:
+    """The module ``ray``. Raises ``OVDiffError`` where it is not installed."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its remarks on actors that are restarted, as these are meant to be
+    try:
+        import ray
+    except ImportError as error:
+        raise OVDiffError(f'The engine ray needs Ray, which is not installed ({error}); run `pip install "ovdiff-lib[ray]"` or use the'
+                          " engine local.") from None
+    return ray
