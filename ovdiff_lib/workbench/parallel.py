@@ -206,8 +206,9 @@ class _Actor:
 def divide(nodes: Sequence[Mapping[str, float]], workers: int | None, gpus: float | None, tasks: int) -> tuple[int, int, float]:
     """(workers, CPUs and GPUs of each): how the machines are shared by at most ``tasks`` workers.
 
-    ``nodes`` are the resources ("CPU", "GPU") of each machine, ``workers`` None: all that fit. ``gpus`` None: one each where there are GPUs. A worker needs its GPUs on one machine, or without any a
-    CPU. Raises ``InputError`` when they do not fit, for which Ray would wait for ever.
+    ``nodes`` are the resources ("CPU", "GPU") of each machine. ``workers`` None: all that fit. ``gpus`` None: one each where there are
+    GPUs. A worker needs its GPUs on one machine, or without any a CPU. Raises ``InputError`` when they do not fit, for which Ray would
+    wait for ever.
     """
     total = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
     gpus = (1 if total["GPU"] else 0) if gpus is None else gpus

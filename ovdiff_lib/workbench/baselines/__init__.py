@@ -1,7 +1,7 @@
 """Methods that the paper's tables compare OVDiff with (Table 1, A.1, A.2; App. C.4), run under the same protocol.
 
 All of them use ``support.prompt`` of the profile for class names, and its sizes and windows where they use windows. To add one, write a
-class with the two members of :class:`Baseline` and one line in :data:`BASELINES`.
+class with the method ``scores`` of :class:`Baseline` and one line in :data:`BASELINES`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.registry import Part
 from ovdiff_lib.workbench.baselines.clip_diy import ClipDIY
 from ovdiff_lib.workbench.baselines.common import Baseline
-from ovdiff_lib.workbench.baselines.filtered import Filtered
 from ovdiff_lib.workbench.baselines.groupvit import GroupViT
 from ovdiff_lib.workbench.baselines.maskclip import MaskCLIP
 from ovdiff_lib.workbench.baselines.reco import ReCo
-from ovdiff_lib.workbench.baselines.segmenter import ClipSegmenter, majority_vote
+from ovdiff_lib.workbench.baselines.segmenter import ClipSegmenter
 
 if TYPE_CHECKING:
     from ovdiff_lib.profiles.schema import Profile
@@ -41,6 +40,3 @@ def build_baseline(name: str, profile: Profile) -> Baseline:
         raise ProfileError(f"There is no baseline {name!r}; choose one of {', '.join(BASELINES)}.")
     return BASELINES[name](profile)
 
-
-__all__ = ["BASELINES", "OWN_BACKGROUND", "Baseline", "ClipDIY", "ClipSegmenter", "Filtered", "GroupViT", "MaskCLIP", "ReCo",
-           "build_baseline", "majority_vote"]

@@ -3,7 +3,7 @@
 How this differs from the published method:
 
 - CLIP is the profile's (``models.clip``), not the ViT-B/32 trained on LAION-2B; the prompt is ``support.prompt``, not "a photo of a ...".
-- FOUND's trained saliency is replaced by FOUND's first, training-free step (:mod:`~ovdiff_lib.workbench.baselines.clip_diy`), as soft values.
+- FOUND's trained saliency is replaced by FOUND's first, training-free step (:class:`BackgroundSeed`), as soft values.
 - Scores and saliency come to the image's size before they are multiplied, so that labels are not enlarged; a cosine below zero counts as
   zero; the words for background are ``baselines.clip_diy_background``.
 """
@@ -23,8 +23,7 @@ from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.networks.loading import last_attention, load_clip
 from ovdiff_lib.profiles.schema import Baselines, Profile
-from ovdiff_lib.workbench.baselines.common import TextEmbeddings, embed_images
-from ovdiff_lib.workbench.baselines.sliding import resize_maps
+from ovdiff_lib.workbench.baselines.common import Baseline, TextEmbeddings, embed_images, resize_maps
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
@@ -32,7 +31,7 @@ from ovdiff_lib.features.dino import DinoExtractor
 from ovdiff_lib.networks.instruments import captured, undisturbed
 
 
-class ClipDIY:
+class ClipDIY(Baseline):
     """Open-vocabulary segmentation by CLIP as a classifier of patches.
 
     ``clip`` and ``tokenizer`` are a transformers ``CLIPModel`` and its tokenizer, ``saliency`` maps an image u8 (H, W, 3) to f32 (h, w) in
@@ -74,10 +73,6 @@ class ClipDIY:
         background = cosines[:len(words)].amax(0, keepdim=True) * (1 - salient)
         return torch.cat([background, foreground]).softmax(0).numpy()
 
-    def predict(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-        """Labels i64 (H, W): 0 = background, i + 1 = category i."""
-        return self.scores(image, vocabulary).argmax(axis=0)
-
     def cosines(self, image: np.ndarray, texts: Tensor) -> Tensor:
         """Cosines f32 (C, S, S) of the image u8 (H, W, 3), squashed to S = ``clip_diy_size``, with unit texts f32 (C, D).
 
@@ -103,7 +98,7 @@ class ClipDIY:
         return patches.permute(0, 2, 3, 1).numpy(), len(views)
 
 
-# ------------------------------------------------------------------ Where an image shows an object at all, without training: the first step of FOUND (Siméoni et al., 2023), by a frozen DINO.
+# ---- where an image shows an object at all, without training: the first step of FOUND (Siméoni et al., 2023), by a frozen DINO
 
 TINY = 1e-10
 """Keeps the logarithm finite for a head that attends nowhere."""

@@ -13,7 +13,7 @@ CategoryFilter = Callable[[np.ndarray, Vocabulary], tuple[Sequence[int], np.ndar
 """Image u8 (H, W, 3) and vocabulary -> indices of the kept categories, and their probabilities: ``OVDiff.category_filter``."""
 
 
-class Filtered:
+class Filtered(Baseline):
     """``baseline`` with the categories that ``category_filter`` drops out of the running; the background always stays.
 
     For example ``Filtered(build_baseline("maskclip", ovdiff.profile), ovdiff.category_filter)``.
@@ -29,7 +29,3 @@ class Filtered:
         dropped = sorted(set(range(len(vocabulary))) - set(kept))
         scores[[k + 1 for k in dropped]] = -np.inf
         return scores
-
-    def predict(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-        """Labels i64 (H, W): 0 = background, i + 1 = category i."""
-        return self.scores(image, vocabulary).argmax(axis=0)

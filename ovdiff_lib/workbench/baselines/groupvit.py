@@ -22,8 +22,7 @@ from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.loading import complete, load_network
 from ovdiff_lib.profiles.schema import Matching, Profile
-from ovdiff_lib.workbench.baselines.common import TextEmbeddings
-from ovdiff_lib.workbench.baselines.sliding import sliding_scores
+from ovdiff_lib.workbench.baselines.common import Baseline, TextEmbeddings, sliding_scores
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer, GroupViTModel
@@ -39,7 +38,7 @@ TOP_CLASSES = 5  # classes that a window can hold
 MAX_SCALE = 100.0  # of the logits, as in training
 
 
-class GroupViT:
+class GroupViT(Baseline):
     """Open-vocabulary segmentation by the groups of a GroupViT.
 
     ``model`` is a ``transformers.GroupViTModel`` and ``tokenizer`` its tokenizer (:func:`load_groupvit`). ``matching`` gives short side,
@@ -113,12 +112,7 @@ class GroupViT:
         """
         texts = self.text_embeddings(vocabulary)
         scores = sliding_scores(image, self.matching, lambda crops: self.window_scores(crops, texts))
-        background = -torch.inf if self.background_threshold is None else self.background_threshold
-        return torch.cat([scores.new_full((1, *scores.shape[1:]), background), scores]).numpy()
-
-    def predict(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-        """Labels i64 (H, W): 0 = background, i + 1 = category i."""
-        return self.scores(image, vocabulary).argmax(axis=0)
+        return self.beside_background(scores)
 
 
 def group_scores(groups: Tensor, whole: Tensor, texts: Tensor, scale: float) -> Tensor:

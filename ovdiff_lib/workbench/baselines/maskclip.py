@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,15 +18,14 @@ from ovdiff_lib.errors import InputError
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.loading import load_clip
 from ovdiff_lib.profiles.schema import Matching, Profile
-from ovdiff_lib.workbench.baselines.common import TextEmbeddings, clip_pixels
-from ovdiff_lib.workbench.baselines.sliding import sliding_scores
+from ovdiff_lib.workbench.baselines.common import Baseline, TextEmbeddings, clip_pixels, sliding_scores
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
 
 
-class MaskCLIP:
+class MaskCLIP(Baseline):
     """Open-vocabulary segmentation by a CLIP model alone.
 
     ``clip`` is a ``transformers.CLIPModel`` and ``tokenizer`` its tokenizer; ``matching`` gives short side, windows and stride, the same
@@ -87,10 +85,5 @@ class MaskCLIP:
         """
         texts = self.text_embeddings(vocabulary)
         # (n, h, w, D) -> (n, C, h, w)
-        scores = sliding_scores(image, self.matching, lambda crops: (self.dense_embeddings(crops) @ texts.T).permute(0, 3, 1, 2))
-        background = -torch.inf if self.background_threshold is None else self.background_threshold
-        return torch.cat([scores.new_full((1, *scores.shape[1:]), background), scores]).numpy()
-
-    def predict(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-        """Labels i64 (H, W): 0 = background, i + 1 = category i."""
-        return self.scores(image, vocabulary).argmax(axis=0)
+        return self.beside_background(
+            sliding_scores(image, self.matching, lambda crops: (self.dense_embeddings(crops) @ texts.T).permute(0, 3, 1, 2)))

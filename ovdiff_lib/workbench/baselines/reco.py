@@ -27,8 +27,8 @@ from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.loading import load_clip
 from ovdiff_lib.profiles.schema import Baselines, Profile
 from ovdiff_lib.workbench.baselines.archive import ArchiveIndex, load_archive
+from ovdiff_lib.workbench.baselines.common import Baseline, sliding_scores
 from ovdiff_lib.workbench.baselines.maskclip import MaskCLIP
-from ovdiff_lib.workbench.baselines.sliding import sliding_scores
 
 if TYPE_CHECKING:
     from ovdiff_lib.features import Extractor
@@ -38,7 +38,7 @@ SHARPNESS = 10.0
 """Factor of a dense CLIP cosine before its sigmoid."""
 
 
-class ReCo:
+class ReCo(Baseline):
     """Open-vocabulary segmentation by retrieval and co-segmentation.
 
     ``maskclip`` gives text embeddings, dense CLIP and windows; ``extractor`` the dense features; ``index`` searches the archive;
@@ -86,12 +86,7 @@ class ReCo:
             return _enlarge(alike, size) * _enlarge(named, size)
 
         scores = sliding_scores(image, self.maskclip.matching, score)
-        background = -torch.inf if self.background_threshold is None else self.background_threshold
-        return torch.cat([scores.new_full((1, *scores.shape[1:]), background), scores]).numpy()
-
-    def predict(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-        """Labels i64 (H, W): 0 = background, i + 1 = category i."""
-        return self.scores(image, vocabulary).argmax(axis=0)
+        return self.beside_background(scores)
 
     def retrieve(self, prompt: str) -> list[int]:
         """Numbers of the ``reco_retrieved`` images of the archive that CLIP finds most like the class words, best first."""

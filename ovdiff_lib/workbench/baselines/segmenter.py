@@ -21,14 +21,14 @@ from ovdiff_lib.masks import SEGMENTERS, Segmenter, ThresholdOnly, build_segment
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.loading import load_clip
 from ovdiff_lib.profiles.schema import Matching, Profile
-from ovdiff_lib.workbench.baselines.common import TextEmbeddings, clip_pixels
+from ovdiff_lib.workbench.baselines.common import Baseline, TextEmbeddings, clip_pixels
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
 
 
-class ClipSegmenter:
+class ClipSegmenter(Baseline):
     """Open-vocabulary segmentation by naming the proposals of ``segmenter`` ("CLIP + CutLER" where that is CutLER).
 
     A proposal is the mean of CLIP's final spatial tokens inside it, projected to the joint space, and gets the class of the nearest text
@@ -68,10 +68,6 @@ class ClipSegmenter:
             scores[0, inside] = -np.inf
             scores[1:, inside] = cosines[owner[inside]].T
         return scores
-
-    def predict(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-        """Labels i64 (H, W): 0 = background, i + 1 = category i."""
-        return self.scores(image, vocabulary).argmax(axis=0)
 
     @undisturbed()
     def embed(self, image: np.ndarray, proposals: np.ndarray) -> Tensor:

@@ -178,8 +178,8 @@ def search_threshold(score: Callable[[np.ndarray], np.ndarray], dataset: Dataset
     """The result of a method without a background model at every constant background threshold, scoring each image once.
 
     ``score`` maps an image u8 (H, W, 3) to f32 (C + 1, H, W), row 0 unused. A pixel is its best category where that category's score
-    exceeds the threshold, else background. The best threshold, :func:`best_of`, was chosen on the images it is measured on: an optimistic number,
-    to be reported as such.
+    exceeds the threshold, else background. The best threshold, :func:`best_of`, was chosen on the images it is measured on: an
+    optimistic number, to be reported as such.
     """
     if not len(thresholds):
         raise InputError("The list of thresholds is empty; give at least one.")
