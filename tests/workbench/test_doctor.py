@@ -21,7 +21,8 @@ from ovdiff_lib.networks.published import FILES, PUBLISHED, how_to_get
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.registry import Part
 from ovdiff_lib.workbench import doctor
-from ovdiff_lib.workbench.data.datasets import DATASETS, MINI_DATA, load_dataset
+from ovdiff_lib.workbench.data.datasets import DATASETS, load_dataset
+from ovdiff_lib.workbench.data.readers import MINI_DATA
 from ovdiff_lib.workbench.doctor import inspect, uses
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"

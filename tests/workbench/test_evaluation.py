@@ -12,9 +12,10 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.mini.world import load_world
-from ovdiff_lib.workbench.data.datasets import MINI_DATA, load_dataset
+from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.data.metrics import ConfusionMatrix
 from ovdiff_lib.workbench.data.predictions import predictions_from
+from ovdiff_lib.workbench.data.readers import MINI_DATA
 from ovdiff_lib.workbench.data.samples import Sample
 from ovdiff_lib.workbench.evaluation import measure
 from ovdiff_lib.workbench.evaluation.measure import best_of, evaluate, foreground_labels, label_predictor, search_threshold

@@ -7,9 +7,9 @@ from sklearn.metrics import confusion_matrix
 from ovdiff_lib import InputError, OVDiff, ProfileError, keys
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.registry import Part
+from ovdiff_lib.workbench.data.classes import synonyms
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.data.samples import Sample
-from ovdiff_lib.workbench.data.synonyms import synonyms
 from ovdiff_lib.workbench.evaluation import measure as measuring
 from ovdiff_lib.workbench.evaluation import shared
 from ovdiff_lib.workbench.evaluation.banks import of_kinds, of_labels, rows_of_sizes, with_words

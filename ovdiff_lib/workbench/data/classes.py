@@ -9,6 +9,7 @@ from typing import Any
 
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError
+from ovdiff_lib.mini.world import load_world
 
 FILE = Path(__file__).with_name("classes.json")
 
@@ -26,21 +27,25 @@ def class_table() -> dict[str, Any]:
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
-def check_names(names: str) -> None:
-    """``InputError`` for a selection that :data:`NAMES` does not hold."""
-    if names not in NAMES:
-        raise InputError(f"There is no selection of class names {names!r}; choose {', '.join(NAMES)}.")
-
-
 def vocabulary_of(data_set: str, names: str = "fixed") -> Vocabulary:
-    """The categories of a data set of ``classes.json`` in evaluation order.
+    """The categories of a data set of ``classes.json``, or of the mini world, in evaluation order.
 
     Their names are those of the data set, their prompts follow ``names``: "fixed" (what the paper says or shows it replaced), "raw" (the
-    names themselves) or "fourteen" ("fixed" and guesses, up to the paper's count). Raises ``InputError`` for another selection.
+    names themselves) or "fourteen" ("fixed" and guesses, up to the paper's count); the mini world's names need no fixes. Raises
+    ``InputError`` for another selection.
     """
-    check_names(names)
+    if names not in NAMES:
+        raise InputError(f"There is no selection of class names {names!r}; choose {', '.join(NAMES)}.")
+    if data_set.startswith("mini-"):
+        world = load_world()
+        return Vocabulary.of(world.vocabulary(data_set), stuff=world.stuff)
     table = class_table()
     entry = table["data_sets"][data_set]
     prompts = {fix["name"]: fix["prompt"] for fix in table["fixes"] if fix["data_set"] == data_set and fix["confidence"] in NAMES[names]}
     stuff = set(entry["stuff"])
     return Vocabulary(tuple(Category(name, prompts.get(name, ""), "stuff" if name in stuff else "thing") for name in entry["classes"]))
+
+
+def synonyms() -> dict[str, list[str]]:
+    """Synonyms and subclasses of the classes of Pascal VOC and of the mini world that have some, by name and by prompt."""
+    return json.loads(FILE.with_name("synonyms.json").read_text(encoding="utf-8"))["words"]

@@ -1,18 +1,21 @@
-"""Published data sets in the folders their archives unpack to (Sec. 4, App. A.3).
+"""Data sets in folders: the mini world's, and the published ones as their archives unpack (Sec. 4, App. A.3).
 
-A layout is a function ``files(root, split, background) -> list[File]``: it finds the images and label maps and says what each value of
-a label map means. :class:`FolderDataset` reads them.
+A layout is a function ``files(root, split, vocabulary, background) -> list[File]``: it finds the images and label maps and says what each
+value of a label map means. :class:`FolderDataset` reads them.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.errors import InputError
+from ovdiff_lib.mini.world import load_world
 from ovdiff_lib.workbench.data.classes import class_table, vocabulary_of
 from ovdiff_lib.workbench.data.metrics import IGNORE
 from ovdiff_lib.workbench.data.samples import Sample, read_labels, read_stored
@@ -34,39 +37,43 @@ class File:
     table: np.ndarray
 
 
-Layout = Callable[[Path, str, bool], list[File]]
+Layout = Callable[[Path, str, Vocabulary, bool], list[File]]
+
+MINI_DATA = Path(__file__).parents[2] / "mini" / "data"
 
 
 class FolderDataset:
-    """A published data set on disk, its images in the order of its split file or of their ids.
+    """A data set on disk, its images in the order of its split file or of their ids.
 
-    ``standard_images`` is the size of the split "val" in the literature, None for other splits.
+    ``standard_images`` is the size of the split "val" in the literature, None for other splits and for the mini world.
     """
 
     def __init__(self, name: str, classes: str, layout: Layout, has_background: bool, split: str = "val",
                  folder: str | Path | None = None, names: str = "fixed") -> None:
-        """``classes`` is the data set's entry in ``classes.json``, ``folder`` where the data lies, ``names`` a selection of prompts
-        (:data:`~ovdiff_lib.workbench.data.classes.NAMES`). ``has_background`` False ignores background pixels.
+        """``classes`` names the classes (:func:`~ovdiff_lib.workbench.data.classes.vocabulary_of`, as ``names`` does their prompts),
+        ``folder`` is where the data lies. ``has_background`` False ignores background pixels (App. A.3).
 
         Raises ``InputError`` for a folder that does not hold the data set, an unknown split, and images or label maps that are missing.
         """
         self.vocabulary = vocabulary_of(classes, names)
         self.name, self.split, self.has_background = name, split, has_background
-        if folder is None:
+        shipped = layout is mini_files and folder is None
+        if folder is None and not shipped:
             raise InputError(f"The data set {name} is not shipped: say where it lies with --data FOLDER (folder=... in Python),"
                              " or choose mini-voc, mini-object or mini-context.")
-        root = Path(folder).expanduser()
+        self.folder = root = MINI_DATA if shipped else Path(folder).expanduser()
+        remedy = "install the project again" if shipped else "unpack it again or give another folder"
         if not root.is_dir():
             raise InputError(f"The folder {root} of the data set {name} does not exist; give the folder its archive was unpacked to.")
-        self.files = tuple(layout(root, split, has_background))
+        self.files = tuple(layout(root, split, self.vocabulary, has_background))
         self.ids = tuple(file.id for file in self.files)
         missing = [path for file in self.files for path in (file.image, file.labels) if not path.is_file()]
         if missing:
             raise InputError(f"The data set {name} ({split}) lacks {len(missing)} of its files, the first is {missing[0]};"
-                             " unpack it again or give another folder.")
+                             f" {remedy}.")
         if not self.files:
-            raise InputError(f"The data set {name} ({split}) lists no image in {root}; unpack it again or give another folder.")
-        self.standard_images: int | None = class_table()["data_sets"][classes]["images"] if split == "val" else None
+            raise InputError(f"The data set {name} ({split}) lists no image in {root}; {remedy}.")
+        self.standard_images: int | None = class_table()["data_sets"].get(classes, {}).get("images") if split == "val" else None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -127,7 +134,22 @@ def cityscapes_table(raw: bool) -> np.ndarray:
 
 # ---- layouts
 
-def voc_files(root: Path, split: str, background: bool) -> list[File]:
+def mini_files(root: Path, split: str, vocabulary: Vocabulary, background: bool) -> list[File]:
+    """The mini world, its scenes that show at least one class of the vocabulary; all else is background, or ignored without one."""
+    world, path = load_world(), root / split / "scenes.json"
+    if split not in ("tune", "val", "wild"):
+        raise InputError(f"The mini world has no split {split!r}; choose tune, val or wild.")
+    table = label_table(dict.fromkeys(range(len(world.names) + 1), 0 if background else IGNORE) | {IGNORE: IGNORE}
+                        | {world.label(word): number + 1 for number, word in enumerate(vocabulary.names)})
+    try:
+        scenes = json.loads(path.read_text(encoding="utf-8"))
+        shown = [scene["id"] for scene in scenes if {*scene["things"], *scene["stuff"]} & set(vocabulary.names)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"The list of scenes {path} cannot be read ({error}); install the project again.") from None
+    return [File(i, root / split / "images" / f"{i}.webp", root / split / "labels" / f"{i}.png", table) for i in shown]
+
+
+def voc_files(root: Path, split: str, vocabulary: Vocabulary, background: bool) -> list[File]:
     """PASCAL VOC 2012: ``JPEGImages``, ``SegmentationClass`` and ``ImageSets/Segmentation/<split>.txt``."""
     home = find_root(root, "PASCAL VOC 2012", ("VOC2012", "VOCdevkit/VOC2012", ""), ("JPEGImages", "SegmentationClass"))
     table = label_table({0: 0 if background else IGNORE, IGNORE: IGNORE} | numbered(20))
@@ -139,7 +161,7 @@ CONTEXT_PLACES = ("VOC2010", "VOCdevkit/VOC2010", "")
 """Where VOC 2010 is looked for."""
 
 
-def context_files(root: Path, split: str, background: bool) -> list[File]:
+def context_files(root: Path, split: str, vocabulary: Vocabulary, background: bool) -> list[File]:
     """PASCAL Context on the images of VOC 2010, labels as PNG in either common form.
 
     ``SegmentationClassContext`` (0 = background, 1 to 59, alphabetical) with ``ImageSets/SegmentationContext/<split>.txt``, as
@@ -166,7 +188,7 @@ CONVERTED = ("_labelTrainIds", "_instanceTrainIds")
 """Endings of label maps that were converted from the published ones."""
 
 
-def coco_files(root: Path, split: str, background: bool) -> list[File]:
+def coco_files(root: Path, split: str, vocabulary: Vocabulary, background: bool) -> list[File]:
     """COCO 2017 with the pixel maps of COCO-Stuff 164k; with ``background`` COCO-Object, else COCO-Stuff.
 
     Images in ``images/<split>2017`` or ``<split>2017``, maps in one of :data:`COCO_LABELS`: as published (``<id>.png``) or converted
@@ -184,7 +206,7 @@ def coco_files(root: Path, split: str, background: bool) -> list[File]:
     return _paired(images, ".jpg", maps, kinds)
 
 
-def ade_files(root: Path, split: str, background: bool) -> list[File]:
+def ade_files(root: Path, split: str, vocabulary: Vocabulary, background: bool) -> list[File]:
     """ADE20K as in ADEChallengeData2016: ``images`` and ``annotations``, each ``training`` or ``validation``; 0 is not labelled."""
     place = _split_folder(split, {"val": "validation", "train": "training"}, "ADE20K")
     home = find_root(root, "ADEChallengeData2016", ("ADEChallengeData2016", "", "ade/ADEChallengeData2016"), ("images", "annotations"))
@@ -192,7 +214,7 @@ def ade_files(root: Path, split: str, background: bool) -> list[File]:
     return _paired(home / "images" / place, ".jpg", home / "annotations" / place, {"": table})
 
 
-def cityscapes_files(root: Path, split: str, background: bool) -> list[File]:
+def cityscapes_files(root: Path, split: str, vocabulary: Vocabulary, background: bool) -> list[File]:
     """Cityscapes: ``leftImg8bit/<split>/<city>`` and ``gtFine/<split>/<city>`` with label ids or train ids."""
     place = _split_folder(split, {"val": "val", "train": "train"}, "Cityscapes")
     home = find_root(root, "Cityscapes", ("", "cityscapes", "Cityscapes"), ("leftImg8bit", "gtFine"))

@@ -152,7 +152,7 @@ def plain_form(words: str) -> str:
 def same_meaning(vocabulary: Vocabulary) -> list[tuple[int, int, str]]:
     """Pairs of classes (i, j, why), i < j, whose words mean the same or one a kind of the other: by :func:`plain_form`,
     or by the project's list of synonyms and subclasses."""
-    from ovdiff_lib.workbench.data.synonyms import synonyms
+    from ovdiff_lib.workbench.data.classes import synonyms
 
     kinds = {plain_form(name): {plain_form(word) for word in words} for name, words in synonyms().items()}
     forms = [plain_form(category.prompt) for category in vocabulary]
