@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from joblib import Parallel, delayed
+from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from ovdiff_lib.errors import InputError, OVDiffError
@@ -28,9 +29,6 @@ Make = Callable[[], Callable[[Any], Any]]
 
 RETRIES = 3
 """How often Ray begins a task again whose worker was lost."""
-
-IDLE = 5
-"""Seconds after which a process of this machine that has nothing to do ends, and with it the memory of its networks."""
 
 logger = logging.getLogger(__name__)
 _process: dict[str, Any] = {}  # the worker of this process
@@ -103,7 +101,7 @@ class LocalEngine(Engine):
         while left:
             before = len(left)
             pool = Parallel(min(self.workers, before), return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs",
-                            initializer=_begin, initargs=(make,), idle_worker_timeout=IDLE)
+                            initializer=_begin, initargs=(make,))
             try:
                 with contextlib.closing(pool(delayed(_finish)(index, task) for index, task in list(left.items()))) as finished:
                     for one in finished:
@@ -114,6 +112,8 @@ class LocalEngine(Engine):
                     raise OVDiffError(f"The worker processes ended before a task was finished, {before} of {len(tasks)} are left; they"
                                       " were killed or ran out of memory, use fewer workers.") from None
                 logger.warning("A worker process ended unexpectedly; fresh ones go on with the %d tasks that are left.", len(left))
+            finally:
+                get_reusable_executor(reuse=True).shutdown(kill_workers=True)  # or the networks stay in their memory for minutes
 
 
 class RayEngine(Engine):
