@@ -1,11 +1,7 @@
-"""Write what a model folder should say about itself: README.md, training_log.csv and a loss curve.
-
-``python -m ovdiff_lib.recipes.card --model DIR --work DIR --kind clip``
-"""
+"""Write what a model folder should say about itself: README.md, training_log.csv and a loss curve."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import shutil
@@ -119,19 +115,3 @@ def write_card(model: Path, work: Path, kind: str, *, license_note: str = "", no
     path = model / "README.md"
     path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     return path
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line entry."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="finished model folder")
-    parser.add_argument("--work", type=Path, required=True, help="folder with the trainer's log.csv")
-    parser.add_argument("--kind", choices=sorted(KINDS), required=True)
-    parser.add_argument("--license-note", default="", help="text for the licence section")
-    parser.add_argument("--notes", default="", help="further text for the card")
-    args = parser.parse_args(argv)
-    print(write_card(args.model, args.work, args.kind, license_note=args.license_note, notes=args.notes))
-
-
-if __name__ == "__main__":
-    main()

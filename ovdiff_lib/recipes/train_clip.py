@@ -267,10 +267,7 @@ def main(argv: list[str] | None = None) -> None:
             text = model.get_text_features(input_ids=tokens).pooler_output
         loss = contrastive_loss(F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1), group,
                                 model.logit_scale.exp())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        run.update(loss)
         with torch.no_grad():
             model.logit_scale.clamp_(max=float(np.log(100)))
         metrics = {}

@@ -166,11 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         batch, targets = batch.to(DEVICE), [{name: value.to(DEVICE) for name, value in target.items()} for target in targets]
         with mixed(args):
             loss = losses(model, batch, targets)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        ema.update(model, step)
+        run.update(loss)
         run.record(loss.detach(), every=50, **(measure() if (step + 1) % 500 == 0 else {}))
     quality = measure()
     averaged.load_state_dict(round_weights(averaged.state_dict()))

@@ -233,10 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         with mixed(args):
             classes, patches, koleo = model(large, small, args.small_crops, temperature, hidden)
         loss = classes + args.patch_weight * patches + args.koleo * koleo
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.student.parameters(), 1.0)
-        optimizer.step()
+        run.update(loss)
         model.follow(1 - (1 - args.momentum) * 0.5 * (1 + math.cos(math.pi * min(1.0, run.progress))))
         metrics = {}
         if (step + 1) % 250 == 0:

@@ -171,10 +171,7 @@ def main(argv: list[str] | None = None) -> None:
         image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
         scale = model.logit_scale.exp()
         loss = contrastive_loss(image, text[:len(unique)], group, scale) + multi_label_loss(image, text[len(unique):], named, scale)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        run.update(loss)
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
         metrics = {}

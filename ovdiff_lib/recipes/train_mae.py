@@ -95,10 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         noise = torch.rand(len(pixels), (size // PATCH) ** 2, generator=generator).to(DEVICE)
         with mixed(args):
             loss = model(pixels, noise=noise).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        run.update(loss)
         metrics = {}
         if (step + 1) % 1000 == 0:
             metrics["nearest_neighbour"] = accuracy(model, data)

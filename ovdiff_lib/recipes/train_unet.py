@@ -220,11 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     for step in run:
         with mixed(args):
             loss = compiled(*batches(step))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        ema.update(unet, step)
+        run.update(loss)
         run.record(loss.detach())
     export(args.out)
     print(f"done: {run.step} steps, {run.elapsed / 60:.1f} min, batch {args.batch}", flush=True)

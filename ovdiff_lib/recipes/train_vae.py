@@ -120,11 +120,7 @@ def main(argv: list[str] | None = None) -> None:
             output = vae.decode(latents).sample.float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         loss = reconstruction_loss(output, target) + args.kl * kl
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        ema.update(vae, step)
+        run.update(loss)
         metrics = {}
         if (step + 1) % 300 == 0:
             ema.copy_to(smooth)

@@ -221,6 +221,15 @@ class Run:
             self._write_row({})
         self.save()
 
+    def update(self, loss: Tensor) -> None:
+        """One step of the optimizer down ``loss``, its gradient's norm cut to 1; the average follows."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.grad is not None], 1.0)
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.module, self.step)
+
     def record(self, loss: Tensor, *, every: int = 100, **metrics: float) -> None:
         """Note a step's loss; every ``every`` steps, or with metrics, append a log row.
 
