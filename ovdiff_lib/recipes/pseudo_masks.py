@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import write_atomic
-from ovdiff_lib.masks.segmenters.refine import iou
 
 PASTE_RATIO = (0.3, 1.0)  # CutLER's COPY_PASTE_MIN_RATIO, COPY_PASTE_MAX_RATIO
 ZOOM = 1.6  # a view shows at least 1 / ZOOM of a scene's sides
@@ -87,12 +86,6 @@ class PseudoMasks:
         if missing:
             self.save()
         return self
-
-
-def merge(detected: np.ndarray, found: np.ndarray, overlap: float = 0.5) -> np.ndarray:
-    """Detections bool (M, H, W), and of the masks ``found`` those whose IoU with every detection is at most ``overlap``."""
-    keep = [not any(iou(mask, other) > overlap for other in detected) for mask in found]
-    return np.concatenate([detected, found[np.array(keep, dtype=bool)]])
 
 
 def boxes_of(masks: Tensor) -> Tensor:

@@ -3,8 +3,7 @@
 ``python -m ovdiff_lib.recipes.train_detector --data DIR --out DIR --work DIR``
 
 First MaskCut runs over some training scenes (resumable, ``pseudo_masks.npz`` in the work folder), then the detector is trained on what it
-found, with copy-paste and DropLoss. ``--masks FILE --teacher DIR`` is the self-training round: the masks of that file, with the confident
-detections of that detector taking the place of those they overlap. No label is read.
+found, with copy-paste and DropLoss; without CutLER's rounds of self-training. No label is read.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,10 +21,10 @@ from torchvision.ops import box_iou
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.masks import SEGMENTERS, build_segmenter
-from ovdiff_lib.masks.segmenters.detector import CONFIG, build_detector, detect, load_detector, save_detector
+from ovdiff_lib.masks.segmenters.detector import CONFIG, build_detector, detect, save_detector
 from ovdiff_lib.networks.identity import model_identity
 from ovdiff_lib.profiles.reading import load_profile, parse_assignments
-from ovdiff_lib.recipes.pseudo_masks import PseudoMasks, boxes_of, merge, views
+from ovdiff_lib.recipes.pseudo_masks import PseudoMasks, boxes_of, views
 from ovdiff_lib.recipes.training import (
     DEVICE,
     EMA,
@@ -42,7 +40,6 @@ from ovdiff_lib.recipes.training import (
 
 DROP_IOU = 0.01  # CutLER's DROPLOSS_IOU_THRESH
 CANVASES = (80, 96, 112, 128)  # pixels; CutLER varies the size of the images too
-CONFIDENT = 0.7  # CutLER: score of a detection that becomes a pseudo-mask
 HELD_OUT = 64  # scenes with pseudo-masks that are kept from training, to log a quality on
 
 
@@ -92,24 +89,7 @@ def box_recall(model: MaskRCNN, scenes: list[tuple[np.ndarray, np.ndarray]], sco
 
 
 def pseudo_masks(args: argparse.Namespace, images: np.ndarray) -> PseudoMasks:
-    """The masks to train on, gathered in the work folder unless ``--masks`` names them ready made."""
-    path = args.work / "pseudo_masks.npz"
-    given = PseudoMasks.load(args.masks) if args.masks else None
-    if given is not None and (given.size != images.shape[1:3] or max(given.scenes, default=0) >= len(images)):
-        raise InputError(f"The pseudo-masks {args.masks} are not of the scenes in {args.data}; name a file made from these.")
-    if args.teacher is not None:
-        if given is None:
-            raise InputError("--teacher needs --masks, the pseudo_masks.npz of the round that trained it.")
-        teacher, at = load_detector(args.teacher), {scene: i for i, scene in enumerate(given.scenes)}
-
-        def improved(scene: int) -> np.ndarray:
-            masks, scores, _ = detect(teacher, images[scene])
-            return merge(masks[(scores >= CONFIDENT) & masks.any((1, 2))], given[at[scene]])
-
-        key = json.dumps([given.key, model_identity(str(args.teacher))])
-        return PseudoMasks(path, key, given.size).gather(given.scenes, improved)
-    if given is not None:
-        return given
+    """What the segmenter finds in some training scenes, gathered in the work folder."""
     profile = load_profile(args.profile, parse_assignments(args.set) | {"masks.segmenter": args.segmenter})
     segmenter = build_segmenter(profile)
     models, settings = SEGMENTERS[args.segmenter].depends_on(profile, "masks")
@@ -117,7 +97,8 @@ def pseudo_masks(args: argparse.Namespace, images: np.ndarray) -> PseudoMasks:
     key = json.dumps([args.segmenter, {name: model_identity(value) for name, value in models.items()}, settings, first], sort_keys=True)
     # A prefix of one permutation: asking for more scenes later keeps the ones that are done.
     scenes = np.random.default_rng(args.seed).permutation(len(images))[:args.scenes].tolist()
-    return PseudoMasks(path, key, images.shape[1:3]).gather(scenes, lambda scene: segmenter.propose(np.array(images[scene]), ""))
+    store = PseudoMasks(args.work / "pseudo_masks.npz", key, images.shape[1:3])
+    return store.gather(scenes, lambda scene: segmenter.propose(np.array(images[scene]), ""))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -129,8 +110,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--profile", default="mini", help="whose settings and models the segmenter gets")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change a value of the profile")
     parser.add_argument("--paste", type=float, default=1.0, help="share of the views with pasted objects")
-    parser.add_argument("--masks", type=Path, help="pseudo-masks that are there already")
-    parser.add_argument("--teacher", type=Path, help="detector of the round before: self-training")
     args = parser.parse_args(argv)
     seed_everything(args.seed, args.threads)
     images = np.load(args.data / "train_images.npy", mmap_mode="r")
@@ -143,8 +122,6 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(store)} scenes, {len(usable) + len(held_out)} with masks, {sum(map(len, store.packed))} masks", flush=True)
     checks = [(np.array(images[store.scenes[i]]), store[i]) for i in held_out]
     model = build_detector(CONFIG)
-    if args.teacher is not None:
-        model.load_state_dict(load_detector(args.teacher).state_dict())
     averaged = build_detector(CONFIG).eval().to(DEVICE)
     model.roi_heads = DropLossHeads.take_over(model.roi_heads)
     model = model.to(DEVICE, memory_format=torch.channels_last).train()

@@ -13,7 +13,7 @@ from ovdiff_lib.masks import SEGMENTERS, build_segmenter
 from ovdiff_lib.masks.segmenters.detector import CONFIG, DetectorSegmenter, build_detector, detect, load_detector, paste, save_detector
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.recipes import proposals, pseudo_masks, train_detector
-from ovdiff_lib.recipes.pseudo_masks import PseudoMasks, as_target, boxes_of, merge, views
+from ovdiff_lib.recipes.pseudo_masks import PseudoMasks, as_target, boxes_of, views
 from ovdiff_lib.recipes.train_detector import DropLossHeads, box_recall, losses, main
 from ovdiff_lib.recipes.training import round_weights
 
@@ -249,15 +249,6 @@ def test_gathering_goes_on_where_it_was_interrupted(tmp_path):
         PseudoMasks.load(tmp_path / "none.npz")
 
 
-def test_confident_detections_take_the_place_of_masks_they_overlap():
-    size = (10, 14)
-    detected = np.array([rectangle(size, 0, 0, 4, 4)])
-    same, shifted, other = rectangle(size, 0, 0, 4, 5), rectangle(size, 2, 0, 6, 4), rectangle(size, 6, 8, 9, 12)  # IoU 0.8, 1/3, 0
-    assert np.array_equal(merge(detected, np.array([same, shifted, other])), np.array([detected[0], shifted, other]))
-    nothing = np.zeros((0, *size), dtype=bool)
-    assert np.array_equal(merge(nothing, np.array([same])), np.array([same])) and np.array_equal(merge(detected, nothing), detected)
-
-
 # ---- views
 
 def scene(size=(48, 64), colour=200, box=(10, 20, 30, 44)):
@@ -371,7 +362,7 @@ def world(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_script_trains_resumes_and_teaches_itself(world, capsys):
+def test_the_script_trains_and_resumes(world, capsys):
     def train(out, work, *more):
         main(["--data", str(world), "--out", str(world / out), "--work", str(world / work), "--batch", "2", "--no-bf16", *more])
         return capsys.readouterr().out
@@ -388,17 +379,9 @@ def test_the_script_trains_resumes_and_teaches_itself(world, capsys):
     assert "resumed at step 3" in said and "done: 4 steps" in said
     with pytest.raises(InputError, match="other settings"):
         train("model", "work", "--segmenter", "bright", "--scenes", "10", "--set", "masks.maskcut_tau=0.3")
-    masks = str(world / "work" / "pseudo_masks.npz")
-    said = train("second", "work3", "--masks", masks, "--teacher", str(world / "model"), "--steps", "1")
-    assert "done: 1 steps" in said and len(PseudoMasks.load(world / "work3" / "pseudo_masks.npz")) == 10
-    assert len(build_segmenter(profile_of(world / "second")).propose(noise((30, 50)), "")) >= 0
-    with pytest.raises(InputError, match="--teacher needs --masks"):
-        train("x", "work4", "--teacher", str(world / "model"))
+    assert len(build_segmenter(profile_of(world / "model")).propose(noise((30, 50)), "")) >= 0
     with pytest.raises(InputError, match=r"Only 4 scenes have pseudo-masks; 6 are needed"):
         train("x", "work5", "--segmenter", "bright", "--scenes", "4", "--batch", "4")
-    np.save(world / "train_images.npy", np.zeros((20, 32, 32, 3), np.uint8))
-    with pytest.raises(InputError, match="are not of the scenes"):
-        train("x", "work6", "--masks", masks)
 
 
 def test_importing_the_masks_loads_no_network_library():
