@@ -28,7 +28,6 @@ from ovdiff_lib.recipes.train_vae import to_signed
 from ovdiff_lib.recipes.training import (
     DEVICE,
     EMA,
-    Muon,
     Run,
     load_data,
     mixed,
@@ -167,7 +166,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--text-length", type=int, default=24, help="tokens of a prompt, start, end and padding counted")
     parser.add_argument("--ending-dropout", type=float, default=0.8, help="share of captions whose end and padding say nothing")
     parser.add_argument("--gamma", type=float, default=5.0, help="signal-to-noise ratio from which on errors weigh less")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--average", type=float, default=0.999, help="decay of the averaged weights, which are what is kept")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     args = parser.parse_args(argv)
@@ -197,10 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     smooth.eval()  # receives the averaged weights
     if DEVICE.type == "cpu":  # at 256 positions and fewer the fused kernel is several times slower backwards there
         unet.set_attn_processor(AttnProcessor())
-    if args.optimizer == "muon":
-        optimizer = Muon(unet, args.lr, ends=("conv_in", "conv_out", "time_embedding"))
-    else:
-        optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = EMA(unet, args.average)
     run = Run(args, unet, optimizer, lambda p, s: warmup_hold_cosine(p, s, warmup=200), ema)
 

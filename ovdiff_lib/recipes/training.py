@@ -95,53 +95,6 @@ class EMA:
         module.load_state_dict(self.shadow)
 
 
-def orthogonal(matrices: Tensor, rounds: int = 5) -> Tensor:
-    """Matrices (B, m, n) with all singular values moved close to 1, by Newton and Schulz's iteration with Jordan's coefficients."""
-    x = matrices.bfloat16()
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    if x.shape[1] > x.shape[2]:
-        return orthogonal(matrices.mT, rounds).mT
-    for _ in range(rounds):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.float()
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024): a matrix moves along its momentum made orthogonal, scaled as Liu et al. (2025) do, so that its learning
-    rate compares with AdamW's; all else, and what lies at the ends of the network (``ends``, by the start of its name), is left to Adam.
-    """
-
-    def __init__(self, module: nn.Module, lr: float, ends: tuple[str, ...], weight_decay: float = 0.01) -> None:
-        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        inner = {n for n, p in named if p.ndim >= 2 and not n.startswith(ends)}
-        super().__init__([{"params": [p for n, p in named if n in inner], "lr": 2 * lr, "inner": True},
-                          {"params": [p for n, p in named if n not in inner], "lr": lr, "inner": False}], {"weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """One step; parameters without a gradient stay."""
-        for group in self.param_groups:
-            learned = [p for p in group["params"] if p.grad is not None]
-            for p in learned:
-                state = self.state[p]
-                if not state:
-                    state |= {"first": torch.zeros_like(p)} | ({} if group["inner"] else {"second": torch.zeros_like(p), "steps": 0})
-                state["first"].lerp_(p.grad, 0.05 if group["inner"] else 0.1)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                if not group["inner"]:
-                    state["steps"] += 1
-                    state["second"].lerp_(p.grad.square(), 0.01)
-                    first = state["first"] / (1 - 0.9 ** state["steps"])
-                    p.addcdiv_(first, (state["second"] / (1 - 0.99 ** state["steps"])).sqrt() + 1e-8, value=-group["lr"])
-            shapes = {p.shape for p in learned} if group["inner"] else ()
-            for shape in sorted(shapes):
-                same = [p for p in learned if p.shape == shape]
-                moves = torch.stack([p.grad.lerp(self.state[p]["first"], 0.95).flatten(1) for p in same])
-                moves = orthogonal(moves).view(-1, *shape) * (0.2 * max(moves.shape[1:]) ** 0.5 * group["lr"])
-                torch._foreach_sub_(same, list(moves))
-
-
 class Run:
     """One budgeted, logged, resumable training run."""
 

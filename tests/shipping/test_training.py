@@ -147,8 +147,7 @@ def test_clip_vae_and_unet_train_in_pieces_into_a_pipeline_that_draws(tmp_path):
     # With a legacy end token transformers pools text at the largest id; here that is the end token.
     assert tokenizer.eos_token_id == max(tokenizer.get_vocab().values()) == clip.config.text_config.eos_token_id
     train(train_vae, "vae", "--channels", "8", "8", "8", "8", "--crop", "16", "--latent-channels", "6")
-    unet = ("--vae", str(tmp_path / "vae"), "--clip", str(tmp_path / "clip"), "--channels", "16", "16", "32", "--no-compile", "--optimizer",
-            "muon")
+    unet = ("--vae", str(tmp_path / "vae"), "--clip", str(tmp_path / "clip"), "--channels", "16", "16", "32", "--no-compile")
     with pytest.raises(SystemExit) as stop:
         train(train_unet, "sd", *unet, "--piece", "0")
     assert stop.value.code == PAUSED and not (tmp_path / "sd").exists()
@@ -184,27 +183,6 @@ def test_v_is_what_turns_noisy_latents_back(tmp_path):
     assert sum(kinds) == 16 and min(kinds) >= 1
 
 
-def test_orthogonal_moves_singular_values_towards_one():
-    from ovdiff_lib.recipes.training import Muon, orthogonal
-
-    for shape in ((3, 12, 30), (3, 30, 12)):
-        matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        u, s, v = torch.linalg.svd(matrices, full_matrices=False)
-        made = orthogonal(matrices)
-        assert s.max() / s.min() > 3 and made.shape == shape
-        along = (u.mT @ made @ v.mT).diagonal(dim1=1, dim2=2)
-        assert (along > 0.6).all() and (along < 1.25).all()
-    layer = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 7))
-    optimizer, before = Muon(layer, 1e-2, ends=("1.",), weight_decay=0.0), [p.detach().clone() for p in layer.parameters()]
-    layer(torch.randn(16, 6, generator=torch.Generator().manual_seed(1))).square().sum().backward()
-    optimizer.step()
-    moved = [(p - b).abs() for p, b in zip(layer.parameters(), before, strict=True)]
-    # Adam's first step is its rate in every entry; Muon's has all singular values alike.
-    assert all(torch.allclose(m, torch.full_like(m, 1e-2), atol=1e-4) for m in moved[1:])
-    values = torch.linalg.svdvals(layer[0].weight.detach() - before[0])
-    assert values.max() < 3 * values.min()
-
-
 def test_patches_are_dropped_only_while_clip_trains():
     from transformers import CLIPConfig, CLIPModel
 
@@ -234,6 +212,30 @@ def test_koleo_and_hidden_patches():
     for crop in hidden:
         rows, columns = crop.any(1), crop.any(0)
         assert torch.equal(crop, rows[:, None] & columns) and rows.sum() * columns.sum() == crop.sum()
+
+
+def test_every_stage_understands_what_the_recipe_tells_it(tmp_path, monkeypatch):
+    """The recipe's own commands, one step each, smaller: what a stage needs of those before it is where it looks."""
+    from importlib import import_module
+
+    from ovdiff_lib.masks.segmenters.detector import CONFIG
+    from ovdiff_lib.recipes import rebuild, train_detector
+
+    small = {"widths": [8, 8, 16, 16], "pyramid": 16, "short_side": 64, "long_side": 128, "box_head": 24, "mask_head": [16]}
+    monkeypatch.setattr(train_detector, "CONFIG", CONFIG | small)
+    monkeypatch.setattr(train_detector, "HELD_OUT", 1)
+    (tmp_path / "scenes").mkdir()
+    write_scenes(tmp_path / "scenes")
+    less = {"clip": ("--width", "32", "--layers", "1"), "vae": ("--channels", "8", "8", "8", "8", "--crop", "16"),
+            "unet": ("--channels", "16", "16", "32", "--no-compile"), "dino": ("--width", "32", "--layers", "1", "--small-crops", "1"),
+            "mae": ("--width", "32", "--layers", "1"), "groupvit": ("--width", "32"), "detector": ("--set", "masks.maskcut_size=32")}
+    for name in (name for stream in rebuild.STREAMS for name in stream):
+        module, *arguments = rebuild.command(name, tmp_path, 1, "--piece", "9", "--steps", "1", "--batch", "2", *less[name])
+        import_module(module).main(arguments)
+        assert list((tmp_path / "models" / name).rglob("*.safetensors")), name
+    rebuild.assemble(tmp_path, tmp_path / "weights")
+    folders = {"stable-diffusion", "clip", "dino", "mae", "detector", "groupvit"}
+    assert {path.name for path in (tmp_path / "weights").iterdir()} == folders
 
 
 def test_stages_run_side_by_side_in_pieces_and_only_once(tmp_path, monkeypatch):
