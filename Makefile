@@ -25,8 +25,8 @@ quickstart: $(STAMP) ## the first pictures: notebook 00 on few images, into outp
 reproduce: $(STAMP) ## every table and figure of the mini profile, into outputs/mini
 	$(BIN)/ovdiff reproduce --profile mini
 
-test: $(STAMP) ## the tests
-	$(BIN)/python -m pytest -q
+test: $(STAMP) ## the tests, two at a time; what takes long is in tests/slow, which continuous integration runs
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/method tests/workbench tests/shipping
 
 test-lowest: $(LOWEST) ## the tests of the method with the lowest versions that pyproject.toml allows
 	.venv-lowest/bin/python -m pytest -q -n 2 tests/method

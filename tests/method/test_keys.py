@@ -66,8 +66,10 @@ def test_comments_docstrings_and_layout_do_not_count(copy):
 def test_a_line_of_a_registry_counts_for_its_entry_alone(copy):
     path, profile = copy / "features" / "__init__.py", load_profile("mini")
     text = path.read_text()
-    assert changed(profile, lambda: path.write_text(text.replace('profile: ClipExtractor.build(profile, "keys")', "profile: None"))) == {"clip-keys"}
-    assert changed(profile, lambda: path.write_text(path.read_text().replace('"sd": Part(', '"new": Part(print),\n    "sd": Part('))) == NOTHING
+    edited = text.replace('profile: ClipExtractor.build(profile, "keys")', "profile: None")
+    assert changed(profile, lambda: path.write_text(edited)) == {"clip-keys"}
+    added = path.read_text().replace('"sd": Part(', '"new": Part(print),\n    "sd": Part(')
+    assert changed(profile, lambda: path.write_text(added)) == NOTHING
 
 
 def test_masks_are_made_anew_after_an_edit_and_drawings_are_not(copy, tiny_profile, tmp_path, monkeypatch):

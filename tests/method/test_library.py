@@ -227,7 +227,8 @@ def test_leftovers_are_swept_but_nothing_that_is_in_use(library):
     library.verify()
     swept = [here / f".{KEY}.{HOST}-{gone()}-01234567.part", library.root / f".import.{HOST}-{gone()}-01234567.part",
              here / f".{KEY}.elsewhere-1-01234567.part", here / f".{KEY}.1-2.part"]
-    stays = [here / f".{KEY}.{HOST}-{os.getpid()}-01234567.part", beside(library.root / "import"), here / f".{KEY}.elsewhere-1-89abcdef.part"]
+    stays = [here / f".{KEY}.{HOST}-{os.getpid()}-01234567.part", beside(library.root / "import"),
+             here / f".{KEY}.elsewhere-1-89abcdef.part"]
     for path in (*swept, *stays):
         shutil.copytree(here / KEY, path)
     for path in swept[2:]:  # of another machine nothing is known but that it has been silent for long

@@ -53,7 +53,8 @@ OTHER = {"masks.segmenter": "detector", "masks.threshold_scope": "set", "masks.o
          "features.sd_noise": "fixed", "features.clip_normalisation": "imagenet", "models.dtype": "bfloat16", "models.device": "auto",
          "models.cutler_sha256": "0" * 64, "features.extractors": ["dino"], "prototypes.kinds": ["class"], "matching.resample": "lanczos",
          "matching.refine": "pamr", "filters.category_crop": "centre", "filters.stuff_against": "all", "filters.category_logit_scale": 50.0,
-         "matching.background_threshold": 0.5, "matching.minimum_score": 0.0, "evaluation.images": 3, "evaluation.extractors": ["mae"], "features.vit_scale": 1.5,
+         "matching.background_threshold": 0.5, "matching.minimum_score": 0.0, "evaluation.images": 3, "evaluation.extractors": ["mae"],
+         "features.vit_scale": 1.5,
          "masks.background_below": 0.2, "filters.stuff_threshold": 0.5, "features.sd_layers": ["mid_block.attentions.0"]}
 MODELS = ("diffusion", "clip", "dino", "mae", "open_clip", "open_clip_pretrained", "detector", "cutler", "sam", "grounding", "groupvit")
 

@@ -258,7 +258,8 @@ def test_a_file_may_leave_out_what_has_a_default(tmp_path):
     ("name: x\ndescription: y\nmodels: {diffusion: a, clip: b}\nsuport: {}\n", "did you mean support"),
     ("name: x\ndescription: y\nmodels: {diffusion: a, clip: b}\nsupport: 3\n", "support must be a table"),
     ("name: x\ndescription: y\nmodels: {diffusion: a, clip: b}\nsupport: {sizes: 3}\n", r"support\.sizes"),
-    ("name: x\ndescription: y\nmodels: {diffusion: a, clip: b}\nsupport: {size: true}\n", r"support\.size is True; it must be a whole number")])
+    ("name: x\ndescription: y\nmodels: {diffusion: a, clip: b}\nsupport: {size: true}\n",
+     r"support\.size is True; it must be a whole number")])
 def test_broken_files_are_described(tmp_path, text, word):
     path = tmp_path / "broken.yaml"
     path.write_text(text)
