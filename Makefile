@@ -39,8 +39,8 @@ $(LOWEST): pyproject.toml .ci/lowest.py | $(STAMP)
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-mini-world: $(STAMP) ## draw the mini world and train its models anew (hours; needs npm)
-	$(BIN)/python -m ovdiff_lib.recipes.rebuild
+mini-world: $(STAMP) ## draw the mini world and train its models anew, into work/ (30 hours on two cores; needs npm; ARGS="--hours 8")
+	$(BIN)/python -m ovdiff_lib.recipes.rebuild $(ARGS)
 
 clean: ## delete caches and executed notebooks; committed tables and figures stay
 	rm -rf outputs/*/cache outputs/*/*.ipynb outputs/*/*.stamp.json .pytest_cache .ruff_cache .hypothesis build

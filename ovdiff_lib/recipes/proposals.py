@@ -1,20 +1,14 @@
-"""How well a segmenter's proposals cover the objects of the mini world, and what a profile's settings change about that.
-
-``python -m ovdiff_lib.recipes.proposals --segmenter maskcut --limit 60 --set masks.maskcut_tau=0.3`` prints the recall as JSON.
-"""
+"""How well a segmenter's proposals cover the objects of the mini world."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
-from ovdiff_lib.errors import InputError, OVDiffError
-from ovdiff_lib.masks import Segmenter, build_segmenter
-from ovdiff_lib.profiles.reading import load_profile, parse_assignments
+from ovdiff_lib.errors import InputError
+from ovdiff_lib.masks import Segmenter
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.data.metrics import IGNORE
 
@@ -67,27 +61,3 @@ def recall(segmenter: Segmenter, limit: int | None = None, split: str = "val", p
     values = np.array([value for _, value in rows])
     by_noun = {noun: float(np.mean([v for n, v in rows if n == noun])) for noun in names if any(n == noun for n, _ in rows)}
     return Recall(float(values.mean()), float((values >= 0.5).mean()), by_noun, float(np.mean(proposals)), len(rows), count)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", default="mini", help="name of a profile or path of its file")
-    parser.add_argument("--segmenter", help="instead of the profile's")
-    parser.add_argument("--limit", type=int, help="images to measure, spread over the split; default all")
-    parser.add_argument("--split", default="tune", help="scenes that are measured on (default: tune)")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field of the profile")
-    options = parser.parse_args(arguments)
-    try:
-        overrides = parse_assignments(options.set)
-        if options.segmenter:
-            overrides["masks.segmenter"] = options.segmenter
-        measured = recall(build_segmenter(load_profile(options.profile, overrides)), options.limit, options.split)
-    except OVDiffError as error:
-        parser.exit(2, f"{error}\n")
-    table = {name: round(value, 4) for name, value in measured.by_noun.items()}
-    print(json.dumps({"best": round(measured.best, 4), "found": round(measured.found, 4), "proposals": round(measured.proposals, 2),
-                      "objects": measured.objects, "images": measured.images, "by_noun": table}, indent=1))
-
-
-if __name__ == "__main__":
-    main()

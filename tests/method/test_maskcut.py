@@ -1,7 +1,6 @@
 """MaskCut, its refinement, and the recall that measures segmenters on the mini world."""
 
 import importlib.util
-import json
 
 import numpy as np
 import pytest
@@ -319,16 +318,7 @@ def test_best_ious_by_hand():
     assert proposals.best_ious(masks[:0], labels) == {1: 0.0, 2: 0.0}
 
 
-def test_the_recall_command(capsys, tmp_path, dino):
-    dino.save_pretrained(tmp_path)
-    proposals.main(["--segmenter", "maskcut", "--limit", "2", "--split", "val", "--set", f"models.dino={tmp_path}",
-                    "--set", "masks.maskcut_size=64"])
-    assert json.loads(capsys.readouterr().out)["images"] == 2
-    for arguments, message in ((["--segmenter", "maskcot"], "maskcot"), (["--limit", "0"], "at least 1"), (["--set", "masks.nope=1"],
-                               "nope"), (["--set", "masks.erosion=[1"], "cannot be read")):
-        with pytest.raises(SystemExit) as stop:
-            proposals.main(arguments)
-        assert stop.value.code == 2 and message in capsys.readouterr().err
+def test_recall_of_no_image():
     with pytest.raises(InputError, match="at least 1"):
         proposals.recall(Truth(), limit=0)
 
