@@ -12,7 +12,7 @@ from scipy import ndimage
 import ovdiff_lib
 from ovdiff_lib.mini.world import IGNORE, World, load_world
 from ovdiff_lib.recipes.art import PACKAGES, drawn_world, trim
-from ovdiff_lib.recipes.build import SEEDS, build_split
+from ovdiff_lib.recipes.build import SEEDS, build_split, build_training
 from ovdiff_lib.recipes.scenes import PALETTES, draw_scene, draw_stuff, glyph_table
 
 DATA = Path(ovdiff_lib.__file__).parent / "mini" / "data"
@@ -297,3 +297,57 @@ def test_no_scene_is_in_two_splits():
 
 def test_the_data_is_small():
     assert sum(p.stat().st_size for p in DATA.rglob("*") if p.is_file()) <= 10 * 2**20
+
+
+# ---------------------------------------------------------------------- what training reads, and what is counted on drawings
+
+def test_training_arrays_are_a_function_of_the_seeds(tmp_path):
+    world = drawn_world()
+    arrays = {f"{style}/{key}": np.full((40, 30, 4), (255, 0, 255, 255), np.uint8) for thing in world.things
+              for style, keys in thing.glyphs.items() for key in keys}
+    for name in ("one", "two"):
+        build_training(world, arrays, tmp_path / name, 24, 5, 3, 4, workers=1)
+    names = ["eval_images.npy", "eval_labels.npy", "frames.npy", "nouns.json", "train_captions.json", "train_images.npy"]
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == names
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
+    images, captions = np.load(tmp_path / "one" / "train_images.npy"), json.loads((tmp_path / "one" / names[4]).read_text())
+    scene = draw_scene(world, glyph_table(world, arrays, world.train_styles), SEEDS["train"], 3, (24, 24))
+    assert images.shape == (5, 24, 24, 3) and np.array_equal(images[3], scene.image) and tuple(captions[3]) == scene.captions
+    assert np.load(tmp_path / "one" / "frames.npy").shape == (3, 2, 24, 24, 3)
+    (tmp_path / "one" / "train_images.npy").write_bytes(b"kept")
+    build_training(world, arrays, tmp_path / "one", 24, 5, 3, 4, workers=1)  # finished: nothing is drawn again
+    assert (tmp_path / "one" / "train_images.npy").read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize(("sign", "iou", "inside"), [(1, 1.0, 1.0), (-1, 0.0, 0.0)])
+def test_attribution_that_is_the_object_has_iou_one(tiny_profile, monkeypatch, sign, iou, inside):
+    from contextlib import contextmanager
+    from types import SimpleNamespace
+
+    import torch
+
+    from ovdiff_lib.recipes import sheet
+
+    mask = np.zeros((32, 48), np.float32)
+    mask[8:24, 12:30] = 1
+    mask[7, :] = np.nan
+    scenes = [(np.zeros((32, 48, 3), np.uint8), mask, "cat")] * 2
+
+    @contextmanager
+    def record(unet, positions, size, guided):
+        yield SimpleNamespace(maps=lambda: sign * torch.from_numpy(np.nan_to_num(mask))[None])
+
+    monkeypatch.setattr(sheet, "record_attribution", record)
+    measured = sheet.attribution_iou(tiny_profile, scenes, steps=(500,))
+    assert measured["inside"] == inside and measured["iou"] == pytest.approx(iou)
+
+
+def test_a_sheet_shows_every_drawing():
+    from ovdiff_lib.recipes.sheet import sheet
+
+    levels = {"cat": 40, "dog": 90, "hot dog": 140, "bird": 190}
+    drawings = {name: np.full((2, 20, 20, 3), level, np.uint8) for name, level in levels.items()}
+    page = np.asarray(sheet(drawings, side=24, columns=3))
+    assert page.shape == (2 * 40, 3 * 60, 3)
+    for level, (row, column) in {40: (0, 0), 90: (0, 1), 140: (0, 2), 190: (1, 0)}.items():
+        assert (page[row * 40:row * 40 + 24, column * 60:column * 60 + 48] == level).all()

@@ -258,7 +258,7 @@ def test_stages_run_side_by_side_in_pieces_and_only_once(tmp_path, monkeypatch):
     assert rebuild.train(tmp_path, 1, 0.52) and (tmp_path / "order").read_text().split() == log
     for stream in rebuild.STREAMS:
         assert [name for name in dict.fromkeys(log) if name in stream] == list(stream)
-        assert 0.9 < sum(rebuild.SHARES[name] for name in stream) < 0.97
+        assert 0.85 < sum(rebuild.SHARES[name] for name in stream) < 0.91
     monkeypatch.setattr(rebuild, "command", lambda name, work, hours, *more: ["no_such_module"])
     with pytest.raises(SystemExit, match="failed; its last words"):
         rebuild.train(tmp_path / "other", 1, 0.52)
