@@ -15,7 +15,8 @@ IGNORE = 255
 
 @dataclass(frozen=True)
 class Thing:
-    """A noun of the mini world: where it is found, how it is placed, how common it is and, for who draws it, its glyphs."""
+    """A noun of the mini world: where it is found, how it is placed, how common it is and, for who draws it, its
+    glyphs."""
 
     name: str
     contexts: tuple[str, ...]
@@ -28,7 +29,8 @@ class Thing:
 
 @dataclass(frozen=True)
 class World:
-    """The whole table. Label ids: things are 1..T in table order, stuff T+1..T+S; 255 is :data:`IGNORE`; 0 is unused."""
+    """The whole table. Label ids: things are 1..T in table order, stuff T+1..T+S; 255 is :data:`IGNORE`; 0 is
+    unused."""
 
     things: tuple[Thing, ...]
     stuff: tuple[str, ...]
@@ -47,7 +49,8 @@ class World:
         return self.names.index(name) + 1
 
     def vocabulary(self, key: str) -> tuple[str, ...]:
-        """Class names of ``mini-voc`` (20 things), ``mini-object`` (all things) or ``mini-context`` (the mini-voc things and all stuff)."""
+        """Class names of ``mini-voc`` (20 things), ``mini-object`` (all things) or ``mini-context`` (the mini-voc
+        things and all stuff)."""
         voc = tuple(t.name for t in self.things if t.voc)
         table = {"mini-voc": voc, "mini-object": tuple(t.name for t in self.things), "mini-context": voc + self.stuff}
         if key not in table:
@@ -56,7 +59,8 @@ class World:
 
 
 def read_world(file: Traversable) -> World:
-    """A world from a YAML file with the keys ``stuff``, ``contexts``, ``things`` and, if it is to be drawn, ``styles`` and ``crops``."""
+    """A world from a YAML file with the keys ``stuff``, ``contexts``, ``things`` and, if it is to be drawn,
+    ``styles`` and ``crops``."""
     table = yaml.safe_load(file.read_text(encoding="utf-8"))
     things = tuple(
         Thing(name, tuple(row["contexts"]), row["place"], row.get("voc", False), row.get("rare", False),

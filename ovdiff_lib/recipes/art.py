@@ -1,7 +1,8 @@
 """Glyphs of the mini world: fetch the openly licensed art by package name and rasterise it with exact alpha.
 
-Only a rebuild of the world (``make mini-world``) runs this module; using the project never does. :func:`build_glyphs` leaves one file,
-``glyphs.npz``: with it a machine without network can draw every scene. NOTICE names each set and its licence.
+Only a rebuild of the world (``make mini-world``) runs this module; using the project never does. :func:`build_glyphs`
+leaves one file, ``glyphs.npz``: with it a machine without network can draw every scene. NOTICE names each set of which
+something ships, and its licence.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def drawn_world() -> World:
 
 
 def fetch(folder: Path) -> None:
-    """Download and unpack every package of :data:`PACKAGES` below ``folder`` with npm; what is there already is kept."""
+    """Download and unpack every package of :data:`PACKAGES` below ``folder`` with npm; what is there already is
+    kept."""
     folder.mkdir(parents=True, exist_ok=True)
     for style, package in PACKAGES.items():
         target = folder / style
@@ -71,7 +73,8 @@ def fetch(folder: Path) -> None:
 
 
 def _normal(code: str) -> str:
-    """Code points in the one spelling that works for all sets: lower case, joined by '-', variation selectors dropped."""
+    """Code points in the one spelling that works for all sets: lower case, joined by '-', variation selectors
+    dropped."""
     return "-".join(part for part in code.lower().replace("_", "-").split("-") if part != "fe0f")
 
 
@@ -87,7 +90,8 @@ def _rasterise(svg: str) -> Image.Image:
 
 
 def load_style(folder: Path, style: str, keys: set[str]) -> dict[str, Image.Image]:
-    """The glyphs ``keys`` of one art set, as RGBA pictures of their whole canvas; keys that the set does not have are left out."""
+    """The glyphs ``keys`` of one art set, as RGBA pictures of their whole canvas; keys that the set does not have
+    are left out."""
     root = folder / style / "package"
     if style == "fluent-3d":
         paths = {_normal(p.stem): p for p in (root / "assets").glob("*.webp")}
@@ -112,7 +116,8 @@ def load_style(folder: Path, style: str, keys: set[str]) -> dict[str, Image.Imag
 
 
 def trim(glyph: Image.Image, box: tuple[float, ...] = (0, 0, 1, 1)) -> np.ndarray:
-    """What is seen of a glyph inside ``box``, without small things beside it (notes, drops, a lamp), its longer side GLYPH_SIZE.
+    """What is seen of a glyph inside ``box``, without small things beside it (notes, drops, a lamp), its longer side
+    GLYPH_SIZE.
 
     Returns straight-alpha u8 (H, W, 4).
     """
@@ -128,7 +133,8 @@ def trim(glyph: Image.Image, box: tuple[float, ...] = (0, 0, 1, 1)) -> np.ndarra
 
 
 def build_glyphs(world: World, work: Path) -> dict[str, np.ndarray]:
-    """Every glyph of the world, "style/key" -> straight-alpha u8 (H, W, 4), from ``work/glyphs.npz``, which is made first where missing.
+    """Every glyph of the world, "style/key" -> straight-alpha u8 (H, W, 4), from ``work/glyphs.npz``, which is made
+    first where missing.
 
     Raises ``InputError`` naming the glyphs that no art set has.
     """

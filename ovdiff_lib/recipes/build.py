@@ -67,9 +67,10 @@ def _stream(pool: ProcessPoolExecutor, draw, count: int, label: str):
 
 def build_training(world: World, arrays: dict[str, np.ndarray], folder: Path, size: int, count: int, frames: int, evaluation: int,
                    workers: int) -> None:
-    """Write the training arrays at ``size`` px: ``train_images.npy`` u8 (count, size, size, 3) with ``train_captions.json``;
-    ``frames.npy`` u8 (frames, 2, size, size, 3), pairs of one object met in two places, as a video that follows it would show it, for
-    self-supervised training; ``eval_images.npy`` and ``eval_labels.npy``, scenes of one object; ``nouns.json``.
+    """Write the training arrays at ``size`` px: ``train_images.npy`` u8 (count, size, size, 3) with
+    ``train_captions.json``; ``frames.npy`` u8 (frames, 2, size, size, 3), pairs of one object met in two places, as a
+    video that follows it would show it, for self-supervised training; ``eval_images.npy`` and ``eval_labels.npy``,
+    scenes of one object; ``nouns.json``.
 
     What is there already is kept: a folder is finished when it has ``nouns.json``, which is written last.
     """
@@ -96,10 +97,12 @@ def build_training(world: World, arrays: dict[str, np.ndarray], folder: Path, si
 
 
 def build_archive(world: World, arrays: dict[str, np.ndarray], folder: Path, count: int, size: int = 64) -> None:
-    """Write ``folder/archive``: ``count`` training scenes side by side in one picture (WebP), and ``sheet.json``, which says how.
+    """Write ``folder/archive``: ``count`` training scenes side by side in one picture (WebP), and ``sheet.json``, which
+    says how.
 
-    They come in the order of the training stream. A scene is left out while what it shows, its nouns or, without any, its stuff, is
-    ahead of the rarest such word; no label or caption is written. ReCo retrieves from them (:mod:`ovdiff_lib.workbench.baselines.archive`).
+    They come in the order of the training stream. A scene is left out while what it shows, its nouns or, without any,
+    its stuff, is ahead of the rarest such word; no label or caption is written. ReCo retrieves from them
+    (:mod:`ovdiff_lib.workbench.baselines.archive`).
     """
     _start(world, arrays)
     shown, chosen = dict.fromkeys((name for name in world.names if name not in {t.name for t in world.things if t.rare}), 0), []
@@ -121,7 +124,8 @@ def build_archive(world: World, arrays: dict[str, np.ndarray], folder: Path, cou
 
 
 def build_split(world: World, glyphs: Glyphs, folder: Path, split: str, count: int) -> None:
-    """Write ``count`` images (WebP) with label maps (PNG, world ids, 255 = ignored) and ``scenes.json`` below ``folder/split``.
+    """Write ``count`` images (WebP) with label maps (PNG, world ids, 255 = ignored) and ``scenes.json`` below
+    ``folder/split``.
 
     A row of ``scenes.json`` names an image's things and stuff, and which of the things are in held glyphs.
     """

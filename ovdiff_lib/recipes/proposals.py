@@ -15,8 +15,9 @@ from ovdiff_lib.workbench.data.metrics import IGNORE
 
 @dataclass(frozen=True)
 class Recall:
-    """``best`` is the mean over objects of the highest IoU that any proposal reaches, ``found`` the share that reaches one half,
-    ``by_noun`` the mean by noun, ``proposals`` the mean number of proposals an image, ``objects`` and ``images`` how many were measured.
+    """``best`` is the mean over objects of the highest IoU that any proposal reaches, ``found`` the share that reaches
+    one half, ``by_noun`` the mean by noun, ``proposals`` the mean number of proposals an image, ``objects`` and
+    ``images`` how many were measured.
     """
 
     best: float
@@ -28,7 +29,8 @@ class Recall:
 
 
 def best_ious(proposals: np.ndarray, labels: np.ndarray) -> dict[int, float]:
-    """For each label of an object in u8 (H, W), the highest IoU of a proposal, bool (M, H, W), with its pixels; 0 without proposals.
+    """For each label of an object in u8 (H, W), the highest IoU of a proposal, bool (M, H, W), with its pixels; 0
+    without proposals.
 
     Ignored pixels count for nothing. Objects of one noun that share an image share a label and count as one.
     """

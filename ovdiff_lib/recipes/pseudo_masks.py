@@ -1,4 +1,5 @@
-"""Pseudo-masks of unlabelled scenes, and the training views of the mini detector that are made from them (CutLER, Wang et al., 2023)."""
+"""Pseudo-masks of unlabelled scenes, and the training views of the mini detector that are made from them (CutLER,
+Wang et al., 2023)."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ class PseudoMasks:
         return rows.reshape(-1, *self.size).astype(bool)
 
     def gather(self, scenes: Iterable[int], propose: Callable[[int], np.ndarray], every: int = 200) -> PseudoMasks:
-        """Fill the store with ``propose(scene)``, bool (M, H, W), of every scene it lacks; saved every so many, and at the end.
+        """Fill the store with ``propose(scene)``, bool (M, H, W), of every scene it lacks; saved every so many, and at
+        the end.
 
         Begins with what the file holds, if there is one. Raises ``InputError`` if that was made with another key.
         """
@@ -89,16 +91,19 @@ class PseudoMasks:
 
 
 def boxes_of(masks: Tensor) -> Tensor:
-    """(x0, y0, x1, y1) f32 (M, 4) of bool or u8 (M, H, W), none empty: outer edges, so that a mask of one pixel has a box of side 1."""
+    """(x0, y0, x1, y1) f32 (M, 4) of bool or u8 (M, H, W), none empty: outer edges, so that a mask of one pixel has
+    a box of side 1."""
     return masks_to_boxes(masks) + torch.tensor([0.0, 0.0, 1.0, 1.0])
 
 
 def views(images: np.ndarray, masks: list[np.ndarray], canvas: int, paste: float, generator: torch.Generator
           ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Augmented images f32 (B, 3, canvas, canvas) and torchvision's targets, of u8 (B, H, W, 3) and bool (M, H, W), M >= 1, each.
+    """Augmented images f32 (B, 3, canvas, canvas) and torchvision's targets, of u8 (B, H, W, 3) and bool (M, H, W), M
+    >= 1, each.
 
-    Every scene is zoomed into around one of its objects and mirrored half the time. With probability ``paste`` some objects of the next
-    scene of the batch, shrunk by a ratio of :data:`PASTE_RATIO`, are pasted over it at a random place (CutLER's copy-paste).
+    Every scene is zoomed into around one of its objects and mirrored half the time. With probability ``paste`` some
+    objects of the next scene of the batch, shrunk by a ratio of :data:`PASTE_RATIO`, are pasted over it at a random
+    place (CutLER's copy-paste).
     """
     count, most = len(images), max(len(m) for m in masks)
     pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
@@ -127,7 +132,8 @@ def views(images: np.ndarray, masks: list[np.ndarray], canvas: int, paste: float
     low = torch.maximum(scale[:, None] - 1, middle - scale[:, None])
     high = torch.minimum(1 - scale[:, None], middle + scale[:, None])
     centre = low + (high - low) * draw(0, 1, 2)
-    # The middle of a hollow or bent object need not belong to it: a view that lost all masks shows the whole scene instead.
+    # The middle of a hollow or bent object need not belong to it: a view that lost all masks shows the whole scene
+    # instead.
     lost = ((warp(layers, scale, mirror, centre) > 0.5).sum((2, 3)) < LEAST_AREA).all(1)
     scale, centre = torch.where(lost, 1.0, scale), torch.where(lost[:, None], 0.0, centre)
     shown, shown_masks = warp(pixels, scale, mirror, centre), warp(layers, scale, mirror, centre)
@@ -150,7 +156,8 @@ def views(images: np.ndarray, masks: list[np.ndarray], canvas: int, paste: float
 
 
 def as_target(masks: Tensor, otherwise: Tensor) -> dict[str, Tensor]:
-    """Boxes, labels and masks of those bool (M, H, W) that have at least :data:`LEAST_AREA` pixels; of ``otherwise`` if none has."""
+    """Boxes, labels and masks of those bool (M, H, W) that have at least :data:`LEAST_AREA` pixels; of ``otherwise``
+    if none has."""
     kept = masks[masks.sum((1, 2)) >= LEAST_AREA]
     if not len(kept):
         kept = otherwise[otherwise.any((1, 2))]

@@ -66,9 +66,11 @@ def clip_top1(profile: Profile, split: str) -> float:
 
 
 def neighbour_top1(profile: Profile, split: str, neighbours: int = 5) -> dict[str, float]:
-    """Leave-one-out k-nearest-neighbour accuracy of the noun on single-object images, for every extractor and for chance.
+    """Leave-one-out k-nearest-neighbour accuracy of the noun on single-object images, for every extractor and for
+    chance.
 
-    An image's vector is the mean of its features; neighbours vote with their cosine. Chance is the share of the commonest noun.
+    An image's vector is the mean of its features; neighbours vote with their cosine. Chance is the share of the
+    commonest noun.
     """
     from ovdiff_lib.features import build_extractors
     from ovdiff_lib.images import resize_short_side
@@ -97,9 +99,10 @@ def proposal_recall(profile: Profile, split: str) -> dict[str, float]:
 
 
 def groupvit_quality(profile: Profile, split: str) -> dict[str, float]:
-    """Of the GroupViT: share of single-object images whose noun, of all mini-object nouns, it ranks first for the whole image;
-    its mean IoU on mini-voc with the background threshold that is best there, which is named too; and, to show what its groups are worth,
-    the mean IoU of the class it ranks first for the whole image as the label of every pixel."""
+    """Of the GroupViT: share of single-object images whose noun, of all mini-object nouns, it ranks first for the
+    whole image; its mean IoU on mini-voc with the background threshold that is best there, which is named too; and,
+    to show what its groups are worth, the mean IoU of the class it ranks first for the whole image as the label of
+    every pixel."""
     dataset, vocabulary = load_dataset("mini-voc", split), Vocabulary.of(load_world().vocabulary("mini-object"))
     groupvit = GroupViT(*load_groupvit(profile), profile.matching, [profile.support.prompt])
     texts = groupvit.text_embeddings(vocabulary)

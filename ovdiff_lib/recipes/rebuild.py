@@ -1,9 +1,10 @@
-"""Make the mini world anew, from nothing: art, scenes, models (``make mini-world``); ``--ship`` puts the result in place of what ships.
+"""Make the mini world anew, from nothing: art, scenes, models (``make mini-world``); ``--ship`` puts the result in
+place of what ships.
 
-Two streams of stages run side by side, on one GPU if there is one, else on one CPU core each. Every stage resumes where it stopped, so the
-command can be interrupted, or told to stop after some ``--piece`` minutes, and run again with the same arguments. ``--hours`` is what all
-of it may take; each stage gets its share and its learning rate anneals over that. With ``glyphs.npz`` in the work folder (``--stop glyphs``
-writes it) nothing is fetched.
+Two streams of stages run side by side, on one GPU if there is one, else on one CPU core each. Every stage resumes where
+it stopped, so the command can be interrupted, or told to stop after some ``--piece`` minutes, and run again with the
+same arguments. ``--hours`` is what all of it may take; each stage gets its share and its learning rate anneals over
+that. With ``glyphs.npz`` in the work folder (``--stop glyphs`` writes it) nothing is fetched.
 
     python -m ovdiff_lib.recipes.rebuild --work DIR --hours 30                    # two CPU cores
     python -m ovdiff_lib.recipes.rebuild --work DIR --hours 0.4 --piece 9         # a GPU machine without network, three times
@@ -64,7 +65,8 @@ def command(name: str, work: Path, hours: float, *more: str) -> list[str]:
 
 
 def train(work: Path, hours: float, piece: float, more: tuple[str, ...] = ()) -> bool:
-    """Run both streams of stages for at most ``piece`` minutes; whether all of them are finished. A failed stage ends the command."""
+    """Run both streams of stages for at most ``piece`` minutes; whether all of them are finished. A failed stage
+    ends the command."""
     end, running, waiting = time.monotonic() + 60 * piece, {}, [list(stream) for stream in STREAMS]
     logs = work / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -101,7 +103,8 @@ def train(work: Path, hours: float, piece: float, more: tuple[str, ...] = ()) ->
 
 
 def assemble(work: Path, weights: Path = WEIGHTS) -> None:
-    """Copy the trained models to where the profile looks for them: ``weights/stable-diffusion``, ``weights/clip`` and so on."""
+    """Copy the trained models to where the profile looks for them: ``weights/stable-diffusion``, ``weights/clip``
+    and so on."""
     out = work / "models"
     for name in ("unet", "clip", "dino", "mae", "detector", "groupvit"):
         source, target = out / name, weights / FOLDERS.get(name, name)
@@ -120,7 +123,8 @@ Emoji and FxEmojis (Apache-2.0), EmojiTwo and Streamline Emojis (CC-BY 4.0); see
 
 
 def write_cards(training: Path, weights: Path = WEIGHTS, remarks: dict[str, str] | None = None) -> None:
-    """Model cards from the training logs and the measurements of :mod:`ovdiff_lib.recipes.quality`; ``remarks`` adds text by kind."""
+    """Model cards from the training logs and the measurements of :mod:`ovdiff_lib.recipes.quality`; ``remarks`` adds
+    text by kind."""
     measured = json.loads((weights / "quality.json").read_text(encoding="utf-8"))
     by_class = measured["drawn_recognised_by_class"]
     weakest = ", ".join(f"{noun} {100 * share:.0f} %" for noun, share in sorted(by_class.items(), key=lambda item: item[1])[:5])

@@ -1,7 +1,7 @@
 """Scenes of the mini world: glyphs composed over procedural context, with exact label maps and captions.
 
-A scene depends on ``(seed, index)`` alone. Everything is drawn in units of the short side, so that scenes of any size come from the same
-distribution. Shapes are (H, W); images are u8 (H, W, 3).
+A scene depends on ``(seed, index)`` alone. Everything is drawn in units of the short side, so that scenes of any size
+come from the same distribution. Shapes are (H, W); images are u8 (H, W, 3).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ PALETTES = {
 
 @dataclass(frozen=True)
 class Glyph:
-    """One drawing of a noun: its style, whether models are trained on it, and premultiplied pictures of it at :data:`LEVELS`."""
+    """One drawing of a noun: its style, whether models are trained on it, and premultiplied pictures of it at
+    :data:`LEVELS`."""
 
     style: str
     held: bool
@@ -55,8 +56,9 @@ def glyph_table(world: World, arrays: dict[str, np.ndarray], styles: dict[str, s
 
 @dataclass(frozen=True)
 class Scene:
-    """One drawn scene: ``image`` u8 (H, W, 3), ``labels`` u8 (H, W) in world ids with 255 on object edges, the nouns and stuff seen,
-    for each noun whether its glyph is a held one, and equivalent ``captions``: with its context, the paper's template, bare, and short."""
+    """One drawn scene: ``image`` u8 (H, W, 3), ``labels`` u8 (H, W) in world ids with 255 on object edges, the nouns
+    and stuff seen, for each noun whether its glyph is a held one, and equivalent ``captions``: with its context, the
+    paper's template, bare, and short."""
 
     image: np.ndarray
     labels: np.ndarray
@@ -67,7 +69,8 @@ class Scene:
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, int], cells: float, aspect: float = 1.0) -> np.ndarray:
-    """Smooth noise f32 (H, W) in about [-1, 1] with ``cells`` bumps a short side; ``aspect`` > 1 stretches bumps sideways."""
+    """Smooth noise f32 (H, W) in about [-1, 1] with ``cells`` bumps a short side; ``aspect`` > 1 stretches bumps
+    sideways."""
     height, width = shape
     short = min(shape)
     grid = (max(2, round(cells * height / short) + 1), max(2, round(cells * width / short / aspect) + 1))
@@ -122,7 +125,8 @@ def draw_stuff(rng: np.random.Generator, name: str, shape: tuple[int, int]) -> n
 
 
 def _context(rng: np.random.Generator, parts: tuple[str, ...], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
-    """Texture f32 (H, W, 3), index of the part at each pixel u8 (H, W), the horizon as a fraction of the height, and the lower texture."""
+    """Texture f32 (H, W, 3), index of the part at each pixel u8 (H, W), the horizon as a fraction of the height, and
+    the lower texture."""
     if len(parts) == 1:
         image = draw_stuff(rng, parts[0], shape)
         return image, np.zeros(shape, np.uint8), 0.0, image
@@ -138,7 +142,8 @@ def _context(rng: np.random.Generator, parts: tuple[str, ...], shape: tuple[int,
 
 
 def _placed(rng: np.random.Generator, glyph: Glyph, size: float) -> np.ndarray:
-    """A glyph mirrored, turned, sheared and seen slightly from the side, its longer side ``size`` pixels; premultiplied f32 (h, w, 4)."""
+    """A glyph mirrored, turned, sheared and seen slightly from the side, its longer side ``size`` pixels;
+    premultiplied f32 (h, w, 4)."""
     picture = next((p for p, side in zip(glyph.pictures[::-1], LEVELS[::-1], strict=True) if side >= size), glyph.pictures[0])
     width, height = picture.size
     angle, shear, stretch = rng.normal(0, 0.09), rng.normal(0, 0.05), np.exp(rng.normal(0, 0.08))
@@ -162,7 +167,8 @@ def _placed(rng: np.random.Generator, glyph: Glyph, size: float) -> np.ndarray:
 
 
 def _lit(rng: np.random.Generator, patch: np.ndarray) -> np.ndarray:
-    """Mild hue, saturation and lightness changes and light from one side, so that shape and not one hue carries the class."""
+    """Mild hue, saturation and lightness changes and light from one side, so that shape and not one hue carries the
+    class."""
     angle, saturation = rng.normal(0, 0.13), rng.uniform(0.75, 1.15)
     c, s = np.cos(angle), np.sin(angle) / np.sqrt(3)
     k = (1 - c) / 3  # rotation of the colour about the grey axis
@@ -206,7 +212,8 @@ def _top(rng: np.random.Generator, place: str, horizon: float, height: int, patc
 
 
 def _captions(rng: np.random.Generator, nouns: tuple[str, ...], stuff: tuple[str, ...], style: str, size: str) -> tuple[str, ...]:
-    """``style`` is the word for how the first object is drawn, "" where none is used; ``size`` is "good", "small" or "" (in between)."""
+    """``style`` is the word for how the first object is drawn, "" where none is used; ``size`` is "good", "small" or
+    "" (in between)."""
     where = " and ".join(stuff)
     if not nouns:
         return (f"a picture of {where}", f"a picture of {where}", where, where)
@@ -218,7 +225,8 @@ def _captions(rng: np.random.Generator, nouns: tuple[str, ...], stuff: tuple[str
 
 
 def _chosen(rng: np.random.Generator, world: World, objects: int, noun: str | None) -> list[Thing]:
-    """Different nouns for the objects of a scene, the first given or not; a rare one is drawn once in a few hundred objects."""
+    """Different nouns for the objects of a scene, the first given or not; a rare one is drawn once in a few hundred
+    objects."""
     weights = np.array([0.1 if t.rare else 1.0 for t in world.things])
     chosen = [t for t in world.things if t.name == noun][:objects]
     while len(chosen) < objects:
@@ -232,10 +240,11 @@ def draw_scene(world: World, glyphs: Glyphs, seed: int, index: int, shape: tuple
                objects: int | None = None, at_home: float = 0.85, held: float = 0.0) -> Scene:
     """Draw scene ``index`` of the stream ``seed`` at ``shape`` = (H, W).
 
-    ``noun`` fixes the first object (default: random); ``objects`` fixes how many (0 to 3; default: 5 % none, 67 % one, 21 % two, 7 %
-    three); ``at_home`` is how often the context is one of the first object's own; ``held`` is the share of objects that are drawn by
-    glyphs no model is trained on, where the noun has any. One object is 0.25 to 0.95 of the short side, one of two 0.3 to 0.6, one of
-    three 0.25 to 0.5; they may overlap, and in one scene of ten the lower stuff covers the feet of what stands on it.
+    ``noun`` fixes the first object (default: random); ``objects`` fixes how many (0 to 3; default: 5 % none, 67 % one,
+    21 % two, 7 % three); ``at_home`` is how often the context is one of the first object's own; ``held`` is the share
+    of objects that are drawn by glyphs no model is trained on, where the noun has any. One object is 0.25 to 0.95 of
+    the short side, one of two 0.3 to 0.6, one of three 0.25 to 0.5; they may overlap, and in one scene of ten the lower
+    stuff covers the feet of what stands on it.
     """
     rng = np.random.default_rng([seed, index])
     if objects is None:
@@ -250,7 +259,8 @@ def draw_scene(world: World, glyphs: Glyphs, seed: int, index: int, shape: tuple
     height, width = shape
     labels = np.array([world.label(p) for p in parts], np.uint8)[part]
     edges, drawn, stands = np.zeros(shape, bool), [], []
-    # "A good picture" shows one thing, large, in the middle and whole, as good pictures do; half of the pictures of one thing are good.
+    # "A good picture" shows one thing, large, in the middle and whole, as good pictures do; half of the pictures of one
+    # thing are good.
     size, composed = 0.0, objects == 1 and rng.uniform() < 0.55
     for thing, slot in zip(chosen, rng.permutation(objects), strict=True):
         kinds = [[g for g in glyphs[thing.name] if g.held], [g for g in glyphs[thing.name] if not g.held]]

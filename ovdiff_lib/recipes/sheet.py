@@ -59,7 +59,8 @@ def recognised(profile: Profile, drawings: dict[str, np.ndarray]) -> dict[str, f
 
 
 def masked_scenes(work: Path, count: int, size: int) -> list[tuple[np.ndarray, np.ndarray, str]]:
-    """Scenes u8 (size, size, 3) of one object that no training saw, the object's mask f32 (NaN where ignored), and its noun."""
+    """Scenes u8 (size, size, 3) of one object that no training saw, the object's mask f32 (NaN where ignored), and
+    its noun."""
     world = drawn_world()
     glyphs, found = glyph_table(world, build_glyphs(world, work), world.train_styles), []
     for index in range(count):
@@ -74,10 +75,12 @@ def masked_scenes(work: Path, count: int, size: int) -> list[tuple[np.ndarray, n
 @torch.no_grad()
 def attribution_iou(profile: Profile, scenes: list[tuple[np.ndarray, np.ndarray, str]], steps: tuple[int, ...] = (800, 600, 400, 200)
                     ) -> dict[str, float]:
-    """How well the noun's attribution shows the object, on scenes (image, mask, noun) noised to ``steps`` under the noun's prompt.
+    """How well the noun's attribution shows the object, on scenes (image, mask, noun) noised to ``steps`` under the
+    noun's prompt.
 
-    ``iou`` is the mean IoU of the one threshold, of the map scaled to [0, 1], that is best for all scenes; ``inside`` the share of
-    scenes whose attribution is higher inside the object than outside. Scenes are squashed to the size the model draws at.
+    ``iou`` is the mean IoU of the one threshold, of the map scaled to [0, 1], that is best for all scenes; ``inside``
+    the share of scenes whose attribution is higher inside the object than outside. Scenes are squashed to the size the
+    model draws at.
     """
     pipe, side = load_diffusion(profile), profile.support.image_size
     grid, cumulative = side // pipe.vae_scale_factor, DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod

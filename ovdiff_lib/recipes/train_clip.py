@@ -128,7 +128,8 @@ def speed_up(model: CLIPModel) -> None:
 
 
 def drop_patches(model: CLIPModel, share: float) -> None:
-    """While ``model`` trains, its image tower sees all but ``share`` of an image's patches, others in every image (Li et al., 2023)."""
+    """While ``model`` trains, its image tower sees all but ``share`` of an image's patches, others in every image
+    (Li et al., 2023)."""
     def drop(module: nn.Module, inputs: tuple, tokens: Tensor) -> Tensor:
         if not model.training or not share:
             return tokens
@@ -141,7 +142,8 @@ def drop_patches(model: CLIPModel, share: float) -> None:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip, shift by up to a tenth of a side (reflected edges) and jitter light; floats in [0, 1], on the images' device."""
+    """Flip, shift by up to a tenth of a side (reflected edges) and jitter light; floats in [0, 1], on the images'
+    device."""
     count, _, height, width = images.shape
     pad, device = height // 10, images.device
     flip = (torch.rand(count, generator=generator) < 0.5).to(device)
@@ -254,7 +256,8 @@ def main(argv: list[str] | None = None) -> None:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         picker = random.Random(f"{args.seed} {step}")
         index = shuffled_indices(len(data["images"]), args.batch, args.seed, step)
-        # One phrasing for the whole batch: "dog" must not be the negative of an image captioned "a good picture of a dog".
+        # One phrasing for the whole batch: "dog" must not be the negative of an image captioned "a good picture of a
+        # dog".
         phrasing = picker.randrange(4)
         chosen = [captions[i][min(phrasing, len(captions[i]) - 1)] for i in index]
         unique = sorted(set(chosen))

@@ -1,9 +1,10 @@
-"""Train the mini detector as CutLER does (Wang et al., 2023): a Mask R-CNN learns from the masks that MaskCut finds in unlabelled scenes.
+"""Train the mini detector as CutLER does (Wang et al., 2023): a Mask R-CNN learns from the masks that MaskCut finds in
+unlabelled scenes.
 
 ``python -m ovdiff_lib.recipes.train_detector --data DIR --out DIR --work DIR``
 
-First MaskCut runs over some training scenes (resumable, ``pseudo_masks.npz`` in the work folder), then the detector is trained on what it
-found, with copy-paste and DropLoss; without CutLER's rounds of self-training. No label is read.
+First MaskCut runs over some training scenes (resumable, ``pseudo_masks.npz`` in the work folder), then the detector is
+trained on what it found, with copy-paste and DropLoss; without CutLER's rounds of self-training. No label is read.
 """
 
 from __future__ import annotations
@@ -44,10 +45,11 @@ HELD_OUT = 64  # scenes with pseudo-masks that are kept from training, to log a 
 
 
 class DropLossHeads(RoIHeads):
-    """Region heads with CutLER's DropLoss: regions that touch no pseudo-mask's box give no loss, as they may show an object MaskCut missed.
+    """Region heads with CutLER's DropLoss: regions that touch no pseudo-mask's box give no loss, as they may show an
+    object MaskCut missed.
 
-    A sampled region whose IoU with every box is at most :data:`DROP_IOU` gets the label that cross-entropy ignores. CutLER divides by the
-    number of all sampled regions; here the mean is over those that are left.
+    A sampled region whose IoU with every box is at most :data:`DROP_IOU` gets the label that cross-entropy ignores.
+    CutLER divides by the number of all sampled regions; here the mean is over those that are left.
     """
 
     IGNORED = -100
@@ -78,7 +80,8 @@ def losses(model: MaskRCNN, images: Tensor, targets: list[dict[str, Tensor]]) ->
 
 
 def box_recall(model: MaskRCNN, scenes: list[tuple[np.ndarray, np.ndarray]], score: float = 0.5) -> float:
-    """Share of the boxes of masks bool (M, H, W) that a detection of at least ``score`` meets with IoU 0.5, over (image, masks)."""
+    """Share of the boxes of masks bool (M, H, W) that a detection of at least ``score`` meets with IoU 0.5, over
+    (image, masks)."""
     met = []
     for image, masks in scenes:
         _, scores, boxes = detect(model, image)

@@ -2,15 +2,17 @@
 
 ``python -m ovdiff_lib.recipes.train_dino --data DIR --out DIR --work DIR``
 
-The images are pairs of frames: one object met in two places (``frames.npy``), as a video that follows it would show it. With crops of one
-scene instead, the surroundings that they share are the easier thing to agree on, and the mini world's few of them leave the object out of
-the features: the nearest-neighbour accuracy stayed at 21 % for 1,100 steps, and MaskCut's proposals were no better than with mean colours.
+The images are pairs of frames: one object met in two places (``frames.npy``), as a video that follows it would show it.
+With crops of one scene instead, the surroundings that they share are the easier thing to agree on, and the mini world's
+few of them leave the object out of the features: the nearest-neighbour accuracy stayed at 21 % for 1,100 steps, and
+MaskCut's proposals were no better than with mean colours.
 
-A student sees small and large crops and must predict what a slowly moving average of itself, the teacher, says of the large ones (Caron et
-al., 2021). The teacher is what is kept. Its answers are spread evenly over the prototypes by Sinkhorn's algorithm, as in DINOv2: with small
-batches a running centre let them stay all but uniform. Two more losses are DINOv2's too (Oquab et al., 2023): some patches of a large crop
-are hidden from the student, which must say what the teacher says of each (iBOT), and the class tokens of a batch are pushed apart (KoLeo).
-Labels of held-out scenes are read only to log a nearest-neighbour accuracy.
+A student sees small and large crops and must predict what a slowly moving average of itself, the teacher, says of the
+large ones (Caron et al., 2021). The teacher is what is kept. Its answers are spread evenly over the prototypes by
+Sinkhorn's algorithm, as in DINOv2: with small batches a running centre let them stay all but uniform. Two more losses
+are DINOv2's too (Oquab et al., 2023): some patches of a large crop are hidden from the student, which must say what the
+teacher says of each (iBOT), and the class tokens of a batch are pushed apart (KoLeo). Labels of held-out scenes are
+read only to log a nearest-neighbour accuracy.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ def build_vit(size: int, hidden: int = 128, layers: int = 6, mask_token: bool = 
 
 
 class Head(nn.Module):
-    """DINO's projection head: three layers, an L2-normalised bottleneck, and unit-length prototypes: (B, D) to logits (B, K)."""
+    """DINO's projection head: three layers, an L2-normalised bottleneck, and unit-length prototypes: (B, D) to
+    logits (B, K)."""
 
     def __init__(self, width: int, hidden: int = 256, bottleneck: int = 64, prototypes: int = 256) -> None:
         super().__init__()
@@ -126,7 +129,8 @@ def sinkhorn(scores: Tensor, rounds: int = 3) -> Tensor:
 
 
 def spread(tokens: Tensor) -> Tensor:
-    """KoLeo: minus the mean logarithm of the distance to the nearest other, of class tokens (B, D) on the unit sphere."""
+    """KoLeo: minus the mean logarithm of the distance to the nearest other, of class tokens (B, D) on the unit
+    sphere."""
     unit = F.normalize(tokens.float(), dim=-1)
     nearest = (unit @ unit.T).fill_diagonal_(-1).argmax(1)
     return -(unit - unit[nearest]).norm(dim=1).clamp_min(1e-4).log().mean()
@@ -158,8 +162,8 @@ class SelfDistillation(nn.Module):
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
 
     def forward(self, large: Tensor, small: Tensor, views: int, temperature: float, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The losses of two large crops a pair, (2 B, 3, L, L), and several small ones, (views B, 3, S, S): of class tokens, of the
-        patches ``hidden`` bool (2 B, patches) of the large crops, and KoLeo."""
+        """The losses of two large crops a pair, (2 B, 3, L, L), and several small ones, (views B, 3, S, S): of class
+        tokens, of the patches ``hidden`` bool (2 B, patches) of the large crops, and KoLeo."""
         student, teacher = self.student, self.teacher
         with torch.no_grad():
             seen = teacher["vit"](large, interpolate_pos_encoding=True).last_hidden_state
@@ -179,8 +183,8 @@ class SelfDistillation(nn.Module):
 
 
 def hide(count: int, side: int, generator: torch.Generator) -> Tensor:
-    """Which patches the student does not see, bool (count, side * side): a random rectangle of about :data:`HIDDEN` of the patches in
-    half of the crops, and one patch in the others, so that no batch is without."""
+    """Which patches the student does not see, bool (count, side * side): a random rectangle of about :data:`HIDDEN`
+    of the patches in half of the crops, and one patch in the others, so that no batch is without."""
     hidden = torch.zeros(count, side, side, dtype=torch.bool)
     for i, draw in enumerate(torch.rand(count, 4, generator=generator).tolist()):
         area, ratio = (HIDDEN * (0.5 + draw[1]) * side * side, 0.5 + 1.5 * draw[0]) if i % 2 else (1, 1)

@@ -2,8 +2,8 @@
 
 ``python -m ovdiff_lib.recipes.train_groupvit --data DIR --out DIR --work DIR --clip DIR``
 
-The two losses of Xu et al. (2022, Sec. 3.3): images against captions, and images against a prompt for each thing their caption names.
-The tokenizer is the mini CLIP's. Nouns of held-out scenes are read only to log an accuracy.
+The two losses of Xu et al. (2022, Sec. 3.3): images against captions, and images against a prompt for each thing their
+caption names. The tokenizer is the mini CLIP's. Nouns of held-out scenes are read only to log an accuracy.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ TEMPLATES = ("a picture of a {}", TEMPLATE, "{}", "a {}")
 """How the captions speak of a thing; number i belongs to the i-th alternative of a scene's captions."""
 
 SHARP = ("assign.q_proj.weight", "assign.k_proj.weight")
-"""Weights that decide which group a patch goes to. They start large and do not decay: training adds Gumbel noise to their product, and
-where that is fainter than the noise, groups take patches at random, which a pooled image embedding does not mind but segmentation does."""
+"""Weights that decide which group a patch goes to. They start large and do not decay: training adds Gumbel noise to
+their product, and where that is fainter than the noise, groups take patches at random, which a pooled image
+embedding does not mind but segmentation does."""
 
 SHARP_STD = 0.25
 SMALLEST = 0.7  # side of the smallest part of a scene that is shown enlarged, so that the smaller windows of segmentation are known
@@ -51,7 +52,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "mer
 
 def build_groupvit(tokenizer: CLIPTokenizer, width: int = 64, depths: tuple[int, ...] = (3, 1), groups: tuple[int, ...] = (8, 4),
                    size: int = 64, patch: int = 8) -> GroupViTModel:
-    """A GroupViTModel with the token ids of ``tokenizer``; a stage has ``depths`` blocks and then forms ``groups`` groups."""
+    """A GroupViTModel with the token ids of ``tokenizer``; a stage has ``depths`` blocks and then forms ``groups``
+    groups."""
     text = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
             "max_position_embeddings": tokenizer.model_max_length, "hidden_act": "gelu", "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -73,16 +75,18 @@ def build_groupvit(tokenizer: CLIPTokenizer, width: int = 64, depths: tuple[int,
 
 
 def named_things(caption: str) -> list[str]:
-    """What a caption "a flat picture of a X and a Y with A and B" names, in alphabetical order, from its words alone."""
+    """What a caption "a flat picture of a X and a Y with A and B" names, in alphabetical order, from its words
+    alone."""
     things = re.sub(r"^a (\w+ )?picture of ", "", caption).replace(" with ", " and ").split(" and ")
     return sorted({thing.removeprefix("a ").removeprefix("small ") for thing in things})
 
 
 def multi_label_loss(image: Tensor, text: Tensor, named: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE of unit embeddings (B, D) of images and (P, D) of prompts, f32 ``named`` (B, P) being 1 where image b shows p.
+    """Symmetric InfoNCE of unit embeddings (B, D) of images and (P, D) of prompts, f32 ``named`` (B, P) being 1 where
+    image b shows p.
 
-    An image's target is spread evenly over what it shows, a prompt's over the images that show it. Prompts that no image of the batch
-    shows are wrong answers only.
+    An image's target is spread evenly over what it shows, a prompt's over the images that show it. Prompts that no
+    image of the batch shows are wrong answers only.
     """
     logits = scale * image @ text.T
     to_text = -(named / named.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
@@ -92,7 +96,8 @@ def multi_label_loss(image: Tensor, text: Tensor, named: Tensor, scale: Tensor) 
 
 
 def zoom(images: Tensor, size: int, picker: random.Random) -> Tensor:
-    """A random square of :data:`SMALLEST` or more of the side of images (B, 3, H, H), the same for all, at ``size`` pixels."""
+    """A random square of :data:`SMALLEST` or more of the side of images (B, 3, H, H), the same for all, at ``size``
+    pixels."""
     side = picker.randint(round(SMALLEST * images.shape[-1]), images.shape[-1])
     top, left = (picker.randint(0, images.shape[-1] - side) for _ in range(2))
     part = images[..., top:top + side, left:left + side]
@@ -116,7 +121,8 @@ def zero_shot(model: GroupViTModel, tokenizer: CLIPTokenizer, images: np.ndarray
 
 
 def save(model: GroupViTModel, clip: Path, folder: Path) -> None:
-    """Write the model in half precision with rounded fractions, its image processor, and the files of ``clip``'s tokenizer as they are."""
+    """Write the model in half precision with rounded fractions, its image processor, and the files of ``clip``'s
+    tokenizer as they are."""
     half = GroupViTModel(model.config)
     half.load_state_dict(round_weights(model.state_dict()))
     half.half().save_pretrained(folder)

@@ -1,9 +1,10 @@
-"""Train the mini MAE (the encoder of a real ``transformers.ViTMAEForPreTraining``) by masked reconstruction; no label is seen.
+"""Train the mini MAE (the encoder of a real ``transformers.ViTMAEForPreTraining``) by masked reconstruction; no label
+is seen.
 
 ``python -m ovdiff_lib.recipes.train_mae --data DIR --out DIR --work DIR``
 
-Three quarters of a crop's patches are hidden; the encoder sees the rest and a small decoder must fill the gaps (He et al., 2022). Only
-the encoder is kept. Labels of held-out scenes are read only to log a nearest-neighbour accuracy.
+Three quarters of a crop's patches are hidden; the encoder sees the rest and a small decoder must fill the gaps (He et
+al., 2022). Only the encoder is kept. Labels of held-out scenes are read only to log a nearest-neighbour accuracy.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ SCALE = (0.25, 1.0)  # share of the scene's area that a crop shows
 
 
 def build_mae(size: int, hidden: int = 160, layers: int = 6, decoder: int = 96) -> ViTMAEForPreTraining:
-    """A masked autoencoder for images of ``size`` px and 8 px patches that predicts each hidden patch's normalised pixels."""
+    """A masked autoencoder for images of ``size`` px and 8 px patches that predicts each hidden patch's normalised
+    pixels."""
     return ViTMAEForPreTraining(ViTMAEConfig(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32, intermediate_size=4 * hidden, image_size=size,
         patch_size=PATCH, hidden_act="gelu", layer_norm_eps=1e-6, mask_ratio=0.75, norm_pix_loss=True, decoder_hidden_size=decoder,
@@ -53,7 +55,8 @@ def encoder(model: ViTMAEForPreTraining, mask_ratio: float) -> ViTMAEModel:
 
 
 def accuracy(model: ViTMAEForPreTraining, data: dict) -> float:
-    """Leave-one-out nearest-neighbour accuracy of the mean of all patch tokens: nothing hidden, patches in raster order."""
+    """Leave-one-out nearest-neighbour accuracy of the mean of all patch tokens: nothing hidden, patches in raster
+    order."""
     whole = encoder(model, mask_ratio=0.0)
 
     def mean_token(pixels: Tensor) -> SimpleNamespace:

@@ -2,8 +2,9 @@
 
 ``python -m ovdiff_lib.recipes.train_unet --data DIR --vae DIR --clip DIR --out DIR --work DIR``
 
-Latents and text states never change, so both are computed once into WORK. Nothing in the loss shapes the attention: a price on attending
-to words, tried before, starved them while the model learned to draw. The one trick is ``--ending-dropout``.
+Latents and text states never change, so both are computed once into WORK. Nothing in the loss shapes the attention: a
+price on attending to words, tried before, starved them while the model learned to draw. The one trick is
+``--ending-dropout``.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ PHRASINGS = (0.40, 0.40, 0.05, 0.15)
 
 
 def build_unet(channels: tuple[int, ...], text_width: int, latent_channels: int, size: int) -> UNet2DConditionModel:
-    """Three cross-attention blocks down, one in the middle, three up, so that first, mid, up and last layers mean what they mean in SD."""
+    """Three cross-attention blocks down, one in the middle, three up, so that first, mid, up and last layers mean
+    what they mean in SD."""
     levels = len(channels)
     return UNet2DConditionModel(sample_size=size, in_channels=latent_channels, out_channels=latent_channels,
                                 down_block_types=("CrossAttnDownBlock2D",) * levels,
@@ -123,15 +125,16 @@ class Batches:
         # In memory: reading rows scattered over a memory map is slower than the training step.
         self.latents = torch.from_numpy(np.array(latents)).to(DEVICE)
         self.states = torch.from_numpy(np.array(states[:, :args.text_length])).to(DEVICE)
-        # Position of each caption's end token. From there on every state repeats the whole caption (the text tower is causal, and
-        # padding is end tokens), so a UNet may read the noun there and leave the noun's own token to the background. Many captions
-        # get the endings of the empty prompt instead: the word itself is then the one place that names the object.
+        # Position of each caption's end token. From there on every state repeats the whole caption (the text tower is
+        # causal, and padding is end tokens), so a UNet may read the noun there and leave the noun's own token to the
+        # background. Many captions get the endings of the empty prompt instead: the word itself is then the one place
+        # that names the object.
         self.ends, self.ending_dropout = torch.from_numpy(ends), args.ending_dropout
         self.captions, self.place, self.batch, self.seed, self.dropout = captions, place, args.batch, args.seed, args.dropout
         cumulative = DDPMScheduler(**NOISE).alphas_cumprod
         self.signal, self.noise = cumulative.sqrt(), (1 - cumulative).sqrt()
-        # The error of v, but nearly clean latents weigh less. Against the error of epsilon this moves weight to the noisier half, where
-        # it is decided what is drawn and where; textures are learned soon enough.
+        # The error of v, but nearly clean latents weigh less. Against the error of epsilon this moves weight to the
+        # noisier half, where it is decided what is drawn and where; textures are learned soon enough.
         self.weight = ((1 + args.gamma) * (1 - cumulative)).clamp(max=1)  # 1 - cumulative is 1 / (1 + SNR)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -146,7 +149,8 @@ class Batches:
         ending = torch.arange(self.states.shape[1]) >= self.ends[chosen][:, None]
         emptied = (ending & (torch.rand(count, 1, generator=generator) < self.ending_dropout)).to(DEVICE)
         text = torch.where(emptied[..., None], self.states[self.place[""]], self.states[chosen.to(DEVICE)]).float()
-        # One timestep per stratum of the 1,000 lowers the variance of the loss; the shuffle frees it from the image order.
+        # One timestep per stratum of the 1,000 lowers the variance of the loss; the shuffle frees it from the image
+        # order.
         strata = (torch.arange(count) + torch.rand(count, generator=generator)) * (len(self.weight) / count)
         t = strata.long().clamp(max=len(self.weight) - 1)[torch.randperm(count, generator=generator)]
         noise = torch.randn(clean.shape, generator=generator).to(DEVICE)

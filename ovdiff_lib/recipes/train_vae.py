@@ -1,11 +1,12 @@
-"""Train the mini autoencoder (a real ``diffusers.AutoencoderKL``): one latent for 8x8 pixels (4x4 with three ``--channels``).
+"""Train the mini autoencoder (a real ``diffusers.AutoencoderKL``): one latent for 8x8 pixels (4x4 with three
+``--channels``).
 
 ``python -m ovdiff_lib.recipes.train_vae --data DIR --out DIR --work DIR``
 
-No adversary and no perceptual network: at this size L1 plus the L1 of image gradients keeps edges, and a very small KL keeps the latents
-near unit scale without costing detail. Without attention it can learn from crops, of more scenes in the same time, and take any size. In
-half of the steps the latents are shrunk and must give the shrunken image (EQ-VAE, Kouzelis et al., 2025): latents that behave like small
-pictures are easier to learn for a UNet.
+No adversary and no perceptual network: at this size L1 plus the L1 of image gradients keeps edges, and a very small KL
+keeps the latents near unit scale without costing detail. Without attention it can learn from crops, of more scenes in
+the same time, and take any size. In half of the steps the latents are shrunk and must give the shrunken image (EQ-VAE,
+Kouzelis et al., 2025): latents that behave like small pictures are easier to learn for a UNet.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ def crops(images: np.ndarray, size: int, generator: torch.Generator) -> np.ndarr
 def reconstruction_loss(output: Tensor, target: Tensor, chroma: float = 4.0) -> Tensor:
     """L1, half the L1 of horizontal and vertical differences, and squared error, of images (B, 3, H, W) in [-1, 1].
 
-    The differences keep outlines; the squared error is what PSNR measures. Pixels weigh 1 + ``chroma`` x the distance of their colour from
-    grey: most of the world is pale, and without it the four latents drop what little of it is purple or pink (umbrellas came back grey,
-    pigs orange) at no cost in PSNR.
+    The differences keep outlines; the squared error is what PSNR measures. Pixels weigh 1 + ``chroma`` x the distance
+    of their colour from grey: most of the world is pale, and without it the four latents drop what little of it is
+    purple or pink (umbrellas came back grey, pigs orange) at no cost in PSNR.
     """
     weight = 1 + chroma * (target - target.mean(dim=1, keepdim=True)).abs().amax(dim=1, keepdim=True)
     weight = weight / weight.mean()
