@@ -162,6 +162,8 @@ def main(argv: list[str] | None = None) -> None:
     build_training(world, arrays, arguments.work / "scenes", arguments.size, arguments.train, arguments.frames, arguments.evaluation,
                    arguments.workers)
     if arguments.ship:
+        # The ids in the label maps are places in this table.
+        shutil.copyfile(Path(__file__).parent / "world.yaml", DATA.parent / "world.yaml")
         glyphs = glyph_table(world, arrays, world.train_styles)
         for split, count in (("tune", 126), ("val", 315)):
             build_split(world, glyphs, DATA, split, count)
