@@ -23,6 +23,7 @@ from test_engines import (
     make_guess,
 )
 
+import ovdiff_lib
 from ovdiff_lib import OVDiff
 from ovdiff_lib.categories import Category
 from ovdiff_lib.cli.main import main
@@ -40,7 +41,7 @@ tiny = test_engines.tiny
 @pytest.fixture(scope="module", autouse=True)
 def environment():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(TESTS))  # workers import test_engines.py
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, [TESTS, TESTS.parent, Path(ovdiff_lib.__file__).parents[1]])))  # of the workers
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "token")
