@@ -28,7 +28,7 @@ Make = Callable[[], Callable[[Any], Any]]
 """Makes a worker. Can be pickled, as tasks and results can."""
 
 RETRIES = 3
-"""How often Ray begins a task again whose worker was lost."""
+"""How often Ray begins a task again whose worker was lost, and processes of this machine in a row without a task coming back."""
 
 logger = logging.getLogger(__name__)
 _process: dict[str, Any] = {}  # the worker of this process
@@ -97,7 +97,7 @@ class LocalEngine(Engine):
             yield from map(_finish, range(len(tasks)), tasks)
             _process.clear()
             return
-        left = dict(enumerate(tasks))
+        left, broken = dict(enumerate(tasks)), 0
         while left:
             before = len(left)
             pool = Parallel(min(self.workers, before), return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs",
@@ -108,9 +108,10 @@ class LocalEngine(Engine):
                         del left[one.index]
                         yield one
             except TerminatedWorkerError:
-                if len(left) == before:
-                    raise OVDiffError(f"The worker processes ended before a task was finished, {before} of {len(tasks)} are left; they"
-                                      " were killed or ran out of memory, use fewer workers.") from None
+                broken = broken + 1 if len(left) == before else 0  # what was finished may be lost with another's process
+                if broken > RETRIES:
+                    raise OVDiffError(f"The worker processes ended {broken} times in a row before a task was finished, {before} of"
+                                      f" {len(tasks)} are left; they were killed or ran out of memory, use fewer workers.") from None
                 logger.warning("A worker process ended unexpectedly; fresh ones go on with the %d tasks that are left.", len(left))
             finally:
                 get_reusable_executor(reuse=True).shutdown(kill_workers=True)  # or the networks stay in their memory for minutes
