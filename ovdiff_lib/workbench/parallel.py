@@ -1,4 +1,4 @@
-"""Engines: one worker's code run over many tasks, in this process, in several of this machine (joblib), or on a Ray cluster.
+"""Engines: one worker's code run over many tasks, in this process, in several of this machine, or on a Ray cluster.
 
 Both have one method, ``run(make, tasks)``. ``make`` is called once in each process that works and gives ``worker(task) -> result``; what a
 task raises comes back as data. Ray is imported when a :class:`RayEngine` runs, and only then.
@@ -12,15 +12,15 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Self
-
-from joblib import Parallel, delayed
-from joblib.externals.loky import get_reusable_executor
-from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from ovdiff_lib.errors import InputError, OVDiffError
 
@@ -67,17 +67,22 @@ def described(error: BaseException) -> str:
     return str(error) if isinstance(error, OVDiffError) else f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
 
 
-def _finish(index: int, task: Any, make: Make | None = None) -> Finished:
+def _finish(index: int, task: Any, process: dict[str, Any] = _process) -> Finished:
     try:
-        if "worker" not in _process:
-            _process["worker"] = (make or _process["make"])()
-        return Finished(index, _process["worker"](task))
+        if "worker" not in process:
+            process["worker"] = process["make"]()
+        return Finished(index, process["worker"](task))
     except Exception as error:  # whatever it is, the other tasks do not depend on it
         logger.debug("Task %d failed.", index, exc_info=True)
         return Finished(index, error=described(error))
 
 
-def _begin(make: Make) -> None:
+def _begin(make: Make, threads: int) -> None:
+    """Make this process ready for work with ``threads`` of the processors, unless the user said how many."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        if "torch" in sys.modules:  # it came along with ``make`` and has looked already
+            sys.modules["torch"].set_num_threads(threads)
     _process.clear()
     _process["make"] = make
 
@@ -93,28 +98,41 @@ class LocalEngine(Engine):
     def run(self, make: Make, tasks: Sequence[Any]) -> Iterator[Finished]:
         """As :meth:`Engine.run`. When a process is killed all are started again and go on with what is unfinished."""
         if self.workers == 1:
-            _begin(make)
-            yield from map(_finish, range(len(tasks)), tasks)
-            _process.clear()
+            own: dict[str, Any] = {"make": make}
+            yield from (_finish(index, task, own) for index, task in enumerate(tasks))
             return
-        left, broken = dict(enumerate(tasks)), 0
+        left, lost = dict(enumerate(tasks)), 0
         while left:
             before = len(left)
-            pool = Parallel(min(self.workers, before), return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs",
-                            initializer=_begin, initargs=(make,))
             try:
-                with contextlib.closing(pool(delayed(_finish)(index, task) for index, task in list(left.items()))) as finished:
-                    for one in finished:
-                        del left[one.index]
-                        yield one
-            except TerminatedWorkerError:
-                broken = broken + 1 if len(left) == before else 0  # what was finished may be lost with another's process
-                if broken > RETRIES:
-                    raise OVDiffError(f"The worker processes ended {broken} times in a row before a task was finished, {before} of"
+                for one in self._finished(make, left):
+                    del left[one.index]
+                    yield one
+            except BrokenProcessPool:
+                lost = lost + 1 if len(left) == before else 0
+                if lost > RETRIES:
+                    raise OVDiffError(f"The worker processes ended {lost} times in a row before a task was finished, {before} of"
                                       f" {len(tasks)} are left; they were killed or ran out of memory, use fewer workers.") from None
                 logger.warning("A worker process ended unexpectedly; fresh ones go on with the %d tasks that are left.", len(left))
-            finally:
-                get_reusable_executor(reuse=True).shutdown(kill_workers=True)  # or the networks stay in their memory for minutes
+
+    def _finished(self, make: Make, left: dict[int, Any]) -> Iterator[Finished]:
+        """What becomes of the tasks ``left``; raises ``BrokenProcessPool`` when a process ends before its work."""
+        threads = max(1, len(os.sched_getaffinity(0)) // self.workers)
+        pool = ProcessPoolExecutor(min(self.workers, len(left)), get_context("spawn"), _begin, (make, threads))
+        try:
+            waiting = {pool.submit(_finish, index, task): index for index, task in left.items()}
+            for future in as_completed(waiting):
+                try:
+                    yield future.result()
+                except BrokenProcessPool:
+                    raise
+                except Exception as error:  # a task or a result that cannot travel between processes
+                    yield Finished(waiting[future], error=described(error))
+        finally:
+            processes = list((pool._processes or {}).values())
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:  # none works on when nobody takes its results
+                process.kill()
 
 
 class RayEngine(Engine):
@@ -154,6 +172,8 @@ class RayEngine(Engine):
 
     def run(self, make: Make, tasks: Sequence[Any]) -> Iterator[Finished]:
         """As :meth:`Engine.run`; a task whose worker is lost each of 1 + :data:`RETRIES` times comes back with an error."""
+        if not tasks:
+            return
         with self:
             ray, waiting, running = import_ray(), iter(enumerate(tasks)), {}
             workers, cpus, gpus = divide([n["Resources"] for n in ray.nodes() if n["Alive"]], self.workers, self.gpus, len(tasks))
@@ -198,7 +218,7 @@ class _Actor:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         if Path(folder).is_dir():  # paths that are meant from where the command runs
             os.chdir(folder)
-        _begin(make)
+        _begin(make, threads)
 
     def finish(self, index: int, task: Any) -> Finished:
         return _finish(index, task)

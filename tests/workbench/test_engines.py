@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -118,6 +119,8 @@ def check_every_task_comes_back(engine: Engine, folder: Path) -> None:
     assert [outcomes[i].result[0] for i in good] == [3, 4, 1, 2, 12] and all(not outcomes[i].error for i in good)
     assert outcomes[1].error == "ZeroDivisionError: division by zero" and outcomes[1].result is None
     assert outcomes[3].error == "The number -5 is negative; give a positive one."
+    if outcomes[5].error:  # a result that cannot travel is its task's error and no other's
+        assert "pickle" in outcomes[5].error
     # Besides those that had no number of their process to give, nobody else was made.
     assert {f"made-{outcomes[i].result[1]}" for i in good} <= {path.name for path in folder.iterdir()}
     assert len(list(folder.iterdir())) <= (engine.workers or 1)
@@ -133,7 +136,25 @@ def test_every_task_comes_back(workers, tmp_path):
 
 
 def test_nothing_to_do():
-    assert list(LocalEngine(1).run(None, [])) == list(LocalEngine(2).run(None, [])) == []
+    assert all(list(engine.run(None, [])) == [] for engine in (LocalEngine(1), LocalEngine(2), RayEngine(1)))
+
+
+def test_two_runs_in_one_process_do_not_mix(tmp_path):
+    """Each run has its own worker, however their results are taken."""
+    pairs = zip(LocalEngine(1).run(lambda: lambda task: ("one", task), range(3)),
+                LocalEngine(1).run(lambda: lambda task: ("other", task), range(3)), strict=True)
+    assert [(a.result, b.result) for a, b in pairs] == [(("one", n), ("other", n)) for n in range(3)]
+
+
+def test_a_run_that_nobody_listens_to_leaves_no_process(tmp_path):
+    run = LocalEngine(2).run(Slow, [0, 600, 600])
+    next(run)
+    run.close()
+    for _ in range(100):
+        if not multiprocessing.active_children():
+            return
+        time.sleep(0.1)
+    raise AssertionError("a worker process works on")
 
 
 @pytest.mark.parametrize("make", [lambda: LocalEngine(0), lambda: RayEngine(0), lambda: RayEngine(gpus_per_worker=-1),

@@ -253,7 +253,8 @@ def results_of(dataset: Dataset, counts: Counts, settings: dict[str, Any]) -> tu
 
 def _key(method: Method, dataset: Dataset, total: int) -> dict[str, Any]:
     categories = [[c.name, c.prompt, c.kind] for c in dataset.vocabulary]
-    return {"method": method.key, "data set": dataset.name, "folder": str(getattr(dataset, "folder", "")), "categories": categories,
+    return {"method": method.key, "data set": dataset.name, "folder": str(getattr(dataset, "folder", "")),
+            "split": getattr(dataset, "split", ""), "categories": categories,
             "background": dataset.has_background, "ids": list(dataset.ids[:total]), "code": code_digest()}
 
 

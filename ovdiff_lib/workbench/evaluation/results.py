@@ -98,4 +98,5 @@ class ResultStore:
 
 def code_digest() -> str:
     """Hash (16 hex digits) of the package's code that can change a count: results of other code are not taken for this one's."""
-    return keys.code_digest("ovdiff_lib.workbench.evaluation.rows", "ovdiff_lib.workbench.evaluation.measure")
+    return keys.code_digest(*(f"ovdiff_lib.workbench.{name}" for name in (
+        "evaluation.rows", "evaluation.measure", "evaluation.banks", "data.datasets")))
