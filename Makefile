@@ -1,4 +1,4 @@
-# Everything runs in .venv, which is made from Python 3.11 or newer and pyproject.toml when first needed.
+# Everything runs in .venv, which is made from Python 3.11.4 or newer and pyproject.toml when first needed.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -12,8 +12,8 @@ help: ## list the targets
 install: $(STAMP) ## make .venv with everything in it
 
 $(STAMP): pyproject.toml
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11, 4))' || \
+		{ echo "Python 3.11.4 or newer is needed; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
 	@echo "Installing into .venv (minutes: PyTorch alone is several GB) ..."
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -e ".[dev]"

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ovdiff_lib.errors import ProfileError
-from ovdiff_lib.features import check_extractors
-from ovdiff_lib.masks import check_segmenter
+from ovdiff_lib.features import EXTRACTORS, check_extractors
+from ovdiff_lib.masks import SEGMENTERS, check_segmenter
 from ovdiff_lib.masks.select import check_masks
 from ovdiff_lib.matching.matcher import BACKGROUND_REMEDY, check_matching
 from ovdiff_lib.networks.identity import resolve_model
@@ -19,10 +19,15 @@ from ovdiff_lib.profiles.schema import Profile
 
 def check_profile(profile: Profile) -> None:
     """``ProfileError`` for the first thing, in the order of the steps, that cannot work: a part that no registry has,
-    settings that do not go together. ``ModelNotAvailable`` for a missing folder of the category filter's CLIP, which is
-    loaded last. Loads no model."""
+    settings that do not go together. ``ModelNotAvailable`` for a missing folder of a model that a later step loads.
+    Loads no model."""
     for check in _checks(profile):
         check()
+    parts = [("features", EXTRACTORS[name]) for name in profile.features.extractors]
+    for section, part in [*parts, ("masks", SEGMENTERS[profile.masks.segmenter])]:
+        for source in part.depends_on(profile, section)[0].values() if part.models else ():
+            if source:  # an empty field has a sentence of its own
+                resolve_model(source)
     if profile.filters.category:
         resolve_model(profile.models.clip)
 

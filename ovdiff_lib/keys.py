@@ -132,6 +132,8 @@ class _Module:
 
 
 _parsed: dict[Path, tuple[int, Any, _Module]] = {}
+_texts = {path: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+"""The package as it was when this module, and with it the pipeline, was loaded: what runs, whatever is edited since."""
 
 
 def code_digest(*roots: str) -> str:
@@ -192,7 +194,8 @@ def _module(module: str, path: Path) -> _Module:
     spec = loaded.__spec__ if getattr(loaded, "__file__", None) == str(path) else None
     stamp = id(spec) if spec else path.stat().st_mtime_ns  # loading a module again gives it another spec
     if path not in _parsed or _parsed[path][0] != stamp:
-        _parsed[path] = stamp, spec, _read(path.read_text(encoding="utf-8"))
+        text = _texts.pop(path, None)
+        _parsed[path] = stamp, spec, _read(text if spec and text else path.read_text(encoding="utf-8"))
     return _parsed[path][2]
 
 
@@ -232,7 +235,9 @@ def _read(source: str) -> _Module:
         names[node.target.id] = ast.unparse(node), needs(node)
         for entry, value in zip(node.value.keys, node.value.values, strict=True):
             names[f"{node.target.id}.{ast.literal_eval(entry)}"] = ast.unparse(value), needs(value)
-    body = [node for node in rest if not isinstance(node, (ast.Import, ast.ImportFrom))]
+    # Imports of the package count by what they bring; those of others are statements like any.
+    body = [node for node in rest if not isinstance(node, (ast.Import, ast.ImportFrom))
+            or (not any(_imports(node)) and getattr(node, "module", "") != "__future__")]
     return _Module("\n".join(map(ast.unparse, body)), needs(*body), names)
 
 

@@ -33,6 +33,9 @@ from ovdiff_lib.library.store import Entry, Library, beside
 INDEX = "index.json"
 MEMBER = re.compile(rf"({'|'.join(CODECS)})/({KEY.pattern})/({re.escape(META)}|{FILE.pattern})|{re.escape(INDEX)}")
 
+LONGEST = 2**24
+"""Bytes of the longest header or table of an archive; drawings and numbers may be longer."""
+
 MODES = {".tar": "w", ".tar.gz": "w:gz", ".tgz": "w:gz", ".tar.xz": "w:xz", ".txz": "w:xz"}
 """Ending of an archive's name, in any case, and how it is written."""
 
@@ -66,8 +69,11 @@ def export_entries(library: Library, entries: Iterable[Entry], path: str | Path,
         with open(temporary, "xb") as file, tarfile.open(fileobj=file, mode=mode, format=tarfile.PAX_FORMAT) as archive:
             _add(archive, INDEX, json.dumps([f"{entry.kind}/{entry.key}" for entry in entries]).encode())
             for entry in tqdm(entries, desc="exporting", unit="entry", disable=not progress):
-                files = read_files(entry.path, entry.kind, entry.key)[0]
-                for name, data in {META: (entry.path / META).read_bytes(), **files}.items():
+                try:
+                    files = {META: (entry.path / META).read_bytes(), **read_files(entry.path, entry.kind, entry.key)[0]}
+                except FileNotFoundError:
+                    raise Broken("it was removed or replaced meanwhile") from None
+                for name, data in files.items():
                     _add(archive, f"{entry.kind}/{entry.key}/{name}", data)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -105,6 +111,15 @@ def import_archive(library: Library, path: str | Path, progress: bool = False) -
         shutil.rmtree(staging, ignore_errors=True)
 
 
+class _Header(tarfile.TarInfo):
+    """Member of an archive whose extended headers, which are read whole, are not larger than memory."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if not self.isreg() and not 0 <= self.size <= LONGEST:
+            raise tarfile.ReadError(f"a header of more than {LONGEST >> 20} MiB")
+        return super()._proc_member(archive)
+
+
 def _unpack(path: Path, staging: Path) -> None:
     """The files of the archive, below ``staging``; ``InputError`` for one that is not of an entry."""
     seen, free = set(), shutil.disk_usage(staging).free
@@ -120,11 +135,14 @@ def _unpack(path: Path, staging: Path) -> None:
         if free < 0:
             raise InputError(f"The archive {path} unpacks to more than what is free in {staging.parent}; nothing was "
                              "imported. Free space, or name another folder with OVDIFF_LIBRARY.")
+        if member.name.endswith(".json") and member.size > LONGEST:
+            raise InputError(f"The archive {path} holds a {member.name} of more than {LONGEST >> 20} MiB; nothing was "
+                             "imported. Use a file that `ovdiff library export` wrote.")
         seen.add(member.name)
         return tarfile.data_filter(member, folder)
 
     try:
-        with tarfile.open(path) as archive:
+        with tarfile.open(path, tarinfo=_Header) as archive:
             archive.extractall(staging, filter=checked)
     except InputError:
         raise
@@ -141,7 +159,7 @@ def _verified(path: Path, staging: Path) -> list[tuple[str, str]]:
     # A tar file that was cut off between two files is not torn for the library that reads it.
     try:
         index = json.loads((staging / INDEX).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         index = None
     said = sorted(map(str, index)) if isinstance(index, list) else None
     if not entries or said != sorted("/".join(entry) for entry in entries):

@@ -18,6 +18,7 @@ import platform
 import re
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +39,7 @@ OWNER = re.compile(r"\.(?P<host>\w+)-(?P<pid>\d+)-[0-9a-f]{8}\.part")
 DAY = 86_400
 
 logger = logging.getLogger(__name__)
+_making = threading.Lock()
 
 
 def default_root() -> Path:
@@ -181,7 +183,8 @@ class Library:
         path = self.root / "locks" / f"{_checked(key)}.lock"
         with self.writing():
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path, is_singleton=True)
+            with _making:  # two threads must get the same object, or a nested lock would wait for the outer one
+                lock = FileLock(path, is_singleton=True)
             try:
                 lock.acquire(timeout=0)
             except Timeout:
@@ -235,6 +238,8 @@ class Library:
         """Move a broken entry away; the value of a whole one, if another process has just put it there."""
         path = self._path(kind, key)
         with self.lock(key), self.writing():
+            with suppress(FileNotFoundError, Broken):  # one that grew while it was read is whole by now
+                return read(path, kind, key)
             aside = path.with_name(f"{key}.{secrets.token_hex(4)}.broken")
             try:
                 path.rename(aside)

@@ -51,7 +51,12 @@ def model_identity(identifier: str) -> str:
     from huggingface_hub import try_to_load_from_cache
 
     for name in ("model_index.json", "config.json"):
-        cached = try_to_load_from_cache(source, name)
+        try:
+            cached = try_to_load_from_cache(source, name)
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise ModelNotAvailable(f"The model {identifier!r} is neither a folder nor a hub id ({reason}); correct "
+                                    "models.* in the profile.") from None
         if isinstance(cached, str):
             return f"hub:{source}@{Path(cached).parent.name}"  # .../snapshots/<revision>/<file>
     return f"hub:{source}@not-cached"

@@ -12,6 +12,9 @@ from ovdiff_lib.profiles.schema import Profile, from_dict
 
 FOLDER = Path(__file__).parent
 
+UNREADABLE = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
+"""What PyYAML raises for a text that is no YAML, or names a thing that cannot be, such as the day 2024-13-45."""
+
 
 def available() -> list[str]:
     """Names of the profiles that ship."""
@@ -37,8 +40,10 @@ def load_profile(source: str | Path | Profile = "mini", overrides: dict[str, Any
     except FileNotFoundError:
         raise ProfileError(f"The profile file {path} does not exist; check the path, or choose one of "
                            f"{', '.join(available())}.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
+    except ProfileError:
+        raise
+    except (OSError, *UNREADABLE) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ProfileError(f"The profile file {path} cannot be read as YAML ({reason}); correct it.") from None
     return from_dict(table, f"profile file {path.name}").override(overrides)
 
@@ -53,7 +58,7 @@ def parse_assignments(pairs: list[str], option: str = "--set") -> dict[str, Any]
                              f"{option} support.size=8.")
         try:
             table[name] = yaml.safe_load(value) if value else ""
-        except yaml.YAMLError:
+        except UNREADABLE:
             raise InputError(f"The value of {option} {pair!r} cannot be read; write a number, true, "
                              "a [list, of, values] or text.") from None
     return table

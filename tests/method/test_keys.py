@@ -55,6 +55,13 @@ def test_an_edited_module_changes_the_keys_of_its_step_and_of_those_below(copy):
     assert found == CHANGES
 
 
+def test_imports_of_other_packages_count(copy):
+    path, profile = copy / "masks" / "select.py", load_profile("mini")
+    text = path.read_text()
+    assert "\nimport numpy as np\n" in text
+    assert changed(profile, lambda: path.write_text(text.replace("import numpy as np", "import cupy as np"))) == BUILT
+
+
 def test_comments_docstrings_and_layout_do_not_count(copy):
     path, profile = copy / "masks" / "select.py", load_profile("mini")
     text = path.read_text()

@@ -345,6 +345,7 @@ def method(profile, folder, overrides=None) -> OVDiff:
     (lambda p, f: method(p, f, {"models.diffusion": str(f / "gone")}).build("cat"), ModelNotAvailable, "gone"),
     (lambda p, f: method(p, f, {"models.diffusion": "package:gone"}).build("cat"), ModelNotAvailable, "package:gone"),
     (lambda p, f: method(p, f, {"models.diffusion": "someone/something"}).build("cat"), ModelNotAvailable, "hf download"),
+    (lambda p, f: method(p, f, {"models.diffusion": "a b"}).build("cat"), ModelNotAvailable, "neither a folder nor a hub id"),
     (lambda p, f: method(p, f, {"models.clip": str(f / "gone")}).segment(picture(), "cat"), ModelNotAvailable, "gone"),
 ])
 def test_mistakes_are_one_sentence(tiny_profile, folder, bank, make, error, word):
@@ -355,6 +356,8 @@ def test_mistakes_are_one_sentence(tiny_profile, folder, bank, make, error, word
 
 NEEDED_LAST = [
     ({"models.clip": "/nowhere"}, "/nowhere"),
+    ({"features.extractors": ["dino"], "models.dino": "/nowhere"}, "/nowhere"),
+    ({"masks.segmenter": "sam", "models.sam": "/nowhere"}, "/nowhere"),
     ({"matching.windows": [65]}, "matching.windows"), ({"matching.long_side": 63}, "matching.long_side"),
     ({"prototypes.background": False}, "matching.background_threshold"),
     ({"masks.threshold_foreground": 9}, "masks.threshold_foreground")]
@@ -363,7 +366,7 @@ NEEDED_LAST = [
 @pytest.mark.parametrize("overrides, word", NEEDED_LAST, ids=lambda value: value if isinstance(value, str) else None)
 def test_what_a_later_step_needs_is_asked_for_before_anything_is_drawn(tiny_profile, tmp_path, no_drawing, overrides, word):
     own = OVDiff(tiny_profile, overrides, library=tmp_path, progress=False)
-    kind = ModelNotAvailable if "models.clip" in overrides else ProfileError
+    kind = ModelNotAvailable if word == "/nowhere" else ProfileError
     for start in (lambda: own.build(NAMES), lambda: own.build_class("cat"), lambda: own.segment(picture(), "cat, dog")):
         with pytest.raises(kind, match=word) as caught:
             start()

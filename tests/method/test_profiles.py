@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 import ovdiff_lib
-from ovdiff_lib.errors import ProfileError
-from ovdiff_lib.profiles.reading import FOLDER, available, load_profile
+from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.profiles.reading import FOLDER, available, load_profile, parse_assignments
 from ovdiff_lib.profiles.schema import UNUSED_BY_THE_METHOD, Profile, field_names, from_dict
 
 PACKAGE = Path(ovdiff_lib.__file__).parent
@@ -283,3 +283,15 @@ def test_field_names_are_the_dataclasses_fields():
                  "matching.stride"):
         assert name in names
     assert "name" not in names and "support" not in names
+
+
+@pytest.mark.parametrize("value", ["2024-13-45", "!!int y", "!!timestamp foo", "[" * 3000])
+def test_values_that_yaml_cannot_make_are_one_sentence(tmp_path, value):
+    with pytest.raises(InputError) as caught:
+        parse_assignments([f"support.prompt={value}"])
+    assert "\n" not in str(caught.value)
+    path = tmp_path / "own.yaml"
+    path.write_text(f"name: {value}\n")
+    with pytest.raises(ProfileError) as caught:
+        load_profile(path)
+    assert "\n" not in str(caught.value)

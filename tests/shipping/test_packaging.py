@@ -74,7 +74,7 @@ def test_environment_has_nothing_that_the_project_does_not_name():
 
 
 def test_python_versions_agree():
-    assert PROJECT["requires-python"] == ">=3.11" and conda_specs()["python"] == "=3.11"
+    assert PROJECT["requires-python"] == ">=3.11.4" and conda_specs()["python"] == "=3.11"
     assert conda_specs()["setuptools"] == "<81"  # detectron2 imports pkg_resources, gone in 82
 
 

@@ -147,6 +147,18 @@ def test_links_and_devices_are_refused(archive, tmp_path, kind):
     refused(Library(tmp_path / "other"), path, "no file of a library entry")
 
 
+def test_a_header_larger_than_memory_is_refused_before_it_is_read(archive, tmp_path, library):
+    """tarfile reads extended headers whole, whatever size they say they have; of this one nothing is there."""
+    other = Library(tmp_path / "other")
+    for size in (2**40, -1):
+        info = tarfile.TarInfo("pax")
+        info.type, info.size = tarfile.XHDTYPE, size
+        path = tmp_path / f"bomb{size}.tar"
+        path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + b"\0" * 1024)
+        refused(other, path, "cannot be read as an archive")
+    refused(other, pack(tmp_path / "deep.tar", {**members(archive), "index.json": b"[" * 200_000}), "index.json")
+
+
 def test_names_that_come_twice_are_refused(archive, tmp_path):
     files = members(archive)
     with tarfile.open(tmp_path / "twice.tar", "w") as file:

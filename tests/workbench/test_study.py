@@ -236,6 +236,13 @@ def test_the_key_holds_what_changes_labels(bench):
     assert "nobody/nothing" in str(unknown["models"])
 
 
+def test_splits_do_not_share_counts():
+    """Images of every split of the mini world begin with the same numbers."""
+    method = Method({"method": "any"}, lambda dataset: None)
+    table = [measuring._key(method, load_dataset("mini-object", split), 8) for split in ("val", "wild")]
+    assert table[0]["ids"] == table[1]["ids"] and table[0] != table[1]
+
+
 def test_thresholds_by_hand():
     scores = np.array([[[9, 9]], [[0.2, 0.5]], [[0.1, 0.7]]], np.float32)  # (C + 1, 1, 2)
     maps = Sweep.of(scores, THRESHOLDS).maps()
