@@ -14,6 +14,7 @@ import secrets
 import shutil
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -43,7 +44,7 @@ class Finished:
     error: str = ""
 
 
-class Engine:
+class Engine(ABC):
     """Runs a worker over tasks. In a ``with`` block what it starts (a Ray) is kept between runs and ended with the block."""
 
     def __enter__(self) -> Self:
@@ -52,13 +53,13 @@ class Engine:
     def __exit__(self, *_: Any) -> None:
         """An engine that starts nothing has nothing to end."""
 
+    @abstractmethod
     def run(self, make: Make, tasks: Sequence[Any]) -> Iterator[Finished]:
         """What became of every task, each once, in the order in which they finish.
 
         A task whose worker is lost (killed, out of memory) is run again. Raises ``OVDiffError`` when the engine cannot go on, and
         ``InputError`` for more workers than there is room for.
         """
-        raise NotImplementedError
 
 
 def described(error: BaseException) -> str:

@@ -369,7 +369,10 @@ def opened(browser, path, width=1280, height=900):
     if "index" in path.name:
         wait(browser, lambda b: b.find_elements("css selector", ".panel[data-ready=true]"))
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    requested = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    # The browser notes what a page asks for before its content policy says no.
+    refused = {m["params"]["requestId"] for m in messages if m["params"].get("blockedReason") == "csp"}
+    requested = [m["params"]["request"]["url"] for m in messages
+                 if m["method"] == "Network.requestWillBeSent" and m["params"]["requestId"] not in refused]
     return requested, [entry["message"] for entry in browser.get_log("browser")]
 
 

@@ -336,7 +336,9 @@ def program(tmp_path: Path, models: Path, name: str, *arguments: object, before:
     """What a program of :data:`PROGRAMS` returns, run with a folder of its own."""
     root = tmp_path / name
     root.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HOME": str(root / "home")}
+    modules = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HOME": str(root / "home"),
+                   "PYTHONPATH": modules}
     run = subprocess.run([*before, sys.executable, __file__, name, str(models), str(root), *map(str, arguments)], capture_output=True,
                          text=True, env=environment, timeout=900)
     assert run.returncode == 0, f"{run.stdout[-3000:]}\n{run.stderr[-6000:]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -21,15 +22,15 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
 
-class Baseline:
+class Baseline(ABC):
     """Open-vocabulary segmentation of one image at a time."""
 
     background_threshold: float | None = None
     """Constant background score of a method without a model of the background; None = there is none, or the caller searches it."""
 
+    @abstractmethod
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """f32 (C + 1, H, W) of an image u8 (H, W, 3), row 0 the background: -inf or a constant where the method has no model of it."""
-        raise NotImplementedError
 
     def predict(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """Labels i64 (H, W): 0 = background, i + 1 = category i."""
