@@ -50,7 +50,7 @@ class Engine(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: Any) -> None:  # noqa: B027
         """An engine that starts nothing has nothing to end."""
 
     @abstractmethod

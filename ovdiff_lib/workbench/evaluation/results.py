@@ -75,7 +75,7 @@ class ResultStore:
             ends = np.cumsum(lengths)[:-1]
             found.images = list(zip(np.split(places.astype(np.int32), ends), np.split(values.astype(np.int32), ends), strict=True))
         except FileNotFoundError:
-            pass
+            return found
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             logger.warning("The stored result %s cannot be used (%s); it is measured again.", path, error)
         return found
