@@ -134,11 +134,17 @@ def save_figure(figure: Figure | Image.Image, path: str | Path, caption: str) ->
     """Write a figure as PNG with its caption beside it (``.json``); both appear whole or not at all.
 
     256 colours are chosen for the picture: a grid of images then takes a fifth of the bytes, and figures are committed.
-    Of Pillow's ways of choosing, this one keeps the few pixels of a legend nearest to their colours.
+    Of Pillow's ways of choosing, this one keeps the few pixels of a legend nearest to their colours. Dithered, skies stay
+    smooth; areas of one colour are left alone.
     """
     path, buffer = Path(path), io.BytesIO()
     picture = figure if isinstance(figure, Image.Image) else Image.open(io.BytesIO(figure._repr_png_()))
-    reduced = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
+    picture = picture.convert("RGB")
+    plain = picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
+    reduced, pixels = picture.quantize(palette=plain, dither=Image.Dither.FLOYDSTEINBERG), np.asarray(picture)
+    sides = ((1, 0), (-1, 0), (1, 1), (-1, 1))
+    same = np.any([(pixels == np.roll(pixels, *side)).all(-1) for side in sides], axis=0)
+    reduced.paste(plain, mask=Image.fromarray(same))
     reduced.save(buffer, "PNG", optimize=True)
     write_atomic(path, buffer.getvalue())
     write_atomic(path.with_suffix(".json"), (json.dumps({"caption": caption}, ensure_ascii=False, indent=1)
