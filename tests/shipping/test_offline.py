@@ -91,7 +91,7 @@ def test_the_guard_sees_every_way_out_and_lets_unix_sockets_pass(guarded):
 
 COMMANDS = """
 import contextlib, io, json, sys
-from ovdiff_lib.cli import main
+from ovdiff_lib.cli.main import main
 told = []
 for arguments in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
@@ -138,12 +138,12 @@ def test_segment_build_and_doctor_reach_for_nothing(guarded, tiny_models):
 
 LOADING = """
 import json, sys
-from ovdiff_lib.baselines.groupvit import load_groupvit
+from ovdiff_lib.workbench.baselines.groupvit import load_groupvit
 from ovdiff_lib.errors import ModelNotAvailable
 from ovdiff_lib.features import EXTRACTORS
 from ovdiff_lib.features.mae import load_mae
 from ovdiff_lib.masks import SEGMENTERS
-from ovdiff_lib.models import load_clip, load_diffusion, load_dino
+from ovdiff_lib.networks.loading import load_clip, load_diffusion, load_dino
 from ovdiff_lib.profiles import load_profile
 profile, told = load_profile("mini", json.loads(sys.argv[1])), {}
 openai = profile.override({"models.open_clip": "ViT-B-16-quickgelu", "models.open_clip_pretrained": "openai"})
