@@ -159,9 +159,9 @@ def interrupted_builds(settings: dict, expected: dict[str, str], duration: float
 
 def two_builders(method: Callable[[Path], OVDiff], expected: dict[str, str], root: Path) -> dict:
     """Two processes that build the same classes into one library at the same moment: what each drew and what each got."""
-    from ovdiff_lib.support import sampler
+    from ovdiff_lib import pipeline
 
-    draw, drawn, folder = sampler.sample_support, root / "drawn.txt", root / "shared"
+    draw, drawn, folder = pipeline.sample_support, root / "drawn.txt", root / "shared"
     reading, writing = os.pipe()
 
     def build(number: int) -> None:
@@ -170,7 +170,7 @@ def two_builders(method: Callable[[Path], OVDiff], expected: dict[str, str], roo
                 file.write(f"{category.name}\n")
             return draw(pipe, category, *arguments, **options)
 
-        sampler.sample_support = counted
+        pipeline.sample_support = counted
         os.close(writing)
         os.read(reading, 1)  # until both are here
         bank = method(folder).build(NAMES)
