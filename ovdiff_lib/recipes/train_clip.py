@@ -27,18 +27,7 @@ from transformers import (
 )
 
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD
-from ovdiff_lib.recipes.training import (
-    DEVICE,
-    Run,
-    decayed,
-    load_data,
-    mixed,
-    seed_everything,
-    shuffled_indices,
-    to_float,
-    training_parser,
-    warmup_cosine,
-)
+from ovdiff_lib.recipes import training
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 TEMPLATE = "a good picture of a {}"
@@ -120,7 +109,7 @@ def speed_up(model: CLIPModel) -> None:
     The flash attention kernel is slow backwards on CPUs at so few tokens, and the
     stock quick-GELU makes three passes over memory.
     """
-    if DEVICE.type == "cpu":
+    if training.DEVICE.type == "cpu":
         model.set_attn_implementation("eager")
     for module in model.modules():
         if hasattr(module, "activation_fn"):
@@ -172,7 +161,7 @@ def pad_ids(ids: list[list[int]], pad: int) -> Tensor:
     it never reaches the pooled feature: padding further would only cost time.
     """
     length = max(map(len, ids))
-    return torch.tensor([i + [pad] * (length - len(i)) for i in ids], device=DEVICE)
+    return torch.tensor([i + [pad] * (length - len(i)) for i in ids], device=training.DEVICE)
 
 
 def contrastive_loss(image: Tensor, text: Tensor, group: Tensor, scale: Tensor) -> Tensor:
@@ -199,7 +188,7 @@ def zero_shot(model: CLIPModel, tokenizer: CLIPTokenizer, images: np.ndarray, la
     text = F.normalize(model.get_text_features(input_ids=prompts).pooler_output, dim=-1)
     correct = 0
     for start in range(0, len(images), 256):
-        pixels = normalise(to_float(images[start:start + 256]))
+        pixels = normalise(training.to_float(images[start:start + 256]))
         features = model.get_image_features(pixel_values=pixels).pooler_output
         correct += int(((features @ text.T).argmax(-1).cpu().numpy() == labels[start:start + 256]).sum())
     model.train()
@@ -231,14 +220,14 @@ def save_text_encoder(clip: CLIPModel, path: Path) -> CLIPTextModel:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
-    parser = training_parser(__doc__, steps=6000, batch=128, minutes=40)
+    parser = training.training_parser(__doc__, steps=6000, batch=128, minutes=40)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--width", type=int, default=160, help="image tower width")
     parser.add_argument("--layers", type=int, default=5, help="image tower layers")
     parser.add_argument("--drop", type=float, default=0.5, help="share of an image's patches that a training step leaves out")
     args = parser.parse_args(argv)
-    seed_everything(args.seed, args.threads)
-    data = load_data(args.data)
+    training.seed_everything(args.seed, args.threads)
+    data = training.load_data(args.data)
     nouns, captions = data["nouns"], data["captions"]
     tokenizer = build_tokenizer(captions, nouns, args.out)
     single = sum(len(tokenizer(n).input_ids) == 2 + len(n.split()) for n in nouns)
@@ -246,26 +235,26 @@ def main(argv: list[str] | None = None) -> None:
     distinct = sorted({c for alternatives in captions for c in alternatives})
     ids = dict(zip(distinct, tokenizer(distinct, truncation=True).input_ids, strict=True))
 
-    model = build_clip(tokenizer, data["images"].shape[1], args.width, args.layers).to(DEVICE)
+    model = build_clip(tokenizer, data["images"].shape[1], args.width, args.layers).to(training.DEVICE)
     drop_patches(model, args.drop)
-    optimizer = torch.optim.AdamW(decayed(model), lr=args.lr, betas=(0.9, 0.98), fused=True)
-    run = Run(args, model, optimizer, lambda p, s: warmup_cosine(p, s, warmup=200))
+    optimizer = torch.optim.AdamW(training.decayed(model), lr=args.lr, betas=(0.9, 0.98), fused=True)
+    run = training.Run(args, model, optimizer, lambda p, s: training.warmup_cosine(p, s, warmup=200))
     speed_up(model)
     model.train()
     for step in run:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         picker = random.Random(f"{args.seed} {step}")
-        index = shuffled_indices(len(data["images"]), args.batch, args.seed, step)
+        index = training.shuffled_indices(len(data["images"]), args.batch, args.seed, step)
         # One phrasing for the whole batch: "dog" must not be the negative of an image captioned "a good picture of a
         # dog".
         phrasing = picker.randrange(4)
         chosen = [captions[i][min(phrasing, len(captions[i]) - 1)] for i in index]
         unique = sorted(set(chosen))
         place = {c: i for i, c in enumerate(unique)}
-        group = torch.tensor([place[c] for c in chosen], device=DEVICE)
-        pixels = normalise(augment(to_float(data["images"][index]), generator))
+        group = torch.tensor([place[c] for c in chosen], device=training.DEVICE)
+        pixels = normalise(augment(training.to_float(data["images"][index]), generator))
         tokens = pad_ids([ids[c] for c in unique], tokenizer.pad_token_id)
-        with mixed(args):
+        with training.mixed(args):
             image = model.get_image_features(pixel_values=pixels).pooler_output
             text = model.get_text_features(input_ids=tokens).pooler_output
         loss = contrastive_loss(F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1), group,

@@ -28,19 +28,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
-from ovdiff_lib.recipes.training import (
-    DEVICE,
-    Run,
-    decayed,
-    load_data,
-    mixed,
-    round_weights,
-    seed_everything,
-    shuffled_indices,
-    to_float,
-    training_parser,
-    warmup_cosine,
-)
+from ovdiff_lib.recipes import training
 
 LARGE, SMALL = 3 / 4, 3 / 8  # side of a crop as a share of the scene's side
 LARGE_SCALE, SMALL_SCALE = (0.3, 1.0), (0.08, 0.3)  # share of the scene's area that a crop shows
@@ -141,7 +129,8 @@ def nearest_neighbour(model: ViTModel, images: np.ndarray, labels: np.ndarray, n
     """Leave-one-out k-nearest-neighbour accuracy of the class token (cosine, votes weighted by similarity)."""
     tokens = []
     for start in range(0, len(images), 256):
-        tokens.append(F.normalize(model(normalise(to_float(images[start:start + 256]))).last_hidden_state[:, 0], dim=-1).float().cpu())
+        states = model(normalise(training.to_float(images[start:start + 256]))).last_hidden_state
+        tokens.append(F.normalize(states[:, 0], dim=-1).float().cpu())
     features = torch.cat(tokens)
     similarity = (features @ features.T).fill_diagonal_(-1)
     value, index = similarity.topk(neighbours)
@@ -155,7 +144,7 @@ class SelfDistillation(nn.Module):
 
     def __init__(self, backbone: ViTModel) -> None:
         super().__init__()
-        if DEVICE.type == "cpu":
+        if training.DEVICE.type == "cpu":
             backbone.set_attn_implementation("eager")  # the fused kernel is slow backwards at so few tokens there
         width = backbone.config.hidden_size
         self.student = nn.ModuleDict({"vit": backbone, "head": Head(width), "patch_head": Head(width)})
@@ -198,7 +187,7 @@ def hide(count: int, side: int, generator: torch.Generator) -> Tensor:
 def save(teacher: ViTModel, folder: Path) -> None:
     """Half precision with rounded fractions, and the image processor that normalises as in training."""
     half, size = ViTModel(teacher.config, add_pooling_layer=False), teacher.config.image_size
-    half.load_state_dict({k: v for k, v in round_weights(teacher.state_dict()).items() if not k.endswith("mask_token")})
+    half.load_state_dict({k: v for k, v in training.round_weights(teacher.state_dict()).items() if not k.endswith("mask_token")})
     half.half().save_pretrained(folder)
     ViTImageProcessor(size={"height": size, "width": size}, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD)
                       ).save_pretrained(folder)
@@ -206,7 +195,7 @@ def save(teacher: ViTModel, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
-    parser = training_parser(__doc__, steps=8000, batch=64, minutes=60)
+    parser = training.training_parser(__doc__, steps=8000, batch=64, minutes=60)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=6)
@@ -215,26 +204,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--patch-weight", type=float, default=1.0, help="weight of the loss of hidden patches")
     parser.add_argument("--koleo", type=float, default=0.1, help="weight of the loss that spreads class tokens")
     args = parser.parse_args(argv)
-    seed_everything(args.seed, args.threads)
-    data = load_data(args.data)
+    training.seed_everything(args.seed, args.threads)
+    data = training.load_data(args.data)
     pairs = np.load(args.data / "frames.npy", mmap_mode="r")
     large_side, small_side = (int(share * pairs.shape[2]) // PATCH * PATCH for share in (LARGE, SMALL))
-    model = SelfDistillation(build_vit(pairs.shape[2], args.width, args.layers, mask_token=True)).to(DEVICE)
-    optimizer = torch.optim.AdamW(decayed(model), lr=args.lr, betas=(0.9, 0.95), fused=True)
-    run = Run(args, model, optimizer, lambda p, s: warmup_cosine(p, s, warmup=200))
+    model = SelfDistillation(build_vit(pairs.shape[2], args.width, args.layers, mask_token=True)).to(training.DEVICE)
+    optimizer = torch.optim.AdamW(training.decayed(model), lr=args.lr, betas=(0.9, 0.95), fused=True)
+    run = training.Run(args, model, optimizer, lambda p, s: training.warmup_cosine(p, s, warmup=200))
     run.on_checkpoint = lambda: save(model.teacher["vit"], args.work / "model")
     model.student.train()
     for step in run:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        index = shuffled_indices(len(pairs), args.batch, args.seed, step)
-        frames = to_float(pairs[index]).transpose(0, 1)  # (2, B, 3, H, W)
+        index = training.shuffled_indices(len(pairs), args.batch, args.seed, step)
+        frames = training.to_float(pairs[index]).transpose(0, 1)  # (2, B, 3, H, W)
         large = torch.cat([normalise(jitter(crop(frame, large_side, LARGE_SCALE, generator), generator, blur))
                            for frame, blur in zip(frames, (0.8, 0.1), strict=True)])
         small = torch.cat([normalise(jitter(crop(frames[i % 2], small_side, SMALL_SCALE, generator), generator, 0.4))
                            for i in range(args.small_crops)])
-        hidden = hide(len(large), large_side // PATCH, generator).to(DEVICE)
+        hidden = hide(len(large), large_side // PATCH, generator).to(training.DEVICE)
         temperature = 0.04 + 0.02 * min(1.0, run.progress / 0.2)
-        with mixed(args):
+        with training.mixed(args):
             classes, patches, koleo = model(large, small, args.small_crops, temperature, hidden)
         loss = classes + args.patch_weight * patches + args.koleo * koleo
         run.update(loss)

@@ -21,21 +21,9 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTokenizer, GroupViTConfig, GroupViTModel
 
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
+from ovdiff_lib.recipes import training
 from ovdiff_lib.recipes.train_clip import TEMPLATE, augment, contrastive_loss, pad_ids
 from ovdiff_lib.recipes.train_dino import normalise
-from ovdiff_lib.recipes.training import (
-    DEVICE,
-    Run,
-    decayed,
-    load_data,
-    mixed,
-    round_weights,
-    seed_everything,
-    shuffled_indices,
-    to_float,
-    training_parser,
-    warmup_cosine,
-)
 
 TEMPLATES = ("a picture of a {}", TEMPLATE, "{}", "a {}")
 """How the captions speak of a thing; number i belongs to the i-th alternative of a scene's captions."""
@@ -113,7 +101,7 @@ def zero_shot(model: GroupViTModel, tokenizer: CLIPTokenizer, images: np.ndarray
     size = model.config.vision_config.image_size
     correct = 0
     for start in range(0, len(images), 256):
-        pixels = F.interpolate(to_float(images[start:start + 256]), size=(size, size), mode="bilinear", antialias=True)
+        pixels = F.interpolate(training.to_float(images[start:start + 256]), size=(size, size), mode="bilinear", antialias=True)
         features = model.get_image_features(pixel_values=normalise(pixels)).pooler_output
         correct += int(((features @ text.T).argmax(-1).cpu().numpy() == labels[start:start + 256]).sum())
     model.train()
@@ -124,7 +112,7 @@ def save(model: GroupViTModel, clip: Path, folder: Path) -> None:
     """Write the model in half precision with rounded fractions, its image processor, and the files of ``clip``'s
     tokenizer as they are."""
     half = GroupViTModel(model.config)
-    half.load_state_dict(round_weights(model.state_dict()))
+    half.load_state_dict(training.round_weights(model.state_dict()))
     half.half().save_pretrained(folder)
     size = model.config.vision_config.image_size
     CLIPImageProcessor(size={"height": size, "width": size}, do_center_crop=False, image_mean=list(IMAGENET_MEAN),
@@ -135,13 +123,13 @@ def save(model: GroupViTModel, clip: Path, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
-    parser = training_parser(__doc__, steps=10_000, batch=64, minutes=38)
+    parser = training.training_parser(__doc__, steps=10_000, batch=64, minutes=38)
     parser.add_argument("--clip", type=Path, required=True, help="folder of the mini CLIP, for its tokenizer")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--width", type=int, default=64, help="image tower width")
     args = parser.parse_args(argv)
-    seed_everything(args.seed, args.threads)
-    data = load_data(args.data)
+    training.seed_everything(args.seed, args.threads)
+    data = training.load_data(args.data)
     nouns, captions = data["nouns"], data["captions"]
     tokenizer = CLIPTokenizer.from_pretrained(args.clip)
     distinct = sorted({c for alternatives in captions for c in alternatives})
@@ -152,26 +140,26 @@ def main(argv: list[str] | None = None) -> None:
     prompts = [[tokenizer(template.format(thing)).input_ids for thing in known] for template in TEMPLATES]
 
     size = data["images"].shape[1]
-    model = build_groupvit(tokenizer, args.width, size=size).to(DEVICE)
-    optimizer = torch.optim.AdamW(decayed(model, spare=SHARP), lr=args.lr, betas=(0.9, 0.98), fused=True)
-    run = Run(args, model, optimizer, lambda p, s: warmup_cosine(p, s, warmup=200))
+    model = build_groupvit(tokenizer, args.width, size=size).to(training.DEVICE)
+    optimizer = torch.optim.AdamW(training.decayed(model, spare=SHARP), lr=args.lr, betas=(0.9, 0.98), fused=True)
+    run = training.Run(args, model, optimizer, lambda p, s: training.warmup_cosine(p, s, warmup=200))
     model.train()
     for step in run:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         picker = random.Random(f"{args.seed} {step}")
-        index = shuffled_indices(len(data["images"]), args.batch, args.seed, step)
+        index = training.shuffled_indices(len(data["images"]), args.batch, args.seed, step)
         phrasing = picker.randrange(len(TEMPLATES))  # one for the whole batch, as in train_clip
         chosen = [captions[i][min(phrasing, len(captions[i]) - 1)] for i in index]
         unique = sorted(set(chosen))
         place = {c: i for i, c in enumerate(unique)}
-        group = torch.tensor([place[c] for c in chosen], device=DEVICE)
+        group = torch.tensor([place[c] for c in chosen], device=training.DEVICE)
         named = torch.zeros(len(index), len(known))
         for row, i in enumerate(index):
             named[row, [column[thing] for thing in things[i]]] = 1
-        named = named.to(DEVICE)
-        pixels = normalise(zoom(augment(to_float(data["images"][index]), generator), size, picker))
+        named = named.to(training.DEVICE)
+        pixels = normalise(zoom(augment(training.to_float(data["images"][index]), generator), size, picker))
         tokens = pad_ids([ids[c] for c in unique] + prompts[phrasing], tokenizer.pad_token_id)
-        with mixed(args):
+        with training.mixed(args):
             image = model.get_image_features(pixel_values=pixels).pooler_output
             text = model.get_text_features(input_ids=tokens).pooler_output
         image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)

@@ -17,20 +17,8 @@ import torch
 from torch import Tensor
 from transformers import ViTImageProcessor, ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
+from ovdiff_lib.recipes import training
 from ovdiff_lib.recipes.train_dino import IMAGENET_MEAN, IMAGENET_STD, crop, nearest_neighbour, normalise
-from ovdiff_lib.recipes.training import (
-    DEVICE,
-    Run,
-    decayed,
-    load_data,
-    mixed,
-    round_weights,
-    seed_everything,
-    shuffled_indices,
-    to_float,
-    training_parser,
-    warmup_cosine,
-)
 
 PATCH = 8  # pixels
 SCALE = (0.25, 1.0)  # share of the scene's area that a crop shows
@@ -69,7 +57,7 @@ def accuracy(model: ViTMAEForPreTraining, data: dict) -> float:
 def save(model: ViTMAEForPreTraining, folder: Path) -> None:
     """The encoder in half precision with rounded fractions, and the image processor that normalises as in training."""
     half, size = encoder(model, model.config.mask_ratio).cpu(), model.config.image_size
-    half.load_state_dict(round_weights(half.state_dict()))
+    half.load_state_dict(training.round_weights(half.state_dict()))
     half.half().save_pretrained(folder)
     ViTImageProcessor(size={"height": size, "width": size}, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD)
                       ).save_pretrained(folder)
@@ -77,26 +65,26 @@ def save(model: ViTMAEForPreTraining, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
-    parser = training_parser(__doc__, steps=12000, batch=128, minutes=35)
+    parser = training.training_parser(__doc__, steps=12000, batch=128, minutes=35)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--width", type=int, default=160)
     parser.add_argument("--layers", type=int, default=6)
     args = parser.parse_args(argv)
-    seed_everything(args.seed, args.threads)
-    data = load_data(args.data)
+    training.seed_everything(args.seed, args.threads)
+    data = training.load_data(args.data)
     size = data["images"].shape[1]
-    model = build_mae(size, args.width, args.layers).train().to(DEVICE)
-    if DEVICE.type == "cpu":
+    model = build_mae(size, args.width, args.layers).train().to(training.DEVICE)
+    if training.DEVICE.type == "cpu":
         model.set_attn_implementation("eager")  # the fused kernel is slow backwards at this few tokens there
-    optimizer = torch.optim.AdamW(decayed(model), lr=args.lr, betas=(0.9, 0.95), fused=True)
-    run = Run(args, model, optimizer, lambda p, s: warmup_cosine(p, s, warmup=300))
+    optimizer = torch.optim.AdamW(training.decayed(model), lr=args.lr, betas=(0.9, 0.95), fused=True)
+    run = training.Run(args, model, optimizer, lambda p, s: training.warmup_cosine(p, s, warmup=300))
     run.on_checkpoint = lambda: save(model, args.work / "model")
     for step in run:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        index = shuffled_indices(len(data["images"]), args.batch, args.seed, step)
-        pixels = normalise(crop(to_float(data["images"][index]), size, SCALE, generator))
-        noise = torch.rand(len(pixels), (size // PATCH) ** 2, generator=generator).to(DEVICE)
-        with mixed(args):
+        index = training.shuffled_indices(len(data["images"]), args.batch, args.seed, step)
+        pixels = normalise(crop(training.to_float(data["images"][index]), size, SCALE, generator))
+        noise = torch.rand(len(pixels), (size // PATCH) ** 2, generator=generator).to(training.DEVICE)
+        with training.mixed(args):
             loss = model(pixels, noise=noise).loss
         run.update(loss)
         metrics = {}

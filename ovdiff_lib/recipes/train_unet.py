@@ -24,21 +24,9 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ovdiff_lib.errors import InputError
+from ovdiff_lib.recipes import training
 from ovdiff_lib.recipes.train_clip import save_text_encoder, save_tokenizer
 from ovdiff_lib.recipes.train_vae import to_signed
-from ovdiff_lib.recipes.training import (
-    DEVICE,
-    EMA,
-    Run,
-    load_data,
-    mixed,
-    replace_folder,
-    round_weights,
-    seed_everything,
-    shuffled_indices,
-    training_parser,
-    warmup_hold_cosine,
-)
 
 NOISE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -70,7 +58,7 @@ def encode_images(images: np.ndarray, vae: AutoencoderKL, path: Path, args: argp
         first = int(done.read_text()) if done.exists() else 0
         out = np.lib.format.open_memmap(part, mode="r+" if first else "w+", dtype=np.float16, shape=shape)
         for start in tqdm(range(first, len(images), batch), desc="latents", mininterval=10):
-            with mixed(args):
+            with training.mixed(args):
                 latents = vae.encode(to_signed(images[start:start + batch])).latent_dist.mode().float()
             out[start:start + batch] = (latents * vae.config.scaling_factor).half().cpu().numpy()
             if start // batch % 100 == 99:
@@ -89,7 +77,7 @@ def encode_captions(captions: list[str], tokenizer: CLIPTokenizer, encoder: CLIP
         out = np.zeros(shape, dtype=np.float16)
         for start in tqdm(range(0, len(captions), batch), desc="text states", mininterval=10):
             ids = tokenizer(captions[start:start + batch], padding="max_length", truncation=True, return_tensors="pt").input_ids
-            out[start:start + batch] = encoder(ids.to(DEVICE)).last_hidden_state.half().cpu().numpy()
+            out[start:start + batch] = encoder(ids.to(training.DEVICE)).last_hidden_state.half().cpu().numpy()
         temporary = path.with_suffix(".tmp.npy")
         np.save(temporary, out)
         temporary.rename(path)
@@ -114,7 +102,7 @@ def write_pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder:
         config = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps({k: v for k, v in config.items() if k != "_name_or_path"}, indent=2) + "\n", encoding="utf-8")
     save_tokenizer(tokenizer, temporary / "tokenizer")
-    replace_folder(temporary, folder)
+    training.replace_folder(temporary, folder)
 
 
 class Batches:
@@ -123,8 +111,8 @@ class Batches:
     def __init__(self, args: argparse.Namespace, latents: np.ndarray, states: np.ndarray, ends: np.ndarray, captions: list[list[str]],
                  place: dict[str, int]) -> None:
         # In memory: reading rows scattered over a memory map is slower than the training step.
-        self.latents = torch.from_numpy(np.array(latents)).to(DEVICE)
-        self.states = torch.from_numpy(np.array(states[:, :args.text_length])).to(DEVICE)
+        self.latents = torch.from_numpy(np.array(latents)).to(training.DEVICE)
+        self.states = torch.from_numpy(np.array(states[:, :args.text_length])).to(training.DEVICE)
         # Position of each caption's end token. From there on every state repeats the whole caption (the text tower is
         # causal, and padding is end tokens), so a UNet may read the noun there and leave the noun's own token to the
         # background. Many captions get the endings of the empty prompt instead: the word itself is then the one place
@@ -141,27 +129,27 @@ class Batches:
         """Noisy latents, timesteps, text states, v (what is to be predicted) and the loss weights of ``step``."""
         picker = random.Random(f"{self.seed} {step}")
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        index = shuffled_indices(len(self.latents), self.batch, self.seed, step)
+        index = training.shuffled_indices(len(self.latents), self.batch, self.seed, step)
         count = len(index)
-        clean = self.latents[torch.from_numpy(index).to(DEVICE)].float()
+        clean = self.latents[torch.from_numpy(index).to(training.DEVICE)].float()
         names = ["" if picker.random() < self.dropout else picker.choices(self.captions[i], PHRASINGS)[0] for i in index]
         chosen = torch.tensor([self.place[n] for n in names])
         ending = torch.arange(self.states.shape[1]) >= self.ends[chosen][:, None]
-        emptied = (ending & (torch.rand(count, 1, generator=generator) < self.ending_dropout)).to(DEVICE)
-        text = torch.where(emptied[..., None], self.states[self.place[""]], self.states[chosen.to(DEVICE)]).float()
+        emptied = (ending & (torch.rand(count, 1, generator=generator) < self.ending_dropout)).to(training.DEVICE)
+        text = torch.where(emptied[..., None], self.states[self.place[""]], self.states[chosen.to(training.DEVICE)]).float()
         # One timestep per stratum of the 1,000 lowers the variance of the loss; the shuffle frees it from the image
         # order.
         strata = (torch.arange(count) + torch.rand(count, generator=generator)) * (len(self.weight) / count)
         t = strata.long().clamp(max=len(self.weight) - 1)[torch.randperm(count, generator=generator)]
-        noise = torch.randn(clean.shape, generator=generator).to(DEVICE)
-        signal, amount, weight = (table[t].to(DEVICE) for table in (self.signal, self.noise, self.weight))
+        noise = torch.randn(clean.shape, generator=generator).to(training.DEVICE)
+        signal, amount, weight = (table[t].to(training.DEVICE) for table in (self.signal, self.noise, self.weight))
         signal, amount = signal.view(-1, 1, 1, 1), amount.view(-1, 1, 1, 1)
-        return signal * clean + amount * noise, t.to(DEVICE), text, signal * noise - amount * clean, weight
+        return signal * clean + amount * noise, t.to(training.DEVICE), text, signal * noise - amount * clean, weight
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
-    parser = training_parser(__doc__, steps=40_000, batch=32, minutes=120)
+    parser = training.training_parser(__doc__, steps=40_000, batch=32, minutes=120)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained AutoencoderKL")
     parser.add_argument("--clip", type=Path, required=True, help="folder of the trained CLIPModel and tokenizer")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -173,16 +161,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--average", type=float, default=0.999, help="decay of the averaged weights, which are what is kept")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     args = parser.parse_args(argv)
-    seed_everything(args.seed, args.threads)
+    training.seed_everything(args.seed, args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    data = load_data(args.data)
+    data = training.load_data(args.data)
     captions = data["captions"]
 
-    vae = AutoencoderKL.from_pretrained(args.vae).float().eval().to(DEVICE)
+    vae = AutoencoderKL.from_pretrained(args.vae).float().eval().to(training.DEVICE)
     clip = CLIPModel.from_pretrained(args.clip).float().eval()
     tokenizer = CLIPTokenizer.from_pretrained(args.clip)
     save_text_encoder(clip, args.work / "text_encoder")
-    text_encoder = CLIPTextModel.from_pretrained(args.work / "text_encoder").float().eval().to(DEVICE)
+    text_encoder = CLIPTextModel.from_pretrained(args.work / "text_encoder").float().eval().to(training.DEVICE)
     distinct = ["", *sorted({c for alternatives in captions for c in alternatives} - {""})]
     ends = np.array([len(ids) - 1 for ids in tokenizer(distinct, truncation=True).input_ids])
     if ends.max() >= args.text_length:
@@ -195,17 +183,18 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(args.clip, model_max_length=args.text_length)  # the pipeline pads to this
     vae, text_encoder = vae.cpu().half(), text_encoder.cpu().half()  # from here on only written
 
-    unet, smooth = (build_unet(tuple(args.channels), text_encoder.config.hidden_size, *latents.shape[1:3]).to(DEVICE) for _ in range(2))
+    shape = tuple(args.channels), text_encoder.config.hidden_size, *latents.shape[1:3]
+    unet, smooth = (build_unet(*shape).to(training.DEVICE) for _ in range(2))
     smooth.eval()  # receives the averaged weights
-    if DEVICE.type == "cpu":  # at 256 positions and fewer the fused kernel is several times slower backwards there
+    if training.DEVICE.type == "cpu":  # at 256 positions and fewer the fused kernel is several times slower backwards there
         unet.set_attn_processor(AttnProcessor())
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    ema = EMA(unet, args.average)
-    run = Run(args, unet, optimizer, lambda p, s: warmup_hold_cosine(p, s, warmup=200), ema)
+    ema = training.EMA(unet, args.average)
+    run = training.Run(args, unet, optimizer, lambda p, s: training.warmup_hold_cosine(p, s, warmup=200), ema)
 
     def export(folder: Path) -> None:
         ema.copy_to(smooth)
-        smooth.load_state_dict(round_weights(smooth.state_dict()))
+        smooth.load_state_dict(training.round_weights(smooth.state_dict()))
         write_pipeline(smooth, vae, text_encoder, tokenizer, folder)
 
     run.on_checkpoint = lambda: export(args.work / "pipeline")
@@ -217,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     compiled = torch.compile(objective) if args.compile else objective
     (args.work / "settings.json").write_text(json.dumps(vars(args), default=str, indent=1), encoding="utf-8")
     for step in run:
-        with mixed(args):
+        with training.mixed(args):
             loss = compiled(*batches(step))
         run.update(loss)
         run.record(loss.detach())

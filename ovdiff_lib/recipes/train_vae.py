@@ -17,19 +17,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from ovdiff_lib.recipes.training import (
-    DEVICE,
-    EMA,
-    Run,
-    load_data,
-    mixed,
-    round_weights,
-    seed_everything,
-    shuffled_indices,
-    to_float,
-    training_parser,
-    warmup_cosine,
-)
+from ovdiff_lib.recipes import training
 
 
 def build_vae(channels: tuple[int, ...] = (32, 64, 128, 128), latent_channels: int = 4, size: int = 128) -> AutoencoderKL:
@@ -43,7 +31,7 @@ def build_vae(channels: tuple[int, ...] = (32, 64, 128, 128), latent_channels: i
 
 def to_signed(images: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) to float (B, 3, H, W) in [-1, 1]."""
-    return 2 * to_float(images) - 1
+    return 2 * training.to_float(images) - 1
 
 
 def crops(images: np.ndarray, size: int, generator: torch.Generator) -> np.ndarray:
@@ -90,7 +78,7 @@ def latent_scale(vae: AutoencoderKL, images: np.ndarray, batch: int = 64) -> flo
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
-    parser = training_parser(__doc__, steps=6000, batch=32, minutes=30)
+    parser = training.training_parser(__doc__, steps=6000, batch=32, minutes=30)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--channels", type=int, nargs="+", default=(32, 64, 128, 128))
     parser.add_argument("--latent-channels", type=int, default=4)
@@ -98,22 +86,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--equivariance", type=float, default=0.5, help="share of the steps with shrunken latents")
     parser.add_argument("--kl", type=float, default=2e-4, help="weight of the KL per latent value")
     args = parser.parse_args(argv)
-    seed_everything(args.seed, args.threads)
-    data = load_data(args.data)
+    training.seed_everything(args.seed, args.threads)
+    data = training.load_data(args.data)
     images, held_out = data["images"], data["eval_images"][:256]
-    vae, smooth = (build_vae(tuple(args.channels), args.latent_channels, images.shape[1]).to(DEVICE) for _ in range(2))
+    vae, smooth = (build_vae(tuple(args.channels), args.latent_channels, images.shape[1]).to(training.DEVICE) for _ in range(2))
     smooth.eval()  # receives the averaged weights
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    ema = EMA(vae, 0.998)
-    run = Run(args, vae, optimizer, lambda p, s: warmup_cosine(p, s, warmup=100), ema)
+    ema = training.EMA(vae, 0.998)
+    run = training.Run(args, vae, optimizer, lambda p, s: training.warmup_cosine(p, s, warmup=100), ema)
     for step in run:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        index = shuffled_indices(len(images), args.batch, args.seed, step)
+        index = training.shuffled_indices(len(images), args.batch, args.seed, step)
         target = to_signed(crops(images[index], args.crop, generator))
-        with mixed(args):
+        with training.mixed(args):
             posterior = vae.encode(target).latent_dist
             mean, log_variance = posterior.mean.float(), posterior.logvar.float()
-            noise = torch.randn(mean.shape, generator=generator).to(DEVICE)
+            noise = torch.randn(mean.shape, generator=generator).to(training.DEVICE)
             latents = mean + (0.5 * log_variance).exp() * noise
             if float(torch.rand(1, generator=generator)) < args.equivariance:
                 factor = (0.5, 0.75)[step % 2]
@@ -132,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     spread = np.linspace(0, len(images) - 1, min(2000, len(images))).astype(int)
     scale = latent_scale(smooth, images[spread])
     smooth.register_to_config(scaling_factor=scale)
-    smooth.load_state_dict(round_weights(smooth.state_dict()))
+    smooth.load_state_dict(training.round_weights(smooth.state_dict()))
     smooth.half().save_pretrained(args.out)
     print(f"done: {run.step} steps, {run.elapsed / 60:.1f} min, PSNR {final:.2f} dB, scaling_factor {scale:.4f}", flush=True)
 

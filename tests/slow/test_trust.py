@@ -238,11 +238,7 @@ class Work:
 
     def run(self, *arguments: object) -> list:
         with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
-            try:
-                code = main([*map(str, arguments)])
-            except Exception:
-                code = -1
-                traceback.print_exc()
+            code = main([*map(str, arguments)])  # anything raised ends the program, and the test with it
         return [code, err.getvalue()]
 
     def build(self, folder: Path, name: str = "cat") -> list:
