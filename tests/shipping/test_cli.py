@@ -3,12 +3,12 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_engines import small_dataset
 from tiny import tiny_overrides
 
 import ovdiff_lib.pipeline as pipeline
@@ -260,20 +260,7 @@ def test_build_reads_a_file_and_fills_the_library(tiny, tmp_path, library, capsy
 
 def test_evaluate_prints_and_writes_the_same_numbers(tiny, tmp_path, capsys, monkeypatch):
     """Two classes of the data set's twenty, by a stand-in for its vocabulary, to save the time of drawing all."""
-    from ovdiff_lib.workbench.data import datasets
-
-    original = datasets.load_dataset
-
-    def small(name, split="val"):
-        from ovdiff_lib.categories import Vocabulary
-
-        dataset = original(name, split)
-        dataset.vocabulary = Vocabulary(dataset.vocabulary.categories[:2])
-        two = np.where(dataset.files[0].table < 3, dataset.files[0].table, np.where(dataset.files[0].table == 255, 255, 0))
-        dataset.files = tuple(replace(file, table=two) for file in dataset.files)
-        return dataset
-
-    monkeypatch.setattr(datasets, "load_dataset", small)
+    small_dataset(monkeypatch)
     path = tmp_path / "deep" / "result.json"
     assert main(["evaluate", "mini-voc", "--split", "wild", "--limit", "2", "--json", str(path), *tiny]) == 0
     lines = capsys.readouterr().out.splitlines()
