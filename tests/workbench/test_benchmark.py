@@ -2,8 +2,6 @@
 
 import json
 import math
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -109,8 +107,7 @@ def added(size: int) -> list[int]:
 def test_the_peak_of_a_side_is_its_own():
     """In a process of its own: memory that tests before this one gave back would be taken first, and nothing added."""
     size = 150 * 2**20
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        ours, theirs = pool.submit(added, size).result()
+    ours, theirs = in_new_process(added, size)
     assert ours < size / 2 and 0.9 * size < theirs < 1.5 * size
 
 
