@@ -25,8 +25,7 @@ PROJECTED = 512
 """Directions that the sample is projected to, where it has more channels."""
 
 RESTARTS = 2
-"""Seedings tried on a sample: a second costs little beside the passes over all points; the better of two had 0.6 % less
-inertia."""
+"""Seedings tried on a sample, of which the better is taken: a second costs little beside the passes over all points."""
 
 REFINE = 3
 """Most iterations over all points, once the sample has converged."""

@@ -48,7 +48,7 @@ LARGE = {
     "unet": ("--batch", "512", "--lr", "2e-3"),
     "dino": ("--batch", "256", "--lr", "2e-3"),
     "mae": ("--batch", "1024", "--lr", "2e-3"),
-    "detector": ("--batch", "64", "--lr", "2e-3", "--scenes", "3000"),  # MaskCut takes 0.04 s a scene
+    "detector": ("--batch", "64", "--lr", "2e-3", "--scenes", "3000"),
     "groupvit": ("--batch", "512", "--lr", "3e-3"),
 }
 

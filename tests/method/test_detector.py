@@ -379,7 +379,8 @@ def test_the_script_trains_and_resumes(world, capsys):
     assert "resumed at step 3" in said and "done: 4 steps" in said
     with pytest.raises(InputError, match="other settings"):
         train("model", "work", "--segmenter", "bright", "--scenes", "10", "--set", "masks.maskcut_tau=0.3")
-    assert len(build_segmenter(profile_of(world / "model")).propose(noise((30, 50)), "")) >= 0
+    masks = build_segmenter(profile_of(world / "model")).propose(noise((30, 50)), "")
+    assert masks.dtype == bool and masks.shape[1:] == (30, 50)
     with pytest.raises(InputError, match=r"Only 4 scenes have pseudo-masks; 6 are needed"):
         train("x", "work5", "--segmenter", "bright", "--scenes", "4", "--batch", "4")
 

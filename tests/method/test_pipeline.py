@@ -173,7 +173,8 @@ def test_a_class_is_its_words_not_its_label(ovdiff, bank, no_drawing):
 # ---------------------------------------------------------------------- the library
 
 def test_a_second_build_draws_nothing(tiny_profile, folder, bank, no_drawing, monkeypatch):
-    monkeypatch.setattr(pipeline, "load_diffusion", lambda profile: pytest.fail("the model was loaded"))
+    for module in ("ovdiff_lib.pipeline", "ovdiff_lib.features.diffusion"):
+        monkeypatch.setattr(f"{module}.load_diffusion", lambda profile: pytest.fail("the model was loaded"))
     again = OVDiff(tiny_profile, library=folder, progress=False).build(NAMES)
     assert all(equal(a, b) for a, b in zip(bank.prototypes["sd"], again.prototypes["sd"], strict=True))
 

@@ -2,9 +2,11 @@
 
 import ast
 import functools
+import json
 from pathlib import Path
 
 import ovdiff_lib
+from ovdiff_lib.workbench.reproduce import NOT_READ
 
 PACKAGE = Path(ovdiff_lib.__file__).parent
 
@@ -16,18 +18,24 @@ FLOORS = ["errors overlay mini", "profiles categories files", "networks registry
 MODULES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").strip("."): p for p in PACKAGE.rglob("*.py")}
 
 
+def named(tree: ast.AST) -> set[str]:
+    """The package's modules that the imports below a node name; "" is the package itself."""
+    found = set()
+    for node in ast.walk(tree):
+        names = [f"{node.module}.{a.name}" for a in node.names] if isinstance(node, ast.ImportFrom) else \
+                [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        inside = [name.partition(".")[2] for name in names if name.partition(".")[0] == PACKAGE.name]
+        found |= {name if name in MODULES else name.rpartition(".")[0] for name in inside}
+    return found
+
+
 @functools.cache
 def imports(module: str) -> set[str]:
     """The package's modules that an import in ``module`` runs, wherever in the file it stands; "" is the package itself.
 
     Those it names, and the ``__init__`` of the folders they lie in, but for folders that ``module`` lies in, too.
     """
-    found = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
-        names = [f"{node.module}.{a.name}" for a in node.names] if isinstance(node, ast.ImportFrom) else \
-                [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        inside = [name.partition(".")[2] for name in names if name.partition(".")[0] == PACKAGE.name]
-        found |= {name if name in MODULES else name.rpartition(".")[0] for name in inside}
+    found = named(ast.parse(MODULES[module].read_text(encoding="utf-8")))
     folders = {name.rsplit(".", n)[0] for name in found for n in range(1, name.count(".") + 1)}
     found |= {folder for folder in folders if not f"{module}.".startswith(f"{folder}.")}
     return found - {module}
@@ -58,3 +66,16 @@ def test_imports_go_down_and_never_in_a_circle():
     up = {(a, b) for a, b in arrows if a.partition(".")[0] != b.partition(".")[0] and a and floor(b) >= floor(a)}
     circles = {(a, b) for a, b in arrows if a in reached(b)}
     assert {f"{a} -> {b}" for a, b in up | circles} == set()
+
+
+def test_no_notebook_reaches_what_does_not_make_it_stale():
+    """:data:`NOT_READ` is left out when a notebook's results are asked whether they are fresh."""
+    found = set()
+    for path in sorted((PACKAGE.parent / "notebooks").glob("[0-9]*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            found |= named(ast.parse("".join(cell["source"]))) if cell["cell_type"] == "code" else set()
+    found |= set().union(*map(reached, found))
+    paths = {MODULES[name].relative_to(PACKAGE) for name in found}
+    assert {Path("pipeline.py"), Path("workbench/tables/tables.py")} <= paths
+    assert not [path for path in paths for folder in NOT_READ if path.is_relative_to(folder)]
+    assert all((PACKAGE / folder).exists() for folder in NOT_READ)

@@ -7,6 +7,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import nbformat
@@ -24,7 +26,7 @@ from ovdiff_lib.segmentation import Segmentation, explain
 from ovdiff_lib.types import PrototypeBank, SupportSet
 from ovdiff_lib.workbench import reproduce as runner
 from ovdiff_lib.workbench.figures import base as figures
-from ovdiff_lib.workbench.page.page import STAMP, build_report, command, find_runs, git_commit, hidden
+from ovdiff_lib.workbench.page.page import STAMP, build_report, command, duration, find_runs, git_commit, hidden, number, plain
 from ovdiff_lib.workbench.page.panel import panel_data, write_panel
 from ovdiff_lib.workbench.tables import claims
 from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell
@@ -233,8 +235,34 @@ def test_the_command_shown_runs_the_notebook_as_it_ran(tmp_path, monkeypatch):
 
 
 def test_the_commit_is_that_of_the_package_alone(tmp_path):
-    assert git_commit(tmp_path) == ""  # no checkout, or someone else's
-    assert re.fullmatch(r"([0-9a-f]{40}( with uncommitted changes)?)?", git_commit())
+    def git(*arguments):
+        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments], check=True,
+                       capture_output=True)
+
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    assert git_commit(package) == ""  # no checkout
+    git("init")
+    git("commit", "--allow-empty", "-m", "another project")
+    assert git_commit(package) == ""  # someone else's
+    git("add", "package")
+    git("commit", "-m", "ours")
+    clean = git_commit(package)
+    assert re.fullmatch(r"[0-9a-f]{40}", clean)
+    (package / "__init__.py").write_text("1")
+    assert git_commit(package) == f"{clean} with uncommitted changes"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(None, "unknown"), (0.25, "0.25 s"), (60, "1 min 0 s"), (3599.7, "1 h 0 min"),
+                                               (7500, "2 h 5 min")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_numbers_and_values_as_text():
+    assert [number(-1.25, 1), number(3, 2, True), number(None, 1)] == ["\N{MINUS SIGN}1.2", "+3.00", ""]
+    assert [plain(v) for v in ([1, 2.5, "a"], [], {"a": [1]}, "b")] == ["1, 2.5, a", "none", '{"a": [1]}', "b"]
 
 
 def test_what_failed_or_has_not_run_is_a_sentence(built):
@@ -451,6 +479,31 @@ def test_a_notebook_page_loads_nothing_and_runs_nothing(browser, built):
     requested, _ = opened(browser, built[1].parent / "notebooks" / "05_main_results.html")
     assert {url.split(":")[0] for url in requested if not url.startswith("chrome")} <= {"file", "data"}
     assert browser.execute_script("return window.pwned") is None
+
+
+def test_images_are_chosen_dropped_classes_listed_and_folded_text_is_printed(browser, built):
+    opened(browser, built[1])
+    rows = [row.get_attribute("textContent") for row in browser.find_elements("css selector", ".queried tbody tr")]
+    assert len(rows) == 3 and "dropped" in rows[2] and NAMES[1] in rows[2]
+    browser.execute_script("const b = document.querySelectorAll('.choose button'); b[1].click(); b[0].click();")
+    time.sleep(0.5)  # of images chosen in haste the last is shown
+    assert at(browser, "canvas").get_attribute("aria-label").startswith(f"one {SCRIPT}:")
+    browser.find_elements("css selector", ".choose button")[1].click()
+    assert wait(browser, lambda b: at(b, "canvas").get_attribute("aria-label").startswith("two:"))
+    closed = "return [...document.querySelectorAll('details')].filter(d => !d.open).length"
+    before = browser.execute_script(closed)
+    browser.execute_script("dispatchEvent(new Event('beforeprint'))")
+    assert before > 0 and browser.execute_script(closed) == 0
+    browser.execute_script("dispatchEvent(new Event('afterprint'))")
+    assert browser.execute_script(closed) == before
+
+
+@pytest.mark.parametrize("width", [320, 1280])
+def test_pages_fit_their_screen(browser, built, width):
+    for path in (built[1].parent / "notebooks" / "05_main_results.html", built[1]):
+        opened(browser, path, width, 740)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script("return document.getElementById('contents').open") == (width >= 1024)
 
 
 def test_broken_panel_data_are_a_sentence(browser, built, tmp_path):

@@ -237,7 +237,8 @@ def test_scenarios_run_with_tiny_networks(small, monkeypatch, name, rows):
     found = SCENARIOS[name](small)
     assert len(found) == rows and all(min(one.ours.seconds + one.theirs.seconds) > 0 for one in found)
     # Differences of results, not what depends on the time or the memory of this machine.
-    assert all(check.value <= check.limit for one in found for check in one.checks if "difference" in check.what)
+    checked = [check for one in found for check in one.checks if "difference" in check.what]
+    assert all(check.value <= check.limit for check in checked) and (checked or name == "kmeans")
     assert name != "images-together" or "4 images against 3 classes" in found[0].measures
 
 

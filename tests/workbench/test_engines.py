@@ -119,8 +119,6 @@ def check_every_task_comes_back(engine: Engine, folder: Path) -> None:
     assert [outcomes[i].result[0] for i in good] == [3, 4, 1, 2, 12] and all(not outcomes[i].error for i in good)
     assert outcomes[1].error == "ZeroDivisionError: division by zero" and outcomes[1].result is None
     assert outcomes[3].error == "The number -5 is negative; give a positive one."
-    if outcomes[5].error:  # a result that cannot travel is its task's error and no other's
-        assert "pickle" in outcomes[5].error
     # Besides those that had no number of their process to give, nobody else was made.
     assert {f"made-{outcomes[i].result[1]}" for i in good} <= {path.name for path in folder.iterdir()}
     assert len(list(folder.iterdir())) <= (engine.workers or 1)
@@ -133,6 +131,11 @@ def test_every_task_comes_back(workers, tmp_path):
     check_every_task_comes_back(LocalEngine(workers), tmp_path)
     made_here = (tmp_path / f"made-{os.getpid()}").exists()
     assert made_here == (workers == 1)
+
+
+def test_a_result_that_cannot_travel_is_an_error(tmp_path):
+    good, bad = sorted(LocalEngine(2).run(partial(Inverse, tmp_path), [1, 99]), key=lambda o: o.index)
+    assert good.result[0] == 12 and bad.result is None and "pickle" in bad.error and "\n" not in bad.error
 
 
 def test_nothing_to_do():
@@ -414,7 +417,7 @@ def check_evaluate_alike(arguments, tiny, folder, monkeypatch):
         path = folder / f"result-{len(tables)}.json"
         assert main(["evaluate", "mini-voc", "--limit", "9", "--json", str(path), *tiny, *extra]) == 0
         tables.append(json.loads(path.read_text()))
-    assert tables[0]["images"] == 9 and tables[0] == tables[1]
+    assert tables[0]["images"] == 9 and tables[0] == tables[1] and len(tables[0]["iou"]) == 3  # background and two classes
     assert any(value for value in tables[0]["iou"].values())
 
 
