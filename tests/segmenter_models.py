@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from tiny import make_dino
 
 WORDS = ("cat", "dog", "sofa", "and", "a", ".")
 
@@ -32,37 +33,16 @@ def segmenter_overrides(folder: Path, name: str) -> dict:
     return {"masks.segmenter": name, **fields, **paths}
 
 
-def make_dino(hidden: int = 32, layers: int = 2):
-    """A ViT for 32 px images and patches of 8; weights large enough for patches to differ."""
-    from transformers import ViTConfig, ViTModel
-
-    model = ViTModel(ViTConfig(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=2 * hidden,
-                               image_size=32, patch_size=8), add_pooling_layer=False)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(8)
-    return model.eval()
-
-
 def make_sam(folder: Path) -> None:
     """A SamModel of 64 px and patches of 8, with its processor."""
-    from transformers import (
-        SamConfig,
-        SamImageProcessor,
-        SamMaskDecoderConfig,
-        SamModel,
-        SamProcessor,
-        SamPromptEncoderConfig,
-        SamVisionConfig,
-    )
+    from transformers import SamConfig, SamImageProcessor, SamModel, SamProcessor
 
     config = SamConfig(
-        vision_config=SamVisionConfig(hidden_size=16, output_channels=16, num_hidden_layers=2, num_attention_heads=2, image_size=64,
-                                      patch_size=8, mlp_dim=32, window_size=4, global_attn_indexes=[1], num_pos_feats=8),
-        prompt_encoder_config=SamPromptEncoderConfig(hidden_size=16, image_size=64, patch_size=8, mask_input_channels=4),
-        mask_decoder_config=SamMaskDecoderConfig(hidden_size=16, mlp_dim=32, num_hidden_layers=2, num_attention_heads=2,
-                                                 iou_head_depth=2, iou_head_hidden_dim=16, attention_downsample_rate=2))
+        vision_config={"hidden_size": 16, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64,
+                       "patch_size": 8, "mlp_dim": 32, "window_size": 4, "global_attn_indexes": [1], "num_pos_feats": 8},
+        prompt_encoder_config={"hidden_size": 16, "image_size": 64, "patch_size": 8, "mask_input_channels": 4},
+        mask_decoder_config={"hidden_size": 16, "mlp_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                             "iou_head_depth": 2, "iou_head_hidden_dim": 16, "attention_downsample_rate": 2})
     model = SamModel(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -80,29 +60,23 @@ def make_sam(folder: Path) -> None:
 
 def make_grounding(folder: Path) -> None:
     """A GroundingDinoForObjectDetection with a small Swin and a small BERT, with its processor."""
-    from transformers import (
-        BertConfig,
-        BertTokenizer,
-        GroundingDinoConfig,
-        GroundingDinoForObjectDetection,
-        GroundingDinoImageProcessor,
-        GroundingDinoProcessor,
-        SwinConfig,
-    )
+    import transformers
 
     vocabulary = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?", *WORDS)
     folder.mkdir(parents=True)
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}, model_max_length=32)
-    config = GroundingDinoConfig(
-        backbone_config=SwinConfig(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, image_size=64, patch_size=4,
-                                   out_features=["stage2", "stage3", "stage4"]),
-        text_config=BertConfig(vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                               intermediate_size=32, max_position_embeddings=64),
-        d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
-        decoder_ffn_dim=32, num_queries=6, max_text_len=32, encoder_n_points=2, decoder_n_points=2)
-    GroundingDinoForObjectDetection(config).eval().save_pretrained(folder)
-    GroundingDinoProcessor(GroundingDinoImageProcessor(size={"shortest_edge": 72, "longest_edge": 144}), tokenizer).save_pretrained(folder)
+    tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}, model_max_length=32)
+    swin = transformers.SwinConfig(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, image_size=64, patch_size=4,
+                                   out_features=["stage2", "stage3", "stage4"])
+    bert = transformers.BertConfig(vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                   intermediate_size=32, max_position_embeddings=64)
+    config = transformers.GroundingDinoConfig(
+        backbone_config=swin, text_config=bert, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=6, max_text_len=32, encoder_n_points=2,
+        decoder_n_points=2)
+    transformers.GroundingDinoForObjectDetection(config).eval().save_pretrained(folder)
+    images = transformers.GroundingDinoImageProcessor(size={"shortest_edge": 72, "longest_edge": 144})
+    transformers.GroundingDinoProcessor(images, tokenizer).save_pretrained(folder)
 
 
 def make_detector(folder: Path) -> None:

@@ -1,9 +1,8 @@
 """Step 2b, Sec. 4.1 and App. C.2: dense features of frozen networks.
 
 To add an extractor, write a class with the three members of :class:`Extractor` and one line in :data:`EXTRACTORS`:
-``"name": Part(Mine)``, where ``Mine(profile)`` builds it. The prototype library's keys hold a hash of the module that
-defines ``Mine``, so that classes are built again after it was edited; ``Part(Mine, version="1")`` puts a version of
-your own in its place (:class:`~ovdiff_lib.registry.Part`).
+``"name": Part(Mine)``, where ``Mine(profile)`` builds it. After an edit of the module that defines ``Mine`` the
+library's prototypes are built again (:class:`~ovdiff_lib.registry.Part`).
 """
 
 from __future__ import annotations
@@ -24,26 +23,24 @@ from ovdiff_lib.registry import Part, check_part
 
 
 class Extractor(Protocol):
-    """Phi_v of Sec. 3.3. ``channels`` is D. One that has a true ``any_size`` also takes a list of images u8 (H, W, 3)
-    of several sizes."""
+    """Phi_v of Sec. 3.3. ``channels`` is D. One of true ``any_size`` also takes a list of images of several sizes."""
 
     name: str
     channels: int
 
     def __call__(self, images: np.ndarray, seeds: np.ndarray) -> torch.Tensor:
-        """Images u8 (n, H, W, 3) of any size, i64 (n,) seeds for what the extractor draws: f32 (n, h, w, D), raw, on
-        the CPU."""
+        """Images u8 (n, H, W, 3) of any size, i64 (n,) seeds for what is drawn: f32 (n, h, w, D), raw, on the CPU."""
         ...
 
 
-OPEN_CLIP = ("open_clip", "open_clip_pretrained")
+OPEN_CLIP, CLIP_SETTINGS = ("open_clip", "open_clip_pretrained"), ("clip_", "vit_scale")
 
 EXTRACTORS: dict[str, Part] = {
     "sd": Part(DiffusionExtractor.build, models=("diffusion",), settings=("sd_", "seed")),
-    "clip-keys": Part(lambda profile: ClipExtractor.build(profile, "keys"), models=("clip",), settings=("clip_", "vit_scale")),
-    "clip-tokens": Part(lambda profile: ClipExtractor.build(profile, "tokens"), models=("clip",), settings=("clip_", "vit_scale")),
-    "open-clip-keys": Part(lambda profile: OpenClipExtractor.build(profile, "keys"), OPEN_CLIP, ("clip_", "vit_scale")),
-    "open-clip-tokens": Part(lambda profile: OpenClipExtractor.build(profile, "tokens"), OPEN_CLIP, ("clip_", "vit_scale")),
+    "clip-keys": Part(lambda profile: ClipExtractor.build(profile, "keys"), ("clip",), CLIP_SETTINGS),
+    "clip-tokens": Part(lambda profile: ClipExtractor.build(profile, "tokens"), ("clip",), CLIP_SETTINGS),
+    "open-clip-keys": Part(lambda profile: OpenClipExtractor.build(profile, "keys"), OPEN_CLIP, CLIP_SETTINGS),
+    "open-clip-tokens": Part(lambda profile: OpenClipExtractor.build(profile, "tokens"), OPEN_CLIP, CLIP_SETTINGS),
     "dino": Part(DinoExtractor.build, models=("dino",), settings=("dino_", "vit_scale")),
     "mae": Part(MaeExtractor.build, models=("mae",), settings=("mae_", "vit_scale")),
 }
@@ -59,11 +56,6 @@ def check_extractors(profile: Profile) -> None:
 
 @undisturbed()
 def build_extractors(profile: Profile) -> dict[str, Extractor]:
-    """The extractors of ``features.extractors`` by name, in order. Raises ``ProfileError`` and
-    ``ModelNotAvailable``."""
+    """The extractors of ``features.extractors`` by name, in order. ``ProfileError``, ``ModelNotAvailable``."""
     check_extractors(profile)
     return {name: EXTRACTORS[name](profile) for name in profile.features.extractors}
-
-
-__all__ = ["EXTRACTORS", "ClipExtractor", "DiffusionExtractor", "DinoExtractor", "Extractor", "MaeExtractor", "OpenClipExtractor",
-           "build_extractors", "check_extractors"]

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.features.vit import ViTExtractor
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.networks.loading import load_clip
-
-if TYPE_CHECKING:
-    from transformers import CLIPModel
-
-    from ovdiff_lib.profiles.schema import Features, Profile
+from ovdiff_lib.profiles.schema import Features, Profile
 
 NORMALISATIONS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}
 
 
 class ClipExtractor(ViTExtractor):
-    """``kind`` "keys": output of ``k_proj`` of layer ``features.clip_layer``; "tokens": output of that whole layer.
+    """Of transformers' ``CLIPModel``. ``kind`` "keys": output of ``k_proj`` of layer ``features.clip_layer``; "tokens":
+    output of that whole layer.
 
     The short side is ``features.clip_input_size``, the pixel statistics those of ``features.clip_normalisation``.
     """
 
     title = "CLIP"
 
-    def __init__(self, model: CLIPModel, settings: Features, kind: str) -> None:
+    def __init__(self, model: torch.nn.Module, settings: Features, kind: str) -> None:
         """Raises ``ProfileError`` for a layer the model does not have."""
-        config = model.config.vision_config
-        super().__init__(f"clip-{kind}", model, settings, "clip_input_size", config.patch_size, config.hidden_size)
+        patch, channels = model.config.vision_config.patch_size, model.config.vision_config.hidden_size
+        super().__init__(f"clip-{kind}", model, settings, settings.clip_input_size, patch, channels)
         layer = clip_layer(model.vision_model.encoder.layers, settings)
         # The key projection reads the layer-normed stream (pre-norm), so its output needs no further care.
         self.source = {"keys": layer.self_attn.k_proj, "tokens": layer}[kind]
-        self.mean, self.std = clip_statistics(settings)
+        self.mean, self.std = NORMALISATIONS[settings.clip_normalisation]
 
     @classmethod
     def build(cls, profile: Profile, kind: str) -> ClipExtractor:
@@ -42,18 +37,12 @@ class ClipExtractor(ViTExtractor):
         return cls(load_clip(profile)[0], profile.features, kind)
 
     def run(self, pixels: torch.Tensor) -> None:
-        """Through the image tower; no text is needed."""
         self.model.vision_model(pixel_values=pixels, interpolate_pos_encoding=True)
 
 
 def clip_layer(layers: torch.nn.ModuleList, settings: Features) -> torch.nn.Module:
     """Layer ``features.clip_layer`` of CLIP's image tower. Raises ``ProfileError`` if there is none."""
     if not -len(layers) <= settings.clip_layer < len(layers):
-        raise ProfileError(f"features.clip_layer is {settings.clip_layer}; CLIP has {len(layers)} layers, 0 to {len(layers) - 1} "
-                           f"or -1 to {-len(layers)} from the end.")
+        raise ProfileError(f"features.clip_layer is {settings.clip_layer}; CLIP has {len(layers)} layers, 0 to "
+                           f"{len(layers) - 1} or -1 to {-len(layers)} from the end.")
     return layers[settings.clip_layer]
-
-
-def clip_statistics(settings: Features) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the pixels by ``features.clip_normalisation``."""
-    return NORMALISATIONS[settings.clip_normalisation]

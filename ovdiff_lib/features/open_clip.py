@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-import os
 import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,38 +17,41 @@ import torch
 import torch.nn.functional as F
 
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
-from ovdiff_lib.features.clip import clip_layer, clip_statistics
+from ovdiff_lib.features.clip import NORMALISATIONS, clip_layer
 from ovdiff_lib.features.vit import ViTExtractor
+from ovdiff_lib.networks.checkpoints import fill, renamed
 from ovdiff_lib.networks.identity import resolve_model
 from ovdiff_lib.networks.loading import check_libraries, complete, load_network
+from ovdiff_lib.networks.published import OPEN_CLIP_FILES
+from ovdiff_lib.profiles.schema import Features, Profile
 
 if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer
     from transformers import CLIPModel
 
-    from ovdiff_lib.profiles.schema import Features, Profile
-
-DEFAULT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-"""Files open_clip looks for in a hub repository that a tag names without a file."""
+NAMES = {
+    "vision_model.": "", "embeddings.class_embedding": "class_embedding", "embeddings.patch_embedding": "conv1",
+    "embeddings.position_embedding.weight": "positional_embedding", "pre_layrnorm": "ln_pre",
+    "post_layernorm": "ln_post", "encoder.layers.": "transformer.resblocks.", ".layer_norm": ".ln_",
+    ".fc1.": ".c_fc.", ".fc2.": ".c_proj.", ".self_attn.": ".attn.",
+}
+"""The names of transformers and those of open_clip; queries, keys and values are fused."""
 
 
 class OpenClipExtractor(ViTExtractor):
-    """``kind`` "keys": the key third of the fused projection of layer ``features.clip_layer``; "tokens": output of that
-    whole layer.
-
-    The short side is ``features.clip_input_size``, the pixel statistics those of ``features.clip_normalisation``.
-    """
+    """``kind``, layer, short side and pixel statistics as :class:`~ovdiff_lib.features.clip.ClipExtractor` has them."""
 
     title = "CLIP of open_clip"
 
     def __init__(self, visual: VisionTransformer, settings: Features, kind: str) -> None:
         """Raises ``ProfileError`` for a layer the model does not have."""
-        super().__init__(f"open-clip-{kind}", visual, settings, "clip_input_size", visual.patch_size[0], visual.conv1.out_channels)
+        patch, channels = visual.patch_size[0], visual.conv1.out_channels
+        super().__init__(f"open-clip-{kind}", visual, settings, settings.clip_input_size, patch, channels)
         layer = clip_layer(visual.transformer.resblocks, settings)
         self.kind, self.attention = kind, layer.attn
-        # Attention runs as one fused operation, so no module puts the keys out: they are projected again from what it is given.
+        # Attention is one fused operation and no module puts the keys out: they are projected again from its input.
         self.source = {"keys": layer.ln_1, "tokens": layer}[kind]
-        self.mean, self.std = clip_statistics(settings)
+        self.mean, self.std = NORMALISATIONS[settings.clip_normalisation]
 
     @classmethod
     def build(cls, profile: Profile, kind: str) -> OpenClipExtractor:
@@ -57,8 +59,7 @@ class OpenClipExtractor(ViTExtractor):
         return cls(load_open_clip(profile), profile.features, kind)
 
     def run(self, pixels: torch.Tensor) -> None:
-        """Through the image tower, whose position embeddings have the length of one input size: those of this size take
-        their place."""
+        """The tower's position embeddings have the length of one input size: those of this size take their place."""
         grid = (pixels.shape[-2] // self.patch, pixels.shape[-1] // self.patch)
         positions = resize_positions(self.model.positional_embedding, grid)
         torch.func.functional_call(self.model, {"positional_embedding": positions}, (pixels,))
@@ -74,8 +75,7 @@ class OpenClipExtractor(ViTExtractor):
 def resize_positions(positions: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Position embeddings (1 + side^2, D), class token first, for a grid of patches (h, w): (1 + hw, D).
 
-    Bicubic without antialiasing, as transformers does it, so that both libraries agree; open_clip itself, which resizes
-    only when weights are loaded, uses antialiasing.
+    Bicubic without antialiasing, as transformers does it; open_clip itself, when weights are loaded, antialiases.
     """
     side = math.isqrt(len(positions) - 1)
     if (side, side) == tuple(grid):
@@ -93,33 +93,32 @@ def load_open_clip(profile: Profile) -> VisionTransformer:
     architecture ("...-quickgelu" has QuickGELU). Raises ``ModelNotAvailable`` and ``ProfileError``.
     """
     name, weights = profile.models.open_clip, profile.models.open_clip_pretrained
-    if not name:
-        raise ProfileError(f"models.open_clip is not set in the profile {profile.name!r}; set it to an architecture, for example "
-                           "ViT-B-16-quickgelu with models.open_clip_pretrained openai, or to a folder of transformers' CLIPModel.")
-    if isinstance(resolve_model(name), Path):
+    if not name or isinstance(resolve_model(name), Path):  # the first is refused there
         return load_network(profile, "open_clip", _convert)
     check_libraries()
     trained = _check_names(name, weights)
     file = _weights_file(name, weights, trained, profile.models.download) if trained else weights
-    build = functools.partial(_create, architecture=name, quick_gelu=bool(trained.get("quick_gelu")))
-    return load_network(profile, "open_clip", build, source=str(file), variant=f"{name} {trained.get('quick_gelu')}")
+    quick = bool(trained.get("quick_gelu"))
+    build = functools.partial(_create, name, quick)
+    return load_network(profile, "open_clip", build, source=file, variant=f"{name} {quick}")
 
 
 def _convert(source: Path, device: torch.device, dtype: torch.dtype, options: dict) -> VisionTransformer:
     from transformers import CLIPModel
 
-    model = complete("CLIP", CLIPModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options))
-    return from_transformers(model).eval().requires_grad_(False).to(device, dtype)
+    loaded = CLIPModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
+    return from_transformers(complete("CLIP", loaded)).to(device, dtype)
 
 
-def _create(source: Path, device: torch.device, dtype: torch.dtype, _options: dict, *, architecture: str,
-            quick_gelu: bool) -> VisionTransformer:
+def _create(architecture: str, quick_gelu: bool, source: Path, device: torch.device, dtype: torch.dtype,
+            _options: dict) -> VisionTransformer:
     import open_clip
 
     try:
-        # Some of open_clip's failures only log and leave random weights, hence require_pretrained; a wrong activation only warns.
-        model = open_clip.create_model(architecture, pretrained=str(source), force_quick_gelu=quick_gelu, require_pretrained=True,
-                                       pretrained_text=False)
+        # Some of open_clip's failures only log and leave random weights, hence require_pretrained; a wrong activation
+        # only warns.
+        model = open_clip.create_model(architecture, pretrained=str(source), force_quick_gelu=quick_gelu,
+                                       require_pretrained=True, pretrained_text=False)
     except (pickle.UnpicklingError, EOFError, KeyError, StopIteration) as error:
         raise ValueError("it is damaged, or not a checkpoint of open_clip") from error
     return complete("open_clip", (model.visual, {"missing_keys": []})).to(device, dtype)
@@ -134,42 +133,36 @@ def _check_names(architecture: str, weights: str) -> dict:
     known = open_clip.list_models()
     if architecture not in known:
         near = " or ".join(difflib.get_close_matches(architecture, known, 3)) or "for example ViT-B-16-quickgelu"
-        raise ProfileError(f"models.open_clip is {architecture!r}, neither a folder nor an architecture of open_clip; did you mean {near}?")
+        raise ProfileError(f"models.open_clip is {architecture!r}, neither a folder nor an architecture of open_clip; "
+                           f"did you mean {near}?")
     vision = open_clip.get_model_config(architecture)["vision_cfg"]
     if not isinstance(vision.get("layers"), int) or "timm_model_name" in vision or vision.get("attentional_pool"):
-        raise ProfileError(f"models.open_clip is {architecture!r}, whose image tower is not a plain ViT; name one that is, for example "
-                           "ViT-B-16-quickgelu.")
+        raise ProfileError(f"models.open_clip is {architecture!r}, whose image tower is not a plain ViT; name one that "
+                           "is, for example ViT-B-16-quickgelu.")
     trained = get_pretrained_cfg(architecture, weights) if weights else {}
     if not trained and not (weights and Path(weights).expanduser().is_file()):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none are known"
-        raise ProfileError(f"models.open_clip_pretrained is {weights!r}; for {architecture} give a weights file or a tag ({tags}).")
+        raise ProfileError(f"models.open_clip_pretrained is {weights!r}; for {architecture} give a weights file or a "
+                           f"tag ({tags}).")
     return trained
 
 
 def _weights_file(architecture: str, tag: str, trained: dict, download: bool) -> str:
-    """Path of a tag's weights in the caches that open_clip downloads to, or from there. ``ModelNotAvailable`` if they
-    cannot be had."""
+    """A tag's weights in the hub's cache, or from the hub. ``ModelNotAvailable`` if they cannot be had."""
     import open_clip
     from huggingface_hub import try_to_load_from_cache
 
-    repository, name = os.path.split(trained.get("hf_hub", ""))
-    if repository:
-        names = [Path(name).with_suffix(".safetensors").name, name] if name else DEFAULT_NAMES
-        found = [try_to_load_from_cache(repository, name) for name in names]
-        remedy = f"fetch it with `hf download {repository}`"
-    else:
-        found = [str(Path("~/.cache/clip").expanduser() / os.path.basename(trained["url"]))]
-        remedy = f"fetch {trained['url']} and name the file in models.open_clip_pretrained"
-    for path in found:
-        if isinstance(path, str) and os.path.isfile(path):
+    repository = trained["hf_hub"].rstrip("/")
+    for name in OPEN_CLIP_FILES[0]:
+        if isinstance(path := try_to_load_from_cache(repository, name), str):
             return path
+    remedy = f"fetch it with `hf download {repository}`, or set models.download to true"
     if download:
         try:
             return open_clip.download_pretrained(trained)
-        except (OSError, RuntimeError, ValueError) as error:
-            remedy = f"the download failed ({str(error).splitlines()[0][:160]}); check the network, or {remedy}"
-    raise ModelNotAvailable(f"The weights {tag!r} of open_clip's {architecture} are not on this machine; {remedy}"
-                            f"{'' if download else ', or set models.download to true'}.")
+        except OSError as error:
+            remedy = f"the download failed ({str(error).splitlines()[0][:160]}); check the network"
+    raise ModelNotAvailable(f"The weights {tag!r} of open_clip's {architecture} are not on this machine; {remedy}.")
 
 
 def from_transformers(model: CLIPModel) -> VisionTransformer:
@@ -182,20 +175,12 @@ def from_transformers(model: CLIPModel) -> VisionTransformer:
     if config.hidden_act not in activations:
         raise ValueError(f"its activation is {config.hidden_act}; open_clip has {' and '.join(activations)}")
     visual = VisionTransformer(
-        image_size=config.image_size, patch_size=config.patch_size, width=config.hidden_size, layers=config.num_hidden_layers,
-        heads=config.num_attention_heads, mlp_ratio=config.intermediate_size / config.hidden_size, output_dim=model.config.projection_dim,
-        act_layer=activations[config.hidden_act], norm_layer=functools.partial(LayerNorm, eps=config.layer_norm_eps))
-    tower = {name.removeprefix("vision_model."): value for name, value in state.items() if name.startswith("vision_model.")}
-    given = {"class_embedding": tower["embeddings.class_embedding"], "conv1.weight": tower["embeddings.patch_embedding.weight"],
-             "positional_embedding": tower["embeddings.position_embedding.weight"], "proj": state["visual_projection.weight"].T}
-    pairs = [("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm")]
-    for i in range(config.num_hidden_layers):
-        block, layer = f"transformer.resblocks.{i}", f"encoder.layers.{i}"
-        pairs += [(f"{block}.ln_1", f"{layer}.layer_norm1"), (f"{block}.ln_2", f"{layer}.layer_norm2"),
-                  (f"{block}.mlp.c_fc", f"{layer}.mlp.fc1"), (f"{block}.mlp.c_proj", f"{layer}.mlp.fc2"),
-                  (f"{block}.attn.out_proj", f"{layer}.self_attn.out_proj")]
-        for part in ("weight", "bias"):
-            given[f"{block}.attn.in_proj_{part}"] = torch.cat([tower[f"{layer}.self_attn.{x}_proj.{part}"] for x in "qkv"])
-    given |= {f"{new}.{part}": tower[f"{old}.{part}"] for new, old in pairs for part in ("weight", "bias")}
-    visual.load_state_dict(given)
-    return visual
+        image_size=config.image_size, patch_size=config.patch_size, width=config.hidden_size,
+        layers=config.num_hidden_layers, heads=config.num_attention_heads, output_dim=model.config.projection_dim,
+        mlp_ratio=config.intermediate_size / config.hidden_size, act_layer=activations[config.hidden_act],
+        norm_layer=functools.partial(LayerNorm, eps=config.layer_norm_eps))
+    given = renamed({name: value for name, value in state.items() if name.startswith("vision_model.")}, NAMES)
+    for query in [name for name in given if ".q_proj." in name]:
+        fused = torch.cat([given.pop(query.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"])
+        given[query.replace(".q_proj.", ".in_proj_")] = fused
+    return fill("CLIP", visual, given | {"proj": state["visual_projection.weight"].T})

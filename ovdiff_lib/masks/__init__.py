@@ -2,9 +2,8 @@
 
 A segmenter (the paper's Gamma) proposes masks without knowing any class; :mod:`~ovdiff_lib.masks.select` picks among
 them by attribution (Eq. 1). To add one, write a class with ``name`` and ``propose`` and give it a line in
-:data:`SEGMENTERS`: ``"name": Part(Mine)``, where ``Mine(profile)`` builds it. The prototype library's keys hold a hash
-of the module that defines ``Mine``, so that classes are built again after it was edited; ``Part(Mine, version="1")``
-puts a version of your own in its place (:class:`~ovdiff_lib.registry.Part`).
+:data:`SEGMENTERS`: ``"name": Part(Mine)``, where ``Mine(profile)`` builds it. After an edit of the module that defines
+``Mine`` the library's classes are built again (:class:`~ovdiff_lib.registry.Part`).
 """
 
 from __future__ import annotations
@@ -26,14 +25,13 @@ class Segmenter(Protocol):
     """Class-agnostic mask proposals for one image. ``name`` says in results what made a mask.
 
     A segmenter that is faster on several images at a time may also have ``propose_many(images, words)``: images u8 (n,
-    H, W, 3), and a list of what ``propose`` returns for each, up to rounding.
+    H, W, 3) to a list of what ``propose`` returns for each, up to rounding.
     """
 
     name: str
 
     def propose(self, image: np.ndarray, words: str) -> np.ndarray:
-        """bool (M, H, W), M >= 0 proposals that may overlap, for a u8 RGB image (H, W, 3). The background is not among
-        them.
+        """bool (M, H, W) of an image u8 RGB (H, W, 3): M >= 0 proposals, which may overlap, without the background.
 
         ``words`` name what the image was drawn for; only a segmenter guided by text reads them.
         """
@@ -59,7 +57,8 @@ SEGMENTERS: dict[str, Part] = {
 }
 """Name -> how the segmenter is built and what its proposals depend on."""
 
-COMMON_SETTINGS = ("segmenter", "threshold_", "background_below", "erosion", "overlaps", "fallback", "fallback_", "resize")
+COMMON_SETTINGS = ("segmenter", "threshold_", "background_below", "erosion", "overlaps", "fallback", "fallback_",
+                   "resize")
 """Fields of ``profile.masks`` that matter with any segmenter."""
 
 

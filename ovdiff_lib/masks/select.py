@@ -1,15 +1,16 @@
-"""Eq. 1: among mask proposals, the one with the highest average attribution is foreground, the one with the lowest
-background."""
+"""Eq. 1: among mask proposals, that of highest average attribution is foreground, that of lowest background."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
-from ovdiff_lib.errors import InputError
+from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.masks import Segmenter, build_segmenter
-from ovdiff_lib.masks.threshold import NOT_FINITE, check_fixed, check_multi_otsu, fixed_thresholds, multi_otsu
+from ovdiff_lib.masks.threshold import fixed_thresholds, multi_otsu
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.profiles.schema import Masks, Profile
 from ovdiff_lib.types import ForegroundBackground, SupportSet
@@ -19,23 +20,19 @@ TOGETHER = 8
 
 
 def select(proposals: np.ndarray, attribution: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eq. 1: foreground and background, bool (H, W), from proposals bool (M, H, W) and their mean attribution, f32 (H,
-    W).
+    """Eq. 1: foreground and background, bool (H, W), from proposals bool (M, H, W) and attribution f32 (H, W).
 
     What no proposal covers is one more mask (the paper's "including a mask for the background"). Where the two chosen
     masks overlap the pixel is foreground. Both are empty without a proposal; one that covers the image has no
     background.
     """
     if not proposals.any():
-        empty = np.zeros(attribution.shape, dtype=bool)
-        return empty, empty.copy()
+        return np.zeros(attribution.shape, dtype=bool), np.zeros(attribution.shape, dtype=bool)
     masks = np.concatenate([proposals, ~proposals.any(axis=0, keepdims=True)])
     masks = masks[masks.any(axis=(1, 2))]
     mean = mean_attribution(masks, attribution)
-    best, worst = int(mean.argmax()), int(mean.argmin())
-    foreground = masks[best]
-    background = masks[worst] & ~foreground if worst != best else np.zeros_like(foreground)
-    return foreground, background
+    foreground, background = masks[mean.argmax()], masks[mean.argmin()]
+    return foreground, background & ~foreground
 
 
 def mean_attribution(masks: np.ndarray, attribution: np.ndarray) -> np.ndarray:
@@ -45,13 +42,11 @@ def mean_attribution(masks: np.ndarray, attribution: np.ndarray) -> np.ndarray:
 
 
 def separate(proposals: np.ndarray, attribution: np.ndarray) -> np.ndarray:
-    """Proposals bool (M, H, W) made disjoint: a pixel of several stays with the one of highest mean attribution as a
-    whole."""
+    """Proposals bool (M, H, W) made disjoint: a pixel of several stays with the one of highest mean attribution."""
     proposals = proposals[proposals.any(axis=(1, 2))]
     order = np.argsort(-mean_attribution(proposals, attribution), kind="stable")
     ranked = proposals[order]
-    taken = np.logical_or.accumulate(ranked, axis=0)
-    ranked[1:] &= ~taken[:-1]
+    ranked[1:] &= ~np.logical_or.accumulate(ranked, axis=0)[:-1]
     alone = np.empty_like(proposals)
     alone[order] = ranked
     return alone[alone.any(axis=(1, 2))]
@@ -59,10 +54,14 @@ def separate(proposals: np.ndarray, attribution: np.ndarray) -> np.ndarray:
 
 def check_masks(settings: Masks) -> None:
     """``ProfileError`` for values of ``profile.masks`` that do not go together."""
-    if settings.fallback == "fixed":
-        check_fixed(settings.fallback_foreground, settings.fallback_background)
-    else:
-        check_multi_otsu(settings.threshold_classes, settings.threshold_foreground)
+    low, high = settings.fallback_background, settings.fallback_foreground
+    if settings.fallback == "fixed" and low > high:
+        raise ProfileError(f"masks.fallback_background is {low} and masks.fallback_foreground {high}; set the first at "
+                           "most as high as the second.")
+    levels = settings.threshold_foreground
+    if settings.fallback != "fixed" and levels >= settings.threshold_classes:
+        raise ProfileError(f"masks.threshold_foreground is {levels}; set it to a number from 1 to "
+                           f"{settings.threshold_classes - 1}, below masks.threshold_classes.")
 
 
 def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | None = None) -> ForegroundBackground:
@@ -73,28 +72,25 @@ def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | Non
     """
     from tqdm import tqdm
 
-    settings = profile.masks
+    settings, images = profile.masks, support.images
     check_masks(settings)
     segmenter = segmenter or build_segmenter(profile)
-    label = segmenter.name
-    attribution = upsample(support.attribution, support.images.shape[1:3])
+    attribution = upsample(support.attribution, images.shape[1:3])
     if not np.isfinite(attribution).all():
-        raise InputError(NOT_FINITE)
-    foreground, background = (np.zeros(attribution.shape, dtype=bool) for _ in range(2))
-    source, images = [], support.images
-    proposed = proposals(segmenter, images, support.category.prompt)
-    waited = tqdm(zip(images, proposed, strict=True), desc=f"masks of {support.category.name}", total=len(images), leave=False, delay=3)
-    for n, (image, found) in enumerate(waited):
-        masks = np.asarray(found, dtype=bool)
-        if masks.ndim != 3 or masks.shape[1:] != image.shape[:2]:
-            raise InputError(f"The segmenter {label!r} returned masks of shape {masks.shape}; "
-                             f"propose() must return bool (M, {image.shape[0]}, {image.shape[1]}).")
-        some = bool(masks.any())
-        if some and settings.overlaps == "attribution":
+        raise InputError("The attribution maps hold values that are not finite; check the diffusion model's weights, "
+                         "or use dtype float32.")
+    foreground, background = np.zeros((2, *attribution.shape), dtype=bool)
+    source, found = [], proposals(segmenter, images, support.category.prompt)
+    waited = tqdm(found, desc=f"masks of {support.category.name}", total=len(images), leave=False, delay=3)
+    for n, masks in zip(range(len(images)), waited, strict=True):
+        masks = np.asarray(masks, dtype=bool)
+        if masks.ndim != 3 or masks.shape[1:] != attribution.shape[1:]:
+            raise InputError(f"The segmenter {segmenter.name!r} returned masks of shape {masks.shape}; propose() must "
+                             f"return bool (M, {images.shape[1]}, {images.shape[2]}).")
+        if settings.overlaps == "attribution":
             masks = separate(masks, attribution[n])
-        if some:
-            foreground[n], background[n] = select(masks, attribution[n])
-        source.append(label if some else "threshold")
+        foreground[n], background[n] = select(masks, attribution[n])
+        source.append(segmenter.name if masks.any() else "threshold")
     bare = [n for n, made_by in enumerate(source) if made_by == "threshold"]
     if bare:  # searching thresholds costs as much as a network
         foreground[bare], background[bare] = _thresholds(attribution, bare, settings)
@@ -102,31 +98,27 @@ def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | Non
 
 
 def proposals(segmenter: Segmenter, images: np.ndarray, words: str) -> Iterator[np.ndarray]:
-    """What ``segmenter`` proposes for each of the images u8 (N, H, W, 3), :data:`TOGETHER` at a time where it has
-    ``propose_many``."""
+    """What ``segmenter`` proposes for each of the images u8 (N, H, W, 3), :data:`TOGETHER` at a time where it can."""
     several = getattr(segmenter, "propose_many", None)
     for start in range(0, len(images), TOGETHER if several else 1):
         with undisturbed():
-            found = several(images[start : start + TOGETHER], words) if several else [segmenter.propose(images[start], words)]
+            group = images[start : start + TOGETHER]
+            found = several(group, words) if several else [segmenter.propose(group[0], words)]
         yield from found
 
 
-def _thresholds(attribution: np.ndarray, chosen: list[int], settings: Masks) -> tuple[np.ndarray, np.ndarray]:
-    """Foreground and background of the maps at the indices ``chosen``; thresholds of the whole set are those of all
-    maps."""
+def _thresholds(attribution: np.ndarray, chosen: list[int], settings: Masks) -> tuple[np.ndarray, ...]:
+    """Foreground and background of the maps at the indices ``chosen``."""
     if settings.fallback == "fixed":
         return fixed_thresholds(attribution[chosen], settings.fallback_foreground, settings.fallback_background)
-    if settings.threshold_scope == "set":
-        foreground, background = multi_otsu(attribution, settings.threshold_classes, "set", settings.threshold_foreground)
-        return foreground[chosen], background[chosen]
-    return multi_otsu(attribution[chosen], settings.threshold_classes, settings.threshold_scope, settings.threshold_foreground)
+    levels = settings.threshold_classes, settings.threshold_foreground
+    if settings.threshold_scope == "set":  # the levels of all maps, not of the chosen ones alone
+        return tuple(masks[chosen] for masks in multi_otsu(attribution, *levels))
+    return tuple(np.stack([multi_otsu(attribution[n], *levels) for n in chosen], axis=1))
 
 
 def upsample(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Maps f32 (n, h, w) resized bilinearly to (n, *size)."""
-    import torch
-    import torch.nn.functional as F
-
     tensor = torch.from_numpy(np.ascontiguousarray(maps, dtype=np.float32))[:, None]
     return F.interpolate(tensor, size=tuple(size), mode="bilinear", align_corners=False)[:, 0].numpy()
 
@@ -138,8 +130,8 @@ def _tighten(background: np.ndarray, attribution: np.ndarray, settings: Masks) -
     if settings.erosion > 0:
         from scipy.ndimage import binary_erosion
 
-        # One structure per image: the leading axis of length 1 keeps neighbours within an image. What lies outside the image is unknown,
-        # not object, so the border itself does not erode.
+        # The leading axis of length 1 keeps to one image. What lies outside it is unknown, not object, so the border
+        # itself does not erode.
         cross = np.array([[[0, 1, 0], [1, 1, 1], [0, 1, 0]]], dtype=bool)
         background = binary_erosion(background, cross, iterations=settings.erosion, border_value=1)
     return background

@@ -1,12 +1,17 @@
 """Extractors: a contract that every registry entry keeps, and oracles that compute the same features another way."""
 
+import ast
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from sentences import refused
 
+import ovdiff_lib
 from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
 from ovdiff_lib.features import EXTRACTORS, build_extractors
 from ovdiff_lib.features.clip import CLIP_MEAN, CLIP_STD
@@ -48,7 +53,8 @@ def check_extractor(profile, name, shape):
     features += 0  # an ordinary tensor, not an inference tensor
     alone = extractor(images[3:4], seeds[3:4])
     torch.testing.assert_close(alone[0], features[3], rtol=1e-3, atol=1e-3)  # companions and batch size do not matter
-    assert torch.equal(extractor(images[3:4], seeds[3:4]), alone)
+    turned = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)  # as a pipeline gives them: channel by channel
+    assert turned.strides != images.strides and torch.equal(extractor(turned[3:4], seeds[3:4]), alone)  # to the last bit
     assert extractor(images[:0], seeds[:0]).shape == (0, h, w, channels)
 
 
@@ -96,30 +102,39 @@ def test_contract(tiny_profile, name, shape):
 
 
 @pytest.mark.parametrize("name", EXTRACTORS)
-def test_wrong_arguments(tiny_profile, name):
+def test_rest_of_the_contract(tiny_profile, name):
     check_wrong_arguments(tiny_profile, name)
-
-
-@pytest.mark.parametrize("name", EXTRACTORS)
-@pytest.mark.parametrize("shape", EXTREMES)
-def test_extreme_sizes_work_or_give_one_sentence(tiny_profile, name, shape):
-    check_extreme_size(tiny_profile, name, shape)
-
-
-@pytest.mark.parametrize("name", EXTRACTORS)
-def test_a_cell_is_where_its_pixels_are(tiny_profile, name):
     check_place(tiny_profile, name)
+    check_dependencies(tiny_profile, EXTRACTORS[name])
+    for shape in EXTREMES:
+        check_extreme_size(tiny_profile, name, shape)
 
 
 @pytest.mark.parametrize("name", EXTRACTORS)
-def test_what_features_depend_on_are_profile_fields(tiny_profile, name):
-    check_dependencies(tiny_profile, EXTRACTORS[name])
+def test_features_that_are_not_finite_are_reported(tiny_profile, monkeypatch, name):
+    extractor = EXTRACTORS[name](tiny_profile)
+    model = extractor.pipe.unet if hasattr(extractor, "pipe") else getattr(extractor, "model", None)
+    if model is None:
+        pytest.skip("it has no network whose weights could be damaged")
+    weights = next(getattr(model, "vision_model", model).parameters())
+    monkeypatch.setattr(weights, "data", torch.full_like(weights, float("nan")))
+    with refused(OVDiffError, "not finite"):
+        extractor(pictures(1, 64, 64), np.array([0]))
+
+
+@pytest.mark.parametrize("folder", ["features", "masks", "networks"])
+def test_network_libraries_are_imported_where_they_are_used(folder):
+    """They take seconds: a program that needs none of them does not wait."""
+    for path in (Path(ovdiff_lib.__file__).parent / folder).rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", ())]
+            assert not {"transformers", "diffusers", "torchvision", "open_clip"} & {name.split(".")[0] for name in names}, path
 
 
 def test_build_extractors(tiny_profile):
     built = build_extractors(tiny_profile.override({"features.extractors": ["clip-keys", "sd"]}))
     assert list(built) == ["clip-keys", "sd"] and all(e.name == n for n, e in built.items())
-    with pytest.raises(ProfileError, match=r"clip-tokens.*Did you mean 'mae'"):
+    with refused(ProfileError, "clip-tokens", "Did you mean 'mae'"):
         build_extractors(tiny_profile.override({"features.extractors": ["MAEE"]}))
 
 
@@ -134,7 +149,7 @@ class QueryKeeper(AttnProcessor):
 
 
 @torch.no_grad()
-def queries_by_hand(profile, pixels, noise, timestep, layers=LAYERS, spread=None):
+def queries_by_hand(profile, pixels, noise, timestep=200, spread=None):
     """The paper's recipe through other doors: DDPM's add_noise, an attention processor, a reshape by known factors."""
     pipe = load_diffusion(profile)
     posterior = pipe.vae.encode(pixels).latent_dist
@@ -142,18 +157,18 @@ def queries_by_hand(profile, pixels, noise, timestep, layers=LAYERS, spread=None
     noised = DDPMScheduler.from_config(pipe.scheduler.config).add_noise(latents, noise, torch.tensor([timestep] * len(latents)))
     ids = pipe.tokenizer("", padding="max_length", max_length=32, return_tensors="pt").input_ids
     prompt = pipe.text_encoder(ids)[0].repeat(len(latents), 1, 1)
-    modules = {layer: pipe.unet.get_submodule(layer + ".transformer_blocks.0.attn2") for layer in layers}
-    former = {layer: module.processor for layer, module in modules.items()}
-    for module in modules.values():
+    modules = [pipe.unet.get_submodule(layer + ".transformer_blocks.0.attn2") for layer in LAYERS]
+    former = [module.processor for module in modules]
+    for module in modules:
         module.set_processor(QueryKeeper())
     pipe.unet(noised, timestep, prompt)
     grids = []
-    for layer, module in modules.items():
+    for module, processor in zip(modules, former, strict=True):
         n, tokens, channels = module.processor.query.shape
         side = {256: 16, 64: 8, 16: 4}[tokens]
         grid = module.processor.query.reshape(n, side, side, channels).permute(0, 3, 1, 2)
         grids.append(F.interpolate(grid, (16, 16), mode="bilinear").permute(0, 2, 3, 1))
-        module.set_processor(former[layer])
+        module.set_processor(processor)
     return torch.cat(grids, dim=-1)
 
 
@@ -166,104 +181,71 @@ def drawn(seed, samples=1):
     return torch.randn(samples + 1, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
+def assert_by_hand(features, expected):
+    torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("timestep", [0, 200, 999])
 def test_sd_equals_the_recipe_by_hand(tiny_profile, timestep):
     images = pictures(2, 64, 64)
-    noise = torch.stack([drawn(7)[0], drawn(9)[0]])
-    expected = queries_by_hand(tiny_profile, signed(images), noise, timestep)
-    features = sd(tiny_profile, sd_timestep=timestep)(images, np.array([7, 9]))
-    torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
+    expected = queries_by_hand(tiny_profile, signed(images), torch.stack([drawn(7)[0], drawn(9)[0]]), timestep)
+    load_diffusion(tiny_profile).scheduler.set_timesteps(7)  # as sampling leaves it
+    extractor = sd(tiny_profile, sd_timestep=timestep)
+    assert_by_hand(extractor(images, np.array([7, 9])), expected)
+    if timestep == 200:
+        assert extractor.signal == pytest.approx(0.753692, abs=1e-6)  # the closed form for Stable Diffusion's noise
 
 
-def test_sd_noise_level_is_that_of_stable_diffusion(tiny_profile):
-    assert sd(tiny_profile).signal == pytest.approx(0.753692, abs=1e-6)  # the closed form at tau = 200
+def test_sd_variants_equal_the_recipe_by_hand(tiny_profile):
+    images, seeds = pictures(1, 64, 64), np.array([4])
+    first, second, _ = drawn(4, samples=2)
+    expected = sum(queries_by_hand(tiny_profile, signed(images), noise[None]) for noise in (first, second)) / 2
+    assert_by_hand(sd(tiny_profile, sd_noise_samples=2)(images, seeds), expected)
+    noise, spread = drawn(4)
+    features = sd(tiny_profile, sd_latent="sample")(images, seeds)
+    assert_by_hand(features, queries_by_hand(tiny_profile, signed(images), noise[None], spread=spread[None]))
+    assert (features - sd(tiny_profile)(images, seeds)).abs().mean() > 1e-3
+    fixed = sd(tiny_profile, sd_noise="fixed", seed=4)(np.repeat(images, 2, axis=0), np.array([5, 6]))
+    assert_by_hand(fixed, queries_by_hand(tiny_profile, signed(images), noise[None]).expand_as(fixed))
+    wide = pictures(1, 40, 100)
+    pixels = F.interpolate(signed(wide), (64, 64), mode="bilinear", antialias=True)  # every window becomes the square
+    assert_by_hand(sd(tiny_profile)(wide, seeds), queries_by_hand(tiny_profile, pixels, noise[None]))
+    assert sd(tiny_profile, sd_input_size=40)(images, seeds).shape == (1, 10, 10, sum(CHANNELS))
 
 
-def test_sd_does_not_depend_on_sampling_done_before(tiny_profile):
-    images, extractor = pictures(1, 64, 64), sd(tiny_profile)
-    first = extractor(images, np.array([0]))
-    load_diffusion(tiny_profile).scheduler.set_timesteps(7)
-    assert torch.equal(sd(tiny_profile)(images, np.array([0])), first)
+def test_sd_takes_images_of_several_sizes(tiny_profile):
+    extractor, images = sd(tiny_profile), [pictures(1, 40, 100)[0], pictures(1, 64, 64)[0], pictures(1, 64, 64, 1)[0]]
+    together = extractor(images, np.arange(3))
+    for n, image in enumerate(images):
+        torch.testing.assert_close(together[n], extractor(image[None], np.array([n]))[0], rtol=1e-4, atol=1e-4)
 
 
-def test_sd_layers_are_concatenated_in_the_order_given(tiny_profile):
-    images, seeds = pictures(1, 64, 64), np.array([0])
-    forward = sd(tiny_profile)(images, seeds).split(CHANNELS, dim=-1)
-    backward = sd(tiny_profile, sd_layers=LAYERS[::-1])(images, seeds).split(CHANNELS[::-1], dim=-1)
-    assert sd(tiny_profile).channels == sum(CHANNELS)
-    assert all(torch.equal(a, b) for a, b in zip(forward, backward[::-1], strict=True))
+@pytest.mark.parametrize(("name", "field", "value", "told"), [
+    ("sd", "sd_timestep", 1000, "999"), ("sd", "sd_input_size", 63, "4"), ("clip-tokens", "clip_layer", 3, "3 layers"),
+    ("clip-tokens", "clip_layer", -4, "-3"), ("open-clip-keys", "clip_layer", 3, "3 layers"),
+    *(("sd", "sd_layers", layers, "up_blocks.2.attentions.1") for layers in (
+        [], ["down_blocks.0.attentions.0", "up_blocks.7.attentions.0"], ["mid_block"]))])
+def test_values_that_the_network_does_not_have(tiny_profile, name, field, value, told):
+    with refused(ProfileError, f"features.{field}", told):
+        EXTRACTORS[name](tiny_profile.override({f"features.{field}": value}))
 
 
-def test_sd_seeded_and_fixed_noise(tiny_profile):
-    images = np.repeat(pictures(1, 64, 64), 3, axis=0)
-    seeds = np.array([5, 5, 6])
-    seeded = sd(tiny_profile)(images, seeds)
-    torch.testing.assert_close(seeded[0], seeded[1], rtol=1e-4, atol=1e-4)
-    assert (seeded[0] - seeded[2]).abs().mean() > 1e-2
-    fixed = sd(tiny_profile, sd_noise="fixed", seed=6)(images, seeds)
-    torch.testing.assert_close(fixed, seeded[2].expand_as(fixed), rtol=1e-4, atol=1e-4)
-
-
-def test_sd_averages_features_over_noise_samples(tiny_profile):
-    images, (first, second, _) = pictures(1, 64, 64), drawn(4, samples=2)
-    expected = (queries_by_hand(tiny_profile, signed(images), first[None], 200)
-                + queries_by_hand(tiny_profile, signed(images), second[None], 200)) / 2
-    torch.testing.assert_close(sd(tiny_profile, sd_noise_samples=2)(images, np.array([4])), expected, rtol=1e-3, atol=1e-4)
-
-
-def test_sd_latent_sampled_from_the_posterior(tiny_profile):
-    images, (noise, spread) = pictures(1, 64, 64), drawn(4)
-    features = sd(tiny_profile, sd_latent="sample")(images, np.array([4]))
-    expected = queries_by_hand(tiny_profile, signed(images), noise[None], 200, spread=spread[None])
-    torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
-    assert (features - sd(tiny_profile)(images, np.array([4]))).abs().mean() > 1e-3
-
-
-def test_sd_resizes_every_window_to_its_square(tiny_profile):
-    images, seeds = pictures(1, 40, 100), np.array([3])
-    pixels = F.interpolate(signed(images), (64, 64), mode="bilinear", antialias=True)
-    features = sd(tiny_profile)(images, seeds)
-    torch.testing.assert_close(features, queries_by_hand(tiny_profile, pixels, drawn(3)[:1], 200), rtol=1e-3, atol=1e-4)
-
-
-def test_sd_input_size_sets_the_grid(tiny_profile):
-    assert sd(tiny_profile, sd_input_size=40)(pictures(1, 64, 64), np.array([0])).shape == (1, 10, 10, sum(CHANNELS))
-
-
-@pytest.mark.parametrize("layers", [[], ["down_blocks.0.attentions.0", "up_blocks.7.attentions.0"], ["mid_block"]])
-def test_sd_layers_that_do_not_exist(tiny_profile, layers):
-    with pytest.raises(ProfileError, match=r"legal ones are down_blocks\.0\.attentions\.0, ") as caught:
-        sd(tiny_profile, sd_layers=layers)
-    assert "mid_block.attentions.0" in str(caught.value) and "up_blocks.2.attentions.1" in str(caught.value)
-
-
-@pytest.mark.parametrize(("field", "value"), [("sd_timestep", 1000), ("sd_input_size", 63)])
-def test_sd_values_out_of_range(tiny_profile, field, value):
-    with pytest.raises(ProfileError, match=f"features.{field}"):
-        sd(tiny_profile, **{field: value})
+def fail(*_args, **_kwargs):
+    raise RuntimeError("it ran")
 
 
 def test_sd_hooks_are_removed_after_an_error(tiny_profile, monkeypatch):
     extractor = sd(tiny_profile)
-
-    def fail(*_args, **_kwargs):
-        raise RuntimeError("out of memory")
-
     monkeypatch.setattr(extractor.pipe.unet.up_blocks[0], "forward", fail)  # after some cross-attention has run
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(RuntimeError, match="it ran"):
         extractor(pictures(1, 64, 64), np.array([0]))
     assert not any(query._forward_hooks for query in extractor.queries.values())
 
 
 def test_sd_runs_no_layer_behind_the_last_it_reads(tiny_profile, monkeypatch):
     """The same queries, whether they are read at the end of a run or in the middle."""
-    images, seeds, first = pictures(2, 64, 64), np.arange(2), ["down_blocks.0.attentions.0"]
-    every = sd(tiny_profile)(images, seeds)
-    extractor = sd(tiny_profile, sd_layers=first)
-
-    def fail(*_args, **_kwargs):
-        raise RuntimeError("ran")
-
+    images, seeds = pictures(2, 64, 64), np.arange(2)
+    every, extractor = sd(tiny_profile)(images, seeds), sd(tiny_profile, sd_layers=LAYERS[:1])
     monkeypatch.setattr(extractor.pipe.unet.mid_block, "forward", fail)
     torch.testing.assert_close(extractor(images, seeds), every[..., : extractor.channels], rtol=0, atol=0)
 
@@ -272,23 +254,13 @@ def test_sd_layers_of_the_paper_give_its_7680_channels():
     config = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8}  # Stable Diffusion v1.5
     with torch.device("meta"):
         modules = dict(UNet2DConditionModel(**config).named_modules())
-    layers = load_profile("paper").features.sd_layers
-    assert sum(modules[layer + QUERY].out_features for layer in layers) == 7680
-
-
-@pytest.mark.parametrize("name", EXTRACTORS)
-def test_half_precision_gives_float_features_close_to_full(tiny_profile, name):
-    images, seeds = pictures(1, 64, 64), np.array([0])
-    full = EXTRACTORS[name](tiny_profile)(images, seeds)
-    half = EXTRACTORS[name](tiny_profile.override({"models.dtype": "bfloat16"}))(images, seeds)
-    assert half.dtype == torch.float32
-    assert F.cosine_similarity(full, half, dim=-1).mean() > 0.98
+    assert sum(modules[layer + QUERY].out_features for layer in load_profile("paper").features.sd_layers) == 7680
 
 
 # ---- CLIP
 
 @pytest.mark.parametrize("layer", [0, -2, 2])
-@pytest.mark.parametrize("shape", [(64, 64), (48, 48), (64, 104)])
+@pytest.mark.parametrize("shape", [(64, 64), (64, 104)])
 def test_clip_equals_hidden_states_of_the_library(tiny_profile, layer, shape):
     model = load_clip(tiny_profile)[0]
     images = pictures(2, *shape)
@@ -299,57 +271,29 @@ def test_clip_equals_hidden_states_of_the_library(tiny_profile, layer, shape):
         block = model.vision_model.encoder.layers[layer]
         index = layer % 3  # states[i] enters layer i
         keys = block.self_attn.k_proj(block.layer_norm1(states[index]))
-    grid = (2, shape[0] // 8, shape[1] // 8, 32)
     profile = tiny_profile.override({"features.clip_layer": layer})
-    torch.testing.assert_close(EXTRACTORS["clip-keys"](profile)(images, np.zeros(2)), keys[:, 1:].reshape(grid), rtol=1e-4, atol=1e-4)
-    tokens = states[index + 1][:, 1:].reshape(grid)
-    torch.testing.assert_close(EXTRACTORS["clip-tokens"](profile)(images, np.zeros(2)), tokens, rtol=1e-4, atol=1e-4)
+    for kind, expected in (("keys", keys), ("tokens", states[index + 1])):
+        expected = expected[:, 1:].reshape(2, shape[0] // 8, shape[1] // 8, 32)
+        torch.testing.assert_close(EXTRACTORS[f"clip-{kind}"](profile)(images, np.zeros(2)), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("shape", "expected"), [
-    ((448, 448), (448, 448)), ((336, 336), (336, 336)), ((340, 340), (344, 344)),  # windows: native size, rounded up to the patch of 8
-    ((512, 512), (448, 448)), ((512, 768), (448, 672)), ((100, 200), (448, 896)), ((200, 101), (888, 448))])
-def test_clip_input_size(tiny_profile, shape, expected):
-    assert EXTRACTORS["clip-keys"](tiny_profile.override({"features.clip_input_size": 448})).input_size(*shape) == expected
+@pytest.mark.parametrize(("name", "field"), [("clip-keys", "clip"), ("open-clip-keys", "clip"), ("dino", "dino"), ("mae", "mae")])
+def test_input_size(tiny_profile, name, field):
+    size = EXTRACTORS[name](tiny_profile.override({f"features.{field}_input_size": 448})).input_size
+    for shape, expected in {  # windows keep their native size, rounded up to the patch of 8
+            (448, 448): (448, 448), (336, 336): (336, 336), (340, 340): (344, 344), (512, 512): (448, 448), (512, 768): (448, 672),
+            (100, 200): (448, 896), (200, 101): (888, 448)}.items():
+        assert size(*shape) == expected
+    other = EXTRACTORS["dino" if field != "dino" else "mae"](tiny_profile.override({f"features.{field}_input_size": 448}))
+    assert other.input_size(512, 512) == (64, 64)  # settings of one model leave the others alone
 
 
 def test_an_image_may_make_so_many_patches_and_no_more(tiny_profile):
     extractor = EXTRACTORS["clip-keys"](tiny_profile)  # short side 64, patches of 8
     assert extractor.input_size(64, 16_384) == (64, 16_384)  # 8 x 2,048
     for shape in ((64, 16_385), (2, 1000), (1000, 2)):
-        with pytest.raises(InputError, match=rf"{shape[0]} x {shape[1]} pixels makes .* 16,384"):
+        with refused(InputError, f"{shape[0]} x {shape[1]} pixels", "16,384"):
             extractor.input_size(*shape)
     for shape in ((0, 64), (64, 0), (0, 0)):
-        with pytest.raises(InputError, match="at least 1 x 1"):
+        with refused(InputError, "at least 1 x 1"):
             extractor(np.zeros((1, *shape, 3), np.uint8), np.zeros(1))
-
-
-@pytest.mark.parametrize(("field", "value"), [("clip_layer", 3), ("clip_layer", -4)])
-def test_clip_values_out_of_range(tiny_profile, field, value):
-    with pytest.raises(ProfileError, match=f"features.{field}"):
-        EXTRACTORS["clip-tokens"](tiny_profile.override({f"features.{field}": value}))
-
-
-@pytest.mark.parametrize("name", EXTRACTORS)
-def test_features_that_are_not_finite_are_reported(tiny_profile, monkeypatch, name):
-    extractor = EXTRACTORS[name](tiny_profile)
-    model = extractor.pipe.unet if hasattr(extractor, "pipe") else getattr(extractor, "model", None)
-    if model is None:
-        pytest.skip("it has no network whose weights could be damaged")
-    model = getattr(model, "vision_model", model)
-    weights = next(model.parameters())
-    monkeypatch.setattr(weights, "data", torch.full_like(weights, float("nan")))
-    with pytest.raises(OVDiffError, match="not finite"):
-        extractor(pictures(1, 64, 64), np.array([0]))
-
-
-def test_features_do_not_depend_on_how_an_image_lies_in_memory(tiny_profile):
-    """To the last bit: an entry of the library is the same whether its images were just drawn or read from a file."""
-    from ovdiff_lib.features import EXTRACTORS
-
-    images, seeds = np.random.default_rng(0).integers(0, 256, (3, 40, 72, 3), dtype=np.uint8), np.arange(3)
-    turned = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)  # as a pipeline gives them: channel by channel
-    assert (turned == images).all() and turned.strides != images.strides
-    for name in ("sd", "clip-keys"):
-        extractor = EXTRACTORS[name](tiny_profile)
-        assert torch.equal(extractor(images, seeds), extractor(turned, seeds))

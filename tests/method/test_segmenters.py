@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from segmenter_models import make_segmenter_models, segmenter_overrides
+from sentences import refused
+from torchvision.ops import masks_to_boxes, nms
 
 from ovdiff_lib.errors import InputError, ModelNotAvailable, OVDiffError, ProfileError
 from ovdiff_lib.masks import COMMON_SETTINGS, SEGMENTERS
 from ovdiff_lib.masks.segmenters import cutler
-from ovdiff_lib.masks.segmenters.cutler import CONFIG, CutLER, check_checksum, input_size, read_checkpoint
-from ovdiff_lib.masks.segmenters.sam import GroundedSam, SegmentAnything
+from ovdiff_lib.masks.segmenters.cutler import CONFIG, CutLER, check_checksum, input_size
+from ovdiff_lib.networks.checkpoints import read_checkpoint
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.profiles.schema import Masks, Models
 
@@ -62,8 +64,7 @@ def picture(shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
 
 
-# The contract: what every entry of the registry keeps
-
+# ---- the contract: what every entry of the registry keeps
 
 SHAPES = [(36, 60), (61, 33)]
 EXTREMES = [(1, 1), (2, 3), (3, 3), (1, 200), (200, 1)]
@@ -110,52 +111,33 @@ def check_dependencies(part):
 
 
 @pytest.mark.parametrize("name", SEGMENTERS)
-def test_name_is_the_registered_one(built, name):
-    assert built(name).name == name
-
-
-@pytest.mark.parametrize("name", SEGMENTERS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_proposals_are_boolean_masks_of_the_image_and_repeatable(built, name, shape):
-    check_proposals(built(name), shape)
-
-
-@pytest.mark.parametrize("name", SEGMENTERS)
-@pytest.mark.parametrize("shape", EXTREMES)
-def test_extreme_sizes_work_or_give_one_sentence(built, name, shape):
-    check_extreme_size(built(name), shape)
-
-
-@pytest.mark.parametrize("name", SEGMENTERS)
-def test_an_image_of_one_colour_is_no_trouble(built, name):
-    check_one_colour(built(name))
-
-
-@pytest.mark.parametrize("name", SEGMENTERS)
-def test_what_results_depend_on_are_profile_fields(name):
+def test_the_contract(built, name):
     check_dependencies(SEGMENTERS[name])
+    segmenter = built(name)
+    assert segmenter.name == name
+    for shape in SHAPES:
+        check_proposals(segmenter, shape)
+    for shape in EXTREMES:
+        check_extreme_size(segmenter, shape)
+    check_one_colour(segmenter)
 
 
 @pytest.mark.parametrize("name", [name for name in SEGMENTERS if SEGMENTERS[name].models and name not in NEEDS])
 def test_a_model_that_is_not_set_or_not_there_is_named(models, name):
     field = SEGMENTERS[name].models[0]
-    with pytest.raises(ProfileError, match=rf"models\.{field}"):
-        SEGMENTERS[name](profile(models, name, **{f"models.{field}": ""}))
-    with pytest.raises(ModelNotAvailable, match="does not exist"):
-        SEGMENTERS[name](profile(models, name, **{f"models.{field}": "/no/such/folder"}))
-    with pytest.raises(ModelNotAvailable):  # a folder of another model
-        SEGMENTERS[name](profile(models, name, **{f"models.{field}": str(models)}))
+    for source, error, told in (("", ProfileError, f"models.{field}"), ("/no/such/folder", ModelNotAvailable, "does not exist"),
+                                (str(models), ModelNotAvailable, str(models))):  # the last is no folder of a model
+        with refused(error, told):
+            SEGMENTERS[name](profile(models, name, **{f"models.{field}": source}))
 
 
-# CutLER
+# ---- CutLER
 
-
-@pytest.mark.parametrize(("shape", "expected"), [
-    ((512, 512), (800, 800)), ((480, 640), (800, 1067)), ((640, 480), (1067, 800)), ((300, 900), (444, 1333)), ((1, 1), (800, 800)),
-    ((2, 3), (800, 1200)), ((1, 5000), (1, 1333)), ((800, 1333), (800, 1333)), ((1600, 3000), (711, 1333)),
-])
-def test_the_resize_rule_by_hand(shape, expected):
-    assert input_size(*shape) == expected
+def test_the_resize_rule_by_hand():
+    for shape, expected in {
+            (512, 512): (800, 800), (480, 640): (800, 1067), (640, 480): (1067, 800), (300, 900): (444, 1333), (1, 1): (800, 800),
+            (2, 3): (800, 1200), (1, 5000): (1, 1333), (800, 1333): (800, 1333), (1600, 3000): (711, 1333)}.items():
+        assert input_size(*shape) == expected
 
 
 def test_the_resize_rule_is_detectron2s():
@@ -169,60 +151,58 @@ class Instances(types.SimpleNamespace):
         return self
 
 
-def fake_network(scores, masks):
-    """A network that returns these and keeps what it was given."""
-    seen = []
-
+def fake_network(scores, masks, seen):
+    """A network that returns these and keeps in ``seen`` what it was given."""
     def call(batch):
-        seen.append(batch)
+        seen.extend(batch)
         return [{"instances": Instances(scores=torch.tensor(scores), pred_masks=torch.from_numpy(masks))}]
 
-    return call, seen
+    return call
 
 
 def test_cutler_gives_rgb_pixels_of_the_resized_image_and_takes_scores_from_the_threshold_up():
-    masks = np.random.default_rng(0).random((5, 20, 30)) < 0.3
+    masks, seen = np.random.default_rng(0).random((5, 20, 30)) < 0.3, []
     masks[3] = False  # pasting may leave nothing
-    network, seen = fake_network([0.2, 0.35, 0.9, 0.8, 0.5], masks)
     image = np.zeros((20, 30, 3), np.uint8)
     image[..., 0], image[..., 2] = 200, 10
-    found = CutLER(network, 0.35).propose(image, "")
+    found = CutLER(fake_network([0.2, 0.35, 0.9, 0.8, 0.5], masks, seen), 0.35).propose(image, "")
     assert np.array_equal(found, masks[[2, 4, 1]])
-    (given,), = seen
+    (given,) = seen
     assert given["image"].shape == (3, 800, 1200) and given["image"].dtype == torch.float32
     assert (given["height"], given["width"]) == (20, 30)
     assert [channel.unique().tolist() for channel in given["image"]] == [[200], [0], [10]]
-
-
-def test_cutler_without_instances_proposes_nothing():
-    network, _ = fake_network(np.zeros(0, np.float32), np.zeros((0, 4, 6), bool))
-    assert CutLER(network, 0.35).propose(np.zeros((4, 6, 3), np.uint8), "").shape == (0, 4, 6)
+    none = CutLER(fake_network(np.zeros(0, np.float32), masks[:0], []), 0.35).propose(image, "")
+    assert none.shape == (0, 20, 30) and none.dtype == bool
 
 
 def test_without_detectron2_one_sentence_says_what_to_do(without, models):
     without("detectron2")
-    with pytest.raises(ProfileError, match=r"(?s)detectron2.*environment\.yml.*maskcut.*detector.*threshold"):
+    with refused(ProfileError, "detectron2", "environment.yml", "maskcut", "detector", "threshold"):
         SEGMENTERS["cutler"](profile(models, "cutler"))
 
 
-def test_a_checkpoint_is_opened_only_with_its_checksum(monkeypatch, tmp_path, models):
+@pytest.fixture
+def cutler_of(monkeypatch, models):
+    """``build(checkpoint, checksum)``: CutLER up to where detectron2 is needed; the checksum is by default the right one."""
     monkeypatch.setattr(cutler, "_detectron2", lambda: None)
+
+    def build(path, checksum=None):
+        checksum = sha256(path) if checksum is None else checksum
+        return SEGMENTERS["cutler"](profile(models, "cutler", **{"models.cutler": str(path), "models.cutler_sha256": checksum}))
+
+    return build
+
+
+def test_a_checkpoint_is_opened_only_with_its_checksum(monkeypatch, tmp_path, cutler_of):
     monkeypatch.setattr(torch, "load", lambda *arguments, **options: pytest.fail("it was opened"))
     path = tmp_path / "cutler.pth"
     path.write_bytes(b"weights")
-
-    def build(**fields):
-        return SEGMENTERS["cutler"](profile(models, "cutler", **{f"models.{key}": value for key, value in fields.items()}))
-
-    with pytest.raises(ProfileError, match="cutler_sha256 is not set"):
-        build(cutler=str(path))
-    with pytest.raises(ModelNotAvailable, match=f"{sha256(path)}.*not opened"):
-        build(cutler=str(path), cutler_sha256="0" * 64)
-    for wrong in (str(tmp_path), "facebook/cutler"):
-        with pytest.raises(ModelNotAvailable, match="no file"):
-            build(cutler=wrong, cutler_sha256="0" * 64)
-    with pytest.raises(ProfileError, match=r"models\.cutler is not set"):
-        build()
+    for checkpoint, checksum, error, told in (
+            (path, "", ProfileError, "cutler_sha256 is not set"), (path, "0" * 64, ModelNotAvailable, sha256(path)),
+            (tmp_path, "0" * 64, ModelNotAvailable, "no file"), ("facebook/cutler", "0" * 64, ModelNotAvailable, "no file"),
+            ("", "", ProfileError, "models.cutler is not set")):
+        with refused(error, told):
+            cutler_of(checkpoint, checksum)
     check_checksum(str(path), f" {sha256(path).upper()}\n")
 
 
@@ -231,51 +211,53 @@ class Trap:
         return print, ("a pickle was run",)
 
 
-def test_a_checkpoint_is_read_without_running_it(tmp_path, capsys):
+def test_a_checkpoint_is_read_without_running_it(tmp_path, capsys, cutler_of):
     weights = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": np.arange(4, dtype=np.float32), "c": np.int64(3)}
     torch.save({"model": weights, "optimizer": {"step": 3, "lr": np.float64(0.1)}, "iteration": 5}, tmp_path / "good.pth")
     read = read_checkpoint(tmp_path / "good.pth")
     assert {name: (value.shape, value.dtype) for name, value in read.items()} == {
         "a.weight": ((2, 3), torch.float32), "b": ((4,), torch.float32), "c": ((), torch.int64)}
     assert torch.equal(read["b"], torch.arange(4.0))
-    torch.save(weights["a.weight"], tmp_path / "tensor.pth")
-    torch.save({"model": {"a": "text"}}, tmp_path / "text.pth")
-    torch.save({"model": {"a": Trap()}}, tmp_path / "trap.pth")
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Trap()))
-    for name in ("tensor", "text", "trap", "plain"):
-        with pytest.raises(ValueError):
-            read_checkpoint(tmp_path / f"{name}.pth")
+    for number, content in enumerate((b"", b"no checkpoint", b"PK\x03\x04" + bytes(40), bytes(range(256)), pickle.dumps(Trap()),
+                                      weights["a.weight"], {"model": {"a": "text"}}, {"model": {"a": Trap()}})):
+        path = tmp_path / f"{number}.pth"
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with refused(ModelNotAvailable, path):
+            cutler_of(path)
     assert "a pickle was run" not in capsys.readouterr().out
 
 
-def test_a_broken_checkpoint_becomes_one_sentence(monkeypatch, tmp_path, models):
-    monkeypatch.setattr(cutler, "_detectron2", lambda: None)
-    for number, content in enumerate((b"", b"no checkpoint", b"PK\x03\x04" + bytes(40), bytes(range(256)), pickle.dumps(Trap()))):
-        path = tmp_path / f"{number}.pth"
-        path.write_bytes(content)
-        with pytest.raises(ModelNotAvailable, match=str(path)):
-            SEGMENTERS["cutler"](profile(models, "cutler", **{"models.cutler": str(path), "models.cutler_sha256": sha256(path)}))
-
-
-def test_the_weights_must_be_complete(monkeypatch, tmp_path, models):
+def test_the_weights_must_be_complete(monkeypatch, tmp_path, cutler_of):
     network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).eval()
-    monkeypatch.setattr(cutler, "_detectron2", lambda: None)
     monkeypatch.setattr(cutler, "build_network", lambda device: network)
-    weights = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
-    fields = {}
-    for name, kept in (("good", weights), ("bad", {k: v for k, v in weights.items() if k != "1.running_mean"})):
+    weights = {name: value + 1 for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
+    for name, kept in (("good", weights | {"beyond": torch.ones(2)}), ("bad", {k: v for k, v in weights.items() if "mean" not in k})):
         torch.save({"model": kept}, tmp_path / f"{name}.pth")
-        fields[name] = {"models.cutler": str(tmp_path / f"{name}.pth"), "models.cutler_sha256": sha256(tmp_path / f"{name}.pth")}
-    assert SEGMENTERS["cutler"](profile(models, "cutler", **fields["good"])).model is network
-    with pytest.raises(ModelNotAvailable, match=r"lack 1 tensors, 1\.running_mean"):
-        SEGMENTERS["cutler"](profile(models, "cutler", **fields["bad"]))
+    assert cutler_of(tmp_path / "good.pth").model is network and torch.equal(network[0].weight, weights["0.weight"])
+    with refused(ModelNotAvailable, "lack 1 tensors, 1.running_mean"):
+        cutler_of(tmp_path / "bad.pth")
 
 
 def test_the_configuration_is_cutlers():
-    assert CONFIG["INPUT.FORMAT"] == "RGB" and CONFIG["MODEL.RESNETS.NORM"] == CONFIG["MODEL.FPN.NORM"] == "BN"
-    assert CONFIG["MODEL.PIXEL_MEAN"][0] > CONFIG["MODEL.PIXEL_MEAN"][2]  # red first
-    assert CONFIG["MODEL.ROI_HEADS.NAME"] == "CascadeROIHeads" and CONFIG["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"] is True
-    assert CONFIG["MODEL.ROI_HEADS.NUM_CLASSES"] == 1 and CONFIG["MODEL.RPN.NMS_THRESH"] == 0.65
+    model, resnet, fpn, box = (CONFIG[name] for name in ("MODEL", "MODEL.RESNETS", "MODEL.FPN", "MODEL.ROI_BOX_HEAD"))
+    assert CONFIG["INPUT"]["FORMAT"] == "RGB" and model["PIXEL_MEAN"][0] > model["PIXEL_MEAN"][2]  # red first
+    assert resnet["NORM"] == fpn["NORM"] == "BN" and box["CLS_AGNOSTIC_BBOX_REG"] is True and CONFIG["MODEL.RPN"]["NMS_THRESH"] == 0.65
+    assert CONFIG["MODEL.ROI_HEADS"]["NAME"] == "CascadeROIHeads" and CONFIG["MODEL.ROI_HEADS"]["NUM_CLASSES"] == 1
+
+
+class Settings(dict):
+    """Keeps what is set, as detectron2's configuration does."""
+
+    def merge_from_list(self, items):
+        self.update(zip(items[::2], items[1::2], strict=True))
+
+
+def test_the_network_is_built_by_the_configuration(monkeypatch):
+    monkeypatch.setattr(cutler, "_detectron2", lambda: (Settings, lambda given: types.SimpleNamespace(eval=lambda: given)))
+    given = cutler.build_network("cpu", {"MODEL.FPN.NORM": "GN"})
+    assert given["MODEL.FPN.NORM"] == "GN" and given["MODEL.DEVICE"] == "cpu" and given["MODEL.WEIGHTS"] == ""
+    for section, fields in CONFIG.items():
+        assert all(given[f"{section}.{field}"] == value for field, value in fields.items() if (section, field) != ("MODEL.FPN", "NORM"))
 
 
 @pytest.mark.slow
@@ -291,12 +273,11 @@ def test_the_real_cascade_finds_instances():
     assert len(masks) and masks.shape[1:] == (96, 144)
 
 
-# Segment Anything
-
+# ---- Segment Anything, by points and by words
 
 def parts(built):
-    generate = built("sam").generate
-    return generate.model, built("grounded-sam").processor
+    assert built("sam").generate.model is built("grounded-sam").model  # loaded once
+    return built("grounded-sam").model, built("grounded-sam").processor
 
 
 def masks_by_hand(model, processor, image, point):
@@ -318,36 +299,19 @@ def masks_by_hand(model, processor, image, point):
 
 
 def test_sam_prompts_a_grid_and_keeps_what_passes_every_filter(models, built):
-    model, processor = parts(built)
     image = picture((40, 60))
-    candidates = []
-    for row in range(2):
-        for column in range(2):
-            masks, scores = masks_by_hand(model, processor, image, ((column + 0.5) * 30, (row + 0.5) * 20))
-            candidates += list(zip(masks, scores.tolist(), strict=True))
-    iou = float(np.quantile([score for _, score in candidates], 0.22))
-    stability = float(np.quantile([(m > 1).sum() / (m > -1).sum() for m, _ in candidates], 0.22))
-    kept = [((mask > 0).numpy(), score) for mask, score in candidates
-            if score > iou and (mask > 1).sum() / (mask > -1).sum() > stability and (mask > 0).any()]
-    assert 0 < len(kept) < len(candidates)
-    expected = []
-    for mask, _ in sorted(kept, key=lambda pair: -pair[1]):
-        if all(box_iou(mask, other) <= 0.7 for other in expected):
-            expected.append(mask)
+    made = [masks_by_hand(*parts(built), image, (x, y)) for y in (10, 30) for x in (15, 45)]
+    logits, scores = (torch.cat([pair[n] for pair in made]) for n in range(2))
+    stable = (logits > 1).sum((1, 2)) / (logits > -1).sum((1, 2))
+    iou, stability = (float(np.quantile(values, 0.22)) for values in (scores, stable))
+    masks = logits > 0
+    kept = (scores > iou) & (stable > stability) & masks.any(2).any(1)
+    assert 0 < kept.sum() < len(masks)
+    masks, scores = masks[kept], scores[kept]
+    expected = masks[nms(masks_to_boxes(masks), scores, 0.7)].numpy()
     fields = {"masks.sam_points": 2, "masks.sam_iou": iou, "masks.sam_stability": stability}
     found = SEGMENTERS["sam"](profile(models, "sam", **fields)).propose(image, "")
-    assert len(found) == len(expected)
-    for mask, other in zip(found, expected, strict=True):
-        assert (mask == other).mean() > 0.99
-
-
-def box_iou(a, b):
-    (ay, ax), (by, bx) = np.nonzero(a), np.nonzero(b)
-    height = min(ay.max(), by.max()) - max(ay.min(), by.min())
-    width = min(ax.max(), bx.max()) - max(ax.min(), bx.min())
-    area = (np.ptp(ay) * np.ptp(ax)) + (np.ptp(by) * np.ptp(bx))
-    inside = max(height, 0) * max(width, 0)
-    return inside / (area - inside) if area > inside else 0.0
+    assert found.shape == expected.shape and (found == expected).mean((1, 2)).min() > 0.99
 
 
 def test_grounded_sam_reads_the_words(models, built):
@@ -357,29 +321,18 @@ def test_grounded_sam_reads_the_words(models, built):
     assert np.array_equal(boxes, segmenter.boxes(image, " Cat. "))  # lower case, one full stop
     assert not np.array_equal(boxes, segmenter.boxes(image, "dog and sofa"))
     for empty in ("", "  ", "."):
-        with pytest.raises(InputError, match="words"):
+        with refused(InputError, "words"):
             segmenter.propose(image, empty)
+    segmenter.boxes(image, "cat " * 100)  # longer than the model reads
 
 
-def test_the_text_given_to_grounding_dino_ends_in_a_full_stop(built):
+def test_the_text_given_to_grounding_dino_ends_in_a_full_stop(built, monkeypatch):
     segmenter, given = built("grounded-sam"), []
-    reader = segmenter.read
-
-    class Reader:
-        def __call__(self, **options):
-            given.append(options["text"])
-            return reader(**options)
-
-        def __getattr__(self, name):
-            return getattr(reader, name)
-
-    segmenter.read = Reader()
-    try:
-        segmenter.boxes(picture((20, 30)), "A  Potted Plant.")
-        segmenter.boxes(picture((20, 30)), "cat " * 100)  # longer than the model reads
-    finally:
-        segmenter.read = reader
-    assert given[0] == "a potted plant."
+    reader = type(segmenter.read)
+    read = reader.__call__
+    monkeypatch.setattr(reader, "__call__", lambda *arguments, **options: given.append(options["text"]) or read(*arguments, **options))
+    segmenter.boxes(picture((20, 30)), "A  Potted Plant.")
+    assert given == ["a potted plant."]
 
 
 def test_boxes_come_in_pixels_by_score_and_thresholds_cut_them(models, built):
@@ -419,27 +372,8 @@ def test_each_box_becomes_one_mask(built, monkeypatch):
     assert torch.allclose(given[0][0], torch.from_numpy(boxes) * torch.tensor([64 / 60, 43 / 40, 64 / 60, 43 / 40]))
 
 
-def test_an_elongated_image_is_refused_by_its_size(models, built):
+def test_an_elongated_image_is_refused_by_its_size(built):
     for name in ("sam", "grounded-sam"):
-        with pytest.raises(InputError, match="1 x 200 pixels is too elongated"):
+        with refused(InputError, "1 x 200 pixels"):
             built(name).propose(picture((1, 200)), "cat")
         assert built(name).propose(picture((2, 200)), "cat").shape[1:] == (2, 200)
-
-
-def test_sam_of_the_published_size():
-    """SAM-B from its configuration: names and sizes without the weights."""
-    from transformers import SamConfig, SamModel
-
-    with torch.device("meta"):
-        model = SamModel(SamConfig())
-    assert 93.5e6 < sum(p.numel() for p in model.parameters()) < 94e6
-    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    assert shapes["vision_encoder.patch_embed.projection.weight"] == (768, 3, 16, 16)
-    assert shapes["vision_encoder.pos_embed"] == (1, 64, 64, 768)
-    assert shapes["vision_encoder.layers.11.attn.qkv.weight"] == (2304, 768)
-    assert shapes["mask_decoder.iou_token.weight"] == (1, 256) and shapes["mask_decoder.mask_tokens.weight"] == (4, 256)
-
-
-def test_the_registry_builds_the_classes_meant(built):
-    assert isinstance(built("sam"), SegmentAnything) and isinstance(built("grounded-sam"), GroundedSam)
-    assert built("sam").generate.model is built("grounded-sam").model  # loaded once

@@ -1,5 +1,4 @@
-"""A small class-agnostic Mask R-CNN (He et al., 2017) as segmenter: CutLER's recipe (Wang et al., 2023) at the size of
-the mini world.
+"""A small class-agnostic Mask R-CNN (He et al., 2017) as segmenter: CutLER's recipe at the size of the mini world.
 
 The network is torchvision's, with a residual backbone and heads of its own; what it learned comes from MaskCut's masks
 alone (``ovdiff_lib.recipes.train_detector``). A model is a folder with ``config.json`` (the fields of :data:`CONFIG`)
@@ -8,9 +7,7 @@ and ``model.safetensors``.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +18,13 @@ from torch import Tensor, nn
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import write_atomic
+from ovdiff_lib.networks.checkpoints import fill
 from ovdiff_lib.networks.instruments import undisturbed
-from ovdiff_lib.networks.loading import complete, load_network
+from ovdiff_lib.networks.loading import load_network
+from ovdiff_lib.profiles.schema import Profile
 
 if TYPE_CHECKING:
     from torchvision.models.detection import MaskRCNN
-
-    from ovdiff_lib.profiles.schema import Profile
-
 
 CONFIG: dict[str, Any] = {
     "widths": [32, 64, 96, 128],  # channels at strides 4, 8, 16, 32
@@ -53,8 +49,7 @@ SMALLEST = 8
 
 
 class Residual(nn.Module):
-    """Two 3 x 3 convolutions with a shortcut (He et al., 2016), group-normalised: the same for a batch of one and of
-    many."""
+    """Two 3 x 3 convolutions with a shortcut (He et al., 2016), group-normalised: the same alone and in a batch."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -62,10 +57,11 @@ class Residual(nn.Module):
         self.norm1 = nn.GroupNorm(after // 8, after)
         self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
         self.norm2 = nn.GroupNorm(after // 8, after)
-        # Pooling before the 1 x 1 convolution, not a stride in it: better (He et al., 2019), and oneDNN's gradient of the strided one
-        # corrupts memory for few channels in channels_last.
+        # Pooling before the 1 x 1 convolution, not a stride in it: better (He et al., 2019), and oneDNN's gradient of
+        # the strided one corrupts memory for few channels in channels_last.
         pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
-        self.shortcut = nn.Sequential(pool, nn.Conv2d(before, after, 1)) if stride > 1 or before != after else nn.Identity()
+        same = stride == 1 and before == after
+        self.shortcut = nn.Identity() if same else nn.Sequential(pool, nn.Conv2d(before, after, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
@@ -73,14 +69,14 @@ class Residual(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Residual stages at strides 4, 8, 16 and 32 with a feature pyramid over them: (B, 3, H, W) to four maps of equal
-    channels."""
+    """Residual stages at :data:`STRIDES` with a feature pyramid: (B, 3, H, W) to four maps of equal channels."""
 
     def __init__(self, widths: list[int], blocks: list[int], pyramid: int) -> None:
         from torchvision.ops import FeaturePyramidNetwork
 
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.GroupNorm(widths[0] // 8, widths[0]), nn.ReLU(True))
+        norm = nn.GroupNorm(widths[0] // 8, widths[0])
+        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), norm, nn.ReLU(True))
         self.stages = nn.ModuleList(
             nn.Sequential(Residual(before, after, 2), *(Residual(after, after, 1) for _ in range(count - 1)))
             for before, after, count in zip([widths[0], *widths], widths, blocks, strict=False))
@@ -97,58 +93,46 @@ class Backbone(nn.Module):
 def build_detector(config: dict[str, Any]) -> MaskRCNN:
     """A torchvision ``MaskRCNN`` with random weights and two classes, background and object.
 
-    ``config`` has the fields of :data:`CONFIG`, all of them and no others; ``ValueError`` if it has not, or a value is
-    of another type.
+    ``config`` has the fields of :data:`CONFIG`; ``ValueError`` for others, missing ones and values of another type.
     """
     from torchvision.models.detection import MaskRCNN
     from torchvision.models.detection.anchor_utils import AnchorGenerator
-    from torchvision.models.detection.faster_rcnn import TwoMLPHead
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
     from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
     from torchvision.ops import MultiScaleRoIAlign
     from torchvision.ops.poolers import initLevelMapper
 
     _check(config)
-    channels = config["pyramid"]
+    channels, width, masks = config["pyramid"], config["box_head"], config["mask_head"]
     names = [str(level) for level in range(len(STRIDES))]
 
     def pool(size: int) -> MultiScaleRoIAlign:
         made = MultiScaleRoIAlign(names, size, 2, canonical_scale=config["canonical"])
-        # Left alone it guesses the strides from the first image it sees, wrongly if that one is narrow, and keeps the guess.
+        # Left alone it guesses the strides from the first image, wrongly if that one is narrow, and keeps the guess.
         made.scales, made.map_levels = [1 / stride for stride in STRIDES], initLevelMapper(2, 5, config["canonical"])
         return made
 
-    mask_head = MaskRCNNHeads(channels, config["mask_head"], 1)
+    anchors = AnchorGenerator(tuple((side,) for side in config["anchors"]), (tuple(config["ratios"]),) * len(STRIDES))
     return MaskRCNN(
         Backbone(config["widths"], config["blocks"], channels),
-        min_size=config["short_side"], max_size=config["long_side"], image_mean=config["image_mean"], image_std=config["image_std"],
-        rpn_anchor_generator=AnchorGenerator(tuple((side,) for side in config["anchors"]), (tuple(config["ratios"]),) * len(STRIDES)),
-        rpn_pre_nms_top_n_train=150, rpn_pre_nms_top_n_test=150, rpn_post_nms_top_n_train=100, rpn_post_nms_top_n_test=60,
-        rpn_batch_size_per_image=128,
-        box_roi_pool=pool(7), box_head=TwoMLPHead(channels * 7 * 7, config["box_head"]), box_predictor=_BoxPredictor(config["box_head"]),
-        box_score_thresh=0.0, box_detections_per_img=config["detections"], box_batch_size_per_image=32,
-        mask_roi_pool=pool(14), mask_head=mask_head, mask_predictor=MaskRCNNPredictor(config["mask_head"][-1], config["mask_head"][-1], 2))
-
-
-class _BoxPredictor(nn.Module):
-    """Logits of background and object, and the box refinement of both: (R, D) to (R, 2) and (R, 8)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.cls_score, self.bbox_pred = nn.Linear(width, 2), nn.Linear(width, 8)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cls_score(x), self.bbox_pred(x)
+        min_size=config["short_side"], max_size=config["long_side"],
+        image_mean=config["image_mean"], image_std=config["image_std"], rpn_anchor_generator=anchors,
+        rpn_pre_nms_top_n_train=150, rpn_pre_nms_top_n_test=150,
+        rpn_post_nms_top_n_train=100, rpn_post_nms_top_n_test=60, rpn_batch_size_per_image=128,
+        box_roi_pool=pool(7), box_head=TwoMLPHead(channels * 7 * 7, width), box_predictor=FastRCNNPredictor(width, 2),
+        box_detections_per_img=config["detections"], box_batch_size_per_image=32, mask_roi_pool=pool(14),
+        mask_head=MaskRCNNHeads(channels, masks, 1), mask_predictor=MaskRCNNPredictor(masks[-1], masks[-1], 2))
 
 
 def _check(config: Any) -> None:
     if not isinstance(config, dict) or set(config) != set(CONFIG):
-        wrong = sorted(set(config) ^ set(CONFIG)) if isinstance(config, dict) else [type(config).__name__]
-        raise ValueError(f"its configuration lacks {wrong[0]} or should not have it")
+        wrong = min(set(config) ^ set(CONFIG)) if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"its configuration lacks {wrong} or should not have it")
     for name, default in CONFIG.items():
-        value, element = config[name], type(default[0] if isinstance(default, list) else default)
-        values = value if isinstance(value, list) else [value]
-        size = len(default) if name != "mask_head" and isinstance(default, list) and name != "ratios" else len(values)
-        if type(value) is not type(default) or len(values) != size or not values or any(type(v) is not element or v <= 0 for v in values):
+        value = config[name]
+        lists, defaults = (v if isinstance(v, list) else [v] for v in (value, default))
+        alike = type(value) is type(default) and all(type(v) is type(defaults[0]) and v > 0 for v in lists)
+        if not alike or not lists or (name not in ("ratios", "mask_head") and len(lists) != len(defaults)):
             raise ValueError(f"{name} of its configuration is {value!r}, it should be like {default!r}")
     if any(width % 8 for width in config["widths"]):
         raise ValueError(f"widths of its configuration are {config['widths']!r}, they should be multiples of 8")
@@ -164,32 +148,24 @@ def save_detector(model: MaskRCNN, config: dict[str, Any], folder: Path) -> None
 
 
 def load_detector(folder: Path | str, device: torch.device | str = "cpu") -> MaskRCNN:
-    """The network of ``folder``, float32, eval mode. ``OSError`` or ``ValueError`` if files are missing, incomplete, or
-    not finite."""
+    """The network of ``folder``, float32, eval mode. ``OSError`` or ``ValueError`` for missing or wrong files."""
     from safetensors.torch import load_file
 
     if not isinstance(folder, Path) or not folder.is_dir():
         raise ValueError("a detector is a folder with config.json and model.safetensors")
     model = build_detector(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    weights, own = load_file(folder / "model.safetensors"), model.state_dict()
-    for name, value in weights.items():
-        if name in own and value.shape != own[name].shape:
-            raise ValueError(f"its weights {name} are of shape {list(value.shape)}, its configuration asks for {list(own[name].shape)}")
-    found = model.load_state_dict({name: value.float() for name, value in weights.items()}, strict=False)
-    if found.unexpected_keys:
-        raise ValueError(f"its weights hold {len(found.unexpected_keys)} tensors too many, {sorted(found.unexpected_keys)[0]} first")
-    return complete("detector", (model, {"missing_keys": found.missing_keys})).to(device)
+    weights = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
+    return fill("detector", model, weights).to(device)
 
 
 def paste(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Each mask f32 (M, h, w), stretched over its box (x0, y0, x1, y1) f32 (M, 4), at every pixel centre: f32 (M, H,
-    W), 0 outside.
+    """Masks f32 (M, h, w), stretched over their boxes f32 (M, 4), at every pixel centre: f32 (M, H, W), 0 outside.
 
     Bilinear, as detectron2 pastes masks: no rounding of boxes to whole pixels, which matters at 64 px.
     """
     x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
-    x = (torch.arange(size[1], dtype=torch.float32, device=boxes.device) + 0.5 - x0) / (x1 - x0) * 2 - 1
-    y = (torch.arange(size[0], dtype=torch.float32, device=boxes.device) + 0.5 - y0) / (y1 - y0) * 2 - 1
+    rows, columns = (torch.arange(side, dtype=torch.float32, device=boxes.device) + 0.5 for side in size)
+    x, y = (columns - x0) / (x1 - x0) * 2 - 1, (rows - y0) / (y1 - y0) * 2 - 1
     grid = torch.stack([x[:, None, :].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])], dim=-1)
     return F.grid_sample(probabilities[:, None], grid, align_corners=False)[:, 0]
 
@@ -205,8 +181,7 @@ def detect(model: MaskRCNN, image: np.ndarray, score: float = 0.0) -> Detections
 
 @undisturbed()
 def detect_many(model: MaskRCNN, images: np.ndarray, score: float = 0.0) -> list[Detections]:
-    """:data:`Detections` of each of the images u8 (n, H, W, 3), in one batch, by a model in eval mode. Those below
-    ``score`` are left out before their masks are computed.
+    """:data:`Detections` of at least ``score`` in images u8 (n, H, W, 3), in one batch, by a model in eval mode.
 
     Images are resized by ``short_side`` and ``long_side``, antialiased where they shrink. A pixel is in a mask from
     probability 0.5. Raises ``InputError`` for images so elongated that nothing of their short side would be left.
@@ -217,39 +192,28 @@ def detect_many(model: MaskRCNN, images: np.ndarray, score: float = 0.0) -> list
     short, long = model.transform.min_size[-1], model.transform.max_size
     scale = min(short / min(height, width), long / max(height, width))
     if min(height, width) * scale < SMALLEST:
-        raise InputError(f"The image of {height} x {width} pixels is too elongated for the detector; "
-                         f"use one whose sides differ by a factor of at most {long // SMALLEST}.")
+        raise InputError(f"The image of {height} x {width} pixels is too elongated for the detector; use one whose "
+                         f"sides differ by a factor of at most {long // SMALLEST}.")
     resized = (round(height * scale), round(width * scale))
     device = next(model.parameters()).device
     pixels = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float() / 255
     pixels = F.interpolate(pixels, resized, mode="bilinear", antialias=True)
-    batch = model.transform.batch_images([model.transform.normalize(one) for one in pixels])  # padded to a multiple of the largest stride
+    # Padded to a multiple of the largest stride.
+    batch = model.transform.batch_images([model.transform.normalize(one) for one in pixels])
     listed = ImageList(batch, [resized] * len(images))
     features = model.backbone(batch)
     regions, _ = model.rpn(listed, features)
-    with _least_score(model, score):
-        found = model.roi_heads(features, regions, listed.image_sizes)[0]
+    # Those below the score do not reach the mask head, which takes most of the time. Those above are the same: neither
+    # suppression nor the largest number looks at what comes later. torchvision keeps what is above its threshold.
+    model.roi_heads.score_thresh = max(0.0, float(np.nextafter(np.float32(score), np.float32(-1))))
+    found = model.roi_heads(features, regions, listed.image_sizes)[0]
     stretch = torch.tensor([width / resized[1], height / resized[0]] * 2, dtype=torch.float32, device=device)
-    return [_detections(one, one["boxes"] * stretch, (height, width)) for one in found]
-
-
-def _detections(found: dict[str, Tensor], boxes: Tensor, size: tuple[int, int]) -> Detections:
-    masks = paste(found["masks"][:, 0], boxes, size) >= 0.5
-    return masks.cpu().numpy(), found["scores"].cpu().numpy(), boxes.cpu().numpy()
-
-
-@contextlib.contextmanager
-def _least_score(model: MaskRCNN, score: float) -> Iterator[None]:
-    """Detections below ``score`` do not reach the mask head, which takes most of the time. Those above are the same: in
-    descending order of score, neither suppression of overlaps nor the largest number of detections looks at what comes
-    later."""
-    heads, former = model.roi_heads, model.roi_heads.score_thresh
-    # torchvision keeps what is above its threshold.
-    heads.score_thresh = max(former, float(np.nextafter(np.float32(score), np.float32(-1))))
-    try:
-        yield
-    finally:
-        heads.score_thresh = former
+    detections = []
+    for one in found:
+        boxes = one["boxes"] * stretch
+        masks = paste(one["masks"][:, 0], boxes, (height, width)) >= 0.5
+        detections.append(tuple(value.cpu().numpy() for value in (masks, one["scores"], boxes)))
+    return detections
 
 
 class DetectorSegmenter:
@@ -278,5 +242,4 @@ class DetectorSegmenter:
         """:meth:`propose` of each of the images u8 (n, H, W, 3), in one batch."""
         if type(self).propose is not DetectorSegmenter.propose:  # of a class derived from this one, which knows better
             return [self.propose(image, words) for image in images]
-        found = detect_many(self.model, images, self.score)
-        return [masks[(scores >= self.score) & masks.any(axis=(1, 2))] for masks, scores, _ in found]
+        return [masks[masks.any(axis=(1, 2))] for masks, _, _ in detect_many(self.model, images, self.score)]

@@ -1,5 +1,4 @@
-"""MaskCut (Wang et al., 2023, "Cut and Learn"): proposals from normalised cuts of DINO features; CutLER learns from
-them.
+"""MaskCut (Wang et al., 2023, "Cut and Learn"): proposals from normalised cuts of DINO features, CutLER's teacher.
 
 The first cut separates the most salient object from the rest, its patches are painted out, and the next cut looks at
 what is left.
@@ -7,50 +6,40 @@ what is left.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from PIL import Image
 
 from ovdiff_lib.errors import OVDiffError, ProfileError
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
-from ovdiff_lib.masks.segmenters.refine import check_refinement, iou, refine, resize_mask
+from ovdiff_lib.masks.segmenters.refine import iou, pydensecrf, refine, resize_mask
 from ovdiff_lib.networks.instruments import captured, undisturbed
 from ovdiff_lib.networks.loading import last_attention, load_dino
-
-if TYPE_CHECKING:
-    from transformers import ViTModel
-
-    from ovdiff_lib.profiles.schema import Masks, Profile
-
+from ovdiff_lib.profiles.schema import Masks, Profile
 
 FACETS = {"keys": "k_proj", "queries": "q_proj", "values": "v_proj"}
-WEAK = 1e-5
-"""Affinity of two patches whose cosine is not above tau: small, but the graph stays connected."""
-
-LANCZOS_VECTORS = 20
-"""Vectors that the eigen-solver keeps; an affinity with no more patches than that is decomposed whole."""
-
+WEAK = 1e-5  # affinity of two patches whose cosine is not above tau: small, but the graph stays connected
+LANCZOS_VECTORS = 20  # that the eigen-solver keeps; an affinity of no more patches is decomposed whole
 LARGEST_OVERLAP, SMALLEST_AREA = 0.5, 0.01
-"""A later cut counts only if its IoU with the one before is at most the first and its share of the patches above the
-second."""
+"""A later cut counts only up to this IoU with the one before and above this share of the patches."""
 
 
 class MaskCut:
-    """Keys, or another facet, of DINO's last layer, cut ``maskcut_rounds`` times; images become squares of
-    ``maskcut_size`` pixels."""
+    """Keys, or another facet, of the last layer of DINO, a ``ViTModel`` of transformers, cut ``maskcut_rounds`` times.
+
+    Images become squares of ``maskcut_size`` pixels.
+    """
 
     name = "maskcut"
 
-    def __init__(self, model: ViTModel, settings: Masks) -> None:
-        """Raises ``ProfileError`` for a ``maskcut_size`` below two patches, and without what ``maskcut_refine``
-        needs."""
+    def __init__(self, model: torch.nn.Module, settings: Masks) -> None:
+        """``ProfileError`` for a ``maskcut_size`` below two patches, and without what ``maskcut_refine`` needs."""
         self.model, self.settings, self.patch = model, settings, model.config.patch_size
         if settings.maskcut_size < 2 * self.patch:
-            raise ProfileError(f"masks.maskcut_size is {settings.maskcut_size}; it must be at least {2 * self.patch}, two patches of this "
-                               "DINO.")
-        check_refinement(settings.maskcut_refine)
+            raise ProfileError(f"masks.maskcut_size is {settings.maskcut_size}; it must be at least {2 * self.patch}, "
+                               "two patches of this DINO.")
+        if settings.maskcut_refine == "crf":
+            pydensecrf()
         self.side = settings.maskcut_size // self.patch * self.patch
         # Pre-norm: the projections read the layer-normed stream, so its output needs no further care.
         self.source = getattr(last_attention(model), FACETS[settings.maskcut_facet])
@@ -61,28 +50,24 @@ class MaskCut:
         return cls(load_dino(profile), profile.masks)
 
     def propose(self, image: np.ndarray, words: str) -> np.ndarray:
-        """bool (M, H, W), M <= ``maskcut_rounds``, for u8 (H, W, 3): disjoint before refinement, without holes, none
-        empty."""
+        """bool (M, H, W), M <= ``maskcut_rounds``, for u8 (H, W, 3): without holes, none empty."""
         square = np.array(Image.fromarray(image).resize((self.side, self.side), Image.Resampling.LANCZOS))
         found = []
         for mask in cut(self.features(square), self.settings.maskcut_rounds, self.settings.maskcut_tau):
             fine = refine(mask, square, self.settings.maskcut_refine)
             if fine is not None:
-                full = resize_mask(fine, image.shape[:2])
-                if full.any():
-                    found.append(full)
-        return np.array(found, dtype=bool).reshape(-1, *image.shape[:2])
+                found.append(resize_mask(fine, image.shape[:2]))
+        masks = np.array(found, dtype=bool).reshape(-1, *image.shape[:2])
+        return masks[masks.any(axis=(1, 2))]
 
     @undisturbed()
     def features(self, square: np.ndarray) -> np.ndarray:
-        """The facet f32 (h, w, D) of an image u8 (side, side, 3), one a patch, heads concatenated, without the class
-        token."""
-        device = self.model.device
-        pixels = torch.from_numpy(square).permute(2, 0, 1)[None].to(device, torch.float32) / 255
-        mean, std = (torch.tensor(values, dtype=torch.float32, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        """The facet f32 (h, w, D) of an image u8 (side, side, 3), one a patch, heads side by side."""
+        pixels = torch.from_numpy(square).permute(2, 0, 1)[None].to(self.model.device, torch.float32) / 255
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         with captured({"facet": self.source}) as outputs:
             self.model(((pixels - mean) / std).to(self.model.dtype), interpolate_pos_encoding=True)
-        facet = outputs["facet"][0, 1:].float()
+        facet = outputs["facet"][0, 1:].float()  # without the class token
         if not torch.isfinite(facet).all():
             raise OVDiffError("DINO gave features that are not finite; use models.dtype float32 or check its weights.")
         return facet.unflatten(0, (self.side // self.patch,) * 2).cpu().numpy()
@@ -142,7 +127,7 @@ def cut_vector(joined: np.ndarray) -> np.ndarray:
     else:
         start = np.random.default_rng(0).standard_normal(n)
         try:
-            y = eigsh(LinearOperator((n, n), multiply, dtype=np.float64), k=1, which="LA", v0=start, ncv=LANCZOS_VECTORS)[1]
+            y = eigsh(LinearOperator((n, n), multiply, np.float64), k=1, which="LA", v0=start, ncv=LANCZOS_VECTORS)[1]
         except ArpackNoConvergence:  # several eigenvalues at the top that nearly agree
             y = dense()
     x = scale * y[:, 0]

@@ -8,33 +8,24 @@ from PIL import Image
 from ovdiff_lib.errors import ProfileError
 
 WALKER_SIDE = 240
-"""The random walker solves a linear system over uncertain pixels; a larger image is scaled down to this side for it."""
+"""Larger images are scaled down to this side for the random walker, a linear system over the uncertain pixels."""
 
 BETA = 3000
-"""How strongly the walk avoids edges. scikit-image's default, 130, lets it cross them: masks of the mini world leave
-their objects."""
+"""How strongly the walk avoids edges. scikit-image's 130 lets it cross them: mini's masks leave their objects."""
 
 SMALLEST_AGREEMENT = 0.5
 """A mask whose refined version has a lower IoU with it than this is not trusted (MaskCut)."""
-
-
-def check_refinement(how: str) -> None:
-    """``ProfileError`` unless what ``how`` needs is installed."""
-    if how == "crf":
-        _pydensecrf()
 
 
 def refine(mask: np.ndarray, image: np.ndarray, how: str) -> np.ndarray | None:
     """A mask bool (h, w), h and w at most the image's, at the pixels of ``image`` u8 (H, W, 3); holes are filled.
 
     "walker": pixels well inside and well outside the mask stay, a random walk between them that avoids crossing edges
-    of the image decides the rest (Grady, 2006). "crf": mean field of a dense CRF (Krähenbühl and Koltun, 2011). "none":
-    nearest neighbours. None where the result has less than :data:`SMALLEST_AGREEMENT` IoU with the mask. Raises
-    ``ProfileError`` as :func:`check_refinement` does.
+    decides the rest (Grady, 2006). "crf": mean field of a dense CRF (Krähenbühl and Koltun, 2011). "none": nearest
+    neighbours. None where the result has less than :data:`SMALLEST_AGREEMENT` IoU with the mask.
     """
     from scipy.ndimage import binary_fill_holes
 
-    check_refinement(how)
     if how == "walker" and max(image.shape[:2]) > WALKER_SIDE:
         scale = WALKER_SIDE / max(image.shape[:2])
         size = [max(round(side * scale), low) for side, low in zip(image.shape[:2], mask.shape, strict=True)]
@@ -48,8 +39,7 @@ def refine(mask: np.ndarray, image: np.ndarray, how: str) -> np.ndarray | None:
 
 
 def walker(mask: np.ndarray, image: np.ndarray, margin: float) -> np.ndarray:
-    """bool (H, W): pixels within ``margin`` of the border of ``mask`` bool (H, W) are decided anew by the image u8 (H,
-    W, 3).
+    """``mask`` bool (H, W) with pixels within ``margin`` of its border decided anew by the image u8 (H, W, 3).
 
     A part too thin for that keeps its innermost pixels. Neither the mask nor its complement may be empty, nor the image
     of one colour.
@@ -68,14 +58,13 @@ def walker(mask: np.ndarray, image: np.ndarray, margin: float) -> np.ndarray:
 
 
 def crf(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """bool (H, W): ``mask`` bool (H, W) after 10 mean-field steps of a dense CRF on ``image`` u8 (H, W, 3), with
-    MaskCut's constants.
+    """``mask`` bool (H, W) after 10 mean-field steps of a dense CRF on ``image`` u8 (H, W, 3).
 
-    Distances, which MaskCut gives for 480 pixels, scale with the image.
+    With MaskCut's constants; distances, which it gives for 480 pixels, scale with the image.
     """
     import torch
 
-    dense, utils = _pydensecrf()
+    dense, utils = pydensecrf()
     height, width = mask.shape
     scale = max(height, width) / 480
     probabilities = torch.from_numpy(np.stack([~mask, mask])).to(torch.float32).softmax(0).numpy()
@@ -87,8 +76,7 @@ def crf(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A mask bool (h, w) at (H, W) = ``size``: inside where the bilinearly resized mask, with antialiasing, is above
-    one half."""
+    """A mask bool (h, w) at (H, W) = ``size``: where it is above one half, resized bilinearly with antialiasing."""
     if mask.shape == tuple(size):
         return mask
     return np.array(Image.fromarray(mask.astype(np.uint8) * 255).resize(size[::-1], Image.Resampling.BILINEAR)) > 127
@@ -100,10 +88,11 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
     return float((a & b).sum() / union) if union else 0.0
 
 
-def _pydensecrf():
+def pydensecrf():
+    """The modules of pydensecrf2. ``ProfileError`` where it is not installed."""
     try:
         from pydensecrf import densecrf, utils
     except ImportError:
-        raise ProfileError("masks.maskcut_refine 'crf' needs the package pydensecrf2, which is not installed; install it with "
-                           "`pip install pydensecrf2`, or set the field to 'walker' or 'none'.") from None
+        raise ProfileError("masks.maskcut_refine 'crf' needs the package pydensecrf2, which is not installed; install "
+                           "it with `pip install pydensecrf2`, or set the field to 'walker' or 'none'.") from None
     return densecrf, utils

@@ -1,5 +1,4 @@
-"""Segment Anything (Kirillov et al., 2023) as segmenter, prompted by a grid of points or by Grounding DINO's boxes
-(App. A.1).
+"""Segment Anything (Kirillov et al., 2023) as segmenter, by a grid of points or by Grounding DINO's boxes (App. A.1).
 
 A grid of points asks for everything in the image, boxes for what the support image was drawn for. The networks are
 those of transformers.
@@ -17,12 +16,10 @@ from PIL import Image
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.loading import complete, load_network
+from ovdiff_lib.profiles.schema import Masks, Profile
 
 if TYPE_CHECKING:
     from transformers import GroundingDinoForObjectDetection, GroundingDinoProcessor, SamModel, SamProcessor
-
-    from ovdiff_lib.profiles.schema import Masks, Profile
-
 
 POINTS_AT_ONCE = 64
 BOX_NMS = 0.7
@@ -30,16 +27,15 @@ BOX_NMS = 0.7
 
 
 class SegmentAnything:
-    """Automatic mask generation: ``sam_points`` x ``sam_points`` prompts, three masks each, filtered by ``sam_iou``,
-    ``sam_stability`` and :data:`BOX_NMS`."""
+    """Three masks of each of ``sam_points`` x ``sam_points`` prompts that pass ``sam_iou`` and ``sam_stability``."""
 
     name = "sam"
 
     def __init__(self, model: SamModel, processor: SamProcessor, settings: Masks) -> None:
         from transformers import MaskGenerationPipeline
 
-        self.settings = settings
-        self.generate = MaskGenerationPipeline(model=model, image_processor=processor.image_processor, device=model.device)
+        self.settings, reader = settings, processor.image_processor
+        self.generate = MaskGenerationPipeline(model=model, image_processor=reader, device=model.device)
 
     @classmethod
     def build(cls, profile: Profile) -> SegmentAnything:
@@ -50,10 +46,12 @@ class SegmentAnything:
     def propose(self, image: np.ndarray, words: str) -> np.ndarray:
         """bool (M, H, W) of an image u8 (H, W, 3), highest predicted IoU first, none empty. ``words`` are not read."""
         _check_elongation(image, self.generate.image_processor)
-        found = self.generate(Image.fromarray(image), points_per_crop=self.settings.sam_points, points_per_batch=POINTS_AT_ONCE,
-                              pred_iou_thresh=self.settings.sam_iou, stability_score_thresh=self.settings.sam_stability,
-                              crops_nms_thresh=BOX_NMS)
-        return _filled([mask.numpy() for mask in found["masks"]], image)
+        found = self.generate(
+            Image.fromarray(image), points_per_crop=self.settings.sam_points, points_per_batch=POINTS_AT_ONCE,
+            pred_iou_thresh=self.settings.sam_iou, stability_score_thresh=self.settings.sam_stability,
+            crops_nms_thresh=BOX_NMS)
+        masks = np.array([mask.numpy() for mask in found["masks"]], dtype=bool).reshape(-1, *image.shape[:2])
+        return masks[masks.any(axis=(1, 2))]
 
 
 class GroundedSam:
@@ -65,31 +63,30 @@ class GroundedSam:
 
     name = "grounded-sam"
 
-    def __init__(self, detector: tuple[GroundingDinoForObjectDetection, GroundingDinoProcessor], model: SamModel, processor: SamProcessor,
-                 settings: Masks) -> None:
+    def __init__(self, detector: tuple[GroundingDinoForObjectDetection, GroundingDinoProcessor], model: SamModel,
+                 processor: SamProcessor, settings: Masks) -> None:
         self.detector, self.read = detector
         self.model, self.processor, self.settings = model, processor, settings
 
     @classmethod
     def build(cls, profile: Profile) -> GroundedSam:
         """The segmenter of a profile. Raises ``ProfileError`` and ``ModelNotAvailable``."""
-        return cls(load_network(profile, "grounding", _load_grounding), *load_network(profile, "sam", _load_sam), profile.masks)
+        detector = load_network(profile, "grounding", _load_grounding)
+        return cls(detector, *load_network(profile, "sam", _load_sam), profile.masks)
 
     @undisturbed()
     def propose(self, image: np.ndarray, words: str) -> np.ndarray:
-        """bool (M, H, W) of an image u8 (H, W, 3), highest score first, none empty. ``InputError`` without
-        ``words``."""
+        """bool (M, H, W) of an image u8 (H, W, 3), highest score first, none empty. ``InputError`` without words."""
         _check_elongation(image, self.processor.image_processor)
         boxes = self.boxes(image, words)
         if not len(boxes):
             return np.zeros((0, *image.shape[:2]), dtype=bool)
         inputs = self.processor(Image.fromarray(image), input_boxes=[boxes.tolist()], return_tensors="pt")
-        device, dtype = self.model.device, self.model.dtype
-        output = self.model(pixel_values=inputs["pixel_values"].to(device, dtype), input_boxes=inputs["input_boxes"].to(device, dtype),
-                            multimask_output=False)
+        given = {name: inputs[name].to(self.model.device, self.model.dtype) for name in ("pixel_values", "input_boxes")}
+        output = self.model(**given, multimask_output=False)
         masks = self.processor.image_processor.post_process_masks(
-            output.pred_masks.float().cpu(), inputs["original_sizes"], inputs["reshaped_input_sizes"])[0]
-        return _filled(list(masks[:, 0].numpy()), image)
+            output.pred_masks.float().cpu(), inputs["original_sizes"], inputs["reshaped_input_sizes"])[0][:, 0].numpy()
+        return masks[masks.any(axis=(1, 2))]
 
     @undisturbed()
     def boxes(self, image: np.ndarray, words: str) -> np.ndarray:
@@ -97,11 +94,10 @@ class GroundedSam:
         # Grounding DINO was trained on lower-case phrases that end in a full stop.
         text = " ".join(words.lower().split()).rstrip(" .")
         if not text:
-            raise InputError("The segmenter 'grounded-sam' looks for what an image was drawn for, but no words were given; give some.")
-        device, dtype = self.detector.device, self.detector.dtype
+            raise InputError("The segmenter 'grounded-sam' looks for what an image was drawn for, but no words were "
+                             "given; give some.")
         inputs = self.read(images=Image.fromarray(image), text=text + ".", return_tensors="pt", truncation=True,
-                           max_length=self.detector.config.max_text_len).to(device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+                           max_length=self.detector.config.max_text_len).to(self.detector.device, self.detector.dtype)
         found = self.read.post_process_grounded_object_detection(
             self.detector(**inputs), inputs["input_ids"], self.settings.grounding_box, self.settings.grounding_text,
             target_sizes=[image.shape[:2]])[0]
@@ -110,26 +106,21 @@ class GroundedSam:
         return boxes[order]
 
 
-def _filled(masks: list[np.ndarray], image: np.ndarray) -> np.ndarray:
-    return np.array([mask for mask in masks if mask.any()], dtype=bool).reshape(-1, *image.shape[:2])
-
-
 def _check_elongation(image: np.ndarray, image_processor) -> None:
     long = image_processor.size["longest_edge"]
     if 2 * long * min(image.shape[:2]) < max(image.shape[:2]):
-        raise InputError(f"The image of {image.shape[0]} x {image.shape[1]} pixels is too elongated for Segment Anything, which "
-                         f"sees {long} pixels of the long side; use one that is less so.")
+        raise InputError(f"The image of {image.shape[0]} x {image.shape[1]} pixels is too elongated for Segment "
+                         f"Anything, which sees {long} pixels of the long side; use one that is less so.")
 
 
-def _load_sam(source: Path | str, device: torch.device, dtype: torch.dtype, options: dict) -> tuple[SamModel, SamProcessor]:
+def _load_sam(source: Path | str, device: torch.device, dtype: torch.dtype, options: dict) -> tuple:
     from transformers import SamModel, SamProcessor
 
-    model = complete("Segment Anything", SamModel.from_pretrained(source, dtype=dtype, output_loading_info=True, **options))
-    return model.to(device), SamProcessor.from_pretrained(source, **options)
+    loaded = SamModel.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    return complete("Segment Anything", loaded).to(device), SamProcessor.from_pretrained(source, **options)
 
 
-def _load_grounding(source: Path | str, device: torch.device, dtype: torch.dtype,
-                    options: dict) -> tuple[GroundingDinoForObjectDetection, GroundingDinoProcessor]:
+def _load_grounding(source: Path | str, device: torch.device, dtype: torch.dtype, options: dict) -> tuple:
     from transformers import GroundingDinoForObjectDetection, GroundingDinoProcessor
 
     loaded = GroundingDinoForObjectDetection.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
