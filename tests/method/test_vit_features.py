@@ -53,37 +53,28 @@ def positions_by_hand(table, grid):
     return torch.cat([table[:1], F.interpolate(patches, grid, mode="bicubic")[0].movedim(0, 2).flatten(0, 1)])
 
 
-def keys_by_hand(state, images, patch, heads, layers, eps=1e-6):
-    """Keys (n, h, w, D) of the last layer: patches cut out one by one in reading order, one head at a time, keys side by side."""
+def keys_by_hand(state, images, patch=8, heads=2, layers=3):
+    """Keys (n, h, w, D) of the last layer: patches cut out one by one in reading order, heads side by side."""
     pixels = normalised(images, IMAGENET)
     h, w = pixels.shape[1] // patch, pixels.shape[2] // patch
-    kernel, bias = state["embeddings.patch_embeddings.projection.weight"], state["embeddings.patch_embeddings.projection.bias"]
+    kernel, bias = (state[f"embeddings.patch_embeddings.projection.{name}"] for name in ("weight", "bias"))
     rows = [torch.einsum("nyxc,dcyx->nd", pixels[:, r * patch:(r + 1) * patch, c * patch:(c + 1) * patch], kernel) + bias
             for r in range(h) for c in range(w)]
     stream = torch.stack([state["embeddings.cls_token"][0, 0].expand(len(images), -1), *rows], dim=1)
     stream = stream + positions_by_hand(state["embeddings.position_embeddings"][0], (h, w))
-    size = stream.shape[-1] // heads
     for i in range(layers):
-        part = {name.removeprefix(f"layers.{i}."): value for name, value in state.items() if name.startswith(f"layers.{i}.")}
+        def linear(name, x, i=i):
+            return x @ state[f"layers.{i}.{name}.weight"].T + state[f"layers.{i}.{name}.bias"]
 
-        def linear(name, x, part=part):
-            return x @ part[name + ".weight"].T + part[name + ".bias"]
-
-        def norm(name, x, part=part):
-            centred = x - x.mean(-1, keepdim=True)
-            return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * part[name + ".weight"] + part[name + ".bias"]
+        def norm(name, x, i=i):
+            return F.layer_norm(x, x.shape[-1:], state[f"layers.{i}.{name}.weight"], state[f"layers.{i}.{name}.bias"], 1e-6)
 
         normed = norm("layernorm_before", stream)
-        keys = torch.cat([normed @ part["attention.k_proj.weight"][a:a + size].T + part["attention.k_proj.bias"][a:a + size]
-                          for a in range(0, heads * size, size)], dim=-1)
-        query, value = linear("attention.q_proj", normed), linear("attention.v_proj", normed)
-        mixed = []
-        for a in range(0, heads * size, size):
-            scores = query[..., a:a + size] @ keys[..., a:a + size].transpose(1, 2) / math.sqrt(size)
-            mixed.append(scores.softmax(-1) @ value[..., a:a + size])
-        stream = stream + linear("attention.o_proj", torch.cat(mixed, dim=-1))
-        inner = linear("mlp.fc1", norm("layernorm_after", stream))
-        stream = stream + linear("mlp.fc2", inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2))))
+        query, keys, value = (linear(f"attention.{part}_proj", normed) for part in "qkv")
+        split = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, keys, value)]
+        mixed = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+        stream = stream + linear("attention.o_proj", mixed)
+        stream = stream + linear("mlp.fc2", F.gelu(linear("mlp.fc1", norm("layernorm_after", stream))))
     return keys[:, 1:].reshape(len(images), h, w, -1)
 
 
@@ -91,7 +82,7 @@ def keys_by_hand(state, images, patch, heads, layers, eps=1e-6):
 @pytest.mark.parametrize("shape", [(64, 64), (48, 48), (64, 104), (88, 64)])
 def test_keys_equal_a_vit_computed_by_hand(tiny_profile, name, shape):
     extractor, images = EXTRACTORS[name](tiny_profile), pictures(2, *shape)
-    expected = keys_by_hand(extractor.model.state_dict(), images, 8, 2, 3)
+    expected = keys_by_hand(extractor.model.state_dict(), images)
     assert expected.shape == (2, shape[0] // 8, shape[1] // 8, 32)
     torch.testing.assert_close(features(extractor, images), expected, **CLOSE)
 
@@ -258,7 +249,7 @@ def test_mae_with_its_decoder_as_it_is_on_the_hub(tiny_profile, tmp_path):
                                               decoder_intermediate_size=32)).eval()
     whole.save_pretrained(tmp_path)
     images = pictures(1, 64, 64)
-    expected = keys_by_hand(whole.vit.state_dict(), images, 8, 2, 3)
+    expected = keys_by_hand(whole.vit.state_dict(), images)
     torch.testing.assert_close(features(mae(tiny_profile, tmp_path), images), expected, **CLOSE)
 
 
