@@ -55,6 +55,8 @@ def test_multi_otsu_of_few_values():
     three = np.array([[0.0, 0.5035, 1.0]])  # as many values as classes, the middle one above its bin's centre
     foreground, background = multi_otsu(three, 3)
     assert foreground.tolist() == [[False, False, True]] and background.tolist() == [[True, False, False]]
+    foreground, background = multi_otsu(np.array([[0.0, 0.5, 1.0]]), 4)  # the middle of the range is background
+    assert foreground.tolist() == [[False, False, True]] and background.tolist() == [[True, True, False]]
 
 
 def test_more_levels_of_foreground():
@@ -267,6 +269,10 @@ def test_what_is_wrong_is_named():
     for wrong in (np.ones((1, 10, 6), bool), COLUMN):  # transposed; one mask alone
         with refused(InputError, "'fixed'", "(M, 6, 10)"):
             masks_of(make_support(), Fixed(*wrong))
+    few = Fixed(COLUMN)
+    few.propose_many = lambda images, words: []
+    with pytest.raises(ValueError):  # fewer answers than images
+        masks_of(make_support(), few)
     damaged = make_support()
     damaged.attribution[1, 0, 0] = np.nan
     with refused(InputError, "not finite"):
