@@ -20,9 +20,8 @@ from ovdiff_lib.errors import ModelNotAvailable, ProfileError
 from ovdiff_lib.features.clip import NORMALISATIONS, clip_layer
 from ovdiff_lib.features.vit import ViTExtractor
 from ovdiff_lib.networks.checkpoints import fill, renamed
-from ovdiff_lib.networks.identity import resolve_model
+from ovdiff_lib.networks.identity import open_clip_weights, resolve_model
 from ovdiff_lib.networks.loading import check_libraries, complete, load_network
-from ovdiff_lib.networks.published import OPEN_CLIP_FILES
 from ovdiff_lib.profiles.schema import Features, Profile
 
 if TYPE_CHECKING:
@@ -148,15 +147,13 @@ def _check_names(architecture: str, weights: str) -> dict:
 
 
 def _weights_file(architecture: str, tag: str, trained: dict, download: bool) -> str:
-    """A tag's weights in the hub's cache, or from the hub. ``ModelNotAvailable`` if they cannot be had."""
+    """A tag's weights on this machine, or from the hub. ``ModelNotAvailable`` if they cannot be had."""
     import open_clip
-    from huggingface_hub import try_to_load_from_cache
 
-    repository = trained["hf_hub"].rstrip("/")
-    for name in OPEN_CLIP_FILES[0]:
-        if isinstance(path := try_to_load_from_cache(repository, name), str):
-            return path
-    remedy = f"fetch it with `hf download {repository}`, or set models.download to true"
+    file, _, get = open_clip_weights(architecture, tag)
+    if file is not None:
+        return str(file)
+    remedy = f"fetch it with `{get}`, or set models.download to true"
     if download:
         try:
             return open_clip.download_pretrained(trained)

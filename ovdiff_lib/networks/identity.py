@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from pathlib import Path
 
 from ovdiff_lib.errors import ModelNotAvailable
+from ovdiff_lib.networks.published import how_to_get
 
 PACKAGE = "package:"
 SHIPPED = Path(__file__).parent.parent / "mini" / "weights"
 WEIGHT_FILES = (".pth", ".pt", ".pkl", ".bin", ".safetensors")
 IDENTITY_SUFFIXES = (".json", ".txt", ".safetensors", ".bin")
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # where a tag names no file
 _file_hashes: dict[tuple[str, int, int], str] = {}
 
 
@@ -60,6 +63,23 @@ def model_identity(identifier: str) -> str:
         if isinstance(cached, str):
             return f"hub:{source}@{Path(cached).parent.name}"  # .../snapshots/<revision>/<file>
     return f"hub:{source}@not-cached"
+
+
+def open_clip_weights(architecture: str, weights: str) -> tuple[Path | None, str, str]:
+    """open_clip's weights of a tag, or of a file that ``weights`` names: their file (None if it is not on this machine),
+    their hub repository or path, and the command that fetches them ("" if none is known)."""
+    import huggingface_hub
+    from open_clip.pretrained import get_pretrained_cfg
+
+    trained = get_pretrained_cfg(architecture, weights) if weights else {}
+    repository, _, name = trained.get("hf_hub", "").rpartition("/")
+    if repository:
+        names = (Path(name).with_suffix(".safetensors").name, name) if name else OPEN_CLIP_FILES
+        cached = [huggingface_hub.try_to_load_from_cache(repository, name) for name in names]
+        return next((Path(path) for path in cached if isinstance(path, str)), None), repository, how_to_get(repository)
+    path = Path("~/.cache/clip" if trained else weights, trained.get("url", "").rpartition("/")[2]).expanduser()
+    get = f"curl -L --create-dirs -o {shlex.quote(str(path))} {trained['url']}" if trained else ""
+    return path if path.is_file() else None, str(path), get
 
 
 def _file_hash(path: Path) -> str:

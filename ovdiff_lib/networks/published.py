@@ -95,10 +95,6 @@ MODEL_TYPES = {"clip": "clip", "dino": "vit", "mae": "vit_mae", "open_clip": "cl
 """Field of ``profile.models`` -> ``model_type`` in the config.json of a folder of that model. Weights of another
 architecture often load, in part or in whole, and give features of something else."""
 
-OPEN_CLIP_FILES = (("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),)
-"""The same for a hub repository of open_clip's weights."""
-
-
 def lacking(folder: Path, wanted: tuple[tuple[str, ...], ...]) -> list[str]:
     """The first name of each tuple of which ``folder`` holds no file."""
     return [names[0] for names in wanted if not any((folder / name).is_file() for name in names)]

@@ -12,7 +12,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import shlex
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 from ovdiff_lib.checks import setting_problems
 from ovdiff_lib.errors import InputError, ModelNotAvailable, ProfileError
 from ovdiff_lib.files import size_text
-from ovdiff_lib.networks.published import FILES, MODEL_TYPES, OPEN_CLIP_FILES, how_to_get, lacking, published
+from ovdiff_lib.networks.published import FILES, MODEL_TYPES, how_to_get, lacking, published
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.registry import NOT_MODELS
 from ovdiff_lib.workbench.cost.flops import prototype_bytes, prototype_rows
@@ -265,27 +264,19 @@ def _snapshot(hub_id: str) -> Path | None:
 
 
 def _open_clip(profile: Profile, used_by: tuple[str, ...]) -> Model:
-    """An architecture of open_clip: its weights are a file, or a tag of which open_clip knows the repository or the
-    address."""
+    """An architecture of open_clip, whose weights are a file, or a tag that open_clip knows."""
+    from ovdiff_lib.networks.identity import open_clip_weights
+
     architecture, weights = profile.models.open_clip, profile.models.open_clip_pretrained
     shown = f"{architecture} / {weights}"
     if importlib.util.find_spec("open_clip") is None:
         return Model("open_clip", shown, "missing", "", None, "", used_by, "", "the library open_clip is not installed")
-    from open_clip.pretrained import get_pretrained_cfg
-
-    trained = get_pretrained_cfg(architecture, weights) if weights else {}
-    repository, _, file = trained.get("hf_hub", "").rpartition("/")
-    if repository:
-        wanted = ((file, str(Path(file).with_suffix(".safetensors"))),) if file else OPEN_CLIP_FILES
-        state, where, detail = _locate(repository, wanted)
-        get, size = ("", _size(Path(where))) if state in HERE else _download(repository)
-        return Model("open_clip", shown, state, where, size, _licence(repository), used_by, get, detail)
-    path = Path("~/.cache/clip").expanduser() / Path(trained["url"]).name if trained else Path(weights).expanduser()
-    if weights and path.is_file():
-        return Model("open_clip", shown, "file", str(path), _size(path), "see its card", used_by, "")
-    get = f"curl -L --create-dirs -o {shlex.quote(str(path))} {trained['url']}" if trained else ""
-    detail = "" if trained else "neither a file nor a tag that open_clip has for this architecture"
-    return Model("open_clip", shown, "missing", "", None, "see its card", used_by, get, detail)
+    file, source, get = open_clip_weights(architecture, weights)
+    if file is not None:
+        state = "file" if str(file) == source else "hub cache"
+        return Model("open_clip", shown, state, str(file), _size(file), _licence(source), used_by, "")
+    detail = "" if get else "neither a file nor a tag that open_clip has for this architecture"
+    return Model("open_clip", shown, "missing", "", _download(source)[1], _licence(source), used_by, get, detail)
 
 
 def _checksum(path: Path, wanted: str) -> tuple[str, str]:

@@ -370,7 +370,7 @@ def test_open_clip_names_and_weights_that_are_wrong(toy, tmp_path, monkeypatch):
                                 ("toy", "openai", "tag (quick)"), ("toy", "", "open_clip_pretrained"), ("", "", "not set")):
         with refused(ProfileError, "models.open_clip", told):
             build(name, weights)
-    with refused(ModelNotAvailable, "`hf download nobody/toy`", "models.download"):
+    with refused(ModelNotAvailable, "`hf download nobody/toy", "models.download"):
         build("toy", "quick")
 
     def offline(trained):
