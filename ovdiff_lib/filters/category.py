@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,14 +31,11 @@ if TYPE_CHECKING:
 class CategoryFilter:
     """Which categories of a vocabulary are in an image, by CLIP.
 
-    ``clip`` and ``tokenizer`` are a transformers ``CLIPModel`` in eval mode and its tokenizer; ``profile.filters``
-    holds the settings. The result depends on the image, the vocabulary and the profile alone; text embeddings are
-    cached across images.
+    The result depends on the image, the vocabulary and the profile alone; text embeddings are kept for other images.
     """
 
     def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer, profile: Profile) -> None:
-        self.settings = profile.filters
-        self.clip = clip
+        self.settings, self.clip = profile.filters, clip
         self.text = TextEncoder(clip, tokenizer)
         self._single: tuple[Vocabulary, torch.Tensor] | None = None  # of the last vocabulary
 
@@ -57,76 +53,74 @@ class CategoryFilter:
         stays, with probability 1. Raises ``InputError`` for a name that is too long for CLIP.
         """
         embedding = self.embed_image(image)
+        probabilities = self._probabilities(embedding, vocabulary)
         judged = self._judged(vocabulary)
-        probabilities = self._probabilities(embedding, vocabulary, judged)
-        always = tuple(sorted(set(range(len(vocabulary))).difference(judged)))
+        always = set(range(len(vocabulary))).difference(judged)
         if not judged:
-            return always, probabilities
+            return tuple(sorted(always)), probabilities
         order = sorted(judged, key=lambda i: (-probabilities[i], i))
-        # The slack is for rounding: equal probabilities are each exactly 1/C and one class alone has probability 1 = 1/C.
+        # The slack is for rounding: equal probabilities are each exactly 1/C, and one class alone has probability 1.
         bar = (1 - 1e-5) / len(judged)
         top = sorted(i for i in order[: self.settings.category_top] if probabilities[i] >= bar) or order[:1]
         subsets = [s for size in range(1, len(top) + 1) for s in itertools.combinations(top, size)]
-        texts = [self._prompt([vocabulary.categories[i] for i in subset]) for subset in subsets]
+        texts = [self._prompt(*(vocabulary.categories[i] for i in subset)) for subset in subsets]
         fitting = [n for n, fits in enumerate(self.text.fits(texts)) if fits]
         if len(fitting) < len(texts):
-            warnings.warn(f"The category filter left out {len(texts) - len(fitting)} of {len(texts)} joined prompts that are longer than "
-                          f"CLIP's {self.text.length} tokens; lower filters.category_top or shorten class names.", stacklevel=2)
+            warnings.warn(f"The category filter left out {len(texts) - len(fitting)} of {len(texts)} joined prompts "
+                          f"that are longer than CLIP's {self.text.length} tokens; lower filters.category_top or "
+                          "shorten class names.", stacklevel=2)
         similarity = self.text([texts[n] for n in fitting]) @ embedding
         best = subsets[fitting[int(similarity.argmax())]]
-        return tuple(sorted((*best, *always))), probabilities
+        return tuple(sorted(always.union(best))), probabilities
 
     @undisturbed()
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """Class probabilities f32 (C,) of an image u8 (H, W, 3): softmax of logit scale x cosine over the
         vocabulary."""
-        return self._probabilities(self.embed_image(image), vocabulary, self._judged(vocabulary))
+        return self._probabilities(self.embed_image(image), vocabulary)
 
     @undisturbed()
     def embed_image(self, image: np.ndarray) -> torch.Tensor:
         """L2-normalised CLIP embedding f32 (E,), on the CPU, of an image u8 (H, W, 3)."""
-        side = self.clip.config.vision_config.image_size
-        square = square_image(image, side, self.settings.category_crop)
-        pixels = torch.from_numpy(square).permute(2, 0, 1)[None].float() / 255
-        mean, std = (torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-        pixels = (pixels - mean) / std
+        square = square_image(image, self.clip.config.vision_config.image_size, self.settings.category_crop)
+        mean, std = (torch.tensor(values, dtype=torch.float32, device="cpu") for values in (CLIP_MEAN, CLIP_STD))
+        pixels = ((torch.from_numpy(square).float() / 255 - mean) / std).permute(2, 0, 1)[None]
         weight = self.clip.visual_projection.weight
         features = self.clip.get_image_features(pixel_values=pixels.to(weight.device, weight.dtype)).pooler_output
         return check_finite(F.normalize(features.float(), dim=-1)[0].cpu())
 
-    def _judged(self, vocabulary: Vocabulary) -> tuple[int, ...]:
-        return tuple(i for i, c in enumerate(vocabulary) if not (self.settings.category_keep_stuff and c.kind == "stuff"))
+    def _judged(self, vocabulary: Vocabulary) -> list[int]:
+        return [i for i, c in enumerate(vocabulary) if not (self.settings.category_keep_stuff and c.kind == "stuff")]
 
-    def _probabilities(self, embedding: torch.Tensor, vocabulary: Vocabulary, judged: tuple[int, ...]) -> np.ndarray:
-        cosine = self._names(vocabulary)[list(judged)] @ embedding.double()
-        scale = self.settings.category_logit_scale
+    def _probabilities(self, embedding: torch.Tensor, vocabulary: Vocabulary) -> np.ndarray:
+        judged, scale = self._judged(vocabulary), self.settings.category_logit_scale
+        cosine = self._names(vocabulary)[judged] @ embedding.double()
         scale = float(self.clip.logit_scale.detach().exp()) if scale is None else scale
         probabilities = np.ones(len(vocabulary), dtype=np.float32)
-        probabilities[list(judged)] = torch.softmax(scale * cosine, 0).numpy()
+        probabilities[judged] = torch.softmax(scale * cosine, 0).numpy()
         return probabilities
 
     def _names(self, vocabulary: Vocabulary) -> torch.Tensor:
-        """Embeddings f64 (C, E) of the prompts of the single names."""
-        if self._single is None or self._single[0] is not vocabulary:  # a large one is not looked up text by text for every image
-            texts = [self._prompt([category]) for category in vocabulary]
+        """Embeddings f64 (C, E) of the single names; of a large vocabulary too many to look up for each image."""
+        if self._single is None or self._single[0] is not vocabulary:
+            texts = [self._prompt(category) for category in vocabulary]
             for category, fits in zip(vocabulary, self.text.fits(texts), strict=True):
                 if not fits:
-                    raise InputError(f"The class {category.name[:40]!r} makes a prompt longer than CLIP's {self.text.length} tokens; "
-                                     "shorten it.")
+                    raise InputError(f"The class {category.name[:40]!r} makes a prompt longer than CLIP's "
+                                     f"{self.text.length} tokens; shorten it.")
             self._single = vocabulary, self.text(texts).double()
         return self._single[1]
 
-    def _prompt(self, categories: Sequence[Category]) -> str:
-        return self.settings.category_prompt.replace("{names}", self.settings.category_joiner.join(c.prompt for c in categories))
+    def _prompt(self, *categories: Category) -> str:
+        joined = self.settings.category_joiner.join(c.prompt for c in categories)
+        return self.settings.category_prompt.replace("{names}", joined)
 
 
 def square_image(image: np.ndarray, side: int, crop: str) -> np.ndarray:
     """An image u8 (H, W, 3) as CLIP's u8 (side, side, 3), bicubic: "squash" ignores the aspect ratio, "centre" cuts the
     longer side."""
     height, width = image.shape[:2]
-    picture = Image.fromarray(image)
-    if crop == "squash":
-        return np.array(picture.resize((side, side), Image.Resampling.BICUBIC))
     short = min(height, width)
     left, top = (width - short) / 2, (height - short) / 2
-    return np.array(picture.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + short, top + short)))
+    box = None if crop == "squash" else (left, top, left + short, top + short)
+    return np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC, box))

@@ -33,29 +33,24 @@ BACKGROUND_REMEDY = "set matching.background_threshold (0.72 in the paper) or pr
 
 def check_matching(settings: Matching) -> None:
     """``ProfileError`` for values of ``profile.matching`` that do not go together."""
-    sizes = _sizes(settings)
-    if not sizes or max(sizes) > settings.short_side:
-        raise ProfileError(f"matching.windows is {settings.windows}; give sizes up to matching.short_side ({settings.short_side}), "
+    short, long = settings.short_side, settings.long_side
+    sizes = settings.windows or [short] * settings.whole_image
+    if not sizes or max(sizes) > short:
+        raise ProfileError(f"matching.windows is {settings.windows}; give sizes up to matching.short_side ({short}), "
                            "or none and matching.whole_image true.")
     if settings.stride > min(sizes):
-        raise ProfileError(f"matching.stride is {settings.stride}; set it to at most the smallest window ({min(sizes)}).")
-    if settings.long_side is not None and settings.long_side < settings.short_side:
-        raise ProfileError(f"matching.long_side is {settings.long_side}; set it to at least matching.short_side ({settings.short_side}), "
-                           "or to null for images of any length.")
-
-
-def _sizes(settings: Matching) -> list[int]:
-    """Sides of the windows; without windows that of the whole image, alone."""
-    return settings.windows or [settings.short_side] * settings.whole_image
+        raise ProfileError(f"matching.stride is {settings.stride}; give at most the smallest window ({min(sizes)}).")
+    if long is not None and long < short:
+        raise ProfileError(f"matching.long_side is {long}; give at least matching.short_side ({short}), or null for "
+                           "images of any length.")
 
 
 @dataclass(frozen=True)
 class _ClassRows:
-    """Prototypes of one bank in one extractor, L2-normalised, one entry a class, background first (None without
-    any)."""
+    """The prototypes that a bank has in one extractor, class by class: first the background, that of all categories."""
 
-    vectors: list[torch.Tensor | None]  # f32 (p, D)
-    index: list[np.ndarray]  # i64 (p, 2) the category of each vector and its row there
+    vectors: list[torch.Tensor]  # of each class f32 (p, D), L2-normalised
+    places: np.ndarray  # i32 (P + 1, 2), category and row there of each; the last is (-1, -1): no prototype
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +59,11 @@ class _Opened:
 
     shape: tuple[int, int]  # of the image as given
     resized: np.ndarray
-    rows: dict[str, _ClassRows]
-    fallback: float | None
+    rows: dict[str, _ClassRows]  # by extractor
+    constant: float | None  # score of a background without prototypes
     votes: torch.Tensor  # extractors that score each class, (C + 1, 1, 1)
-    totals: list[torch.Tensor]  # a scale: f32 (C + 1, H, W)
-    cover: list[torch.Tensor]  # a scale: windows over each pixel, (H, W)
+    shares: list[torch.Tensor]  # of each scale, what a window counts at each pixel: f32 (H, W)
+    total: torch.Tensor  # f32 (C + 1, H, W)
     windows: list[_Window] = field(default_factory=list)
     seen: list[tuple[int, Box, np.ndarray, np.ndarray]] = field(default_factory=list)  # by the first extractor
 
@@ -93,14 +88,12 @@ class Matcher:
     """
 
     def __init__(self, extractors: dict[str, Any], profile: Profile) -> None:
-        settings = profile.matching
         if not extractors:
             raise ProfileError("features.extractors is empty; name at least one extractor.")
-        check_matching(settings)
-        self.extractors, self.profile, self.settings = extractors, profile, settings
+        check_matching(profile.matching)
+        self.extractors, self.profile, self.settings = extractors, profile, profile.matching
         self.device = resolve_device(profile)
 
-    @undisturbed()
     def scores(self, image: np.ndarray, bank: PrototypeBank) -> tuple[np.ndarray, np.ndarray]:
         """Scores f32 (C + 1, H, W) of an image u8 (H, W, 3) against C categories, and which prototype decided each
         pixel.
@@ -113,93 +106,63 @@ class Matcher:
         extractor][category].vectors[row]``, of the winning class the one with the highest cosine in any window over the
         pixel; -1 where a constant decided.
         """
-        opened = self._open(image, bank)
-        self._score_all(opened.windows)
-        return self._close(opened)
+        return self._closed(self._scored([(image, bank)])[0])
 
     def scores_many(self, pairs: Sequence[tuple[np.ndarray, PrototypeBank]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """:meth:`scores` of each image against its own bank; windows of all of them share batches, and memory."""
-        for opened in self._scored(pairs):
-            yield self._close(opened)
+        return map(self._closed, self._scored(pairs))
 
     @undisturbed()
     def _scored(self, pairs: Sequence[tuple[np.ndarray, PrototypeBank]]) -> list[_Opened]:
-        images = [self._open(image, bank) for image, bank in pairs]
-        self._score_all([window for opened in images for window in opened.windows])
-        return images
-
-    def _score_all(self, windows: list[_Window]) -> None:
+        images = [self._opened(image, bank) for image, bank in pairs]
+        windows = [window for opened in images for window in opened.windows]
         # Extractors that take one size at a time get whole batches of it; the others do not mind.
         if not all(getattr(extractor, "any_size", False) for extractor in self.extractors.values()):
-            windows = sorted(windows, key=lambda window: len(window.crop))
+            windows.sort(key=lambda window: len(window.crop))
         for start, stop in batches(len(windows), self.settings.batch_size):
             self._score(windows[start:stop])
+        return images
 
-    def _open(self, image: np.ndarray, bank: PrototypeBank) -> _Opened:
+    def _opened(self, image: np.ndarray, bank: PrototypeBank) -> _Opened:
         check_image(image)
-        rows = {name: self._class_rows(name, bank) for name in self.extractors}
-        fallback = self._fallback(rows)
-        settings = self.settings
+        settings, rows = self.settings, {name: self._class_rows(name, bank) for name in self.extractors}
+        scored = torch.tensor([[len(vectors) > 0 for vectors in one.vectors] for one in rows.values()])
+        votes = scored.sum(0).to(self.device)[:, None, None]
+        constant = None if votes[0] else self._constant()
         resized = resize_short_side(image, settings.short_side, settings.resample, settings.long_side)
-        placed = [(scale, side, box) for scale, (side, boxes) in enumerate(scales(resized.shape[:2], settings)) for box in boxes]
-        seeds = window_seeds(self.profile.features.seed, image, len(placed))
-        votes = torch.tensor([sum(r.vectors[c] is not None for r in rows.values()) for c in range(len(bank.vocabulary) + 1)],
-                             dtype=torch.long, device=self.device).clamp(min=1)[:, None, None]
-        zeros = [torch.zeros(len(votes) + 1, *resized.shape[:2], dtype=torch.float32, device=self.device)
-                 for _ in range(placed[-1][0] + 1)]
-        opened = _Opened(image.shape[:2], resized, rows, fallback, votes, [z[:-1] for z in zeros], [z[-1] for z in zeros])
-        for number, ((scale, side, box), seed) in enumerate(zip(placed, seeds, strict=True)):
-            opened.windows.append(_Window(opened, number, scale, box, crop(resized, box, side), seed))
+        placed = scales(resized.shape[:2], settings)
+        shares = []
+        for _, boxes in placed:
+            cover = torch.zeros(resized.shape[:2], dtype=torch.float32, device=self.device)
+            for box in boxes:
+                cover[_slices(box)] += 1
+            shares.append(1 / (cover * len(placed)))
+        total = torch.zeros(len(votes), *resized.shape[:2], dtype=torch.float32, device=self.device)
+        opened = _Opened(image.shape[:2], resized, rows, constant, votes.clamp(min=1), shares, total)
+        every = [(scale, side, box) for scale, (side, boxes) in enumerate(placed) for box in boxes]
+        seeds = window_seeds(self.profile.features.seed, image, len(every))
+        opened.windows.extend(_Window(opened, number, scale, box, crop(resized, box, side), seeds[number])
+                              for number, (scale, side, box) in enumerate(every))
         return opened
-
-    @undisturbed()
-    def _close(self, opened: _Opened) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and winner of an image all of whose windows have been scored."""
-        total = torch.zeros_like(opened.totals[0])
-        for one, cover in zip(opened.totals, opened.cover, strict=True):
-            total += one / cover / len(opened.totals)
-        if self.settings.refine == "pamr":
-            total = pamr(opened.resized, total, self.settings.pamr_iterations, self.settings.pamr_dilations)
-        # Bilinear weights times -inf are NaN, so a background without prototypes is filled in after the last resizing.
-        scores = F.interpolate(total[None], size=opened.shape, mode="bilinear", align_corners=False)[0].cpu().numpy()
-        if not np.isfinite(scores).all():
-            raise InputError("The image features are not finite; check the extractor's weights, or use dtype float32.")
-        if opened.fallback is not None:
-            scores[0] = opened.fallback
-        # In the windows' own order, whatever batches they came in: of equal cosines the first counts.
-        seen = sorted(opened.seen, key=lambda noted: noted[0])
-        winner = self._winner(scores.argmax(0), [noted[1:] for noted in seen], next(iter(opened.rows.values())), opened.resized.shape[:2])
-        if self.settings.minimum_score is not None:
-            best = scores.max(0)
-            low = best <= self.settings.minimum_score
-            scores[0][low], winner[:, low] = best[low], -1
-        return scores, winner
 
     def _class_rows(self, name: str, bank: PrototypeBank) -> _ClassRows:
         if name not in bank.prototypes:
-            raise InputError(f"The prototypes are for {', '.join(bank.extractors) or 'no extractor'} but the profile matches with "
-                             f"{name!r}; build them again with this profile.")
-        vectors, index, background, behind = [None], [], [], []
-        for number, (category, prototypes) in enumerate(zip(bank.vocabulary, bank.prototypes[name], strict=True)):
-            own = prototypes.region == "foreground"
-            if not own.any():
+            raise InputError(f"The prototypes are for {', '.join(bank.extractors) or 'no extractor'} but the profile "
+                             f"matches with {name!r}; build them again with this profile.")
+        rows = bank.prototypes[name]
+        front, behind = ([np.flatnonzero(p.region == region) for p in rows] for region in ("foreground", "background"))
+        for category, own in zip(bank.vocabulary, front, strict=True):
+            if not len(own):
                 raise InputError(f"The class {category.name!r} has no foreground prototypes; build it again.")
-            vectors.append(self._unit(prototypes.vectors[own]))
-            background.append(prototypes.vectors[~own])
-            for pairs, rows in ((index, np.flatnonzero(own)), (behind, np.flatnonzero(~own))):
-                pairs.append(np.stack([np.full_like(rows, number), rows], 1))
-        pooled = np.concatenate(background)
-        if len(pooled):
-            vectors[0] = self._unit(pooled)
-        return _ClassRows(vectors, [np.concatenate(behind), *index])
+        vectors = [np.concatenate([p.vectors[b] for p, b in zip(rows, behind, strict=True)]),
+                   *(p.vectors[own] for p, own in zip(rows, front, strict=True))]
+        numbers = np.repeat([*range(len(rows))] * 2, [len(chosen) for chosen in (*behind, *front)])
+        places = np.stack([np.append(numbers, -1), np.concatenate([*behind, *front, [-1]])], 1).astype(np.int32)
+        tensors = (torch.from_numpy(np.ascontiguousarray(v, np.float32)).to(self.device) for v in vectors)
+        return _ClassRows([F.normalize(tensor, dim=1) for tensor in tensors], places)
 
-    def _unit(self, vectors: np.ndarray) -> torch.Tensor:
-        return F.normalize(torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32)).to(self.device), dim=1)
-
-    def _fallback(self, rows: dict[str, _ClassRows]) -> float | None:
-        """Constant background score where no extractor has background prototypes, else None."""
-        if any(r.vectors[0] is not None for r in rows.values()):
-            return None
+    def _constant(self) -> float:
+        """Score of the background where no extractor has prototypes of it."""
         if self.settings.background_threshold is not None:
             return self.settings.background_threshold
         if self.profile.prototypes.background:
@@ -207,70 +170,92 @@ class Matcher:
         raise InputError(f"There are no background prototypes and no background score; {BACKGROUND_REMEDY}")
 
     def _score(self, part: Sequence[_Window]) -> None:
-        """Add the scores of windows to their images; notes in ``seen`` what the first extractor saw in each."""
-        found: list[torch.Tensor | int] = [0] * len(part)
+        """Add the scores of windows to their images; note in ``seen`` what the first extractor saw in each."""
         for name, extractor in self.extractors.items():
-            features = _features(extractor, [window.crop for window in part], np.array([window.seed for window in part], np.int64))
+            found = zip(part, _features(extractor, part), strict=True)
             # Neighbours of one image and scale are matched in one product.
-            for _, run in itertools.groupby(range(len(part)), lambda i: (id(part[i].image), part[i].scale)):
-                run = list(run)
-                image, (_, _, height, width) = part[run[0]].image, part[run[0]].box
-                values, arguments = self._match(torch.stack(features[run[0] : run[-1] + 1]), image.rows[name])
+            for _, run in itertools.groupby(found, lambda pair: (id(pair[0].image), pair[0].scale)):
+                of_run, features = zip(*run, strict=True)
+                image, (_, _, height, width) = of_run[0].image, of_run[0].box
+                values, arguments = self._match(torch.stack(features), image.rows[name])
                 enlarged = F.interpolate(values, size=(height, width), mode="bilinear", align_corners=False)
-                for i, window in zip(run, enlarged, strict=True):
-                    found[i] = found[i] + window
+                for window, scores in zip(of_run, enlarged, strict=True):
+                    y, x = _slices(window.box)
+                    image.total[:, y, x] += scores * image.shares[window.scale][y, x] / image.votes
                 if name == next(iter(self.extractors)):
-                    numbers, boxes = [part[i].number for i in run], [part[i].box for i in run]
-                    image.seen.extend(zip(numbers, boxes, values.cpu().numpy(), arguments.int().cpu().numpy(), strict=True))
-        for window, scores in zip(part, found, strict=True):
-            image, (top, left, height, width) = window.image, window.box
-            image.totals[window.scale][:, top : top + height, left : left + width] += scores / image.votes
-            image.cover[window.scale][top : top + height, left : left + width] += 1
+                    kept = values.cpu().numpy(), arguments.int().cpu().numpy()
+                    image.seen.extend((w.number, w.box, *both) for w, *both in zip(of_run, *kept, strict=True))
 
     def _match(self, features: torch.Tensor, rows: _ClassRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Highest cosine f32 (n, C + 1, h, w) of every feature (n, h, w, D) to each class and its row i64; 0 and -1
-        without prototypes."""
+        """Highest cosine f32 (n, C + 1, h, w) of every feature (n, h, w, D) to each class, and which prototype of all
+        that is, i64; 0 and -1 for a class without prototypes."""
         n, h, w, channels = features.shape
-        if channels != rows.vectors[1].shape[1]:
-            raise InputError(f"The prototypes have {rows.vectors[1].shape[1]} channels but the image features {channels}; "
-                             "build the prototypes again with this profile.")
+        if channels != rows.vectors[0].shape[1]:
+            raise InputError(f"The prototypes have {rows.vectors[0].shape[1]} channels but the image features "
+                             f"{channels}; build the prototypes again with this profile.")
         unit = F.normalize(features.to(self.device, torch.float32).reshape(-1, channels), dim=1)
         values = unit.new_zeros(len(rows.vectors), len(unit))
         arguments = torch.full(values.shape, -1, dtype=torch.long, device=self.device)
+        first = 0
         for c, vectors in enumerate(rows.vectors):
-            if vectors is None:
-                continue
-            values[c] = -torch.inf
+            if len(vectors):
+                values[c] = -torch.inf
             for start in range(0, len(vectors), BLOCK):
                 value, argument = (unit @ vectors[start : start + BLOCK].T).max(1)
                 better = ~(value <= values[c])  # NaN counts as better, so that it surfaces
                 values[c] = torch.where(better, value, values[c])
-                arguments[c] = torch.where(better, argument + start, arguments[c])
+                arguments[c] = torch.where(better, argument + first + start, arguments[c])
+            first += len(vectors)
         return tuple(t.reshape(-1, n, h, w).transpose(0, 1) for t in (values, arguments))
 
-    @staticmethod
-    def _winner(labels: np.ndarray, seen: list, rows: _ClassRows, resized: tuple[int, int]) -> np.ndarray:
-        """Of all windows over a pixel, the prototype with the highest cosine within the class that won the pixel:
-        (category, row), i32 (2, H, W)."""
-        best, argument = np.full(labels.shape, -np.inf, np.float32), np.full(labels.shape, -1)
-        centre = [((np.arange(n) + 0.5) * r / n).astype(int) for n, r in zip(labels.shape, resized, strict=True)]
-        for (top, left, height, width), values, arguments in seen:
-            y, x = (slice(*np.searchsorted(at, (first, first + length))) for at, first, length in zip(
-                centre, (top, left), (height, width), strict=True))
-            cell_y = (centre[0][y] - top) * values.shape[1] // height
-            cell_x = (centre[1][x] - left) * values.shape[2] // width
-            index = labels[y, x] * values[0].size + (cell_y[:, None] * values.shape[2] + cell_x)
-            value = values.take(index)  # of the pixel's class in the pixel's cell
-            better = value > best[y, x]
-            np.copyto(best[y, x], value, where=better)
-            np.copyto(argument[y, x], arguments.take(index), where=better)
-        starts = np.cumsum([0, *map(len, rows.index[:-1])])
-        pairs = np.concatenate([*rows.index, [(-1, -1)]]).astype(np.int32)  # the last: no prototype
-        return np.ascontiguousarray(np.moveaxis(pairs[np.where(argument < 0, -1, starts[labels] + argument)], -1, 0))
+    @undisturbed()
+    def _closed(self, opened: _Opened) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and winner of an image all of whose windows have been scored."""
+        total, settings = opened.total, self.settings
+        if settings.refine == "pamr":
+            total = pamr(opened.resized, total, settings.pamr_iterations, settings.pamr_dilations)
+        # Bilinear weights times -inf are NaN, so a background without prototypes is filled in after the last resizing.
+        scores = F.interpolate(total[None], size=opened.shape, mode="bilinear", align_corners=False)[0].cpu().numpy()
+        if not np.isfinite(scores).all():
+            raise InputError("The image features are not finite; check the extractor's weights, or use dtype float32.")
+        if opened.constant is not None:
+            scores[0] = opened.constant
+        winner = _winner(scores.argmax(0), opened)
+        if settings.minimum_score is not None:
+            best = scores.max(0)
+            low = best <= settings.minimum_score
+            scores[0][low], winner[:, low] = best[low], -1
+        return scores, winner
 
 
-def _features(extractor: Any, crops: list[np.ndarray], seeds: np.ndarray) -> list[torch.Tensor]:
-    """Features f32 (h, w, D) of each square crop u8 (S, S, 3), in as few calls as the extractor allows."""
+def _winner(labels: np.ndarray, opened: _Opened) -> np.ndarray:
+    """Of all windows over a pixel, the prototype with the highest cosine within the class that won the pixel:
+    (category, row), i32 (2, H, W)."""
+    best, argument = np.full(labels.shape, -np.inf, np.float32), np.full(labels.shape, -1)
+    sizes = zip(labels.shape, opened.resized.shape[:2], strict=True)
+    centre = [((np.arange(n) + 0.5) * resized / n).astype(int) for n, resized in sizes]
+    # In the windows' own order, whatever batches they came in: of equal cosines the first counts.
+    for _, (top, left, height, width), values, arguments in sorted(opened.seen, key=lambda noted: noted[0]):
+        y, x = (slice(*np.searchsorted(at, (first, first + length)))
+                for at, first, length in zip(centre, (top, left), (height, width), strict=True))
+        rows = (centre[0][y] - top) * values.shape[1] // height
+        columns = (centre[1][x] - left) * values.shape[2] // width
+        cell = labels[y, x], rows[:, None], columns  # the pixel's class in the pixel's cell
+        better = values[cell] > best[y, x]
+        best[y, x] = np.where(better, values[cell], best[y, x])
+        argument[y, x] = np.where(better, arguments[cell], argument[y, x])
+    places = next(iter(opened.rows.values())).places
+    return np.ascontiguousarray(np.moveaxis(places[argument], -1, 0))
+
+
+def _slices(box: Box) -> tuple[slice, slice]:
+    top, left, height, width = box
+    return slice(top, top + height), slice(left, left + width)
+
+
+def _features(extractor: Any, part: Sequence[_Window]) -> list[torch.Tensor]:
+    """Features f32 (h, w, D) of each window, in as few calls as the extractor allows."""
+    crops, seeds = [window.crop for window in part], np.array([window.seed for window in part], np.int64)
     if getattr(extractor, "any_size", False):
         return list(extractor(crops, seeds))
     found: list[torch.Tensor] = []

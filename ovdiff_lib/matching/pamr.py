@@ -1,8 +1,7 @@
-"""PAMR, pixel-adaptive mask refinement (Araslanov and Roth, CVPR 2020): scores flow between neighbours of similar
-colour.
+"""PAMR, pixel-adaptive mask refinement (Araslanov and Roth, CVPR 2020), of the paper's "(+PAMR)" rows (Table 1).
 
-The paper's "(+PAMR)" rows (Table 1). Each pixel looks at its 8 neighbours at every dilation; how alike they are in
-colour is computed once, as weights that sum to 1, and the scores are averaged with them several times.
+Each pixel looks at its 8 neighbours at every dilation; how alike they are in colour is computed once, as weights that
+sum to 1, and the scores are averaged with them several times.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ BLOCK_VALUES = 2**20
 
 
 @undisturbed()
-def pamr(image: np.ndarray, scores: torch.Tensor, iterations: int = 10, dilations: Sequence[int] = DILATIONS) -> torch.Tensor:
+def pamr(image: np.ndarray, scores: torch.Tensor, iterations: int = 10,
+         dilations: Sequence[int] = DILATIONS) -> torch.Tensor:
     """Scores f32 (C, H, W) refined by an image (H, W, 3), u8 or f32 of any range, on the device of ``scores``.
 
     Results are convex combinations of a class's scores, whatever the image's brightness and contrast; -inf everywhere
@@ -44,7 +44,8 @@ def pamr(image: np.ndarray, scores: torch.Tensor, iterations: int = 10, dilation
 
 
 @undisturbed()
-def affinity(image: np.ndarray, dilations: Sequence[int] = DILATIONS, device: torch.device | str = "cpu") -> torch.Tensor:
+def affinity(image: np.ndarray, dilations: Sequence[int] = DILATIONS,
+             device: torch.device | str = "cpu") -> torch.Tensor:
     """Weights f32 (8 x dilations, H, W) of each pixel's neighbours, which sum to 1.
 
     Softmax over the neighbours of the mean over channels of -abs(x_p - x_q) / (1e-8 + 0.1 sigma_p), with sigma_p the

@@ -18,18 +18,26 @@ Box = tuple[int, int, int, int]  # top, left, height, width in the resized image
 
 def scales(shape: tuple[int, int], settings: Matching) -> list[tuple[int, list[Box]]]:
     """The windows of a resized image of ``shape`` (H, W): of each scale the side at which they are looked at and where
-    they lie.
-
-    With ``whole_image`` the image as a whole, squashed, is one more scale.
-    """
-    found = []
-    for size in settings.windows:
-        size = min(size, *shape)  # only a long strip is smaller, through long_side
-        places = windows(shape, size, min(size, settings.stride))
-        found.append((size, [(top, left, size, size) for top, left, _ in places]))
+    they lie. With ``whole_image`` the image as a whole, squashed, is one more scale."""
+    sizes = [min(size, *shape) for size in settings.windows]  # only a long strip is smaller, through long_side
+    found = [(size, windows(shape, size, min(size, settings.stride))) for size in sizes]
     if settings.whole_image:
         found.append((max(settings.windows, default=settings.short_side), [(0, 0, *shape)]))
     return found
+
+
+def windows(shape: tuple[int, int], size: int, stride: int) -> list[Box]:
+    """Square windows that cover an image of ``shape`` (H, W), row by row: ceil((L - size) / stride) + 1 along a side of
+    length L, of which the last is shifted back to end at the image's border, as in mmsegmentation's sliding inference.
+
+    ``InputError`` if ``size`` exceeds a side or ``stride`` the size.
+    """
+    if not 0 < size <= min(shape):
+        raise InputError(f"A window of {size} pixels does not fit in an image of {shape[0]} x {shape[1]}; use less.")
+    if not 0 < stride <= size:
+        raise InputError(f"A stride of {stride} leaves gaps between windows of {size} pixels; use 1 to {size}.")
+    tops, lefts = ([*range(0, length - size, stride), length - size] for length in shape)
+    return [(top, left, size, size) for top in tops for left in lefts]
 
 
 def crop(resized: np.ndarray, box: Box, side: int) -> np.ndarray:
@@ -39,20 +47,6 @@ def crop(resized: np.ndarray, box: Box, side: int) -> np.ndarray:
     if inside.shape[:2] == (side, side):
         return inside
     return np.array(Image.fromarray(inside).resize((side, side), Image.Resampling.BILINEAR))
-
-
-def windows(shape: tuple[int, int], size: int, stride: int) -> list[tuple[int, int, int]]:
-    """Square windows (top, left, size) that cover an image of ``shape`` (H, W), row by row.
-
-    ceil((L - size) / stride) + 1 windows along a side of length L; the last is shifted back to end at the image's
-    border, as in mmsegmentation's sliding inference. ``size`` must not exceed either side, nor ``stride`` the size.
-    """
-    if not 0 < size <= min(shape):
-        raise InputError(f"A window of {size} pixels does not fit in an image of {shape[0]} x {shape[1]}; use a smaller window.")
-    if not 0 < stride <= size:
-        raise InputError(f"A stride of {stride} leaves gaps between windows of {size} pixels; use a stride from 1 to {size}.")
-    starts = [[min(i * stride, length - size) for i in range(-(-(length - size) // stride) + 1)] for length in shape]
-    return [(top, left, size) for top in starts[0] for left in starts[1]]
 
 
 def window_seeds(seed: int, image: np.ndarray, count: int) -> np.ndarray:
@@ -68,5 +62,5 @@ def check_image(image: np.ndarray) -> None:
     """``InputError`` for an image (H, W, 3) that is too elongated."""
     height, width = image.shape[:2]
     if max(height, width) > MAX_ASPECT * min(height, width):
-        raise InputError(f"The image is {height} x {width} pixels: its long side is more than {MAX_ASPECT} times its short side; "
-                         "cut it into pieces.")
+        raise InputError(f"The image is {height} x {width} pixels: its long side is more than {MAX_ASPECT} times its "
+                         "short side; cut it into pieces.")

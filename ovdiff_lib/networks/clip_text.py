@@ -7,21 +7,21 @@ positions and an attention mask that show each token its ancestors. The result i
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections import OrderedDict
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.networks.instruments import undisturbed
+from ovdiff_lib.networks.instruments import batches, undisturbed
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
-
 
 CACHED_TEXTS = 2**15
 """Text embeddings kept across images (67 MB at 512 channels)."""
@@ -33,160 +33,120 @@ long rows repeat less than many short ones, but attention has more to hide."""
 ROWS = 32
 """Packed rows per forward pass of the text tower."""
 
-Row = tuple[list[int], list[int], list[int]]
-"""Tokens, their positions, and the column of each token's last descendant."""
+Row = tuple[list[int], list[int], list[int], list[int]]
+"""Tokens, their positions, the column of each token's last descendant; and the columns at which texts end."""
 
 
 class TextEncoder:
-    """Normalised CLIP text embeddings, each distinct text computed once (least recently used ones are dropped)."""
+    """Normalised CLIP text embeddings, each distinct text computed once as long as ``cached`` hold them all."""
 
     @undisturbed()
     def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer, cached: int = CACHED_TEXTS) -> None:
         self.clip, self.tokenizer, self.cached = clip, tokenizer, cached
         self.length = min(clip.config.text_config.max_position_embeddings, tokenizer.model_max_length)
         # One table rather than a tensor a text: thousands of small objects keep Python's garbage collector busy.
-        self._table = torch.zeros(0, clip.text_projection.out_features, dtype=torch.float32, device="cpu")
-        self._free: list[int] = []
-        self._known: OrderedDict[str, int] = OrderedDict()  # text -> row of the table
-        self._words: dict[str, tuple[int, ...]] = {}
-        self._lengths: dict[str, int] = {}
-        self._ids: dict[str, tuple[int, ...]] = {}  # of texts whose length was asked for and which are not encoded yet
+        self._table = torch.empty(cached, clip.text_projection.out_features, dtype=torch.float32, device="cpu")
+        self._known: dict[str, int] = {}  # text -> row of the table
+        self._tokens, self._word = (functools.lru_cache(cached)(of) for of in (self._tokens_of, self._tokens_of_word))
         (self._start, *_, self._end), = tokenizer([""])["input_ids"]
 
     @undisturbed()
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """f32 (n, E) on the CPU, unit length, for n texts that :meth:`fits` accepts."""
-        missing = [text for text in dict.fromkeys(texts) if text not in self._known]
-        if missing:
-            found = self._encode([self._ids.get(text) or self._tokens(text) for text in missing])
-            self._ids.clear()
-            places = self._places(len(missing))
-            self._table[places] = found
-            self._known.update(zip(missing, places, strict=True))
-        for text in texts:
-            self._known.move_to_end(text)
-        embeddings = self._table[[self._known[text] for text in texts]]
-        while len(self._known) > self.cached:
-            self._free.append(self._known.popitem(last=False)[1])
-        return embeddings
+        if new := [text for text in dict.fromkeys(texts) if text not in self._known]:
+            found = self._encode([self._tokens(text) for text in new])
+            if len(self._known) + len(new) > len(self._table):  # full: it begins again with the texts of this call
+                old = [text for text in dict.fromkeys(texts) if text in self._known]
+                rows = self._table[[self._known[text] for text in old]]
+                self._table = self._table.new_empty(max(self.cached, len(old) + len(new)), self._table.shape[1])
+                self._table[: len(old)] = rows
+                self._known = {text: row for row, text in enumerate(old)}
+            start = len(self._known)
+            self._table[start : start + len(new)] = found
+            self._known.update(zip(new, itertools.count(start)))
+        return self._table[[self._known[text] for text in texts]]
 
     @undisturbed()
     def fits(self, texts: Sequence[str]) -> list[bool]:
         """Whether each text, with start and end token, is within the model's length."""
-        if len(self._lengths) > 2 * self.cached:
-            self._lengths.clear()
-        missing = [text for text in texts if text not in self._lengths]
-        self._ids = {text: self._tokens(text) for text in missing}
-        self._lengths.update((text, len(ids)) for text, ids in self._ids.items())
-        return [self._lengths[text] <= self.length for text in texts]
+        return [len(self._tokens(text)) <= self.length for text in texts]
 
-    def _places(self, count: int) -> list[int]:
-        """Rows of the table that no text has."""
-        rows = len(self._table)
-        if len(self._free) < count:
-            grown = max(count - len(self._free), min(rows, self.cached))
-            self._table = torch.cat([self._table, self._table.new_zeros(grown, self._table.shape[1])])
-            self._free += range(rows + grown - 1, rows - 1, -1)
-        return [self._free.pop() for _ in range(count)]
-
-    def _tokens(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text, from start to end token. CLIP's tokens never span a space, so each word is looked up
-        alone, once."""
-        words = text.split(" ")
-        for word in words:
-            if word not in self._words:
-                if len(self._words) > 2 * self.cached:
-                    self._words.clear()
-                    return self._tokens(text)
-                self._words[word] = tuple(self.tokenizer([word], truncation=False, verbose=False)["input_ids"][0][1:-1])
-        ids = (self._start, *itertools.chain.from_iterable(self._words[word] for word in words), self._end)
+    def _tokens_of(self, text: str) -> tuple[int, ...]:
+        """Token ids from start to end token. CLIP's tokens never span a space, so each word is looked up alone."""
+        ids = (self._start, *itertools.chain.from_iterable(map(self._word, text.split(" "))), self._end)
         return ids[: ids.index(self._end) + 1]  # where a text spells the end token out, CLIP reads it there
 
+    def _tokens_of_word(self, word: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer([word], truncation=False, verbose=False)["input_ids"][0][1:-1])
+
     def _encode(self, sequences: list[tuple[int, ...]]) -> torch.Tensor:
-        rows, place = pack(sequences, max(WIDTH, self.length))
-        return check_finite(F.normalize(encode(self.clip, rows, place).float(), dim=-1).cpu())
+        embeddings = encode(self.clip, *pack(sequences, max(WIDTH, self.length)))
+        return check_finite(F.normalize(embeddings.float(), dim=-1).cpu())
 
 
 def check_finite(embedding: torch.Tensor) -> torch.Tensor:
     """The embedding; ``InputError`` if it holds a value that is not finite."""
     if not torch.isfinite(embedding).all():
-        raise InputError("CLIP returned values that are not finite; check the weights of models.clip, or use dtype float32.")
+        raise InputError("CLIP returned values that are not finite; check the weights of models.clip, or use float32.")
     return embedding
 
 
-def pack(sequences: Sequence[tuple[int, ...]], width: int) -> tuple[list[Row], np.ndarray]:
-    """Token sequences as prefix trees in rows of at most ``width`` tokens.
+def pack(sequences: Sequence[tuple[int, ...]], width: int) -> tuple[list[Row], list[int]]:
+    """Token sequences, of 1 to ``width`` tokens each, as prefix trees in rows of at most ``width`` tokens; and the
+    order in which the sequences end there, row by row.
 
-    Returns the rows, each (tokens, positions, last): a token's descendants are those behind it up to column ``last``,
-    so token i sees token j if j <= i <= last[j]. And for every sequence the row and column of its last token, i64 (n,
-    2). Every sequence has 1 to ``width`` tokens.
+    A token's descendants are those behind it up to its last one: token i sees token j if j <= i <= last[j].
     """
     rows: list[Row] = []
-    place = np.zeros((len(sequences), 2), np.int64)
+    order = sorted(range(len(sequences)), key=sequences.__getitem__)
     path: list[int] = []  # columns of the previous sequence's tokens
     previous: tuple[int, ...] = ()
-    for number in sorted(range(len(sequences)), key=sequences.__getitem__):
-        sequence = sequences[number]
-        shared = 0
-        for one, other in zip(previous, sequence, strict=False):
-            if one != other:
-                break
-            shared += 1
-        new = len(sequence) - shared
-        if not rows or len(rows[-1][0]) + new > width:
-            rows.append(([], [], []))
-            path, shared, new = [], 0, len(sequence)
-        tokens, positions, last = rows[-1]
-        column = len(tokens)
+    for sequence in map(sequences.__getitem__, order):
+        shared = sum(itertools.takewhile(bool, map(operator.eq, previous, sequence)))  # tokens at the beginning
+        if not rows or len(rows[-1][0]) + len(sequence) - shared > width:
+            rows.append(([], [], [], []))
+            path, shared = [], 0
+        tokens, positions, last, ends = rows[-1]
+        path[shared:] = range(len(tokens), len(tokens) + len(sequence) - shared)
         tokens += sequence[shared:]
         positions += range(shared, len(sequence))
-        last += range(column, column + new)
-        path[shared:] = range(column, column + new)
+        last += path[shared:]
         for ancestor in path:
             last[ancestor] = len(tokens) - 1
-        place[number] = len(rows) - 1, path[-1]
+        ends.append(path[-1])
         previous = sequence
-    return rows, place
+    return rows, order
 
 
-def encode(clip: CLIPModel, rows: Sequence[Row], place: np.ndarray) -> torch.Tensor:
-    """Projected embeddings (n, E), on the model's device and in its dtype, of the texts that end at ``place`` i64 (n,
-    2) in packed rows."""
-    text, weight = clip.text_model, clip.text_projection.weight
-    ends = torch.empty(len(place), weight.shape[1], dtype=weight.dtype, device=weight.device)
-    for start in range(0, len(rows), ROWS):
-        part = rows[start : start + ROWS]
-        here = np.flatnonzero((place[:, 0] >= start) & (place[:, 0] < start + len(part)))
-        ends[torch.from_numpy(here).to(weight.device)] = _hidden_ends(text, part, place[here] - (start, 0))
-    return clip.text_projection(text.final_layer_norm(ends))
+def encode(clip: CLIPModel, rows: Sequence[Row], order: Sequence[int]) -> torch.Tensor:
+    """Projected embeddings (n, E), on the model's device and in its dtype, of the n sequences given to :func:`pack`."""
+    text = clip.text_model
+    ends = torch.cat([_ends(text, rows[start:stop]) for start, stop in batches(len(rows), ROWS)])
+    embeddings = clip.text_projection(text.final_layer_norm(ends))
+    return embeddings[torch.tensor(order).argsort().to(embeddings.device)]
 
 
-def _hidden_ends(text: torch.nn.Module, rows: Sequence[Row], place: np.ndarray) -> torch.Tensor:
-    """What the last layer of the text tower puts out at ``place`` i64 (n, 2) in the rows: (n, D)."""
-    weight, width = text.embeddings.token_embedding.weight, max(len(tokens) for tokens, _, _ in rows)
-    ids, positions = (np.zeros((len(rows), width), np.int64) for _ in range(2))
-    last = np.tile(np.arange(width), (len(rows), 1))  # padding sees itself, and nobody sees padding
-    for n, row in enumerate(rows):
-        for array, values in zip((ids, positions, last), row, strict=True):
-            array[n, : len(values)] = values
-    ids, positions, last = (torch.from_numpy(array).to(weight.device) for array in (ids, positions, last))
+def _ends(text: torch.nn.Module, rows: Sequence[Row]) -> torch.Tensor:
+    """What the last layer of the text tower puts out where texts end, row by row: (n, D)."""
+    weight, counts = text.embeddings.token_embedding.weight, [len(ends) for *_, ends in rows]
+
+    def padded(lists: Sequence[list[int]], value: int = 0) -> torch.Tensor:
+        return pad_sequence([torch.tensor(values) for values in lists], True, value).to(weight.device)
+
+    tokens, positions, last, ends = zip(*rows, strict=True)
     # Below the embedding, not by `text`: that one refuses rows longer than a text may be.
-    hidden = text.embeddings.token_embedding(ids) + text.embeddings.position_embedding(positions)
-    column = torch.arange(width, dtype=torch.long, device=weight.device)
+    hidden = text.embeddings.token_embedding(padded(tokens)) + text.embeddings.position_embedding(padded(positions))
+    last, ends = padded(last, hidden.shape[1]), padded(ends)  # padding sees padding, and nobody sees it
+    column = torch.arange(hidden.shape[1], dtype=torch.long, device=weight.device)
     unseen = (column[:, None] < column) | (column[:, None] > last[:, None])
-    mask = torch.zeros(unseen.shape, dtype=weight.dtype, device=weight.device).masked_fill_(unseen, torch.finfo(weight.dtype).min)[:, None]
+    mask = torch.zeros(unseen.shape, dtype=weight.dtype, device=weight.device)
+    mask = mask.masked_fill_(unseen, torch.finfo(weight.dtype).min)[:, None]
     *layers, top = text.encoder.layers
     for layer in layers:
         hidden = layer(hidden, mask)
-    # Of the last layer the end tokens alone are read, so only they ask: as many columns a row as the fullest has ends.
-    counts = np.bincount(place[:, 0], minlength=len(rows))
-    order = np.argsort(place[:, 0], kind="stable")
-    slot = np.empty(len(place), np.int64)
-    slot[order] = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
-    asking = np.zeros((len(rows), counts.max()), np.int64)
-    asking[place[:, 0], slot] = place[:, 1]
-    asking, slot, row = (torch.from_numpy(array).to(weight.device) for array in (asking, slot, place[:, 0]))
-    return _layer_at(top, hidden, mask, asking)[row, slot]
+    # Of the last layer the end tokens alone are read, so only they ask.
+    found = _layer_at(top, hidden, mask, ends)
+    return torch.cat([row[:count] for row, count in zip(found, counts, strict=True)])
 
 
 def _layer_at(layer: torch.nn.Module, hidden: torch.Tensor, mask: torch.Tensor, asking: torch.Tensor) -> torch.Tensor:
@@ -198,7 +158,8 @@ def _layer_at(layer: torch.nn.Module, hidden: torch.Tensor, mask: torch.Tensor, 
     def heads(x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
 
-    mixed = F.scaled_dot_product_attention(heads(attention.q_proj(normed[every, asking])), heads(attention.k_proj(normed)),
-                                           heads(attention.v_proj(normed)), mask[:, 0][every, asking][:, None], scale=attention.scale)
+    query, key, value = attention.q_proj(normed[every, asking]), attention.k_proj(normed), attention.v_proj(normed)
+    mixed = F.scaled_dot_product_attention(heads(query), heads(key), heads(value), mask[:, 0][every, asking][:, None],
+                                           scale=attention.scale)
     hidden = hidden[every, asking] + attention.out_proj(mixed.transpose(1, 2).flatten(2))
     return hidden + layer.mlp(layer.layer_norm2(hidden))

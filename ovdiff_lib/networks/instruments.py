@@ -1,5 +1,4 @@
-"""How a network is run: undisturbed by the caller's settings and other threads, in batches, with the outputs of its
-layers kept."""
+"""How a network is run: undisturbed by others, in batches, with the outputs of its layers kept."""
 
 from __future__ import annotations
 
@@ -12,8 +11,8 @@ import torch
 
 _lock = threading.RLock()
 
-PRECISION = ((torch.backends.cuda.matmul, "ieee"), (torch.backends.cudnn.conv, "tf32"), (torch.backends.mkldnn.matmul, "ieee"),
-             (torch.backends.mkldnn.conv, "ieee"))
+PRECISION = ((torch.backends.cuda.matmul, "ieee"), (torch.backends.cudnn.conv, "tf32"),
+             (torch.backends.mkldnn.matmul, "ieee"), (torch.backends.mkldnn.conv, "ieee"))
 """How float32 is computed, as PyTorch ships it."""
 
 
@@ -21,12 +20,10 @@ PRECISION = ((torch.backends.cuda.matmul, "ieee"), (torch.backends.cudnn.conv, "
 def undisturbed() -> Iterator[None]:
     """One thread at a time, with PyTorch as it comes: results depend on no other thread and on nothing the caller set.
 
-    Whoever loads or runs a network does it in here, as a ``with`` block or by decorating a function, because networks
-    are shared by all objects of a process, and their hooks, schedulers and tokenizers change while they run. Inside
-    there are no gradients, inference mode or autocast; the default dtype is float32, the default device the CPU, and
-    float32 is computed as such. All of it is as before afterwards. May be nested; never ``yield`` from inside. Whether
-    algorithms are deterministic stays the caller's choice: on a CPU it changes nothing, and on a GPU it was made on
-    purpose.
+    Whoever loads or runs a network does it in here (as a block or a decorator), because networks are shared by all
+    objects of a process, and their hooks, schedulers and tokenizers change while they run. Inside there are no
+    gradients, inference mode or autocast; defaults are float32, computed as such, and the CPU. Afterwards all is as
+    before. May be nested; never ``yield`` from inside. Whether algorithms are deterministic stays the caller's choice.
     """
     with _lock, contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():  # its tensors could not be changed later, outside of it
@@ -53,10 +50,8 @@ def batches(count: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def attention_grid(tokens: int, latent: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of an attention layer with ``tokens`` positions in a UNet whose latents are ``latent`` = (h, w).
-
-    Each down-sampling is a stride-2 convolution that rounds up, also for latents that are not a multiple of 8.
-    """
+    """Rows and columns of a layer with ``tokens`` positions in a UNet whose latents are ``latent`` = (h, w): each
+    down-sampling is a stride-2 convolution, which rounds up."""
     h, w = latent
     while h * w > tokens and (h, w) != (1, 1):
         h, w = math.ceil(h / 2), math.ceil(w / 2)
@@ -67,7 +62,7 @@ def attention_grid(tokens: int, latent: tuple[int, int]) -> tuple[int, int]:
 
 def all_finite(values: torch.Tensor) -> bool:
     """Whether none of the values is NaN or infinite."""
-    # Either would make the sum one of them; looking at each value takes many times as long and is left to a sum that overflows.
+    # Either would make the sum one of them; looking at each value, many times as long, is left to sums that overflow.
     return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
@@ -77,10 +72,8 @@ class _Enough(Exception):
 
 @contextlib.contextmanager
 def captured(modules: dict[str, torch.nn.Module], stop: bool = False) -> Iterator[dict[str, torch.Tensor]]:
-    """What each module put out last inside the ``with`` block, by name; the hooks are removed in any case.
-
-    With ``stop`` the block ends as soon as all of them have put something out: layers behind the last are not run.
-    """
+    """What each module put out last inside the ``with`` block, by name. With ``stop`` the block ends as soon as all of
+    them have put something out: layers behind the last are not run."""
     outputs: dict[str, torch.Tensor] = {}
 
     def keep(name: str, output: torch.Tensor) -> None:

@@ -1,5 +1,4 @@
-"""The published weights that profiles name: licence, download size, how to get them, and which files of a model a
-loader reads."""
+"""The published weights that profiles name: licence, size, how to get them; and which files of a model are read."""
 
 from __future__ import annotations
 
@@ -10,20 +9,20 @@ from pathlib import Path
 MB = 10**6
 HUB_SKIP = '--exclude "*.h5" --exclude "*.msgpack"'  # the same weights for other frameworks
 
-_SD_FILES = (
-    "model_index.json", "scheduler/*", "tokenizer/*", "feature_extractor/*", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
-    "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json", "text_encoder/model.safetensors",
-)
-_MAE_LICENCE = "CC BY-NC 4.0: not for commercial use"
-_MAE_URL = "https://dl.fbaipublicfiles.com/long_seq_mae/pretrained_models/in1k/"
-_CUTLER_URL = "http://dl.fbaipublicfiles.com/cutler/checkpoints/cutler_cascade_final.pth"
+SD_FILES = ("model_index.json", "scheduler/*", "tokenizer/*", "feature_extractor/*", "unet/config.json",
+            "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+            "text_encoder/config.json", "text_encoder/model.safetensors")
+MAE_LICENCE = "CC BY-NC 4.0: not for commercial use"
+MAE_FILES = [f"{vit}_{epochs}ep_img448_crop0.2-1.0_maskds2.pth"
+             for vit in ("vitb_dec384d12h8b", "vitl_dec512d16h8b") for epochs in (800, 1600)]
+MAE_URL = "https://dl.fbaipublicfiles.com/long_seq_mae/pretrained_models/in1k/"
+CUTLER_URL = "http://dl.fbaipublicfiles.com/cutler/checkpoints/cutler_cascade_final.pth"
 
 
 @dataclass(frozen=True)
 class Published:
-    """``size`` in bytes of what is fetched (four bytes a parameter; None if not known); ``url`` of a single file;
-    ``options`` of ``hf download``; ``channels`` of its features (Stable Diffusion: of its UNet's blocks, first to
-    last)."""
+    """``size`` in bytes of what is fetched (four a parameter; None if not known); ``url`` of a single file; ``options``
+    of ``hf download``; ``channels`` of its features (Stable Diffusion: of its UNet's blocks, first to last)."""
 
     licence: str
     size: int | None = None
@@ -36,18 +35,18 @@ PUBLISHED: dict[str, Published] = {
     # The repository also holds the whole model as single files, in other precisions and formats, ten times as much.
     "stable-diffusion-v1-5/stable-diffusion-v1-5": Published(
         "CreativeML OpenRAIL-M: use restrictions, to be passed on", 4265 * MB, channels=(320, 640, 1280, 1280),
-        options=" ".join(f'--include "{name}"' for name in _SD_FILES)),
+        options=" ".join(f'--include "{name}"' for name in SD_FILES)),
     "openai/clip-vit-base-patch16": Published("MIT", 599 * MB, channels=(768,)),
     "facebook/dino-vitb8": Published("Apache-2.0", 343 * MB, channels=(768,)),
-    "facebook/vit-mae-large": Published(f"its card: Apache-2.0; its authors: {_MAE_LICENCE}", 1318 * MB, channels=(1024,)),
+    "facebook/vit-mae-large": Published(f"its card: Apache-2.0; its authors: {MAE_LICENCE}", 1318 * MB,
+                                        channels=(1024,)),
     "facebook/sam-vit-huge": Published("Apache-2.0", 2564 * MB),
     "IDEA-Research/grounding-dino-tiny": Published("Apache-2.0", 689 * MB),
     "nvidia/groupvit-gcc-yfcc": Published("NVIDIA Source Code License: research, not for commercial use", 223 * MB),
     "timm/vit_base_patch16_clip_224.openai": Published("MIT", 599 * MB, options="", channels=(768,)),
-    "cutler_cascade_final.pth": Published("CC BY-NC-SA 4.0: not for commercial use", 288 * MB, _CUTLER_URL),
-    **{f"{vit}_{epochs}ep_img448_crop0.2-1.0_maskds2.pth": Published(
-        _MAE_LICENCE, url=f"{_MAE_URL}{vit}_{epochs}ep_img448_crop0.2-1.0_maskds2.pth", channels=(width,))
-       for vit, width in (("vitb_dec384d12h8b", 768), ("vitl_dec512d16h8b", 1024)) for epochs in (800, 1600)},
+    "cutler_cascade_final.pth": Published("CC BY-NC-SA 4.0: not for commercial use", 288 * MB, CUTLER_URL),
+    **{name: Published(MAE_LICENCE, url=MAE_URL + name, channels=(768 if name.startswith("vitb") else 1024,))
+       for name in MAE_FILES},
 }
 """By hub id, or by file name for what is no hub model."""
 
@@ -56,13 +55,17 @@ def how_to_get(identifier: str) -> str:
     """The shell command that fetches a model, "" for a path of which nothing is known."""
     if identifier.startswith("package:"):
         return "make mini-world"
-    path = Path(identifier).expanduser()
     known = published(identifier)
     if known is not None and known.url:
-        return f"curl -L --create-dirs -o {shlex.quote(str(path))} {known.url}"
-    if path.is_absolute() or identifier[:1] in (".", "~") or identifier.count("/") > 1:
+        return fetch(known.url, Path(identifier).expanduser())
+    if Path(identifier).is_absolute() or identifier[:1] in (".", "~") or identifier.count("/") > 1:
         return ""
     return f"hf download {identifier} {(known.options if known else HUB_SKIP)}".rstrip()
+
+
+def fetch(url: str, path: Path) -> str:
+    """The shell command that brings ``url`` to ``path``."""
+    return f"curl -L --create-dirs -o {shlex.quote(str(path))} {url}"
 
 
 def _weights(stem: str, pickled: str) -> tuple[str, ...]:
@@ -79,21 +82,18 @@ FILES: dict[str, tuple[tuple[str, ...], ...]] = {
         *((f"{part}/config.json",) for part in ("unet", "vae", "text_encoder")),
         *(tuple(f"{part}/{name}" for name in _DIFFUSER) for part in ("unet", "vae")),
         tuple(f"text_encoder/{name}" for name in _TRANSFORMER[1])),
-    "clip": (*_TRANSFORMER, _TOKENIZER),
-    "dino": _TRANSFORMER,
-    "mae": _TRANSFORMER,
-    "open_clip": _TRANSFORMER,
-    "detector": _TRANSFORMER,
+    **dict.fromkeys(("dino", "mae", "open_clip", "detector"), _TRANSFORMER),
+    **dict.fromkeys(("clip", "groupvit"), (*_TRANSFORMER, _TOKENIZER)),
     "sam": (*_TRANSFORMER, ("preprocessor_config.json",)),
     "grounding": (*_TRANSFORMER, ("preprocessor_config.json",), _TOKENIZER),
-    "groupvit": (*_TRANSFORMER, _TOKENIZER),
 }
 """Field of ``profile.models`` -> what a folder must hold: of each tuple one file."""
 
-MODEL_TYPES = {"clip": "clip", "dino": "vit", "mae": "vit_mae", "open_clip": "clip", "sam": "sam", "grounding": "grounding-dino",
-               "groupvit": "groupvit"}
-"""Field of ``profile.models`` -> ``model_type`` in the config.json of a folder of that model. Weights of another
-architecture often load, in part or in whole, and give features of something else."""
+MODEL_TYPES = {"clip": "clip", "dino": "vit", "mae": "vit_mae", "open_clip": "clip", "sam": "sam",
+               "grounding": "grounding-dino", "groupvit": "groupvit"}
+"""Field of ``profile.models`` -> ``model_type`` in that folder's config.json. Weights of another architecture often
+load, in part or in whole, and give features of something else."""
+
 
 def lacking(folder: Path, wanted: tuple[tuple[str, ...], ...]) -> list[str]:
     """The first name of each tuple of which ``folder`` holds no file."""

@@ -10,7 +10,7 @@ from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.profiles.schema import PrototypeSettings
 from ovdiff_lib.prototypes.kmeans import kmeans
-from ovdiff_lib.types import REGIONS, ForegroundBackground, Prototypes
+from ovdiff_lib.types import ForegroundBackground, Prototypes
 
 
 @undisturbed()
@@ -26,56 +26,52 @@ def build_prototypes(features: torch.Tensor | np.ndarray, masks: ForegroundBackg
     """
     features = torch.as_tensor(features)
     if features.ndim != 4 or len(features) != len(masks.foreground):
-        raise InputError(f"Support features of shape {tuple(features.shape)} do not go with {len(masks.foreground)} masks; "
-                         "give features (N, h, w, D) and masks (N, H, W) of the same images.")
-    rows: list[tuple[torch.Tensor, str, str, int, int]] = []
-    assignment = np.full(tuple(features.shape[:3]), -1, dtype=np.int16)
-    # Background first, so that the foreground overwrites it in the assignment; its prototypes still come last.
-    for region, full in reversed(list(zip(REGIONS, (masks.foreground, masks.background), strict=True))):
-        if region == "background" and not settings.background:
-            continue
-        inside = resize_masks(full, tuple(features.shape[1:3]), resize)
-        if not inside.any():
-            if region == "foreground":
-                raise OVDiffError(f"None of the {len(features)} support images has any foreground, so the class gets no prototypes; word "
-                                  "the class differently, draw more support images, or set masks.segmenter to another segmenter.")
-            continue
-        made, code = _region(features, inside, settings)
-        offset = settings.clusters if region == "background" else 0
-        rows = [(vector, kind, region, image, cluster + offset if cluster >= 0 else -1) for vector, kind, image, cluster in made] + rows
-        assignment[inside.numpy()] = code + offset
+        raise InputError(f"Support features of shape {tuple(features.shape)} do not go with {len(masks.foreground)} "
+                         "masks; give features (N, h, w, D) and masks (N, H, W) of the same images.")
+    rows, codes = [], []
+    for region in ("foreground", "background") if settings.background else ("foreground",):
+        inside = resize_masks(getattr(masks, region), features.shape[1:3], resize)
+        if inside.any():
+            made, code = _region(features, inside, region, settings)
+            rows += made
+            codes.append((inside.numpy(), code))
+        elif region == "foreground":
+            raise OVDiffError(f"None of the {len(features)} support images has any foreground, so the class gets no "
+                              "prototypes; word it differently, draw more images, or choose another masks.segmenter.")
+    assignment = np.full(features.shape[:3], -1, dtype=np.int16)
+    for inside, code in reversed(codes):  # the foreground overwrites the background
+        assignment[inside] = code
     vectors, kinds, regions, images, clusters = zip(*rows, strict=True)
     stacked = torch.stack(vectors).float().cpu().numpy()
     if not np.isfinite(stacked).all():
-        raise InputError("The support features hold values that are not finite; check the extractor's weights, or use dtype float32.")
-    return Prototypes(stacked, np.array(kinds), np.array(regions), np.array(images, np.int32), np.array(clusters, np.int32), assignment)
+        raise InputError("The support features hold values that are not finite; check the extractor's weights, or use "
+                         "dtype float32.")
+    return Prototypes(stacked, np.array(kinds), np.array(regions), np.array(images, np.int32),
+                      np.array(clusters, np.int32), assignment)
 
 
-def _region(features: torch.Tensor, inside: torch.Tensor, settings: PrototypeSettings):
-    """Rows (vector, kind, image, cluster) of one region and the cluster i16 of each of its features; ``inside`` is not
-    empty."""
-    made = []
-    counts = inside.sum((1, 2))
+def _region(features: torch.Tensor, inside: torch.Tensor, region: str, settings: PrototypeSettings):
+    """Rows (vector, kind, region, image, cluster) of one region and the part code i16 of each of its features;
+    ``inside`` is not empty."""
+    counts, first = inside.sum((1, 2)), settings.clusters * (region == "background")
     images = torch.nonzero(counts)[:, 0].tolist()
     sums = [features[n][inside[n]].sum(0, dtype=torch.float64) for n in images]
+    rows = []
     if "class" in settings.kinds:
-        made.append((sum(sums) / counts.sum(), "class", -1, -1))
+        rows.append((sum(sums) / counts.sum(), "class", region, -1, -1))
     if "instance" in settings.kinds:
-        made += [(total / counts[n], "instance", n, -1) for n, total in zip(images, sums, strict=True)]
-    code = np.zeros(int(counts.sum()), dtype=np.int16)
+        rows += [(total / counts[n], "instance", region, n, -1) for n, total in zip(images, sums, strict=True)]
+    codes = np.full(int(counts.sum()), first, dtype=np.int16)
     if "part" in settings.kinds:
         centroids, cluster = kmeans(features[inside], settings.clusters, settings.seed)
-        made += [(centroid.double(), "part", -1, k) for k, centroid in enumerate(centroids)]
-        code = cluster.cpu().numpy().astype(np.int16)
-    return made, code
+        rows += [(centroid.double(), "part", region, -1, first + k) for k, centroid in enumerate(centroids)]
+        codes += cluster.cpu().numpy().astype(np.int16)
+    return rows, codes
 
 
 def resize_masks(masks: np.ndarray, size: tuple[int, int], how: str = "area") -> torch.Tensor:
-    """Masks bool (N, H, W) on the feature grid: bool tensor (N, *size).
-
-    "area": a cell is inside if more than half of it is; a mask too thin for that keeps its fullest cells, so no mask
-    vanishes. "any": a cell is inside if any pixel of it is.
-    """
+    """Masks bool (N, H, W) on the feature grid, bool (N, *size). "area": a cell is inside if more than half of it is;
+    a mask too thin for that keeps its fullest cells, so no mask vanishes. "any": if any pixel of it is."""
     tensor = torch.from_numpy(np.ascontiguousarray(masks))[:, None].float()
     covered = F.adaptive_avg_pool2d(tensor, size)[:, 0]
     if how == "any":

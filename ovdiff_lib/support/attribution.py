@@ -7,6 +7,7 @@ is computed twice and nothing is stored per step.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -34,58 +35,66 @@ def fill_template(template: str, name: str) -> str:
 def class_token_positions(tokenizer: CLIPTokenizer, template: str, name: str) -> list[int]:
     """Positions in the text encoder's sequence (0 = start token) of the tokens that ``name`` occupies in ``template``.
 
-    Found by the place of the name in the template: a word of the name that the template has as well is not counted
-    there. Raises ``InputError`` if the prompt is longer than the text encoder reads, ``ProfileError`` for a bad
-    template.
+    Found by the place of the name, so that a word of it which the template has as well does not count there. Raises
+    ``ProfileError`` for a bad template and ``InputError`` for a prompt longer than the text encoder reads.
     """
     prompt = fill_template(template, name)
     start = template.index(PLACEHOLDER)
-    end = start + len(name)
     spans = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
     if len(spans) > tokenizer.model_max_length:
-        raise InputError(f"The prompt {prompt!r} has {len(spans)} tokens and the text encoder reads {tokenizer.model_max_length}; "
-                         "shorten the class name.")
-    positions = [i for i, (first, last) in enumerate(spans) if first < end and last > start]
+        raise InputError(f"The prompt {prompt!r} has {len(spans)} tokens and the text encoder reads "
+                         f"{tokenizer.model_max_length}; shorten the class name.")
+    positions = [i for i, (first, last) in enumerate(spans) if first < start + len(name) and last > start]
     if not positions:
         raise InputError(f"The class name {name!r} has no token the text encoder knows; use letters or digits.")
     return positions
 
 
 @contextlib.contextmanager
-def record_attribution(unet: torch.nn.Module, token_positions: list[int], size: tuple[int, int], mid_block: bool = False,
-                       guided: bool = True) -> Iterator[AttributionRecorder]:
+def record_attribution(unet: torch.nn.Module, token_positions: list[int], size: tuple[int, int],
+                       mid_block: bool = False, guided: bool = True) -> Iterator[AttributionRecorder]:
     """Record the attention to ``token_positions`` of every UNet call inside the ``with`` block.
 
     ``size`` = (h, w) of the latents. Cross-attention of the mid block counts only with ``mid_block``: the attribution
-    tool of the paper leaves it out. ``guided``: the batch is a negative and a conditional half, and only the latter is
+    tool of the paper leaves it out. ``guided``: a batch is a negative and a conditional half, of which the latter is
     recorded. The former processors are put back when the block ends, also by an exception.
     """
     recorder = AttributionRecorder(token_positions, size, guided)
     blocks = ("down_blocks", "up_blocks", "mid_block") if mid_block else ("down_blocks", "up_blocks")
-    layers = {name: module for name, module in unet.named_modules() if name.startswith(blocks) and name.endswith(".attn2")}
-    if not layers:
-        raise ValueError("the UNet has no cross-attention layer to record")
-    former = {name: module.processor for name, module in layers.items()}
-    try:
-        for name, module in layers.items():
-            module.set_processor(RecordingProcessor(name, recorder))
+    with contextlib.ExitStack() as stack:
+        for name, module in unet.named_modules():
+            if name.startswith(blocks) and name.endswith(".attn2"):
+                stack.callback(module.set_processor, module.processor)
+                module.set_processor(functools.partial(recorder.attend, name))
         yield recorder
-    finally:
-        for name, module in layers.items():
-            module.set_processor(former[name])
 
 
 class AttributionRecorder:
-    """Running sum of attention per layer; ``maps()`` gives the attribution of what was recorded so far."""
+    """Running sum of attention per layer; :meth:`maps` gives the attribution of what was recorded so far."""
 
     def __init__(self, token_positions: list[int], size: tuple[int, int], guided: bool) -> None:
         self.token_positions, self.size, self.guided = list(token_positions), size, guided
         self.sums: dict[str, torch.Tensor] = {}  # layer -> f32 (n, positions of that layer)
 
+    def attend(self, layer: str, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor,
+               attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
+        """An attention processor of diffusers for the cross-attention of Stable Diffusion, which adds what it sees:
+        (B, hw, C) attending to (B, tokens, E), to (B, hw, C)."""
+        if attention_mask is not None:
+            raise ValueError("attribution is defined for prompts without an attention mask, as Stable Diffusion has it")
+
+        def heads(x: torch.Tensor) -> torch.Tensor:
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        query = heads(attn.to_q(hidden_states))
+        key, value = heads(attn.to_k(encoder_hidden_states)), heads(attn.to_v(encoder_hidden_states))
+        self.add(layer, query, key, attn.scale)
+        output = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
+        return attn.to_out[1](attn.to_out[0](output.transpose(1, 2).flatten(2)))
+
     @torch.no_grad()
     def add(self, layer: str, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
-        """Add softmax(scale q k^T), averaged over heads and class tokens; q (B, heads, hw, d), k (B, heads, tokens,
-        d)."""
+        """Add softmax(scale q k^T) of q (B, heads, hw, d), k (B, heads, tokens, d), its mean over heads and tokens."""
         if self.guided:
             if len(query) % 2:
                 raise ValueError(f"a guided UNet batch has two halves, this one has {len(query)} entries")
@@ -93,45 +102,18 @@ class AttributionRecorder:
         # In float32 whatever the model's precision: half-precision probabilities lose the small ones over 30 steps.
         scores = (query.float() * scale) @ key.float().transpose(-1, -2)
         attention = scores.softmax(dim=-1)[..., self.token_positions].mean(dim=(1, 3))
-        if layer in self.sums:
-            self.sums[layer] += attention
-        else:
-            self.sums[layer] = attention
+        self.sums[layer] = self.sums.get(layer, 0) + attention
 
     def maps(self) -> torch.Tensor:
-        """Attribution f32 (n, h, w) of the conditional images on the CPU, >= 0, not normalised: the sum over layers and
-        steps.
+        """Attribution f32 (n, h, w) of the conditional images on the CPU, >= 0: the sum over layers and steps.
 
         Each layer is upsampled bicubically and its undershoot clamped, as in DAAM; heads and class tokens are averaged,
         which differs from a sum by a constant that Eq. 1 and Otsu thresholds do not see.
         """
         if not self.sums:
-            raise ValueError("no UNet call was recorded")
+            raise ValueError("no cross-attention was recorded")
         total = 0
         for attention in self.sums.values():
             grid = attention.unflatten(1, attention_grid(attention.shape[1], self.size))[:, None]
             total = total + F.interpolate(grid, size=self.size, mode="bicubic", align_corners=False).clamp_min(0)
         return total[:, 0].cpu()
-
-
-class RecordingProcessor:
-    """diffusers' ``AttnProcessor2_0`` for the cross-attention of Stable Diffusion, which shows its query and key to the
-    recorder."""
-
-    def __init__(self, layer: str, recorder: AttributionRecorder) -> None:
-        self.layer, self.recorder = layer, recorder
-
-    def __call__(self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None,
-                 attention_mask: torch.Tensor | None = None, temb: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
-        """(B, hw, C) attending to (B, tokens, E), to (B, hw, C)."""
-        if attention_mask is not None:
-            raise ValueError("attribution is defined for prompts without an attention mask, as Stable Diffusion uses them")
-
-        def heads(x: torch.Tensor) -> torch.Tensor:
-            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-
-        query = heads(attn.to_q(hidden_states))
-        key, value = heads(attn.to_k(encoder_hidden_states)), heads(attn.to_v(encoder_hidden_states))
-        self.recorder.add(self.layer, query, key, attn.scale)
-        output = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
-        return attn.to_out[1](attn.to_out[0](output.transpose(1, 2).flatten(2)))

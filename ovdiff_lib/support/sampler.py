@@ -28,40 +28,43 @@ def sample_support(pipe: StableDiffusionPipeline, category: Category, profile: P
     attribution, in one pass.
 
     Image i depends on (support settings, prompt, ``support.seed``, i) alone. Images are u8 (N, S, S, 3), S =
-    ``support.image_size``; attribution is f32 (N, S/f, S/f), f the VAE's factor, each map min-max scaled to [0, 1],
-    zeros where it is constant.
+    ``support.image_size``; attribution is f32 (N, S/f, S/f), f the VAE's factor, each map min-max scaled to [0, 1].
     """
-    settings = profile.support
+    settings, size = profile.support, profile.support.image_size
     count = settings.size if count is None else count
-    _check(settings, count, pipe.vae_scale_factor)
+    if count < 1:
+        raise InputError(f"A support set needs at least one image, not {count}.")
+    multiple = int(np.lcm(8, pipe.vae_scale_factor))  # 8: what StableDiffusionPipeline accepts
+    if size % multiple:
+        raise ProfileError(f"support.image_size is {size}; it must be a positive multiple of {multiple}.")
     prompt = fill_template(settings.prompt, category.prompt)
     positions = class_token_positions(pipe.tokenizer, settings.prompt, category.prompt)
     guided = settings.guidance_scale > 1  # the rule of StableDiffusionPipeline
-    side = settings.image_size // pipe.vae_scale_factor
+    side = size // pipe.vae_scale_factor
     seeds = np.array([image_seed(settings.seed, prompt, i) for i in range(start, start + count)], dtype=np.int64)
     positive, negative = pipe.encode_prompt(prompt, pipe.device, 1, guided, settings.negative_prompt)
 
     images, attribution = [], []
     with tqdm(total=count, desc=f"drawing {category.name}", unit="image", disable=not progress) as bar:
         for first, last in batches(count, settings.batch_size):
-            batch = seeds[first:last]
+            n = last - first
+            latents = initial_latents(seeds[first:last], (pipe.unet.config.in_channels, side, side))
             with record_attribution(pipe.unet, positions, (side, side), settings.mid_block, guided) as recorder:
                 drawn = pipe(
-                    prompt_embeds=positive.expand(len(batch), -1, -1),
-                    negative_prompt_embeds=negative.expand(len(batch), -1, -1) if guided else None,
-                    latents=initial_latents(batch, (pipe.unet.config.in_channels, side, side)).to(pipe.device, positive.dtype),
-                    height=settings.image_size, width=settings.image_size, num_inference_steps=settings.steps,
-                    guidance_scale=settings.guidance_scale, output_type="np").images
+                    prompt_embeds=positive.expand(n, -1, -1),
+                    negative_prompt_embeds=negative.expand(n, -1, -1) if guided else None,
+                    latents=latents.to(pipe.device, positive.dtype), height=size, width=size,
+                    num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale, output_type="np").images
             maps = recorder.maps().numpy()
             if not (np.isfinite(drawn).all() and np.isfinite(maps).all()):
-                raise OVDiffError(f"The diffusion model {profile.models.diffusion!r} drew values that are not finite for "
-                                  f"{category.name!r}; use models.dtype float32 or check its weights.")
+                raise OVDiffError(f"The diffusion model {profile.models.diffusion!r} drew values that are not finite "
+                                  f"for {category.name!r}; use models.dtype float32 or check its weights.")
             images.append((drawn * 255).round().astype(np.uint8))
             attribution.append(min_max(maps))
-            bar.update(len(batch))
-    provenance = {"model": profile.models.diffusion, "prompt": prompt, "negative_prompt": settings.negative_prompt,
-                  "steps": settings.steps, "guidance_scale": settings.guidance_scale, "image_size": settings.image_size,
-                  "mid_block": settings.mid_block, "token_positions": positions, "seed": settings.seed}
+            bar.update(n)
+    made_with = ("negative_prompt", "steps", "guidance_scale", "image_size", "mid_block", "seed")
+    provenance = {"model": profile.models.diffusion, "prompt": prompt, "token_positions": positions,
+                  **{name: getattr(settings, name) for name in made_with}}
     return SupportSet(category, np.concatenate(images), np.concatenate(attribution), seeds, provenance)
 
 
@@ -73,20 +76,11 @@ def image_seed(seed: int, prompt: str, index: int) -> int:
 
 def initial_latents(seeds: np.ndarray, shape: tuple[int, int, int]) -> torch.Tensor:
     """Standard normal f32 (n, c, h, w); drawn on the CPU, so that every device starts from the same noise."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(int(seed)), dtype=torch.float32, device="cpu")
-                        for seed in seeds])
+    generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
+    return torch.stack([torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators])
 
 
 def min_max(maps: np.ndarray) -> np.ndarray:
     """Each map of (n, h, w) scaled to [0, 1]; a constant map, which says nothing, becomes zeros."""
     low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
-    span = np.where(high > low, high - low, 1)
-    return ((maps - low) / span).astype(np.float32)
-
-
-def _check(settings, count: int, factor: int) -> None:
-    if count < 1:
-        raise InputError(f"A support set needs at least one image, not {count}.")
-    multiple = int(np.lcm(8, factor))  # 8: what StableDiffusionPipeline accepts
-    if settings.image_size < multiple or settings.image_size % multiple:
-        raise ProfileError(f"support.image_size is {settings.image_size}; it must be a positive multiple of {multiple}.")
+    return ((maps - low) / np.where(high > low, high - low, 1)).astype(np.float32)

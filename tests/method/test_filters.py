@@ -102,13 +102,13 @@ def test_shared_beginnings_change_no_embedding(clip):
 
 def test_rows_hold_few_tokens_and_every_token_sees_its_own_text():
     sequences = [tuple(s) for s in WordTokenizer()(joined_prompts(NAMES))["input_ids"]]
-    rows, place = pack(sequences, LENGTH)
-    assert all(len(tokens) <= LENGTH for tokens, _, _ in rows)
-    assert sum(len(tokens) for tokens, _, _ in rows) < 0.7 * sum(map(len, sequences))
-    for sequence, (row, column) in zip(sequences, place, strict=True):
-        tokens, positions, last = rows[row]
+    rows, order = pack(sequences, LENGTH)
+    assert all(len(tokens) <= LENGTH for tokens, *_ in rows)
+    assert sum(len(tokens) for tokens, *_ in rows) < 0.7 * sum(map(len, sequences))
+    places = [(row, column) for row in rows for column in row[3]]
+    for number, ((tokens, positions, last, _), column) in zip(order, places, strict=True):
         seen = [j for j in range(column + 1) if last[j] >= column]
-        assert sorted(zip(np.array(positions)[seen], np.array(tokens)[seen], strict=True)) == list(enumerate(sequence))
+        assert sorted((positions[j], tokens[j]) for j in seen) == list(enumerate(sequences[number]))
 
 
 WORDS = st.one_of(st.text(max_size=8), st.sampled_from(["dog's", "it's", "a", "and", "don't", "naïve", "<|endoftext|>", "10,5"]))

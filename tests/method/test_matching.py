@@ -95,14 +95,14 @@ def slow_scores(image, bank, extractors, sizes, stride, short):
     ((64, 85), 48, 32, [0, 16], [0, 32, 37]),
 ])
 def test_windows_of_the_paper(shape, size, stride, tops, lefts):
-    assert windows(shape, size, stride) == [(top, left, size) for top in tops for left in lefts]
+    assert windows(shape, size, stride) == [(top, left, size, size) for top in tops for left in lefts]
 
 
 def test_windows_cover_everything_and_stay_inside():
     for shape in ((24, 57), (40, 24)):
         for size, stride in ((24, 24), (24, 8), (17, 5), (1, 1)):
             covered = np.zeros(shape, int)
-            for top, left, _ in windows(shape, size, stride):
+            for top, left, *_ in windows(shape, size, stride):
                 assert top >= 0 and left >= 0 and top + size <= shape[0] and left + size <= shape[1]
                 covered[top : top + size, left : left + size] += 1
             assert covered.all()
