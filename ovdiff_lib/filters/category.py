@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD
-from ovdiff_lib.networks.clip_text import TextEncoder, check_finite
+from ovdiff_lib.networks.clip_text import TextEncoder, unit
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.loading import load_clip
 from ovdiff_lib.profiles.schema import Profile
@@ -87,7 +86,7 @@ class CategoryFilter:
         pixels = ((torch.from_numpy(square).float() / 255 - mean) / std).permute(2, 0, 1)[None]
         weight = self.clip.visual_projection.weight
         features = self.clip.get_image_features(pixel_values=pixels.to(weight.device, weight.dtype)).pooler_output
-        return check_finite(F.normalize(features.float(), dim=-1)[0].cpu())
+        return unit(features)[0]
 
     def _judged(self, vocabulary: Vocabulary) -> list[int]:
         return [i for i, c in enumerate(vocabulary) if not (self.settings.category_keep_stuff and c.kind == "stuff")]

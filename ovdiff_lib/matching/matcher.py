@@ -60,8 +60,7 @@ class _Opened:
     shape: tuple[int, int]  # of the image as given
     resized: np.ndarray
     rows: dict[str, _ClassRows]  # by extractor
-    constant: float | None  # score of a background without prototypes
-    votes: torch.Tensor  # extractors that score each class, (C + 1, 1, 1)
+    voters: int  # extractors that have background prototypes
     shares: list[torch.Tensor]  # of each scale, what a window counts at each pixel: f32 (H, W)
     total: torch.Tensor  # f32 (C + 1, H, W)
     windows: list[_Window] = field(default_factory=list)
@@ -95,16 +94,14 @@ class Matcher:
         self.device = resolve_device(profile)
 
     def scores(self, image: np.ndarray, bank: PrototypeBank) -> tuple[np.ndarray, np.ndarray]:
-        """Scores f32 (C + 1, H, W) of an image u8 (H, W, 3) against C categories, and which prototype decided each
-        pixel.
+        """Scores f32 (C + 1, H, W) of an image u8 (H, W, 3) against C categories, and what decided each pixel.
 
         Class 0 is background, by the background prototypes of all categories; without any it scores the constant
         ``matching.background_threshold``, -inf where the filters removed all of them, and ``InputError`` if neither was
         asked for. Where no score exceeds ``matching.minimum_score`` background gets the highest, and so the pixel.
 
-        The prototype is a pair (category, row), i32 (2, H, W): ``bank.prototypes[first
-        extractor][category].vectors[row]``, of the winning class the one with the highest cosine in any window over the
-        pixel; -1 where a constant decided.
+        What decided is a (category, row) of the first extractor's prototypes in the bank, i32 (2, H, W): of the winning
+        class the one with the highest cosine in any window over the pixel; -1 where a constant decided.
         """
         return self._closed(self._scored([(image, bank)])[0])
 
@@ -126,9 +123,9 @@ class Matcher:
     def _opened(self, image: np.ndarray, bank: PrototypeBank) -> _Opened:
         check_image(image)
         settings, rows = self.settings, {name: self._class_rows(name, bank) for name in self.extractors}
-        scored = torch.tensor([[len(vectors) > 0 for vectors in one.vectors] for one in rows.values()])
-        votes = scored.sum(0).to(self.device)[:, None, None]
-        constant = None if votes[0] else self._constant()
+        voters = sum(len(one.vectors[0]) > 0 for one in rows.values())
+        if not (voters or self.profile.prototypes.background or settings.background_threshold is not None):
+            raise InputError(f"There are no background prototypes and no background score; {BACKGROUND_REMEDY}")
         resized = resize_short_side(image, settings.short_side, settings.resample, settings.long_side)
         placed = scales(resized.shape[:2], settings)
         shares = []
@@ -137,12 +134,12 @@ class Matcher:
             for box in boxes:
                 cover[_slices(box)] += 1
             shares.append(1 / (cover * len(placed)))
-        total = torch.zeros(len(votes), *resized.shape[:2], dtype=torch.float32, device=self.device)
-        opened = _Opened(image.shape[:2], resized, rows, constant, votes.clamp(min=1), shares, total)
+        total = torch.zeros(len(bank.vocabulary) + 1, *resized.shape[:2], dtype=torch.float32, device=self.device)
+        opened = _Opened(image.shape[:2], resized, rows, voters, shares, total)
         every = [(scale, side, box) for scale, (side, boxes) in enumerate(placed) for box in boxes]
         seeds = window_seeds(self.profile.features.seed, image, len(every))
-        opened.windows.extend(_Window(opened, number, scale, box, crop(resized, box, side), seeds[number])
-                              for number, (scale, side, box) in enumerate(every))
+        opened.windows.extend(_Window(opened, n, scale, box, crop(resized, box, side), seeds[n])
+                              for n, (scale, side, box) in enumerate(every))
         return opened
 
     def _class_rows(self, name: str, bank: PrototypeBank) -> _ClassRows:
@@ -161,14 +158,6 @@ class Matcher:
         tensors = (torch.from_numpy(np.ascontiguousarray(v, np.float32)).to(self.device) for v in vectors)
         return _ClassRows([F.normalize(tensor, dim=1) for tensor in tensors], places)
 
-    def _constant(self) -> float:
-        """Score of the background where no extractor has prototypes of it."""
-        if self.settings.background_threshold is not None:
-            return self.settings.background_threshold
-        if self.profile.prototypes.background:
-            return -np.inf
-        raise InputError(f"There are no background prototypes and no background score; {BACKGROUND_REMEDY}")
-
     def _score(self, part: Sequence[_Window]) -> None:
         """Add the scores of windows to their images; note in ``seen`` what the first extractor saw in each."""
         for name, extractor in self.extractors.items():
@@ -181,7 +170,7 @@ class Matcher:
                 enlarged = F.interpolate(values, size=(height, width), mode="bilinear", align_corners=False)
                 for window, scores in zip(of_run, enlarged, strict=True):
                     y, x = _slices(window.box)
-                    image.total[:, y, x] += scores * image.shares[window.scale][y, x] / image.votes
+                    image.total[:, y, x] += scores * image.shares[window.scale][y, x]
                 if name == next(iter(self.extractors)):
                     kept = values.cpu().numpy(), arguments.int().cpu().numpy()
                     image.seen.extend((w.number, w.box, *both) for w, *both in zip(of_run, *kept, strict=True))
@@ -211,15 +200,16 @@ class Matcher:
     @undisturbed()
     def _closed(self, opened: _Opened) -> tuple[np.ndarray, np.ndarray]:
         """Scores and winner of an image all of whose windows have been scored."""
-        total, settings = opened.total, self.settings
+        total, settings = opened.total / len(self.extractors), self.settings
+        total[0] = opened.total[0] / max(1, opened.voters)  # a background is the mean of those that have one
         if settings.refine == "pamr":
             total = pamr(opened.resized, total, settings.pamr_iterations, settings.pamr_dilations)
         # Bilinear weights times -inf are NaN, so a background without prototypes is filled in after the last resizing.
         scores = F.interpolate(total[None], size=opened.shape, mode="bilinear", align_corners=False)[0].cpu().numpy()
         if not np.isfinite(scores).all():
             raise InputError("The image features are not finite; check the extractor's weights, or use dtype float32.")
-        if opened.constant is not None:
-            scores[0] = opened.constant
+        if not opened.voters:
+            scores[0] = -np.inf if settings.background_threshold is None else settings.background_threshold
         winner = _winner(scores.argmax(0), opened)
         if settings.minimum_score is not None:
             best = scores.max(0)

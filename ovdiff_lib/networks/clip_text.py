@@ -53,16 +53,14 @@ class TextEncoder:
     @undisturbed()
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """f32 (n, E) on the CPU, unit length, for n texts that :meth:`fits` accepts."""
-        if new := [text for text in dict.fromkeys(texts) if text not in self._known]:
-            found = self._encode([self._tokens(text) for text in new])
-            if len(self._known) + len(new) > len(self._table):  # full: it begins again with the texts of this call
-                old = [text for text in dict.fromkeys(texts) if text in self._known]
-                rows = self._table[[self._known[text] for text in old]]
-                self._table = self._table.new_empty(max(self.cached, len(old) + len(new)), self._table.shape[1])
-                self._table[: len(old)] = rows
-                self._known = {text: row for row, text in enumerate(old)}
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if len(self._known) + len(new) > len(self._table):  # full: it begins again with the texts of this call
+            self._known, new = {}, list(dict.fromkeys(texts))
+            self._table = self._table.new_empty(max(self.cached, len(new)), self._table.shape[1])
+        if new:
+            packed = pack([self._tokens(text) for text in new], max(WIDTH, self.length))
             start = len(self._known)
-            self._table[start : start + len(new)] = found
+            self._table[start : start + len(new)] = unit(encode(self.clip, *packed))
             self._known.update(zip(new, itertools.count(start)))
         return self._table[[self._known[text] for text in texts]]
 
@@ -79,29 +77,23 @@ class TextEncoder:
     def _tokens_of_word(self, word: str) -> tuple[int, ...]:
         return tuple(self.tokenizer([word], truncation=False, verbose=False)["input_ids"][0][1:-1])
 
-    def _encode(self, sequences: list[tuple[int, ...]]) -> torch.Tensor:
-        embeddings = encode(self.clip, *pack(sequences, max(WIDTH, self.length)))
-        return check_finite(F.normalize(embeddings.float(), dim=-1).cpu())
 
-
-def check_finite(embedding: torch.Tensor) -> torch.Tensor:
-    """The embedding; ``InputError`` if it holds a value that is not finite."""
-    if not torch.isfinite(embedding).all():
+def unit(embeddings: torch.Tensor) -> torch.Tensor:
+    """CLIP's embeddings, L2-normalised, f32 on the CPU; ``InputError`` if a value of them is not finite."""
+    found = F.normalize(embeddings.float(), dim=-1).cpu()
+    if not torch.isfinite(found).all():
         raise InputError("CLIP returned values that are not finite; check the weights of models.clip, or use float32.")
-    return embedding
+    return found
 
 
 def pack(sequences: Sequence[tuple[int, ...]], width: int) -> tuple[list[Row], list[int]]:
-    """Token sequences, of 1 to ``width`` tokens each, as prefix trees in rows of at most ``width`` tokens; and the
-    order in which the sequences end there, row by row.
-
-    A token's descendants are those behind it up to its last one: token i sees token j if j <= i <= last[j].
-    """
+    """Token sequences (1 to ``width`` tokens) as prefix trees in rows of at most ``width`` tokens, and the order in
+    which they end there. A token's descendants stand behind it, up to its last: i sees j if j <= i <= last[j]."""
     rows: list[Row] = []
     order = sorted(range(len(sequences)), key=sequences.__getitem__)
     path: list[int] = []  # columns of the previous sequence's tokens
     previous: tuple[int, ...] = ()
-    for sequence in map(sequences.__getitem__, order):
+    for sequence in sorted(sequences):
         shared = sum(itertools.takewhile(bool, map(operator.eq, previous, sequence)))  # tokens at the beginning
         if not rows or len(rows[-1][0]) + len(sequence) - shared > width:
             rows.append(([], [], [], []))

@@ -47,10 +47,8 @@ _loaded: dict[tuple, Any] = {}
 
 
 def load_diffusion(profile: Profile) -> StableDiffusionPipeline:
-    """The Stable Diffusion pipeline of ``models.diffusion``, without safety checker and progress bar.
-
-    The scheduler is DPM-Solver++ of order 2 (App. C.5) over the noise schedule the pipeline was trained with.
-    """
+    """The Stable Diffusion pipeline of ``models.diffusion``, without safety checker and progress bar. Its scheduler is
+    DPM-Solver++ of order 2 (App. C.5) over the noise schedule it was trained with."""
     return load_network(profile, "diffusion", _build_diffusion)
 
 
@@ -93,10 +91,9 @@ def load_network(profile: Profile, name: str, build: Callable[[Path | str, torch
 
 
 def last_attention(model: ViTModel | ViTMAEModel) -> torch.nn.Module:
-    """Attention of the last layer of a ViT of transformers, with the projections ``q_proj``, ``k_proj`` and ``v_proj``.
+    """Attention of the last layer of a ViT of transformers, which reads the layer-normed stream (pre-norm).
 
-    It reads the layer-normed stream (pre-norm). The library does not promise these names: ``ModelNotAvailable`` where
-    it has others.
+    The library does not promise the names that it is read by: ``ModelNotAvailable`` where it has others.
     """
     try:
         attention = model.layers[-1].attention
@@ -109,10 +106,8 @@ def last_attention(model: ViTModel | ViTMAEModel) -> torch.nn.Module:
 
 
 def check_libraries() -> None:
-    """``ModelNotAvailable`` if one of :data:`LIBRARIES` is outside the range that pyproject.toml declares.
-
-    Asked before anything is loaded: another version fails later, somewhere inside a network, or gives other features.
-    """
+    """``ModelNotAvailable`` if one of :data:`LIBRARIES` is outside the range that pyproject.toml declares: another
+    version fails later, somewhere inside a network, or gives other features."""
     for name in LIBRARIES.values():
         installed, supported = _versions(name)
         if installed and not SpecifierSet(supported).contains(installed, prereleases=True):
@@ -170,8 +165,7 @@ def _build_diffusion(source: Path | str, device: torch.device, dtype: torch.dtyp
                 for name, kind in kinds.items()}
     pipe = StableDiffusionPipeline.from_pretrained(source, safety_checker=None, requires_safety_checker=False,
                                                    **networks, **options)
-    # The spacing is named because a folder that diffusers saved again keeps its PNDM scheduler's "leading", which moves
-    # every step.
+    # The spacing is named: a folder that diffusers saved again keeps its PNDM scheduler's "leading", which moves steps.
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(
         pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="linspace")
     pipe.set_progress_bar_config(disable=True)
@@ -234,30 +228,27 @@ def _loading(identifier: str, source: Path | str, download: bool) -> Iterator[No
 def _place(error: BaseException) -> str:
     """Where an error comes from, as far as a user can tell it to somebody: type, module, line and model library."""
     frames = [(frame.f_globals["__name__"], line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    module, line = frames[-1]
+    text = f"{type(error).__name__} in {frames[-1][0]}, line {frames[-1][1]}"
     # What lacks an attribute, or cannot be imported, is of a library that need not have been running.
     lacking = getattr(error, "obj", None)
-    owners = [name for name, _ in frames] + [getattr(lacking, "__module__", None) or getattr(lacking, "__name__", "")]
-    owners += [error.name or ""] if isinstance(error, ImportError) else []
-    text = f"{type(error).__name__} in {module}, line {line}"
-    for owner in reversed(owners):
-        if distribution := LIBRARIES.get(owner.split(".")[0]):
-            installed, supported = _versions(distribution)
-            return f"{text}, with {distribution} {installed or 'not installed'} of {supported or 'any version'}"
+    owners = [getattr(error, "name", ""), getattr(lacking, "__module__", ""), getattr(lacking, "__name__", "")]
+    for owner in (*owners, *(module for module, _ in reversed(frames))):
+        if distribution := LIBRARIES.get(str(owner).split(".")[0]):
+            return f"{text}, with {distribution} {_versions(distribution)[0] or 'not installed'}"
     return text
 
 
 @functools.cache
 def _versions(distribution: str) -> tuple[str, str]:
-    """The installed version ("" if there is none), and the range that this package's own metadata name, as in
-    "<2,>=1" ("" if they do not)."""
-    installed, requirements = "", []
+    """The installed version ("" if there is none), and the range that this package's metadata name ("" if none)."""
+    installed, supported = "", ""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         installed = importlib.metadata.version(distribution)
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from its sources, without an installation
-        requirements = list(map(Requirement, importlib.metadata.requires("ovdiff-lib") or []))
-    wanted = canonicalize_name(distribution)
-    return installed, next((str(one.specifier) for one in requirements if canonicalize_name(one.name) == wanted), "")
+        for required in map(Requirement, importlib.metadata.requires("ovdiff-lib") or []):
+            if canonicalize_name(required.name) == canonicalize_name(distribution):
+                supported = str(required.specifier)
+    return installed, supported
 
 
 @contextlib.contextmanager

@@ -1,5 +1,8 @@
 """Step 3b: Eq. 4 over windows, against a slow version written from the definition, with extractors that read pixels."""
 
+import dataclasses
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from PIL import Image
 
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.images import resize_short_side
 from ovdiff_lib.matching.matcher import Matcher, check_matching
 from ovdiff_lib.matching.pamr import pamr
 from ovdiff_lib.matching.windows import window_seeds, windows
@@ -54,9 +58,31 @@ def make_profile(**matching):
     return load_profile("mini", {f"matching.{k}": v for k, v in settings.items()})
 
 
+def match(image, bank, extractors=None, **matching):
+    """(scores, winner) by an extractor of pixels, or by several."""
+    return Matcher(extractors or {"one": Pixels()}, make_profile(**matching)).scores(image, bank)
+
+
+def enlarged(scores, *shape):
+    return F.interpolate(torch.from_numpy(scores)[None], size=shape, mode="bilinear", align_corners=False)[0].numpy()
+
+
 def picture(height=30, width=41, seed=0):
     small = np.random.default_rng(seed).integers(0, 256, (6, 9, 3), dtype=np.uint8)
     return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def slow_window(image, bank, extractors):
+    """Mean over extractors of each cell's highest cosine to each class, one class at a time, at the size of the image."""
+    found = []
+    for name, extractor in extractors.items():
+        features = extractor(image[None], np.zeros(1, np.int64))[0].numpy().astype(np.float64)
+        unit = features / np.linalg.norm(features, axis=-1, keepdims=True)
+        front, behind = ([p.vectors[p.region == r] for p in bank.prototypes[name]] for r in ("foreground", "background"))
+        classes = [np.concatenate(behind), *front]
+        cosines = np.stack([(unit @ (v / np.linalg.norm(v, axis=1, keepdims=True)).T.astype(np.float64)).max(-1) for v in classes])
+        found.append(enlarged(cosines, *image.shape[:2]))
+    return np.mean(found, axis=0)
 
 
 def slow_scores(image, bank, extractors, sizes, stride, short):
@@ -67,24 +93,13 @@ def slow_scores(image, bank, extractors, sizes, stride, short):
     result = np.zeros((len(bank.vocabulary) + 1, height, width))
     for size in sizes:
         total, cover = np.zeros_like(result), np.zeros((height, width))
-        tops = sorted({min(t, height - size) for t in range(0, height, stride)})
-        lefts = sorted({min(t, width - size) for t in range(0, width, stride)})
-        for top in tops:
-            for left in lefts:
-                crop = resized[top : top + size, left : left + size]
-                for name, extractor in extractors.items():
-                    features = extractor(crop[None], np.zeros(1, np.int64))[0].numpy().astype(np.float64)
-                    unit = features / np.linalg.norm(features, axis=-1, keepdims=True)
-                    rows = bank.prototypes[name]
-                    classes = [np.concatenate([p.vectors[p.region == "background"] for p in rows]),
-                               *(p.vectors[p.region == "foreground"] for p in rows)]
-                    for c, vectors in enumerate(classes):
-                        cosine = (unit @ (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).T.astype(np.float64)).max(-1)
-                        up = F.interpolate(torch.from_numpy(cosine)[None, None], size=(size, size), mode="bilinear", align_corners=False)
-                        total[c, top : top + size, left : left + size] += up[0, 0].numpy() / len(extractors)
-                cover[top : top + size, left : left + size] += 1
+        for top in sorted({min(t, height - size) for t in range(0, height, stride)}):
+            for left in sorted({min(t, width - size) for t in range(0, width, stride)}):
+                place = slice(top, top + size), slice(left, left + size)
+                total[:, *place] += slow_window(resized[place], bank, extractors)
+                cover[place] += 1
         result += total / cover / len(sizes)
-    return F.interpolate(torch.from_numpy(result)[None], size=image.shape[:2], mode="bilinear", align_corners=False)[0].numpy()
+    return enlarged(result, *image.shape[:2])
 
 
 @pytest.mark.parametrize(("shape", "size", "stride", "tops", "lefts"), [
@@ -99,13 +114,12 @@ def test_windows_of_the_paper(shape, size, stride, tops, lefts):
 
 
 def test_windows_cover_everything_and_stay_inside():
-    for shape in ((24, 57), (40, 24)):
-        for size, stride in ((24, 24), (24, 8), (17, 5), (1, 1)):
-            covered = np.zeros(shape, int)
-            for top, left, *_ in windows(shape, size, stride):
-                assert top >= 0 and left >= 0 and top + size <= shape[0] and left + size <= shape[1]
-                covered[top : top + size, left : left + size] += 1
-            assert covered.all()
+    for shape, (size, stride) in itertools.product(((24, 57), (40, 24)), ((24, 24), (24, 8), (17, 5), (1, 1))):
+        covered = np.zeros(shape, int)
+        for top, left, *_ in windows(shape, size, stride):
+            assert top >= 0 and left >= 0 and top + size <= shape[0] and left + size <= shape[1]
+            covered[top : top + size, left : left + size] += 1
+        assert covered.all()
     for size, stride in ((25, 8), (0, 1), (24, 25), (24, 0)):
         with pytest.raises(InputError):
             windows((24, 57), size, stride)
@@ -116,47 +130,41 @@ def test_windows_cover_everything_and_stay_inside():
 def test_scores_follow_equation_4(shape, names):
     extractors = {name: Pixels(step=4 * (1 + i), mix=i) for i, name in enumerate(names)}
     bank, image = make_bank(extractors=names), picture(*shape)
-    scores, winner = Matcher(extractors, make_profile()).scores(image, bank)
+    scores, winner = match(image, bank, extractors)
     expected = slow_scores(image, bank, extractors, [24, 16], 8, 24)
     assert scores.dtype == np.float32 and winner.dtype == np.int32 and scores.shape == (4, *shape) and winner.shape == (2, *shape)
-    assert np.allclose(scores, expected, atol=1e-5)
-    assert len(np.unique(expected.argmax(0))) > 1
+    assert np.allclose(scores, expected, atol=1e-5) and len(np.unique(expected.argmax(0))) > 1
 
 
 def test_block_and_batch_sizes_change_nothing(monkeypatch):
     bank, image = make_bank(background=30), picture()
-    scores, winner = Matcher({"one": Pixels(noise=0.3)}, make_profile()).scores(image, bank)
+    scores, winner = match(image, bank, {"one": Pixels(noise=0.3)})
     monkeypatch.setattr("ovdiff_lib.matching.matcher.BLOCK", 7)
     for batch in (1, 100):
-        again, same = Matcher({"one": Pixels(noise=0.3)}, make_profile(batch_size=batch)).scores(image, bank)
+        again, same = match(image, bank, {"one": Pixels(noise=0.3)}, batch_size=batch)
         assert np.allclose(scores, again, atol=1e-6) and (winner == same).all()
 
 
-def test_scale_of_features_and_prototypes_does_not_matter():
-    bank, image = make_bank(), picture()
-    plain = Matcher({"one": Pixels()}, make_profile()).scores(image, bank)[0]
-    rng = np.random.default_rng(0)
-    scaled = bank.map(lambda e, i, p: Prototypes(p.vectors * rng.uniform(0.1, 9, (len(p), 1)).astype(np.float32), p.kind, p.region, p.image,
-                                                 p.cluster, p.assignment))
+def test_scale_of_features_and_prototypes_and_kinds_of_categories_do_not_matter():
+    bank, image, rng = make_bank(), picture(), np.random.default_rng(0)
+    plain = match(image, bank)[0]
+    scaled = bank.map(lambda e, i, p: dataclasses.replace(p, vectors=p.vectors * rng.uniform(0.1, 9, (len(p), 1)).astype(np.float32)))
     extractor = Pixels()
     extractor.matrix = extractor.matrix * 40
-    assert np.allclose(Matcher({"one": extractor}, make_profile()).scores(image, scaled)[0], plain, atol=1e-5)
+    assert np.allclose(match(image, scaled, {"one": extractor})[0], plain, atol=1e-5)
+    stuff = PrototypeBank(Vocabulary(tuple(Category(c.name, kind="stuff") for c in bank.vocabulary)), bank.prototypes)
+    assert np.array_equal(match(image, stuff)[0], plain)
 
 
 def test_a_planted_object_is_found_at_its_place():
     image = np.zeros((24, 40, 3), np.uint8)
     image[:, :, 2] = 255
     image[8:16, 20:32] = (255, 0, 0)
-    extractor = Pixels()
-
-    def feature(colour):
-        return extractor(np.tile(np.uint8(colour), (1, 4, 4, 1)), np.zeros(1, np.int64))[0, 0, 0].numpy()
-
-    rows = Prototypes(np.stack([feature((0, 255, 0)), feature((0, 0, 255)), feature((255, 0, 0))]), np.array(["class", "class", "part"]),
+    colours = np.repeat(np.repeat(np.uint8([(0, 255, 0), (0, 0, 255), (255, 0, 0)])[:, None, None], 4, 1), 4, 2)
+    rows = Prototypes(Pixels()(colours, np.zeros(3, np.int64))[:, 0, 0].numpy(), np.array(["class", "class", "part"]),
                       np.array(["foreground", "background", "foreground"]), np.full(3, -1, np.int32), np.array([-1, -1, 0], np.int32),
                       np.zeros((1, 1, 1), np.int16))
-    bank = PrototypeBank(Vocabulary.of("ball"), {"one": (rows,)})
-    scores, winner = Matcher({"one": extractor}, make_profile()).scores(image, bank)
+    scores, winner = match(image, PrototypeBank(Vocabulary.of("ball"), {"one": (rows,)}))
     labels = scores.argmax(0)
     truth = np.zeros((24, 40), int)
     truth[8:16, 20:32] = 1
@@ -167,7 +175,7 @@ def test_a_planted_object_is_found_at_its_place():
 
 def test_winner_points_at_the_best_prototype_of_the_winning_class():
     bank, image, extractor = make_bank(), picture(24, 40), Pixels(step=1)
-    scores, winner = Matcher({"one": extractor}, make_profile(windows=[24])).scores(image, bank)
+    scores, winner = match(image, bank, {"one": extractor}, windows=[24])
     labels = scores.argmax(0)
     # Grid and window are the pixels themselves, so the score is the cosine of the winner.
     features = F.normalize(extractor(image[None], np.zeros(1, np.int64))[0], dim=-1).numpy()
@@ -200,147 +208,73 @@ def test_noise_seeds_depend_on_pixels_and_window_alone():
 
 def test_without_background_prototypes():
     image, bank = picture(), make_bank(background=0)
-    scores, winner = Matcher({"one": Pixels()}, make_profile(background_threshold=0.8)).scores(image, bank)
+    scores, winner = match(image, bank, background_threshold=0.8)
     assert (scores[0] == np.float32(0.8)).all()
     background = scores.argmax(0) == 0
     assert background.any() and not background.all()
     assert (winner[:, background] == -1).all() and (winner[:, ~background] >= 0).all()
-    never, _ = Matcher({"one": Pixels()}, make_profile()).scores(image, bank)  # filters may remove every background prototype
+    never, _ = match(image, bank)  # filters may remove every background prototype
     assert (never[0] == -np.inf).all() and np.allclose(never[1:], scores[1:])
     with pytest.raises(InputError, match="background_threshold"):
         Matcher({"one": Pixels()}, make_profile().override({"prototypes.background": False})).scores(image, bank)
+    for given, value in ((0.8, np.float32(0.8)), (None, -np.inf)):  # PAMR leaves a constant alone
+        scores, winner = match(image, bank, refine="pamr", background_threshold=given)
+        assert (scores[0] == value).all() and np.isfinite(scores[1:]).all() and (winner[:, scores.argmax(0) == 0] == -1).all()
 
 
 def test_background_is_voted_by_the_extractors_that_have_it():
-    image = picture()
-    both = make_bank(extractors=("one", "two"))
-    partly = PrototypeBank(both.vocabulary, {
-        "one": tuple(p.select(p.region == "foreground") for p in both.prototypes["one"]), "two": both.prototypes["two"]})
+    image, both = picture(), make_bank(extractors=("one", "two"))
+    partly = PrototypeBank(both.vocabulary, {**both.without_background().prototypes, "two": both.prototypes["two"]})
     extractors = {"one": Pixels(), "two": Pixels(mix=1)}
-    scores, winner = Matcher(extractors, make_profile()).scores(image, partly)
-    alone, _ = Matcher({"two": extractors["two"]}, make_profile()).scores(image, both)
-    full, _ = Matcher(extractors, make_profile()).scores(image, both)
+    scores, winner = match(image, partly, extractors)
+    alone, _ = match(image, both, {"two": extractors["two"]})
+    full, _ = match(image, both, extractors)
     assert np.allclose(scores[0], alone[0], atol=1e-6) and np.allclose(scores[1:], full[1:], atol=1e-6)
     assert (winner[:, scores.argmax(0) == 0] == -1).all()  # the first extractor has none to show
 
 
 def test_whole_image_is_one_more_scale():
-    image, bank, extractor = picture(24, 40), make_bank(), Pixels()
-    with_whole = Matcher({"one": extractor}, make_profile(windows=[24], whole_image=True)).scores(image, bank)[0]
-    plain = Matcher({"one": extractor}, make_profile(windows=[24])).scores(image, bank)[0]
+    image, bank = picture(24, 40), make_bank()
+    plain, with_whole = (match(image, bank, windows=[24], whole_image=whole)[0] for whole in (False, True))
     squashed = np.array(Image.fromarray(image).resize((24, 24), Image.Resampling.BILINEAR))
-    alone = slow_cells(squashed, bank, extractor)
-    up = F.interpolate(torch.from_numpy(alone)[None], size=(24, 40), mode="bilinear", align_corners=False)[0].numpy()
-    assert np.allclose(with_whole, (plain + up) / 2, atol=1e-5)
-
-
-def slow_cells(image, bank, extractor):
-    unit = F.normalize(extractor(image[None], np.zeros(1, np.int64))[0], dim=-1).numpy()
-    rows = bank.prototypes["one"]
-    classes = [np.concatenate([p.vectors[p.region == "background"] for p in rows]), *(p.vectors[p.region == "foreground"] for p in rows)]
-    return np.stack([(unit @ (v / np.linalg.norm(v, axis=1, keepdims=True)).T).max(-1) for v in classes])
+    alone = match(image, bank, windows=[], whole_image=True)[0]
+    assert np.allclose(with_whole, (plain + alone) / 2, atol=1e-5)
+    extractor = Pixels(step=1)  # cells are pixels, so that no resizing comes in between
+    alone = match(image, bank, {"one": extractor}, windows=[], whole_image=True)[0]
+    assert np.allclose(alone, enlarged(slow_window(squashed, bank, {"one": extractor}), 24, 40), atol=1e-5)
 
 
 def test_a_dropped_category_takes_its_prototypes_along():
     image, bank = picture(), make_bank("abcd")
-    scores, _ = Matcher({"one": Pixels()}, make_profile()).scores(image, bank.restrict([1, 3]))
+    scores, _ = match(image, bank.restrict([1, 3]))
     assert np.allclose(scores, slow_scores(image, bank.restrict([1, 3]), {"one": Pixels()}, [24, 16], 8, 24), atol=1e-5)
-    full, _ = Matcher({"one": Pixels()}, make_profile()).scores(image, bank)
+    full, _ = match(image, bank)
     assert np.allclose(scores[1:], full[[2, 4]], atol=1e-6) and (scores[0] < full[0] - 1e-6).any()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (2, 3)])
 def test_tiny_images(shape):
-    scores, winner = Matcher({"one": Pixels()}, make_profile()).scores(np.full((*shape, 3), 99, np.uint8), make_bank())
+    scores, winner = match(np.full((*shape, 3), 99, np.uint8), make_bank())
     assert scores.shape == (4, *shape) and np.isfinite(scores).all() and winner.shape == (2, *shape) and (winner >= 0).all()
 
 
-def test_errors_say_what_to_do():
-    image, bank = picture(), make_bank()
-    with pytest.raises(InputError, match="more than 64 times"):
-        Matcher({"one": Pixels()}, make_profile()).scores(np.zeros((1, 100, 3), np.uint8), bank)
-    with pytest.raises(InputError, match="matches with 'two'"):
-        Matcher({"two": Pixels()}, make_profile()).scores(image, bank)
-    with pytest.raises(InputError, match="'a' has no foreground"):
-        Matcher({"one": Pixels()}, make_profile()).scores(image, bank.map(lambda e, i, p: p.select(p.region == "background")))
-    narrow = Pixels()
-    narrow.matrix = narrow.matrix[:, :4]
-    with pytest.raises(InputError, match="6 channels but the image features 4"):
-        Matcher({"one": narrow}, make_profile()).scores(image, bank)
-    broken = Pixels()
-    broken.matrix = broken.matrix * np.nan
-    with pytest.raises(InputError, match="not finite"):
-        Matcher({"one": broken}, make_profile()).scores(image, bank)
-    for bad in ({"windows": []}, {"windows": [25]}, {"stride": 17}):
-        with pytest.raises(ProfileError, match=rf"matching\.{next(iter(bad))}"):
-            Matcher({"one": Pixels()}, make_profile(**bad))
-    with pytest.raises(ProfileError, match="extractors"):
-        Matcher({}, make_profile())
+def mixed_by(change):
+    extractor = Pixels()
+    extractor.matrix = change(extractor.matrix)
+    return extractor
 
 
-def test_vocabulary_kinds_do_not_matter_here():
-    bank, image = make_bank(), picture()
-    stuff = PrototypeBank(Vocabulary(tuple(Category(c.name, kind="stuff") for c in bank.vocabulary)), bank.prototypes)
-    matcher = Matcher({"one": Pixels()}, make_profile())
-    assert np.array_equal(matcher.scores(image, bank)[0], matcher.scores(image, stuff)[0])
+@pytest.mark.parametrize(("shape", "extractors", "dropped", "told"), [
+    ((1, 100), {"one": Pixels()}, "", "64 times"), ((30, 41), {"two": Pixels()}, "", "'two'"),
+    ((30, 41), {"one": Pixels()}, "foreground", "'a'"), ((30, 41), {"one": mixed_by(lambda m: m[:, :4])}, "", "6 channels"),
+    ((30, 41), {"one": mixed_by(lambda m: m * np.nan)}, "", "not finite")])
+def test_what_cannot_be_matched_is_refused(shape, extractors, dropped, told):
+    bank = make_bank().map(lambda e, i, p: p.select(p.region != dropped))
+    with pytest.raises(InputError, match=told):
+        match(picture(*shape), bank, extractors)
 
 
-def test_lanczos_brings_the_image_to_size():
-    image, bank = picture(), make_bank()
-    resized = np.array(Image.fromarray(image).resize((33, 24), Image.Resampling.LANCZOS))
-    scores = Matcher({"one": Pixels()}, make_profile(windows=[24], stride=24, resample="lanczos")).scores(image, bank)[0]
-    already = Matcher({"one": Pixels()}, make_profile(windows=[24], stride=24)).scores(resized, bank)[0]
-    up = F.interpolate(torch.from_numpy(already)[None], size=(30, 41), mode="bilinear", align_corners=False)[0].numpy()
-    assert np.allclose(scores, up, atol=1e-5)
-    plain = Matcher({"one": Pixels()}, make_profile(windows=[24], stride=24)).scores(image, bank)[0]
-    assert np.abs(scores - plain).max() > 0.01
-
-
-def test_pamr_refines_the_merged_scores_at_the_size_of_the_resized_image():
-    image, bank = picture(), make_bank()
-    resized = np.array(Image.fromarray(image).resize((33, 24), Image.Resampling.BILINEAR))
-    merged, _ = Matcher({"one": Pixels()}, make_profile()).scores(resized, bank)
-    expected = pamr(resized, torch.from_numpy(merged), 3, [1, 2])
-    up = F.interpolate(expected[None], size=(30, 41), mode="bilinear", align_corners=False)[0].numpy()
-    profile = make_profile(refine="pamr", pamr_iterations=3, pamr_dilations=[1, 2])
-    scores, winner = Matcher({"one": Pixels()}, profile).scores(image, bank)
-    assert np.allclose(scores, up, atol=1e-5)
-    plain, plain_winner = Matcher({"one": Pixels()}, make_profile()).scores(image, bank)
-    assert np.abs(scores - plain).max() > 0.01
-    same = scores.argmax(0) == plain.argmax(0)
-    assert not same.all() and (winner[:, same] == plain_winner[:, same]).all() and (winner >= 0).all()
-
-
-def test_pamr_leaves_a_constant_background_alone():
-    image, bank = picture(), make_bank(background=0)
-    for extra, value in (({"background_threshold": 0.8}, np.float32(0.8)), ({}, -np.inf)):
-        scores, winner = Matcher({"one": Pixels()}, make_profile(refine="pamr", **extra)).scores(image, bank)
-        assert (scores[0] == value).all() and np.isfinite(scores[1:]).all()
-        assert (winner[:, scores.argmax(0) == 0] == -1).all()
-
-
-def test_pixels_without_a_good_score_become_background():
-    image, bank = picture(), make_bank()
-    plain, plain_winner = Matcher({"one": Pixels()}, make_profile()).scores(image, bank)
-    best = plain.max(0)
-    bar = float(np.median(best))
-    scores, winner = Matcher({"one": Pixels()}, make_profile(minimum_score=bar)).scores(image, bank)
-    low = best <= np.float32(bar)
-    assert 0.3 < low.mean() < 0.7 and (plain.argmax(0)[low] > 0).any()
-    assert np.array_equal(scores.argmax(0), np.where(low, 0, plain.argmax(0)))
-    assert np.array_equal(winner, np.where(low, -1, plain_winner))
-    assert np.array_equal(scores[1:], plain[1:]) and np.array_equal(scores[0], np.where(low, best, plain[0]))
-    # Not above: a pixel whose score is the minimum itself is background too.
-    exact = float(plain.max())
-    assert (Matcher({"one": Pixels()}, make_profile(minimum_score=exact)).scores(image, bank)[0].argmax(0) == 0).all()
-    never = Matcher({"one": Pixels()}, make_profile(minimum_score=-2.0)).scores(image, bank)
-    assert np.array_equal(never[0], plain) and np.array_equal(never[1], plain_winner)
-    nothing = make_bank(background=0)  # no background prototypes: the minimum alone makes background
-    alone = Matcher({"one": Pixels()}, make_profile(minimum_score=bar)).scores(image, nothing)
-    assert (alone[0].argmax(0) == 0).any() and (alone[1][:, alone[0].argmax(0) == 0] == -1).all()
-
-
-def test_settings_are_judged_without_a_matcher():
+def test_settings_that_do_not_go_together():
     for name in ("mini", "paper", "official"):
         check_matching(load_profile(name).matching)
     for good in ({"long_side": 24}, {"long_side": None}, {"windows": [], "whole_image": True}):
@@ -349,20 +283,55 @@ def test_settings_are_judged_without_a_matcher():
         for judge in (check_matching, lambda settings, bad=bad: Matcher({"one": Pixels()}, make_profile(**bad))):
             with pytest.raises(ProfileError, match=rf"matching\.{next(iter(bad))}"):
                 judge(make_profile(**bad).matching)
+    with pytest.raises(ProfileError, match="extractors"):
+        Matcher({}, make_profile())
+
+
+def test_lanczos_brings_the_image_to_size():
+    image, bank, one = picture(), make_bank(), {"windows": [24], "stride": 24}
+    resized = np.array(Image.fromarray(image).resize((33, 24), Image.Resampling.LANCZOS))
+    scores = match(image, bank, **one, resample="lanczos")[0]
+    assert np.allclose(scores, enlarged(match(resized, bank, **one)[0], 30, 41), atol=1e-5)
+    assert np.abs(scores - match(image, bank, **one)[0]).max() > 0.01
+
+
+def test_pamr_refines_the_merged_scores_at_the_size_of_the_resized_image():
+    image, bank = picture(), make_bank()
+    resized = np.array(Image.fromarray(image).resize((33, 24), Image.Resampling.BILINEAR))
+    expected = pamr(resized, torch.from_numpy(match(resized, bank)[0]), 3, [1, 2]).numpy()
+    scores, winner = match(image, bank, refine="pamr", pamr_iterations=3, pamr_dilations=[1, 2])
+    assert np.allclose(scores, enlarged(expected, 30, 41), atol=1e-5)
+    plain, plain_winner = match(image, bank)
+    assert np.abs(scores - plain).max() > 0.01
+    same = scores.argmax(0) == plain.argmax(0)
+    assert not same.all() and (winner[:, same] == plain_winner[:, same]).all() and (winner >= 0).all()
+
+
+def test_pixels_without_a_good_score_become_background():
+    image, bank = picture(), make_bank()
+    plain, plain_winner = match(image, bank)
+    best = plain.max(0)
+    bar = float(np.median(best))
+    scores, winner = match(image, bank, minimum_score=bar)
+    low = best <= np.float32(bar)
+    assert 0.3 < low.mean() < 0.7 and (plain.argmax(0)[low] > 0).any()
+    assert np.array_equal(scores.argmax(0), np.where(low, 0, plain.argmax(0)))
+    assert np.array_equal(winner, np.where(low, -1, plain_winner))
+    assert np.array_equal(scores[1:], plain[1:]) and np.array_equal(scores[0], np.where(low, best, plain[0]))
+    # Not above: a pixel whose score is the minimum itself is background too.
+    assert (match(image, bank, minimum_score=float(plain.max()))[0].argmax(0) == 0).all()
+    never = match(image, bank, minimum_score=-2.0)
+    assert np.array_equal(never[0], plain) and np.array_equal(never[1], plain_winner)
+    scores, winner = match(image, make_bank(background=0), minimum_score=bar)  # the minimum alone makes background
+    assert (scores.argmax(0) == 0).any() and (winner[:, scores.argmax(0) == 0] == -1).all()
 
 
 def test_a_long_strip_is_scaled_until_its_long_side_fits():
-    from ovdiff_lib.images import resize_short_side
-
     strip = np.random.default_rng(0).integers(0, 255, (10, 100, 3), dtype=np.uint8)
-    assert resize_short_side(strip, 40).shape == (40, 400, 3)
-    assert resize_short_side(strip, 40, long_side=200).shape == (20, 200, 3)
-    assert resize_short_side(strip, 40, long_side=400).shape == (40, 400, 3)
+    for long_side, shape in ((None, (40, 400, 3)), (200, (20, 200, 3)), (400, (40, 400, 3))):
+        assert resize_short_side(strip, 40, long_side=long_side).shape == shape
     assert resize_short_side(strip.transpose(1, 0, 2), 40, long_side=150).shape == (150, 15, 3)
-
-
-def test_a_long_strip_gets_windows_as_large_as_its_short_side():
-    bank, image, extractor = make_bank(), picture(10, 100), Pixels(step=1)
-    # Long side 120: scaled by 1.2 to 12 x 120, where windows of 24 and 16 do not fit.
-    found, _ = Matcher({"one": extractor}, make_profile(long_side=120)).scores(image, bank)
-    np.testing.assert_allclose(found, slow_scores(image, bank, {"one": extractor}, [12, 12], 8, 12), atol=1e-4)
+    # Long side 120: scaled by 1.2 to 12 x 120, where windows of 24 and 16 do not fit, and become 12.
+    bank, image, extractors = make_bank(), picture(10, 100), {"one": Pixels(step=1)}
+    found, _ = match(image, bank, extractors, long_side=120)
+    np.testing.assert_allclose(found, slow_scores(image, bank, extractors, [12, 12], 8, 12), atol=1e-4)

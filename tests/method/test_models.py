@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
+from ovdiff_lib.features.dino import DinoExtractor
 from ovdiff_lib.features.mae import load_mae
 from ovdiff_lib.features.open_clip import load_open_clip
+from ovdiff_lib.masks.segmenters.maskcut import MaskCut
 from ovdiff_lib.networks import identity
 from ovdiff_lib.networks import loading as models
 from ovdiff_lib.networks.identity import model_identity, resolve_model
@@ -48,31 +50,24 @@ def test_clip_pairs_model_and_tokenizer(tiny_profile):
     assert tokenizer("cat").input_ids[-1] == model.config.text_config.eos_token_id == len(tokenizer) - 1
 
 
-def test_weights_survive_the_round_trip(tiny_profile, tiny_models):
-    stored = load_file(tiny_models / "stable-diffusion" / UNET_FILE)
-    loaded = load_diffusion(tiny_profile).unet.state_dict()
+def test_weights_are_those_on_disk_and_loaded_once_per_folder_and_dtype(tiny_profile, tiny_models):
+    stored, pipe = load_file(tiny_models / "stable-diffusion" / UNET_FILE), load_diffusion(tiny_profile)
+    loaded = pipe.unet.state_dict()
     assert stored.keys() == loaded.keys() and all(torch.equal(stored[k], loaded[k]) for k in stored)
-
-
-def test_models_are_loaded_once_per_folder_and_dtype(tiny_profile):
-    assert load_diffusion(tiny_profile) is load_diffusion(tiny_profile.override({"support.steps": 7}))
+    assert pipe is load_diffusion(tiny_profile.override({"support.steps": 7}))
     half = tiny_profile.override({"models.dtype": "bfloat16"})
     assert load_clip(tiny_profile)[0].dtype == torch.float32 and load_clip(half)[0].dtype == torch.bfloat16
     assert load_diffusion(half).unet.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("identifier", ["package:no-such-model", "/no/such/folder", "./gone", "a/b/c"])
-def test_missing_folder(tiny_profile, identifier):
-    with pytest.raises(ModelNotAvailable) as caught:
-        load_diffusion(with_model(tiny_profile, diffusion=identifier))
-    assert repr(identifier) in sentence(caught)
-
-
+@pytest.mark.parametrize("identifier", ["package:no-such-model", "/no/such/folder", "./gone", "a/b/c", "nobody/no-model"])
 @pytest.mark.parametrize("load", [load_diffusion, load_clip])
-def test_hub_model_that_is_not_cached_says_how_to_fetch_it(tiny_profile, load):
+def test_missing_models_are_named(tiny_profile, identifier, load):
     with pytest.raises(ModelNotAvailable) as caught:
-        load(with_model(tiny_profile, diffusion="nobody/no-model", clip="nobody/no-model"))
-    assert "hf download nobody/no-model" in sentence(caught) and "models.download" in str(caught.value)
+        load(with_model(tiny_profile, diffusion=identifier, clip=identifier))
+    assert repr(identifier) in sentence(caught)
+    if identifier == "nobody/no-model":  # the hub's cache does not have it
+        assert f"hf download {identifier}" in str(caught.value) and "models.download" in str(caught.value)
 
 
 def test_shipped_models_resolve_inside_the_package(tmp_path, monkeypatch):
@@ -82,25 +77,17 @@ def test_shipped_models_resolve_inside_the_package(tmp_path, monkeypatch):
     assert resolve_model("owner/name") == "owner/name"
 
 
-def test_folders_of_another_kind_are_refused(tiny_profile, tiny_models, tmp_path):
-    profile = with_model(tiny_profile, diffusion=tiny_models / "clip", clip=tiny_models / "stable-diffusion")
-    for load in (load_diffusion, load_clip):
-        with pytest.raises(ModelNotAvailable) as caught:
-            load(profile)
-        assert sentence(caught)
-    with pytest.raises(ModelNotAvailable):
-        load_clip(with_model(tiny_profile, clip=tiny_models / "stable-diffusion" / "unet"))
-
-
 @pytest.mark.parametrize(("field", "wrong", "load"), [
+    ("diffusion", "clip", load_diffusion), ("clip", "stable-diffusion", load_clip), ("clip", "stable-diffusion/unet", load_clip),
     ("mae", "dino", load_mae), ("dino", "mae", load_dino), ("open_clip", "dino", load_open_clip), ("clip", "dino", load_clip)])
 def test_weights_of_another_architecture_are_refused(tiny_profile, tiny_models, capfd, field, wrong, load):
     """A ViT loads into a ViTMAEModel and the other way round without a tensor missing."""
     capfd.readouterr()
-    with pytest.raises(ModelNotAvailable, match="model_type") as caught:
+    with pytest.raises(ModelNotAvailable) as caught:
         load(with_model(tiny_profile, **{field: tiny_models / wrong}))
-    assert repr({"dino": "vit", "mae": "vit_mae"}[wrong]) in sentence(caught)
-    assert "".join(capfd.readouterr()) == ""  # no report of the library
+    kind = {"dino": "vit", "mae": "vit_mae"}.get(wrong)
+    assert kind is None or f"model_type {kind!r}" in str(caught.value)
+    assert sentence(caught) and "".join(capfd.readouterr()) == ""  # no report of the library
 
 
 def test_every_shipped_and_tiny_model_has_the_expected_type(tiny_models):
@@ -118,31 +105,23 @@ def test_expected_types_are_those_of_the_classes():
     assert {name: kind.model_type for name, kind in kinds.items()} == MODEL_TYPES
 
 
-def drop_a_tensor(path):
-    tensors = load_file(path)
-    tensors.pop("mid_block.attentions.0.transformer_blocks.0.attn2.to_q.weight")
-    save_file(tensors, path)
+QUERY = "mid_block.attentions.0.transformer_blocks.0.attn2.to_q.weight"
 
 
-def poison(path):
-    tensors = load_file(path)
-    tensors["conv_in.bias"][0] = float("nan")
-    save_file(tensors, path)
-
-
-def widen(path):
-    tensors = load_file(path)
-    tensors["conv_in.bias"] = torch.zeros(99)
-    save_file(tensors, path)
-
-
-def truncate(path):
-    os.truncate(path, path.stat().st_size // 2)
+def edited(change):
+    """Damages a file of weights by ``change(tensors)``."""
+    def damage(path):
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+    return damage
 
 
 @pytest.mark.parametrize(("damage", "told"), [
-    (drop_a_tensor, "lack 1 tensors, mid_block.attentions.0.transformer_blocks.0.attn2.to_q.weight"),
-    (poison, "not finite, in conv_in.bias"), (widen, ""), (truncate, ""), (os.remove, "")])
+    (edited(lambda tensors: tensors.pop(QUERY)), f"lack 1 tensors, {QUERY}"),
+    (edited(lambda tensors: tensors["conv_in.bias"].__setitem__(0, float("nan"))), "not finite, in conv_in.bias"),
+    (edited(lambda tensors: tensors.update({"conv_in.bias": torch.zeros(99)})), ""),
+    (lambda path: os.truncate(path, path.stat().st_size // 2), ""), (os.remove, "")])
 def test_damaged_weights_are_refused(tiny_profile, tiny_models, tmp_path, damage, told):
     folder = shutil.copytree(tiny_models / "stable-diffusion", tmp_path / "damaged")
     damage(folder / UNET_FILE)
@@ -172,39 +151,36 @@ def installed(monkeypatch, reload):
     return pretend
 
 
-RANGES = ["diffusers<1,>=0.40", "transformers<6,>=5.9", "open-clip-torch<4,>=3"]
+RANGES = ["diffusers<1,>=0.40; python_version > '3'", "transformers<6,>=5.9", "open-clip-torch<4,>=3"]
 
 
-@pytest.mark.parametrize(("library", "version", "load"), [
-    ("diffusers", "0.39.0", load_diffusion), ("transformers", "5.8.1", load_dino), ("transformers", "6.0.0", load_mae),
-    ("open_clip_torch", "2.32.0", load_open_clip)])
-def test_a_library_outside_its_range_is_refused_before_it_is_used(tiny_profile, monkeypatch, installed, library, version, load):
+@pytest.mark.parametrize(("library", "version", "floor", "load"), [
+    ("diffusers", "0.39.0", ">=0.40", load_diffusion), ("transformers", "5.8.1", ">=5.9", load_dino),
+    ("transformers", "6.0.0", ">=5.9", load_mae), ("open_clip_torch", "2.32.0", ">=3", load_open_clip)])
+def test_a_library_outside_its_range_is_refused_before_it_is_used(tiny_profile, monkeypatch, installed, library, version, floor, load):
     from transformers import PreTrainedModel
 
     installed(RANGES, **{library: version})
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("it was used"))
     monkeypatch.setattr(models, "_build_diffusion", lambda *_: pytest.fail("it was used"))
-    with pytest.raises(ModelNotAvailable, match="pip install") as caught:
+    with pytest.raises(ModelNotAvailable) as caught:
         load(tiny_profile)
-    floor = {"diffusers": ">=0.40", "transformers": ">=5.9", "open_clip_torch": ">=3"}[library]
-    assert f"{library} {version} is installed" in sentence(caught) and floor in sentence(caught)
+    assert f"{library} {version} is installed" in sentence(caught) and f"{floor}\"`" in str(caught.value)  # what pip is to install
 
 
-def test_ranges_are_those_of_this_package(tiny_profile, installed):
-    installed(["diffusers<1,>=0.41.5; python_version > '3'", "transformers>=5"], diffusers="0.41.4", transformers="7.1.dev0")
-    with pytest.raises(ModelNotAvailable, match=r"0\.41\.4 .*diffusers<1,>=0\.41\.5;"):
-        load_diffusion(tiny_profile)
-    models._versions.cache_clear()
+def test_libraries_without_a_range_may_have_any_version(tiny_profile, installed, monkeypatch):
     installed(["diffusers", "transformers>=5"], diffusers="0.1", transformers="7.1.dev0")
     assert load_diffusion(tiny_profile)
+    models._versions.cache_clear()
+    monkeypatch.setattr(models.importlib.metadata, "requires", raising(models.importlib.metadata.PackageNotFoundError("ovdiff-lib")))
+    assert load_clip(tiny_profile)  # run from its sources, without an installation
 
 
-def test_without_an_installation_there_is_no_range_to_keep(tiny_profile, reload, monkeypatch):
-    def unknown(name):
-        raise models.importlib.metadata.PackageNotFoundError(name)
+def raising(error):
+    def fail(*_arguments, **_options):
+        raise error
 
-    monkeypatch.setattr(models.importlib.metadata, "requires", unknown)
-    assert load_clip(tiny_profile)
+    return fail
 
 
 class Old:
@@ -219,89 +195,65 @@ class Old:
 
 
 def test_an_old_diffusers_that_does_not_know_dtype(tiny_profile, monkeypatch, installed):
-    import diffusers
-
     installed(["diffusers"], diffusers="0.39.0")  # even where nobody named a range
-    monkeypatch.setattr(diffusers, "UNet2DConditionModel", Old)
-    with pytest.raises(ModelNotAvailable, match="unexpected keyword argument 'dtype'") as caught:
+    monkeypatch.setattr("diffusers.UNet2DConditionModel", Old)
+    with pytest.raises(ModelNotAvailable, match="'dtype'") as caught:
         load_diffusion(tiny_profile)
-    assert "TypeError" in sentence(caught) and "pip check" in str(caught.value)
-    assert isinstance(caught.value.__cause__, TypeError)
-
-
-def raising(error):
-    def fail(*_arguments, **_options):
-        raise error
-
-    return fail
+    assert "TypeError" in sentence(caught) and "pip check" in str(caught.value) and isinstance(caught.value.__cause__, TypeError)
 
 
 @pytest.mark.parametrize("error", [
     TypeError("got an unexpected keyword argument 'x'"), AttributeError("no attribute 'layers'"), KeyError("vision_config"),
     ImportError("cannot import name 'ViTModel'", name="transformers"), ModuleNotFoundError("No module named 'y'", name="y"),
     ImportError("")])
-@pytest.mark.parametrize(("load", "where"), [
-    (load_diffusion, ("diffusers", "AutoencoderKL")), (load_clip, ("transformers", "CLIPModel")),
-    (load_dino, ("transformers", "ViTModel")), (load_mae, ("transformers", "ViTMAEModel"))])
+@pytest.mark.parametrize(("load", "where"), [(load_diffusion, "diffusers.AutoencoderKL"), (load_clip, "transformers.CLIPModel"),
+                                             (load_dino, "transformers.ViTModel"), (load_mae, "transformers.ViTMAEModel")])
 def test_what_libraries_that_do_not_fit_raise_becomes_a_sentence(tiny_profile, monkeypatch, reload, error, load, where):
-    module, name = where
-    monkeypatch.setattr(getattr(__import__(module), name), "from_pretrained", raising(error))
+    monkeypatch.setattr(f"{where}.from_pretrained", raising(error))
     with pytest.raises(ModelNotAvailable) as caught:
         load(tiny_profile)
-    assert f"{type(error).__name__} in " in sentence(caught) and "could not be loaded" in str(caught.value)
+    assert f"{type(error).__name__} in " in sentence(caught) and str(error).strip("'") in str(caught.value)
     assert caught.value.__cause__ is error  # with its traceback, for whoever calls from Python
-    if str(error):
-        assert str(error).strip("'") in str(caught.value)
 
 
 def test_the_library_in_which_it_happened_is_named_with_its_version(tiny_profile, tiny_models, tmp_path, reload):
+    import open_clip
     import transformers
 
     folder = shutil.copytree(tiny_models / "dino", tmp_path / "dino")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "hidden_act": "no-such-activation"}))
-    with pytest.raises(ModelNotAvailable, match=r"KeyError in transformers\.") as caught:
-        load_dino(with_model(tiny_profile, dino=folder))
-    assert f"transformers {transformers.__version__} of <" in sentence(caught) and str(folder) in str(caught.value)
-
-
-def test_the_library_of_what_lacks_an_attribute_is_named(tiny_profile, reload):
-    import open_clip
-    import transformers
-
-    def lacking(source, device, dtype, options):
-        return transformers.ViTModel(transformers.ViTConfig(hidden_size=4, num_attention_heads=2, num_hidden_layers=1)).no_such_layers
-
-    with pytest.raises(ModelNotAvailable, match=f"AttributeError in .*transformers {transformers.__version__}"):
-        models.load_network(tiny_profile, "dino", lacking)
-    with pytest.raises(ModelNotAvailable, match=f"open_clip_torch {models.importlib.metadata.version('open_clip_torch')}"):
-        models.load_network(tiny_profile, "dino", lambda *_: open_clip.no_such_function)
-    with pytest.raises(ModelNotAvailable, match=r"ImportError in .*, with open_clip_torch"):
-        models.load_network(tiny_profile, "dino", lambda *_: exec("from open_clip import no_such_name"))
+    small = transformers.ViTModel(transformers.ViTConfig(hidden_size=4, num_attention_heads=2, num_hidden_layers=1))
+    library = f"with transformers {transformers.__version__}"
+    for error, owner, build in (
+            ("KeyError in transformers.", library, None), ("AttributeError", library, lambda *_: small.no_such_layers),
+            ("AttributeError", "with open_clip_torch", lambda *_: open_clip.no_such_function),
+            ("ImportError", "with open_clip_torch", lambda *_: exec("from open_clip import no_such_name"))):
+        with pytest.raises(ModelNotAvailable) as caught:
+            profile = with_model(tiny_profile, dino=folder)
+            load_dino(profile) if build is None else models.load_network(profile, "dino", build)
+        assert error in sentence(caught) and owner in str(caught.value) and str(folder) in str(caught.value)
 
 
 def test_layers_that_an_installed_version_names_otherwise(tiny_profile):
     """What transformers before 5.9 called `encoder.layer`, and a projection that is fused."""
     from transformers import ViTConfig, ViTModel
 
-    from ovdiff_lib.features.dino import DinoExtractor
-    from ovdiff_lib.masks.segmenters.maskcut import MaskCut
-
     network = ViTModel(ViTConfig(hidden_size=4, num_attention_heads=2, num_hidden_layers=1))
     assert models.last_attention(network) is network.layers[0].attention
     del network.layers[0].attention.k_proj
     for build in (models.last_attention, lambda model: DinoExtractor(model, tiny_profile.features),
                   lambda model: MaskCut(model, tiny_profile.masks)):
-        with pytest.raises(ModelNotAvailable, match=r"ViTModel.*k_proj") as caught:
+        with pytest.raises(ModelNotAvailable, match="k_proj") as caught:
             build(network)
-        sentence(caught)
+        assert "ViTModel" in sentence(caught)
     del network.layers
-    with pytest.raises(ModelNotAvailable, match=r"no attribute 'layers'.*transformers \d.* of <") as caught:
+    with pytest.raises(ModelNotAvailable, match="'layers'") as caught:
         models.last_attention(network)
-    sentence(caught)
+    assert "transformers" in sentence(caught)
 
 
-def test_identity_follows_content_not_place(tiny_models, tmp_path):
+def test_identity_follows_content_not_place_and_reads_a_file_once(tiny_models, tmp_path, monkeypatch):
     first = model_identity(str(tiny_models / "clip"))
     copy = shutil.copytree(tiny_models / "clip", tmp_path / "elsewhere")
     assert model_identity(str(copy)) == first != model_identity(str(tiny_models / "stable-diffusion"))
@@ -314,18 +266,14 @@ def test_identity_follows_content_not_place(tiny_models, tmp_path):
     os.utime(weights, (1, 1))
     assert model_identity(str(copy)) != first
     assert model_identity("owner/name") == "hub:owner/name@not-cached"
-
-
-def test_identity_reads_a_file_once(tiny_models, monkeypatch):
-    first = model_identity(str(tiny_models / "clip"))
     monkeypatch.setattr(identity.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
     assert model_identity(str(tiny_models / "clip")) == first
 
 
-@pytest.mark.parametrize(("field", "value"), [("device", "toaster"), ("device", "cuda:99")])
-def test_impossible_device(tiny_profile, field, value):
+@pytest.mark.parametrize("value", ["toaster", "cuda:99"])
+def test_impossible_device(tiny_profile, value):
     with pytest.raises(ProfileError, match=value):
-        load_clip(tiny_profile.override({f"models.{field}": value}))
+        load_clip(tiny_profile.override({"models.device": value}))
 
 
 def test_attention_grid_is_that_of_strided_convolutions():
@@ -339,21 +287,12 @@ def test_attention_grid_is_that_of_strided_convolutions():
         attention_grid(17, (16, 16))
 
 
-def test_captured_hands_out_outputs_and_removes_its_hooks():
-    layer = torch.nn.Linear(3, 2)
-    with captured({"layer": layer}) as outputs:
-        expected = layer(torch.ones(1, 3))
-    assert torch.equal(outputs["layer"], expected)
-    with pytest.raises(RuntimeError, match="stop"), captured({"layer": layer}):
-        raise RuntimeError("stop")
-    assert not layer._forward_hooks
-
-
-def test_captured_may_stop_at_the_last_module_wanted():
+def test_captured_hands_out_outputs_may_stop_at_the_last_and_removes_its_hooks():
     layers = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU(), torch.nn.Linear(2, 5), torch.nn.Linear(7, 1))  # which cannot run
     with captured({"first": layers[0], "third": layers[2]}, stop=True) as outputs:
         layers(torch.ones(1, 3))
         raise AssertionError("the block goes on")
+    assert torch.equal(outputs["first"], layers[0](torch.ones(1, 3)))
     assert outputs["third"].shape == (1, 5) and torch.equal(layers[2](outputs["first"].relu()), outputs["third"])
     with pytest.raises(RuntimeError, match="shapes"), captured({"third": layers[2]}):
         layers(torch.ones(1, 3))
@@ -368,5 +307,3 @@ def test_one_value_that_is_not_finite_is_found(value):
     assert not all_finite(values)
     values[2, 0, 0] = -value
     assert not all_finite(values)
-
-

@@ -82,9 +82,18 @@ def test_without_background():
     features, masks, *_ = make()
     built = build_prototypes(features, masks, PrototypeSettings(clusters=3, background=False))
     assert set(built.region) == {"foreground"} and built.assignment.max() == 2
-    none = ForegroundBackground(masks.foreground, np.zeros_like(masks.background), masks.source)
-    again = build_prototypes(features, none, SETTINGS)
-    assert np.array_equal(again.vectors, built.vectors)
+    masks.background[:] = False
+    assert np.array_equal(build_prototypes(features, masks, SETTINGS).vectors, built.vectors)
+
+
+def test_a_cell_of_both_regions_counts_for_both_and_is_recorded_as_foreground():
+    features, masks, foreground, _ = make()
+    masks.background[:] = True
+    built = build_prototypes(features, masks, SETTINGS)
+    codes = built.assignment.reshape(-1)
+    assert ((codes < 3) == foreground.reshape(-1)).all() and (codes >= 0).all()
+    (mean,) = built.vectors[(built.region == "background") & (built.kind == "class")]
+    assert np.allclose(mean, features.reshape(-1, 4).mean(0), atol=1e-5)
 
 
 def test_fewer_features_than_clusters_give_fewer_parts():
@@ -115,21 +124,17 @@ def test_resize_by_area():
 
 def test_resize_by_any_pixel():
     mask = np.zeros((1, 4, 6), bool)
-    mask[0, 3, 5] = True
-    mask[0, 0, 0] = True
+    mask[0, 3, 5] = mask[0, 0, 0] = True
     assert resize_masks(mask, (2, 3), "any").tolist() == [[[True, False, False], [False, False, True]]]
-    thick = make()[1].foreground
-    assert not (resize_masks(thick, (3, 5), "area") & ~resize_masks(thick, (3, 5), "any")).any()
 
 
-def test_errors_say_what_to_do():
+def test_features_and_masks_that_give_no_prototypes():
     features, masks, *_ = make()
-    empty = ForegroundBackground(np.zeros_like(masks.foreground), masks.background, masks.source)
-    with pytest.raises(OVDiffError, match="None of the 3 support images has any foreground"):
-        build_prototypes(features, empty, SETTINGS)
-    with pytest.raises(InputError, match="do not go with"):
+    with pytest.raises(InputError, match="of shape"):
         build_prototypes(features[:2], masks, SETTINGS)
-    features[0, 0, 0] = torch.nan
-    full = ForegroundBackground(np.ones_like(masks.foreground), np.zeros_like(masks.background), masks.source)
+    features[2] = torch.nan
     with pytest.raises(InputError, match="not finite"):
-        build_prototypes(features, full, SETTINGS)
+        build_prototypes(features, masks, SETTINGS)
+    masks.foreground[:] = False
+    with pytest.raises(OVDiffError, match="foreground"):
+        build_prototypes(features, masks, SETTINGS)

@@ -61,18 +61,13 @@ def test_against_a_loop_over_pixels(image, scores, iterations, dilations):
     assert (found - scores).abs().max() > 0.5
 
 
-def test_dilations_as_published(image):
-    weights = affinity(image)
+def test_weights_of_the_published_dilations_in_blocks_of_any_size(image, scores, monkeypatch):
+    weights, whole = affinity(image), pamr(image, scores)
     assert weights.shape == (48, *SHAPE) and torch.allclose(weights.sum(0), torch.ones(SHAPE), atol=1e-5) and (weights >= 0).all()
     assert np.allclose(weights.numpy(), slow_weights(image, DILATIONS)[0], atol=1e-5)
-
-
-def test_rows_in_blocks_change_nothing(image, scores, monkeypatch):
-    whole = pamr(image, scores)
-    monkeypatch.setattr(refine, "BLOCK_VALUES", 48 * SHAPE[1] * 2)
-    assert torch.allclose(pamr(image, scores), whole, atol=1e-6)
-    monkeypatch.setattr(refine, "BLOCK_VALUES", 1)
-    assert torch.allclose(pamr(image, scores), whole, atol=1e-6)
+    for block in (48 * SHAPE[1] * 2, 1):
+        monkeypatch.setattr(refine, "BLOCK_VALUES", block)
+        assert torch.allclose(pamr(image, scores), whole, atol=1e-6)
 
 
 def test_brightness_and_contrast_of_a_channel_do_not_matter(image, scores):
@@ -103,13 +98,6 @@ def test_a_class_that_is_nowhere_stays_nowhere(image, scores):
     assert (found[0] == -torch.inf).all() and torch.equal(found[1:], pamr(image, scores))
     assert torch.equal(mixed, before)  # what came in is as it was
     assert torch.isnan(pamr(image, scores / 0 * 0)).any()  # broken scores are not hidden
-
-
-def test_a_flat_image_averages_the_neighbours(scores):
-    found = pamr(np.full((*SHAPE, 3), 77, np.uint8), scores, 1, [1])
-    y, x = 4, 6
-    window = scores[:, y - 1 : y + 2, x - 1 : x + 2]
-    assert torch.allclose(found[:, y, x], (window.sum((1, 2)) - scores[:, y, x]) / 8, atol=1e-6)
 
 
 def test_noisy_scores_follow_the_edges_of_the_image():

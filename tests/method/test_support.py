@@ -27,10 +27,8 @@ class ExplicitAttention(AttnProcessor):
         self.kept = []
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
-        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
-        key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
-        probabilities = attn.get_attention_scores(query, key)
-        self.kept.append(probabilities.unflatten(0, (-1, attn.heads)))  # (B, heads, hw, tokens)
+        query, key = attn.head_to_batch_dim(attn.to_q(hidden_states)), attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
+        self.kept.append(attn.get_attention_scores(query, key).unflatten(0, (-1, attn.heads)))  # (B, heads, hw, tokens)
         return super().__call__(attn, hidden_states, encoder_hidden_states, **kwargs)
 
 
@@ -54,14 +52,12 @@ class Oracle:
     def maps(self, positions, size, mid_block=False, guided=True):
         total = 0
         for name, processor in self.processors.items():
-            if name.startswith("mid_block") and not mid_block:
-                continue
-            calls = torch.stack(processor.kept)  # (steps, B, heads, hw, tokens)
-            if guided:
-                calls = calls[:, calls.shape[1] // 2:]
-            layer = calls[..., positions].mean(dim=(2, 4)).sum(dim=0)  # (n, hw)
-            grid = layer.reshape(-1, 1, *attention_grid(layer.shape[1], size))
-            total = total + F.interpolate(grid, size=size, mode="bicubic", align_corners=False).clamp(min=0)[:, 0]
+            if mid_block or not name.startswith("mid_block"):
+                calls = torch.stack(processor.kept)  # (steps, B, heads, hw, tokens)
+                calls = calls[:, calls.shape[1] // 2:] if guided else calls
+                layer = calls[..., positions].mean(dim=(2, 4)).sum(dim=0)  # (n, hw)
+                grid = layer.reshape(-1, 1, *attention_grid(layer.shape[1], size))
+                total = total + F.interpolate(grid, size=size, mode="bicubic", align_corners=False).clamp(min=0)[:, 0]
         return total
 
 
@@ -102,19 +98,15 @@ def test_positions_hold_exactly_the_tokens_of_the_name(tokenizer, name):
 
 def test_positions_of_a_name_glued_to_the_template(tokenizer):
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("a good catty").input_ids)
-    positions = class_token_positions(tokenizer, "a good {name}ty", "cat")
-    assert "".join(tokens[i] for i in positions).startswith("cat")
+    assert "".join(tokens[i] for i in class_token_positions(tokenizer, "a good {name}ty", "cat")).startswith("cat")
 
 
-@pytest.mark.parametrize("template", ["A good picture", "{name} and {name}", "a {class}"])
-def test_template_needs_one_placeholder(tokenizer, template):
-    with pytest.raises(ProfileError, match="exactly once"):
-        class_token_positions(tokenizer, template, "cat")
-
-
-def test_a_name_longer_than_the_text_encoder_reads(tokenizer):
-    with pytest.raises(InputError, match="text encoder reads 32"):
-        class_token_positions(tokenizer, TEMPLATE, "x" * 60)
+@pytest.mark.parametrize(("template", "name", "error"), [
+    ("A good picture", "cat", ProfileError), ("{name} and {name}", "cat", ProfileError), ("a {class}", "cat", ProfileError),
+    (TEMPLATE, "x" * 60, InputError)])
+def test_templates_and_names_that_do_not_do(tokenizer, template, name, error):
+    with pytest.raises(error, match="32" if error is InputError else "exactly once"):
+        class_token_positions(tokenizer, template, name)
 
 
 # ---- attribution
@@ -149,13 +141,17 @@ def test_without_guidance_the_whole_batch_is_conditional(pipe):
             pipe.unet(**call)
 
 
-def test_recording_leaves_the_output_alone(pipe):
-    call = unet_input(pipe, (10, 14))
+def test_recording_leaves_the_output_alone_and_keeps_nothing_per_step(pipe):
+    call = unet_input(pipe, (16, 16))
     with torch.no_grad():
         plain = pipe.unet(**call).sample
-        with record_attribution(pipe.unet, [6], (10, 14), mid_block=True):
-            recorded = pipe.unet(**call).sample
+        with record_attribution(pipe.unet, [6], (16, 16)) as recorder:
+            with pytest.raises(ValueError, match="recorded"):
+                recorder.maps()
+            for _ in range(3):
+                recorded = pipe.unet(**call).sample
     torch.testing.assert_close(recorded, plain, rtol=1e-5, atol=1e-6)
+    assert sum(v.numel() for v in recorder.sums.values()) == 2 * (256 + 64 + 16 + 2 * 16 + 2 * 64 + 2 * 256)
 
 
 def test_processors_are_restored_even_after_an_error(pipe):
@@ -168,19 +164,11 @@ def test_processors_are_restored_even_after_an_error(pipe):
     assert before.keys() == after.keys() and all(after[k] is before[k] for k in before)
 
 
-def test_memory_does_not_grow_with_steps(pipe):
-    with torch.no_grad(), record_attribution(pipe.unet, [6], (16, 16)) as recorder:
-        for _ in range(3):
-            pipe.unet(**unet_input(pipe, (16, 16)))
-    assert sum(v.numel() for v in recorder.sums.values()) == 2 * (256 + 64 + 16 + 2 * 16 + 2 * 64 + 2 * 256)
-
-
-def test_nothing_recorded_is_an_error(pipe):
-    with record_attribution(pipe.unet, [6], (16, 16)) as recorder, pytest.raises(ValueError, match="recorded"):
-        recorder.maps()
-
-
 # ---- sampling
+
+def draw(pipe, profile, count, category=CAT):
+    return sample_support(pipe, category, profile, count, progress=False)
+
 
 @pytest.mark.parametrize("guidance", [5.0, 1.0])
 def test_support_set_equals_the_plain_pipeline(pipe, tiny_profile, guidance):
@@ -199,9 +187,9 @@ def test_support_set_equals_the_plain_pipeline(pipe, tiny_profile, guidance):
 
 
 def test_an_image_depends_on_its_own_index_alone(pipe, tiny_profile):
-    whole = sample_support(pipe, CAT, tiny_profile, 5, progress=False)  # batches of 4 and 1
+    whole = draw(pipe, tiny_profile, 5)  # batches of 4 and 1
     for batch, count in [(1, 3), (3, 5)]:
-        part = sample_support(pipe, CAT, tiny_profile.override({"support.batch_size": batch}), count, progress=False)
+        part = draw(pipe, tiny_profile.override({"support.batch_size": batch}), count)
         assert (part.seeds == whole.seeds[:count]).all()
         np.testing.assert_allclose(part.attribution, whole.attribution[:count], atol=1e-3)
         assert np.abs(part.images.astype(int) - whole.images[:count]).max() <= 1
@@ -210,7 +198,7 @@ def test_an_image_depends_on_its_own_index_alone(pipe, tiny_profile):
 
 def test_half_precision(tiny_profile):
     half = tiny_profile.override({"models.dtype": "bfloat16"})
-    support = sample_support(load_diffusion(half), CAT, half, 1, progress=False)
+    support = draw(load_diffusion(half), half, 1)
     assert support.images.dtype == np.uint8 and support.attribution.dtype == np.float32 and support.attribution.max() == 1
 
 
@@ -221,27 +209,24 @@ def test_seeds_follow_prompt_seed_and_index():
 
 
 def test_categories_with_one_prompt_share_their_images_and_others_do_not(pipe, tiny_profile):
-    cat = sample_support(pipe, CAT, tiny_profile, 1, progress=False)
-    assert (cat.images == sample_support(pipe, Category("Felix", prompt="cat"), tiny_profile, 1, progress=False).images).all()
-    for category, profile in [(Category("dog"), tiny_profile), (CAT, tiny_profile.override({"support.seed": 1}))]:
-        assert (cat.images != sample_support(pipe, category, profile, 1, progress=False).images).any()
-
-
-def test_sampling_leaves_the_global_generators_alone(pipe, tiny_profile):
     torch.manual_seed(3)
     np.random.seed(3)
     before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()
-    sample_support(pipe, CAT, tiny_profile, 1, progress=False)
+    cat = draw(pipe, tiny_profile, 1)
     assert torch.equal(torch.get_rng_state(), before) and (np.random.get_state()[1] == before_numpy).all()
+    assert (cat.images == draw(pipe, tiny_profile, 1, Category("Felix", prompt="cat")).images).all()
+    for category, profile in [(Category("dog"), tiny_profile), (CAT, tiny_profile.override({"support.seed": 1}))]:
+        assert (cat.images != draw(pipe, profile, 1, category).images).any()
 
 
 def test_provenance_and_progress(pipe, tiny_profile, capsys):
     support = sample_support(pipe, CAT, tiny_profile, 2)
-    assert "drawing cat" in capsys.readouterr().err
+    assert "drawing cat" in capsys.readouterr().err and len(support) == 2
     told = json.loads(json.dumps(support.provenance))
-    assert (told["prompt"], told["steps"], told["guidance_scale"], told["seed"]) == ("A good picture of a cat", 2, 5.0, 0)
-    assert told["model"] == tiny_profile.models.diffusion and len(support) == 2
-    sample_support(pipe, CAT, tiny_profile, 1, progress=False)
+    expected = {"model": tiny_profile.models.diffusion, "prompt": "A good picture of a cat", "negative_prompt": "", "steps": 2, "seed": 0,
+                "guidance_scale": 5.0, "image_size": 64, "mid_block": False, "token_positions": [6]}
+    assert told == expected
+    draw(pipe, tiny_profile, 1)
     assert capsys.readouterr().err == ""
 
 
@@ -252,20 +237,12 @@ def test_min_max_of_constant_and_ordinary_maps():
     np.testing.assert_allclose(scaled[1], np.arange(6).reshape(2, 3) / 5)
 
 
-@pytest.mark.parametrize(("field", "value"), [("image_size", 60)])
-def test_values_out_of_range(pipe, tiny_profile, field, value):
-    with pytest.raises(ProfileError, match=f"support.{field}"):
-        sample_support(pipe, CAT, tiny_profile.override({f"support.{field}": value}), progress=False)
-
-
-def test_an_empty_support_set_is_refused(pipe, tiny_profile):
-    with pytest.raises(InputError, match="at least one image"):
-        sample_support(pipe, CAT, tiny_profile, 0, progress=False)
-
-
-def test_values_that_are_not_finite_are_reported(pipe, tiny_profile, monkeypatch):
-    broken = pipe.vae.decoder.conv_out.bias.clone()
-    broken[0] = float("nan")
-    monkeypatch.setattr(pipe.vae.decoder.conv_out.bias, "data", broken)
+def test_what_cannot_be_drawn_is_refused(pipe, tiny_profile, monkeypatch):
+    with pytest.raises(ProfileError, match=r"support\.image_size"):
+        draw(pipe, tiny_profile.override({"support.image_size": 60}), 1)
+    with pytest.raises(InputError, match="one image"):
+        draw(pipe, tiny_profile, 0)
+    bias = pipe.vae.decoder.conv_out.bias
+    monkeypatch.setattr(bias, "data", bias * torch.nan)
     with pytest.raises(OVDiffError, match="not finite"):
-        sample_support(pipe, CAT, tiny_profile, 1, progress=False)
+        draw(pipe, tiny_profile, 1)

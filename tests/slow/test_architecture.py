@@ -10,17 +10,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from real_size import (
-    make_clip,
-    make_dino,
-    make_mae,
-    make_pipeline,
-    make_text_encoder,
-    make_unet,
-    make_vae,
-    save_pipeline,
-    sharpen,
-)
+from real_size import MAKE, make_pipeline, save_pipeline, sharpen
 from test_support import Oracle
 
 from ovdiff_lib.categories import Category
@@ -34,14 +24,11 @@ from ovdiff_lib.support.sampler import min_max, sample_support
 from ovdiff_lib.workbench.cost.architectures import clip_tokenizer
 from ovdiff_lib.workbench.data.classes import NAMES, class_table, vocabulary_of
 
-LEVELS = {  # transformer of a cross-attention: (channels, how many times its grid was halved)
-    "down_blocks.0.attentions.0": (320, 0), "down_blocks.0.attentions.1": (320, 0),
-    "down_blocks.1.attentions.0": (640, 1), "down_blocks.1.attentions.1": (640, 1),
-    "down_blocks.2.attentions.0": (1280, 2), "down_blocks.2.attentions.1": (1280, 2),
-    "mid_block.attentions.0": (1280, 3),
-    "up_blocks.1.attentions.0": (1280, 2), "up_blocks.1.attentions.1": (1280, 2), "up_blocks.1.attentions.2": (1280, 2),
-    "up_blocks.2.attentions.0": (640, 1), "up_blocks.2.attentions.1": (640, 1), "up_blocks.2.attentions.2": (640, 1),
-    "up_blocks.3.attentions.0": (320, 0), "up_blocks.3.attentions.1": (320, 0), "up_blocks.3.attentions.2": (320, 0)}
+LEVELS = {f"{block}.attentions.{i}": (channels, halvings) for block, count, channels, halvings in (
+    ("down_blocks.0", 2, 320, 0), ("down_blocks.1", 2, 640, 1), ("down_blocks.2", 2, 1280, 2), ("mid_block", 1, 1280, 3),
+    ("up_blocks.1", 3, 1280, 2), ("up_blocks.2", 3, 640, 1), ("up_blocks.3", 3, 320, 0)) for i in range(count)}
+"""Transformer of a cross-attention -> channels, and how many times its grid was halved."""
+
 BLOCK = ".transformer_blocks.0."
 TEMPLATE = load_profile("paper").support.prompt
 
@@ -91,12 +78,14 @@ def pictures(n):
 
 # ---- sizes
 
-@pytest.mark.parametrize(("make", "parameters"), [
-    (make_unet, 859_520_964), (make_vae, 83_653_863), (make_text_encoder, 123_060_480), (make_clip, 149_620_737),
-    (make_dino, 85_807_872), (make_mae, 303_301_632)])
-def test_networks_have_the_published_numbers_of_parameters(make, parameters):
+PARAMETERS = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480, "clip": 149_620_737, "dino": 85_807_872,
+              "mae": 303_301_632}
+
+
+@pytest.mark.parametrize("network", MAKE)
+def test_networks_have_the_published_numbers_of_parameters(network):
     with torch.device("meta"):
-        assert sum(p.numel() for p in make().parameters()) == parameters
+        assert sum(p.numel() for p in MAKE[network]().parameters()) == PARAMETERS[network]
 
 
 def test_the_cross_attentions_are_those_of_the_table(published):
@@ -115,7 +104,7 @@ def test_published_vae_and_text_encoder(published):
     assert latents.shape == (1, 4, 64, 56) and published.vae_scale_factor == 8 and published.vae.config.scaling_factor == 0.18215
     assert published.encode_prompt("", published.device, 1, False)[0].shape == (1, 77, 768)
     with torch.device("meta"):
-        config = make_clip().config
+        config = MAKE["clip"]().config
     assert config.vision_config.hidden_act == config.text_config.hidden_act == published.text_encoder.config.hidden_act == "quick_gelu"
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from real_size import make_clip, make_dino, make_pipeline, save_pipeline, sharpen
+from real_size import MAKE, make_pipeline, save_pipeline, sharpen
 
 from ovdiff_lib import OVDiff
 from ovdiff_lib.networks import loading as models
@@ -36,24 +36,22 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def all_cores():
-    """The other tests run on one thread; OMP_NUM_THREADS counts if it is set."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def profile(request, tmp_path, monkeypatch, all_cores):
-    """The paper's profile with one support image of two steps, over networks of its sizes on disk; they are deleted afterwards."""
+def profile(request, tmp_path, monkeypatch):
+    """The paper's profile with one support image of two steps, over networks of its sizes on disk (5 GB); they are deleted afterwards."""
     if not (os.environ.get("OVDIFF_FULL_SIZE") or request.config.getoption("markexpr")):
         pytest.skip("many minutes and gigabytes; set OVDIFF_FULL_SIZE=1, or run -m slow")
     if shutil.disk_usage(tmp_path).free < DISK:
         pytest.skip(f"needs {DISK >> 30} GiB of free disk below {tmp_path}")
     monkeypatch.setattr(models, "_loaded", {})  # nothing of this size stays in memory
+    threads = torch.get_num_threads()  # the other tests run on one; OMP_NUM_THREADS counts if it is set
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     try:
-        write_networks(tmp_path)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            save_pipeline(make_pipeline(), tmp_path / "sd")
+            MAKE["clip"]().save_pretrained(tmp_path / "clip")
+            clip_tokenizer().save_pretrained(tmp_path / "clip")
+            sharpen(MAKE["dino"](), 4).save_pretrained(tmp_path / "dino")
         yield load_profile("paper", {
             "models.diffusion": str(tmp_path / "sd"), "models.clip": str(tmp_path / "clip"), "models.dino": str(tmp_path / "dino"),
             "models.device": "cpu", "support.size": 1, "support.steps": 2, "features.batch_size": 1, "matching.batch_size": 2,
@@ -61,16 +59,7 @@ def profile(request, tmp_path, monkeypatch, all_cores):
             "masks.segmenter": "maskcut", "masks.maskcut_tau": 0.75})
     finally:
         shutil.rmtree(tmp_path)
-
-
-def write_networks(folder):
-    """Stable Diffusion v1.5, CLIP ViT-B/16 and DINO ViT-B/8: 5 GB."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        save_pipeline(make_pipeline(), folder / "sd")
-        make_clip().save_pretrained(folder / "clip")
-        clip_tokenizer().save_pretrained(folder / "clip")
-        sharpen(make_dino(), 4).save_pretrained(folder / "dino")
+        torch.set_num_threads(threads)
 
 
 def peak():
@@ -94,7 +83,6 @@ def test_one_pass_of_the_paper(profile, tmp_path, capsys, record_property):
             print(f"\n{told[-1]}", end="", flush=True)
 
     note("networks written")
-
     support = ovdiff.support("chest of drawers")
     note("one support image of two steps")
     masks = ovdiff.masks(support)
