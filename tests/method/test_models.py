@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 
+import open_clip
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
@@ -70,13 +72,6 @@ def test_missing_models_are_named(tiny_profile, identifier, load):
         assert f"hf download {identifier}" in str(caught.value) and "models.download" in str(caught.value)
 
 
-def test_shipped_models_resolve_inside_the_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(identity, "SHIPPED", tmp_path)
-    (tmp_path / "clip").mkdir()
-    assert resolve_model("package:clip") == tmp_path / "clip"
-    assert resolve_model("owner/name") == "owner/name"
-
-
 @pytest.mark.parametrize(("field", "wrong", "load"), [
     ("diffusion", "clip", load_diffusion), ("clip", "stable-diffusion", load_clip), ("clip", "stable-diffusion/unet", load_clip),
     ("mae", "dino", load_mae), ("dino", "mae", load_dino), ("open_clip", "dino", load_open_clip), ("clip", "dino", load_clip)])
@@ -90,19 +85,12 @@ def test_weights_of_another_architecture_are_refused(tiny_profile, tiny_models, 
     assert sentence(caught) and "".join(capfd.readouterr()) == ""  # no report of the library
 
 
-def test_every_shipped_and_tiny_model_has_the_expected_type(tiny_models):
-    for folder in (identity.SHIPPED, tiny_models):
-        for name in ("clip", "dino", "mae", "groupvit"):
-            if (folder / name).is_dir():
-                assert models.wrong_type(folder / name, MODEL_TYPES[name]) == ""
-
-
-def test_expected_types_are_those_of_the_classes():
-    from transformers import CLIPConfig, GroundingDinoConfig, GroupViTConfig, SamConfig, ViTConfig, ViTMAEConfig
-
-    kinds = {"clip": CLIPConfig, "dino": ViTConfig, "mae": ViTMAEConfig, "open_clip": CLIPConfig, "sam": SamConfig,
-             "grounding": GroundingDinoConfig, "groupvit": GroupViTConfig}
-    assert {name: kind.model_type for name, kind in kinds.items()} == MODEL_TYPES
+def test_expected_types_are_those_of_the_classes_and_of_what_ships():
+    kinds = {"clip": "CLIP", "dino": "ViT", "mae": "ViTMAE", "open_clip": "CLIP", "sam": "Sam", "grounding": "GroundingDino",
+             "groupvit": "GroupViT"}
+    assert {name: getattr(transformers, f"{kind}Config").model_type for name, kind in kinds.items()} == MODEL_TYPES
+    for name in ("clip", "dino", "mae", "groupvit"):
+        assert models.wrong_type(resolve_model(f"package:{name}"), MODEL_TYPES[name]) == ""
 
 
 QUERY = "mid_block.attentions.0.transformer_blocks.0.attn2.to_q.weight"
@@ -143,7 +131,7 @@ def reload(monkeypatch):
 
 @pytest.fixture
 def installed(monkeypatch, reload):
-    """Sets what the metadata say: versions of libraries, and the lines that this package requires."""
+    """Sets versions of libraries, and the lines that this package requires."""
     def pretend(requires, **versions):
         known = models.importlib.metadata.version
         monkeypatch.setattr(models.importlib.metadata, "version", lambda name: versions.get(name) or known(name))
@@ -158,10 +146,8 @@ RANGES = ["diffusers<1,>=0.40; python_version > '3'", "transformers<6,>=5.9", "o
     ("diffusers", "0.39.0", ">=0.40", load_diffusion), ("transformers", "5.8.1", ">=5.9", load_dino),
     ("transformers", "6.0.0", ">=5.9", load_mae), ("open_clip_torch", "2.32.0", ">=3", load_open_clip)])
 def test_a_library_outside_its_range_is_refused_before_it_is_used(tiny_profile, monkeypatch, installed, library, version, floor, load):
-    from transformers import PreTrainedModel
-
     installed(RANGES, **{library: version})
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("it was used"))
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("it was used"))
     monkeypatch.setattr(models, "_build_diffusion", lambda *_: pytest.fail("it was used"))
     with pytest.raises(ModelNotAvailable) as caught:
         load(tiny_profile)
@@ -183,25 +169,6 @@ def raising(error):
     return fail
 
 
-class Old:
-    """A network of diffusers before 0.40: what it is not told of goes to its constructor."""
-
-    def __init__(self, *, torch_dtype=None):
-        pass
-
-    @classmethod
-    def from_pretrained(cls, source, subfolder=None, torch_dtype=None, output_loading_info=False, **options):
-        return cls(torch_dtype=torch_dtype, **{k: v for k, v in options.items() if k not in ("local_files_only", "low_cpu_mem_usage")}), {}
-
-
-def test_an_old_diffusers_that_does_not_know_dtype(tiny_profile, monkeypatch, installed):
-    installed(["diffusers"], diffusers="0.39.0")  # even where nobody named a range
-    monkeypatch.setattr("diffusers.UNet2DConditionModel", Old)
-    with pytest.raises(ModelNotAvailable, match="'dtype'") as caught:
-        load_diffusion(tiny_profile)
-    assert "TypeError" in sentence(caught) and "pip check" in str(caught.value) and isinstance(caught.value.__cause__, TypeError)
-
-
 @pytest.mark.parametrize("error", [
     TypeError("got an unexpected keyword argument 'x'"), AttributeError("no attribute 'layers'"), KeyError("vision_config"),
     ImportError("cannot import name 'ViTModel'", name="transformers"), ModuleNotFoundError("No module named 'y'", name="y"),
@@ -216,17 +183,17 @@ def test_what_libraries_that_do_not_fit_raise_becomes_a_sentence(tiny_profile, m
     assert caught.value.__cause__ is error  # with its traceback, for whoever calls from Python
 
 
-def test_the_library_in_which_it_happened_is_named_with_its_version(tiny_profile, tiny_models, tmp_path, reload):
-    import open_clip
-    import transformers
+def small_vit():
+    return transformers.ViTModel(transformers.ViTConfig(hidden_size=4, num_attention_heads=2, num_hidden_layers=1))
 
+
+def test_the_library_in_which_it_happened_is_named_with_its_version(tiny_profile, tiny_models, tmp_path, reload):
     folder = shutil.copytree(tiny_models / "dino", tmp_path / "dino")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "hidden_act": "no-such-activation"}))
-    small = transformers.ViTModel(transformers.ViTConfig(hidden_size=4, num_attention_heads=2, num_hidden_layers=1))
     library = f"with transformers {transformers.__version__}"
     for error, owner, build in (
-            ("KeyError in transformers.", library, None), ("AttributeError", library, lambda *_: small.no_such_layers),
+            ("KeyError in transformers.", library, None), ("AttributeError", library, lambda *_: small_vit().no_such_layers),
             ("AttributeError", "with open_clip_torch", lambda *_: open_clip.no_such_function),
             ("ImportError", "with open_clip_torch", lambda *_: exec("from open_clip import no_such_name"))):
         with pytest.raises(ModelNotAvailable) as caught:
@@ -237,9 +204,7 @@ def test_the_library_in_which_it_happened_is_named_with_its_version(tiny_profile
 
 def test_layers_that_an_installed_version_names_otherwise(tiny_profile):
     """What transformers before 5.9 called `encoder.layer`, and a projection that is fused."""
-    from transformers import ViTConfig, ViTModel
-
-    network = ViTModel(ViTConfig(hidden_size=4, num_attention_heads=2, num_hidden_layers=1))
+    network = small_vit()
     assert models.last_attention(network) is network.layers[0].attention
     del network.layers[0].attention.k_proj
     for build in (models.last_attention, lambda model: DinoExtractor(model, tiny_profile.features),

@@ -196,12 +196,6 @@ def test_an_image_depends_on_its_own_index_alone(pipe, tiny_profile):
     assert np.abs(whole.images[0].astype(int) - whole.images[1]).mean() > 5  # and the images do differ
 
 
-def test_half_precision(tiny_profile):
-    half = tiny_profile.override({"models.dtype": "bfloat16"})
-    support = draw(load_diffusion(half), half, 1)
-    assert support.images.dtype == np.uint8 and support.attribution.dtype == np.float32 and support.attribution.max() == 1
-
-
 def test_seeds_follow_prompt_seed_and_index():
     seeds = {image_seed(s, p, i) for s in (0, 1) for p in ("a cat", "a dog") for i in range(4)}
     assert len(seeds) == 16 and all(0 <= s < 2 ** 63 for s in seeds)
@@ -209,11 +203,7 @@ def test_seeds_follow_prompt_seed_and_index():
 
 
 def test_categories_with_one_prompt_share_their_images_and_others_do_not(pipe, tiny_profile):
-    torch.manual_seed(3)
-    np.random.seed(3)
-    before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()
     cat = draw(pipe, tiny_profile, 1)
-    assert torch.equal(torch.get_rng_state(), before) and (np.random.get_state()[1] == before_numpy).all()
     assert (cat.images == draw(pipe, tiny_profile, 1, Category("Felix", prompt="cat")).images).all()
     for category, profile in [(Category("dog"), tiny_profile), (CAT, tiny_profile.override({"support.seed": 1}))]:
         assert (cat.images != draw(pipe, profile, 1, category).images).any()
