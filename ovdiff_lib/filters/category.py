@@ -62,7 +62,7 @@ class CategoryFilter:
         bar = (1 - 1e-5) / len(judged)
         top = sorted(i for i in order[: self.settings.category_top] if probabilities[i] >= bar) or order[:1]
         subsets = [s for size in range(1, len(top) + 1) for s in itertools.combinations(top, size)]
-        texts = [self._prompt(*(vocabulary.categories[i] for i in subset)) for subset in subsets]
+        texts = [self._prompt([vocabulary.categories[i] for i in subset]) for subset in subsets]
         fitting = [n for n, fits in enumerate(self.text.fits(texts)) if fits]
         if len(fitting) < len(texts):
             warnings.warn(f"The category filter left out {len(texts) - len(fitting)} of {len(texts)} joined prompts "
@@ -102,7 +102,7 @@ class CategoryFilter:
     def _names(self, vocabulary: Vocabulary) -> torch.Tensor:
         """Embeddings f64 (C, E) of the single names; of a large vocabulary too many to look up for each image."""
         if self._single is None or self._single[0] is not vocabulary:
-            texts = [self._prompt(category) for category in vocabulary]
+            texts = [self._prompt([category]) for category in vocabulary]
             for category, fits in zip(vocabulary, self.text.fits(texts), strict=True):
                 if not fits:
                     raise InputError(f"The class {category.name[:40]!r} makes a prompt longer than CLIP's "
@@ -110,7 +110,7 @@ class CategoryFilter:
             self._single = vocabulary, self.text(texts).double()
         return self._single[1]
 
-    def _prompt(self, *categories: Category) -> str:
+    def _prompt(self, categories: list[Category]) -> str:
         joined = self.settings.category_joiner.join(c.prompt for c in categories)
         return self.settings.category_prompt.replace("{names}", joined)
 
