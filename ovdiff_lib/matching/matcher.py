@@ -103,15 +103,15 @@ class Matcher:
         What decided is a (category, row) of the first extractor's prototypes in the bank, i32 (2, H, W): of the winning
         class the one with the highest cosine in any window over the pixel; -1 where a constant decided.
         """
-        return self._closed(self._scored([(image, bank)])[0])
+        return self._close(self._scored([(image, bank)])[0])
 
     def scores_many(self, pairs: Sequence[tuple[np.ndarray, PrototypeBank]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """:meth:`scores` of each image against its own bank; windows of all of them share batches, and memory."""
-        return map(self._closed, self._scored(pairs))
+        return map(self._close, self._scored(pairs))
 
     @undisturbed()
     def _scored(self, pairs: Sequence[tuple[np.ndarray, PrototypeBank]]) -> list[_Opened]:
-        images = [self._opened(image, bank) for image, bank in pairs]
+        images = [self._open(image, bank) for image, bank in pairs]
         windows = [window for opened in images for window in opened.windows]
         # Extractors that take one size at a time get whole batches of it; the others do not mind.
         if not all(getattr(extractor, "any_size", False) for extractor in self.extractors.values()):
@@ -120,7 +120,7 @@ class Matcher:
             self._score(windows[start:stop])
         return images
 
-    def _opened(self, image: np.ndarray, bank: PrototypeBank) -> _Opened:
+    def _open(self, image: np.ndarray, bank: PrototypeBank) -> _Opened:
         check_image(image)
         settings, rows = self.settings, {name: self._class_rows(name, bank) for name in self.extractors}
         voters = sum(len(one.vectors[0]) > 0 for one in rows.values())
@@ -198,7 +198,7 @@ class Matcher:
         return tuple(t.reshape(-1, n, h, w).transpose(0, 1) for t in (values, arguments))
 
     @undisturbed()
-    def _closed(self, opened: _Opened) -> tuple[np.ndarray, np.ndarray]:
+    def _close(self, opened: _Opened) -> tuple[np.ndarray, np.ndarray]:
         """Scores and winner of an image all of whose windows have been scored."""
         total, settings = opened.total / len(self.extractors), self.settings
         total[0] = opened.total[0] / max(1, opened.voters)  # a background is the mean of those that have one

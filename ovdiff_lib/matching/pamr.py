@@ -18,22 +18,19 @@ DILATIONS = (1, 2, 4, 8, 12, 24)
 OFFSETS = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0))
 
 BLOCK_VALUES = 2**20
-"""Weights used at a time: rows of so many pixels stay in the processor's cache."""
+"""Weights used at a time, so that they stay in the processor's cache."""
 
 
 @undisturbed()
 def pamr(image: np.ndarray, scores: torch.Tensor, iterations: int = 10,
          dilations: Sequence[int] = DILATIONS) -> torch.Tensor:
-    """Scores f32 (C, H, W) refined by an image (H, W, 3), u8 or f32 of any range, on the device of ``scores``.
-
-    Results are convex combinations of a class's scores, whatever the image's brightness and contrast; -inf everywhere
-    stays so.
-    """
+    """Scores f32 (C, H, W) refined by an image (H, W, 3), u8 or f32 of any range: convex combinations of a class's
+    scores, whatever the image's brightness and contrast; a class that is -inf everywhere stays so."""
     weights = affinity(image, dilations, scores.device)
     alive = ~torch.isneginf(scores).flatten(1).all(1)  # 0 x -inf is NaN
     refined = scores[alive].float()
     for _ in range(iterations):
-        shifted = list(_neighbours(refined, dilations))
+        shifted = _neighbours(refined, dilations)
         refined = torch.zeros_like(refined)
         for rows in _row_blocks(weights):
             for weight, neighbour in zip(weights, shifted, strict=True):
@@ -53,32 +50,25 @@ def affinity(image: np.ndarray, dilations: Sequence[int] = DILATIONS,
     border the image repeats it.
     """
     x = torch.from_numpy(np.ascontiguousarray(image)).to(device, torch.float32).permute(2, 0, 1).contiguous()
-    count = 9 * len(dilations)
-    mean = x * len(dilations)
-    for neighbour in _neighbours(x, dilations):
-        mean += neighbour
-    mean /= count
-    variance = (x - mean).square_().mul_(len(dilations))
-    for neighbour in _neighbours(x, dilations):
-        variance += (neighbour - mean).square_()
-    sharpness = -1 / (1e-8 + 0.1 * (variance / (count - 1)).sqrt_())
-    weights = x.new_empty(8 * len(dilations), *x.shape[1:])
-    for weight, neighbour in zip(weights, _neighbours(x, dilations), strict=True):
+    around, count = _neighbours(x, dilations), 9 * len(dilations)
+    mean = sum(around, x * len(dilations)) / count
+    squares = sum(((neighbour - mean).square_() for neighbour in around), (x - mean).square_() * len(dilations))
+    sharpness = -1 / (1e-8 + 0.1 * (squares / (count - 1)).sqrt_())
+    weights = x.new_empty(len(around), *x.shape[1:])
+    for weight, neighbour in zip(weights, around, strict=True):
         torch.mean((neighbour - x).abs_().mul_(sharpness), 0, out=weight)
     for rows in _row_blocks(weights):
         weights[:, rows] = torch.softmax(weights[:, rows], 0)
     return weights
 
 
-def _neighbours(maps: torch.Tensor, dilations: Sequence[int]) -> Iterator[torch.Tensor]:
-    """Views (C, H, W) of maps (C, H, W), whose border is repeated, shifted to each neighbour of each pixel in turn."""
+def _neighbours(maps: torch.Tensor, dilations: Sequence[int]) -> list[torch.Tensor]:
+    """Views (C, H, W) of maps (C, H, W), whose border is repeated, shifted to each neighbour of each pixel."""
     height, width = maps.shape[1:]
     reach = max(dilations)
     padded = F.pad(maps, (reach,) * 4, mode="replicate")
-    for dilation in dilations:
-        for y, x in OFFSETS:
-            top, left = reach + y * dilation, reach + x * dilation
-            yield padded[:, top : top + height, left : left + width]
+    corners = [(reach + y * dilation, reach + x * dilation) for dilation in dilations for y, x in OFFSETS]
+    return [padded[:, top : top + height, left : left + width] for top, left in corners]
 
 
 def _row_blocks(weights: torch.Tensor) -> Iterator[slice]:

@@ -49,17 +49,48 @@ _loaded: dict[tuple, Any] = {}
 def load_diffusion(profile: Profile) -> StableDiffusionPipeline:
     """The Stable Diffusion pipeline of ``models.diffusion``, without safety checker and progress bar. Its scheduler is
     DPM-Solver++ of order 2 (App. C.5) over the noise schedule it was trained with."""
-    return load_network(profile, "diffusion", _build_diffusion)
+    def build(source, device, dtype, options):
+        from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+        from transformers import CLIPTextModel
+
+        # Without accelerate diffusers warns, at length, unless it is told so.
+        options = options | {"dtype": dtype, "low_cpu_mem_usage": importlib.util.find_spec("accelerate") is not None}
+        networks, kinds = {}, {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+        # One by one rather than by the pipeline, which does not report weights that are missing and left random.
+        for part, kind in kinds.items():
+            loaded = kind.from_pretrained(source, subfolder=part, output_loading_info=True, **options)
+            networks[part] = complete(part, loaded)
+        pipe = StableDiffusionPipeline.from_pretrained(source, safety_checker=None, requires_safety_checker=False,
+                                                       **networks, **options)
+        # The spacing is named: a folder that diffusers saved again keeps its PNDM scheduler's "leading".
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(
+            pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="linspace")
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to(device)
+
+    return load_network(profile, "diffusion", build)
 
 
 def load_clip(profile: Profile) -> tuple[CLIPModel, CLIPTokenizer]:
     """CLIP and its tokenizer of ``models.clip``."""
-    return load_network(profile, "clip", _build_clip)
+    def build(source, device, dtype, options):
+        from transformers import CLIPModel, CLIPTokenizer
+
+        loaded = CLIPModel.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+        return complete("CLIP", loaded).to(device), CLIPTokenizer.from_pretrained(source, **options)
+
+    return load_network(profile, "clip", build)
 
 
 def load_dino(profile: Profile) -> ViTModel:
     """The ViT of ``models.dino``, which an extractor and MaskCut share."""
-    return load_network(profile, "dino", _build_dino)
+    def build(source, device, dtype, options):
+        from transformers import ViTModel
+
+        options = options | {"dtype": dtype, "add_pooling_layer": False, "output_loading_info": True}
+        return complete("DINO", ViTModel.from_pretrained(source, **options)).to(device)
+
+    return load_network(profile, "dino", build)
 
 
 @undisturbed()
@@ -150,41 +181,6 @@ def _check_type(name: str, source: Path | str, download: bool) -> None:
         source = Path(cached_file(source, "config.json", local_files_only=not download)).parent
     if wrong := wrong_type(source, MODEL_TYPES[name]):
         raise ValueError(wrong)
-
-
-def _build_diffusion(source: Path | str, device: torch.device, dtype: torch.dtype,
-                     options: dict) -> StableDiffusionPipeline:
-    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel
-
-    # Without accelerate diffusers warns, at length, unless it is told so.
-    options = options | {"dtype": dtype, "low_cpu_mem_usage": importlib.util.find_spec("accelerate") is not None}
-    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    # One by one rather than by the pipeline, which does not report weights that are missing and left random.
-    networks = {name: complete(name, kind.from_pretrained(source, subfolder=name, output_loading_info=True, **options))
-                for name, kind in kinds.items()}
-    pipe = StableDiffusionPipeline.from_pretrained(source, safety_checker=None, requires_safety_checker=False,
-                                                   **networks, **options)
-    # The spacing is named: a folder that diffusers saved again keeps its PNDM scheduler's "leading", which moves steps.
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(
-        pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="linspace")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
-
-
-def _build_clip(source: Path | str, device: torch.device, dtype: torch.dtype,
-                options: dict) -> tuple[CLIPModel, CLIPTokenizer]:
-    from transformers import CLIPModel, CLIPTokenizer
-
-    loaded = CLIPModel.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
-    return complete("CLIP", loaded).to(device), CLIPTokenizer.from_pretrained(source, **options)
-
-
-def _build_dino(source: Path | str, device: torch.device, dtype: torch.dtype, options: dict) -> ViTModel:
-    from transformers import ViTModel
-
-    loaded = ViTModel.from_pretrained(source, dtype=dtype, add_pooling_layer=False, output_loading_info=True, **options)
-    return complete("DINO", loaded).to(device)
 
 
 def complete(name: str, loaded: tuple[torch.nn.Module, dict]) -> torch.nn.Module:

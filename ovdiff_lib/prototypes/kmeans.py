@@ -30,8 +30,7 @@ ITERATIONS, REFINE = 50, 3
 """Most iterations, and most of those over all points once the sample has converged."""
 
 TOLERANCE = 1e-4
-"""Lloyd's iterations end when the centroids' squared shift is below this many mean variances of a channel (as in
-scikit-learn)."""
+"""Iterations end when the centroids' squared shift is below so many mean variances of a channel, as in scikit-learn."""
 
 BLOCK = 2**23
 """Values per block of rows: what a pass over the data allocates beside it (32 MB a copy)."""
@@ -127,8 +126,7 @@ def _distances(points: torch.Tensor, norms: torch.Tensor, centres: torch.Tensor)
 
 def _lloyd(x: torch.Tensor, mean: torch.Tensor | None, centroids: torch.Tensor, iterations: int = ITERATIONS,
            tolerance: float = TOLERANCE) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Centroids, assignment and inertia after Lloyd's iterations from ``centroids``, which are relative to ``mean``;
-    None: ``x`` has it taken off."""
+    """Centroids (relative to ``mean``; None: ``x`` is), assignment and inertia after Lloyd's iterations."""
     lengths = torch.cat([torch.linalg.vector_norm(points, dim=1).square_() for points in _blocks(x, mean)])
     limit = tolerance * float(lengths.sum(dtype=torch.float64)) / x.numel()
     for _ in range(iterations):

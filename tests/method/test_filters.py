@@ -243,18 +243,15 @@ def settings(**fields):
     return load_profile("mini", {f"filters.{k}": v for k, v in fields.items()}).filters
 
 
-def slow_filter(bank, judged, judges, threshold):
-    """Rows that stay, by extractor and category: of ``judged(i)`` categories no background row alike a foreground row of ``judges(i)``."""
+def slow_filter(bank, judges, threshold):
+    """Rows that stay, by extractor and category: no background row that is alike a foreground row of a category in ``judges(i)``."""
     found = {}
     for name, rows in bank.prototypes.items():
+        units = [p.vectors / np.linalg.norm(p.vectors, axis=1, keepdims=True) for p in rows]
         for i, prototypes in enumerate(rows):
-            kept = []
-            for row, (vector, region) in enumerate(zip(prototypes.vectors, prototypes.region, strict=True)):
-                others = [v for j in judges(i) for v, r in zip(rows[j].vectors, rows[j].region, strict=True) if r == "foreground"]
-                alike = any(vector @ v / np.linalg.norm(vector) / np.linalg.norm(v) > threshold for v in others)
-                if region == "foreground" or not judged(i) or not alike:
-                    kept.append(row)
-            found[name, i] = kept
+            others = [v for j in judges(i) for v, region in zip(units[j], rows[j].region, strict=True) if region == "foreground"]
+            found[name, i] = [row for row, vector in enumerate(units[i])
+                              if prototypes.region[row] == "foreground" or not any(vector @ other > threshold for other in others)]
     return found
 
 
@@ -264,7 +261,7 @@ def clusters(bank):
 
 def test_stuff_filter_drops_what_the_definition_says():
     bank = make_bank(["thing", "stuff", "thing", "stuff"])
-    expected = slow_filter(bank, lambda i: i in (0, 2), lambda i: (1, 3), 0.85)
+    expected = slow_filter(bank, lambda i: (1, 3) if i in (0, 2) else (), 0.85)
     assert clusters(filter_stuff(bank, settings(stuff_background=True))) == expected  # where stuff keeps its background
     expected |= {(name, i): [0, 1, 2, 3] for name in bank.extractors for i in (1, 3)}
     assert clusters(filter_stuff(bank, settings())) == expected
@@ -274,14 +271,17 @@ def test_stuff_filter_drops_what_the_definition_says():
 @pytest.mark.parametrize("kinds", [["thing", "stuff", "thing", "stuff"], ["thing"] * 4])
 def test_all_against_all_needs_no_kinds(kinds):
     bank = make_bank(kinds)
-    expected = slow_filter(bank, lambda i: True, lambda i: {0, 1, 2, 3} - {i}, 0.9)
+    expected = slow_filter(bank, lambda i: {0, 1, 2, 3} - {i}, 0.9)
     for stuff_background in (False, True):
         chosen = settings(stuff_against="all", stuff_threshold=0.9, stuff_background=stuff_background)
         assert clusters(filter_stuff(bank, chosen)) == expected
     dropped = [10 - len(kept) for kept in expected.values()]
-    assert min(dropped) < max(dropped) and expected != slow_filter(bank, lambda i: True, lambda i: range(4), 0.9)
+    assert min(dropped) < max(dropped) and expected != slow_filter(bank, lambda i: range(4), 0.9)
     alone = make_bank(["thing"])
     assert clusters(filter_stuff(alone, settings(stuff_against="all", stuff_threshold=-1))) == clusters(alone)
+
+
+CODES = np.array([*range(10), -1, -1]).reshape(1, 3, 4)
 
 
 def with_class_prototypes(bank):
@@ -289,13 +289,9 @@ def with_class_prototypes(bank):
     rng = np.random.default_rng(5)
 
     def add(extractor, index, p):
-        rows = np.concatenate([np.zeros(1, int), np.arange(4), np.zeros(1, int), np.arange(4, 10)])
-        vectors, cluster, kind = p.vectors[rows].copy(), p.cluster[rows].copy(), np.array(["part"] * len(rows), dtype="<U8")
-        vectors[[0, 5]] = rng.normal(size=(2, vectors.shape[1]))
-        cluster[[0, 5]], kind[[0, 5]] = -1, "class"
-        region = np.array(["foreground"] * 5 + ["background"] * 7)
-        assignment = np.array([*range(10), -1, -1], np.int16).reshape(1, 3, 4)
-        return Prototypes(vectors, kind, region, np.full(12, -1, np.int32), cluster, assignment)
+        vectors, cluster = np.insert(p.vectors, [0, 4], rng.normal(size=(2, 3)), 0), np.insert(p.cluster, [0, 4], -1)
+        region, kind = np.array(["foreground"] * 5 + ["background"] * 7), np.where(cluster < 0, "class", "part")
+        return Prototypes(vectors, kind, region, np.full(12, -1, np.int32), cluster, CODES.astype(np.int16))
 
     return bank.map(add)
 
@@ -320,18 +316,14 @@ def test_stuff_without_parts():
 def test_filtered_prototypes_can_still_be_traced():
     """An explanation finds the support pixels of every row that is left, whatever was taken away."""
     bank = with_class_prototypes(make_bank(["thing", "stuff", "thing"]))
-    codes = np.array([*range(10), -1, -1]).reshape(1, 3, 4)
-    seen = set()
+    cells, seen = {"foreground": (CODES < 4) & (CODES >= 0), "background": CODES >= 4}, set()
     for fields in ({}, {"stuff_against": "all", "stuff_threshold": 0.5}, {"stuff_parts": False, "stuff_background": True}):
-        for rows in filter_stuff(bank, settings(**fields)).prototypes.values():
-            for prototypes in rows:
-                for row in range(len(prototypes)):
-                    foreground, part = prototypes.region[row] == "foreground", prototypes.kind[row] == "part"
-                    wanted = codes == prototypes.cluster[row] if part else (codes < 4) & (codes >= 0) if foreground else codes >= 4
-                    images, pixels = prototypes.origin(row)
-                    assert images == (0,) and np.array_equal(pixels, wanted)
-                    seen.add((str(prototypes.kind[row]), bool(foreground)))
-                assert set(np.unique(prototypes.part_assignment("foreground"))) <= {-1, *range(4)}
+        for prototypes in itertools.chain(*filter_stuff(bank, settings(**fields)).prototypes.values()):
+            for row, (kind, region, cluster) in enumerate(zip(prototypes.kind, prototypes.region, prototypes.cluster, strict=True)):
+                images, pixels = prototypes.origin(row)
+                assert images == (0,) and np.array_equal(pixels, CODES == cluster if kind == "part" else cells[region])
+                seen.add((kind, region))
+            assert set(np.unique(prototypes.part_assignment("foreground"))) <= {-1, *range(4)}
     assert len(seen) == 4
 
 
