@@ -1,5 +1,4 @@
-"""Stable Diffusion as a feature extractor (App. C.2): cross-attention queries of a UNet that sees the slightly noised
-image."""
+"""Stable Diffusion as a feature extractor (App. C.2): a UNet's cross-attention queries of the slightly noised image."""
 
 from __future__ import annotations
 
@@ -111,8 +110,7 @@ class DiffusionExtractor:
         return torch.stack(drawn, dim=1).to(self.device)
 
     def _queries_of(self, latents: torch.Tensor) -> torch.Tensor:
-        """Concatenated queries f32 (n, h, w, D) of one UNet call on noised latents f32 (n, c, h, w); it ends at the
-        last layer wanted."""
+        """Queries f32 (n, h, w, D) of noised latents f32 (n, c, h, w); the UNet runs up to the last layer wanted."""
         unet, size = self.pipe.unet, tuple(latents.shape[-2:])
         prompt = self.prompt.expand(len(latents), -1, -1)
         with captured(self.queries, stop=True) as outputs:

@@ -25,8 +25,7 @@ NOT_ENCODER = ("decoder_", "mask_token")
 """How tensors begin that only pre-training needs."""
 
 HEAD_WIDTH = {1280: 80}
-"""Channels of an attention head by the width of the model, where it is not 64: the weights do not tell. 1280 is
-ViT-H."""
+"""Channels of an attention head by the model's width, where it is not 64 (ViT-H): the weights do not tell."""
 
 NAMES = {
     "cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
@@ -67,8 +66,7 @@ class MaeExtractor(ViTExtractor):
 
 
 def load_mae(profile: Profile) -> ViTMAEModel:
-    """The encoder of ``models.mae`` with mask ratio 0, eval mode, on the device. ``ModelNotAvailable``,
-    ``ProfileError``."""
+    """The encoder of ``models.mae``, mask ratio 0, eval mode. Raises ``ModelNotAvailable`` and ``ProfileError``."""
     return load_network(profile, "mae", _build)
 
 
@@ -82,8 +80,7 @@ def _build(source: Path | str, device: torch.device, dtype: torch.dtype, options
 
 
 def from_timm(state: dict[str, torch.Tensor]) -> ViTMAEModel:
-    """``ViTMAEModel`` f32 of any size with the weights of a timm ViT: fused qkv, its bias whole, without the keys'
-    part, or absent.
+    """``ViTMAEModel`` f32 with the weights of a timm ViT: fused qkv, its bias whole, without the keys', or absent.
 
     The decoder is left out. Sizes are read from the tensors. ``ValueError`` for what is not such an encoder.
     """

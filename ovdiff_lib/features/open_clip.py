@@ -124,20 +124,16 @@ def _create(architecture: str, quick_gelu: bool, source: Path, device: torch.dev
 
 
 def _check_names(architecture: str, weights: str) -> dict:
-    """What open_clip knows of the weights' tag, {} for a file. ``ProfileError`` for a wrong name or a tower that is no
-    plain ViT."""
+    """What open_clip knows of the weights' tag, {} for a file. ``ProfileError`` for a wrong name."""
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg
 
-    known = open_clip.list_models()
-    if architecture not in known:
-        near = " or ".join(difflib.get_close_matches(architecture, known, 3)) or "for example ViT-B-16-quickgelu"
-        raise ProfileError(f"models.open_clip is {architecture!r}, neither a folder nor an architecture of open_clip; "
-                           f"did you mean {near}?")
-    vision = open_clip.get_model_config(architecture)["vision_cfg"]
+    vision = (open_clip.get_model_config(architecture) or {}).get("vision_cfg", {})
     if not isinstance(vision.get("layers"), int) or "timm_model_name" in vision or vision.get("attentional_pool"):
-        raise ProfileError(f"models.open_clip is {architecture!r}, whose image tower is not a plain ViT; name one that "
-                           "is, for example ViT-B-16-quickgelu.")
+        known = [name for name in open_clip.list_models() if name.startswith("ViT")]
+        near = " or ".join(difflib.get_close_matches(architecture, known, 3)) or "ViT-B-16-quickgelu"
+        raise ProfileError(f"models.open_clip is {architecture!r}, neither a folder nor an architecture of open_clip "
+                           f"whose image tower is a plain ViT; did you mean {near}?")
     trained = get_pretrained_cfg(architecture, weights) if weights else {}
     if not trained and not (weights and Path(weights).expanduser().is_file()):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none are known"
@@ -163,8 +159,7 @@ def _weights_file(architecture: str, tag: str, trained: dict, download: bool) ->
 
 
 def from_transformers(model: CLIPModel) -> VisionTransformer:
-    """open_clip's image tower of the same sizes with the same weights, f32. ``ValueError`` for an activation open_clip
-    does not have."""
+    """open_clip's image tower of the same sizes and weights, f32. ``ValueError`` if it lacks the activation."""
     from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
 
     config, state = model.config.vision_config, model.state_dict()

@@ -32,8 +32,8 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
 
 
 def fill(name: str, model: torch.nn.Module, weights: dict[str, torch.Tensor], exact: bool = True) -> torch.nn.Module:
-    """``model`` with these weights, in eval mode. ``ValueError`` names the first that is missing, of another shape or
-    not finite, and with ``exact`` the first that is too much."""
+    """``model`` with these weights, in eval mode. ``ValueError`` names one that is missing, of another shape, not
+    finite or, with ``exact``, too much."""
     own = model.state_dict()
     if beyond := sorted(weights.keys() - own.keys()) if exact else []:
         raise ValueError(f"the {name} weights hold {len(beyond)} tensors too many, {beyond[0]} first")

@@ -254,6 +254,8 @@ def test_background_can_be_tightened():
     for n in range(2):
         assert {tuple(p) for p in np.argwhere(full[n] & ~eroded[n])} == seam
         assert (0, 3) in {tuple(p) for p in np.argwhere(eroded[n] & ~twice[n])}
+    support.attribution[:] = np.eye(3, 5, dtype=np.float32) * [[1], [0], [0]]  # the corner pixel is 1 and no object
+    assert masks_of(support, Fixed(region(0, 1))).background[:, 0, 0].all()
 
 
 def test_upsample_is_bilinear_and_keeps_rows_and_columns():

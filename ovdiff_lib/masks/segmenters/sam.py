@@ -19,7 +19,7 @@ from ovdiff_lib.networks.loading import complete, load_network
 from ovdiff_lib.profiles.schema import Masks, Profile
 
 if TYPE_CHECKING:
-    from transformers import GroundingDinoForObjectDetection, GroundingDinoProcessor, SamModel, SamProcessor
+    from transformers import SamModel, SamProcessor
 
 POINTS_AT_ONCE = 64
 BOX_NMS = 0.7
@@ -57,22 +57,21 @@ class SegmentAnything:
 class GroundedSam:
     """Boxes of Grounding DINO (Liu et al., 2023) for the words, each turned into one mask by Segment Anything.
 
-    A box counts if one of its words scores above ``grounding_box``, and if a word of it scores above
-    ``grounding_text``.
+    A box counts if one of its words scores above ``grounding_box``, and one above ``grounding_text``.
     """
 
     name = "grounded-sam"
 
-    def __init__(self, detector: tuple[GroundingDinoForObjectDetection, GroundingDinoProcessor], model: SamModel,
-                 processor: SamProcessor, settings: Masks) -> None:
-        self.detector, self.read = detector
+    def __init__(self, grounding: tuple, model: SamModel, processor: SamProcessor, settings: Masks) -> None:
+        """``grounding`` is a ``GroundingDinoForObjectDetection`` and its processor."""
+        self.detector, self.read = grounding
         self.model, self.processor, self.settings = model, processor, settings
 
     @classmethod
     def build(cls, profile: Profile) -> GroundedSam:
         """The segmenter of a profile. Raises ``ProfileError`` and ``ModelNotAvailable``."""
-        detector = load_network(profile, "grounding", _load_grounding)
-        return cls(detector, *load_network(profile, "sam", _load_sam), profile.masks)
+        grounding = load_network(profile, "grounding", _load_grounding)
+        return cls(grounding, *load_network(profile, "sam", _load_sam), profile.masks)
 
     @undisturbed()
     def propose(self, image: np.ndarray, words: str) -> np.ndarray:
