@@ -128,10 +128,10 @@ def _tighten(background: np.ndarray, attribution: np.ndarray, settings: Masks) -
     if settings.background_below < 1:
         background = background & (attribution < settings.background_below)
     if settings.erosion > 0:
-        from scipy.ndimage import binary_erosion
+        from scipy.ndimage import binary_erosion, generate_binary_structure
 
         # The leading axis of length 1 keeps to one image. What lies outside it is unknown, not object, so the border
         # itself does not erode.
-        cross = np.array([[[0, 1, 0], [1, 1, 1], [0, 1, 0]]], dtype=bool)
+        cross = generate_binary_structure(2, 1)[None]
         background = binary_erosion(background, cross, iterations=settings.erosion, border_value=1)
     return background

@@ -82,10 +82,7 @@ def test_cut_finds_planted_objects_one_after_the_other():
     assert np.sum(masks, axis=0).max() == 1
     scaled = features * np.random.default_rng(1).uniform(0.5, 9, (*features.shape[:2], 1))  # cosines know no lengths
     assert [m.tolist() for m in cut(scaled, 3, 0.3)] == [m.tolist() for m in masks]
-
-
-def test_patches_that_are_all_alike_have_no_cut():
-    assert cut(np.ones((4, 6, 3)), 3, 0.15) == []
+    assert cut(np.ones((4, 6, 3)), 3, 0.15) == []  # patches that are all alike
 
 
 def test_salient_part_is_the_connected_side_of_the_extreme_patch():

@@ -81,15 +81,6 @@ def test_fixed_thresholds_scale_each_map_by_itself():
 
 # ---- Eq. 1
 
-def test_select_by_hand():
-    attribution = np.array([[1.0, 0.8, 0.1, 0.2], [0.6, 0.6, 0.3, 0.2]], np.float32)
-    left, right = np.zeros((2, 2, 4), bool)
-    left[:, :2] = True  # mean 0.75
-    right[0, 2:] = True  # mean 0.15; the complement of both has mean 0.25
-    foreground, background = select(np.stack([right, left]), attribution)
-    assert (foreground == left).all() and (background == right).all()
-
-
 def test_select_takes_the_mean_not_the_sum_and_the_complement_as_background():
     attribution = np.array([[1.0, 0.5, 0.5, 0.5, 0.0]], np.float32)
     small, large = np.zeros((2, 1, 5), bool)
@@ -117,18 +108,6 @@ def test_select_matches_equation_1_by_search_and_is_disjoint():
     assert foreground.all() and not background.any()
 
 
-def test_overlaps_stay_with_the_proposal_of_highest_mean_attribution():
-    attribution = np.array([[1.0, 0.8, 0.2, 0.0, 0.0], [1.0, 0.6, 0.2, 0.0, 0.5]], np.float32)
-    wide, narrow, inner, empty = np.zeros((4, 2, 5), bool)
-    wide[:, :3] = True  # mean 3.8 / 6
-    narrow[:, 1:3] = True  # mean 1.8 / 4
-    inner[:, 2] = True  # mean 0.2, wholly inside the others
-    assert np.array_equal(separate(np.stack([narrow, wide, inner, empty]), attribution), [wide])
-    narrow[:, 4] = True
-    assert np.array_equal(separate(np.stack([narrow, wide]), attribution), [narrow & ~wide, wide])
-    assert separate(np.zeros((0, 2, 5), bool), attribution).shape == (0, 2, 5)
-
-
 def test_separate_matches_the_definition_pixel_by_pixel():
     rng = np.random.default_rng(0)
     for _ in range(10):
@@ -140,6 +119,9 @@ def test_separate_matches_the_definition_pixel_by_pixel():
             if holders:
                 expected[max(holders, key=lambda n: means[n]), y, x] = True
         assert np.array_equal(separate(proposals, attribution), expected[expected.any(axis=(1, 2))])
+    inner = proposals[0] & proposals[1]  # wholly inside another, and nothing at all
+    assert len(separate(np.stack([proposals[0], inner, inner & ~inner]), np.where(inner, 0, 1))) == 1
+    assert separate(proposals[:0], attribution).shape == (0, 4, 7)
 
 
 # ---- masks of a support set

@@ -114,7 +114,8 @@ def build_network(device: torch.device | str, overrides: dict[str, Any] | None =
 
 
 def _load(source: Path, device: torch.device, dtype: torch.dtype, options: dict) -> torch.nn.Module:
-    return fill("CutLER", build_network(device), read_checkpoint(source), exact=False)
+    weights = read_checkpoint(source)
+    return fill("CutLER", build_network(device), weights, exact=False)
 
 
 def _detectron2() -> tuple[Callable, Callable]:
