@@ -7,6 +7,7 @@ library's prototypes are built again (:class:`~ovdiff_lib.registry.Part`).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -37,10 +38,10 @@ OPEN_CLIP, CLIP_SETTINGS = ("open_clip", "open_clip_pretrained"), ("clip_", "vit
 
 EXTRACTORS: dict[str, Part] = {
     "sd": Part(DiffusionExtractor.build, models=("diffusion",), settings=("sd_", "seed")),
-    "clip-keys": Part(lambda profile: ClipExtractor.build(profile, "keys"), ("clip",), CLIP_SETTINGS),
-    "clip-tokens": Part(lambda profile: ClipExtractor.build(profile, "tokens"), ("clip",), CLIP_SETTINGS),
-    "open-clip-keys": Part(lambda profile: OpenClipExtractor.build(profile, "keys"), OPEN_CLIP, CLIP_SETTINGS),
-    "open-clip-tokens": Part(lambda profile: OpenClipExtractor.build(profile, "tokens"), OPEN_CLIP, CLIP_SETTINGS),
+    "clip-keys": Part(partial(ClipExtractor.build, kind="keys"), ("clip",), CLIP_SETTINGS),
+    "clip-tokens": Part(partial(ClipExtractor.build, kind="tokens"), ("clip",), CLIP_SETTINGS),
+    "open-clip-keys": Part(partial(OpenClipExtractor.build, kind="keys"), OPEN_CLIP, CLIP_SETTINGS),
+    "open-clip-tokens": Part(partial(OpenClipExtractor.build, kind="tokens"), OPEN_CLIP, CLIP_SETTINGS),
     "dino": Part(DinoExtractor.build, models=("dino",), settings=("dino_", "vit_scale")),
     "mae": Part(MaeExtractor.build, models=("mae",), settings=("mae_", "vit_scale")),
 }

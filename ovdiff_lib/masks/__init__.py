@@ -16,6 +16,7 @@ from ovdiff_lib.masks.segmenters.cutler import CutLER
 from ovdiff_lib.masks.segmenters.detector import DetectorSegmenter
 from ovdiff_lib.masks.segmenters.maskcut import MaskCut
 from ovdiff_lib.masks.segmenters.sam import GroundedSam, SegmentAnything
+from ovdiff_lib.masks.threshold import ThresholdOnly
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.profiles.schema import Profile, check_choice
 from ovdiff_lib.registry import Part, check_part
@@ -38,17 +39,8 @@ class Segmenter(Protocol):
         ...
 
 
-class ThresholdOnly:
-    """No proposals: every mask comes from thresholding the attribution (the paper's "-CutLER")."""
-
-    name = "threshold"
-
-    def propose(self, image: np.ndarray, words: str) -> np.ndarray:
-        return np.zeros((0, *image.shape[:2]), dtype=bool)
-
-
 SEGMENTERS: dict[str, Part] = {
-    "threshold": Part(lambda profile: ThresholdOnly(), models=(), settings=()),
+    "threshold": Part(ThresholdOnly, models=(), settings=()),
     "detector": Part(DetectorSegmenter.build, models=("detector",), settings=("detector_",)),
     "maskcut": Part(MaskCut.build, models=("dino",), settings=("maskcut_",)),
     "cutler": Part(CutLER.build, models=("cutler",), settings=("cutler_",)),

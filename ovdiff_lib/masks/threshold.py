@@ -40,3 +40,15 @@ def fixed_thresholds(maps: np.ndarray, foreground_above: float,
     low, high = (f(maps, axis=(1, 2), keepdims=True).astype(np.float64) for f in (np.min, np.max))
     unit = (maps - low) / np.where(high > low, high - low, np.nan)  # a comparison with NaN is false
     return unit > foreground_above, unit < background_below
+
+
+class ThresholdOnly:
+    """No proposals: every mask comes from thresholding the attribution (the paper's "-CutLER")."""
+
+    name = "threshold"
+
+    def __init__(self, profile: object = None) -> None:
+        """It has no settings and loads nothing."""
+
+    def propose(self, image: np.ndarray, words: str) -> np.ndarray:
+        return np.zeros((0, *image.shape[:2]), dtype=bool)
