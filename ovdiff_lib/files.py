@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ovdiff_lib.errors import InputError
 
@@ -68,6 +70,11 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     except OSError as error:
         raise InputError(f"{shown(path)} cannot be written ({error.strerror or error});"
                          " free space or choose a folder that you may write to.") from None
+
+
+def write_json(path: Path, table: Any) -> None:
+    """A table as readable JSON, whole or not at all."""
+    write_atomic(path, (json.dumps(table, ensure_ascii=False, indent=1) + "\n").encode())
 
 
 def fsync_folder(folder: Path) -> None:

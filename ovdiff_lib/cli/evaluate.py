@@ -1,89 +1,62 @@
-"""``ovdiff evaluate`` and ``ovdiff convert``."""
+"""``ovdiff evaluate | convert``."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ovdiff_lib.cli.options import (
-    add_engine_options,
-    add_stuff_options,
-    build_with,
-    check_stuff_options,
-    engine_of,
-    ovdiff_of,
-    write_json,
-)
+from ovdiff_lib.cli.options import ENGINE, STUFF, argument, build_with, engine_of, ovdiff_of, takes, with_stuff
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.files import check_output
+from ovdiff_lib.files import check_output, write_json
 
 
-def add_commands(command: Callable[..., argparse.ArgumentParser], bare: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add both commands: ``command(name, run, help)`` adds one with the options of a profile, ``bare`` one without."""
-    evaluate = command("evaluate", run_evaluate, "Measure mIoU on a data set.")
-    evaluate.add_argument("dataset",
-                          help="mini-voc, mini-object, mini-context; or, with --data, voc, context, coco-object, and "
-                               "without background voc20, context59, coco-stuff, ade20k, cityscapes")
-    evaluate.add_argument("--data", type=Path, metavar="FOLDER", help="where the data set is, for example VOCdevkit")
-    evaluate.add_argument("--split", default="val", help="val, train, or wild of the mini world (default: val)")
-    evaluate.add_argument("--names",
-                          help="names given to the networks: fixed (the paper's corrections, default), raw, fourteen")
-    evaluate.add_argument("--limit", type=int, help="use the first LIMIT images only")
-    evaluate.add_argument("--predictions", type=Path, metavar="FOLDER",
-                          help="score label maps in this folder, named by image id, instead of segmenting")
-    evaluate.add_argument("--zero-based", action="store_true",
-                          help="with --predictions: label 0 is the first category (default: background, or nothing)")
-    evaluate.add_argument("--resume", type=Path, metavar="FOLDER",
-                          help="keep the state here while evaluating; the same command goes on where it stopped")
-    evaluate.add_argument("--json", type=Path, help="write the result to this file too")
-    add_stuff_options(evaluate)
-    add_engine_options(evaluate)
-
-    convert = bare("convert", run_convert,
-                   "Make label maps: PASCAL Context from its JSON file; train ids of COCO and Cityscapes for tools.")
-    convert.add_argument("dataset", choices=["context", "coco-object", "coco-stuff", "cityscapes"])
-    convert.add_argument("--data", type=Path, required=True, metavar="FOLDER",
-                         help="where the data set is; label maps are written into it")
-    convert.add_argument("--json", type=Path, help="trainval_merged.json of PASCAL in Detail (context)")
-    convert.add_argument("--split", default="val", help="val or train (default: val; context: both)")
-
-
-def run_evaluate(options: argparse.Namespace) -> None:
-    """Evaluate OVDiff, or saved predictions, and print IoU by class and mIoU."""
+@takes(argument("dataset", help="mini-voc, mini-object, mini-context; or, with --data, voc, context, coco-object, and "
+                                "without background voc20, context59, coco-stuff, ade20k, cityscapes"),
+       argument("--data", type=Path, metavar="FOLDER", help="where the data set is, for example VOCdevkit"),
+       argument("--split", default="val", help="val, train, or wild of the mini world (default: val)"),
+       argument("--names", help="names given to the networks: fixed (the paper's corrections, default), raw, fourteen"),
+       argument("--limit", type=int, help="use the first LIMIT images only"),
+       argument("--predictions", type=Path, metavar="FOLDER",
+                help="score label maps in this folder, named by image id, instead of segmenting"),
+       argument("--zero-based", action="store_true",
+                help="with --predictions: label 0 is the first category (default: background, or nothing)"),
+       argument("--resume", type=Path, metavar="FOLDER",
+                help="keep the state here while evaluating; the same command goes on where it stopped"),
+       argument("--json", type=Path, help="write the result to this file too"), *STUFF, *ENGINE)
+def evaluate(options: argparse.Namespace) -> None:
+    """Measure mIoU on a data set."""
     from ovdiff_lib.workbench.data.datasets import load_dataset
     from ovdiff_lib.workbench.data.predictions import predictions_from
-    from ovdiff_lib.workbench.data.things import with_kinds
-    from ovdiff_lib.workbench.evaluation.measure import evaluate
+    from ovdiff_lib.workbench.evaluation import measure
 
     if options.zero_based and not options.predictions:
         raise InputError("--zero-based says how label maps are numbered; use it together with --predictions FOLDER.")
     if options.predictions and (options.resume or options.engine != "local" or options.workers is not None):
         raise InputError("Scoring saved predictions is done at once and in this process; leave out --resume, --engine "
                          "and --workers.")
-    check_stuff_options(options)
     if options.json:
         check_output(options.json.parent)
     # Workers on other machines are elsewhere: they are told the whole path.
     folder = options.data.expanduser().absolute() if options.data and options.engine == "ray" else options.data
     given = {"folder": folder, "names": options.names}
     dataset = load_dataset(options.dataset, split=options.split, **{k: v for k, v in given.items() if v is not None})
+    vocabulary = with_stuff(dataset.vocabulary, options)
     record: dict[str, Any] = {"dataset": dataset.name, "split": options.split, "names": options.names or "fixed"}
     if options.predictions:
-        result = evaluate(predictions_from(options.predictions, options.zero_based), dataset, limit=options.limit)
+        saved = predictions_from(options.predictions, options.zero_based)
+        result = measure.evaluate(saved, dataset, limit=options.limit)
         record["predictions"], by = str(options.predictions), f"predictions in {options.predictions}"
     else:
-        ovdiff, vocabulary = ovdiff_of(options), dataset.vocabulary
+        ovdiff = ovdiff_of(options)
         if options.stuff_from:
-            vocabulary = with_kinds(vocabulary, options.stuff_from, options.stuff_default)
             record["stuff"] = [c.name for c in vocabulary if c.kind == "stuff"]
         settings = {**record, "data": str(options.data and options.data.resolve()), "profile": ovdiff.profile.digest()}
         result = _segment_and_count(options, ovdiff, dataset, vocabulary, settings)
         record["profile"] = ovdiff.profile.to_dict()
         by = f"profile {ovdiff.profile.name}, settings {ovdiff.profile.digest()}"
-    width = max(len(n) for n in result.class_names)
+    width = max(map(len, result.class_names))
     for name, value in zip(result.class_names, result.iou, strict=True):
         print(f"{name:{width}s} {'  -  ' if value != value else f'{100 * value:5.1f}'}")
     if not dataset.has_background:
@@ -100,47 +73,46 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any, vocabulary: Any, settings: dict):
     """The result of OVDiff on the data set, its classes built first; on an engine's workers if the options say so."""
-    from ovdiff_lib.workbench.evaluation.measure import evaluate, for_dataset, image_count, label_predictor
+    from ovdiff_lib.keys import of_labels
+    from ovdiff_lib.workbench.evaluation import measure
     from ovdiff_lib.workbench.evaluation.workers import WithBank, evaluate_on
 
-    engine, builder = engine_of(options, ovdiff.profile), for_dataset(ovdiff, dataset)
+    engine, builder = engine_of(options, ovdiff.profile), measure.for_dataset(ovdiff, dataset)
     if engine is None:
         bank = builder.build(vocabulary)
-        if options.resume:
-            settings |= _identities(ovdiff.profile, bank)
-        predictor = label_predictor(ovdiff, bank, dataset)
-        return evaluate(predictor, dataset, limit=options.limit, settings=settings, resume=options.resume)
+        if options.resume:  # what the names of a profile and of its classes do not show
+            digest = hashlib.sha256()
+            for name in bank.extractors:
+                for prototypes in bank.prototypes[name]:
+                    digest.update(f"{name} {prototypes.vectors.shape}".encode() + prototypes.vectors.tobytes())
+            settings |= {"prototypes": digest.hexdigest()[:16], **of_labels(ovdiff.profile)}
+        predictor = measure.label_predictor(ovdiff, bank, dataset)
+        return measure.evaluate(predictor, dataset, limit=options.limit, settings=settings, resume=options.resume)
     if options.resume:
         raise InputError("--resume keeps the state of one process; leave it out, or --engine and --workers.")
-    image_count(dataset, options.limit)  # a limit of no images is reported before classes are built
+    measure.image_count(dataset, options.limit)  # a limit of no images is reported before classes are built
     with engine:
         build_with(engine, builder, vocabulary)
         segmenter = WithBank(ovdiff.profile, builder.build(vocabulary))
         return evaluate_on(engine, segmenter, dataset, limit=options.limit, settings=settings)
 
 
-def _identities(profile, bank) -> dict[str, Any]:
-    """What the names of a profile and of its classes do not show: models, code and the prototypes themselves."""
-    from ovdiff_lib.keys import of_labels
-
-    digest = hashlib.sha256()
-    for name in bank.extractors:
-        for prototypes in bank.prototypes[name]:
-            digest.update(f"{name} {prototypes.vectors.shape}".encode() + prototypes.vectors.tobytes())
-    return {"prototypes": digest.hexdigest()[:16], **of_labels(profile)}
-
-
-def run_convert(options: argparse.Namespace) -> None:
-    """Make the label maps of a data set and say how many."""
+@takes(argument("dataset", choices=["context", "coco-object", "coco-stuff", "cityscapes"]),
+       argument("--data", type=Path, required=True, metavar="FOLDER",
+                help="where the data set is; label maps are written into it"),
+       argument("--json", type=Path, help="trainval_merged.json of PASCAL in Detail (context)"),
+       argument("--split", default="val", help="val or train (default: val; context: both)"), profile=False)
+def convert(options: argparse.Namespace) -> None:
+    """Make label maps: PASCAL Context from its JSON file; train ids of COCO and Cityscapes for tools."""
     from ovdiff_lib.workbench.data.convert import convert_context, convert_train_ids
 
-    if options.dataset == "context":
-        if options.json is None:
-            raise InputError("PASCAL Context is converted from its annotation file; name it with --json "
-                             "trainval_merged.json.")
-        counts = convert_context(options.json, options.data)
-        made = ", ".join(f"{count} {phase} images" for phase, count in counts.items())
-        print(f"PASCAL Context: {made}; label maps and lists written.")
-    else:
+    if options.dataset != "context":
         count = convert_train_ids(options.dataset, options.data, options.split)
         print(f"{options.dataset}: {count} label maps written.")
+        return
+    if options.json is None:
+        raise InputError("PASCAL Context is converted from its annotation file; name it with --json "
+                         "trainval_merged.json.")
+    counts = convert_context(options.json, options.data)
+    made = ", ".join(f"{count} {phase} images" for phase, count in counts.items())
+    print(f"PASCAL Context: {made}; label maps and lists written.")

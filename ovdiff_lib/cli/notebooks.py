@@ -5,49 +5,24 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ovdiff_lib.cli.options import profile_of
+from ovdiff_lib.cli.options import argument, profile_of, takes
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.profiles.reading import parse_assignments
 from ovdiff_lib.profiles.schema import Profile
 
-
-def add_commands(command: Callable[..., argparse.ArgumentParser], bare: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add the commands: ``command(name, run, help)`` adds one with the options of a profile, ``bare`` one without."""
-    run = command("run", _run, "Execute one notebook with parameters.")
-    run.add_argument("notebook", type=Path)
-    run.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE",
-                     help="a notebook parameter; may be repeated")
-    reproduce = command("reproduce", _reproduce,
-                        "Execute the notebooks, judge the paper's claims on their tables and write the report.")
-    reproduce.add_argument("--only", default="", metavar="03,05",
-                           help="only these notebooks, by number or name (default: all)")
-    reproduce.add_argument("--force", action="store_true", help="run fresh notebooks again")
-    reproduce.add_argument("--workers", type=int,
-                           help="classes and notebooks at a time (default: the processors, or 1 on a GPU)")
-    report = command("report", run_report, "Gather tables, figures, claims and notebooks of a profile on one page.")
-    for sub in (reproduce, report):
-        sub.add_argument("--notebooks", type=Path, default=Path("notebooks"),
-                         help="folder of the notebooks (default: notebooks)")
-    for sub in (run, reproduce, report):
-        sub.add_argument("--out", type=Path, default=Path("outputs"), help="outputs folder (default: outputs)")
-    compare = bare("compare-tables", _compare, "Say where two sets of tables differ; exit code 1 if they do.")
-    compare.add_argument("first", type=Path, help="a folder of tables, or an outputs folder such as outputs/mini")
-    compare.add_argument("second", type=Path, help="the folder it is compared with")
-    compare.add_argument("--tolerance", type=float, default=0.5,
-                         help="largest difference of a measured number (default: 0.5)")
+NOTEBOOKS = argument("--notebooks", type=Path, default=Path("notebooks"),
+                     help="folder of the notebooks (default: notebooks)")
+OUT = argument("--out", type=Path, default=Path("outputs"), help="outputs folder (default: outputs)")
 
 
-def _parameters(options: argparse.Namespace) -> dict[str, Any]:
-    source = options.profile if not Path(options.profile).suffix else str(Path(options.profile).resolve())
-    output = (options.out / profile_of(options).name).resolve()
-    return {"profile": source, "overrides": parse_assignments(options.set), "output": str(output)}
-
-
-def _run(options: argparse.Namespace) -> None:
+@takes(argument("notebook", type=Path),
+       argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE",
+                help="a notebook parameter; may be repeated"), OUT)
+def run(options: argparse.Namespace) -> None:
+    """Execute one notebook with parameters."""
     from ovdiff_lib.workbench.reproduce import note, run_notebook
 
     if not options.notebook.exists():
@@ -62,7 +37,12 @@ def _run(options: argparse.Namespace) -> None:
     print(f"executed copy: {target}   tables and figures: {target.parent}")
 
 
-def _reproduce(options: argparse.Namespace) -> int:
+@takes(argument("--only", default="", metavar="03,05", help="only these notebooks, by number or name (default: all)"),
+       argument("--force", action="store_true", help="run fresh notebooks again"),
+       argument("--workers", type=int,
+                help="classes and notebooks at a time (default: the processors, or 1 on a GPU)"), NOTEBOOKS, OUT)
+def reproduce(options: argparse.Namespace) -> int:
+    """Execute the notebooks, judge the paper's claims on their tables and write the report."""
     from ovdiff_lib.workbench.evaluation.workers import processors
     from ovdiff_lib.workbench.reproduce import expected_time, has_tag, is_fresh, notebooks, run_all
 
@@ -93,16 +73,42 @@ def _reproduce(options: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+@takes(NOTEBOOKS, OUT)
+def report(options: argparse.Namespace) -> None:
+    """Gather tables, figures, claims and notebooks of a profile on one page."""
+    page, remark = _report(options.out / profile_of(options).name, options)
+    print(f"report: {page}{remark}")
+
+
+@takes(argument("first", type=Path, help="a folder of tables, or an outputs folder such as outputs/mini"),
+       argument("second", type=Path, help="the folder it is compared with"),
+       argument("--tolerance", type=float, default=0.5, help="largest difference of a measured number (default: 0.5)"),
+       profile=False)
+def compare_tables(options: argparse.Namespace) -> int:
+    """Say where two sets of tables differ; exit code 1 if they do."""
+    from ovdiff_lib.workbench.tables import compare
+
+    differences = compare.compare_tables(options.first, options.second, options.tolerance)
+    same = f"The tables are the same (tolerance {options.tolerance:g})."
+    print(*differences, f"{len(differences)} differences" if differences else same, sep="\n")
+    return 1 if differences else 0
+
+
+def _parameters(options: argparse.Namespace) -> dict[str, Any]:
+    source = options.profile if not Path(options.profile).suffix else str(Path(options.profile).resolve())
+    output = (options.out / profile_of(options).name).resolve()
+    return {"profile": source, "overrides": parse_assignments(options.set), "output": str(output)}
+
+
 def _draw(profile: Profile, folder: Path, workers: int) -> None:
     """Build the classes that the notebooks share, on all processors; what cannot be built they will say."""
     from ovdiff_lib.workbench.evaluation.bench import Bench
     from ovdiff_lib.workbench.evaluation.workers import build_classes
     from ovdiff_lib.workbench.reproduce import CLASSES, note
 
-    started, anew = time.time(), not (folder / "cache").exists()
-    bench = Bench(profile, {"features.extractors": profile.evaluation.extractors}, library=folder / "cache")
+    started, anew, data = time.time(), not (folder / "cache").exists(), profile.evaluation
+    bench = Bench(profile, {"features.extractors": data.extractors}, library=folder / "cache")
     try:
-        data = profile.evaluation
         sets = [bench.dataset(source) for source in (data.voc, data.context, data.object)]
     except OVDiffError as error:
         print(f"Classes are built as the notebooks need them: {error}", flush=True)
@@ -124,20 +130,3 @@ def _report(folder: Path, options: argparse.Namespace) -> tuple[Path, str]:
     from ovdiff_lib.workbench.page.page import build_report
 
     return build_report(folder, profile_of(options), options.notebooks), " (open it in a browser; it needs no server)"
-
-
-def _compare(options: argparse.Namespace) -> int:
-    from ovdiff_lib.workbench.tables.compare import compare_tables
-
-    differences = compare_tables(options.first, options.second, options.tolerance)
-    for text in differences:
-        print(text)
-    same = f"The tables are the same (tolerance {options.tolerance:g})."
-    print(f"{len(differences)} differences" if differences else same)
-    return 1 if differences else 0
-
-
-def run_report(options: argparse.Namespace) -> None:
-    """Write ``OUT/<profile>/report/index.html`` and print where it is."""
-    page, remark = _report(options.out / profile_of(options).name, options)
-    print(f"report: {page}{remark}")

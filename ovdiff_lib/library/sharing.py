@@ -1,7 +1,7 @@
 """Prototypes to give away: entries of a library in one tar file, and back, checked as if a stranger had made it.
 
-    index.json                                                                                  the entries it holds
-    <kind>/<key>/entry.json, <kind>/<key>/arrays.safetensors, <kind>/<key>/images_000.png ...
+    index.json                                the entries it holds
+    <kind>/<key>/entry.json and the files it vouches for
 
 An archive is taken whole or not at all. Sums tell an archive that was damaged from one that was not; they do not tell
 who made it.
@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import fsync_folder
-from ovdiff_lib.library.codec import CODECS, FILE, KEY, META, Broken, read, read_files, read_meta
+from ovdiff_lib.library.codec import FILE, KEY, LAYOUTS, META, Broken, read, read_files
 from ovdiff_lib.library.store import Entry, Library, beside
 
 INDEX = "index.json"
-MEMBER = re.compile(rf"({'|'.join(CODECS)})/({KEY.pattern})/({re.escape(META)}|{FILE.pattern})|{re.escape(INDEX)}")
+MEMBER = re.compile(rf"({'|'.join(LAYOUTS)})/({KEY.pattern})/({re.escape(META)}|{FILE.pattern})|{re.escape(INDEX)}")
 
 LONGEST = 2**24
 """Bytes of the longest header or table of an archive; drawings and numbers may be longer."""
@@ -70,7 +70,7 @@ def export_entries(library: Library, entries: Iterable[Entry], path: str | Path,
             _add(archive, INDEX, json.dumps([f"{entry.kind}/{entry.key}" for entry in entries]).encode())
             for entry in tqdm(entries, desc="exporting", unit="entry", disable=not progress):
                 try:
-                    files = {META: (entry.path / META).read_bytes(), **read_files(entry.path, entry.kind, entry.key)[0]}
+                    files = read_files(entry.path, entry.kind, entry.key)[0]
                 except FileNotFoundError:
                     raise Broken("it was removed or replaced meanwhile") from None
                 for name, data in files.items():
@@ -104,9 +104,11 @@ def import_archive(library: Library, path: str | Path, progress: bool = False) -
         with library.writing():
             staging.mkdir(parents=True)
         _unpack(path, staging)
-        entries = _verified(path, staging)
-        waiting = tqdm(entries, desc="importing", unit="entry", disable=not progress)
-        return Imported(**Counter(_place(library, kind, key, staging / kind / key) for kind, key in waiting))
+        waiting = tqdm(_verified(staging), desc="importing", unit="entry", disable=not progress)
+        return Imported(**Counter(_place(library, entry) for entry in waiting))
+    except Broken as broken:
+        raise InputError(f"The archive {path} {broken}; nothing was imported. Get the file again, or another that "
+                         "`ovdiff library export` wrote.") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -121,77 +123,63 @@ class _Header(tarfile.TarInfo):
 
 
 def _unpack(path: Path, staging: Path) -> None:
-    """The files of the archive, below ``staging``; ``InputError`` for one that is not of an entry."""
+    """The files of the archive, below ``staging``; ``Broken`` for one that is not of an entry."""
     seen, free = set(), shutil.disk_usage(staging).free
-
-    def checked(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
-        nonlocal free
-        free -= member.size
-        if not MEMBER.fullmatch(member.name) or not member.isreg():
-            raise InputError(f"The archive {path} holds {member.name[:80]!r}, which is no file of a library entry; "
-                             "nothing was imported. Use a file that `ovdiff library export` wrote.")
-        if member.name in seen:
-            raise InputError(f"The archive {path} holds {member.name!r} twice; nothing was imported.")
-        if free < 0:
-            raise InputError(f"The archive {path} unpacks to more than what is free in {staging.parent}; nothing was "
-                             "imported. Free space, or name another folder with OVDIFF_LIBRARY.")
-        if member.name.endswith(".json") and member.size > LONGEST:
-            raise InputError(f"The archive {path} holds a {member.name} of more than {LONGEST >> 20} MiB; nothing was "
-                             "imported. Use a file that `ovdiff library export` wrote.")
-        seen.add(member.name)
-        return tarfile.data_filter(member, folder)
-
     try:
         with tarfile.open(path, tarinfo=_Header) as archive:
-            archive.extractall(staging, filter=checked)
-    except InputError:
-        raise
+            for member in archive:
+                free -= member.size
+                if not MEMBER.fullmatch(member.name) or not member.isreg():
+                    raise Broken(f"holds {member.name[:80]!r}, which is no file of a library entry")
+                if member.name in seen:
+                    raise Broken(f"holds {member.name!r} twice")
+                if free < 0:
+                    raise Broken(f"unpacks to more than what is free in {staging.parent}")
+                if member.name.endswith(".json") and member.size > LONGEST:
+                    raise Broken(f"holds a {member.name} of more than {LONGEST >> 20} MiB")
+                seen.add(member.name)
+                archive.extract(member, staging, filter="data")
     except (OSError, EOFError, ValueError, OverflowError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
         reason = f" ({str(error).splitlines()[0][:120]})" if str(error) else ""
-        raise InputError(f"{path} cannot be read as an archive of library entries{reason}; nothing was imported. Get "
-                         "the file again, or export it again.") from None
+        raise Broken(f"cannot be read as an archive of library entries{reason}") from None
 
 
-def _verified(path: Path, staging: Path) -> list[tuple[str, str]]:
-    """(kind, key) of every entry below ``staging``, in a class's order of building; ``InputError`` unless all are
-    whole."""
-    entries = [(kind, folder.name) for kind in CODECS for folder in sorted((staging / kind).glob("*"))]
+def _verified(staging: Path) -> list[Entry]:
+    """The entries that were unpacked, in a class's order of building; ``Broken`` unless all are whole."""
+    entries = Library(staging).entries()
     # A tar file that was cut off between two files is not torn for the library that reads it.
     try:
         index = json.loads((staging / INDEX).read_bytes())
     except (OSError, ValueError, RecursionError):
         index = None
     said = sorted(map(str, index)) if isinstance(index, list) else None
-    if not entries or said != sorted("/".join(entry) for entry in entries):
-        raise InputError(f"The archive {path} does not hold just the entries of its {INDEX}; nothing was imported. Get "
-                         "the file again.")
-    for kind, key in entries:
-        folder = staging / kind / key
+    if not entries or said != sorted(f"{entry.kind}/{entry.key}" for entry in entries):
+        raise Broken(f"does not hold just the entries of its {INDEX}")
+    for entry in entries:
         try:
-            read(folder, kind, key)
-            body = read_meta(folder, kind, key)
+            read(entry.path, entry.kind, entry.key)
+            files, body = read_files(entry.path, entry.kind, entry.key)
             if "made_from" not in body:
                 raise Broken("it does not say what it was made from")
-            if extra := sorted({file.name for file in folder.iterdir()} - {META, *body["sha256"]}):
-                raise Broken(f"{extra[0]} is not among its files")
+            if extra := {file.name for file in entry.path.iterdir()} - files.keys():
+                raise Broken(f"{min(extra)} is not among its files")
         except Broken as broken:
-            raise InputError(f"The entry {kind}/{key} in {path} does not verify ({broken}); nothing was imported. Get "
-                             "the archive again.") from None
+            raise Broken(f"holds {entry.kind}/{entry.key}, which does not verify ({broken})") from None
     return entries
 
 
-def _place(library: Library, kind: str, key: str, folder: Path) -> str:
+def _place(library: Library, entry: Entry) -> str:
     """Put an unpacked entry into the library: what became of it, as in :class:`Imported`."""
-    files = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
-    with library.lock(key):
-        if library.place(kind, key, files):
+    files = {file.name: file.read_bytes() for file in sorted(entry.path.iterdir())}
+    with library.lock(entry.key):
+        if library.place(entry.kind, entry.key, files):
             return "new"
-        if kind == "support":
-            here, there = library.get(kind, key), read(folder, kind, key)
+        if entry.kind == "support":
+            here, there = library.get(entry.kind, entry.key), read(entry.path, entry.kind, entry.key)
             first = there.take(range(min(len(here), len(there))))
             same = np.array_equal(here.images, first.images) and np.array_equal(here.seeds, first.seeds)
             if same and len(there) > len(here):
-                library.place(kind, key, files, replace=True)
+                library.place(entry.kind, entry.key, files, replace=True)
                 return "grown"
     return "kept"
 

@@ -1,7 +1,6 @@
 """The prototype library: support sets, masks and prototypes kept on disk, found by the hash of all they were made from.
 
-    root/support/<key>/ images_000.png, arrays.safetensors, entry.json
-    root/masks/<key>/ ...     root/prototypes/<key>/ ...     root/locks/<key>.lock
+    root/<kind>/<key>/ entry.json and the files it vouches for       root/locks/<key>.lock
 
 An entry is written beside its place, flushed, then renamed, so it is there whole or not at all, whatever kills the
 process. Reading checks SHA-256 sums; an entry that is torn or was edited is set aside as ``<key>.<number>.broken``,
@@ -21,17 +20,17 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from tqdm import tqdm
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import fsync_folder
-from ovdiff_lib.library.codec import CODECS, KEY, META, Broken, Described, Files, encode, read, read_meta
+from ovdiff_lib.library.codec import KEY, LAYOUTS, META, Broken, Described, Files, encode, read, read_meta
 from ovdiff_lib.types import SupportSet
 
 HOST = re.sub(r"\W", "", platform.node()) or "host"
@@ -60,13 +59,11 @@ class Entry:
 
 
 class Library:
-    """A content-addressed store below ``root`` (default: :func:`default_root`). Nothing is created before the first
-    write.
+    """A content-addressed store below ``root`` (default: :func:`default_root`), which the first write makes.
 
-    Kinds are "support", "masks" and "prototypes". Keys are hex digests (8 to 64 digits) that the caller computes
-    (:mod:`ovdiff_lib.keys`); class names never become file names. ``made_from`` is what a key is the hash of, kept with
-    the entry; an entry whose table has another hash is broken. Writing raises ``InputError``, in one sentence, where
-    the disk is full or the folder may not be written.
+    Keys are hex digests (8 to 64 digits) that the caller computes (:mod:`ovdiff_lib.keys`); class names never become
+    file names. ``made_from`` is what a key is the hash of, kept with the entry. Writing raises ``InputError`` where the
+    disk is full or the folder may not be written.
     """
 
     def __init__(self, root: str | Path | None = None) -> None:
@@ -96,7 +93,7 @@ class Library:
     def get_or_make(self, kind: str, key: str, make: Callable[[], Any], made_from: Described | None = None) -> Any:
         """What is stored under ``key``; if nothing is, ``make()``, which is stored: once among all processes and
         threads."""
-        return self._get_or(kind, key, lambda found: found is not None, lambda _: make(), made_from)
+        return self._get_or(kind, key, lambda found: found is not None, lambda found: make(), made_from)
 
     def get_or_grow(self, key: str, count: int, draw: Callable[[int, int], SupportSet],
                     made_from: Described | None = None) -> SupportSet:
@@ -105,32 +102,29 @@ class Library:
         Image i depends on its number, not on how many there are: a smaller set is the beginning of a larger one.
         """
         def grow(have: SupportSet | None) -> SupportSet:
-            return draw(0, count) if have is None else have.joined(draw(len(have), count - len(have)))
+            return have.joined(draw(len(have), count - len(have))) if have else draw(0, count)
 
-        found = self._get_or("support", key, lambda have: have is not None and len(have) >= count, grow, made_from)
-        return found.take(range(count))
+        return self._get_or("support", key, lambda have: have and len(have) >= count, grow, made_from).take(range(count))
 
     def _get_or(self, kind: str, key: str, enough: Callable[[Any], bool], make: Callable[[Any], Any],
                 made_from: Described | None) -> Any:
-        found = self.get(kind, key)
-        if not enough(found):
-            with self.lock(key):
-                found = self.get(kind, key)  # another process may have made it meanwhile
-                if not enough(found):
-                    found = make(found)
-                    self.put(kind, key, found, made_from, replace=True)
+        if enough(found := self.get(kind, key)):
+            return found
+        with self.lock(key):
+            if not enough(found := self.get(kind, key)):  # another process may have made it meanwhile
+                found = make(found)
+                self.put(kind, key, found, made_from, replace=True)
         return found
 
     def entries(self) -> list[Entry]:
         """All entries, broken ones set aside not included, sorted by kind and key."""
         found = []
-        for kind in CODECS:
-            for path in sorted((self.root / kind).glob("*")):
-                if KEY.fullmatch(path.name):
-                    with suppress(FileNotFoundError, NotADirectoryError):  # removed by another process meanwhile
-                        files = [f.stat() for f in path.iterdir()]
-                        used = max((f.st_mtime for f in files), default=path.stat().st_mtime)
-                        found.append(Entry(kind, path.name, path, sum(f.st_size for f in files), used))
+        for kind in LAYOUTS:
+            for path in sorted(p for p in (self.root / kind).glob("*") if KEY.fullmatch(p.name)):
+                with suppress(FileNotFoundError, NotADirectoryError):  # removed by another process meanwhile
+                    files = [f.stat() for f in path.iterdir()]
+                    used = max((f.st_mtime for f in files), default=path.stat().st_mtime)
+                    found.append(Entry(kind, path.name, path, sum(f.st_size for f in files), used))
         return found
 
     def describe(self, entry: Entry) -> Described:
@@ -149,16 +143,16 @@ class Library:
 
     def remove(self, key: str, kind: str | None = None) -> int:
         """Delete the entries under ``key``, of one kind or of all; returns how many there were."""
-        found = [path for name in CODECS if kind in (None, name) and (path := self._path(name, key)).exists()]
+        found = [path for path in (self._path(name, key) for name in LAYOUTS if kind in (None, name)) if path.exists()]
         with self.lock(key), self.writing():
             for path in found:
-                self._discard(path)
+                _discard(path)
         return len(found)
 
     def leftovers(self) -> list[Path]:
         """What interrupted writers and broken entries left behind; what a process that may be alive is writing is not
         among them."""
-        torn = [path for kind in CODECS for path in (self.root / kind).glob("*") if path.suffix in (".part", ".broken")]
+        torn = [path for kind in LAYOUTS for path in (self.root / kind).glob("*") if path.suffix in (".part", ".broken")]
         return sorted(path for path in [*torn, *self.root.glob(".import*")] if _abandoned(path))
 
     def sweep(self) -> tuple[int, int]:
@@ -167,7 +161,7 @@ class Library:
         for path in self.leftovers():
             with self.writing(), suppress(FileNotFoundError):  # another sweeper was faster
                 size += sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-                self._discard(path)
+                _discard(path)
                 count += 1
         return count, size
 
@@ -180,20 +174,14 @@ class Library:
         The system frees it when the process ends, however it ends. Raises ``InputError`` where the library may not be
         written.
         """
-        path = self.root / "locks" / f"{_checked(key)}.lock"
-        with self.writing():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _making:  # two threads must get the same object, or a nested lock would wait for the outer one
-                lock = FileLock(path, is_singleton=True)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                logger.info("Waiting for another process that builds %s in %s.", key, self.root)
-                lock.acquire()
-        try:
+        with ExitStack() as held:
+            with self.writing():
+                path = self.root / "locks" / f"{_checked(key)}.lock"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with _making:  # two threads must get the same object, or a nested lock would wait for the outer one
+                    lock = FileLock(path, is_singleton=True)
+                held.enter_context(lock)
             yield
-        finally:
-            lock.release()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -222,10 +210,9 @@ class Library:
                             os.fsync(file.fileno())
                     fsync_folder(temporary)
                     while not _renamed(temporary, path):
-                        self._discard(path)
-                    for left in path.parent.glob(f".{key}.*.part"):
-                        if _abandoned(left):
-                            shutil.rmtree(left, ignore_errors=True)
+                        _discard(path)
+                    for left in filter(_abandoned, path.parent.glob(f".{key}.*.part")):
+                        shutil.rmtree(left, ignore_errors=True)
                     fsync_folder(path.parent)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)  # gone already after the rename
@@ -248,22 +235,20 @@ class Library:
                 return None
             with suppress(FileNotFoundError):  # swept away meanwhile
                 if not _renamed(aside, path):  # a third one has put it there again
-                    self._discard(aside)
+                    _discard(aside)
             return found
-
-    @staticmethod
-    def _discard(path: Path) -> None:
-        # Renamed first: a deletion that is cut short leaves no half entry behind.
-        gone = beside(path)
-        with suppress(FileNotFoundError):  # another process was faster
-            path.rename(gone)
-            shutil.rmtree(gone)
 
 
 def beside(path: Path) -> Path:
-    """A new name in the folder of ``path`` for what this process is writing; while the process lives, nobody sweeps it
-    away."""
+    """A new name in the folder of ``path`` for what this process is writing, which nobody sweeps while it lives."""
     return path.with_name(f".{path.name}.{HOST}-{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
+def _discard(path: Path) -> None:
+    gone = beside(path)  # renamed first: a deletion that is cut short leaves no half entry behind
+    with suppress(FileNotFoundError):  # another process was faster
+        path.rename(gone)
+        shutil.rmtree(gone)
 
 
 def _abandoned(path: Path) -> bool:

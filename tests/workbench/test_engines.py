@@ -20,7 +20,7 @@ import ovdiff_lib
 from ovdiff_lib import OVDiff
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.cli.main import main
-from ovdiff_lib.cli.options import add_engine_options, engine_of
+from ovdiff_lib.cli.options import ENGINE, engine_of
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.workbench.data.samples import Sample
 from ovdiff_lib.workbench.evaluation import workers as working
@@ -350,7 +350,8 @@ def test_ray_that_is_not_installed(without, tmp_path):
 
 def options(*arguments):
     parser = argparse.ArgumentParser()
-    add_engine_options(parser)
+    for add in ENGINE:
+        add(parser)
     return parser.parse_args(arguments)
 
 

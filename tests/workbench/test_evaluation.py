@@ -605,30 +605,21 @@ def test_an_error_keeps_the_state_too(tmp_path):
 @pytest.fixture
 def cli(tiny_profile, tmp_path, monkeypatch):
     """Runs ``ovdiff evaluate | convert`` with a stand-in for the pipeline; returns the exit code."""
-    import argparse
-
-    from ovdiff_lib.cli.evaluate import add_commands
+    from ovdiff_lib.cli.main import parser
     from ovdiff_lib.errors import OVDiffError
     from ovdiff_lib.pipeline import OVDiff
 
-    parser, extra = argparse.ArgumentParser(), {}
-    commands = parser.add_subparsers(required=True)
-
-    def command(name, run, text):
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run)
-        return sub
+    extra = {}
 
     def ovdiff(options):
         return OVDiff(tiny_profile, {"support.size": 2, **extra}, library=tmp_path / "library", progress=False)
 
     monkeypatch.setattr("ovdiff_lib.cli.evaluate.ovdiff_of", ovdiff)
-    add_commands(command, command)
 
     def run(*arguments, settings=None):
         extra.clear()
         extra.update(settings or {})
-        options = parser.parse_args([str(a) for a in arguments])
+        options = parser().parse_args([str(a) for a in arguments])
         try:
             options.run(options)
         except OVDiffError as error:

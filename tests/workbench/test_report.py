@@ -13,7 +13,7 @@ from PIL import Image
 from skimage.color import rgb2lab
 
 from ovdiff_lib.categories import Category, Vocabulary
-from ovdiff_lib.cli.results import output_stems, write_segmentation
+from ovdiff_lib.cli.segment import output_stems, write_segmentation
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.overlay import colours_of, paint
 from ovdiff_lib.profiles.reading import load_profile

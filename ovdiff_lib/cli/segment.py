@@ -1,0 +1,118 @@
+"""``ovdiff segment | build``, and what the first writes for an image: palette PNG of labels, overlay with legend, JSON
+of classes and scores."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import os
+import sys
+import time
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from ovdiff_lib.cli.options import ENGINE, argument, build_with, classes, engine_of, ovdiff_of, takes, vocabulary_of
+from ovdiff_lib.errors import InputError, counted
+from ovdiff_lib.files import check_output, shown, write_atomic, write_json
+from ovdiff_lib.images import list_images, read_image, save_label_png
+from ovdiff_lib.overlay import colours_of
+from ovdiff_lib.profiles.schema import Profile
+from ovdiff_lib.segmentation import Segmentation
+
+
+@takes(argument("image", type=Path, help="an image (PNG, JPEG, WebP) or a folder of them"), *classes(),
+       argument("--out", type=Path, default=Path("out"), help="folder for label maps, overlays and JSON (default: out)"))
+def segment(options: argparse.Namespace) -> None:
+    """Label the pixels of an image, or of every image in a folder."""
+    import tqdm
+
+    from ovdiff_lib.matching.windows import check_image
+
+    vocabulary, paths = vocabulary_of(options), list_images(options.image)
+    if len(paths) == 1:
+        check_image(read_image(paths[0]))  # a broken image is reported before classes are built
+    ovdiff = ovdiff_of(options)
+    check_output(options.out)
+    bank = ovdiff.build(vocabulary)
+    broken, read = [], []
+
+    def images():
+        for path, stem in zip(paths, output_stems(paths), strict=True):
+            try:
+                image = read_image(path)
+                check_image(image)
+            except InputError as error:
+                broken.append(str(error) if shown(path) in str(error) else f"{shown(path)}: {error}")
+                bar.update()
+                continue
+            read.append(stem)
+            yield image
+
+    with tqdm.tqdm(total=len(paths), desc="segmenting", unit="image", disable=len(paths) == 1) as bar:
+        for number, result in enumerate(ovdiff.segment_many(images(), bank)):
+            written = write_segmentation(result, options.out, read[number], ovdiff.profile)
+            bar.update()
+    for message in broken:
+        print(f"ovdiff: {message}", file=sys.stderr)
+    if broken:
+        raise InputError(f"{len(broken)} of {len(paths)} images could not be segmented; the others are in "
+                         f"{shown(options.out)}.")
+    example = f" ({shown(written[0].name)}, ...)" if len(paths) == 1 else ""
+    print(f"{counted(len(paths), 'image')} segmented; results in {shown(options.out)}{example}")
+
+
+@takes(*classes(), *ENGINE)
+def build(options: argparse.Namespace) -> None:
+    """Build the prototypes of classes into the library."""
+    vocabulary, ovdiff = vocabulary_of(options), ovdiff_of(options)
+    engine, started = engine_of(options, ovdiff.profile), time.time()
+    if engine:
+        build_with(engine, ovdiff, vocabulary)
+    bank = ovdiff.build(vocabulary)
+    for name in bank.extractors:
+        count = sum(len(p) for p in bank.prototypes[name])
+        print(f"{counted(len(bank.vocabulary), 'class', 'classes')}, {counted(count, 'prototype')} of extractor "
+              f"{name!r}, {time.time() - started:.0f} s, in {ovdiff.library.root}")
+
+
+def output_stems(paths: list[Path]) -> list[str]:
+    """One output stem an image, no two alike whatever their case: the file's stem, with the suffix where two images
+    share it ("a.png", "a.jpg" -> "a_png", "a_jpg"), and with a number where that is taken too."""
+    counts = Counter(p.stem.casefold() for p in paths)
+    taken = {stem for stem, count in counts.items() if count == 1}
+    stems = []
+    for path in paths:
+        stem = path.stem
+        if counts[stem.casefold()] > 1:
+            wanted = f"{path.stem}_{path.suffix[1:]}"
+            tries = itertools.chain([wanted], (f"{wanted}_{n}" for n in itertools.count(2)))
+            stem = next(s for s in tries if s.casefold() not in taken)
+            taken.add(stem.casefold())
+        stems.append(stem)
+    return stems
+
+
+def write_segmentation(result: Segmentation, folder: str | Path, stem: str, profile: Profile) -> list[Path]:
+    """Write ``stem_labels.png``, ``stem_overlay.png`` and ``stem.json`` into ``folder``; returns the three paths."""
+    labels, overlay, table = paths = [Path(folder, f"{stem}{end}") for end in ("_labels.png", "_overlay.png", ".json")]
+    colours, kept = colours_of(result.class_names), [0, *(k + 1 for k in result.kept)]
+    save_label_png(labels, result.labels, colours)
+    buffer = io.BytesIO()
+    result.overlay().save(buffer, "PNG")
+    write_atomic(overlay, buffer.getvalue())
+    rows = []
+    for index, name in enumerate(result.class_names):
+        inside = result.labels == index
+        mean = float(result.kept_scores[kept.index(index)][inside].mean()) if inside.any() else None
+        probability = float(result.filter_scores[index - 1]) if index else np.nan  # NaN without the filter, too
+        rows.append({"label": index, "name": name, "colour": colours[index].tolist(), "share": float(inside.mean()),
+                     "mean_score": mean, "kept": index in kept,
+                     "filter_probability": None if np.isnan(probability) else probability})
+    image = os.fsencode(stem).decode(errors="replace")  # a file name need not be text, JSON must be
+    write_json(table, {"image": image, "size": list(result.labels.shape), "classes": rows, "profile": profile.name,
+                       "settings": profile.digest(), "version": version("ovdiff-lib")})
+    return paths
