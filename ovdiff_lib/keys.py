@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import hashlib
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -122,31 +121,9 @@ _texts: dict[Path, tuple[Any, str]] = {path: (None, path.read_text(encoding="utf
 """Of each file the spec with which Python loaded it and its text then; at first the package as this module found it."""
 
 
-def code_digest(*modules: str) -> str:
-    """Hash (16 hex digits) of the statements of these modules of the package and of all that they import of it, tables
-    beside them included."""
-    return _digest(modules)
-
-
-def statements(source: str) -> str:
-    """What a module does: its text without comments, docstrings and layout."""
-    return _parsed(source)[0]
-
-
-def _code_of(part: Part) -> str:
-    if part.version is not None:
-        return f"version:{part.version}"
-    own = repr((getattr(part.build, "args", ()), getattr(part.build, "keywords", {})))  # of a functools.partial
-    if part.module.partition(".")[0] == NAME:
-        return _digest([part.module], own)
-    try:
-        text, imported = _parsed(part.source)
-    except SyntaxError:  # the lines of a lambda are no statement of their own
-        text, imported = part.source, ()
-    return _digest(imported, own, text)
-
-
-def _digest(modules: Iterable[str], *texts: str) -> str:
+def code_digest(*modules: str, texts: tuple[str, ...] = ()) -> str:
+    """Hash (16 hex digits) of the statements of these modules of the package and of all that they import of it, of the
+    tables beside them, and of ``texts``."""
     found: dict[str, str] = {}
     waiting, folders = list(modules), set()
     while waiting:
@@ -160,6 +137,24 @@ def _digest(modules: Iterable[str], *texts: str) -> str:
     for path in (path for folder in folders for path in folder.iterdir() if path.suffix in DATA):
         found[str(path.relative_to(PACKAGE))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return hashlib.sha256(repr([*texts, *sorted(found.items())]).encode()).hexdigest()[:16]
+
+
+def statements(source: str) -> str:
+    """What a module does: its text without comments, docstrings and layout."""
+    return _parsed(source)[0]
+
+
+def _code_of(part: Part) -> str:
+    if part.version is not None:
+        return f"version:{part.version}"
+    own = repr((getattr(part.build, "args", ()), getattr(part.build, "keywords", {})))  # of a functools.partial
+    if part.module.partition(".")[0] == NAME:
+        return code_digest(part.module, texts=(own,))
+    try:
+        text, imported = _parsed(part.source)
+    except SyntaxError:  # the lines of a lambda are no statement of their own
+        text, imported = part.source, ()
+    return code_digest(*imported, texts=(own, text))
 
 
 def _file(module: str) -> Path | None:

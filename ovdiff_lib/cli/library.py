@@ -94,8 +94,8 @@ def add(options: argparse.Namespace) -> None:
 
     library = Library(options.library)
     done = import_archive(library, options.file, progress=True)
-    print(f"{counted(done.new, 'new entry', 'new entries')} in {library.root}; "
-          f"{counted(done.grown, 'support set')} grew, {counted(done.kept, 'entry', 'entries')} were here already.")
+    new, kept = counted(done["new"], "new entry", "new entries"), counted(done["kept"], "entry", "entries")
+    print(f"{new} in {library.root}; {counted(done['grown'], 'support set')} grew, {kept} were here already.")
 
 
 @takes(PLACE, *CHOICE,
@@ -130,7 +130,7 @@ def remove(options: argparse.Namespace) -> None:
         left = library.leftovers()
         if options.dry_run:
             print(*left, sep="\n")
-        count = len(left) if options.dry_run else library.sweep()[0]
+        count = len(left) if options.dry_run else library.sweep()
         print(f"{counted(count, 'leftover')}, {gone} from {library.root}")
 
 

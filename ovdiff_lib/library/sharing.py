@@ -19,7 +19,6 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,16 +37,6 @@ LONGEST = 2**24
 
 MODES = {".tar": "w", ".tar.gz": "w:gz", ".tgz": "w:gz", ".tar.xz": "w:xz", ".txz": "w:xz"}
 """Ending of an archive's name, in any case, and how it is written."""
-
-
-@dataclass(frozen=True)
-class Imported:
-    """How many entries of an archive were ``new``, made an entry ``grown`` (a support set with more images), or were
-    here already (``kept``: what is here stays)."""
-
-    new: int = 0
-    grown: int = 0
-    kept: int = 0
 
 
 def export_entries(library: Library, entries: Iterable[Entry], path: str | Path, progress: bool = False) -> int:
@@ -90,11 +79,11 @@ def export_entries(library: Library, entries: Iterable[Entry], path: str | Path,
     return len(entries)
 
 
-def import_archive(library: Library, path: str | Path, progress: bool = False) -> Imported:
-    """Add the entries of a tar file to a library.
+def import_archive(library: Library, path: str | Path, progress: bool = False) -> Counter[str]:
+    """Add the entries of a tar file to a library; returns how many were "new", were "kept" because they were here
+    already, and how many support sets have "grown" because the archive's have more images and the same first ones.
 
-    An entry that is here already stays, but for a support set that the archive has with more images and the same first
-    ones. Raises ``InputError``, and adds nothing, for a file that is no such archive, is torn, holds anything but
+    Raises ``InputError``, and adds nothing, for a file that is no such archive, is torn, holds anything but
     entries, does not verify or would not fit on the disk.
     """
     path, staging = Path(path), beside(library.root / "import")
@@ -105,7 +94,7 @@ def import_archive(library: Library, path: str | Path, progress: bool = False) -
             staging.mkdir(parents=True)
         _unpack(path, staging)
         waiting = tqdm(_verified(staging), desc="importing", unit="entry", disable=not progress)
-        return Imported(**Counter(_place(library, entry) for entry in waiting))
+        return Counter(_place(library, entry) for entry in waiting)
     except Broken as broken:
         raise InputError(f"The archive {path} {broken}; nothing was imported. Get the file again, or another that "
                          "`ovdiff library export` wrote.") from None
@@ -169,7 +158,7 @@ def _verified(staging: Path) -> list[Entry]:
 
 
 def _place(library: Library, entry: Entry) -> str:
-    """Put an unpacked entry into the library: what became of it, as in :class:`Imported`."""
+    """Put an unpacked entry into the library: what became of it."""
     files = {file.name: file.read_bytes() for file in sorted(entry.path.iterdir())}
     with library.lock(entry.key):
         if library.place(entry.kind, entry.key, files):

@@ -155,15 +155,13 @@ class Library:
         torn = [path for kind in LAYOUTS for path in (self.root / kind).glob("*") if path.suffix in (".part", ".broken")]
         return sorted(path for path in [*torn, *self.root.glob(".import*")] if _abandoned(path))
 
-    def sweep(self) -> tuple[int, int]:
-        """Delete :meth:`leftovers`; returns how many there were and how many bytes they had."""
-        count = size = 0
-        for path in self.leftovers():
-            with self.writing(), suppress(FileNotFoundError):  # another sweeper was faster
-                size += sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    def sweep(self) -> int:
+        """Delete :meth:`leftovers`; returns how many there were."""
+        left = self.leftovers()
+        with self.writing():
+            for path in left:
                 _discard(path)
-                count += 1
-        return count, size
+        return len(left)
 
     # ------------------------------------------------------------------ locking and writing
 

@@ -118,33 +118,15 @@ files = st.sampled_from(sorted(SAMPLES)).map(SAMPLES.get)
 place = st.floats(0, 1)
 byte = st.sampled_from([0, 1, 0x7F, 0x80, 0xFE, 0xFF]) | st.integers(0, 255)
 edits = st.lists(st.one_of(
-    st.tuples(st.just("set"), place, st.lists(byte, min_size=1, max_size=8).map(bytes)),
-    st.tuples(st.just("flip"), place, st.integers(1, 255)),
-    st.tuples(st.just("insert"), place, st.binary(min_size=1, max_size=40)),
-    st.tuples(st.just("delete"), place, st.integers(1, 60)),
-    st.tuples(st.just("repeat"), place, st.integers(1, 60)),
-    st.tuples(st.just("truncate"), place, st.none()),
-    st.tuples(st.just("splice"), place, files)), min_size=1, max_size=6)
+    st.lists(byte, min_size=1, max_size=8).flatmap(lambda new: st.tuples(place, st.just(len(new)), st.just(bytes(new)))),
+    st.tuples(place, st.integers(0, 60) | st.just(10**9), st.just(b"") | st.binary(max_size=40) | files)), min_size=1, max_size=6)
+"""Where in [0, 1], how many bytes go, and which come instead."""
 
 
 def edited(data: bytes, changes) -> bytes:
-    """``data`` after changes (kind, place in [0, 1], value), the first of which may not shorten it to nothing."""
-    for kind, where, value in changes:
+    for where, removed, new in changes:
         at = int(where * max(0, len(data) - 1))
-        if kind == "set":
-            data = data[:at] + value + data[at + len(value):]
-        elif kind == "flip":
-            data = data[:at] + bytes([data[at] ^ value]) + data[at + 1:] if data else data
-        elif kind == "insert":
-            data = data[:at] + value + data[at:]
-        elif kind == "delete":
-            data = data[:at] + data[at + value:]
-        elif kind == "repeat":
-            data = data[:at] + data[at:at + value] * 2 + data[at + value:]
-        elif kind == "truncate":
-            data = data[:at]
-        elif kind == "splice":
-            data = data[:at] + value[int(where * len(value)):]
+        data = data[:at] + new + data[at + removed:]
     return data
 
 
