@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import time
 from collections import defaultdict
@@ -142,10 +141,7 @@ def words_of(described: dict[str, Any]) -> str:
 def chosen(library: Library, options: argparse.Namespace) -> Found:
     """The entries of the words in --classes and the beginnings of keys in --keys, if given, but for broken ones, which
     `verify` finds. ``InputError`` for words and keys that no entry has."""
-    found = []
-    for entry in library.entries():
-        with contextlib.suppress(InputError):
-            found.append((entry, library.describe(entry)))
+    found = library.described()
     for what, given, fits in (
             ("words", options.classes, lambda _, described, name: words_of(described) == Category(name).prompt),
             ("key", options.keys, lambda entry, _, name: entry.key.startswith(name))):

@@ -127,14 +127,14 @@ class Library:
                     found.append(Entry(kind, path.name, path, sum(f.st_size for f in files), used))
         return found
 
-    def describe(self, entry: Entry) -> Described:
-        """What an entry says of itself, checked against its sum; its files are not read. ``InputError`` if that cannot
-        be had."""
-        try:
-            return read_meta(entry.path, entry.kind, entry.key)
-        except (FileNotFoundError, Broken) as error:
-            raise InputError(f"The library entry {entry.path} is broken ({error}); run `ovdiff library verify`, which "
-                             "sets it aside.") from None
+    def described(self) -> list[tuple[Entry, Described]]:
+        """Every entry with what it says of itself, but for those of which that cannot be had; :meth:`verify` finds
+        them."""
+        found = []
+        for entry in self.entries():
+            with suppress(FileNotFoundError, Broken, InputError):
+                found.append((entry, read_meta(entry.path, entry.kind, entry.key)))
+        return found
 
     def verify(self, progress: bool = False) -> list[Entry]:
         """Check every entry's sums and that its files can be read; sets aside and returns those that are broken."""

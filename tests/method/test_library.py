@@ -129,7 +129,7 @@ def test_what_an_entry_was_made_from_is_kept_and_is_its_key(library, caplog):
     key = identify(table)
     assert key == hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:32]
     library.put("prototypes", key, prototypes(), made_from=table)
-    assert library.describe(library.entries()[0])["made_from"] == table and library.verify() == []
+    assert library.described()[0][1]["made_from"] == table and library.verify() == []
     # Another key with a correct sum: what is in it is not what its key stands for.
     library.put("prototypes", KEY, prototypes(), made_from=table)
     assert library.get("prototypes", KEY) is None and KEY in caplog.text
