@@ -245,11 +245,8 @@ def _slices(box: Box) -> tuple[slice, slice]:
 
 def _features(extractor: Any, part: Sequence[_Window]) -> list[torch.Tensor]:
     """Features f32 (h, w, D) of each window, in as few calls as the extractor allows."""
-    crops, seeds = [window.crop for window in part], np.array([window.seed for window in part], np.int64)
-    if getattr(extractor, "any_size", False):
-        return list(extractor(crops, seeds))
-    found: list[torch.Tensor] = []
-    for _, run in itertools.groupby(range(len(crops)), lambda i: crops[i].shape):
-        run = list(run)
-        found += list(extractor(np.stack([crops[i] for i in run]), seeds[run]))
+    any_size, found = getattr(extractor, "any_size", False), []
+    for _, run in itertools.groupby(part, lambda window: any_size or window.crop.shape):
+        crops, seeds = zip(*((window.crop, window.seed) for window in run), strict=True)
+        found += list(extractor(list(crops) if any_size else np.stack(crops), np.array(seeds, np.int64)))
     return found

@@ -145,6 +145,12 @@ def test_block_and_batch_sizes_change_nothing(monkeypatch):
         assert np.allclose(scores, again, atol=1e-6) and (winner == same).all()
 
 
+def test_of_equal_cosines_the_first_counts(monkeypatch):
+    monkeypatch.setattr("ovdiff_lib.matching.matcher.BLOCK", 1)
+    twice = make_bank().map(lambda e, i, p: p.select(np.repeat(np.arange(len(p)), 2)))
+    assert (match(picture(), twice)[1][1] % 2 == 0).all()
+
+
 def test_scale_of_features_and_prototypes_and_kinds_of_categories_do_not_matter():
     bank, image, rng = make_bank(), picture(), np.random.default_rng(0)
     plain = match(image, bank)[0]
@@ -252,7 +258,7 @@ def test_a_dropped_category_takes_its_prototypes_along():
     assert np.allclose(scores[1:], full[[2, 4]], atol=1e-6) and (scores[0] < full[0] - 1e-6).any()
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (2, 3)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 64), (2, 3)])
 def test_tiny_images(shape):
     scores, winner = match(np.full((*shape, 3), 99, np.uint8), make_bank())
     assert scores.shape == (4, *shape) and np.isfinite(scores).all() and winner.shape == (2, *shape) and (winner >= 0).all()
@@ -265,7 +271,7 @@ def mixed_by(change):
 
 
 @pytest.mark.parametrize(("shape", "extractors", "dropped", "told"), [
-    ((1, 100), {"one": Pixels()}, "", "64 times"), ((30, 41), {"two": Pixels()}, "", "'two'"),
+    ((1, 65), {"one": Pixels()}, "", "64 times"), ((30, 41), {"two": Pixels()}, "", "'two'"),
     ((30, 41), {"one": Pixels()}, "foreground", "'a'"), ((30, 41), {"one": mixed_by(lambda m: m[:, :4])}, "", "6 channels"),
     ((30, 41), {"one": mixed_by(lambda m: m * np.nan)}, "", "not finite")])
 def test_what_cannot_be_matched_is_refused(shape, extractors, dropped, told):

@@ -113,7 +113,7 @@ def test_features_are_not_normalised():
 
 def test_resize_by_area():
     mask = np.zeros((3, 4, 6), bool)
-    mask[0, :2, :3] = True  # fills the first cell of a (2, 2) grid
+    mask[0, :2, :3] = mask[0, 2, :3] = True  # fills the first cell of a (2, 2) grid, and half of the one below
     mask[1, 0, 0:5] = True  # a line: 3 of 6 and 2 of 6 pixels, never more than half
     resized = resize_masks(mask, (2, 2))
     assert resized.tolist() == [[[True, False], [False, False]], [[True, False], [False, False]], [[False, False], [False, False]]]

@@ -84,7 +84,8 @@ def unet_input(pipe, size, entries=4, seed=0):
     (TEMPLATE, "chest of drawers", [6, 7, 8]),
     (TEMPLATE, "good picture", [6, 7]),  # the template's own "good picture" at 2, 3 is not the class
     ("{name} and a dog", "dog", [1]),
-    ("a cat of {name}, good", "cat", [4])])
+    ("a cat of {name}, good", "cat", [4]),
+    ("a ({name})", "cat", [3])])
 def test_positions_by_hand(tokenizer, template, name, expected):
     assert class_token_positions(tokenizer, template, name) == expected
 
