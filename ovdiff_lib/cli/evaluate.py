@@ -28,7 +28,7 @@ from ovdiff_lib.files import check_output, write_json
 def evaluate(options: argparse.Namespace) -> None:
     """Measure mIoU on a data set."""
     from ovdiff_lib.workbench.data.datasets import load_dataset
-    from ovdiff_lib.workbench.data.predictions import predictions_from
+    from ovdiff_lib.workbench.data.samples import SavedPredictions
     from ovdiff_lib.workbench.evaluation import measure
 
     if options.zero_based and not options.predictions:
@@ -45,7 +45,7 @@ def evaluate(options: argparse.Namespace) -> None:
     vocabulary = with_stuff(dataset.vocabulary, options)
     record: dict[str, Any] = {"dataset": dataset.name, "split": options.split, "names": options.names or "fixed"}
     if options.predictions:
-        saved = predictions_from(options.predictions, options.zero_based)
+        saved = SavedPredictions(options.predictions, options.zero_based)
         result = measure.evaluate(saved, dataset, limit=options.limit)
         record["predictions"], by = str(options.predictions), f"predictions in {options.predictions}"
     else:

@@ -104,7 +104,7 @@ def groupvit_quality(profile: Profile, split: str) -> dict[str, float]:
     to show what its groups are worth, the mean IoU of the class it ranks first for the whole image as the label of
     every pixel."""
     dataset, vocabulary = load_dataset("mini-voc", split), Vocabulary.of(load_world().vocabulary("mini-object"))
-    groupvit = GroupViT(*load_groupvit(profile), profile.matching, [profile.support.prompt])
+    groupvit = GroupViT(*load_groupvit(profile), profile.matching, profile.support.prompt)
     texts = groupvit.text_embeddings(vocabulary)
     right = [vocabulary.names[int((groupvit.groups(image[None])[2] @ texts.T).argmax())] == noun
              for image, _, noun in single_object_scenes(split)]

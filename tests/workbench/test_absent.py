@@ -1,7 +1,5 @@
 """Absent queries counted by hand, and example images chosen by their label maps."""
 
-from itertools import product
-
 import numpy as np
 import pytest
 from test_explain import many
@@ -23,7 +21,8 @@ def sample(name, *rows, grey=None):
 
 def test_counts_of_two_images_by_hand():
     test = AbsentTest(least=0.25)
-    # Eight pixels, two ignored; shown: 1. Predicted: 2 on three of six, 3 on one of six (too few), 1 on the ignored ones only.
+    assert all(np.isnan(rate) for rate in (test.segmented_rate, test.fooled_rate, test.pixel_rate, test.missed_rate))
+    # Eight pixels, two ignored; shown: 1. Predicted: 2 on three of six, 3 on one of six (too few), 1 on ignored ones.
     test.update(np.array([[1, 2, 2, 2], [1, 3, 0, 0]]), np.array([[255, 1, 0, 0], [255, 1, 0, 0]]), [1, 2, 3])
     assert (test.absent, test.segmented, test.shown, test.missed, test.fooled) == (2, 1, 1, 1, 1)
     assert test.pixel_rate == pytest.approx(4 / 6)
@@ -35,33 +34,17 @@ def test_counts_of_two_images_by_hand():
 
 def test_rates_against_a_count_of_every_image_and_class():
     rng, test, least = np.random.default_rng(0), AbsentTest(0.1), 0.1
-    absent, segmented, shown, missed = [], [], [], []
+    absent, shown = [], []  # for each class asked of an image: is it segmented?
     for _ in range(20):
         target = rng.choice([0, 1, 2, 3, 4, 255], p=[0.5, 0.2, 0.2, 0.02, 0.03, 0.05], size=(3, 7))
         predicted = rng.choice([0, 1, 3, 4], p=[0.6, 0.1, 0.2, 0.1], size=(3, 7))
         test.update(predicted, target, [1, 3, 4])
+        pixels = [(p, t) for p, t in zip(predicted.flat, target.flat, strict=True) if t != 255]
         for c in (1, 3, 4):
-            pixels = [(p, t) for p, t in zip(predicted.flat, target.flat, strict=True) if t != 255]
-            enough = sum(p == c for p, _ in pixels) >= least * len(pixels)
             there = any(t == c for _, t in pixels)
-            (shown if there else absent).append(c)
-            if there and not enough:
-                missed.append(c)
-            if enough and not there:
-                segmented.append(c)
-    assert test.segmented_rate == len(segmented) / len(absent) and test.missed_rate == len(missed) / len(shown)
+            (shown if there else absent).append(sum(p == c for p, _ in pixels) >= least * len(pixels))
+    assert test.segmented_rate == np.mean(absent) and test.missed_rate == 1 - np.mean(shown)
     assert 0 < test.segmented_rate < 1 and 0 < test.missed_rate < 1
-
-
-def test_nothing_to_count_and_wrong_input():
-    test = AbsentTest()
-    assert all(np.isnan(rate) for rate in (test.segmented_rate, test.fooled_rate, test.pixel_rate, test.missed_rate))
-    with pytest.raises(InputError):
-        test.update(np.array([[3, 0]]), np.array([[1, 0]]), [1, 2])
-    with pytest.raises(InputError):
-        test.update(np.zeros((2, 3), int), np.zeros((3, 2), int), [1])
-    with pytest.raises(InputError):
-        AbsentTest(0)
 
 
 def test_one_absent_word_is_absent_and_stays_the_same():
@@ -78,27 +61,22 @@ def test_one_absent_word_is_absent_and_stays_the_same():
 
 
 def test_the_best_threshold_against_trying_each():
-    rng = np.random.default_rng(0)
-    trials = [(sample(str(i), *rng.choice([0, 1, 2, 3], size=(4, 6))), labels) for i, labels in enumerate([(1, 3), (2, 3), (1, 2), (3,)])]
-    scores = {len(labels) * 10 + labels[0]: rng.random((len(labels) + 1, 4, 6)) for _, labels in trials}
-
-    def score(image, labels):
-        return scores[len(labels) * 10 + labels[0]]
-
-    thresholds = [0.1, 0.4, 0.5, 0.8]
+    rng, thresholds = np.random.default_rng(0), [0.1, 0.4, 0.5, 0.8]
+    trials = [(sample(str(i), *rng.choice([0, 1, 2, 3], size=(4, 6))), labels)
+              for i, labels in enumerate([(1, 3), (2, 3), (1, 2), (3,)])]
+    scores = {labels: rng.random((len(labels) + 1, 4, 6)) for _, labels in trials}
     expected = []
     for threshold in thresholds:
         matrix = ConfusionMatrix(4)
         for s, labels in trials:
             predicted = np.zeros((4, 6), int)
-            for r, c in product(range(4), range(6)):
-                own = scores[len(labels) * 10 + labels[0]][1:, r, c].tolist()
-                predicted[r, c] = labels[own.index(max(own))] if max(own) > threshold else 0
+            for place in np.ndindex(4, 6):
+                own = [score[place] for score in scores[labels][1:]]
+                predicted[place] = labels[own.index(max(own))] if max(own) > threshold else 0
             matrix.update(predicted, s.labels)
         expected.append(matrix.miou())
-    assert search_threshold(score, trials, 3, thresholds) == (thresholds[int(np.argmax(expected))], pytest.approx(max(expected)))
-    with pytest.raises(InputError):
-        search_threshold(score, [], 3, thresholds)
+    best = thresholds[int(np.argmax(expected))], pytest.approx(max(expected))
+    assert search_threshold(lambda image, labels: scores[labels], trials, 3, thresholds) == best
 
 
 # ---- example images
@@ -109,8 +87,6 @@ def test_the_image_that_shows_most_of_what_is_asked():
     assert showing([few, more, both], [1, 2]) is both  # as many as `more`, and nothing besides
     assert showing([few, both, large], [1, 2]) is large
     assert showing([both, both, few], [5]) is few  # nothing asked is there: the fewest others
-    with pytest.raises(InputError):
-        showing([], [1])
 
 
 def test_two_instances_side_by_side():
@@ -180,5 +156,3 @@ def test_every_method_is_asked_every_trial():
     assert matrix.counts.tolist() == [[0, 0, 1, 2], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 2]]
     assert (absent.absent, absent.segmented, absent.shown, absent.missed) == (1, 0, 3, 1)
     assert tests["all", "last"][1].segmented == 1 and tests["all", "none"][1].missed == 3
-    with pytest.raises(InputError):
-        absent_tests({}, {"all": askings["all"], "one": askings["two"][:1]}, 3)

@@ -1,20 +1,20 @@
-"""CLIP-DIY against patches cut and classified one by one, and FOUND's background seed against loops and transformers' own attention."""
+"""CLIP-DIY against patches cut and classified one by one, and FOUND's background seed against loops and transformers."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from oracles import PETS, texts_of
 from PIL import Image
+from transformers import ViTModel
 
 from ovdiff_lib.categories import Category, Vocabulary
-from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.networks.loading import load_clip, load_dino
+from ovdiff_lib.workbench.baselines import clip_diy
 from ovdiff_lib.workbench.baselines.clip_diy import BackgroundSeed, ClipDIY, saliency
-
-PETS = Vocabulary.of("cat, dog, chest of drawers")
-TEMPLATE = "a good picture of a {name}"
 
 
 def picture(height, width, seed=0):
@@ -25,11 +25,11 @@ def picture(height, width, seed=0):
 
 @pytest.fixture(scope="module")
 def make(tiny_profile):
-    clip, tokenizer = load_clip(tiny_profile)
+    texts = texts_of(*load_clip(tiny_profile))
 
-    def build(salient=None, templates=(TEMPLATE,), batch_size=64, **fields):
+    def build(salient=lambda image: torch.full((3, 5), 0.5), **fields):
         settings = tiny_profile.override({f"baselines.{k}": v for k, v in fields.items()}).baselines
-        return ClipDIY(clip, tokenizer, salient or (lambda image: torch.full((3, 5), 0.5)), settings, templates, batch_size)
+        return ClipDIY(texts, salient, settings)
 
     return build
 
@@ -45,9 +45,9 @@ def embed(clip, image):
 
 @pytest.mark.parametrize("scales", [1, 3])
 @pytest.mark.parametrize("batch", [7, 64])
-def test_cosines_are_the_mean_over_scales_of_patch_scores(make, scales, batch):
-    diy = make(batch_size=batch, clip_diy_scales=scales)
-    image = picture(64, 88)
+def test_cosines_are_the_mean_over_scales_of_patch_scores(make, scales, batch, monkeypatch):
+    monkeypatch.setattr(clip_diy, "BATCH", batch)
+    diy, image = make(clip_diy_scales=scales), picture(64, 88)
     squashed = Image.fromarray(image).resize((64, 64), Image.Resampling.BILINEAR)
     texts = diy.texts(["cat", "dog"])
     expected = 0
@@ -74,8 +74,7 @@ def test_scores_weigh_classes_by_saliency_and_background_by_its_complement(make,
     monkeypatch.setattr(diy, "cosines", lambda image, texts: texts[:, None, None].expand(-1, 64, 64))
     scores = diy.scores(picture(16, 48), PETS)
     assert scores.shape == (4, 16, 48) and scores.dtype == np.float32
-    for column, salient in ((0, 0.0), (23, 23.5 / 48 * 3 - 0.5), (47, 1.0)):  # centre of a column, in the saliency's cells from the first
-        salient = salient if salient in (0.0, 1.0) else 0.5 * salient
+    for column, salient in ((0, 0.0), (23, 0.5 * (23.5 / 48 * 3 - 0.5)), (47, 1.0)):  # centre of a column in its cells
         values = [0.3 * (1 - salient), 0.4 * salient, 0.0, 0.1 * salient]
         expected = np.exp(values) / np.exp(values).sum()
         np.testing.assert_allclose(scores[:, 0, column], expected, atol=1e-6)
@@ -95,28 +94,17 @@ def test_words_that_are_classes_are_no_background(make):
     left = make(clip_diy_background=["Cat", "water", "boat"]).scores(image, words)
     alone = make(clip_diy_background=["boat"]).scores(image, words)
     np.testing.assert_array_equal(left, alone)
+    np.testing.assert_allclose(alone.sum(0), 1, atol=1e-5)
     none = make(clip_diy_background=["cat", "water"])
     scores = none.scores(image, words)
     assert (scores[0] == -np.inf).all() and none.predict(image, words).min() == 1
     np.testing.assert_allclose(scores[1:].sum(0), 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (40, 96), (24, 200)])
-def test_probabilities_of_images_of_any_shape(make, shape):
-    scores = make().scores(picture(*shape), PETS)
-    assert scores.shape == (4, *shape) and (scores > 0).all()
-    np.testing.assert_allclose(scores.sum(0), 1, atol=1e-5)
-
-
-@pytest.mark.parametrize("fields", [{"clip_diy_size": 60}, {"clip_diy_size": 4}])
-def test_sizes_that_cannot_be_halved(make, fields):
+@pytest.mark.parametrize("size", [60, 4])
+def test_sizes_that_cannot_be_halved(make, size):
     with pytest.raises(ProfileError, match="clip_diy_size"):
-        make(**fields)
-
-
-def test_templates_that_cannot_be_used(make):
-    with pytest.raises(InputError, match="templates"):
-        make(templates=("a picture",))
+        make(clip_diy_size=size)
 
 
 # ---- saliency
@@ -157,12 +145,11 @@ def test_a_patch_at_the_given_cosine_is_half_salient():
 
 
 def test_the_class_tokens_attention_is_the_models_own(tiny_profile):
-    from transformers import ViTModel
-
     model = load_dino(tiny_profile)
     eager = ViTModel.from_pretrained(tiny_profile.models.dino, add_pooling_layer=False, attn_implementation="eager").eval()
     image = picture(64, 104)
-    pixels = (np.array(Image.fromarray(image).resize((64, 64), Image.Resampling.BILINEAR), np.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    square = np.array(Image.fromarray(image).resize((64, 64), Image.Resampling.BILINEAR), np.float32)
+    pixels = (square / 255 - IMAGENET_MEAN) / IMAGENET_STD
     with torch.no_grad():
         out = eager(torch.from_numpy(pixels).float().permute(2, 0, 1)[None], output_attentions=True, output_hidden_states=True)
         last = eager.layers[-1]
@@ -173,5 +160,3 @@ def test_the_class_tokens_attention_is_the_models_own(tiny_profile):
     assert found.shape == (8, 8) and found.dtype == torch.float32
     np.testing.assert_allclose(found.flatten().numpy(), expected, atol=1e-4)
     assert np.ptp(expected) > 0.2
-
-

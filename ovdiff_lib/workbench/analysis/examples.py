@@ -1,5 +1,4 @@
-"""Example images chosen by what their label maps show, so that figures of a data set are not picked by hand (Fig. 4, 6
-and A.1)."""
+"""Example images chosen by what their label maps show, so that figures are not picked by hand (Fig. 4, 6 and A.1)."""
 
 from __future__ import annotations
 
@@ -7,7 +6,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ovdiff_lib.errors import InputError
 from ovdiff_lib.explain import activated
 from ovdiff_lib.segmentation import Segmentation
 from ovdiff_lib.types import KINDS
@@ -17,22 +15,19 @@ from ovdiff_lib.workbench.data.samples import Sample
 
 def shown_labels(sample: Sample) -> list[int]:
     """The labels of the classes that an image shows, ascending; neither background nor what is ignored is one."""
-    return [int(label) for label in np.unique(sample.labels) if label not in (0, IGNORE)]
+    return np.setdiff1d(sample.labels, (0, IGNORE)).tolist()
 
 
 def showing(samples: Iterable[Sample], asked: Iterable[int]) -> Sample:
-    """The sample that shows the most of the labels ``asked``, of those the one that shows the fewest others, of those
-    the one with the largest share of pixels of ``asked``; the first of equals. Raises ``InputError`` without
-    samples."""
-    wanted, best, place = set(map(int, asked)), None, (-1, 0, -1.0)
-    for sample in samples:
+    """The sample that shows the most of the labels ``asked``, then the fewest others, then the largest share of pixels
+    of ``asked``; the first of equals."""
+    wanted = set(map(int, asked))
+
+    def rank(sample: Sample) -> tuple[int, int, float]:
         there = set(shown_labels(sample))
-        rank = len(there & wanted), -len(there - wanted), float(np.isin(sample.labels, sorted(wanted)).mean())
-        if best is None or rank > place:
-            best, place = sample, rank
-    if best is None:
-        raise InputError("There is no image to choose from; give at least one.")
-    return best
+        return len(there & wanted), -len(there - wanted), float(np.isin(sample.labels, sorted(wanted)).mean())
+
+    return max(samples, key=rank)
 
 
 def side_by_side(samples: Sequence[Sample]) -> list[Sample]:
@@ -64,17 +59,16 @@ def plainest(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 
 def fullest(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """The ``count`` images that show the most classes, of those the ones with the largest share of pixels that are not
-    background."""
+    """The ``count`` images that show the most classes, then the least background."""
     return sorted(samples, key=lambda s: (-len(shown_labels(s)), float((s.labels == 0).mean())))[:count]
 
 
 class Examples:
-    """Which images of a data set explain best, found while they are segmented one after the other.
+    """Which images of a data set explain best, found while they are segmented one after the other; the first of equals.
 
     ``classes``: class name -> (IoU, index) of the image whose pixels of that class are segmented best. ``kinds``: for
     each of :data:`~ovdiff_lib.types.KINDS` and for "background" -> (value, index, class name) of the image in which one
-    prototype of that kind decided most of a class, weighted by the class's IoU. Of equals the first image stays.
+    prototype of that kind decided most of a class, weighted by the class's IoU.
     """
 
     def __init__(self) -> None:
@@ -83,14 +77,14 @@ class Examples:
 
     def update(self, index: int, segmentation: Segmentation, target: np.ndarray) -> None:
         """Judge image number ``index``, segmented with its bank, by its true labels int (H, W)."""
-        for label in [int(label) for label in np.unique(target) if label != IGNORE]:
-            name, counted = segmentation.class_names[label], target != IGNORE
-            found, true = (segmentation.labels == label) & counted, target == label
+        for label in np.setdiff1d(target, [IGNORE]).tolist():
+            name, labelled = segmentation.class_names[label], segmentation.labels == label
+            found, true = labelled & (target != IGNORE), target == label
             iou = float((found & true).sum() / (found | true).sum())
             if label and iou > self.classes.get(name, (-1.0, 0))[0]:
                 self.classes[name] = iou, index
             for kind in KINDS if label else ("background",):
                 for prototype in activated(segmentation, name, 1, (kind,) if label else KINDS):
-                    value = iou * float(prototype.pixels.sum() / (segmentation.labels == label).sum())
+                    value = iou * float(prototype.pixels.sum() / labelled.sum())
                     if value > self.kinds.get(kind, (-1.0, 0, ""))[0]:
                         self.kinds[kind] = value, index, name

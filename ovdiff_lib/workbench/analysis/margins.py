@@ -1,31 +1,24 @@
-"""Does a small margin predict an error? How far the winning class is ahead, counted apart for right and wrong
-pixels."""
+"""Does a small margin predict an error? How far the winning class is ahead, of right and of wrong pixels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
-from ovdiff_lib.errors import InputError
+from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.segmentation import Segmentation
 from ovdiff_lib.types import PrototypeBank
 from ovdiff_lib.workbench.data.metrics import IGNORE, ConfusionMatrix
 from ovdiff_lib.workbench.data.samples import Sample
-
-if TYPE_CHECKING:
-    from ovdiff_lib.pipeline import OVDiff
-
 
 BIN = 0.001
 """Width of a bin of margins; two cosines differ by at most 2."""
 
 
 def margins(segmentation: Segmentation) -> np.ndarray:
-    """How far the winning class is ahead of the next at each pixel, f32 (H, W), in cosine; inf where no other class was
-    considered."""
+    """How far the winning class is ahead of the next at each pixel, f32 (H, W), in cosine; inf where it was alone."""
     if len(segmentation.kept_scores) < 2:
         return np.full(segmentation.labels.shape, np.inf, np.float32)
     second, first = np.partition(segmentation.kept_scores, -2, axis=0)[-2:]
@@ -35,22 +28,18 @@ def margins(segmentation: Segmentation) -> np.ndarray:
 class MarginStatistics:
     """Pixels by margin, summed over images: ``right`` and ``wrong`` i64 (B,), one count a bin of width :data:`BIN`.
 
-    Pixels whose true label is ignored do not count; margins above 2, as those of pixels with one class alone, are in
-    the last bin.
+    Pixels whose true label is ignored do not count; margins above 2, as of a class alone, are in the last bin.
     """
 
     def __init__(self) -> None:
         self.right, self.wrong = np.zeros((2, round(2 / BIN)), np.int64)
 
     def update(self, segmentation: Segmentation, target: np.ndarray) -> None:
-        """Count one image against its true labels int (H, W). Raises ``InputError`` for labels of another shape."""
-        if segmentation.labels.shape != target.shape:
-            raise InputError(f"The segmentation has the shape {segmentation.labels.shape} and the label map {target.shape}; "
-                             "they must be equal.")
+        """Count one image against its true labels int (H, W)."""
         bins = np.minimum(margins(segmentation) / BIN, len(self.right) - 1).astype(np.int64)
         correct = segmentation.labels == target
-        self.right += np.bincount(bins[correct & (target != IGNORE)], minlength=len(self.right))
-        self.wrong += np.bincount(bins[~correct & (target != IGNORE)], minlength=len(self.wrong))
+        for counts, chosen in ((self.right, correct), (self.wrong, ~correct)):
+            counts += np.bincount(bins[chosen & (target != IGNORE)], minlength=len(counts))
 
     def auc(self) -> float:
         """Probability that a right pixel has a larger margin than a wrong one, both drawn at random, ties counted half:
@@ -62,8 +51,7 @@ class MarginStatistics:
 
     def error_rates(self, parts: int = 10) -> list[tuple[float, float]]:
         """Pixels sorted by margin and cut into ``parts`` of about equal size, smallest margins first: (mean margin,
-        share of wrong pixels) of each. Pixels of one bin stay together, so that a part may be missing.
-        """
+        share of wrong pixels) of each. Pixels of one bin stay together, so that a part may be missing."""
         total = self.right + self.wrong
         if not total.any():
             return []
@@ -77,18 +65,15 @@ class MarginStatistics:
 
 def confusions(ovdiff: OVDiff, bank: PrototypeBank, samples: Iterable[Sample], names: Sequence[str],
                progress: bool = True) -> ConfusionMatrix:
-    """Pixel counts over ``samples`` of the classes of ``bank`` and, first, background: i64 (C + 1, C + 1), rows true,
-    columns predicted.
+    """Pixel counts over ``samples`` of background and the classes of ``bank``, i64 (C + 1, C + 1), rows true.
 
-    ``names`` are the classes of the samples' labels 1, 2, ... Those that the bank does not have are background, and a
-    class of the bank that ``names`` lacks has an empty row: no pixel truly shows it. Names are compared without case;
-    ignored pixels do not count.
+    ``names`` are the classes of the samples' labels 1, 2, ..., compared without case. Those that the bank does not have
+    are background; a class of the bank that ``names`` lacks has an empty row. Ignored pixels do not count.
     """
     place = {name.casefold(): i + 1 for i, name in enumerate(bank.vocabulary.names)}
     table = np.zeros(256, np.int32)
+    table[1:len(names) + 1] = [place.get(name.casefold(), 0) for name in names]
     table[IGNORE] = -1  # a vocabulary of one's own may have more than 255 classes
-    for label, name in enumerate(names, 1):
-        table[label] = place.get(name.casefold(), 0)
     matrix = ConfusionMatrix(len(bank.vocabulary) + 1, ignore=-1)
     for sample in tqdm(list(samples), unit="image", mininterval=5, disable=not progress):
         matrix.update(ovdiff.segment(sample.image, bank).labels, table[sample.labels])

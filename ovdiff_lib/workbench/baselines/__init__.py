@@ -1,14 +1,13 @@
 """Methods that the paper's tables compare OVDiff with (Table 1, A.1, A.2; App. C.4), run under the same protocol.
 
-All of them use ``support.prompt`` of the profile for class names, and its sizes and windows where they use windows. To add one, write a
-class with the method ``scores`` of :class:`Baseline` and one line in :data:`BASELINES`.
+All of them use ``support.prompt`` of the profile for class names, and its sizes and windows where they use windows. To
+add one, write a class with the method ``scores`` of :class:`Baseline` and one line in :data:`BASELINES`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ovdiff_lib.errors import ProfileError
+from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.registry import Part
 from ovdiff_lib.workbench.baselines.clip_diy import ClipDIY
 from ovdiff_lib.workbench.baselines.common import Baseline
@@ -17,9 +16,6 @@ from ovdiff_lib.workbench.baselines.maskclip import MaskCLIP
 from ovdiff_lib.workbench.baselines.reco import ReCo
 from ovdiff_lib.workbench.baselines.segmenter import ClipSegmenter
 
-if TYPE_CHECKING:
-    from ovdiff_lib.profiles.schema import Profile
-
 BASELINES: dict[str, Part] = {
     "maskclip": Part(MaskCLIP.build, models=("clip",), settings=()),
     "clip-diy": Part(ClipDIY.build, models=("clip", "dino"), settings=("clip_diy_",)),
@@ -27,16 +23,16 @@ BASELINES: dict[str, Part] = {
     "groupvit": Part(GroupViT.build, models=("groupvit",), settings=()),
     "clip-segmenter": Part(ClipSegmenter.build, models=None, settings=()),
 }
-"""Name -> how the baseline is built, and which models and fields of ``baselines`` are its own (None: it depends on the segmenter)."""
+"""Name -> how the baseline is built, and which models and fields of ``baselines`` are its own (None: it depends on the
+segmenter)."""
 
 OWN_BACKGROUND = frozenset({"clip-diy", "clip-segmenter"})
-"""Baselines that model the background themselves. Row 0 of the others is -inf as built, and a constant threshold stands for the background
-(:func:`~ovdiff_lib.workbench.evaluation.measure.search_threshold`)."""
+"""Baselines that model the background themselves. Row 0 of the others is -inf as built, and a constant threshold stands
+for the background (:func:`~ovdiff_lib.workbench.evaluation.measure.search_threshold`)."""
 
 
 def build_baseline(name: str, profile: Profile) -> Baseline:
-    """The baseline of :data:`BASELINES` called ``name``. Raises ``ProfileError`` for an unknown one, and ``ModelNotAvailable``."""
+    """The baseline of :data:`BASELINES` called ``name``. Raises ``ProfileError`` and ``ModelNotAvailable``."""
     if name not in BASELINES:
         raise ProfileError(f"There is no baseline {name!r}; choose one of {', '.join(BASELINES)}.")
     return BASELINES[name](profile)
-

@@ -1,17 +1,18 @@
-"""CLIP-DIY (Wysoczanska et al., 2024; Table 1): CLIP classifies patches of several sizes, and a saliency map parts object from background.
+"""CLIP-DIY (Wysoczanska et al., 2024; Table 1): CLIP classifies patches of several sizes, and a saliency map parts
+object from background.
 
 How this differs from the published method:
 
-- CLIP is the profile's (``models.clip``), not the ViT-B/32 trained on LAION-2B; the prompt is ``support.prompt``, not "a photo of a ...".
+- CLIP is the profile's (``models.clip``), not the ViT-B/32 trained on LAION-2B; the prompt is ``support.prompt``, not
+  "a photo of a ...".
 - FOUND's trained saliency is replaced by FOUND's first, training-free step (:class:`BackgroundSeed`), as soft values.
-- Scores and saliency come to the image's size before they are multiplied, so that labels are not enlarged; a cosine below zero counts as
-  zero; the words for background are ``baselines.clip_diy_background``.
+- Scores and saliency come to the image's size before they are multiplied, so that labels are not enlarged; a cosine
+  below zero counts as zero; the words for background are ``baselines.clip_diy_background``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -21,38 +22,36 @@ from torch import Tensor
 
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.errors import ProfileError
-from ovdiff_lib.networks.loading import last_attention, load_clip
+from ovdiff_lib.features.dino import DinoExtractor
+from ovdiff_lib.networks.instruments import captured, undisturbed
+from ovdiff_lib.networks.loading import last_attention
 from ovdiff_lib.profiles.schema import Baselines, Profile
 from ovdiff_lib.workbench.baselines.common import Baseline, TextEmbeddings, embed_images, resize_maps
 
-if TYPE_CHECKING:
-    from transformers import CLIPModel, CLIPTokenizer
-from ovdiff_lib.features.dino import DinoExtractor
-from ovdiff_lib.networks.instruments import captured, undisturbed
+BATCH = 64
+"""Patches that run through CLIP at a time."""
+
+TINY = 1e-10
+"""Keeps the logarithm finite for a head that attends nowhere."""
 
 
 class ClipDIY(Baseline):
-    """Open-vocabulary segmentation by CLIP as a classifier of patches.
+    """Open-vocabulary segmentation by CLIP as a classifier of patches; the background is a class of its own.
 
-    ``clip`` and ``tokenizer`` are a transformers ``CLIPModel`` and its tokenizer, ``saliency`` maps an image u8 (H, W, 3) to f32 (h, w) in
-    [0, 1] (h, w at will), ``settings`` are a profile's ``baselines``, ``templates`` texts with ``{name}`` for the class; ``batch_size``
-    patches run through CLIP at a time. The background is a class of its own: no threshold is needed.
+    ``saliency`` maps an image u8 (H, W, 3) to f32 (h, w) in [0, 1], ``settings`` are a profile's ``baselines``.
     """
 
-    def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer, saliency: Callable[[np.ndarray], Tensor], settings: Baselines,
-                 templates: Sequence[str], batch_size: int = 64) -> None:
-        """Raises ``ProfileError`` for sizes that cannot be halved as often as asked, and ``InputError`` for the templates."""
-        steps = 2 ** settings.clip_diy_scales
-        if settings.clip_diy_size % steps:
-            raise ProfileError(f"baselines.clip_diy_size is {settings.clip_diy_size} and clip_diy_scales {settings.clip_diy_scales}; give "
-                               "a size that is a multiple of 2 to the power of the number of scales.")
-        self.clip, self.saliency, self.settings, self.batch_size = clip, saliency, settings, batch_size
-        self.texts = TextEmbeddings(clip, tokenizer, templates)
+    def __init__(self, texts: TextEmbeddings, saliency: Callable[[np.ndarray], Tensor], settings: Baselines) -> None:
+        """Raises ``ProfileError`` for sizes that cannot be halved as often as asked."""
+        if settings.clip_diy_size % 2 ** settings.clip_diy_scales:
+            raise ProfileError(f"baselines.clip_diy_size is {settings.clip_diy_size}; give a multiple of 2 to the power"
+                               f" of clip_diy_scales, which is {settings.clip_diy_scales}.")
+        self.texts, self.clip, self.saliency, self.settings = texts, texts.clip, saliency, settings
 
     @classmethod
     def build(cls, profile: Profile) -> ClipDIY:
         """With the CLIP and the DINO of a profile. Raises ``ProfileError`` and ``ModelNotAvailable``."""
-        return cls(*load_clip(profile), BackgroundSeed.build(profile), profile.baselines, (profile.support.prompt,))
+        return cls(TextEmbeddings.build(profile), BackgroundSeed.build(profile), profile.baselines)
 
     @undisturbed()
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
@@ -68,23 +67,23 @@ class ClipDIY(Baseline):
         salient = resize_maps(self.saliency(image)[None], image.shape[:2])
         foreground = cosines[len(words):] * salient
         if not words:
-            nothing = torch.full((1, *image.shape[:2]), -torch.inf, dtype=torch.float32, device="cpu")
-            return torch.cat([nothing, foreground.softmax(0)]).numpy()
+            return torch.cat([torch.full_like(salient, -torch.inf), foreground.softmax(0)]).numpy()
         background = cosines[:len(words)].amax(0, keepdim=True) * (1 - salient)
         return torch.cat([background, foreground]).softmax(0).numpy()
 
     def cosines(self, image: np.ndarray, texts: Tensor) -> Tensor:
-        """Cosines f32 (C, S, S) of the image u8 (H, W, 3), squashed to S = ``clip_diy_size``, with unit texts f32 (C, D).
+        """Cosines f32 (C, S, S) of the image u8 (H, W, 3), squashed to S = ``clip_diy_size``, with unit texts (C, D).
 
-        At each scale overlapping patches (stride: half a patch) each get one score, whose grid is enlarged to S; scales are averaged.
+        At each scale overlapping patches (stride: half a patch) each get one score, whose grid is enlarged to S; scales
+        are averaged.
         """
         side = self.settings.clip_diy_size
         squashed = np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
         scales = []
         for scale in range(self.settings.clip_diy_scales):
             patches, count = self._patches(squashed, side // 2 ** scale)
-            grid = (torch.cat([embed_images(self.clip, patches[start:start + self.batch_size])
-                               for start in range(0, len(patches), self.batch_size)]) @ texts.T)
+            embedded = [embed_images(self.clip, patches[i:i + BATCH]) for i in range(0, len(patches), BATCH)]
+            grid = torch.cat(embedded) @ texts.T
             scales.append(resize_maps(grid.T.unflatten(1, (count, count)), (side, side)))
         return torch.stack(scales).mean(0)
 
@@ -94,19 +93,14 @@ class ClipDIY(Baseline):
         patches = torch.from_numpy(views.reshape(-1, 3, size, size).copy())
         wanted = self.clip.config.vision_config.image_size
         if size != wanted:
-            patches = F.interpolate(patches.float(), (wanted, wanted), mode="bicubic", antialias=True).clamp(0, 255).round().byte()
+            patches = F.interpolate(patches.float(), (wanted, wanted), mode="bicubic", antialias=True)
+            patches = patches.clamp(0, 255).round().byte()
         return patches.permute(0, 2, 3, 1).numpy(), len(views)
 
 
-# ---- where an image shows an object at all, without training: the first step of FOUND (Siméoni et al., 2023), by a frozen DINO
-
-TINY = 1e-10
-"""Keeps the logarithm finite for a head that attends nowhere."""
-
-
 class BackgroundSeed:
-    """Saliency of the patches of an image, by the last layer of ``extractor``'s DINO; ``cosine`` is the similarity to the background seed
-    at which a patch is half salient."""
+    """Where an image shows an object at all, without training: the first step of FOUND (Siméoni et al., 2023), by the
+    last layer of ``extractor``'s DINO. ``cosine`` is as for :func:`saliency`."""
 
     def __init__(self, extractor: DinoExtractor, cosine: float) -> None:
         self.extractor, self.cosine = extractor, cosine
@@ -120,25 +114,23 @@ class BackgroundSeed:
 
     @undisturbed()
     def __call__(self, image: np.ndarray) -> Tensor:
-        """f32 (n, n) in [0, 1], one value a patch, of an image u8 (H, W, 3), which is squashed to a square of ``features.dino_input_size``.
-
-        0 at the seed and at what is much like it, 1 where nothing is.
-        """
+        """:func:`saliency` f32 (n, n) of the patches of an image u8 (H, W, 3), squashed to ``dino_input_size``."""
         side = self.extractor.short
         square = np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
         with captured(self.sources) as outputs:
             grid = self.extractor(square[None], np.zeros(1, np.int64)).shape[1:3]
         heads = self.extractor.model.config.num_attention_heads
-        queries, keys = (outputs[name][0].float().cpu().unflatten(1, (heads, -1)) for name in ("queries", "keys"))
-        attention = torch.softmax(torch.einsum("hd,nhd->hn", queries[0], keys) * keys.shape[-1] ** -0.5, dim=1)[:, 1:]
-        return saliency(attention, keys[1:], self.cosine).reshape(tuple(grid))
+        queries, keys = (outputs[n][0].float().cpu().unflatten(1, (heads, -1)) for n in ("queries", "keys"))
+        logits = torch.einsum("hd,nhd->hn", queries[0], keys) * keys.shape[-1] ** -0.5
+        return saliency(torch.softmax(logits, dim=1)[:, 1:], keys[1:], self.cosine).reshape(tuple(grid))
 
 
 def saliency(attention: Tensor, keys: Tensor, cosine: float) -> Tensor:
-    """f32 (n,) in [0, 1]: 1 for patches of no similarity to the background seed, 0.5 at ``cosine``, 0 from twice that on.
+    """f32 (n,) in [0, 1]: 1 for patches of no similarity to the background seed, 0.5 at ``cosine``, 0 from twice that.
 
-    ``attention`` (heads, n) is what each head's class token pays to each patch, ``keys`` (n, heads, d) are the patches' features. Heads
-    that attend to few patches count more, for the seed and for the similarity (FOUND's sparsity weights).
+    ``attention`` (heads, n) is what each head's class token pays to each patch, ``keys`` (n, heads, d) are the patches'
+    features. Heads that attend to few patches count more, for the seed and for the similarity (FOUND's sparsity
+    weights).
     """
     spread = (attention > attention.mean()).float().mean(1) + TINY
     weight = torch.log(spread.sum() / spread)  # (heads,)

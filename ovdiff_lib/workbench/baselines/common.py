@@ -1,10 +1,10 @@
-"""What the baselines share: their two methods, class names and images as unit vectors of CLIP's joint space, and windows."""
+"""What the baselines share: class names and images as vectors of CLIP's joint space, windows, the category filter."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,104 +12,135 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovdiff_lib.categories import Vocabulary
-from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD, resize_short_side
 from ovdiff_lib.matching.windows import crop, scales
 from ovdiff_lib.networks.instruments import batches, undisturbed
-from ovdiff_lib.profiles.schema import Matching
-
-if TYPE_CHECKING:
-    from transformers import CLIPModel, CLIPTokenizer
+from ovdiff_lib.networks.loading import load_clip
+from ovdiff_lib.profiles.schema import Matching, Profile
+from ovdiff_lib.support.attribution import fill_template
 
 
 class Baseline(ABC):
     """Open-vocabulary segmentation of one image at a time."""
 
-    background_threshold: float | None = None
-    """Constant background score of a method without a model of the background; None = there is none, or the caller searches it."""
-
     @abstractmethod
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-        """f32 (C + 1, H, W) of an image u8 (H, W, 3), row 0 the background: -inf or a constant where the method has no model of it."""
+        """f32 (C + 1, H, W) of an image u8 (H, W, 3), row 0 the background: -inf or a constant if there is no model."""
 
     def predict(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """Labels i64 (H, W): 0 = background, i + 1 = category i."""
         return self.scores(image, vocabulary).argmax(axis=0)
 
-    def beside_background(self, scores: Tensor) -> np.ndarray:
-        """Scores (C, H, W) with the constant background's as row 0."""
+
+class Windowed(Baseline):
+    """A baseline that sees an image through OVDiff's windows and has no model of the background."""
+
+    matching: Matching
+    texts: TextEmbeddings
+    background_threshold: float | None = None
+    """Constant background score; None = there is none, as published, or the caller searches it."""
+
+    @abstractmethod
+    def window_scores(self, crops: np.ndarray, vocabulary: Vocabulary) -> Tensor:
+        """Scores (n, C, h, w) of squares u8 (n, S, S, 3)."""
+
+    def text_embeddings(self, vocabulary: Vocabulary) -> Tensor:
+        """f32 (C, D) on the CPU, unit length."""
+        return self.texts([c.prompt for c in vocabulary])
+
+    @undisturbed()
+    def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+        """f32 (C + 1, H, W) of an image u8 (H, W, 3); row 0 is the constant background score, -inf without one."""
+        scores = sliding_scores(image, self.matching, lambda crops: self.window_scores(crops, vocabulary))
         background = -torch.inf if self.background_threshold is None else self.background_threshold
         return torch.cat([scores.new_full((1, *scores.shape[1:]), background), scores]).numpy()
 
 
-class TextEmbeddings:
-    """Text embeddings of class names, averaged over ``templates``, each of which has ``{name}`` where the name goes."""
+class Filtered(Baseline):
+    """``baseline`` behind OVDiff's category pre-filter (Table A.1), so that the filter is no advantage of OVDiff alone;
+    the background stays."""
 
-    def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer, templates: Sequence[str]) -> None:
-        """Raises ``InputError`` for templates that are no list of texts with ``{name}``."""
-        if isinstance(templates, str) or not templates or not all("{name}" in t for t in templates):
-            raise InputError(f"The prompt templates {templates!r} must be a list of at least one text, each with {{name}} in it.")
-        self.clip, self.tokenizer, self.templates = clip, tokenizer, tuple(templates)
+    def __init__(self, baseline: Baseline, category_filter: Callable[[np.ndarray, Vocabulary], tuple]) -> None:
+        self.baseline, self.category_filter = baseline, category_filter
+
+    def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+        """f32 (C + 1, H, W): the baseline's scores of the whole vocabulary, -inf for dropped categories."""
+        scores = self.baseline.scores(image, vocabulary).copy()
+        kept, _ = self.category_filter(image, vocabulary)
+        scores[[k + 1 for k in range(len(vocabulary)) if k not in kept]] = -np.inf
+        return scores
+
+
+class TextEmbeddings:
+    """Embeddings by ``clip`` (a CLIP or GroupViT) of class names in ``template``, which has ``{name}`` for the name."""
+
+    def __init__(self, clip: Any, tokenizer: Any, template: str) -> None:
+        self.clip, self.tokenizer, self.template = clip, tokenizer, template
         self._known: dict[tuple[str, ...], Tensor] = {}
+
+    @classmethod
+    def build(cls, profile: Profile) -> TextEmbeddings:
+        """By the CLIP of a profile, in its prompt (``support.prompt``). Raises ``ModelNotAvailable``."""
+        return cls(*load_clip(profile), profile.support.prompt)
 
     @undisturbed()
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """f32 (C, D) on the CPU, unit length: mean over templates of the normalised embeddings. Kept for the next image."""
+        """f32 (C, D) on the CPU, unit length; kept for the next image."""
         prompts = tuple(prompts)
         if prompts not in self._known:
-            total = torch.zeros((), dtype=torch.float32, device="cpu")
-            for template in self.templates:
-                # Replaced, not formatted: a class name or template may hold braces.
-                texts = [template.replace("{name}", prompt) for prompt in prompts]
-                tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.clip.device)
-                total = total + F.normalize(self.clip.get_text_features(**tokens).pooler_output.float().cpu(), dim=-1)
-            self._known[prompts] = F.normalize(total, dim=-1)
+            texts = [fill_template(self.template, prompt) for prompt in prompts]
+            tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.clip.device)
+            found = self.clip.get_text_features(**tokens).pooler_output.float().cpu()
+            self._known[prompts] = F.normalize(found, dim=-1)
         return self._known[prompts]
 
 
-def clip_pixels(clip: CLIPModel, images: np.ndarray, size: tuple[int, int] | None = None) -> Tensor:
-    """Images u8 (n, H, W, 3) as CLIP's normalised pixels (n, 3, H, W), or resized (n, 3, *size), on its device and in its dtype."""
+def normalised_pixels(model: Any, images: np.ndarray, size: Sequence[int] | None = None,
+                      statistics: tuple[Sequence[float], Sequence[float]] = (CLIP_MEAN, CLIP_STD)) -> Tensor:
+    """Images u8 (n, H, W, 3) as a model's pixels (n, 3, H, W), or resized (n, 3, *size), on its device."""
     pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
     if size is not None and tuple(size) != images.shape[1:3]:
         pixels = F.interpolate(pixels, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
-    mean, std = (torch.tensor(values, dtype=torch.float32, device="cpu")[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    return ((pixels - mean) / std).to(clip.device, clip.dtype)
+    mean, std = (torch.tensor(values, dtype=torch.float32, device="cpu")[:, None, None] for values in statistics)
+    return ((pixels - mean) / std).to(model.device, model.dtype)
 
 
 @undisturbed()
-def embed_images(clip: CLIPModel, images: np.ndarray) -> Tensor:
+def embed_images(clip: Any, images: np.ndarray) -> Tensor:
     """Image embeddings f32 (n, D) on the CPU, unit length, of squares u8 (n, S, S, 3) of CLIP's own input size."""
-    return F.normalize(clip.get_image_features(pixel_values=clip_pixels(clip, images)).pooler_output.float().cpu(), dim=-1)
+    pixels = normalised_pixels(clip, images)
+    return F.normalize(clip.get_image_features(pixel_values=pixels).pooler_output.float().cpu(), dim=-1)
 
 
 def sliding_scores(image: np.ndarray, matching: Matching, score: Callable[[np.ndarray], Tensor]) -> Tensor:
     """f32 (C, H, W) on the CPU for an image u8 (H, W, 3), through windows as OVDiff's (Sec. 4, "sliding window").
 
-    ``score`` maps squares u8 (n, S, S, 3) to (n, C, h, w). The short side is resized, windows of each size are averaged where they overlap,
-    sizes are averaged (with ``whole_image`` the squashed image is one more), bilinear to (H, W). ``matching.long_side`` has no effect.
-    Raises ``ProfileError`` if there is no window.
+    ``score`` maps squares u8 (n, S, S, 3) to (n, C, h, w), averaged where windows of a size overlap, then over sizes.
+    ``matching.long_side`` has no effect. Raises ``ProfileError`` if there is no window.
     """
     resized = resize_short_side(image, matching.short_side, matching.resample)
     shape = resized.shape[:2]
     placed = scales(shape, matching)
     if not placed:
         raise ProfileError("matching.windows is empty; name at least one size, or set matching.whole_image to true.")
-    mean = None
+    means = []
     for side, boxes in placed:
         squares = np.stack([crop(resized, box, side) for box in boxes])
-        total, cover = None, torch.zeros(shape, dtype=torch.float32, device="cpu")
+        total, cover = 0, torch.zeros(shape, dtype=torch.float32, device="cpu")
         for start, stop in batches(len(boxes), matching.batch_size):
-            batch = boxes[start:stop]
             grids = score(squares[start:stop])
-            total = torch.zeros(grids.shape[1], *shape, dtype=torch.float32, device="cpu") if total is None else total
-            for (top, left, h, w), grid in zip(batch, grids, strict=True):
+            if start == 0:
+                total = torch.zeros(grids.shape[1], *shape, dtype=torch.float32, device="cpu")
+            for (top, left, h, w), grid in zip(boxes[start:stop], grids, strict=True):
                 total[:, top:top + h, left:left + w] += resize_maps(grid, (h, w))
                 cover[top:top + h, left:left + w] += 1
-        total /= cover * len(placed)
-        mean = total if mean is None else mean.add_(total)
-    return resize_maps(mean, image.shape[:2])
+        means.append(total.div_(cover * len(placed)))
+    return resize_maps(sum(means), image.shape[:2])
 
 
 def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """(C, h, w) -> (C, *size), bilinear."""
-    return F.interpolate(maps[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
+    """(C, h, w) or (n, C, h, w) -> (..., C, *size), bilinear."""
+    if maps.ndim == 3:
+        return resize_maps(maps[None], size)[0]
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)

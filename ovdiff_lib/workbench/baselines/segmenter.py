@@ -1,13 +1,11 @@
 """What class-agnostic mask proposals do without support sets (App. A.1, Table A.2): "CLIP + CutLER" and "X + CutLER".
 
-The first names every proposal by CLIP; the second lets the pixels of a proposal vote on the labels that a method X gave them. Where
-proposals overlap, both show the smallest one at a pixel (of two alike, the earlier), so that no proposal hides one inside it.
+The first names every proposal by CLIP; the second lets the pixels of a proposal vote on the labels that a method X gave
+them. Where proposals overlap, both show the smallest one at a pixel (of two alike, the earlier), so that no proposal
+hides one inside it.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,47 +13,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovdiff_lib.categories import Vocabulary
-from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.images import resize_short_side
 from ovdiff_lib.masks import SEGMENTERS, Segmenter, ThresholdOnly, build_segmenter
 from ovdiff_lib.networks.instruments import undisturbed
-from ovdiff_lib.networks.loading import load_clip
 from ovdiff_lib.profiles.schema import Matching, Profile
-from ovdiff_lib.workbench.baselines.common import Baseline, TextEmbeddings, clip_pixels
-
-if TYPE_CHECKING:
-    from transformers import CLIPModel, CLIPTokenizer
-
+from ovdiff_lib.workbench.baselines.common import Baseline, TextEmbeddings, normalised_pixels
 
 
 class ClipSegmenter(Baseline):
     """Open-vocabulary segmentation by naming the proposals of ``segmenter`` ("CLIP + CutLER" where that is CutLER).
 
-    A proposal is the mean of CLIP's final spatial tokens inside it, projected to the joint space, and gets the class of the nearest text
-    (``templates`` with ``{name}``). Pixels of no proposal are background. ``matching`` gives the short side at which CLIP sees the whole
-    image (with its ``long_side``); there are no windows.
+    A proposal is the mean of CLIP's final spatial tokens inside it, projected to the joint space, and gets the class of
+    the nearest text. Pixels of no proposal are background. ``matching`` gives the short side at which CLIP sees the
+    whole image (with its ``long_side``); there are no windows.
     """
 
-    def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer, segmenter: Segmenter, matching: Matching,
-                 templates: Sequence[str]) -> None:
-        self.clip, self.segmenter, self.matching = clip, segmenter, matching
-        self.texts = TextEmbeddings(clip, tokenizer, templates)
+    def __init__(self, texts: TextEmbeddings, segmenter: Segmenter, matching: Matching) -> None:
+        self.texts, self.clip, self.segmenter, self.matching = texts, texts.clip, segmenter, matching
 
     @classmethod
     def build(cls, profile: Profile) -> ClipSegmenter:
-        """With the CLIP and the segmenter of a profile. Raises ``ModelNotAvailable``, and ``ProfileError`` for a segmenter that makes no
-        proposals."""
+        """With the CLIP and the segmenter of a profile. Raises ``ModelNotAvailable``, and ``ProfileError`` for a
+        segmenter that makes no proposals."""
         segmenter = build_segmenter(profile)
         if segmenter.name == ThresholdOnly.name:
             others = ", ".join(sorted(set(SEGMENTERS) - {ThresholdOnly.name}))
-            raise ProfileError(f"CLIP + segmenter needs proposals, and masks.segmenter is {segmenter.name!r}; set it to one of {others}.")
-        return cls(*load_clip(profile), segmenter, profile.matching, (profile.support.prompt,))
+            raise ProfileError(f"CLIP + segmenter needs proposals; set masks.segmenter to one of {others}.")
+        return cls(TextEmbeddings.build(profile), segmenter, profile.matching)
 
     @undisturbed()
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """f32 (C + 1, H, W) of an image u8 (H, W, 3).
 
-        Inside proposals row 0 is -inf and the others are the cosines of the proposal; outside row 0 is 0 and the others are -inf.
+        Inside proposals row 0 is -inf, the others the cosines of the proposal; outside row 0 is 0, the others -inf.
         """
         proposals = np.asarray(self.segmenter.propose(image, ""), bool)
         proposals = proposals[proposals.any(axis=(1, 2))]
@@ -74,40 +65,37 @@ class ClipSegmenter(Baseline):
         """Unit embeddings f32 (M, D), on the CPU, of proposals bool (M, H, W), none empty, of an image u8 (H, W, 3)."""
         tokens = self.tokens(image)
         # The share of each patch's area that is inside: positive somewhere for any mask, however small.
-        share = F.adaptive_avg_pool2d(torch.from_numpy(proposals).float()[None], tokens.shape[:2])[0].flatten(1)  # (M, h w)
-        return F.normalize(share @ tokens.flatten(0, 1), dim=1)
+        share = F.adaptive_avg_pool2d(torch.from_numpy(proposals).float()[None], tokens.shape[:2])[0]  # (M, h, w)
+        return F.normalize(share.flatten(1) @ tokens.flatten(0, 1), dim=1)
 
     @undisturbed()
     def tokens(self, image: np.ndarray) -> Tensor:
-        """CLIP's last spatial tokens f32 (h, w, D) on the CPU, layer-normed and projected, of the image u8 (H, W, 3) at the short side of
-        ``matching``, both sides rounded up to whole patches."""
+        """CLIP's last spatial tokens f32 (h, w, D) on the CPU, layer-normed and projected, of the image u8 (H, W, 3) at
+        the short side of ``matching``, both sides rounded up to whole patches."""
         vision = self.clip.vision_model
         patch = vision.config.patch_size
         resized = resize_short_side(image, self.matching.short_side, self.matching.resample, self.matching.long_side)
         grid = [-(-side // patch) for side in resized.shape[:2]]
-        pixels = clip_pixels(self.clip, resized[None], (grid[0] * patch, grid[1] * patch))
-        states = vision(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state
-        return self.clip.visual_projection(vision.post_layernorm(states[0, 1:])).float().cpu().unflatten(0, tuple(grid))
+        pixels = normalised_pixels(self.clip, resized[None], (grid[0] * patch, grid[1] * patch))
+        states = vision(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state[0, 1:]
+        return self.clip.visual_projection(vision.post_layernorm(states)).float().cpu().unflatten(0, tuple(grid))
 
 
 def majority_vote(labels: np.ndarray, proposals: np.ndarray) -> np.ndarray:
-    """Labels (H, W), whole numbers from 0, with every proposal bool (M, H, W) given the label that most of its pixels have.
+    """Labels (H, W), whole numbers from 0, with every proposal bool (M, H, W) given the label of most of its pixels.
 
-    All pixels of a proposal vote, by their label before any vote, background like any other; of equal counts the lowest label wins. Pixels
-    of no proposal keep theirs. Raises ``InputError`` where the shapes do not fit.
+    All pixels of a proposal vote, by their label before any vote, background like any other; of equal counts the lowest
+    label wins. Pixels of no proposal keep theirs.
     """
-    labels, proposals = np.asarray(labels), np.asarray(proposals, bool)
-    if labels.ndim != 2 or proposals.shape[1:] != labels.shape:
-        raise InputError(f"Proposals of shape {proposals.shape} do not fit labels of shape {labels.shape}; give (M, H, W) and (H, W).")
-    if not len(proposals):
-        return labels.copy()
-    winner = np.array([np.bincount(labels[mask]).argmax() if mask.any() else 0 for mask in proposals], labels.dtype)
+    proposals = np.asarray(proposals, bool)
+    winner = np.array([np.bincount(labels[mask]).argmax() if mask.any() else 0 for mask in proposals] or [0])
     owner = smallest(proposals)
-    return np.where(owner >= 0, winner[owner], labels)
+    return np.where(owner >= 0, winner.astype(labels.dtype)[owner], labels)
 
 
 def smallest(proposals: np.ndarray) -> np.ndarray:
-    """i64 (H, W): number of the smallest proposal bool (M, H, W) at each pixel, of those of one area the first; -1 where there is none."""
+    """i64 (H, W): number of the smallest proposal bool (M, H, W) at each pixel, of those of one area the first; -1
+    where there is none."""
     owner = np.full(proposals.shape[1:], -1, np.int64)
     for number in sorted(range(len(proposals)), key=lambda n: (-np.count_nonzero(proposals[n]), -n)):
         owner[proposals[number]] = number

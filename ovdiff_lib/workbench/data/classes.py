@@ -18,7 +18,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "raw": (),
     "fourteen": ("given", "high", "medium", "low", "convention"),
 }
-"""Which prompt fixes a selection takes, by their confidence in ``classes.json``; the paper (App. C.3) made 14 and printed three."""
+"""Which prompt fixes a selection takes, by their confidence in ``classes.json``; the paper (App. C.3) made 14 and
+printed three."""
 
 
 @cache
@@ -30,9 +31,8 @@ def class_table() -> dict[str, Any]:
 def vocabulary_of(data_set: str, names: str = "fixed") -> Vocabulary:
     """The categories of a data set of ``classes.json``, or of the mini world, in evaluation order.
 
-    Their names are those of the data set, their prompts follow ``names``: "fixed" (what the paper says or shows it replaced), "raw" (the
-    names themselves) or "fourteen" ("fixed" and guesses, up to the paper's count); the mini world's names need no fixes. Raises
-    ``InputError`` for another selection.
+    Names are those of the data set, prompts follow ``names``: "fixed" (what the paper says or shows it replaced), "raw"
+    (the names themselves) or "fourteen" ("fixed" and guesses, up to the paper's count). Raises ``InputError``.
     """
     if names not in NAMES:
         raise InputError(f"There is no selection of class names {names!r}; choose {', '.join(NAMES)}.")
@@ -40,12 +40,13 @@ def vocabulary_of(data_set: str, names: str = "fixed") -> Vocabulary:
         world = load_world()
         return Vocabulary.of(world.vocabulary(data_set), stuff=world.stuff)
     table = class_table()
-    entry = table["data_sets"][data_set]
-    prompts = {fix["name"]: fix["prompt"] for fix in table["fixes"] if fix["data_set"] == data_set and fix["confidence"] in NAMES[names]}
-    stuff = set(entry["stuff"])
-    return Vocabulary(tuple(Category(name, prompts.get(name, ""), "stuff" if name in stuff else "thing") for name in entry["classes"]))
+    entry, kinds = table["data_sets"][data_set], NAMES[names]
+    prompts = {fix["name"]: fix["prompt"] for fix in table["fixes"]
+               if fix["data_set"] == data_set and fix["confidence"] in kinds}
+    return Vocabulary(tuple(Category(name, prompts.get(name, ""), "stuff" if name in entry["stuff"] else "thing")
+                            for name in entry["classes"]))
 
 
 def synonyms() -> dict[str, list[str]]:
-    """Synonyms and subclasses of the classes of Pascal VOC and of the mini world that have some, by name and by prompt."""
+    """Synonyms and subclasses of the classes of Pascal VOC and of the mini world, by name and by prompt."""
     return json.loads(FILE.with_name("synonyms.json").read_text(encoding="utf-8"))["words"]

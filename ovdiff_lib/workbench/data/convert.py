@@ -18,9 +18,8 @@ from tqdm import tqdm
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import write_atomic
 from ovdiff_lib.workbench.data.classes import class_table
-from ovdiff_lib.workbench.data.datasets import load_dataset
+from ovdiff_lib.workbench.data.datasets import context, load_dataset, numbered
 from ovdiff_lib.workbench.data.metrics import IGNORE
-from ovdiff_lib.workbench.data.readers import CONTEXT_PLACES, FolderDataset, find_root
 
 ENDINGS = {"coco-object": "_instanceTrainIds", "coco-stuff": "_labelTrainIds", "cityscapes": "_gtFine_labelTrainIds"}
 """Data set -> what the names of its converted label maps end with."""
@@ -30,100 +29,94 @@ PHASES = ("train", "val")
 
 
 def decode_rle(segmentation: dict[str, Any]) -> np.ndarray:
-    """Mask bool (H, W) from COCO's run-length encoding: ``size`` [H, W] and ``counts``, the lengths of runs of 0 and 1 in turn, column by
-    column.
+    """Mask bool (H, W) from COCO's run-length encoding: ``size`` [H, W] and ``counts``, the lengths of runs of 0 and 1
+    in turn, column by column.
 
-    ``counts`` is a list, or text: each length in groups of 5 bits, lowest first, as characters from "0" on (32: another group follows; the
-    highest bit of the last group is the sign), from the fourth on less the length before the last. Raises ``ValueError`` if it is
-    neither.
+    ``counts`` is a list, or text: each length in groups of 5 bits, lowest first, as characters from "0" on (32: another
+    group follows; the highest bit of the last group is the sign), from the fourth on less the length before the last.
+    Raises ``ValueError`` if it is neither.
     """
     height, width = segmentation["size"]
     counts = segmentation["counts"]
-    if isinstance(counts, str):
-        groups = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
-        last = (groups & 32) == 0
-        if len(groups) and (groups.min() < 0 or groups.max() > 63 or not last[-1]):
-            raise ValueError("the run lengths are no COCO encoding")
-        starts = np.flatnonzero(np.concatenate([[True], last[:-1]])) if len(groups) else np.zeros(0, int)
-        place = np.arange(len(groups)) - np.repeat(starts, np.diff(np.append(starts, len(groups))))
-        if place.size and place.max() > 11:
-            raise ValueError("the run lengths are no COCO encoding")
-        value = np.add.reduceat((groups & 31) << (5 * place), starts) if len(groups) else np.zeros(0, np.int64)
-        value -= np.where(groups[last] & 16, np.int64(1) << (5 * (place[last] + 1)), 0)
-        # From the fourth on differences to the last but one: two interleaved sums, the first length apart.
-        value[1::2], value[2::2] = value[1::2].cumsum(), value[2::2].cumsum()
-        counts = value
-    runs = np.asarray(counts, np.int64).ravel()
+    runs = _run_lengths(counts.encode("ascii")) if isinstance(counts, str) else np.asarray(counts, np.int64).ravel()
     if (runs < 0).any() or runs.sum() != height * width:
         raise ValueError(f"the run lengths add up to {runs.sum()}, not {height} x {width}")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
-def convert_context(json_path: str | Path, folder: str | Path, progress: bool = True) -> dict[str, int]:
-    """PASCAL Context's label maps from ``trainval_merged.json`` (PASCAL in Detail), below the VOC 2010 that ``folder`` holds.
+def _run_lengths(text: bytes) -> np.ndarray:
+    """i64 (n,) from their text form."""
+    groups = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    if not len(groups):
+        return groups
+    last = (groups & 32) == 0
+    starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
+    place = np.arange(len(groups)) - np.repeat(starts, np.diff(np.append(starts, len(groups))))
+    if groups.min() < 0 or groups.max() > 63 or not last[-1] or place.max() > 11:
+        raise ValueError("the run lengths are no COCO encoding")
+    value = np.add.reduceat((groups & 31) << (5 * place), starts)
+    value -= np.where(groups[last] & 16, np.int64(1) << (5 * (place[last] + 1)), 0)
+    # From the fourth on differences to the last but one: two interleaved sums, the first length apart.
+    value[1::2], value[2::2] = value[1::2].cumsum(), value[2::2].cumsum()
+    return value
 
-    Writes ``SegmentationClassContext/<id>.png`` (0 = background, 1 to 59 in alphabetical order; where annotations overlap the later one
-    counts) and, last, ``ImageSets/SegmentationContext/train.txt`` and ``val.txt``. Returns the number of images a split. Raises
-    ``InputError`` for a file that is not of this form. Lists made by the usual converter have one val image less (5104): its
-    annotation reader loses some while filtering.
+
+def convert_context(json_path: str | Path, folder: str | Path, progress: bool = True) -> dict[str, int]:
+    """PASCAL Context's label maps from ``trainval_merged.json`` (PASCAL in Detail), below ``folder``'s VOC 2010.
+
+    Writes ``SegmentationClassContext/<id>.png`` (0 = background, 1 to 59 in alphabetical order; of overlapping regions
+    the later one counts) and, last, ``ImageSets/SegmentationContext/<split>.txt``. Returns the number of images of
+    each. Raises ``InputError`` for a file of another form. Lists made by the usual converter have one val image less
+    (5104): its annotation reader loses some while filtering.
     """
-    home = find_root(Path(folder).expanduser(), "PASCAL VOC 2010", CONTEXT_PLACES, ("JPEGImages",))
-    labels = {value: i + 1 for i, value in enumerate(class_table()["data_sets"]["context"]["ids"])}
-    path = Path(json_path).expanduser()
-    images, annotations = _detail(path)
-    listed: dict[str, list[str]] = {phase: [] for phase in PHASES}
-    for image in tqdm([i for i in images if i["phase"] in PHASES], desc="label maps", unit="image", disable=not progress):
-        name = Path(image["file_name"]).stem
-        drawn = np.zeros((image["height"], image["width"]), np.uint8)
-        for annotation in annotations[image["image_id"]]:
-            if annotation["category_id"] not in labels:
-                raise InputError(f"{path} marks a region of {name} with the category {annotation['category_id']}, which is none of the"
-                                 " 59 of PASCAL Context; give trainval_merged.json as published.")
-            try:
-                mask = decode_rle(annotation["segmentation"])
-                if mask.shape != drawn.shape:
-                    raise ValueError(f"it has the shape {mask.shape}, the image {drawn.shape}")
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"A mask of the image {name} in {path} cannot be decoded ({error}); download the file again.") from None
-            drawn[mask] = labels[annotation["category_id"]]
-        _write(home / "SegmentationClassContext" / f"{name}.png", drawn)
-        listed[image["phase"]].append(name)
+    home, path = context().home(Path(folder).expanduser(), "val"), Path(json_path).expanduser()
+    listed, name = {phase: [] for phase in PHASES}, "none"
+    if not path.is_file():
+        raise InputError(f"The file {path} does not exist; give trainval_merged.json of PASCAL in Detail with --json.")
+    try:
+        table, annotations = json.loads(path.read_bytes()), defaultdict(list)
+        for annotation in table["annos_segmentation"]:
+            annotations[annotation["image_id"]].append(annotation)
+        images = [image for image in table["images"] if image["phase"] in PHASES]
+        for image in tqdm(images, "label maps", unit="image", disable=not progress):
+            name = Path(image["file_name"]).stem
+            drawn = _drawn((image["height"], image["width"]), annotations[image["image_id"]])
+            _write(home / "SegmentationClassContext" / f"{name}.png", drawn)
+            listed[image["phase"]].append(name)
+    except InputError:  # a label map that cannot be written
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be converted ({type(error).__name__}: {error}; last image: {name}); give"
+                         " trainval_merged.json of PASCAL in Detail as published, or download it again.") from None
     for phase, names in listed.items():
-        write_atomic(home / "ImageSets" / "SegmentationContext" / f"{phase}.txt", "".join(f"{n}\n" for n in sorted(names)).encode())
+        text = "".join(f"{name}\n" for name in sorted(names))
+        write_atomic(home / "ImageSets" / "SegmentationContext" / f"{phase}.txt", text.encode())
     return {phase: len(names) for phase, names in listed.items()}
 
 
-def _detail(path: Path) -> tuple[list[dict[str, Any]], dict[Any, list[dict[str, Any]]]]:
-    """Images and, by image id, annotations in the file's order."""
-    try:
-        table = json.loads(path.read_bytes())
-        images = table["images"]
-        for image in images:
-            _ = image["image_id"], image["file_name"], image["phase"], image["height"] * image["width"]
-        annotations = defaultdict(list)
-        for annotation in table["annos_segmentation"]:
-            _ = annotation["category_id"], annotation["segmentation"]
-            annotations[annotation["image_id"]].append(annotation)
-    except FileNotFoundError:
-        raise InputError(f"The file {path} does not exist; give trainval_merged.json of PASCAL in Detail with --json.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not trainval_merged.json of PASCAL in Detail ({type(error).__name__}: {error}); download it again."
-                         ) from None
-    return images, annotations
+def _drawn(shape: tuple[int, int], annotations: list[dict[str, Any]]) -> np.ndarray:
+    """Labels u8 (H, W) of one image."""
+    drawn, labels = np.zeros(shape, np.uint8), numbered(class_table()["data_sets"]["context"]["ids"])
+    for annotation in annotations:
+        category, mask = annotation["category_id"], decode_rle(annotation["segmentation"])
+        if category not in labels:
+            raise ValueError(f"a region has the category {category}, none of the 59")
+        if mask.shape != shape:
+            raise ValueError(f"a mask has the shape {mask.shape}, the image {shape}")
+        drawn[mask] = labels[category]
+    return drawn
 
 
 def convert_train_ids(name: str, folder: str | Path, split: str = "val", progress: bool = True) -> int:
-    """Write the label maps of COCO-Object, COCO-Stuff or Cityscapes with their train ids, under the names that other tools look for.
+    """Write the label maps of COCO-Object, COCO-Stuff or Cityscapes with train ids, under the names other tools expect.
 
-    COCO's go to ``annotations/<split>2017/<id>_instanceTrainIds.png`` (0 = background, 1 to 80) and ``<id>_labelTrainIds.png`` (0 to 170,
-    255 = unlabelled), Cityscapes' beside the published ones (``*_gtFine_labelTrainIds.png``, 0 to 18, 255 = ignored). Returns their
-    number. Raises ``InputError`` as the reader of the data set does.
+    COCO's go to ``annotations/<split>2017`` (COCO-Object: 0 = background, 1 to 80; COCO-Stuff: 0 to 170, 255 =
+    unlabelled), Cityscapes' beside the published ones (0 to 18, 255 = ignored). Returns their number.
     """
     if name not in ENDINGS:
         raise InputError(f"The data set {name!r} needs no conversion; convert one of context, {', '.join(ENDINGS)}.")
     dataset = load_dataset(name, split, folder)
-    assert isinstance(dataset, FolderDataset)
-    for index, file in enumerate(tqdm(dataset.files, desc=f"{name} labels", unit="image", disable=not progress)):
+    for index, file in enumerate(tqdm(dataset.files, f"{name} labels", unit="image", disable=not progress)):
         place = file.labels.parent
         if name != "cityscapes":
             inside = file.image.parent.parent  # <home>/val2017 or <home>/images/val2017

@@ -1,40 +1,154 @@
-"""Data sets with label maps, by name. Each is an entry of :data:`DATASETS`: ``builder(split, folder, names) -> Dataset``."""
+"""Data sets with label maps, by name: the mini world's, and the published ones as their archives unpack (Sec. 4, A.3).
+
+A further one is a :class:`~ovdiff_lib.workbench.data.readers.Layout` and a line of :data:`DATASETS`; its classes
+stand in ``classes.json``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.workbench.data import readers
-from ovdiff_lib.workbench.data.readers import FolderDataset
+from ovdiff_lib.mini.world import load_world
+from ovdiff_lib.workbench.data.classes import class_table
+from ovdiff_lib.workbench.data.metrics import IGNORE
+from ovdiff_lib.workbench.data.readers import MINI_DATA, FolderDataset, Layout
 from ovdiff_lib.workbench.data.samples import Dataset
 
-DATASETS: dict[str, Callable[..., Dataset]] = {
-    **{name: partial(FolderDataset, name, name, readers.mini_files, True) for name in ("mini-voc", "mini-object", "mini-context")},
-    "voc": partial(FolderDataset, "voc", "voc", readers.voc_files, True),
-    "context": partial(FolderDataset, "context", "context", readers.context_files, True),
-    "coco-object": partial(FolderDataset, "coco-object", "coco-object", readers.coco_files, True),
+VOID = {IGNORE: IGNORE}
+
+
+def numbered(stored: Iterable[int]) -> dict[int, int]:
+    """The stored values of the classes, in order -> labels 1, 2, ..."""
+    return {value: label for label, value in enumerate(stored, 1)}
+
+
+def mini(classes: str) -> Layout:
+    """The mini world, its scenes that show at least one of the classes; all else is background."""
+    world = load_world()
+    names = world.vocabulary(classes)
+    values = dict.fromkeys(range(len(world.names) + 1), 0) | VOID | numbered(world.label(name) for name in names)
+
+    def scenes(home: Path, split: str) -> list[str]:
+        path = home / split / "scenes.json"
+        try:
+            table = json.loads(path.read_text(encoding="utf-8"))
+            return [scene["id"] for scene in table if {*scene["things"], *scene["stuff"]} & set(names)]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"The list of scenes {path} cannot be read ({error}); install it again.") from None
+
+    return Layout("The mini world", ("",), ("{split}/images/{id}.webp",), {"{split}/labels/{id}.png": values},
+                  {split: split for split in ("tune", "val", "wild")}, scenes, shipped=MINI_DATA)
+
+
+def voc() -> Layout:
+    """PASCAL VOC 2012; the splits are ``ImageSets/Segmentation/<split>.txt``."""
+    return Layout("PASCAL VOC 2012", ("VOC2012", "VOCdevkit/VOC2012", ""), ("JPEGImages/{id}.jpg",),
+                  {"SegmentationClass/{id}.png": {0: 0} | VOID | numbered(range(1, 21))},
+                  ids=partial(_listed, "Segmentation"))
+
+
+def context() -> Layout:
+    """PASCAL Context on the images of VOC 2010, its labels, alphabetical, in either common form.
+
+    ``SegmentationClassContext`` (0 = background, 1 to 59) with ``ImageSets/SegmentationContext/<split>.txt``, as
+    ``ovdiff convert context`` writes it; or ``annotations_detectron2/pc59_<split>`` (0 to 58, 255 = background).
+    """
+    return Layout("PASCAL Context (PASCAL VOC 2010)", ("VOC2010", "VOCdevkit/VOC2010", ""), ("JPEGImages/{id}.jpg",),
+                  {"SegmentationClassContext/{id}.png": {0: 0} | numbered(range(1, 60)),
+                   "annotations_detectron2/pc59_{split}/{id}.png": {IGNORE: 0} | numbered(range(59))},
+                  ids=partial(_listed, "SegmentationContext"),
+                  hint="make them with: ovdiff convert context --data FOLDER --json trainval_merged.json")
+
+
+def coco(objects: bool) -> Layout:
+    """COCO 2017 with the pixel maps of COCO-Stuff 164k: COCO-Object, or COCO-Stuff.
+
+    Maps are as published (``<id>.png``, ids 0 to 181), or converted (``<id>_labelTrainIds.png``, 0 to 170; COCO-Object
+    also ``<id>_instanceTrainIds.png``). In COCO-Object stuff and what is unlabelled are background: nothing is ignored,
+    as in the conversion the literature uses.
+    """
+    tables = class_table()["data_sets"]
+    things = len(tables["coco-object"]["classes"])
+
+    def values(stored: Iterable[int]) -> dict[int, int]:
+        labels = numbered(stored) | VOID
+        return {value: 0 if objects and label > things else label for value, label in labels.items()}
+
+    kinds = {"": values(tables["coco-stuff"]["ids"]), "_labelTrainIds": values(range(171))}
+    if objects:
+        kinds["_instanceTrainIds"] = {0: 0} | numbered(range(1, things + 1))
+    folders = ("stuffthingmaps", "stuffthingmaps_trainval2017", "annotations/stuffthingmaps", "annotations")
+    return Layout("COCO 2017 with COCO-Stuff", ("", "coco", "coco_stuff164k", "COCO"),
+                  ("images/{split}/{id}.jpg", "{split}/{id}.jpg"),
+                  {f"{folder}/{{split}}/{{id}}{end}.png": kinds[end] for end in kinds for folder in folders},
+                  {"val": "val2017", "train": "train2017"},
+                  hint="unpack stuffthingmaps_trainval2017.zip to the folder stuffthingmaps")
+
+
+def ade() -> Layout:
+    """ADE20K as in ADEChallengeData2016; 0 is not labelled."""
+    archive = "ADEChallengeData2016"
+    return Layout(archive, (archive, "", f"ade/{archive}"), ("images/{split}/{id}.jpg",),
+                  {"annotations/{split}/{id}.png": {0: 0} | numbered(range(1, 151))},
+                  {"val": "validation", "train": "training"})
+
+
+def cityscapes() -> Layout:
+    """Cityscapes, one folder a city, with label ids (0 to 33, those without a class ignored) or train ids."""
+    ids = dict.fromkeys(range(34), IGNORE) | numbered(class_table()["data_sets"]["cityscapes"]["ids"])
+    return Layout("Cityscapes", ("", "cityscapes", "Cityscapes"), ("leftImg8bit/{split}/{id}_leftImg8bit.png",),
+                  {"gtFine/{split}/{id}_gtFine_labelIds.png": ids | VOID,
+                   "gtFine/{split}/{id}_gtFine_labelTrainIds.png": numbered(range(19)) | VOID},
+                  {"val": "val", "train": "train"}, any_id="*/*")
+
+
+def _listed(folder: str, home: Path, split: str) -> list[str]:
+    """The ids in ``ImageSets/<folder>/<split>.txt``, in the file's order."""
+    path = home / "ImageSets" / folder / f"{split}.txt"
+    known = sorted(other.stem for other in path.parent.glob("*.txt"))
+    if split not in known:
+        remedy = f"choose one of {', '.join(known)}" if known else "unpack it again"
+        raise InputError(f"There is no split file {path}; {remedy}.")
+    try:
+        ids = list(filter(None, map(str.strip, path.read_text(encoding="utf-8").split("\n"))))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The split file {path} cannot be read ({error}); unpack it again.") from None
+    if len(set(ids)) < len(ids):
+        raise InputError(f"The split file {path} names an image twice; unpack it again.")
+    return ids
+
+
+DATASETS: dict[str, tuple[str, Callable[[], Layout], bool]] = {
+    "mini-voc": ("mini-voc", partial(mini, "mini-voc"), True),
+    "mini-object": ("mini-object", partial(mini, "mini-object"), True),
+    "mini-context": ("mini-context", partial(mini, "mini-context"), True),
+    "voc": ("voc", voc, True),
+    "context": ("context", context, True),
+    "coco-object": ("coco-object", partial(coco, True), True),
     # Background is no class of these (Table A.7).
-    "mini-voc20": partial(FolderDataset, "mini-voc20", "mini-voc", readers.mini_files, False),
-    "mini-object42": partial(FolderDataset, "mini-object42", "mini-object", readers.mini_files, False),
-    "mini-context28": partial(FolderDataset, "mini-context28", "mini-context", readers.mini_files, False),
-    "voc20": partial(FolderDataset, "voc20", "voc", readers.voc_files, False),
-    "context59": partial(FolderDataset, "context59", "context", readers.context_files, False),
-    "coco-stuff": partial(FolderDataset, "coco-stuff", "coco-stuff", readers.coco_files, False),
-    "ade20k": partial(FolderDataset, "ade20k", "ade20k", readers.ade_files, False),
-    "cityscapes": partial(FolderDataset, "cityscapes", "cityscapes", readers.cityscapes_files, False),
+    "mini-voc20": ("mini-voc", partial(mini, "mini-voc"), False),
+    "mini-object42": ("mini-object", partial(mini, "mini-object"), False),
+    "mini-context28": ("mini-context", partial(mini, "mini-context"), False),
+    "voc20": ("voc", voc, False),
+    "context59": ("context", context, False),
+    "coco-stuff": ("coco-stuff", partial(coco, False), False),
+    "ade20k": ("ade20k", ade, False),
+    "cityscapes": ("cityscapes", cityscapes, False),
 }
-"""Name -> ``builder(split="val", folder=None, names="fixed")``."""
+"""Name -> (its classes, how it lies on disk, whether background is a class)."""
 
 
 def load_dataset(name: str, split: str = "val", folder: str | Path | None = None, names: str = "fixed") -> Dataset:
-    """The data set called ``name``, read from ``folder`` (data sets of the mini world ship), with the class names ``names``
+    """The data set called ``name``, read from ``folder`` (those of the mini world ship), with the class names ``names``
     (:data:`~ovdiff_lib.workbench.data.classes.NAMES`).
 
     Raises ``InputError`` for an unknown name, split or selection of names, and for files that are missing.
     """
     if name not in DATASETS:
         raise InputError(f"There is no data set {name!r}; choose one of {', '.join(DATASETS)}.")
-    return DATASETS[name](split=split, folder=folder, names=names)
+    classes, layout, has_background = DATASETS[name]
+    return FolderDataset(name, classes, layout(), has_background, split, folder, names)

@@ -1,9 +1,10 @@
 """The bench: rows of a table as data, measured on data sets over seeds.
 
     bench = Bench("mini", library=folder, seeds=[0, 1, 2])
-    cells = bench.cells([Row("full"), Row("without category filter", {"filters.category": False})], {"VOC": "mini-voc"})
+    cells = bench.cells([Row("full"), Row("without filter", {"filters.category": False})], {"VOC": "mini-voc"})
 
-A row names the profile fields in which it differs; rows share networks and features, and results are kept in the library's folder.
+A row names the profile fields in which it differs; rows share networks and features, and results are kept in the
+library's folder.
 """
 
 from __future__ import annotations
@@ -35,23 +36,23 @@ class Bench:
     Args:
         profile, overrides: as for :class:`~ovdiff_lib.pipeline.OVDiff`; rows replace further fields.
         library: folder of support sets, prototypes and, below ``results``, of what was measured.
-        seeds: a row is measured once for each (default: ``evaluation.seeds``, each plus ``first_seed``); a seed moves the drawings, their
-            noise and the clustering. The noise on test images stays (``features.seed``), so that seeds share the features of the images.
+        seeds: a row is measured once for each (default: ``evaluation.seeds``, each plus ``first_seed``); a seed moves
+            drawings and clustering, not the noise on test images, so that seeds share the features of these.
         images: the first so many images of each data set (default: ``evaluation.images``).
 
-    Raises ``ProfileError`` and ``ModelNotAvailable`` as :func:`~ovdiff_lib.checks.check_profile`, whatever rows replace later.
+    Raises as :func:`~ovdiff_lib.checks.check_profile`, whatever rows replace later.
     """
 
-    def __init__(self, profile: str | Path | Profile = "mini", overrides: Mapping[str, Any] | None = None, *, library: str | Path,
-                 seeds: Sequence[int] | None = None, first_seed: int = 0, images: int | None = None, progress: bool = True) -> None:
+    def __init__(self, profile: str | Path | Profile = "mini", overrides: Mapping[str, Any] | None = None, *,
+                 library: str | Path, seeds: Sequence[int] | None = None, first_seed: int = 0,
+                 images: int | None = None, progress: bool = True) -> None:
         self.profile = load_profile(profile, dict(overrides or {}))
         check_profile(self.profile)
-        seeds = [first_seed + s for s in self.profile.evaluation.seeds] if seeds is None else seeds
-        images = self.profile.evaluation.images if images is None else images
-        if not seeds:
+        self.seeds = tuple(first_seed + s for s in self.profile.evaluation.seeds) if seeds is None else tuple(seeds)
+        if not self.seeds:
             raise InputError("The list of seeds is empty; give at least one.")
-        self.library, self.seeds, self.images, self.progress = Path(library), tuple(seeds), images, progress
-        self.parts = SharedNetworks()
+        self.images = self.profile.evaluation.images if images is None else images
+        self.library, self.progress, self.parts = Path(library), progress, SharedNetworks()
         self._datasets: dict[tuple[str, str], Dataset] = {}
 
     def ovdiff(self, settings: Mapping[str, Any] | None = None, seed: int | None = None) -> OVDiff:
@@ -61,7 +62,7 @@ class Bench:
         return OVDiff(profile, library=self.library, progress=self.progress, networks=self.parts)
 
     def dataset(self, source: str, names: str = "fixed") -> Dataset:
-        """The data set of ``source`` = "name", "name/split" or, with its folder, "name:folder". Raises ``InputError``."""
+        """The data set of ``source`` = "name", "name/split" or, with its folder, "name:folder"."""
         if (source, names) not in self._datasets:
             name, _, folder = source.partition(":")
             name, _, split = name.partition("/")
@@ -72,28 +73,27 @@ class Bench:
         """For each row by label its results on the data set ``source``, one a seed; of a search the best."""
         if len({row.label for row in rows}) < len(rows):
             raise InputError("Two rows of the table have the same label; give each its own.")
-        found: dict[tuple[str, int], tuple[EvaluationResult, ...]] = {}
+        found: dict[str, tuple[EvaluationResult, ...]] = {}
         for names in dict.fromkeys(row.names for row in rows):
-            methods = {(row.label, seed): row.method(self, seed) for row in rows if row.names == names for seed in self._seeds(row)}
-            found |= self._measure(methods, self.dataset(source, names))
-        return {row.label: tuple(max(found[row.label, seed], key=lambda r: r.miou) for seed in self._seeds(row)) for row in rows}
+            methods = {(row.label, seed): row.method(self, seed)
+                       for row in rows if row.names == names for seed in self._seeds(row)}
+            for (label, _), results in self._measure(methods, self.dataset(source, names)).items():
+                found[label] = (*found.get(label, ()), max(results, key=lambda result: result.miou))
+        return {row.label: found[row.label] for row in rows}
 
     def cells(self, rows: Sequence[Row], columns: Mapping[str, str], table: str = "") -> list[Cell]:
         """Cells of mIoU in percent, rows by data sets; ``columns`` maps the paper's column to the source of a data set.
 
         Cells carry their place in the paper's table ``table`` and, where it has one, its value.
         """
-        cells = []
-        for column, source in columns.items():
-            measured = self.measure(rows, source)
-            for row in rows:
-                paper = _published(table, row.paper or row.label, column) if table else None
-                cells.append(Cell.of(row.label, self.dataset(source).name, [100 * r.miou for r in measured[row.label]], paper))
-        return sorted(cells, key=lambda cell: [row.label for row in rows].index(cell.row))
+        measured = {column: self.measure(rows, source) for column, source in columns.items()}
+        return [Cell.of(row.label, self.dataset(source).name, [100 * r.miou for r in measured[column][row.label]],
+                        _published(table, row.paper or row.label, column) if table else None)
+                for row in rows for column, source in columns.items()]
 
     def predictor(self, row: Row, source: str) -> Callable[[np.ndarray], np.ndarray]:
-        """Image u8 (H, W, 3) -> labels int (H, W) of a row on the data set ``source``, with the first seed; of a search, with the constant
-        that was measured to be best."""
+        """Image u8 (H, W, 3) -> labels int (H, W) of a row on the data set ``source``, with the first seed; of a
+        search, with the constant that was measured to be best."""
         method, dataset, chosen = row.method(self, self.seeds[0]), self.dataset(source, row.names), 0
         predict = method.prepare(dataset)
         if method.variants > 1:
@@ -111,13 +111,14 @@ class Bench:
         return [dataclasses.replace(cell, column=column) for cell in cells]
 
     def published(self, cells: Sequence[Cell], columns: Mapping[str, str], table: str) -> list[Cell]:
-        """``cells`` and, after them, the rows of the paper's table ``table`` that are not among them, with the paper's numbers alone."""
+        """``cells`` and, after them, the rows of the paper's table that are not among them, with its numbers alone."""
         here = {cell.paper.row for cell in cells if cell.paper}
-        return [*cells, *(Cell(p.row, self.dataset(columns[p.column]).name, paper=p, source="published") for p in paper_table(table)
+        return [*cells, *(Cell(p.row, self.dataset(columns[p.column]).name, paper=p, source="published")
+                          for p in paper_table(table)
                           if p.row not in here and p.column in columns and p.value is not None)]
 
     def missing(self, rows: Sequence[Row]) -> dict[str, str]:
-        """Why rows cannot be measured here, by label: a model that the profile does not name or that is not on this machine."""
+        """Why rows cannot be measured here, by label: a model that the profile does not name or that is not here."""
         reasons = {}
         for row in rows:
             try:

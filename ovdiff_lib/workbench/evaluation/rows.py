@@ -1,6 +1,7 @@
 """Rows of a table: OVDiff with other settings, without background prototypes at every threshold, and rivals.
 
-A row needs of its bench (:class:`~ovdiff_lib.workbench.evaluation.bench.Bench`) the ``ovdiff(settings, seed)`` and the shared ``parts``.
+A row needs of its bench (:class:`~ovdiff_lib.workbench.evaluation.bench.Bench`) the ``ovdiff(settings, seed)``, the
+``seeds`` and the shared ``parts``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import numpy as np
 
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.keys import of_labels
-from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.types import PrototypeBank
 from ovdiff_lib.workbench.data.samples import Dataset, Sample
 from ovdiff_lib.workbench.evaluation.measure import Method, Sweep, for_dataset, foreground_labels, label_predictor
@@ -26,10 +26,10 @@ THRESHOLDS = tuple(round(0.01 * i, 2) for i in range(100))
 class Row:
     """One row of a table: OVDiff with the profile fields ``settings`` replaced.
 
-    ``label`` is shown; ``paper`` is the row's name in the paper's table ("" = the label). ``build``, a function (bench, seed,
-    vocabulary) -> bank, replaces ``OVDiff.build`` (:mod:`~ovdiff_lib.workbench.evaluation.banks`); ``label`` and ``settings`` tell it
-    apart. ``names`` selects the class names given to the networks (:data:`~ovdiff_lib.workbench.data.classes.NAMES`). ``seeds`` limits
-    how many seeds are measured.
+    ``paper`` is the row's name in the paper's table ("" = ``label``). ``build(bench, seed, vocabulary)`` gives a bank
+    in place of ``OVDiff.build`` (:mod:`~ovdiff_lib.workbench.evaluation.banks`); ``label``, ``settings`` and the
+    bench's seeds tell it apart. ``names`` selects the class names given to the networks
+    (:data:`~ovdiff_lib.workbench.data.classes.NAMES`). ``seeds`` limits how many seeds are measured.
     """
 
     label: str
@@ -39,66 +39,66 @@ class Row:
     names: str = "fixed"
     seeds: int | None = None
 
-    def method(self, bench: Any, seed: int) -> Method:
-        """The method that the row stands for."""
-        ovdiff = bench.ovdiff(self.settings, seed)
-
-        def prepare(dataset: Dataset) -> Callable[[Sample], np.ndarray]:
-            predict = label_predictor(ovdiff, self.bank(bench, ovdiff, seed, dataset), dataset)
-            return lambda sample: predict(sample.image)[None]
-
-        return Method(self.key(ovdiff, seed), prepare, build=self.builder(ovdiff))
-
     def needs(self, bench: Any) -> None:
         """``ModelNotAvailable`` or ``ProfileError`` where the row cannot be measured here."""
         ovdiff = bench.ovdiff(self.settings)
         ovdiff.extractors, ovdiff.segmenter  # noqa: B018
 
-    def key(self, ovdiff: OVDiff, seed: int) -> dict[str, Any]:
-        made = {"build": [self.label, seed]} if self.build else {}
-        return {"method": "ovdiff", **made, **of_labels(ovdiff.profile)}
-
-    def bank(self, bench: Any, ovdiff: OVDiff, seed: int, dataset: Dataset) -> PrototypeBank:
-        return (self.build(bench, seed, dataset.vocabulary) if self.build else for_dataset(ovdiff, dataset).build(dataset.vocabulary))
-
-    def builder(self, ovdiff: OVDiff) -> Callable | None:
-        return None if self.build else lambda dataset, category: for_dataset(ovdiff, dataset).build_class(category)
-
-
-@dataclass(frozen=True)
-class Searched(Row):
-    """OVDiff without background prototypes: the best of :data:`THRESHOLDS` as constant background score, searched on the images it is
-    measured on."""
-
     def method(self, bench: Any, seed: int) -> Method:
-        # Any constant will do: the background's row of the scores is not read.
-        ovdiff = bench.ovdiff({**self.settings, "matching.background_threshold": 0.0}, seed)
+        """The method that the row stands for."""
+        searched = isinstance(self, Searched)
+        # Any constant will do for a search: the background's row of the scores is not read.
+        constant = {"matching.background_threshold": 0.0} if searched else {}
+        ovdiff = bench.ovdiff({**self.settings, **constant}, seed)
+        own = {"build": [self.label, seed, list(bench.seeds)]} if self.build else {}
+        tried = {"thresholds": list(THRESHOLDS)} if searched else {}
 
-        def prepare(dataset: Dataset) -> Callable[[Sample], Sweep]:
-            bank = self.bank(bench, ovdiff, seed, dataset).without_background()
-            return lambda sample: Sweep.of(ovdiff.segment(sample.image, bank).scores, THRESHOLDS)
+        def prepare(dataset: Dataset) -> Callable[[Sample], np.ndarray | Sweep]:
+            words = dataset.vocabulary
+            bank = self.build(bench, seed, words) if self.build else for_dataset(ovdiff, dataset).build(words)
+            if searched:
+                bank = bank.without_background()
+                return lambda sample: Sweep.of(ovdiff.segment(sample.image, bank).scores, THRESHOLDS)
+            predict = label_predictor(ovdiff, bank, dataset)
+            return lambda sample: predict(sample.image)[None]
 
-        return Method({**self.key(ovdiff, seed), "thresholds": list(THRESHOLDS)}, prepare, len(THRESHOLDS), self.builder(ovdiff))
+        return Method({"method": "ovdiff", **own, **of_labels(ovdiff.profile), **tried}, prepare,
+                      len(THRESHOLDS) if searched else 1,
+                      None if self.build else lambda dataset, one: for_dataset(ovdiff, dataset).build_class(one))
+
+
+class Searched(Row):
+    """OVDiff without background prototypes: the best of :data:`THRESHOLDS` as constant background score, searched on
+    the images it is measured on."""
 
 
 @dataclass(frozen=True)
 class Rival(Row):
     """The entry ``baseline`` of ``BASELINES``, with its own background or the best constant one, as :class:`Searched`.
 
-    ``filtered``: behind OVDiff's category filter; ``voted``: each proposal of the profile's segmenter then takes its majority label.
+    ``filtered``: behind OVDiff's category filter; ``voted``: each proposal of the profile's segmenter then takes its
+    majority label.
     """
 
     baseline: str = ""
     filtered: bool = False
     voted: bool = False
 
+    def needs(self, bench: Any) -> Any:
+        """The baseline. Raises ``ModelNotAvailable`` or ``ProfileError`` where it cannot be measured here."""
+        from ovdiff_lib.workbench.baselines.common import Filtered
+
+        ovdiff = bench.ovdiff(self.settings)
+        baseline = bench.parts.baseline(self.baseline, ovdiff.profile)
+        return Filtered(baseline, ovdiff.category_filter) if self.filtered else baseline
+
     def method(self, bench: Any, seed: int) -> Method:
         from ovdiff_lib.workbench.baselines import OWN_BACKGROUND
 
-        ovdiff = bench.ovdiff(self.settings)
-        own, variants = self.baseline in OWN_BACKGROUND, 1 if self.baseline in OWN_BACKGROUND else len(THRESHOLDS)
-        key = {"method": self.baseline, "filtered": self.filtered, "voted": self.voted, **of_labels(ovdiff.profile, True),
-               "baselines": ovdiff.profile.to_dict().get("baselines", {}), **({} if own else {"thresholds": list(THRESHOLDS)})}
+        ovdiff, own = bench.ovdiff(self.settings), self.baseline in OWN_BACKGROUND
+        key = {"method": self.baseline, "filtered": self.filtered, "voted": self.voted,
+               **of_labels(ovdiff.profile, True), "baselines": ovdiff.profile.to_dict()["baselines"],
+               **({} if own else {"thresholds": list(THRESHOLDS)})}
 
         def prepare(dataset: Dataset) -> Callable[[Sample], np.ndarray | Sweep]:
             baseline = self.needs(bench)
@@ -109,28 +109,21 @@ class Rival(Row):
                     made = Sweep.of(scores, THRESHOLDS)
                 else:
                     made = (scores.argmax(0) if dataset.has_background else foreground_labels(scores))[None]
-                return self._vote(made, ovdiff, sample, dataset) if self.voted else made
+                return _voted(made, ovdiff.segmenter, sample, dataset) if self.voted else made
 
             return label
 
-        return Method(key, prepare, variants)
+        return Method(key, prepare, 1 if own else len(THRESHOLDS))
 
-    def needs(self, bench: Any) -> Any:
-        """The baseline. Raises ``ModelNotAvailable`` or ``ProfileError`` where it cannot be measured here."""
-        from ovdiff_lib.workbench.baselines.filtered import Filtered
 
-        ovdiff = bench.ovdiff(self.settings)
-        baseline = bench.parts.baseline(self.baseline, ovdiff.profile)
-        return Filtered(baseline, ovdiff.category_filter) if self.filtered else baseline
+def _voted(made: np.ndarray | Sweep, segmenter: Any, sample: Sample, dataset: Dataset) -> np.ndarray:
+    """The label maps (T, H, W) after a vote in each of the segmenter's proposals."""
+    from ovdiff_lib.workbench.baselines.segmenter import majority_vote
 
-    @staticmethod
-    def _vote(made: np.ndarray | Sweep, ovdiff: OVDiff, sample: Sample, dataset: Dataset) -> np.ndarray:
-        from ovdiff_lib.workbench.baselines.segmenter import majority_vote
-
-        if isinstance(made, Sweep):
-            made = made.maps() if dataset.has_background else np.repeat(made.category[None], len(made.thresholds), 0)
-        proposals, voted = ovdiff.segmenter.propose(sample.image, ""), []
-        for index, one in enumerate(made):  # neighbouring thresholds often make the same map
-            same = index and (one == made[index - 1]).all()
-            voted.append(voted[-1] if same else majority_vote(one, proposals))
-        return np.stack(voted)
+    if isinstance(made, Sweep):
+        made = made.maps() if dataset.has_background else np.repeat(made.category[None], len(made.thresholds), 0)
+    proposals, voted = segmenter.propose(sample.image, ""), []
+    for index, one in enumerate(made):  # neighbouring thresholds often make the same map
+        same = index and (one == made[index - 1]).all()
+        voted.append(voted[-1] if same else majority_vote(one, proposals))
+    return np.stack(voted)

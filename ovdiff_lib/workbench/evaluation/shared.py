@@ -1,16 +1,12 @@
-"""Extractors, segmenters and category filters that several OVDiff objects share, for measuring many settings on the same images.
-
-Settings that differ in one field mostly run the same networks on the same pixels. :class:`SharedNetworks` builds each once for everything
-it depends on, and they remember their latest results, so that a second setting pays for what differs alone.
-"""
+"""Networks that several OVDiff objects share: settings that differ in one field mostly run the same ones on the same
+pixels. Each is built once and remembers its latest results, so that a second setting pays for what differs alone."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,11 +16,12 @@ from ovdiff_lib import keys
 from ovdiff_lib.features import EXTRACTORS, check_extractors
 from ovdiff_lib.filters.category import CategoryFilter
 from ovdiff_lib.masks import SEGMENTERS, check_segmenter
+from ovdiff_lib.masks.select import proposals
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.registry import NOT_MODELS
 
 MEMORY = 2**28
-"""Bytes of results that are remembered in a process: what the methods of a table need of one class or one image, several times over."""
+"""Bytes of results remembered in a process: what the methods of a table need of one class or image several times."""
 
 _numbers = itertools.count()
 
@@ -47,23 +44,19 @@ def remember(key: Any, make: Callable[[], Any]) -> Any:
 
 
 class Remembering:
-    """A part that remembers the latest results of itself as a function and of ``methods``; all else is the part's own."""
+    """A part whose method ``name``, or which itself as a function, remembers its latest results."""
 
-    def __init__(self, part: Any, *methods: str) -> None:
-        self._part, self._methods, self._number = part, methods, next(_numbers)
+    def __init__(self, part: Any, name: str = "__call__") -> None:
+        self._part, self._name, self._number = part, name, next(_numbers)
 
     def __call__(self, *arguments: Any) -> Any:
-        return remember(self._key("", arguments), lambda: self._part(*arguments))
+        return remember(self._key(*arguments), lambda: getattr(self._part, self._name)(*arguments))
 
     def __getattr__(self, name: str) -> Any:
-        own = getattr(self._part, name)
-        return functools.partial(self._asked, name, own) if name in self._methods else own
+        return self if name == self._name else getattr(self._part, name)
 
-    def _asked(self, name: str, own: Callable, *arguments: Any) -> Any:
-        return remember(self._key(name, arguments), lambda: own(*arguments))
-
-    def _key(self, name: str, arguments: Sequence[Any]) -> tuple:
-        return self._number, name, *(_digest(a) if isinstance(a, (np.ndarray, list)) else a for a in arguments)
+    def _key(self, *arguments: Any) -> tuple:
+        return self._number, *(_digest(a) if isinstance(a, (np.ndarray, list)) else a for a in arguments)
 
 
 class RememberingSegmenter(Remembering):
@@ -74,9 +67,7 @@ class RememberingSegmenter(Remembering):
 
     def propose_many(self, images: np.ndarray, words: str) -> list[np.ndarray]:
         """Proposals bool (M, H, W) of each image u8 (H, W, 3)."""
-        from ovdiff_lib.masks.select import proposals
-
-        places = [self._key("propose", (image, words)) for image in images]
+        places = [self._key(image, words) for image in images]
         found = {n: _remembered[key] for n, key in enumerate(places) if key in _remembered}
         new = [n for n in range(len(images)) if n not in found]
         for n, masks in zip(new, proposals(self._part, images[new], words) if new else [], strict=True):
@@ -87,38 +78,41 @@ class RememberingSegmenter(Remembering):
 class SharedNetworks:
     """Networks by what they depend on, to be given to :class:`~ovdiff_lib.pipeline.OVDiff` as ``networks``.
 
-    A remembered result is the same object again: nobody may change it in place.
+    A remembered result is the same object again: nobody may change it in place. Methods raise ``ProfileError`` and
+    ``ModelNotAvailable``.
     """
 
     def __init__(self) -> None:
         self._made: dict[str, Any] = {}
 
     def extractors(self, profile: Profile) -> dict[str, Any]:
-        """The extractors of ``features.extractors`` by name. Raises ``ProfileError`` and ``ModelNotAvailable``."""
+        """The extractors of ``features.extractors`` by name."""
         check_extractors(profile)
-        return {name: self._part("features", name, EXTRACTORS[name], profile, Remembering) for name in profile.features.extractors}
+        return {name: self._part("features", name, EXTRACTORS[name], profile, Remembering)
+                for name in profile.features.extractors}
 
     def segmenter(self, profile: Profile) -> Any:
-        """The segmenter of ``masks.segmenter``. Raises ``ProfileError`` and ``ModelNotAvailable``."""
+        """The segmenter of ``masks.segmenter``."""
         check_segmenter(profile)
         name = profile.masks.segmenter
         return self._part("masks", name, SEGMENTERS[name], profile, RememberingSegmenter)
 
     def category_filter(self, profile: Profile) -> Any:
-        """The category filter of the profile. Raises ``ProfileError`` and ``ModelNotAvailable``."""
+        """The category filter of the profile."""
         key = ["filter", profile.models.clip, _machine(profile), profile.to_dict()["filters"]]
         return self._once(key, lambda: Remembering(CategoryFilter.build(profile)))
 
     def baseline(self, name: str, profile: Profile) -> Any:
-        """The baseline called ``name`` with the profile's values. Raises as :func:`~ovdiff_lib.workbench.baselines.build_baseline`."""
+        """The baseline called ``name`` with the profile's values."""
         from ovdiff_lib.workbench.baselines import build_baseline
 
-        values = {section: fields for section, fields in profile.to_dict().items() if section not in ("name", "description", "evaluation")}
-        return self._once(["baseline", name, values], lambda: Remembering(build_baseline(name, profile), "scores"))
+        key = {section: fields for section, fields in profile.to_dict().items() if section != "evaluation"}
+        return self._once(["baseline", name, key], lambda: Remembering(build_baseline(name, profile), "scores"))
 
     def _part(self, section: str, name: str, part: Any, profile: Profile, wrap: type) -> Any:
         batch = getattr(getattr(profile, section), "batch_size", 0)
-        return self._once([section, name, keys.of_part(profile, section, name), batch, _machine(profile)], lambda: wrap(part(profile)))
+        key = [section, name, keys.of_part(profile, section, name), batch, _machine(profile)]
+        return self._once(key, lambda: wrap(part(profile)))
 
     def _once(self, key: list[Any], make: Callable[[], Any]) -> Any:
         text = json.dumps(key, sort_keys=True)

@@ -1,0 +1,86 @@
+"""What several test files of the workbench share: pictures, small data sets, windows averaged one at a time."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ovdiff_lib.categories import Vocabulary
+from ovdiff_lib.errors import InputError
+from ovdiff_lib.matching.windows import windows
+from ovdiff_lib.workbench.baselines.common import TextEmbeddings
+from ovdiff_lib.workbench.data.samples import Sample
+
+PETS = Vocabulary.of("cat, dog, chest of drawers")
+
+
+def refused(words, act, *arguments, **options):
+    """``act`` ends with an ``InputError`` of one sentence that holds all of ``words``."""
+    with pytest.raises(InputError) as caught:
+        act(*arguments, **options)
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(".") and len(text) < 600
+    assert all(str(word) in text for word in ([words] if isinstance(words, str) else words)), text
+
+
+def picture(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def blocks(height, width, seed=0):
+    """Coarse blocks of colour: noise of single pixels would be the same everywhere after resizing."""
+    cells = picture(-(-height // 8), -(-width // 8), seed)
+    return np.kron(cells, np.ones((8, 8, 1), np.uint8))[:height, :width]
+
+
+def texts_of(model, tokenizer):
+    return TextEmbeddings(model, tokenizer, "a good picture of a {name}")
+
+
+def averaged(image, sizes, stride, score):
+    """Mean over ``sizes`` of the mean over windows of ``score(crop u8 (S, S, 3))`` (C, S, S), window by window."""
+    scales = []
+    for size in sizes:
+        total, cover = 0, np.zeros(image.shape[:2])
+        for top, left, height, width in windows(image.shape[:2], size, stride):
+            place = slice(top, top + height), slice(left, left + width)
+            found = np.asarray(score(image[place]))
+            padded = np.zeros((len(found), *image.shape[:2]))
+            padded[:, *place] = found
+            total, cover[place] = total + padded, cover[place] + 1
+        scales.append(total / cover)
+    return np.mean(scales, axis=0)
+
+
+def enlarged(grid, size):
+    """(C, h, w) -> (C, *size), bilinear."""
+    return F.interpolate(torch.as_tensor(grid)[None], size, mode="bilinear")[0].numpy()
+
+
+@dataclass
+class Toy:
+    """Small non-square images; the red channel of each pixel is its true label."""
+
+    count: int = 3
+    name: str = "toy"
+    vocabulary: Vocabulary = field(default_factory=lambda: Vocabulary.of("cat, dog"))
+    has_background: bool = True
+
+    @property
+    def ids(self):
+        return tuple(str(i) for i in range(self.count))
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        low = 0 if self.has_background else 1
+        image = np.random.default_rng(index).integers(low, 3, (4 + index, 9, 3), dtype=np.uint8)
+        labels = image[..., 0].copy()
+        labels[0, index] = 255
+        return Sample(str(index), image, labels)
+
+    def __iter__(self):
+        return (self[i] for i in range(self.count))
