@@ -13,13 +13,15 @@ import functools
 import hashlib
 import json
 import logging
-import multiprocessing
+import math
 import os
+import resource
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,14 @@ NOT_READ = ("cli", "recipes", "workbench/parallel.py")
 DATA = (".csv", ".json", ".yaml", ".safetensors", ".txt", ".webp", ".png")
 
 EXECUTED = "tables/notebooks.json"
-"""Below the outputs folder: stem -> {"code": sum of the notebook's code, "seconds": wall time} of the last good run of
-every notebook. It is kept with the tables: it shows where notebooks changed since, and foretells how long they take."""
+"""Below the outputs folder, kept with the tables: of every notebook's last good run the sum of its "code", to see where
+it changed since, and its wall time in "seconds" and its kernel's peak of "memory" in GB, by which runs are planned."""
 
 CLASSES = "classes"
 """Stands there for the drawing of the classes that notebooks share."""
+
+MEMORY, USUAL = 3.8, 1.0
+"""GB that kernels side by side may hold, and what one takes of which nothing is known."""
 
 
 def notebooks(folder: Path, only: Sequence[str] = ()) -> list[Path]:
@@ -58,6 +63,15 @@ def notebooks(folder: Path, only: Sequence[str] = ()) -> list[Path]:
     return [p for p in found if p in chosen] if only else found
 
 
+def assigned(cells: Iterable[dict[str, Any]], *tags: str) -> Iterator[tuple[str, ast.expr | None, Any]]:
+    """Name, annotation and literal value of each assignment in the cells that bear one of the tags."""
+    for cell in cells:
+        if set(tags) & set(cell.get("metadata", {}).get("tags", [])):
+            for statement in ast.parse("".join(cell["source"])).body:
+                target = getattr(statement, "target", None) or statement.targets[0]
+                yield ast.unparse(target), getattr(statement, "annotation", None), ast.literal_eval(statement.value)
+
+
 def parameters_of(notebook: Path) -> dict[str, tuple[Any, Any]]:
     """Name -> (type, default) of the cell tagged ``parameters``.
 
@@ -67,36 +81,30 @@ def parameters_of(notebook: Path) -> dict[str, tuple[Any, Any]]:
     kinds = {"Any": Any, **{kind.__name__: kind for kind in (bool, int, float, str, list, dict)}}
     found: dict[str, tuple[Any, Any]] = {}
     try:
-        cells = [c["source"] for c in _read(notebook)["cells"] if "parameters" in c.get("metadata", {}).get("tags", [])]
-        for statement in ast.parse("".join(map("".join, cells))).body:
-            name, default = ast.unparse(getattr(statement, "target", None)
-                                        or statement.targets[0]), ast.literal_eval(statement.value)
+        for name, annotation, default in assigned(json.loads(notebook.read_bytes())["cells"], "parameters"):
             kind: Any = Any if default is None else type(default)
-            if isinstance(statement, ast.AnnAssign):
-                # of code that is about to be run
-                kind = eval(ast.unparse(statement.annotation), {"__builtins__": {}}, kinds)
+            if annotation:  # of code that is about to be run
+                kind = eval(ast.unparse(annotation), {"__builtins__": {}}, kinds)
             elif kind is list and len({type(d) for d in default}) == 1:
                 kind = list[type(default[0])]
             found[name] = kind, default
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError, NameError) as error:
         raise InputError(f"{notebook} cannot be read as a notebook with literal parameters ({_first_line(error)}); "
-                         "name a .ipynb file."
-                         ) from None
+                         "name a .ipynb file.") from None
     return found
 
 
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
-    """Raise ``InputError`` for a parameter that the notebook's tagged cell does not define (papermill would only warn),
-    for a value of another type than that has there, and for a file that is no notebook. A number with a point takes
-    whole numbers too."""
+    """Raise ``InputError`` for a parameter that the notebook does not define (papermill would only warn), a value of
+    another type than the parameter has there (a float takes whole numbers too), and a file that is no notebook."""
     from pydantic import TypeAdapter, ValidationError
 
     known = parameters_of(notebook)
     for name, value in parameters.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise InputError(f"The notebook {notebook.name} has no parameter {name!r}; " + (
-                f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}."))
+            near = "".join(f" Did you mean {other!r}?" for other in difflib.get_close_matches(name, known, 1))
+            raise InputError(f"The notebook {notebook.name} has no parameter {name!r}; it has "
+                             f"{', '.join(known) or 'none'}.{near}")
         kind, default = known[name]
         try:
             json.dumps(value)
@@ -104,57 +112,63 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
         except (TypeError, ValidationError):
             said = kind.__name__ if type(kind) is type else kind
             raise InputError(f"The parameter {name!r} of {notebook.name} must be {said} like its default {default!r}, "
-                             f"not {value!r}."
-                             ) from None
+                             f"not {value!r}.") from None
 
 
 def run_all(chosen: Sequence[Path], folder: Path, parameters: dict[str, Any], *, force: bool = False,
             say: Callable[[str], None] = print, workers: int = 1) -> list[str]:
-    """Run notebooks into ``folder``, ``workers`` at a time, whatever becomes of the others; returns one sentence for
-    each that failed.
-
-    ``say`` is told of each notebook when it is through. Several at a time (:func:`in_turns`) share the processors
-    evenly and show no progress bars. An interrupt (ctrl-C) ends it; what is finished stays.
-    """
-    failures, spawn = [], multiprocessing.get_context("spawn")
-    for turn, together in in_turns(chosen, folder, workers):
-        run = partial(_run_one, folder=folder, parameters=parameters, force=force, progress=together == 1)
-        threads = max(1, len(os.sched_getaffinity(0)) // together)
-        pool = ProcessPoolExecutor(together, spawn, _share_processors, (threads,)) if together > 1 else None
-        try:
-            done = (f.result() for f in as_completed([pool.submit(run, n) for n in turn])) if pool else map(run, turn)
-            for stem, sentence, failure in done:
-                note(folder, stem)
-                say(f"{stem}: {sentence}")
-                failures += [failure] if failure else []
-        finally:
-            if pool:
-                pool.shutdown(wait=True, cancel_futures=True)
+    """Run notebooks into ``folder``, at most ``workers`` at a time (:func:`next_of`), whatever becomes of the others;
+    returns one sentence for each that failed. ``say`` is told of each notebook when it is through. An interrupt
+    (ctrl-C) ends it; what is finished stays."""
+    run, failures = partial(_run_one, folder=folder, parameters=parameters, force=force), []
+    for stem, sentence, failure in map(run, chosen) if workers == 1 else _side_by_side(run, chosen, folder, workers):
+        note(folder, stem)
+        say(f"{stem}: {sentence}")
+        failures += [failure] if failure else []
     return failures
 
 
-def in_turns(chosen: Sequence[Path], folder: Path, workers: int) -> list[tuple[list[Path], int]]:
-    """Which notebooks run in one go, and how many of them at a time: the longest begin first, so that no processor
-    waits for them at the end; those whose parameters cell is tagged "alone" (they measure time) follow one by one."""
-    alone, known = [n for n in chosen if has_tag(n, "alone")], _known(folder)
-    others = sorted((n for n in chosen if n not in alone), key=lambda n: -known.get(n.stem, {}).get("seconds", 1e9))
-    turns = [(list(chosen), 1)] if workers == 1 else [(others, workers), (alone, 1)]
-    return [turn for turn in turns if turn[0]]
+def _side_by_side(run: Callable[..., Any], chosen: Sequence[Path], folder: Path, workers: int) -> Iterator[Any]:
+    """What :func:`_run_one` says of each; processes share the processors evenly."""
+    waiting, running, known, processors = list(chosen), {}, _known(folder), len(os.sched_getaffinity(0))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=1)
+    try:
+        while waiting or running:
+            if notebook := next_of(waiting, list(running.values()), known, workers):
+                waiting.remove(notebook)
+                threads = processors if has_tag(notebook, "alone") else max(1, processors // workers)
+                running[pool.submit(run, notebook, threads=threads)] = notebook
+            else:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    del running[future]
+                    yield future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def next_of(waiting: Sequence[Path], running: Sequence[Path], known: dict[str, Any], workers: int) -> Path | None:
+    """The notebook that begins next beside those that run, None while none may: the longest first, so that no
+    processor waits for it at the end, of those that together hold at most :data:`MEMORY`. Those whose parameters cell
+    is tagged "alone" (they measure time) come last, one by one."""
+    def memory(notebook: Path) -> float:
+        return math.inf if has_tag(notebook, "alone") else known.get(notebook.stem, {}).get("memory", USUAL)
+
+    held = sum(map(memory, running))
+    fitting = [n for n in waiting if not running or (len(running) < workers and held + memory(n) <= MEMORY)]
+    return min(fitting, key=lambda n: (memory(n) == math.inf, -_seconds(n, known, 1e9)), default=None)
 
 
 def expected_time(chosen: Sequence[Path], folder: Path, workers: int) -> str:
-    """How long notebooks took when they last ran into ``folder``, ``workers`` at a time, as a sentence; "" where
-    nothing is known.
-
-    The classes that they share are counted too where the folder has no library yet.
-    """
-    known, total = _known(folder), 0.0
-    for turn, together in in_turns(chosen, folder, workers):
-        lanes = [0.0] * together
-        for notebook in turn:
-            lanes[lanes.index(min(lanes))] += known.get(notebook.stem, {}).get("seconds", 0)
-        total += max(lanes)
-    total += 0 if (folder / "cache").exists() else known.get(CLASSES, {}).get("seconds", 0)
+    """How long notebooks take, ``workers`` at a time, by their last runs into ``folder``, as a sentence; "" where
+    nothing is known. The classes that they share are counted too where the folder has no library yet."""
+    known, waiting, ends, total = _known(folder), list(chosen), {}, 0.0
+    while waiting or ends:  # as they will run
+        if notebook := next_of(waiting, list(ends), known, workers):
+            waiting.remove(notebook)
+            ends[notebook] = total + _seconds(notebook, known)
+        else:
+            total = ends.pop(min(ends, key=ends.get))
+    total += 0 if (folder / "cache").exists() else _seconds(Path(CLASSES), known)
     unknown = [n.stem for n in chosen if n.stem not in known]
     without = f", without {', '.join(unknown)}, which did not run there yet" if unknown else ""
     return f"{len(chosen)} to run, about {max(1, round(total / 60))} min as measured last{without}." if total else ""
@@ -162,32 +176,32 @@ def expected_time(chosen: Sequence[Path], folder: Path, workers: int) -> str:
 
 def has_tag(notebook: Path, tag: str) -> bool:
     """Whether a cell of the notebook has the tag; a file that is no notebook has none, and running it will say so."""
-    cells = _json(notebook).get("cells")
-    return any(tag in c.get("metadata", {}).get("tags", []) for c in cells or [] if isinstance(c, dict))
+    return any(tag in cell.get("metadata", {}).get("tags", []) for cell in cells_of(notebook))
 
 
-def _share_processors(threads: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # the kernels inherit it
+def _seconds(notebook: Path, known: dict[str, Any], unknown: float = 0.0) -> float:
+    return known.get(notebook.stem, {}).get("seconds", unknown)
 
 
 def _run_one(notebook: Path, folder: Path, parameters: dict[str, Any], force: bool,
-             progress: bool) -> tuple[str, str, str]:
-    """(stem, what became of it, a sentence if it failed)."""
-    started, failure, ran = time.time(), "", False
+             threads: int | None = None) -> tuple[str, str, str]:
+    """(stem, what became of it, a sentence if it failed); with ``threads`` in a process for this notebook alone."""
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # the kernel inherits it
+    started, failure = time.time(), ""
     try:
-        ran = run_notebook(notebook, folder / notebook.name, parameters, force=force, progress=progress)
-    except OVDiffError as error:
-        failure = str(error)
+        ran = run_notebook(notebook, folder / notebook.name, parameters, force=force, progress=not threads)
+        sentence = f"executed in {time.time() - started:.0f} s" if ran else "fresh, nothing to do"
     except Exception as error:  # whatever it is, the notebooks that follow do not depend on it
         failure = f"The notebook {notebook.name} could not be run: {type(error).__name__}: {_first_line(error)}"
-    took = f"{time.time() - started:.0f} s"
-    sentence = f"FAILED after {took}" if failure else f"executed in {took}" if ran else "fresh, nothing to do"
+        failure = str(error) if isinstance(error, OVDiffError) else failure
+        sentence = f"FAILED after {time.time() - started:.0f} s"
     return notebook.stem, sentence, failure
 
 
 def is_fresh(notebook: Path, output: Path, parameters: dict[str, Any]) -> bool:
     """Whether ``output`` is what running ``notebook`` with ``parameters`` would give again."""
-    stamp = _json(output.with_suffix(".stamp.json"))
+    stamp = read_json(output.with_suffix(".stamp.json"))
     return output.exists() and stamp.items() >= {**_state(notebook, parameters), "outputs": _outputs(output)}.items()
 
 
@@ -218,10 +232,9 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
     started = time.time()
     try:
         with tempfile.TemporaryDirectory(prefix="ovdiff-") as sockets:
-            # Sockets in files: no port races and no warning about unencrypted TCP. In a folder of their own: by default
-            # they lie in the working folder under one name, and two notebooks at a time would talk to each other's
-            # kernels. And a kernel that is interrupted only to be closed says nothing: an "ERROR" after a run that went
-            # well frightens people.
+            # Sockets in files: no port races and no warning about unencrypted TCP. In a folder of their own: in the
+            # working folder two notebooks at a time would talk to each other's kernels. And a kernel that is
+            # interrupted only to be closed says nothing: an "ERROR" after a run that went well frightens people.
             quiet = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"},
                             "NotebookClient": {"extra_arguments": ["--log-level=CRITICAL"]}})
             papermill.execute_notebook(_literal(notebook), _literal(running), parameters=parameters, config=quiet,
@@ -232,7 +245,7 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
         if isinstance(error, papermill.PapermillExecutionError):
             if error.ename == "KeyboardInterrupt":  # the interrupt reached the kernel first
                 raise KeyboardInterrupt from None
-            cell = next((c["id"] for c in _read(notebook)["cells"] if "".join(c["source"]) == error.source), "?")
+            cell = next((c["id"] for c in cells_of(notebook) if "".join(c["source"]) == error.source), "?")
             said = f"failed in its cell {cell!r}: {error.ename}: {_first_line(error.evalue)}"
         os.replace(running, failed)
         raise OVDiffError(f"The notebook {notebook.name} {said} (executed copy: {failed})") from None
@@ -241,50 +254,31 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
                          "choose another folder with --out.") from None
     finally:
         running.unlink(missing_ok=True)  # of a run that was interrupted
+    # Of the largest process that this one has started: the kernel, where it ran no other notebook.
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     record = {**state, "outputs": _outputs(output), "seconds": round(time.time() - started, 1),
-              "code": code_sum(notebook), "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
+              "memory": round(memory / 1e9, 2), "code": code_sum(notebook),
+              "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
     write_atomic(output.with_suffix(".stamp.json"), json.dumps(record, indent=1).encode())
     return True
 
 
 def code_sum(notebook: Path) -> str:
     """SHA-256, in hexadecimal, of the sources of a notebook's code cells, as a JSON list of text."""
-    sources = ["".join(c["source"]) for c in _read(notebook)["cells"] if c["cell_type"] == "code"]
+    sources = ["".join(c["source"]) for c in cells_of(notebook) if c["cell_type"] == "code"]
     return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
 
 
 def note(folder: Path, stem: str, record: dict[str, Any] | None = None) -> None:
-    """Enter a record (default: that of the notebook's last good run, if there was one) into
-    ``folder``/:data:`EXECUTED`."""
-    known, stamp = _known(folder), _json(folder / f"{stem}.stamp.json")
-    record = record or {key: stamp[key] for key in ("code", "seconds") if key in stamp}
+    """Enter a record (default: that of the notebook's last good run, if any) into ``folder``/:data:`EXECUTED`."""
+    known, stamp = _known(folder), read_json(folder / f"{stem}.stamp.json")
+    record = record or {key: stamp[key] for key in ("code", "memory", "seconds") if key in stamp}
     if record and record != known.get(stem):
         write_atomic(folder / EXECUTED, (json.dumps({**known, stem: record}, indent=1, sort_keys=True) + "\n").encode())
 
 
 def _known(folder: Path) -> dict[str, Any]:
-    return {stem: record for stem, record in _json(folder / EXECUTED).items() if isinstance(record, dict)}
-
-
-def _read(notebook: Path) -> dict[str, Any]:
-    return json.loads(notebook.read_text(encoding="utf-8"))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON table; {} where there is none, or a torn one, which proves nothing."""
-    try:
-        found = _read(path)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _literal(path: Path) -> str:
-    return str(path).replace("{", "{{").replace("}", "}}")  # papermill fills in parameters between braces
+    return {stem: record for stem, record in read_json(folder / EXECUTED).items() if isinstance(record, dict)}
 
 
 def _outputs(output: Path) -> dict[str, str]:
@@ -296,8 +290,8 @@ def _outputs(output: Path) -> dict[str, str]:
 
 
 def _state(notebook: Path, parameters: dict[str, Any]) -> dict[str, str]:
-    cells = json.dumps([c["source"] for c in _read(notebook)["cells"]])
-    return {"source": hashlib.sha256(cells.encode()).hexdigest(), "package": _package(),
+    sources = json.dumps([c["source"] for c in cells_of(notebook)])
+    return {"source": hashlib.sha256(sources.encode()).hexdigest(), "package": _package(),
             "parameters": json.dumps(parameters, sort_keys=True)}
 
 
@@ -311,3 +305,27 @@ def _package() -> str:
             code = keys.statements(path.read_text(encoding="utf-8")).encode() if path.suffix == ".py" else b""
             digest.update(name.as_posix().encode() + b"\0" + (code or path.read_bytes()) + b"\0")
     return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON table; {} where there is none, or a torn one, which proves nothing."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def cells_of(notebook: Path) -> list[dict[str, Any]]:
+    """The cells of a notebook's file; [] where there is none or it is broken."""
+    cells = read_json(notebook).get("cells")
+    return [cell for cell in cells if isinstance(cell, dict)] if isinstance(cells, list) else []
+
+
+def _first_line(error: object) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _literal(path: Path) -> str:
+    """The path for papermill, which fills in parameters between braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")

@@ -17,8 +17,14 @@ from ovdiff_lib.workbench.tables.tables import read_table
 
 OUTPUTS = Path(__file__).parents[2] / "outputs" / "mini"
 TABLES = sorted(p for p in (OUTPUTS / "tables").glob("*.csv") if p.stem != "claims")
+RECORDS = {p.stem: json.loads(p.with_suffix(".json").read_text(encoding="utf-8")) for p in TABLES}
 TOLERANCE = 0.5
 """Percentage points: another processor rounds otherwise, and a few pixels change sides."""
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def cell(table: str, row: str, column: str):
@@ -30,7 +36,7 @@ def test_every_table_is_whole_and_of_one_notebook():
     stems = {p.stem for p in (OUTPUTS.parent.parent / "notebooks").glob("*.ipynb")}
     assert len(TABLES) >= 25
     for path in TABLES:
-        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        record = RECORDS[path.stem]
         assert record["name"] == path.stem and any(path.stem.startswith(stem) for stem in stems)
         assert record["profile"] == "mini" and record["caption"] and read_table(path)
         assert path.with_suffix(".md").read_text(encoding="utf-8").startswith("**")
@@ -58,13 +64,13 @@ OWN_SETTINGS = {"03_prototype_ablations": {"features.extractors": ["sd"]}}
 """Fields that a notebook sets whatever the profile says."""
 
 
-@pytest.mark.parametrize("stem", sorted({json.loads(p.with_suffix(".json").read_text(encoding="utf-8"))["notebook"] for p in TABLES}))
+@pytest.mark.parametrize("stem", sorted({record["notebook"] for record in RECORDS.values()}))
 def test_every_table_is_of_todays_settings(stem):
     """A change of the profile needs `make reproduce`."""
     today = load_profile("mini", OWN_SETTINGS.get(stem, {})).digest()
-    for path in (p for p in TABLES if p.stem.startswith(stem)):
-        with open(path, encoding="utf-8", newline="") as file:
-            assert {row["settings"] for row in csv.DictReader(file)} == {today}, path.stem
+    own = [path for path in TABLES if path.stem.startswith(stem)]
+    assert {row["settings"] for path in own for row in rows(path)} == {today}
+    assert {RECORDS[path.stem]["settings"] for path in own} == {today}
 
 
 @pytest.mark.parametrize(("row", "name"), [("MaskCLIP", "maskclip"), ("CLIP-DIY", "clip-diy")])
@@ -82,8 +88,7 @@ def test_masks_of_a_class_are_made_again(tmp_path):
 
 
 def test_the_claims_are_judged_as_committed():
-    with open(OUTPUTS / "tables" / "claims.csv", encoding="utf-8", newline="") as file:
-        committed = {row["id"]: row for row in csv.DictReader(file)}
+    committed = {row["id"]: row for row in rows(OUTPUTS / "tables" / "claims.csv")}
     results = judge(OUTPUTS)
     assert len(results) == len(committed) == 33 and len({r.verdict for r in results}) >= 3
     for result in results:

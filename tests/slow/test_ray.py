@@ -43,7 +43,6 @@ def environment():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, [TESTS, TESTS.parent, Path(ovdiff_lib.__file__).parents[1]])))  # of the workers
         patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.delenv("RAY_AUTH_MODE")  # Ray sets it; with this it is set back
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray would write one into the home of who runs the tests
@@ -75,7 +74,7 @@ def test_workers_that_are_killed_lose_nothing(cluster, tmp_path):
     assert f"lost {1 + RETRIES} times" in outcomes.pop(13).error and all(not o.error for o in outcomes.values())
 
 
-@pytest.mark.parametrize(("engine", "words"), [(RayEngine(1, gpus_per_worker=1), "0 GPUs"), (RayEngine(3), "2 CPUs")])
+@pytest.mark.parametrize(("engine", "words"), [(RayEngine(1, gpus=1), "0 GPUs"), (RayEngine(3), "2 CPUs")])
 def test_what_the_cluster_lacks_is_refused_at_once(cluster, tmp_path, engine, words):
     started = time.monotonic()
     with pytest.raises(InputError, match=words):
@@ -100,9 +99,9 @@ def test_classes_are_those_of_the_engine_local_though_a_worker_is_killed(cluster
 
 
 def test_images_that_fail_are_named(cluster, caplog):
-    with pytest.raises(OVDiffError, match=r"2 of 11 images.*image-4, image-7"):
+    with pytest.raises(OVDiffError, match="image-4, image-7"):
         evaluate_on(RayEngine(2), make_guess, Noise(broken=(4, 7)), progress=False)
-    assert "image-4 of noise" in caplog.text and "image-7 of noise" in caplog.text and "image-5" not in caplog.text
+    assert all((f"image-{i} of noise" in caplog.text) == (i in (4, 7)) for i in range(11))
 
 
 def test_evaluate_on_the_command_line(cluster, tiny, tmp_path, monkeypatch):
@@ -164,22 +163,18 @@ def test_ctrl_c_leaves_no_ray_behind(environment):
     environment.delenv("RAY_AUTH_TOKEN")
     mark = f"ovdiff-{os.getpid()}-{time.time_ns()}"
     with tempfile.TemporaryDirectory(prefix="o", dir="/tmp") as folder:
-        interrupt(mark, folder)
+        with command("-c", SLEEPER, OVDIFF_TEST=mark, TMPDIR=folder, HOME=folder) as run:
+            try:
+                assert run.stdout.readline() == "done 0\n", run.stderr.read()
+                working = processes_with(mark)
+                assert any("raylet" in line for line in working) and os.listdir(folder), working
+                os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to all in the foreground
+                _, errors = run.communicate(timeout=60)
+            finally:
+                run.kill()
+        assert run.returncode == 130 and "Traceback" not in errors, errors
+        deadline = time.monotonic() + 20
+        while processes_with(mark) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert processes_with(mark) == []
         assert os.listdir(folder) == []  # nor a file, nor a secret in the user's home
-
-
-def interrupt(mark: str, folder: str) -> None:
-    with command("-c", SLEEPER, OVDIFF_TEST=mark, TMPDIR=folder, HOME=folder) as run:
-        try:
-            assert run.stdout.readline() == "done 0\n", run.stderr.read()
-            working = processes_with(mark)
-            assert any("raylet" in line for line in working) and os.listdir(folder), working
-            os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to all in the foreground
-            _, errors = run.communicate(timeout=60)
-        finally:
-            run.kill()
-    assert run.returncode == 130 and "Traceback" not in errors, errors
-    deadline = time.monotonic() + 20
-    while processes_with(mark) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert processes_with(mark) == []

@@ -26,8 +26,9 @@ from ovdiff_lib.segmentation import Segmentation, explain
 from ovdiff_lib.types import PrototypeBank, SupportSet
 from ovdiff_lib.workbench import reproduce as runner
 from ovdiff_lib.workbench.figures import base as figures
-from ovdiff_lib.workbench.page.page import STAMP, build_report, command, duration, find_runs, git_commit, hidden, number, plain
+from ovdiff_lib.workbench.page.page import STAMP, build_report, number
 from ovdiff_lib.workbench.page.panel import panel_data, write_panel
+from ovdiff_lib.workbench.page.runs import duration, find_runs, git_commit, hidden, plain
 from ovdiff_lib.workbench.tables import claims
 from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell
 from ovdiff_lib.workbench.tables.tables import Cell, write_table
@@ -151,6 +152,8 @@ def test_measured_numbers_stand_beside_the_papers_and_their_difference(built):
     assert page.row("table-05_main_results", "CLIP-DIY") == ["20.0 ± 1.0 (n = 3)", "59.9", "−39.9", "8.0 ± 1.0 (n = 3)", "", ""]
     assert page.row("table-05_main_results", "a mix") == ["7.0 (n = 2) predictions", "", "", "not measured", "24.3", ""]
     assert page.row("table-05_main_results_names", QUOTED) == ["1.0", "1"]  # no column for a paper; digits as the notebook asked
+    single = [cell["title"] for cell in page.find(id="table-05_main_results").find_all(title=True)]
+    assert single[0] == "single runs: 50.0, 52.0, 51.0" and len(single) == 6
     published = page.find(id="table-05_main_results").find("tbody", class_="published").get_text(" ")
     assert "nothing in these rows was measured here" in published and "TCL" in published and "OVDiff" not in published
     assert page.row("table-05_main_results", "CLIPpy")[4] == "not reported"
@@ -182,7 +185,7 @@ def test_claims_are_counted_and_listed(built):
     for claim in judged:
         cells = page.row("claims", str(claim.id))
         assert claim.claim in cells[0] and claim.note in cells[4]
-        assert cells[1:4] == [claim.verdict, claim.paper_values, claim.measured or "–"]
+        assert cells[1:4] == [claim.verdict, claim.paper, claim.measured or "–"]
 
 
 def test_every_table_and_figure_is_there_whole_with_its_caption_and_source(built):
@@ -228,7 +231,7 @@ def test_the_command_shown_runs_the_notebook_as_it_ran(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         stamp = {"parameters": json.dumps(given | {"output": str(folder)})}
         (folder / "05_main_results.stamp.json").write_text(json.dumps(stamp))
-        words = shlex.split(command(find_runs(folder, None)[0], folder))
+        words = shlex.split(find_runs(folder, None)[0].command)
         assert words[:2] == ["ovdiff", "run"] and ("--out" in words) == bool(extra) and words[len(words) - len(extra):] == extra
         assert cli.main(words[1:]) == 0
         assert ran.pop() == (Path("notebooks/05_main_results.ipynb"), folder / "05_main_results.ipynb", given | {"output": str(folder)})
@@ -254,15 +257,10 @@ def test_the_commit_is_that_of_the_package_alone(tmp_path):
     assert git_commit(package) == f"{clean} with uncommitted changes"
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(None, "unknown"), (0.25, "0.25 s"), (60, "1 min 0 s"), (3599.7, "1 h 0 min"),
-                                               (7500, "2 h 5 min")])
-def test_durations(seconds, text):
-    assert duration(seconds) == text
-
-
-def test_numbers_and_values_as_text():
+def test_numbers_values_and_durations_as_text():
     assert [number(-1.25, 1), number(3, 2, True), number(None, 1)] == ["\N{MINUS SIGN}1.2", "+3.00", ""]
     assert [plain(v) for v in ([1, 2.5, "a"], [], {"a": [1]}, "b")] == ["1, 2.5, a", "none", '{"a": [1]}', "b"]
+    assert [duration(v) for v in (None, 0.25, 60, 3599.7, 7500)] == ["unknown", "0.25 s", "1 min 0 s", "1 h 0 min", "2 h 5 min"]
 
 
 def test_what_failed_or_has_not_run_is_a_sentence(built):
@@ -272,22 +270,19 @@ def test_what_failed_or_has_not_run_is_a_sentence(built):
     assert "05_main_results" not in page.said("missing") and "All about main results" in page.said("run-05_main_results")
 
 
-def test_tables_without_their_notebook_are_still_shown(built, tmp_path):
+def test_tables_without_their_notebook_are_still_shown_and_an_empty_folder_gives_a_page(built, tmp_path, capsys):
     folder = built[0]
     shutil.copytree(folder / "tables", tmp_path / "mini" / "tables")
     page = Page(build_report(tmp_path / "mini", load_profile("mini"), folder.parent.parent / "notebooks"))
     assert "of an earlier run" in page.said("run-05_main_results") and "51.0" in page.said("table-05_main_results")
     without = Page(build_report(tmp_path / "mini", load_profile("mini"), None))
     assert "51.0" in without.said("run-others") and "has not run in this folder" in without.said("explain")
-
-
-def test_an_empty_folder_gives_a_page_and_none_an_error(tmp_path, capsys):
-    (tmp_path / "mini").mkdir()
+    shutil.rmtree(tmp_path / "mini" / "tables")
     assert cli.main(["report", "--out", str(tmp_path), "--notebooks", str(tmp_path / "none")]) == 0
     assert str(tmp_path / "mini" / "report" / "index.html") in capsys.readouterr().out
     page = Page(tmp_path / "mini" / "report" / "index.html")
     assert "has not been measured in this folder" in page.said("overview") and "0 of the paper’s" in page.said("overview")
-    with pytest.raises(InputError, match="does not exist; run the notebooks first"):
+    with pytest.raises(InputError, match="ovdiff reproduce"):
         build_report(tmp_path / "none", load_profile("mini"))
 
 
@@ -404,20 +399,16 @@ def opened(browser, path, width=1280, height=900):
     return requested, [entry["message"] for entry in browser.get_log("browser")]
 
 
-def told(browser):
-    return {part: at(browser, f".answer {part}").text for part in ("h4", ".prototype", ".second")}
-
-
 def check_told(browser, row, column):
     """What the panel shows of a pixel of its first image against explain()."""
     result = segmentation()
     why = explain(result, result.bank, row, column)
-    shown = told(browser)
-    assert shown["h4"] == f"{why.class_name} at row {row}, column {column}"
-    assert f"{why.kind} prototype" in shown[".prototype"] and f"(number {why.index}, features of sd)" in shown[".prototype"]
-    assert ("background" in shown[".prototype"]) == (why.region == "background") and why.category in shown[".prototype"]
-    assert shown[".second"].startswith(f"Runner-up: {why.runner_up}, ")
-    assert float(re.search(r"([\d.]+) behind", shown[".second"])[1]) == pytest.approx(why.margin, abs=0.004)
+    head, prototype, second = (at(browser, f".answer {part}").text for part in ("h4", ".prototype", ".second"))
+    assert head == f"{why.class_name} at row {row}, column {column}"
+    assert f"{why.kind} prototype" in prototype and f"(number {why.index}, features of sd)" in prototype
+    assert ("background" in prototype) == (why.region == "background") and why.category in prototype
+    assert second.startswith(f"Runner-up: {why.runner_up}, ")
+    assert float(re.search(r"([\d.]+) behind", second)[1]) == pytest.approx(why.margin, abs=0.004)
     regions = browser.find_elements("css selector", ".regions svg")
     assert [r.get_attribute("aria-label") for r in regions] == [
         f"Support image {n}, {mask.sum()} of 6 features highlighted" for n, mask in zip(why.images, why.masks, strict=True)]
@@ -438,13 +429,14 @@ def click(browser, row, column):
     ActionChains(browser).move_to_element_with_offset(canvas, round(across), round(down)).click().perform()
 
 
-def test_the_page_opens_from_disk_alone(browser, built):
-    requested, said = opened(browser, built[1])
-    assert said == [] and built[1].as_uri() in requested
-    assert {url.split(":")[0] for url in requested if not url.startswith("chrome")} <= {"file", "data"}
-    assert [url for url in requested if url.startswith("file")] == [built[1].as_uri()]
-    assert browser.execute_script("return window.pwned") is None
-    assert SCRIPT in at(browser, "#table-05_main_results_names").text
+def test_the_pages_open_from_disk_alone_and_run_nothing_of_others(browser, built):
+    for path in (built[1], built[1].parent / "notebooks" / "05_main_results.html"):
+        requested, said = opened(browser, path)
+        assert {url.split(":")[0] for url in requested if not url.startswith("chrome")} <= {"file", "data"}
+        assert [url for url in requested if url.startswith("file")] == [path.as_uri()]
+        assert browser.execute_script("return window.pwned") is None
+        if path == built[1]:
+            assert said == [] and SCRIPT in at(browser, "#table-05_main_results_names").text
 
 
 def test_a_click_explains_the_pixel(browser, built):
@@ -473,12 +465,6 @@ def test_the_panel_works_without_a_mouse(browser, built):
         field.clear()
         field.send_keys(str(value) + Keys.ENTER)
     check_told(browser, 1, 3)
-
-
-def test_a_notebook_page_loads_nothing_and_runs_nothing(browser, built):
-    requested, _ = opened(browser, built[1].parent / "notebooks" / "05_main_results.html")
-    assert {url.split(":")[0] for url in requested if not url.startswith("chrome")} <= {"file", "data"}
-    assert browser.execute_script("return window.pwned") is None
 
 
 def test_images_are_chosen_dropped_classes_listed_and_folded_text_is_printed(browser, built):

@@ -1,5 +1,6 @@
 """Charts and pictures: they show the numbers they are given, and nothing is cut off."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -18,11 +19,13 @@ def picture(figure) -> np.ndarray:
     return np.array(Image.open(io.BytesIO(figure._repr_png_())).convert("RGB"))
 
 
-def test_a_figure_shows_itself_in_a_notebook():
+def test_a_figure_shows_itself_in_a_notebook_with_what_is_put_on_it():
     from IPython.core.formatters import PNGFormatter
 
     figure = new_figure((2, 1), 100)
-    figure.text(0.5, 0.5, "dog")
+    figure.put(np.zeros((2, 4, 3), np.uint8), 0.5, 0.25, 1.0, 0.5)  # inches from the left and the top
+    figure.write(1, 0.1, "dog")
+    assert figure.axes[0].get_position().bounds == pytest.approx((0.25, 0.25, 0.5, 0.5))
     data = PNGFormatter()(figure)
     assert data[:4] == b"\x89PNG" and Image.open(io.BytesIO(data)).size[0] > 20
 
@@ -41,20 +44,13 @@ def test_growth_has_means_and_spreads():
     assert picture(figure).std() > 5
 
 
-def test_a_switch_that_was_not_exercised_has_no_bar():
-    figure = difference_chart(["a", "idle", "b"], [2.0, None, -1.0], "mIoU")
-    axis = figure.axes[0]
-    assert [bar.get_width() for bar in axis.patches if bar.get_height() == pytest.approx(0.62)] == [2.0, -1.0]
-    assert [t.get_text() for t in axis.texts] == ["+2.0", "not exercised here", "-1.0"]
-    (marker,) = [line for line in axis.lines if line.get_marker() == "o"]
-    assert (marker.get_xdata(), marker.get_ydata(), marker.get_markerfacecolor()) == ([0], [1], "white")
-
-
-def test_differences_point_both_ways():
-    figure = difference_chart(["with a very long name indeed", "b"], [-3.25, 1.5], "mIoU", noise=0.5)
+def test_differences_point_both_ways_and_a_switch_that_was_not_exercised_has_no_bar():
+    figure = difference_chart(["with a very long name indeed", "idle", "b"], [-3.25, None, 1.5], "mIoU", noise=0.5)
     axis = figure.axes[0]
     assert [bar.get_width() for bar in axis.patches if bar.get_height() == pytest.approx(0.62)] == [-3.25, 1.5]
-    assert [t.get_text() for t in axis.texts] == ["-3.2", "+1.5"]
+    assert [t.get_text() for t in axis.texts] == ["-3.2", "not exercised here", "+1.5"]
+    (marker,) = [line for line in axis.lines if line.get_marker() == "o"]
+    assert (marker.get_xdata(), marker.get_ydata(), marker.get_markerfacecolor()) == ([0], [1], "white")
     # Labels lie within the picture: its margin is white.
     pixels = picture(figure)
     assert (pixels[[0, -1]] == 255).all() and (pixels[:, [0, -1]] == 255).all()
@@ -69,9 +65,17 @@ class Halves:
         return masks
 
 
-def support(shape=(8, 12)):
+def support(count=2):
     rng = np.random.default_rng(0)
-    return SupportSet(Category("dog"), rng.integers(0, 255, (2, *shape, 3), np.uint8), rng.random((2, 4, 6), np.float32), np.arange(2))
+    return SupportSet(Category("dog"), rng.integers(0, 255, (count, 8, 12, 3), np.uint8), rng.random((count, 4, 6), np.float32),
+                      np.arange(count))
+
+
+def halves(foreground, background, count=2):
+    """Masks of ``count`` images with these rows as foreground and as background."""
+    masks = np.zeros((2, count, 8, 12), bool)
+    masks[0, :, foreground], masks[1, :, background] = True, True
+    return ForegroundBackground(*masks, ("a",) * count)
 
 
 def test_the_selection_names_the_masks_of_eq_1():
@@ -83,29 +87,18 @@ def test_the_selection_names_the_masks_of_eq_1():
     assert len(said) == 3 and sum("foreground" in t for t in said) == sum("background" in t for t in said) == 1
     numbers = [float(t.split(" ")[0]) for t in said]
     assert max(numbers) == numbers[0] and min(numbers) == numbers[1]
-
-    class Nothing(Halves):
-        def propose(self, image, words):
-            return np.zeros((0, *image.shape[:2]), bool)
-
-    assert selection_figure([drawn], [masks], Nothing()).axes
+    nothing = Halves()
+    nothing.propose = lambda image, words: np.zeros((0, *image.shape[:2]), bool)
+    assert selection_figure([drawn], [masks], nothing).axes
 
 
-def test_divided_tints_only_its_masks():
-    drawn = support()
-    foreground, background = np.zeros((2, 8, 12), bool), np.zeros((2, 8, 12), bool)
-    foreground[0, :2], background[0, -2:] = True, True
-    made = divided(drawn, ForegroundBackground(foreground, background, ("a", "a")), 0, alpha=1.0)
+def test_divided_tints_only_its_masks_under_the_name_of_the_class():
+    drawn, cow = support(), dataclasses.replace(support(1), category=Category("cow"))
+    made = divided(drawn, halves(slice(0, 2), slice(-2, None)), 0, alpha=1.0)
     assert (made[:2] == FOREGROUND).all() and (made[-2:] == BACKGROUND).all() and (made[2:-2] == drawn.images[0][2:-2]).all()
-
-
-def test_the_name_of_a_class_stands_over_the_middle_of_its_images():
-    drawn = support()
-    empty = ForegroundBackground(np.zeros((2, 8, 12), bool), np.zeros((2, 8, 12), bool), ("a", "a"))
-    full = ForegroundBackground(np.ones((2, 8, 12), bool), np.zeros((2, 8, 12), bool), ("a", "a"))
-    cow = SupportSet(Category("cow"), drawn.images[:1], drawn.attribution[:1], drawn.seeds[:1])
-    one = ForegroundBackground(np.ones((1, 8, 12), bool), np.zeros((1, 8, 12), bool), ("a",))
-    figure = divided_figure([drawn, cow], {"none": [empty, one], "all": [full, one]}, shown=4)
+    none, whole = slice(0), slice(None)
+    figure = divided_figure([drawn, cow], {"none": [halves(none, none), halves(whole, none, 1)],
+                                           "all": [halves(whole, none), halves(whole, none, 1)]}, shown=4)
     assert len(figure.axes) == 2 * 3
     names = {t.get_text(): t.get_position()[0] for t in figure.texts}
     boxes = [axis.get_position() for axis in figure.axes[:3]]

@@ -73,23 +73,17 @@ def test_times_are_passed_over(tmp_path, volatile, said):
     assert len(compare_tables(tmp_path / "a", tmp_path / "b", 0.5)) == said + 1
 
 
-def test_claims_are_no_tables(tmp_path):
-    write(tmp_path / "a")
-    write(tmp_path / "b")
-    write_claims(tmp_path / "b")
-    assert compare_tables(tmp_path / "a", tmp_path / "b", 0) == []
-
-
-def test_what_cannot_be_compared_is_one_sentence(tmp_path):
-    write(tmp_path / "a")
+def test_what_cannot_be_compared_is_one_sentence_and_claims_are_no_tables(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    write(a)
+    write(b)
+    write_claims(b)
+    assert compare_tables(a, b, 0) == []
     (tmp_path / "empty").mkdir()
-    for tolerance in (-1, float("nan"), float("inf")):
-        with pytest.raises(InputError, match="tolerance"):
-            compare_tables(tmp_path / "a", tmp_path / "a", tolerance)
-    for folder in ("empty", "none"):
-        with pytest.raises(InputError, match="holds no tables"):
-            compare_tables(tmp_path / "a", tmp_path / folder, 0.5)
-    write(tmp_path / "b")
-    (tmp_path / "b" / "tables" / "05_t.json").write_text(json.dumps([1]))
+    for other, tolerance, word in ((a, -1, "tolerance"), (a, float("nan"), "tolerance"), (a, float("inf"), "tolerance"),
+                                   (tmp_path / "empty", 0.5, "empty"), (tmp_path / "none", 0.5, "none")):
+        with pytest.raises(InputError, match=word):
+            compare_tables(a, other, tolerance)
+    (b / "tables" / "05_t.json").write_text(json.dumps([1]))
     with pytest.raises(InputError, match=r"05_t\.json"):
-        compare_tables(tmp_path / "a", tmp_path / "b", 0.5)
+        compare_tables(a, b, 0.5)

@@ -45,12 +45,9 @@ def test_regions_are_tinted_and_outlined_in_their_colours():
     later = highlight(image, [left, whole], [RED, GREEN])
     assert np.abs(later[150, 150] - (100 + np.array(GREEN)) / 2).max() <= 1  # later regions cover earlier ones
     assert not (later == RED).all(-1).any() and not (later[0] == GREEN).all(-1).any()  # no outline along the image's border
-
-
-@pytest.mark.parametrize(("shape", "factor"), [((64, 80), 3), ((16, 64), 4), ((300, 480), 1)])
-def test_small_images_are_enlarged(shape, factor):
-    drawn = highlight(np.zeros((*shape, 3), np.uint8), [np.ones((4, 4), bool)], [RED])
-    assert drawn.shape == (shape[0] * factor, shape[1] * factor, 3)
+    for shape, factor in (((64, 80), 3), ((16, 64), 4), ((300, 480), 1)):  # small images are enlarged
+        small = highlight(np.zeros((*shape, 3), np.uint8), [np.ones((4, 4), bool)], [RED])
+        assert small.shape == (shape[0] * factor, shape[1] * factor, 3)
 
 
 def prototype(category, images, sizes, pixels=None, region="foreground"):
@@ -88,38 +85,25 @@ def test_the_prototype_figure_has_a_row_a_trace_and_the_colours_of_its_prototype
     # The middle picture of each row has the outline of every prototype; the support images have some of their colours and no others.
     for trace, start in zip(traces, (0, shown[0]), strict=True):
         own = {tuple(c) for c in COLOURS[: len(trace.prototypes)]}
-        pictures = [axis.images[0].get_array() for axis in figure.axes[start : start + 2 + len(chosen_images(trace.prototypes, 3))]]
-        assert _colours(pictures[1]) == own
-        assert all(_colours(picture) <= own and _colours(picture) for picture in pictures[2:])
+        axes = figure.axes[start : start + 2 + len(chosen_images(trace.prototypes, 3))]
+        seen = [{tuple(c) for c in np.asarray(axis.images[0].get_array()).reshape(-1, 3).tolist()} & set(COLOURS) for axis in axes]
+        assert seen[1] == own and all(colours <= own and colours for colours in seen[2:])
     assert pixels(figure).std() > 20
 
 
-def _colours(picture) -> set:
-    flat = {tuple(c) for c in np.asarray(picture).reshape(-1, 3).tolist()}
-    return flat & {tuple(c) for c in COLOURS}
-
-
-def test_the_support_image_shows_the_prototypes_own_region():
+def test_the_support_image_shows_the_prototypes_own_region_and_the_image_its_pixel():
     segmentation, _ = many()
     masks = np.zeros((1, 2, 3), bool)
     masks[0, 1, 2] = True
     one = Activated("cat", "part", "foreground", 4, segmentation.labels == 1, (1,), masks)
-    figure = prototype_figure([Trace("cat", segmentation, (one,), {"cat": support("cat")})], shown=2)
-    assert len(figure.axes) == 3
-    picture = np.asarray(figure.axes[2].images[0].get_array())
-    rows_of, columns_of = np.nonzero((picture == COLOURS[0]).all(-1))
-    height, width = picture.shape[:2]
-    assert rows_of.min() == height // 2 and columns_of.min() == width * 2 // 3  # the lower right cell, and nothing beyond it
-
-
-def test_the_marked_pixel_is_where_it_should_be():
-    segmentation, _ = many()
     segmentation = replace(segmentation, image=np.full((4, 7, 3), 128, np.uint8))
-    found = activated(segmentation, "cat", 1)
-    figures = [prototype_figure([Trace("cat", segmentation, found, {"cat": support("cat")}, pixel)]) for pixel in (None, (1, 5))]
-    plain, marked = (np.asarray(figure.axes[0].images[0].get_array()).astype(int) for figure in figures)
-    changed = np.argwhere((plain != marked).any(-1))
-    factor = plain.shape[0] // 4
+    plain, marked = ([np.asarray(axis.images[0].get_array()).astype(int) for axis in prototype_figure([
+        Trace("cat", segmentation, (one,), {"cat": support("cat")}, pixel)], shown=2).axes] for pixel in (None, (1, 5)))
+    assert len(plain) == 3
+    rows_of, columns_of = np.nonzero((plain[2] == COLOURS[0]).all(-1))
+    height, width = plain[2].shape[:2]
+    assert rows_of.min() == height // 2 and columns_of.min() == width * 2 // 3  # the lower right cell, and nothing beyond it
+    changed, factor = np.argwhere((plain[0] != marked[0]).any(-1)), plain[0].shape[0] // 4
     assert np.abs((changed.min(0) + changed.max(0)) / 2 - [1.5 * factor, 5.5 * factor]).max() < 2
 
 

@@ -20,7 +20,7 @@ from ovdiff_lib.masks.select import proposals
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.registry import NOT_MODELS
 
-MEMORY = 2**28
+MEMORY = 2**27
 """Bytes of results remembered in a process: what the methods of a table need of one class or image several times."""
 
 _numbers = itertools.count()

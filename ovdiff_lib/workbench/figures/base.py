@@ -1,7 +1,6 @@
-"""Figures: label colours, overlays with a legend, support grids, the steps side by side.
+"""Figures: pictures of images, attribution and masks, grids of them, legends, and how a figure is saved.
 
-Every figure function returns a matplotlib ``Figure`` (or a PIL image for overlays); :func:`save_figure` writes it with
-its caption.
+Every figure function returns a matplotlib ``Figure``; :func:`save_figure` writes it (or a PIL image) with its caption.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -42,8 +42,7 @@ def heat(image: np.ndarray, attribution: np.ndarray, alpha: float = 0.6) -> np.n
 
 def mask_picture(masks: ForegroundBackground, index: int) -> np.ndarray:
     """Foreground, background and unused pixels of support image ``index`` in their colours, u8 (H, W, 3)."""
-    picture = np.empty((*masks.foreground.shape[1:], 3), np.uint8)
-    picture[:] = UNUSED
+    picture = np.full((*masks.foreground.shape[1:], 3), UNUSED, np.uint8)
     picture[masks.background[index]] = BACKGROUND
     picture[masks.foreground[index]] = FOREGROUND
     return picture
@@ -52,8 +51,7 @@ def mask_picture(masks: ForegroundBackground, index: int) -> np.ndarray:
 def part_picture(prototypes: Prototypes, index: int = 0) -> np.ndarray:
     """Part clusters of support image ``index`` on the feature grid: warm foreground, cool background, grey unused; u8
     (h, w, 3)."""
-    picture = np.empty((*prototypes.assignment.shape[1:], 3), np.uint8)
-    picture[:] = UNUSED
+    picture = np.full((*prototypes.assignment.shape[1:], 3), UNUSED, np.uint8)
     for region, first_hue in (("foreground", 0.93), ("background", 0.45)):
         parts = prototypes.part_assignment(region)[index]
         for part in np.unique(parts[parts >= 0]):
@@ -63,41 +61,73 @@ def part_picture(prototypes: Prototypes, index: int = 0) -> np.ndarray:
     return picture
 
 
+class Sheet(Figure):
+    """A figure drawn without pyplot, so that a notebook's state stays untouched, and still shown by it; things can be
+    put on it by inches from its left and top."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        FigureCanvasAgg(self)
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.06, facecolor="white",
+                     metadata={"Software": None})
+        return buffer.getvalue()
+
+    def room(self, left: float, top: float, width: float, height: float) -> Axes:
+        """New axes at a place."""
+        wide, high = self.get_size_inches()
+        return self.add_axes([left / wide, 1 - (top + height) / high, width / wide, height / high])
+
+    def put(self, picture: np.ndarray, left: float, top: float, width: float, height: float, **options: Any) -> Axes:
+        """An image u8 (H, W, 3) at a place."""
+        axis = self.room(left, top, width, height)
+        axis.imshow(picture, **options)
+        axis.set_axis_off()
+        return axis
+
+    def write(self, left: float, top: float, text: str, **options: Any) -> None:
+        """Text at a place: centred on it unless ``ha`` and ``va`` say otherwise."""
+        wide, high = self.get_size_inches()
+        self.text(left / wide, 1 - top / high, text, **{"ha": "center", "va": "center", **options})
+
+
+def new_figure(size: tuple[float, float], dpi: int, **options: Any) -> Sheet:
+    """An empty figure of ``size`` (width, height) in inches; a notebook cell that ends in it shows it."""
+    return Sheet(figsize=size, dpi=dpi, **options)
+
+
 def image_grid(rows: Sequence[Sequence[np.ndarray]], row_names: Sequence[str] = (), column_names: Sequence[str] = (),
-               cell: float = 1.25, title: str = "") -> Figure:
-    """A grid of images (each u8 (H, W, 3)) with names at the left and the top."""
-    count, width = len(rows), max(len(r) for r in rows)
-    aspect = np.median([i.shape[0] / i.shape[1] for row in rows for i in row])
-    left = 0.12 + 0.085 * max((len(max(n.split("\n"), key=len)) for n in row_names), default=0)
-    top = (0.34 if any(column_names) else 0.08) + (0.36 if title else 0)
-    size = (left + width * cell, top + count * cell * aspect + 0.06)
-    figure = new_figure(size, 110)
-    gap = 0.04
+               cell: float = 1.25, title: str = "") -> Sheet:
+    """A grid of images (each u8 (H, W, 3)) with names at the left and the top; ``cell``: inches a column."""
+    height = cell * np.median([image.shape[0] / image.shape[1] for row in rows for image in row])
+    left = 0.12 + 0.085 * max((len(part) for name in row_names for part in name.split("\n")), default=0)
+    top, gap = (0.34 if any(column_names) else 0.08) + (0.36 if title else 0), 0.04
+    figure = new_figure((left + max(map(len, rows)) * cell, top + len(rows) * height + 0.06), 110)
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
-            x, y = left + c * cell, size[1] - top - (r + 1) * cell * aspect
-            axis = figure.add_axes([x / size[0], y / size[1], (cell - gap) / size[0], (cell * aspect - gap) / size[1]])
-            axis.imshow(image, interpolation="nearest" if max(image.shape[:2]) < 40 else "antialiased")
-            axis.set_axis_off()
+            smooth = "nearest" if max(image.shape[:2]) < 40 else "antialiased"
+            axis = figure.put(image, left + c * cell, top + r * height + gap, cell - gap, height - gap,
+                              interpolation=smooth)
             if r == 0 and c < len(column_names):
                 axis.set_title(column_names[c], fontsize=8.5, pad=3)
-        if r < len(row_names):
-            middle = size[1] - top - (r + 0.5) * cell * aspect
-            figure.text((left - 0.08) / size[0], middle / size[1], row_names[r], ha="right", va="center", fontsize=9)
+    for r, name in enumerate(row_names):
+        figure.write(left - 0.08, top + (r + 0.5) * height, name, ha="right", fontsize=9)
     if title:
-        figure.text(0.5, 1 - 0.1 / size[1], title, ha="center", va="top", fontsize=11)
+        figure.write(figure.get_figwidth() / 2, 0.1, title, va="top", fontsize=11)
     return figure
 
 
-def support_grid(support: SupportSet, count: int = 8, masks: ForegroundBackground | None = None) -> Figure:
+def support_grid(support: SupportSet, count: int = 8, masks: ForegroundBackground | None = None) -> Sheet:
     """Support images of one category over their attribution and, when given, their masks."""
     shown = range(min(count, len(support)))
-    rows = [[support.images[i] for i in shown], [heat(support.images[i], support.attribution[i]) for i in shown]]
-    names = ["support images", f"attribution of\n“{support.category.name}”"]
+    rows = {"support images": [support.images[i] for i in shown],
+            f"attribution of\n“{support.category.name}”": [heat(support.images[i], support.attribution[i])
+                                                           for i in shown]}
     if masks is not None:
-        rows.append([mask_picture(masks, i) for i in shown])
-        names.append("foreground /\nbackground")
-    return image_grid(rows, names)
+        rows["foreground /\nbackground"] = [mask_picture(masks, i) for i in shown]
+    return image_grid(list(rows.values()), list(rows))
 
 
 def class_legend(figure: Figure, class_names: Sequence[str], labels: Sequence[int], most: int = 7,
@@ -111,42 +141,22 @@ def class_legend(figure: Figure, class_names: Sequence[str], labels: Sequence[in
         figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), frameon=False, **options)
 
 
-class ShownFigure(Figure):
-    """A figure drawn without pyplot, so that a notebook's state stays untouched, and still shown by it."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        FigureCanvasAgg(self)
-
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.06, facecolor="white",
-                     metadata={"Software": None})
-        return buffer.getvalue()
-
-
-def new_figure(size: tuple[float, float], dpi: int, **options: Any) -> Figure:
-    """An empty figure of ``size`` (width, height) in inches; a notebook cell that ends in it shows it."""
-    return ShownFigure(figsize=size, dpi=dpi, **options)
-
-
 def save_figure(figure: Figure | Image.Image, path: str | Path, caption: str) -> Path:
     """Write a figure as PNG with its caption beside it (``.json``); both appear whole or not at all.
 
     256 colours are chosen for the picture: a grid of images then takes a fifth of the bytes, and figures are committed.
-    Of Pillow's ways of choosing, this one keeps the few pixels of a legend nearest to their colours. Dithered, skies stay
-    smooth; areas of one colour are left alone.
+    Of Pillow's ways of choosing, this one keeps the few pixels of a legend nearest to their colours. Dithered, skies
+    stay smooth; areas of one colour are left alone.
     """
     path, buffer = Path(path), io.BytesIO()
     picture = figure if isinstance(figure, Image.Image) else Image.open(io.BytesIO(figure._repr_png_()))
     picture = picture.convert("RGB")
     plain = picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
     reduced, pixels = picture.quantize(palette=plain, dither=Image.Dither.FLOYDSTEINBERG), np.asarray(picture)
-    sides = ((1, 0), (-1, 0), (1, 1), (-1, 1))
-    same = np.any([(pixels == np.roll(pixels, *side)).all(-1) for side in sides], axis=0)
+    same = np.any([(pixels == np.roll(pixels, *side)).all(-1) for side in ((1, 0), (-1, 0), (1, 1), (-1, 1))], axis=0)
     reduced.paste(plain, mask=Image.fromarray(same))
     reduced.save(buffer, "PNG", optimize=True)
     write_atomic(path, buffer.getvalue())
-    write_atomic(path.with_suffix(".json"), (json.dumps({"caption": caption}, ensure_ascii=False, indent=1)
-                                             + "\n").encode())
+    record = json.dumps({"caption": caption}, ensure_ascii=False, indent=1)
+    write_atomic(path.with_suffix(".json"), f"{record}\n".encode())
     return path

@@ -3,6 +3,8 @@ absent."""
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,56 +20,53 @@ from ovdiff_lib.profiles.schema import Filters
 from ovdiff_lib.segmentation import Segmentation
 from ovdiff_lib.types import SupportSet
 from ovdiff_lib.workbench.analysis.margins import BIN, MarginStatistics
-from ovdiff_lib.workbench.figures.base import new_figure
+from ovdiff_lib.workbench.figures.base import Sheet, new_figure
 
 COLOURS = ((255, 127, 14), (0, 190, 225), (222, 60, 178), (248, 214, 40), (80, 200, 90), (150, 110, 240))
-"""RGB of the prototypes in a figure, in the order of :func:`~ovdiff_lib.explain.activated`; after the last the first
-comes again."""
+"""RGB of the prototypes in a figure, in order; after the last the first comes again."""
 
 REASON_COLOURS = {"kept": "#2a9d5c", BELOW: "#b9bcc4", NOT_AMONG_TOP: "#e0a03a", NOT_BEST: "#d1495b",
                   NOT_TOLD: "#d1495b"}
+LINE = "#31435e"
 
 LEAST, SHOWN, HATCH = 1e-4, "shown, dropped", "////"
-"""Of the figure of absent classes: the probability below which all bars are alike, and how classes are marked that an
-image shows although the pre-filter dropped them."""
+"""In :func:`absent_figure`: the probability below which all bars are alike, and how classes are marked that an image
+shows although the pre-filter dropped them."""
 
 SHARP = 256
-"""Smaller images are enlarged to about this long side before regions are drawn into them, so that outlines stay
-thin."""
+"""Smaller images are enlarged to about this long side, so that outlines drawn into them stay thin."""
 
 
 def highlight(image: np.ndarray, regions: Sequence[np.ndarray], colours: Sequence[tuple[int, int, int]]) -> np.ndarray:
     """The image u8 (H, W, 3), paler and darker, with each region bool (h, w) tinted and outlined in its colour: u8 (k
-    H, k W, 3).
-
-    Regions lie on any grid over the whole image; later ones cover earlier ones. k is 1 for images of :data:`SHARP`
-    pixels and more.
-    """
-    factor = max(1, round(SHARP / max(image.shape[:2])))
-    width, height = image.shape[1] * factor, image.shape[0] * factor
-    picture = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)).astype(np.float32)
+    H, k W, 3). Regions lie on any grid over the whole image; later ones cover earlier ones."""
+    picture = _enlarged(image)[0].astype(np.float32)
     drawn = 0.3 * picture + 0.35 * picture.mean(2, keepdims=True) + np.float32(25)
     for region, colour in zip(regions, colours, strict=True):
-        mask = np.asarray(Image.fromarray(region).resize((width, height), Image.Resampling.NEAREST))
+        mask = np.asarray(Image.fromarray(region).resize(picture.shape[1::-1], Image.Resampling.NEAREST))
         drawn[mask] = 0.5 * picture[mask] + 0.5 * np.array(colour, np.float32)
         drawn[mask & ~_eroded(mask)] = colour
     return drawn.clip(0, 255).round().astype(np.uint8)
 
 
+def _enlarged(image: np.ndarray) -> tuple[np.ndarray, int]:
+    """The image k times as large, and k."""
+    factor = max(1, round(SHARP / max(image.shape[:2])))
+    size = image.shape[1] * factor, image.shape[0] * factor
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)), factor
+
+
 def _eroded(mask: np.ndarray, pixels: int = 2) -> np.ndarray:
-    padded = np.pad(mask, pixels, mode="edge")  # a region that runs off the image has no outline there
     height, width = mask.shape
+    padded = np.pad(mask, pixels, mode="edge")  # a region that runs off the image has no outline there
     shifts = [(pixels, 0), (pixels, 2 * pixels), (0, pixels), (2 * pixels, pixels)]
     return mask & np.all([padded[y : y + height, x : x + width] for y, x in shifts], axis=0)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A row of :func:`prototype_figure`: a segmentation, the prototypes to be followed, and the support sets they come
-    from by category.
-
-    ``pixel`` (row, column) is marked in the image where it is given.
-    """
+    """A row of :func:`prototype_figure`: a segmentation, the prototypes to be followed, the support sets they come from
+    by category, and a ``pixel`` (row, column) to be marked."""
 
     name: str
     segmentation: Segmentation
@@ -75,10 +74,14 @@ class Trace:
     supports: Mapping[str, SupportSet]
     pixel: tuple[int, int] | None = None
 
+    def label(self, prototype: Activated) -> int:
+        """The label of the pixels that a prototype decides."""
+        names = self.segmentation.class_names
+        return names.index(prototype.category) if prototype.region == "foreground" else 0
+
 
 def innermost(region: np.ndarray) -> tuple[int, int]:
-    """The pixel (row, column) of a region bool (H, W) that is farthest from its border, the image's included; the first
-    of equals."""
+    """The pixel (row, column) of a region bool (H, W) farthest from its border and the image's; the first of equals."""
     from scipy.ndimage import distance_transform_edt
 
     depth = distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
@@ -86,57 +89,42 @@ def innermost(region: np.ndarray) -> tuple[int, int]:
 
 
 def chosen_images(prototypes: Sequence[Activated], count: int) -> list[tuple[str, int]]:
-    """Support images, (category, number) each, at most ``count``, that show where the prototypes come from.
-
-    First the image with most pixels of each prototype in turn, then those in which the most pixels of any of them are
-    left.
-    """
-    pixels = [{(p.category, n): int(mask.sum()) for n, mask in zip(p.images, p.masks, strict=True)} for p in prototypes]
-    chosen = list(dict.fromkeys(next(iter(p)) for p in pixels if p))
-    total: dict[tuple[str, int], int] = {}
-    for one in pixels:
-        for key, number in one.items():
-            total[key] = total.get(key, 0) + number
-    chosen += sorted(set(total) - set(chosen), key=lambda key: (-total[key], key))
-    return chosen[:count]
+    """Support images, (category, number) each, at most ``count``, that show where the prototypes come from: first the
+    image with most pixels of each prototype in turn, then those with most pixels of all of them."""
+    total: Counter[tuple[str, int]] = Counter()
+    for p in prototypes:
+        total.update({(p.category, n): int(mask.sum()) for n, mask in zip(p.images, p.masks, strict=True)})
+    chosen = list(dict.fromkeys((p.category, p.images[0]) for p in prototypes if p.images))
+    return [*chosen, *sorted(set(total) - set(chosen), key=lambda key: (-total[key], key))][:count]
 
 
 def prototype_figure(traces: Sequence[Trace], shown: int = 4, cell: float = 1.3, title: str = "") -> Figure:
     """Fig. 4: at the left each segmentation, in the middle the regions that its prototypes decided, each in its own
     colour, at the right ``shown`` support images with the regions that these prototypes were made from in the same
-    colours.
-    """
-    left, gap, head = 2.1, 0.14, 0.36 + (0.34 if title else 0)
+    colours."""
+    left, gap, head, row = 2.1, 0.14, 0.36 + (0.34 if title else 0), cell + 0.04
     places = [left, left + cell + gap, *(left + (2 + i) * cell + 2 * gap for i in range(shown))]
-    size = (places[-1] + cell, head + len(traces) * (cell + 0.04))
-    figure = new_figure(size, 110)
-    for r, trace in enumerate(traces):
-        top = size[1] - head - r * (cell + 0.04)
+    figure = new_figure((places[-1] + cell, head + len(traces) * row), 110)
+    for trace, top in zip(traces, head + row * np.arange(len(traces)), strict=True):
         for x, picture in zip(places, _pictures(trace, shown), strict=False):
-            place = x / size[0], (top - cell) / size[1], (cell - 0.04) / size[0], (cell - 0.04) / size[1]
-            axis = figure.add_axes(place)
-            axis.imshow(picture)
-            axis.set_axis_off()
-        _row_names(figure, trace, size, top - 0.06)
-    middle = places[2] + shown * cell / 2
+            figure.put(picture, x, top + 0.04, cell - 0.04, cell - 0.04)
+        _row_names(figure, trace, top + 0.06)
     for x, text in ((places[0] + cell / 2, "segmentation"), (places[1] + cell / 2, "decided (enlarged)"),
-                    (middle, "where these prototypes come from in the support images")):
-        figure.text(x / size[0], 1 - (head - 0.06) / size[1], text, ha="center", va="bottom", fontsize=11)
+                    (places[2] + shown * cell / 2, "where these prototypes come from in the support images")):
+        figure.write(x, head - 0.06, text, va="bottom", fontsize=11)
     if title:
-        figure.text(0.5, 1 - 0.04 / size[1], title, ha="center", va="top", fontsize=13)
+        figure.write(figure.get_figwidth() / 2, 0.04, title, va="top", fontsize=13)
     return figure
 
 
 def _pictures(trace: Trace, shown: int) -> list[np.ndarray]:
-    colours = [COLOURS[i % len(COLOURS)] for i in range(len(trace.prototypes))]
-    image, labels = trace.segmentation.image, trace.segmentation.labels
-    factor = max(1, round(SHARP / max(image.shape[:2])))
-    large = Image.fromarray(image).resize((image.shape[1] * factor, image.shape[0] * factor), Image.Resampling.BICUBIC)
-    painted = paint(np.asarray(large), np.kron(labels, np.ones((factor, factor), labels.dtype)),
-                    trace.segmentation.class_names)
-    activated = highlight(image, [p.pixels for p in trace.prototypes], colours)
+    colours = [colour for colour, _ in zip(itertools.cycle(COLOURS), trace.prototypes, strict=False)]
+    image, labels, names = trace.segmentation.image, trace.segmentation.labels, trace.segmentation.class_names
+    large, factor = _enlarged(image)
+    whole = paint(large, np.kron(labels, np.ones((factor, factor), labels.dtype)), names)
+    decided = highlight(image, [p.pixels for p in trace.prototypes], colours)
     top, bottom, left, right = (factor * side for side in _around(trace))
-    pictures = [painted, activated[top:bottom, left:right]]
+    pictures = [whole, decided[top:bottom, left:right]]
     if trace.pixel is not None:
         row, column = (factor * place + factor // 2 for place in trace.pixel)
         _mark(pictures[0], row, column)
@@ -149,14 +137,11 @@ def _pictures(trace: Trace, shown: int) -> list[np.ndarray]:
 
 
 def _around(trace: Trace) -> tuple[int, int, int, int]:
-    """A square (top, bottom, left, right), as far as the image has room for one, around what the prototypes decided and
-    their classes."""
-    height, width = trace.segmentation.labels.shape
-    labels = [_label(trace, p) for p in trace.prototypes]
-    rows, columns = np.nonzero(np.isin(trace.segmentation.labels, labels) if labels else np.ones((height, width), bool))
-    side = 1.15 * max(np.ptp(rows), np.ptp(columns), 8) + 1
-    spans = []
-    for places, length in ((rows, height), (columns, width)):
+    """A square (top, bottom, left, right), as far as the image has room for one, around the prototypes' classes."""
+    labels, own = trace.segmentation.labels, [trace.label(p) for p in trace.prototypes]
+    found = np.nonzero(np.isin(labels, own) if own else np.ones_like(labels))
+    side, spans = 1.15 * max(*map(np.ptp, found), 8) + 1, []
+    for places, length in zip(found, labels.shape, strict=True):
         size = min(length, round(side))
         start = int(np.clip((places.min() + places.max() + 1 - size) // 2, 0, length - size))
         spans += [start, start + size]
@@ -171,20 +156,15 @@ def _mark(picture: np.ndarray, row: int, column: int) -> None:
     picture[(radius > 8 * unit) & (radius < 11 * unit)] = 255
 
 
-def _row_names(figure: Figure, trace: Trace, size: tuple[float, float], top: float) -> None:
-    figure.text(0.08 / size[0], top / size[1], trace.name, fontsize=13, va="top", weight="bold")
-    lines = trace.name.count("\n") + 1
-    for i, prototype in enumerate(trace.prototypes):
-        y = top - 0.22 * lines - 0.12 - 0.25 * i
-        share = 100 * prototype.pixels.sum() / max(1, (trace.segmentation.labels == _label(trace, prototype)).sum())
+def _row_names(figure: Sheet, trace: Trace, top: float) -> None:
+    figure.write(0.08, top, trace.name, ha="left", va="top", fontsize=13, weight="bold")
+    y = top + 0.22 * len(trace.name.split("\n")) + 0.12
+    for prototype, colour in zip(trace.prototypes, itertools.cycle(COLOURS), strict=False):
+        share = 100 * prototype.pixels.sum() / max(1, (trace.segmentation.labels == trace.label(prototype)).sum())
         which = f"{prototype.kind} {prototype.index}" if prototype.kind != "class" else "class"
-        figure.text(0.1 / size[0], y / size[1], "■", fontsize=13, va="center",
-                    color=np.array(COLOURS[i % len(COLOURS)]) / 255)
-        figure.text(0.31 / size[0], y / size[1], f"{which}: {share:.0f} %", fontsize=12, va="center")
-
-
-def _label(trace: Trace, prototype: Activated) -> int:
-    return trace.segmentation.class_names.index(prototype.category) if prototype.region == "foreground" else 0
+        figure.write(0.1, y, "■", ha="left", fontsize=13, color=np.array(colour) / 255)
+        figure.write(0.31, y, f"{which}: {share:.0f} %", ha="left", fontsize=12)
+        y += 0.25
 
 
 def margin_figure(statistics: MarginStatistics, parts: int = 10) -> Figure:
@@ -194,17 +174,18 @@ def margin_figure(statistics: MarginStatistics, parts: int = 10) -> Figure:
     left, right = figure.subplots(1, 2)
     both = statistics.right + statistics.wrong
     last = int(np.searchsorted(np.cumsum(both), 0.99 * both.sum())) + 1
-    group = max(1, last // 40)
-    edges = np.arange(0, -(-last // group) + 1) * group * BIN
+    group = max(1, last // 40)  # bins in a bar
+    starts = np.arange(-(-last // group)) * group
+    edges = np.append(starts, starts[-1] + group) * BIN
     for counts, name, colour in ((statistics.right, "right", "#2a9d5c"), (statistics.wrong, "wrong", "#d1495b")):
-        summed = np.add.reduceat(counts[: (len(edges) - 1) * group], np.arange(0, (len(edges) - 1) * group, group))
         if counts.any():
-            left.stairs(100 * summed / counts.sum(), edges, label=f"{name} pixels", color=colour, fill=True, alpha=0.55)
+            share = 100 * np.add.reduceat(counts[: starts[-1] + group], starts) / counts.sum()
+            left.stairs(share, edges, label=f"{name} pixels", color=colour, fill=True, alpha=0.55)
     left.set(xlabel="margin: winner minus runner-up (cosine)", ylabel="% of these pixels", xlim=(0, edges[-1]))
     if left.patches:
         left.legend(frameon=False, fontsize=9)
-    rates = statistics.error_rates(parts)
-    right.plot([i + 1 for i in range(len(rates))], [100 * rate for _, rate in rates], "o-", color="#31435e")
+    rates = [100 * rate for _, rate in statistics.error_rates(parts)]
+    right.plot(range(1, len(rates) + 1), rates, "o-", color=LINE)
     right.set(xlabel=f"pixels by margin, in {len(rates)} equal parts (smallest first)",
               ylabel="% of pixels that are wrong", ylim=(0, None))
     for axis in (left, right):
@@ -213,10 +194,8 @@ def margin_figure(statistics: MarginStatistics, parts: int = 10) -> Figure:
 
 
 def absent_figure(segmentations: Sequence[Segmentation], filters: Filters, names: Sequence[str],
-                  shown: Sequence[Collection[str]] = (),
-                  bars: int = 7) -> Figure:
-    """For each image CLIP's ``bars`` most probable classes, with the threshold 1/C and why the pre-filter dropped those
-    it dropped.
+                  shown: Sequence[Collection[str]] = (), bars: int = 7) -> Figure:
+    """For each image CLIP's ``bars`` most probable classes, with the threshold 1/C and why the pre-filter dropped some.
 
     ``shown`` are the classes that each image really shows; their names are marked with a dot. Those of them that were
     dropped are always among the bars, hatched, and take the place of the least probable others; a bar is at least
@@ -225,15 +204,15 @@ def absent_figure(segmentations: Sequence[Segmentation], filters: Filters, names
     count = len(segmentations)
     figure = new_figure((3.1 * count, 3.7), 110, layout="constrained")
     axes = figure.subplots(2, count, squeeze=False, height_ratios=[1, 1.25])
-    used: dict[str, None] = {"kept": None}
-    for i, (result, name) in enumerate(zip(segmentations, names, strict=True)):
-        axes[0, i].imshow(paint(result.image, result.labels, result.class_names))
-        axes[0, i].set_axis_off()
-        axes[0, i].set_title(name, fontsize=12)
-        used |= dict.fromkeys(_bars(axes[1, i], result, filters, shown[i] if shown else (), bars))
-    handles = [Patch(color=REASON_COLOURS[reason], label=reason if reason == "kept" else f"dropped: {reason}")
-               for reason in used if reason != SHOWN]
-    if SHOWN in used:
+    used: dict[str, bool] = {"kept": True, SHOWN: False}
+    for (top, bottom), result, name, there in zip(axes.T, segmentations, names, shown or [()] * count, strict=True):
+        top.imshow(paint(result.image, result.labels, result.class_names))
+        top.set_axis_off()
+        top.set_title(name, fontsize=12)
+        used |= dict.fromkeys(_bars(bottom, result, filters, there, bars), True)
+    handles = [Patch(color=colour, label="kept" if reason == "kept" else f"dropped: {reason}")
+               for reason in used if (colour := REASON_COLOURS.get(reason))]
+    if used[SHOWN]:
         handles.append(Patch(facecolor="white", edgecolor="black", hatch=HATCH, label=SHOWN))
     figure.legend(handles=handles, loc="outside lower center", ncol=max(1, min(len(handles), count)), frameon=False,
                   fontsize=11)
@@ -255,8 +234,8 @@ def _bars(axis: Axes, result: Segmentation, filters: Filters, shown: Collection[
         if i in lost:
             bar.set(hatch=HATCH, edgecolor="black")
     threshold = next((a.threshold for a in absent.values()), 1 / len(result.vocabulary))
-    axis.axvline(threshold, color="#31435e", linestyle="--", linewidth=1)
-    axis.text(threshold, -0.75, " 1/C", fontsize=10, color="#31435e", va="bottom")
+    axis.axvline(threshold, color=LINE, linestyle="--", linewidth=1)
+    axis.text(threshold, -0.75, " 1/C", fontsize=10, color=LINE, va="bottom")
     axis.set_yticks(range(len(names)), [f"● {n}" if n in shown else n for n in names], fontsize=10.5)
     for label, i in zip(axis.get_yticklabels(), order, strict=True):
         if (result.labels == i + 1).any():
@@ -265,8 +244,7 @@ def _bars(axis: Axes, result: Segmentation, filters: Filters, shown: Collection[
     axis.invert_yaxis()
     axis.set_xscale("log")
     axis.set_xlim(LEAST / 3, 1)  # the shortest bar is still one
-    axis.set_xticks([LEAST, 0.01, 1], [f"≤ {LEAST:g}", "0.01", "1"])
-    axis.tick_params(axis="x", labelsize=10)
+    axis.set_xticks([LEAST, 0.01, 1], [f"≤ {LEAST:g}", "0.01", "1"], fontsize=10)
     axis.set_xlabel("CLIP probability", fontsize=10.5)
     axis.spines[["top", "right"]].set_visible(False)
     return [*reasons, *([SHOWN] if lost else ())]

@@ -17,14 +17,9 @@ if TYPE_CHECKING:
 
 
 class Page:
-    """Saves and shows a notebook's tables and figures; output folder, profile and details are said once, in its setup
-    cell.
-
-    Args:
-        output: the outputs folder; tables go to ``output``/tables, figures to ``output``/figures.
-        profile: the profile that made the numbers.
-        details: what else a table's record says of the run, such as ``images=64, seeds=[0, 1]``.
-    """
+    """Saves a notebook's tables and figures in ``output``/tables and ``output``/figures, and shows them. Said once, in
+    its setup cell: that folder, the profile that made the numbers, and what else a table's record says of the run, such
+    as ``images=64, seeds=[0, 1]``."""
 
     def __init__(self, output: str | Path, profile: Profile, **details: Any) -> None:
         self.output, self.profile, self.details = Path(output), profile, details
@@ -37,11 +32,8 @@ class Page:
 
     def table(self, cells: list[Cell], name: str, caption: str, digits: int | dict[str, int] = 1, *, title: str = "",
               **details: Any) -> Markdown:
-        """Write the table ``name`` (CSV, Markdown, JSON) and show it. ``details`` replace those of the page, None
-        leaves one out.
-
-        The other arguments are those of :func:`~ovdiff_lib.workbench.tables.tables.write_table`.
-        """
+        """Write the table ``name`` (:func:`~ovdiff_lib.workbench.tables.tables.write_table`) and show it. ``details``
+        replace those of the page, None leaves one out."""
         from IPython.display import Markdown
 
         kept = {key: value for key, value in {**self.details, **details}.items() if value is not None}
@@ -49,11 +41,7 @@ class Page:
         return Markdown(write_table(path, name, cells, self.profile, caption, digits, title=title, details=kept))
 
     def figure(self, figure: Any, name: str, caption: str, seed: int | None = None) -> Any:
-        """Write the figure ``name`` (PNG, and its caption as JSON) and return it, so that a cell that ends with the
-        call shows it.
-
-        The caption ends with the profile, and with the seed where it is given.
-        """
+        """Write the figure ``name``, its caption ended by the profile and the seed, and return it, to be shown."""
         of = f"Profile {self.profile.name}" + (f", seed {seed}" if seed is not None else "")
         save_figure(figure, self.output / "figures" / f"{name}.png", f"{caption} {of}.")
         return figure

@@ -46,7 +46,9 @@
     const common = [...counts].sort((a, b) => b[1] - a[1])[0];
     if (!common) return [image.height >> 1, image.width >> 1];
     const pixels = [];
-    image.labels.forEach((label, i) => label === common[0] && pixels.push([Math.floor(i / image.width), i % image.width]));
+    image.labels.forEach((label, i) => {
+      if (label === common[0]) pixels.push([Math.floor(i / image.width), i % image.width]);
+    });
     const middle = [0, 1].map((axis) => pixels.reduce((sum, p) => sum + p[axis], 0) / pixels.length);
     const far = (p) => (p[0] - middle[0]) ** 2 + (p[1] - middle[1]) ** 2;
     return pixels.reduce((best, p) => (far(p) < far(best) ? p : best));
@@ -62,14 +64,16 @@
       runner: runner === NONE ? null : runner, second: runner === NONE ? null : entry.classes[runner],
       margin: image.margin[i] * entry.step,
       // Of an image that is shown smaller than it is, the pixel of the image that was looked up.
-      row: Math.floor((row + 0.5) * entry.size[0] / image.height), column: Math.floor((column + 0.5) * entry.size[1] / image.width),
+      row: Math.floor((row + 0.5) * entry.size[0] / image.height),
+      column: Math.floor((column + 0.5) * entry.size[1] / image.width),
     };
   }
 
   function origin(prototype) {
     if (!prototype) return ["A constant background score, no prototype"];
     const article = prototype.kind === "instance" ? "An" : "A";
-    const kind = { class: "class prototype, the mean of all support images", instance: "instance prototype, the mean of one support image",
+    const kind = { class: "class prototype, the mean of all support images",
+                   instance: "instance prototype, the mean of one support image",
                    part: "part prototype, one cluster of features" }[prototype.kind];
     return prototype.region === "background"
       ? ["A background ", kind, ", from the surroundings in the support images of ", named(prototype.category)]
@@ -80,7 +84,8 @@
   function region(support, grid, source) {
     const [h, w] = grid;
     const bytes = atob(support.mask);
-    const inside = (y, x) => y >= 0 && x >= 0 && y < h && x < w && (bytes.charCodeAt((y * w + x) >> 3) >> (7 - ((y * w + x) & 7))) & 1;
+    const bit = (i) => (bytes.charCodeAt(i >> 3) >> (7 - (i & 7))) & 1;
+    const inside = (y, x) => y >= 0 && x >= 0 && y < h && x < w && bit(y * w + x);
     let pale = "", edge = "";
     for (let y = 0; y < h; y++) for (let x = 0; x < w; x++) {
       if (!inside(y, x)) { pale += `M${x} ${y}h1v1h-1z`; continue; }
@@ -92,7 +97,8 @@
     const drawing = document.createElementNS(SVG, "svg");
     drawing.setAttribute("viewBox", `0 0 ${w} ${h}`);
     drawing.setAttribute("role", "img");
-    drawing.setAttribute("aria-label", `Support image ${support.image}, ${support.features} of ${h * w} features highlighted`);
+    drawing.setAttribute("aria-label",
+      `Support image ${support.image}, ${support.features} of ${h * w} features highlighted`);
     const part = (tag, values) => {
       const element = document.createElementNS(SVG, tag);
       for (const [name, value] of Object.entries(values)) element.setAttribute(name, value);
@@ -107,15 +113,18 @@
   function queried(entry) {
     const dropped = entry.queried.filter((c) => !c.kept).length;
     const ran = entry.queried.some((c) => c.probability !== null);
+    const chance = (p) => p === null ? "–" : p < 5e-5 ? "< 0.0001" : p.toFixed(4);
     const rows = entry.queried.map((c) => make("tr", { class: c.kept ? "" : "dropped" },
       make("th", { scope: "row" }, swatch(entry.colours[c.label]), named(c.name)),
-      make("td", {}, c.probability === null ? "–" : c.probability < 5e-5 ? "< 0.0001" : c.probability.toFixed(4)), make("td", {}, c.kept ? "kept" : `dropped: ${c.reason}`)));
+      make("td", {}, chance(c.probability)), make("td", {}, c.kept ? "kept" : `dropped: ${c.reason}`)));
+    const heads = ["class", "CLIP’s probability", "category filter"].map((name) =>
+      make("th", { scope: "col" }, name));
     return make("details", { open: true },
-      make("summary", {}, ran ? `Queried classes: ${entry.queried.length - dropped} kept, ${dropped} dropped by the category filter`
+      make("summary", {}, ran
+        ? `Queried classes: ${entry.queried.length - dropped} kept, ${dropped} dropped by the category filter`
         : `Queried classes: ${entry.queried.length}; the category filter did not run`),
       make("div", { class: "scroll queried", tabindex: 0, role: "region", "aria-label": "Queried classes" },
-        make("table", {}, make("thead", {}, make("tr", {}, ...["class", "CLIP’s probability", "category filter"].map((name) => make("th", { scope: "col" }, name)))),
-          make("tbody", {}, ...rows))));
+        make("table", {}, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows))));
   }
 
   async function panel(box, data, broken) {
@@ -125,10 +134,12 @@
     const rowField = make("input", { type: "number", min: 0, name: "row" });
     const columnField = make("input", { type: "number", min: 0, name: "column" });
     const shown = { image: null, row: 0, column: 0, view: "both" };
-    const views = make("fieldset", {}, make("legend", {}, "Show"), ...["image", "both", "labels"].map((view) => make("label", {},
+    const views = make("fieldset", {}, make("legend", {}, "Show"));
+    views.append(...["image", "both", "labels"].map((view) => make("label", {},
       make("input", { type: "radio", name: `view-${box.dataset.panel}`, value: view, checked: view === shown.view,
                       onchange: () => { shown.view = view; draw(); } }), ` ${view}`)));
-    const buttons = data.images.map((entry) => make("button", { type: "button", "aria-pressed": "false", onclick: () => choose(entry).catch(broken) },
+    const buttons = data.images.map((entry) => make("button",
+      { type: "button", "aria-pressed": "false", onclick: () => choose(entry).catch(broken) },
       make("img", { src: entry.picture, alt: "" }), make("span", {}, named(entry.title))));
     const cache = new Map();
 
@@ -165,17 +176,28 @@
       const pen = canvas.getContext("2d");
       pen.drawImage(image.picture, 0, 0, canvas.width, canvas.height);
       if (shown.view !== "image") {
-        const layer = new OffscreenCanvas(width, height), pixels = new ImageData(width, height), opacity = shown.view === "both" ? 140 : 255;
+        const layer = new OffscreenCanvas(width, height), pixels = new ImageData(width, height);
+        const opacity = shown.view === "both" ? 140 : 255;
         const colours = new Uint8ClampedArray(image.entry.colours.flatMap((colour) => [...colour, opacity]));
-        for (let i = 0; i < image.labels.length; i++) for (let c = 0; c < 4; c++) pixels.data[4 * i + c] = colours[4 * image.labels[i] + c];
+        for (let i = 0; i < image.labels.length; i++) {
+          for (let c = 0; c < 4; c++) pixels.data[4 * i + c] = colours[4 * image.labels[i] + c];
+        }
         layer.getContext("2d").putImageData(pixels, 0, 0);
         pen.imageSmoothingEnabled = false;
         pen.drawImage(layer, 0, 0, canvas.width, canvas.height);
       }
       const here = row * width + column;
-      const same = (y, x) => y >= 0 && x >= 0 && y < height && x < width && image.winner[y * width + x] === image.winner[here]
-        && image.labels[y * width + x] === image.labels[here];
-      const line = (x, y, dx, dy) => { pen.moveTo(x * scale, y * scale); pen.lineTo((x + dx) * scale, (y + dy) * scale); };
+      const same = (y, x) => y >= 0 && x >= 0 && y < height && x < width
+        && image.winner[y * width + x] === image.winner[here] && image.labels[y * width + x] === image.labels[here];
+      const line = (x, y, dx, dy) => {
+        pen.moveTo(x * scale, y * scale);
+        pen.lineTo((x + dx) * scale, (y + dy) * scale);
+      };
+      const stroke = (colour, thick) => {
+        pen.strokeStyle = colour;
+        pen.lineWidth = thick;
+        pen.stroke();
+      };
       pen.beginPath();
       for (let y = 0; y < height; y++) for (let x = 0; x < width; x++) if (same(y, x)) {
         if (!same(y - 1, x)) line(x, y, 1, 0);
@@ -183,9 +205,12 @@
         if (!same(y, x - 1)) line(x, y, 0, 1);
         if (!same(y, x + 1)) line(x + 1, y, 0, 1);
       }
-      const cross = () => { pen.beginPath(); pen.arc((column + 0.5) * scale, (row + 0.5) * scale, 9, 0, 2 * Math.PI); };
-      for (const [colour, thick] of [["#000", 5], ["#fff", 2.5]]) { pen.strokeStyle = colour; pen.lineWidth = thick; pen.stroke(); }
-      for (const [colour, thick] of [["#000", 6], ["#fff", 3]]) { cross(); pen.strokeStyle = colour; pen.lineWidth = thick; pen.stroke(); }
+      stroke("#000", 5);
+      stroke("#fff", 2.5);
+      pen.beginPath();
+      pen.arc((column + 0.5) * scale, (row + 0.5) * scale, 9, 0, 2 * Math.PI);
+      stroke("#000", 6);
+      stroke("#fff", 3);
     }
 
     function tell() {
@@ -194,19 +219,24 @@
       const prototype = why.prototype === NONE ? null : data.prototypes[why.prototype];
       const second = why.second === null ? ["No other class was considered."]
         : ["Runner-up: ", swatch(entry.colours[why.runner]), named(why.second), `, ${why.margin.toFixed(3)} behind.`];
-      const support = prototype ? prototype.support.map((s) => make("li", {}, region(s, prototype.grid, data.pictures[s.picture]),
+      const support = prototype ? prototype.support.map((s) => make("li", {},
+        region(s, prototype.grid, data.pictures[s.picture]),
         `image ${s.image}: ${s.features} of ${prototype.grid[0] * prototype.grid[1]} features`)) : [];
       answer.replaceChildren(
         make("h4", {}, swatch(entry.colours[why.label]), named(why.name), ` at row ${why.row}, column ${why.column}`),
-        make("p", { class: "prototype" }, ...origin(prototype), prototype ? ` (number ${prototype.index}, features of ${prototype.extractor}).` : "."),
+        make("p", { class: "prototype" }, ...origin(prototype),
+          prototype ? ` (number ${prototype.index}, features of ${prototype.extractor}).` : "."),
         make("p", { class: "second" }, ...second),
         ...(support.length ? [make("p", { class: "note" }, prototype.images > support.length
-          ? `Made from regions of ${prototype.images} support images of ${prototype.category}; the ${support.length} largest:`
-          : `The support regions of ${prototype.category} it was made from:`), make("ul", { class: "regions" }, ...support)] : []),
+          ? `Made from regions of ${prototype.images} support images of ${prototype.category}; `
+            + `the ${support.length} largest:`
+          : `The support regions of ${prototype.category} it was made from:`),
+        make("ul", { class: "regions" }, ...support)] : []),
         queried(entry));
       rowField.value = why.row;
       columnField.value = why.column;
-      said.textContent = ["h4", ".prototype", ".second"].map((part) => answer.querySelector(part).textContent).join(". ");
+      const parts = ["h4", ".prototype", ".second"].map((part) => answer.querySelector(part).textContent);
+      said.textContent = parts.join(". ");
     }
 
     canvas.addEventListener("click", (event) => {
@@ -218,8 +248,8 @@
       const step = event.shiftKey ? 10 : 1;
       const { row, column, image } = shown;
       const target = { ArrowUp: [row - step, column], ArrowDown: [row + step, column], ArrowLeft: [row, column - step],
-                       ArrowRight: [row, column + step], Home: [row, 0], End: [row, image.width - 1], PageUp: [0, column],
-                       PageDown: [image.height - 1, column] }[event.key];
+                       ArrowRight: [row, column + step], Home: [row, 0], End: [row, image.width - 1],
+                       PageUp: [0, column], PageDown: [image.height - 1, column] }[event.key];
       if (!target || event.ctrlKey || event.altKey || event.metaKey) return;
       event.preventDefault();
       move(...target);
@@ -237,7 +267,8 @@
       make("div", { class: "choose", role: "group", "aria-label": "Images" }, ...buttons),
       make("div", { class: "two" },
         make("div", { class: "stage" }, canvas,
-          make("div", { class: "controls" }, views, make("label", {}, "Row ", rowField), make("label", {}, "Column ", columnField)),
+          make("div", { class: "controls" }, views, make("label", {}, "Row ", rowField),
+            make("label", {}, "Column ", columnField)),
           make("p", { class: "note" }, "The outline holds the pixels that the same prototype decided.")),
         answer),
       said);
@@ -248,7 +279,8 @@
     const data = JSON.parse(document.getElementById(`panel-${box.dataset.panel}`).textContent);
     if (!("DecompressionStream" in window)) continue;
     const broken = (error) =>
-      box.replaceChildren(make("p", { class: "problem" }, `The data of this panel cannot be read (${error.message}); write them again.`));
+      box.replaceChildren(make("p", { class: "problem" },
+        `The data of this panel cannot be read (${error.message}); write them again.`));
     panel(box, data, broken).then(() => { box.dataset.ready = "true"; }, broken);
   }
 

@@ -1,8 +1,8 @@
 """The explain panel: for every pixel of a few images, which prototype decided it and which support regions that
-prototype came from.
+prototype came from, as :func:`ovdiff_lib.segmentation.explain` says it.
 
 ``panel_data`` computes it once, ``write_panel`` saves it as JSON, the report embeds that JSON and a page's script only
-looks it up. What the panel says of a pixel is what :func:`ovdiff_lib.segmentation.explain` says of it.
+looks it up.
 """
 
 from __future__ import annotations
@@ -46,16 +46,15 @@ def panel_data(results: Mapping[str, Segmentation] | Sequence[Segmentation],
         results: segmentations that keep their bank (those of ``OVDiff.segment``), by title or in order.
         supports: the support sets that the prototypes were built from, one for each class that the pre-filter kept in
             some image; by class name, or the sets themselves.
-        filters: the profile's filter settings; they tell why a class above 1/C was dropped (see
-            :func:`~ovdiff_lib.explain.absent_classes`).
+        filters: the profile's filter settings, for :func:`~ovdiff_lib.explain.absent_classes`.
         caption: a sentence shown above the panel.
         thumbnail: long side of a support image in the panel, pixels.
         longest: of a larger image so many pixels along the long side are shown, evenly spaced.
 
     Per image: ``labels``, ``winner`` (index into ``prototypes``) and ``runner_up`` (a label) u16 and ``margin`` u8 in
     units of ``step``, each (H, W) deflated and in base64, :data:`NONE` where there is none; the picture; and every
-    queried class with the probability that the category pre-filter gave it and why it was dropped. Raises
-    ``InputError`` for a segmentation without its bank and a support set that is missing or does not fit.
+    queried class. Raises ``InputError`` for a segmentation without its bank and a support set that is missing or does
+    not fit.
     """
     titled = dict(results) if isinstance(results, Mapping) else {f"image {i}": r for i, r in enumerate(results, 1)}
     sets = supports.values() if isinstance(supports, Mapping) else supports
@@ -67,12 +66,9 @@ def panel_data(results: Mapping[str, Segmentation] | Sequence[Segmentation],
 
 def chosen_images(shown: Sequence[Sequence[str]], kept: Sequence[Sequence[str]], dropped: int = 1,
                   most: int = 20) -> list[int]:
-    """Numbers of the images worth a panel, ascending, at most ``most``: one for every class, and ``dropped`` in which a
-    class that is there was dropped.
-
-    ``shown`` and ``kept`` hold for each image the classes it shows and those the pre-filter kept. First come the images
-    with a dropped class; then, for every class that none of the chosen shows, the first image that shows it.
-    """
+    """Numbers of the images worth a panel, ascending, at most ``most``: first ``dropped`` in which a class that is
+    there was dropped, then, for every class that none of these shows, the first that shows it. ``shown`` and ``kept``
+    hold for each image the classes it shows and those the pre-filter kept."""
     chosen = [i for i, (there, left) in enumerate(zip(shown, kept, strict=True)) if set(there) - set(left)][:dropped]
     seen = {name for i in chosen for name in shown[i]}
     for i, there in enumerate(shown):
@@ -83,8 +79,7 @@ def chosen_images(shown: Sequence[Sequence[str]], kept: Sequence[Sequence[str]],
 
 
 def write_panel(path: str | Path, data: dict[str, Any]) -> Path:
-    """Write the panel's data (:func:`panel_data`) as JSON, whole or not at all; returns the path. The report embeds
-    every such file in ``<outputs>/explain``."""
+    """Write :func:`panel_data` as JSON; the report embeds every such file in ``<outputs>/explain``."""
     write_atomic(path, json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode())
     return Path(path)
 
@@ -115,21 +110,15 @@ class _Pool:
         if why.kind is None:
             return NONE
         support = self.supports.get(why.category)
-        if support is None:
-            raise InputError(f"The panel needs the support set of {why.category!r}, whose prototypes decided pixels; "
-                             "add it to supports.")
-        if max(why.images, default=-1) >= len(support):
-            raise InputError(f"The support set of {why.category!r} has {len(support)} images, but its prototypes come "
-                             "from image "
-                             f"{max(why.images)}; give the set that they were built from.")
-        regions = [{"picture": self.picture(support, n), "image": n, "features": int(mask.sum()), "mask": _bits(mask)}
+        if support is None or max(why.images, default=-1) >= len(support):
+            raise InputError(f"The panel needs the support set that the prototypes of {why.category!r} were built "
+                             f"from, with image {max(why.images, default=0)}; add it to supports.")
+        regions = [{"picture": self._once(_picture(support.images[n], self.side), self.pictures), "image": n,
+                    "features": int(mask.sum()), "mask": _text(np.packbits(mask).tobytes())}  # eight pixels a byte
                    for n, mask in list(zip(why.images, why.masks, strict=True))[:MAX_SUPPORT]]
         return self._once({"category": why.category, "kind": why.kind, "region": why.region, "index": why.index,
                            "extractor": why.extractor, "images": len(why.images), "of": len(support),
                            "grid": list(why.masks.shape[1:]), "support": regions}, self.prototypes)
-
-    def picture(self, support: SupportSet, n: int) -> str:
-        return self._once(_picture(support.images[n], self.side), self.pictures)
 
     def _once(self, entry: Any, entries: list[Any]) -> int:
         # By content: banks of two images are other objects, and two runs may call different prototypes by one number.
@@ -144,8 +133,7 @@ def _image(title: str, result: Segmentation, pool: _Pool, filters: Filters | Non
     """One image's entry: its maps, its picture, its queried classes."""
     height, width = result.labels.shape
     grid = [max(1, round(side * min(1, longest / max(height, width)))) for side in (height, width)]
-    # The centre of each shown pixel, as nearest-neighbour resizing takes it; the identity for an image that is short
-    # enough.
+    # The centre of each shown pixel, as nearest-neighbour resizing takes it; the identity for a small image.
     rows, columns = (((np.arange(n) + 0.5) * side / n).astype(int)
                      for n, side in zip(grid, (height, width), strict=True))
     shown = np.ix_(rows, columns)
@@ -155,8 +143,8 @@ def _image(title: str, result: Segmentation, pool: _Pool, filters: Filters | Non
     maps = {"labels": labels, "winner": _winners(result, rows, columns, pool), "runner_up": runner_up}
     return {"title": title, "size": [height, width], "grid": grid, "picture": _picture(result.image, longest),
             "classes": list(result.class_names), "colours": colours_of(result.class_names).tolist(),
-            **{name: _packed(values.astype("<u2")) for name, values in maps.items()},
-            "margin": _packed(np.round(margin / step).astype(np.uint8)), "step": step,
+            **{name: _text(zlib.compress(values.astype("<u2").tobytes(), 9)) for name, values in maps.items()},
+            "margin": _text(zlib.compress(np.round(margin / step).astype(np.uint8).tobytes(), 9)), "step": step,
             "queried": _queried(result, filters)}
 
 
@@ -176,14 +164,12 @@ def _winners(result: Segmentation, rows: np.ndarray, columns: np.ndarray, pool: 
 def _seconds(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The label that came second at each pixel (:data:`NONE` where none was considered) and how far behind, both (H,
     W)."""
-    own = labels[None]
-    first = np.take_along_axis(scores, own, 0)[0].astype(np.float64)
+    first = np.take_along_axis(scores, labels[None], 0)[0].astype(np.float64)
     others = scores.copy()
-    np.put_along_axis(others, own, -np.inf, 0)
-    second = others.argmax(0)
+    np.put_along_axis(others, labels[None], -np.inf, 0)
     value = others.max(0).astype(np.float64)
     alone = ~np.isfinite(value)
-    return np.where(alone, NONE, second), np.where(alone, 0, first - np.where(alone, 0, value)).clip(min=0)
+    return np.where(alone, NONE, others.argmax(0)), np.where(alone, 0, first - np.where(alone, 0, value)).clip(min=0)
 
 
 def _queried(result: Segmentation, filters: Filters | None) -> list[dict[str, Any]]:
@@ -203,13 +189,8 @@ def _picture(image: np.ndarray, side: int) -> str:
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=85, method=6)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/webp;base64," + _text(buffer.getvalue())
 
 
-def _bits(mask: np.ndarray) -> str:
-    """bool (h, w), row by row, eight to a byte, first in the highest bit, in base64."""
-    return base64.b64encode(np.packbits(mask).tobytes()).decode()
-
-
-def _packed(values: np.ndarray) -> str:
-    return base64.b64encode(zlib.compress(values.tobytes(), 9)).decode()
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()

@@ -11,15 +11,12 @@ from ovdiff_lib.workbench.tables.tables import Cell, read_record, read_table
 
 
 def compare_tables(a: str | Path, b: str | Path, tolerance: float) -> list[str]:
-    """What differs between the tables in the folders ``a`` and ``b``, one sentence for each difference; [] = nothing.
+    """What differs between the tables of two folders (or of their folders ``tables``), one sentence each; [] = nothing.
 
-    A folder is one of tables, or an outputs folder with a folder ``tables`` in it. Compared are which tables there are,
-    their profile and settings, their cells by row and column, and of each cell where it is from, the number of runs,
-    the paper's value (exactly), and the measured value and its standard deviation: equal within ``tolerance``, in the
-    table's own unit. Of a table that says ``"volatile": True`` in its details (times) no measured number is compared,
-    of one that names columns there (``"volatile": ["seconds"]``) none of these columns. Claims follow from the tables
-    and are passed over. Raises ``InputError`` for a tolerance that is no number from 0 on, a folder without tables, a
-    broken table.
+    Compared are which tables there are, their profile and settings, their cells by row and column, and of each cell its
+    source, runs, the paper's value, and the measured value and its standard deviation: equal within ``tolerance``, in
+    the table's unit. Numbers that a table calls volatile are not, nor are claims, which follow from the tables. Raises
+    ``InputError`` for a tolerance that is no number from 0 on, a folder without tables, a broken table.
     """
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise InputError(f"The tolerance must be a number from 0 on, not {tolerance}.")
@@ -41,24 +38,26 @@ def _tables(folder: Path) -> dict[str, Path]:
 def _differences(first: Path, second: Path, tolerance: float) -> list[str]:
     records = read_record(first), read_record(second)
     volatile = [(record.get("details") or {}).get("volatile") or () for record in records]
-    found = [f"{key}: {records[0].get(key)!r} against {records[1].get(key)!r}"
-             for key in ("profile", "settings") if records[0].get(key) != records[1].get(key)]
+    found = [f"{key}: {x!r} against {y!r}" for key in ("profile", "settings")
+             if (x := records[0].get(key)) != (y := records[1].get(key))]
     left, right = ({(c.row, c.column): c for c in read_table(path)} for path in (first, second))
-    for row, column in dict.fromkeys([*left, *right]):
-        a, b = left.get((row, column)), right.get((row, column))
-        if a is None or b is None:
-            texts = [f"is only in the {'first' if a else 'second'}"]
+    for place in dict.fromkeys([*left, *right]):
+        if place in left and place in right:
+            passed_over = any(v is True or place[1] in v for v in volatile)
+            texts = _cell_differences(left[place], right[place], math.inf if passed_over else tolerance)
         else:
-            texts = _cell_differences(a, b, math.inf if any(v is True or column in v for v in volatile) else tolerance)
-        found += [f"{row} / {column}: {text}" for text in texts]
+            texts = [f"is only in the {'first' if place in left else 'second'}"]
+        found += [f"{' / '.join(place)}: {text}" for text in texts]
     return found
 
 
 def _cell_differences(a: Cell, b: Cell, tolerance: float) -> list[str]:
-    paper = [(c.paper.key, c.paper.value, c.paper.std) if c.paper else None for c in (a, b)]
-    found = [(name, x, y) for name, x,
-             y in (("source", a.source, b.source), ("runs", a.n, b.n), ("paper", *paper)) if x != y]
-    for name, x, y in ("measured", a.measured, b.measured), ("std", a.std, b.std):
-        near = x == y if x is None or y is None else abs(x - y) <= tolerance
-        found += [] if near or tolerance == math.inf else [(name, x, y)]
-    return [f"{name}: {x} against {y}" for name, x, y in found]
+    def near(x: float | None, y: float | None) -> bool:
+        return tolerance == math.inf or (x == y if x is None or y is None else abs(x - y) <= tolerance)
+
+    papers = [(c.paper.key, c.paper.value, c.paper.std) if c.paper else None for c in (a, b)]
+    pairs = {"source": (a.source, b.source), "runs": (a.n, b.n), "paper": papers}
+    differ = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    numbers = {"measured": (a.measured, b.measured), "std": (a.std, b.std)}
+    differ |= {name: pair for name, pair in numbers.items() if not near(*pair)}
+    return [f"{name}: {x} against {y}" for name, (x, y) in differ.items()]

@@ -11,8 +11,6 @@ import pandas
 
 from ovdiff_lib.errors import InputError
 
-PATH = Path(__file__).with_name("paper_results.csv")
-
 
 @dataclass(frozen=True)
 class PaperCell:
@@ -21,7 +19,7 @@ class PaperCell:
     ``table``, ``row`` and ``column`` are its key, as written in ``paper_results.csv``: "1", "A.4", "fig5", "timing",
     ... ``value`` is in the table's unit (mIoU in percent for nearly all; ``note`` says it), ``std`` the spread over
     seeds where the paper gives one. ``value`` is None where the paper prints none: a method that did not report the
-    data set, or a cell of our own (see :meth:`own`).
+    data set, or a cell of our own (:meth:`own`).
     """
 
     table: str
@@ -47,31 +45,28 @@ def paper_cell(table: str, row: str, column: str) -> PaperCell:
 
     Raises ``InputError``, with the nearest legal names, for a cell that the paper does not have.
     """
-    given = table, row, column
-    if given in _cells():
-        return _cells()[given]
-    place = next(n for n in range(3) if not any(key[: n + 1] == given[: n + 1] for key in _cells()))
-    legal = sorted({key[place] for key in _cells() if key[:place] == given[:place]})
+    cells, given = _cells(), (table, row, column)
+    if given in cells:
+        return cells[given]
+    place = next(n for n in range(3) if not any(key[: n + 1] == given[: n + 1] for key in cells))
+    legal = sorted({key[place] for key in cells if key[:place] == given[:place]})
     near = difflib.get_close_matches(str(given[place]), legal, 1) or legal
     raise InputError(f"The paper has no {('table', 'row', 'column')[place]} {given[place]!r} (asked for {given}); "
-                     "write "
-                     f"{' or '.join(map(repr, near))}, or use PaperCell.own for a cell that the paper does not have.")
+                     f"write {' or '.join(map(repr, near))}, or PaperCell.own for a cell that the paper does not have.")
 
 
 def paper_table(table: str) -> tuple[PaperCell, ...]:
-    """All published cells of a table in the paper's order, those without a value too; ``InputError`` for an unknown
-    one."""
-    cells = tuple(cell for cell in _cells().values() if cell.table == table)
-    if not cells:
-        raise InputError(f"There is no table {table!r}; write one of "
-                         f"{', '.join(dict.fromkeys(k[0] for k in _cells()))}.")
-    return cells
+    """All published cells of a table in the paper's order, those without a value too; ``InputError`` if unknown."""
+    tables = dict.fromkeys(key[0] for key in _cells())
+    if table not in tables:
+        raise InputError(f"There is no table {table!r}; write one of {', '.join(tables)}.")
+    return tuple(cell for cell in _cells().values() if cell.table == table)
 
 
 @functools.cache
 def _cells() -> dict[tuple[str, str, str], PaperCell]:
-    read = pandas.read_csv(PATH, dtype=str, keep_default_na=False).replace({"value": {"n/a": ""}, "std": {"n/a": ""}})
-    cells = [PaperCell(*key, float(value) if value else None, float(std) if std else None, note)
-             for *key, value, std,
-             note in read[["table", "row", "column", "value", "std", "note"]].itertuples(index=False)]
+    numbers = dict.fromkeys(("value", "std"), lambda text: None if text in ("", "n/a") else float(text))
+    read = pandas.read_csv(Path(__file__).with_name("paper_results.csv"), dtype=dict.fromkeys(("table", "row"), str),
+                           converters=numbers, keep_default_na=False).astype(object)
+    cells = (PaperCell(**row) for row in read.where(read.notna(), None).to_dict("records"))
     return {cell.key: cell for cell in cells}

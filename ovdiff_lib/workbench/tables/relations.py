@@ -1,11 +1,10 @@
-"""What the claims about results say, as tests of numbers: greater, about equal, largest drop, grows then flat, linear.
+"""What the claims about results say, as comparisons of numbers: greater, about equal, largest drop, linear, and so on.
 
 **Noise.** Two cells with runs of the same three or more seeds are compared run by run: the mean of the paired
 differences, with twice its standard error as noise. For all others the noise is twice the largest of the standard
-deviations over seeds that are known: those of the two cells, where they have two or more runs, and that of the
-reference, OVDiff's own row of Table 1 with the same extractors on the same data set. A cell of one run or two may vary
-more than its own runs show, and rows with SD features alone spread more than the ensemble: so neither the cells nor one
-reference for all would do. Where nothing is known it is :data:`TOLERANCE`. A difference up to the noise decides
+deviations over seeds that are known: those of the two cells, and that of the reference, OVDiff's own row of Table 1
+with the same extractors on the same data set. Neither alone would do: a cell of one run or two may vary more than its
+own runs show, and rows with SD features alone spread more than the ensemble. A difference up to the noise decides
 nothing. In a claim of equality it holds up to :data:`TOLERANCE`: a larger one within the noise may be one or the other.
 """
 
@@ -16,6 +15,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
@@ -30,6 +30,8 @@ PAIRS = 3
 
 ORDER = ("fails", "within noise", "holds")
 """Verdicts on numbers, worst first: of several comparisons the worst counts."""
+
+MEAN = attrgetter("mean")
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Spread:
-    """Standard deviation over seeds (None: not measured) of the reference row ``row`` of Table 1 on the data set
-    ``name``."""
+    """Standard deviation over seeds (None: not measured) of the reference ``row`` of Table 1 on a data set."""
 
     name: str
     std: float | None = None
@@ -64,120 +65,118 @@ class Part:
     how: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Difference:
-    """``left`` minus ``right``: mean, noise (both in the table's unit) and where the noise is from."""
-
-    left: Sample
-    right: Sample
-    mean: float
-    noise: float
-    how: str
-
-    def greater(self) -> str:
-        """Verdict of left > right."""
-        return "holds" if self.mean > self.noise else "fails" if self.mean < -self.noise else "within noise"
-
-    def at_least(self) -> str:
-        """Verdict of left >= right."""
-        return "holds" if self.mean >= 0 else self.greater()
-
-    def little(self) -> str:
-        """Verdict of left being about right."""
-        return "holds" if abs(self.mean) <= TOLERANCE else "within noise" if abs(self.mean) <= self.noise else "fails"
-
-    def __str__(self) -> str:
-        return f"{self.left.label} {self.left.mean:.1f} against {self.against()}"
-
-    def against(self) -> str:
-        """The right-hand side of the text, for several comparisons with one cell."""
-        return f"{self.right.label} {self.right.mean:.1f} ({self.mean:+.2f}, noise {self.noise:.2f})"
-
-
-def difference(left: Sample, right: Sample, spread: Spread) -> Difference:
-    """Compare two cells by the rule at the head of this module."""
-    if _paired(left, right):
-        values = [a - b for a, b in zip(left.values, right.values, strict=True)]
+def difference(left: Sample, right: Sample, spread: Spread) -> tuple[float, float, str]:
+    """``left`` minus ``right``: mean, noise (by the rule at the head of this module) and where the noise is from."""
+    if values := paired(left, right):
         error = statistics.stdev(values) / math.sqrt(len(values))
-        how = f"paired differences of {len(values)} seeds, 2 standard errors"
-        return Difference(left, right, statistics.fmean(values), 2 * error, how)
-    known = [(cell.std, cell.label) for cell in (left, right) if cell.std is not None]
-    known += [(spread.std, f"{spread.row} in Table 1")] if spread.std is not None else []
-    std, whose = max(known, default=(TOLERANCE / 2, ""))
-    how = f"no pairs of runs: 2 standard deviations over seeds of {whose} on {spread.name} ({std:.2f})" if known else \
-        f"no spread over seeds known on {spread.name}: {TOLERANCE} assumed"
-    return Difference(left, right, left.mean - right.mean, 2 * std, how)
+        return statistics.fmean(values), 2 * error, f"paired differences of {len(values)} seeds, 2 standard errors"
+    known = [(left.std, left.label), (right.std, right.label), (spread.std, f"{spread.row} in Table 1")]
+    std, whose = max((one for one in known if one[0] is not None), default=(TOLERANCE / 2, ""))
+    how = f"no pairs of runs: 2 standard deviations over seeds of {whose} on {spread.name} ({std:.2f})"
+    unknown = f"no spread over seeds known on {spread.name}: {TOLERANCE} assumed"
+    return left.mean - right.mean, 2 * std, how if whose else unknown
 
 
-def greater(left: list[Sample], right: list[Sample], spread: Spread) -> Part:
-    """Each left-hand cell exceeds each right-hand cell by more than the noise."""
-    return _worst([difference(a, b, spread) for a, b in itertools.product(left, right)], Difference.greater)
+def paired(left: Sample, right: Sample) -> tuple[float, ...]:
+    """Differences run by run, () where the cells have no pairs."""
+    alike = len(left.values) == len(right.values) >= PAIRS
+    if not alike or (left.seeds and right.seeds and left.seeds != right.seeds):
+        return ()
+    return tuple(a - b for a, b in zip(left.values, right.values, strict=True))
 
 
-def greater_than_best(left: list[Sample], right: list[Sample], spread: Spread) -> Part:
-    """The left-hand cell exceeds the best of the right-hand cells by more than the noise."""
-    part = greater(left, [max(right, key=lambda s: s.mean)], spread)
-    return Part(part.verdict, part.measured + (f" (the best of {len(right)})" if len(right) > 1 else ""), part.how)
+def verdict_of(sign: str, mean: float, noise: float) -> str:
+    """Of :data:`ORDER`: whether a difference says left ">", ">=" or "~" (about equal) right."""
+    if sign == "~":
+        return "holds" if abs(mean) <= TOLERANCE else "within noise" if abs(mean) <= noise else "fails"
+    return "holds" if mean > noise or (sign == ">=" and mean >= 0) else "fails" if mean < -noise else "within noise"
 
 
-def greater_pairwise(left: list[Sample], right: list[Sample], spread: Spread) -> Part:
-    """Each left-hand cell exceeds its right-hand partner by more than the noise."""
-    return _worst([difference(a, b, spread) for a, b in zip(left, right, strict=True)], Difference.greater)
-
-
-def at_least(left: list[Sample], right: list[Sample], spread: Spread) -> Part:
-    """The left-hand cell is not below any right-hand cell; below by up to the noise is within noise."""
-    return _worst([difference(a, b, spread) for a, b in itertools.product(left, right)], Difference.at_least)
-
-
-def about_equal(left: list[Sample], right: list[Sample], spread: Spread) -> Part:
-    """The cells differ by at most 1 % of mIoU; by more, but no more than the noise, is within noise."""
-    return _worst([difference(a, b, spread) for a, b in itertools.product(left, right)], Difference.little)
-
-
-def small_spread(left: list[Sample], right: list[Sample], spread: Spread) -> Part:
-    """The best and the worst of the cells are about equal."""
-    ordered = sorted(left, key=lambda s: s.mean)
-    part = about_equal(ordered[-1:], ordered[:1], spread)
-    shown = ", ".join(f"{s.label} {s.mean:.1f}" for s in left)
-    return Part(part.verdict, f"{shown}; best and worst: {part.measured}", part.how)
-
-
-def largest_drops(left: list[Sample], right: list[Sample], spread: Spread) -> Part:
-    """The first left-hand cell is the whole, each other cell the whole without a part: the left-hand parts cost more
-    than every right-hand part, by more than the noise, and cost something at all."""
-    whole, *named = left
-    least = max(named, key=lambda s: s.mean)  # of the named parts the one that costs least
-    rival = min(right, key=lambda s: s.mean)
-    part = greater([whole, rival], [least], spread)
-    drops = (f"{s.label} {s.mean - whole.mean:+.2f}" for s in sorted([*named, *right], key=lambda s: s.mean))
-    return Part(part.verdict, f"{whole.label} {whole.mean:.1f}; {', '.join(drops)}", part.how)
-
-
-def smaller_gains(left: list[Sample], right: list[Sample], spread: Spread) -> Part:
-    """Cells come in twos, with and without: the gain on the right exceeds every gain on the left by more than the
-    noise."""
-    gains = [[_gain(a, b) for a, b in zip(side[::2], side[1::2], strict=True)] for side in (left, right)]
-    return greater(gains[1], gains[0], spread)
-
-
-def grows_then_flat(left: list[Sample], right: list[Sample], spread: Spread) -> Part | None:
-    """The largest N up to 8 exceeds the smallest N by more than the noise, and doubling up to the largest N changes
-    little. None (cells are missing) without two values of N up to 8 and one pair N, 2 N above them."""
-    by_count = {s.count: s for s in left}
-    early = sorted(n for n in by_count if n <= 8)
-    doubled = [n for n in by_count if n > 8 and n % 2 == 0 and n // 2 in by_count]
-    if len(early) < 2 or not doubled:
+def outcome(relation: str, left: list[Sample], right: list[Sample], spread: Spread) -> Part | None:
+    """What becomes of a relation of claims.csv on one data set; None where it needs more cells than these."""
+    if relation == "linear":
+        return linear(left)
+    pairs, text = RELATIONS[relation](left, right)
+    if not pairs:
         return None
-    growth = difference(by_count[early[-1]], by_count[early[0]], spread)
-    end = difference(by_count[max(doubled)], by_count[max(doubled) // 2], spread)
-    verdict = min((growth.greater(), end.little()), key=ORDER.index)
-    return Part(verdict, f"{growth}; {end}", tuple(dict.fromkeys((growth.how, end.how))))
+    verdicts, hows, numbers = [], [], {}
+    for a, sign, b in pairs:
+        mean, noise, how = difference(a, b, spread)
+        verdicts.append(verdict_of(sign, mean, noise))
+        hows.append(how)
+        against = f"{b.label} {b.mean:.1f} ({mean:+.2f}, noise {noise:.2f})"
+        numbers.setdefault(f"{a.label} {a.mean:.1f} against ", []).append(against)
+    shown = "; ".join(first + ", ".join(others) for first, others in numbers.items())
+    return Part(min(verdicts, key=ORDER.index), text.replace("{}", shown), tuple(dict.fromkeys(hows)))
 
 
-def linear(left: list[Sample], right: list[Sample], spread: Spread) -> Part | None:
+Pairs = tuple[list[tuple[Sample, str, Sample]], str]
+"""What a relation compares: (left, sign, right), each of which has to hold, and a text with {} for their numbers."""
+
+
+def _every(sign: str) -> Callable[[list[Sample], list[Sample]], Pairs]:
+    """Each left-hand cell against each right-hand cell."""
+    return lambda left, right: ([(a, sign, b) for a, b in itertools.product(left, right)], "{}")
+
+
+def _pairwise(left: list[Sample], right: list[Sample]) -> Pairs:
+    return [(a, ">", b) for a, b in zip(left, right, strict=True)], "{}"
+
+
+def _best(left: list[Sample], right: list[Sample]) -> Pairs:
+    return [(left[0], ">", max(right, key=MEAN))], f"{{}} (the best of {len(right)})" if len(right) > 1 else "{}"
+
+
+def _spread(left: list[Sample], _: list[Sample]) -> Pairs:
+    """The best and the worst of the left-hand cells are about equal."""
+    ordered, shown = sorted(left, key=MEAN), ", ".join(f"{s.label} {s.mean:.1f}" for s in left)
+    return [(ordered[-1], "~", ordered[0])], f"{shown}; best and worst: {{}}"
+
+
+def _drops(left: list[Sample], right: list[Sample]) -> Pairs:
+    """The first left-hand cell is the whole, each other cell the whole without a part: the left-hand parts cost more
+    than every right-hand part, and cost something at all."""
+    whole, *named = left
+    least, rival = max(named, key=MEAN), min(right, key=MEAN)  # of the named parts the one that costs least
+    drops = ", ".join(f"{s.label} {s.mean - whole.mean:+.2f}" for s in sorted([*named, *right], key=MEAN))
+    return [(whole, ">", least), (rival, ">", least)], f"{whole.label} {whole.mean:.1f}; {drops}"
+
+
+def _gains(left: list[Sample], right: list[Sample]) -> Pairs:
+    """Cells come in twos, with and without: each gain on the right exceeds every gain on the left."""
+    small, large = ([_gain(*two) for two in zip(side[::2], side[1::2], strict=True)] for side in (left, right))
+    return _every(">")(large, small)
+
+
+def _gain(with_it: Sample, without: Sample) -> Sample:
+    values = paired(with_it, without)
+    known = [s.std for s in (with_it, without) if s.std is not None]
+    std = statistics.stdev(values) if values else max(known, default=None)
+    label = f"gain of {with_it.label.split(',')[0]}"
+    return Sample(label, with_it.mean - without.mean, values, with_it.seeds, std=std)
+
+
+def _grows_then_flat(left: list[Sample], _: list[Sample]) -> Pairs:
+    """The largest N up to 8 exceeds the smallest N, and doubling up to the largest N changes little. Needs two values
+    of N up to 8 and one pair N, 2 N above them."""
+    at = {s.count: s for s in left}
+    early, doubled = sorted(n for n in at if n <= 8), [n for n in at if n > 8 and n % 2 == 0 and n // 2 in at]
+    if len(early) < 2 or not doubled:
+        return [], ""
+    last = max(doubled)
+    return [(at[early[-1]], ">", at[early[0]]), (at[last], "~", at[last // 2])], "{}"
+
+
+RELATIONS: dict[str, Callable[[list[Sample], list[Sample]], Pairs]] = {
+    ">": _every(">"), ">=": _every(">="), "~": _every("~"), "> best": _best, "> best on most": _best,
+    "> pairwise": _pairwise, "spread": _spread, "largest drops": _drops, "smaller gains": _gains,
+    "grows then flat": _grows_then_flat}
+"""Column ``relation`` of claims.csv: what is compared with what; beside these there is "linear"."""
+
+
+def linear(left: list[Sample]) -> Part | None:
     """A straight line through the times has an R^2 of at least 0.98, and between the smallest and the largest N time
-    grows by half to twice as much as N. None (cells are missing) with fewer than three N."""
+    grows by half to twice as much as N. None with fewer than three N."""
     points = sorted(left, key=lambda s: s.count)
     if len(points) < 3:
         return None
@@ -188,39 +187,3 @@ def linear(left: list[Sample], right: list[Sample], spread: Spread) -> Part | No
     shown = ", ".join(f"N={s.count}: {s.mean:.3g}" for s in points)
     measured = f"{shown} (R^2 {r2:.4f}; growth in time / growth in N {ratio:.2f})"
     return Part(verdict, measured, ("least squares, one run a point",))
-
-
-RELATIONS: dict[str, Callable[[list[Sample], list[Sample], Spread], Part | None]] = {
-    ">": greater,
-    "> best": greater_than_best,
-    "> best on most": greater_than_best,
-    "> pairwise": greater_pairwise,
-    ">=": at_least,
-    "~": about_equal,
-    "spread": small_spread,
-    "largest drops": largest_drops,
-    "smaller gains": smaller_gains,
-    "grows then flat": grows_then_flat,
-    "linear": linear,
-}
-"""Column ``relation`` of claims.csv."""
-
-
-def _paired(left: Sample, right: Sample) -> bool:
-    known = left.seeds and right.seeds
-    return len(left.values) == len(right.values) >= PAIRS and (not known or left.seeds == right.seeds)
-
-
-def _gain(with_it: Sample, without: Sample) -> Sample:
-    values = tuple(a - b for a, b in zip(with_it.values, without.values, strict=True)) if _paired(with_it,
-                                                                                                  without) else ()
-    std = statistics.stdev(values) if values else max((s.std for s in (with_it, without) if s.std is not None),
-                                                      default=None)
-    return Sample(f"gain of {with_it.label.split(',')[0]}", with_it.mean - without.mean, values, with_it.seeds, std=std)
-
-
-def _worst(compared: list[Difference], verdict: Callable[[Difference], str]) -> Part:
-    texts = [", ".join([str(first), *(d.against() for d in others)])
-             for _, (first, *others) in itertools.groupby(compared, key=lambda d: d.left.label)]
-    return Part(min(map(verdict, compared), key=ORDER.index), "; ".join(texts),
-                tuple(dict.fromkeys(d.how for d in compared)))

@@ -19,8 +19,7 @@ from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.workbench.tables.paper import PaperCell
 
 COLUMNS = ("table", "row", "column", "measured", "std", "n", "values", "source", "paper", "paper_std", "paper_table",
-           "paper_row",
-           "paper_column", "profile", "settings")
+           "paper_row", "paper_column", "profile", "settings")
 SOURCES, IDLE = ("measured", "published", "predictions"), "idle: "
 STAMP = "The paper's column is from its own data sets and models."
 
@@ -34,9 +33,8 @@ class Cell:
     cell it is set beside, or with ``PaperCell.own`` only its key. ``source``: "measured" here by this code;
     "published": taken from the paper, not measured (``measured`` is None); "predictions": measured here from a folder
     of another program's label maps; "idle: WORDS": what the cell is about does not act here, so that a number would
-    only repeat another; the words stand in its place (``measured`` is None).
-
-    Raises ``InputError`` for a cell that contradicts itself and for numbers that are not finite.
+    only repeat another; the words stand in its place (``measured`` is None). Raises ``InputError`` for a cell that
+    contradicts itself and for numbers that are not finite.
     """
 
     row: str
@@ -49,19 +47,18 @@ class Cell:
     source: str = "measured"
 
     def __post_init__(self) -> None:
-        numbers = (self.measured, self.std, *self.values)
+        known, bare = self.source in SOURCES or self.idle, self.measured is None
         wrong = {
-            f"has the source {self.source!r}; write one of {', '.join(SOURCES)}, or {IDLE}and why":
-                self.source not in SOURCES and not self.idle,
+            f"has the source {self.source!r}; write one of {', '.join(SOURCES)}, or {IDLE}and why": not known,
             f"has the paper's value {self.paper!r}; give it with its key: paper_cell(table, row, column)":
                 self.paper is not None and not isinstance(self.paper, PaperCell),
             "is published; give it a paper_cell and no measured number":
-                self.source == "published" and (self.measured is not None or self.paper is None),
-            "is idle and has a number; leave the number out": self.idle and self.measured is not None,
+                self.source == "published" and (not bare or self.paper is None),
+            "is idle and has a number; leave the number out": self.idle and not bare,
             "has no measured number; leave the cell out, or say source='published'":
-                self.source != "published" and not self.idle and self.measured is None,
+                bare and self.source != "published" and not self.idle,
             "holds a number that is not finite; leave the cell out and say why in the text":
-                any(x is not None and not math.isfinite(x) for x in numbers),
+                any(x is not None and not math.isfinite(x) for x in (self.measured, self.std, *self.values)),
             f"has {len(self.values)} values but n = {self.n}; use Cell.of(row, column, values)":
                 self.values and len(self.values) != self.n}
         for why in (text for text, is_so in wrong.items() if is_so):
@@ -80,8 +77,7 @@ class Cell:
     @classmethod
     def of(cls, row: str, column: str, values: Iterable[float], paper: PaperCell | None = None,
            source: str = "measured") -> Cell:
-        """The cell of several runs: mean, sample standard deviation (n - 1 in the denominator; None for one run), the
-        runs."""
+        """The cell of several runs: mean, sample standard deviation (n - 1 in the denominator; None for one run)."""
         values = tuple(float(v) for v in values)
         if not values:
             raise InputError(f"The cell {row!r}, {column!r} has no values; give at least one.")
@@ -90,39 +86,33 @@ class Cell:
 
 
 def write_table(path: str | Path, name: str, cells: list[Cell], profile: Profile, caption: str,
-                digits: int | dict[str, int] = 1, *,
-                title: str = "", details: dict[str, Any] | None = None) -> str:
+                digits: int | dict[str, int] = 1, *, title: str = "", details: dict[str, Any] | None = None) -> str:
     """Write ``path`` (.csv), and beside it the Markdown (.md), which is returned, and what was run (.json).
 
     ``digits``: decimals shown in the Markdown, for all columns or by column ({"images": 0}; others get 1); the CSV
     keeps six significant digits. ``title``: what it corresponds to ("Table 1"). ``details``: further facts of the run
     for the JSON, such as {"images": 211, "seeds": [0, 1, 2]}, which the Markdown says at its head ("images" of several
     data sets: {"voc": 211}). {"volatile": True} says that the numbers differ from run to run (times), {"volatile":
-    ["seconds"]} that those of these columns do: :func:`~ovdiff_lib.workbench.tables.compare.compare_tables` passes them
-    over. Raises ``InputError`` when a cell comes twice.
+    ["seconds"]} that those of these columns do. Raises ``InputError`` when a cell comes twice.
     """
-    path, places, details = Path(path), [(c.row, c.column) for c in cells], details or {}
-    if twice := sorted({place for place in places if places.count(place) > 1}):
-        raise InputError(f"The table {name} has the cell {twice[0][0]!r}, {twice[0][1]!r} twice; give rows names that "
-                         "differ.")
+    path, rows, details = Path(path), _frame(name, cells, profile), details or {}
+    for row, column in rows.loc[rows.duplicated(["row", "column"]), ["row", "column"]].itertuples(index=False):
+        raise InputError(f"The table {name} has the cell {row!r}, {column!r} twice; give rows names that differ.")
     # A notebook runs in its own folder: the longest stem there with which the table's name begins.
     notebook = max((p.stem for p in Path.cwd().glob("*.ipynb") if name.startswith(p.stem)), key=len, default="")
     record = {"name": name, "title": title, "caption": caption, "digits": digits, "notebook": notebook,
-              "profile": profile.name,
-              "settings": profile.digest(), "details": details}
+              "profile": profile.name, "settings": profile.digest(), "details": details}
     try:
         text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InputError(f"The details of the table {name} cannot be written as JSON ({error}); use plain numbers, "
-                         "text and lists."
-                         ) from None
-    rows = pandas.DataFrame([(name, *_row(cell), profile.name, profile.digest()) for cell in cells], columns=COLUMNS)
-    write_atomic(path, rows.to_csv(index=False, lineterminator="\n").encode())
-    write_atomic(path.with_suffix(".json"), (text + "\n").encode())
-    description = f" ({profile.description.rstrip('.')})" if profile.description else ""
-    head = f"**{caption}** {_amount(details)}Profile `{profile.name}`{description}, settings `{profile.digest()}`."
+                         "text and lists.") from None
+    described = f"`{profile.name}`" + (f" ({profile.description.rstrip('.')})" if profile.description else "")
+    head = f"**{caption}** {_amount(details)}Profile {described}, settings `{profile.digest()}`."
     markdown = f"{head}{f' {STAMP}' if any(c.printed for c in cells) else ''}\n\n{_grid(cells, digits)}\n"
-    write_atomic(path.with_suffix(".md"), markdown.encode())
+    numbers = rows.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    for suffix, content in ((".csv", numbers), (".json", text + "\n"), (".md", markdown)):
+        write_atomic(path.with_suffix(suffix), content.encode())
     return markdown
 
 
@@ -132,59 +122,63 @@ def read_table(path: str | Path) -> list[Cell]:
         read = pandas.read_csv(path, dtype=str, keep_default_na=False)
         if tuple(read.columns) != COLUMNS:
             raise ValueError("its columns are others")
-        return [_cell(*row[1:-2]) for row in read.itertuples(index=False)]
+        return [_cell(row) for row in read.itertuples(index=False)]
     except InputError:
         raise
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read as a table of this project ({str(error).splitlines()[0]}); run its "
-                         "notebook again."
-                         ) from None
+                         "notebook again.") from None
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """What was run (the .json beside the table ``path``); {} where there is no such file, ``InputError`` if it is
-    broken."""
+    """What was run (the .json beside the table ``path``); {} where there is no such file, ``InputError`` if broken."""
     path = Path(path).with_suffix(".json")
-    if not path.exists():
-        return {}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = None
-    if not isinstance(record, dict):
-        raise InputError(f"The file {path} cannot be read as JSON; run its notebook again.")
-    return record
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError):
+        raise InputError(f"The file {path} cannot be read as JSON; run its notebook again.") from None
 
 
-def _row(cell: Cell) -> tuple[Any, ...]:
-    paper = cell.paper or PaperCell("", "", "")
-    measured, std, value, spread = ("" if x is None else f"{x:.6g}"
-                                    for x in (cell.measured, cell.std, paper.value, paper.std))
-    values = " ".join(f"{v:.6g}" for v in cell.values)
-    return cell.row, cell.column, measured, std, cell.n, values, cell.source, value, spread, *paper.key
+def escape(text: str) -> str:
+    """Text for a cell of a Markdown table: a class may be called anything, and a bar would open a new column."""
+    return text.replace("|", "\\|")
 
 
-def _cell(row: str, column: str, measured: str, std: str, n: str, values: str, source: str, value: str, spread: str,
-          *key: str) -> Cell:
-    first, second, third, fourth = (float(x) if x else None for x in (measured, std, value, spread))
-    paper = PaperCell(*key, third, fourth) if any(key) else None
-    return Cell(row, column, first, second, int(n), paper, tuple(map(float, values.split())), source)
+def _frame(name: str, cells: list[Cell], profile: Profile) -> pandas.DataFrame:
+    """The CSV's rows."""
+    rows = []
+    for c in cells:
+        paper, values = c.paper or PaperCell("", "", ""), " ".join(f"{v:.6g}" for v in c.values)
+        rows.append((name, c.row, c.column, c.measured, c.std, c.n, values, c.source, paper.value, paper.std,
+                     *paper.key, profile.name, profile.digest()))
+    numbers = dict.fromkeys(("measured", "std", "paper", "paper_std"), float)
+    return pandas.DataFrame(rows, columns=COLUMNS).astype(numbers)
+
+
+def _cell(row: Any) -> Cell:
+    key = row.paper_table, row.paper_row, row.paper_column
+    measured, std, value, spread = (float(text) if text else None
+                                    for text in (row.measured, row.std, row.paper, row.paper_std))
+    paper = PaperCell(*key, value, spread) if any(key) else None
+    values = tuple(map(float, row.values.split()))
+    return Cell(row.row, row.column, measured, std, int(row.n), paper, values, row.source)
 
 
 def _grid(cells: list[Cell], digits: int | dict[str, int]) -> str:
     """Rows by columns as Markdown; a column in which the paper prints something has the paper's beside it."""
-    table = pandas.DataFrame(index=dict.fromkeys(c.row for c in cells))
+    texts: dict[str, dict[str, str]] = {}
     for column in dict.fromkeys(c.column for c in cells):
-        here, places = [c for c in cells if c.column == column], digits.get(column, 1) if isinstance(digits,
-                                                                                                     dict) else digits
-        table[column] = pandas.Series({c.row: _measured(c, places) for c in here})
+        here, places = [c for c in cells if c.column == column], digits
+        if isinstance(digits, dict):
+            places = digits.get(column, 1)
+        texts[column] = {c.row: _measured(c, places) for c in here}
         if any(c.printed for c in here):
-            table[f"{column} (paper, its own data)"] = pandas.Series({c.row: _published(c, places) for c in here})
-    lines = [["", *map(_escape, table.columns)]]
-    lines += [[_escape(row), *texts] for row, *texts in table.fillna("").itertuples(name=None)]
-    rule = "|---|" + "---:|" * len(table.columns)
-    head, *body = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([head.replace("|  |", "| |", 1), rule, *body])
+            texts[f"{column} (paper, its own data)"] = {c.row: _published(c, places) for c in here}
+    table = pandas.DataFrame(texts, index=list(dict.fromkeys(c.row for c in cells))).fillna("")
+    head = [f"| | {' | '.join(map(escape, table.columns))} |", "|---|" + "---:|" * len(table.columns)]
+    return "\n".join(head + [f"| {escape(row)} | {' | '.join(line)} |" for row, *line in table.itertuples(name=None)])
 
 
 def _number(value: float, std: float | None, places: int) -> str:
@@ -193,33 +187,28 @@ def _number(value: float, std: float | None, places: int) -> str:
 
 def _measured(cell: Cell, places: int) -> str:
     if cell.measured is None:
-        return _escape(cell.idle) or "published"
+        return escape(cell.idle) or "published"
     return _number(cell.measured, cell.std, places) + " (from predictions)" * (cell.source == "predictions")
 
 
 def _published(cell: Cell, places: int) -> str:
-    if not cell.printed:
-        return ""
-    return "not reported" if cell.paper.value is None else _number(cell.paper.value, cell.paper.std, places)
+    if not cell.printed or cell.paper.value is None:
+        return "not reported" * cell.printed
+    return _number(cell.paper.value, cell.paper.std, places)
 
 
 def _amount(details: dict[str, Any]) -> str:
     """Of how many images and which seeds a table is: "80 images of each data set, seeds 0 to 3. ", "" if unknown."""
     images, seeds, said = details.get("images"), details.get("seeds"), []
-    if isinstance(images, dict) and len(set(images.values())) == 1:
-        said.append(f"{next(iter(images.values()))} images" + " of each data set" * (len(images) > 1))
-    elif isinstance(images, dict) and images:
-        said.append("images: "
-                    + ", ".join(f"{number} of {source.partition(':')[0]}" for source, number in images.items()))
-    elif isinstance(images, int):
-        said.append(f"{images} image{'s' * (images != 1)}")
-    if isinstance(seeds, (list, tuple)) and seeds:
+    if isinstance(images, int):
+        said = [f"{images} image{'s' * (images != 1)}"]
+    elif images and len(set(images.values())) == 1:
+        said = [f"{next(iter(images.values()))} images" + " of each data set" * (len(images) > 1)]
+    elif images:
+        said = ["images: " + ", ".join(f"{number} of {source.partition(':')[0]}" for source, number in images.items())]
+    if seeds:
         run = len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1))
-        said.append(f"seed{'s' * (len(seeds) > 1)} "
-                    f"{f'{seeds[0]} to {seeds[-1]}' if run else ', '.join(map(str, seeds))}")
+        numbers = f"{seeds[0]} to {seeds[-1]}" if run else ", ".join(map(str, seeds))
+        said.append(f"seed{'s' * (len(seeds) > 1)} {numbers}")
     text = ", ".join(said)
     return f"{text[0].upper()}{text[1:]}. " if text else ""
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|")  # a class may be called anything, and a bar would open a new column
