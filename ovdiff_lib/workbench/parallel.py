@@ -52,11 +52,9 @@ class Engine(contextlib.ExitStack):
         self.workers = workers
 
     def run(self, make: Make, tasks: Sequence[Any]) -> Iterator[Finished]:
-        """What became of every task, each once, in the order in which they finish.
-
-        A task whose worker is lost (killed, out of memory) is run again. Raises ``OVDiffError`` when the engine cannot
-        go on, and ``InputError`` for more workers than there is room for.
-        """
+        """What became of every task, each once, in the order in which they finish. A task whose worker is lost (killed,
+        out of memory) is run again. Raises ``OVDiffError`` when the engine cannot go on, and ``InputError`` for more
+        workers than there is room for."""
         raise NotImplementedError
 
 
@@ -169,11 +167,9 @@ class RayEngine(Engine):
             ray, waiting, running = import_ray(), iter(enumerate(tasks)), {}
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             workers, cpus, gpus = divide(nodes, self.workers, self.gpus, len(tasks))
-            # A worker of a GPU shares the CPUs that there are.
-            remote = ray.remote(num_cpus=0 if gpus else cpus, num_gpus=gpus, max_restarts=-1,
-                                max_task_retries=RETRIES)(_Actor)
-            made = ray.put(make)
-            actors = [remote.remote(made, cpus, os.getcwd()) for _ in range(workers)]
+            own = {"num_cpus": 0 if gpus else cpus, "num_gpus": gpus}  # with a GPU it shares the CPUs that there are
+            actor, made = ray.remote(**own, max_restarts=-1, max_task_retries=RETRIES)(_Actor), ray.put(make)
+            actors = [actor.remote(made, cpus, os.getcwd()) for _ in range(workers)]
 
             def give(actor: Any) -> None:
                 for index, task in itertools.islice(waiting, 1):
@@ -216,12 +212,9 @@ class _Actor(Worker):
 
 def divide(nodes: Sequence[Mapping[str, float]], workers: int | None, gpus: float | None,
            tasks: int) -> tuple[int, int, float]:
-    """(workers, CPUs and GPUs of each): how the machines are shared by at most ``tasks`` workers.
-
-    ``nodes`` are the resources ("CPU", "GPU") of each machine. ``workers`` None: all that fit. ``gpus`` None: one each
-    where there are GPUs. A worker needs its GPUs on one machine, or without any a CPU. Raises ``InputError`` when they
-    do not fit, for which Ray would wait for ever.
-    """
+    """(workers, CPUs and GPUs of each): how machines with the resources ``nodes`` are shared by at most ``tasks``
+    workers, which :class:`RayEngine` asks for. A worker needs its GPUs on one machine, or without any a CPU. Raises
+    ``InputError`` when they do not fit, for which Ray would wait for ever."""
     total = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
     gpus = int(total["GPU"] > 0) if gpus is None else gpus
 

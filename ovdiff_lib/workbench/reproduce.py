@@ -46,15 +46,11 @@ MEMORY, USUAL = 3.8, 1.0
 
 
 def notebooks(folder: Path, only: Sequence[str] = ()) -> list[Path]:
-    """The numbered notebooks of a folder in order; with ``only`` those of these numbers ("03", "3") or stems.
-
-    Raises ``InputError`` when there is none, and for a number or stem that the folder does not have.
-    """
-    found = sorted(folder.glob("[0-9]*.ipynb"))
+    """The numbered notebooks of a folder in order; with ``only`` those of these numbers ("03", "3") or stems. Raises
+    ``InputError`` when there is none, and for a number or stem that the folder does not have."""
+    found, chosen = sorted(folder.glob("[0-9]*.ipynb")), []
     if not found:
-        raise InputError(f"No notebook was found in {folder}; run the command from the project's folder or name one "
-                         "with --notebooks.")
-    chosen = []
+        raise InputError(f"No notebook was found in {folder}; name the project's folder of them with --notebooks.")
     for name in (n.strip().removesuffix(".ipynb") for n in only):
         match = [p for p in found if name == p.stem or (name.isdecimal() and name.zfill(2) == p.stem.split("_")[0])]
         if not match:
@@ -73,11 +69,8 @@ def assigned(cells: Iterable[dict[str, Any]], *tags: str) -> Iterator[tuple[str,
 
 
 def parameters_of(notebook: Path) -> dict[str, tuple[Any, Any]]:
-    """Name -> (type, default) of the cell tagged ``parameters``.
-
-    The type is the annotation (``images: int | None = None``), else that of the default; a default of None takes
-    anything.
-    """
+    """Name -> (type, default) of the cell tagged ``parameters``. The type is the annotation (``images: int | None``),
+    else that of the default; a default of None takes anything."""
     kinds = {"Any": Any, **{kind.__name__: kind for kind in (bool, int, float, str, list, dict)}}
     found: dict[str, tuple[Any, Any]] = {}
     try:
@@ -118,8 +111,8 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
 def run_all(chosen: Sequence[Path], folder: Path, parameters: dict[str, Any], *, force: bool = False,
             say: Callable[[str], None] = print, workers: int = 1) -> list[str]:
     """Run notebooks into ``folder``, at most ``workers`` at a time (:func:`next_of`), whatever becomes of the others;
-    returns one sentence for each that failed. ``say`` is told of each notebook when it is through. An interrupt
-    (ctrl-C) ends it; what is finished stays."""
+    returns a sentence for each that failed. ``say`` is told of each that is through. Ctrl-C ends it; what is finished
+    stays."""
     run, failures = partial(_run_one, folder=folder, parameters=parameters, force=force), []
     for stem, sentence, failure in map(run, chosen) if workers == 1 else _side_by_side(run, chosen, folder, workers):
         note(folder, stem)
@@ -147,9 +140,9 @@ def _side_by_side(run: Callable[..., Any], chosen: Sequence[Path], folder: Path,
 
 
 def next_of(waiting: Sequence[Path], running: Sequence[Path], known: dict[str, Any], workers: int) -> Path | None:
-    """The notebook that begins next beside those that run, None while none may: the longest first, so that no
-    processor waits for it at the end, of those that together hold at most :data:`MEMORY`. Those whose parameters cell
-    is tagged "alone" (they measure time) come last, one by one."""
+    """The notebook that begins next beside those that run, None while none may: of those that together hold at most
+    :data:`MEMORY` the longest, so that no processor waits for it at the end. Those tagged "alone" (they measure time)
+    come last, one by one."""
     def memory(notebook: Path) -> float:
         return math.inf if has_tag(notebook, "alone") else known.get(notebook.stem, {}).get("memory", USUAL)
 
@@ -209,9 +202,9 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
                  progress: bool = True) -> bool:
     """Execute ``notebook`` into ``output`` with ``parameters``; returns False when a fresh result was there already.
 
-    Raises ``InputError`` for an unknown parameter or one of the wrong type, ``OVDiffError`` (one sentence that names
-    the cell and its error) when a cell fails. The copy that is being executed is ``*.partial.ipynb`` beside the output;
-    that of a failed run stays as ``*.failed.ipynb``, and ``output`` itself is replaced by good runs only.
+    Raises ``InputError`` as :func:`check_parameters`, ``OVDiffError`` (which names the cell and its error) when a cell
+    fails. The copy that is being executed is ``*.partial.ipynb`` beside the output; that of a failed run stays as
+    ``*.failed.ipynb``, and ``output`` itself is replaced by good runs only.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -221,15 +214,14 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
     # papermill does not know `int | None`, and would warn of parameters so annotated.
     logging.getLogger("papermill").setLevel(logging.ERROR)
     failed, running = output.with_suffix(".failed.ipynb"), output.with_suffix(".partial.ipynb")
-    state, fresh = _state(notebook, parameters), not force and is_fresh(notebook, output, parameters)
+    state, fresh, started = _state(notebook, parameters), is_fresh(notebook, output, parameters), time.time()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         failed.unlink(missing_ok=True)  # of an earlier run: it says nothing of this one
     except OSError as error:
         raise InputError(f"{output.parent} cannot be made ({error.strerror}); name another with --out.") from None
-    if fresh:
+    if fresh and not force:
         return False
-    started = time.time()
     try:
         with tempfile.TemporaryDirectory(prefix="ovdiff-") as sockets:
             # Sockets in files: no port races and no warning about unencrypted TCP. In a folder of their own: in the
@@ -264,7 +256,7 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
 
 
 def code_sum(notebook: Path) -> str:
-    """SHA-256, in hexadecimal, of the sources of a notebook's code cells, as a JSON list of text."""
+    """SHA-256 of the sources of a notebook's code cells, as a JSON list of text."""
     sources = ["".join(c["source"]) for c in cells_of(notebook) if c["cell_type"] == "code"]
     return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
 

@@ -1,7 +1,6 @@
 """The notebooks: stripped, short, parametrised, named in the README, and every one runs."""
 
 import ast
-import csv
 import io
 import json
 import re
@@ -9,11 +8,12 @@ import tokenize
 from pathlib import Path
 
 import nbformat
+import pandas
 import pytest
 from PIL import Image
 
-from ovdiff_lib.workbench.reproduce import run_notebook
-from ovdiff_lib.workbench.tables.tables import COLUMNS, read_record, read_table
+from ovdiff_lib.workbench.reproduce import check_parameters, parameters_of, run_notebook
+from ovdiff_lib.workbench.tables.tables import read_record, read_table
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -37,11 +37,9 @@ def parameters_cells(notebook) -> list:
 
 
 def parameters(path: Path) -> dict:
-    """The defaults in the tagged cell; raises unless each statement assigns a literal to one name."""
-    found = {}
-    for statement in ast.parse(parameters_cells(read(path))[0].source).body:
-        (target,) = [statement.target] if isinstance(statement, ast.AnnAssign) else statement.targets
-        found[target.id] = ast.literal_eval(statement.value)
+    """The defaults in the tagged cell, which must be legal themselves."""
+    found = {name: default for name, (_, default) in parameters_of(path).items()}
+    check_parameters(path, found)
     return found
 
 
@@ -133,22 +131,17 @@ def test_it_runs(path, tmp_path, monkeypatch, library):
 
     executed = read(target)
     assert all(c.execution_count for c in executed.cells if c.cell_type == "code" and c.source.strip())
-    errors = [o for c in executed.cells for o in c.get("outputs", []) if o.output_type == "error"]
-    assert not errors
-    shown = [data for c in executed.cells for o in c.get("outputs", []) for data in o.get("data", {})]
-    assert "image/png" in shown and "text/markdown" in shown
+    outputs = [o for c in executed.cells for o in c.get("outputs", [])]
+    assert not [o for o in outputs if o.output_type == "error"]
+    assert {"image/png", "text/markdown"} <= {data for o in outputs for data in o.get("data", {})}
     tables, figures = sorted((tmp_path / "mini" / "tables").glob("*.csv")), sorted((tmp_path / "mini" / "figures").glob("*.png"))
-    assert tables and figures
-    assert all(p.name.startswith(path.stem) for p in [*tables, *figures])
+    assert tables and figures and all(p.name.startswith(path.stem) for p in [*tables, *figures])
     for table in tables:
-        with open(table, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        assert rows and tuple(rows[0]) == COLUMNS
-        assert all(row["profile"] == "mini" for row in rows)
-        cells = read_table(table)  # refuses what is not finite and what contradicts itself
-        assert any(cell.source == "measured" for cell in cells)
+        rows = pandas.read_csv(table)
+        assert set(rows.table) == {table.stem} and set(rows.profile) == {"mini"}
+        # Reading refuses other columns, what is not finite and what contradicts itself.
+        assert any(cell.source == "measured" for cell in read_table(table))
         assert read_record(table)["notebook"] == path.stem
-        assert {row["table"] for row in rows} == {table.stem}
         assert "|---" in table.with_suffix(".md").read_text(encoding="utf-8")
     for figure in figures:
         with Image.open(figure) as picture:

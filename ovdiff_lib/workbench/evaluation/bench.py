@@ -10,6 +10,7 @@ library's folder.
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ class Bench:
         """For each row by label its results on the data set ``source``, one a seed; of a search the best."""
         if len({row.label for row in rows}) < len(rows):
             raise InputError("Two rows of the table have the same label; give each its own.")
+        gc.collect()  # the OVDiffs of earlier rows hold themselves in a circle, and with them their prototypes
         found: dict[str, tuple[EvaluationResult, ...]] = {}
         for names in dict.fromkeys(row.names for row in rows):
             methods = {(row.label, seed): row.method(self, seed)

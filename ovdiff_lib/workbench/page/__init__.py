@@ -1,3 +1,1 @@
 """Tables, figures and captions: what the notebooks save."""
-
-

@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
 from ovdiff_lib.files import write_atomic
 from ovdiff_lib.keys import PACKAGE
@@ -77,10 +79,12 @@ def build_report(folder: str | Path, profile: Profile, notebooks: str | Path | N
         owner(path.stem).tables.append(_table(path, cells, record))
     for figure in read("figures", "*.png", _figure):
         owner(figure["name"]).figures.append(figure)
-    target, css, script = folder / "report", _own_file("page.css"), _own_file("page.js")
+    target = folder / "report"
+    # What a template must not escape: our own style and script, and data made safe before.
+    css, script = (Markup((FOLDER / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     for run in (run for run in runs.values() if run.notebook):
         try:
-            body = _safe(notebook_body(run.notebook, lambda text: hidden(text, folder)))
+            body = Markup(notebook_body(run.notebook, lambda text: hidden(text, folder)))
             page = _template("notebook.html", run=run, profile=profile.name, css=css, body=body)
             write_atomic(target / "notebooks" / f"{run.stem}.html", page.encode())
             run.page = f"notebooks/{run.stem}.html"
@@ -103,7 +107,7 @@ def build_report(folder: str | Path, profile: Profile, notebooks: str | Path | N
         stamp=f"{profile.name}: {STAMP}" if profile.models.diffusion.startswith("package:") else "",  # models stand in
         claims=claims, verdicts=claims_of.counts(claims), legend=claims_of.LEGEND,
         problems=problems, hide=lambda text: hidden(text, folder),
-        panels=[_safe(json.dumps(p, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
+        panels=[Markup(json.dumps(p, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
                 for p in panels],
         parts=[*runs.values(), *([others] if others.tables or others.figures else [])],
         written=time.strftime("%Y-%m-%d %H:%M:%S"), total=duration(sum(run.seconds or 0 for run in runs.values())))
@@ -200,17 +204,6 @@ def headline(tables: Sequence[tuple[str, list[Cell], dict[str, Any]]]) -> dict[s
 
 # ---------------------------------------------------------------------- HTML
 
-def _own_file(name: str):
-    return _safe((FOLDER / name).read_text(encoding="utf-8"))
-
-
-def _safe(text: str):
-    """Text that a template must not escape: our own style and script, and data made safe before."""
-    from markupsafe import Markup
-
-    return Markup(text)
-
-
 def _template(name: str, **values: Any) -> str:
     from jinja2 import Environment, FileSystemLoader
 
@@ -230,8 +223,7 @@ def notebook_body(path: Path, hide: Callable[[str], str] = str) -> str:
 
     try:
         return _exporter().from_notebook_node(nbformat.reads(hide(path.read_text(encoding="utf-8")), 4))[0]
-    # A notebook may be broken in as many ways as JSON can; nbformat, nbconvert and Jinja have their own exceptions.
-    except Exception as error:
+    except Exception as error:  # there are as many ways to be broken as JSON has, and three libraries' exceptions
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"The executed notebook {path.name} cannot be shown ({reason}); run it again.") from None
 

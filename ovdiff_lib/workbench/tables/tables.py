@@ -90,9 +90,9 @@ def write_table(path: str | Path, name: str, cells: list[Cell], profile: Profile
     """Write ``path`` (.csv), and beside it the Markdown (.md), which is returned, and what was run (.json).
 
     ``digits``: decimals shown in the Markdown, for all columns or by column ({"images": 0}; others get 1); the CSV
-    keeps six significant digits. ``title``: what it corresponds to ("Table 1"). ``details``: further facts of the run
-    for the JSON, such as {"images": 211, "seeds": [0, 1, 2]}, which the Markdown says at its head ("images" of several
-    data sets: {"voc": 211}). {"volatile": True} says that the numbers differ from run to run (times), {"volatile":
+    keeps six significant digits. ``title``: what it corresponds to ("Table 1"). ``details``: further facts for the
+    JSON, such as {"images": 211, "seeds": [0, 1, 2]}, which the Markdown says at its head ("images" of several data
+    sets: {"voc": 211}); {"volatile": True} says that the numbers differ from run to run (times), {"volatile":
     ["seconds"]} that those of these columns do. Raises ``InputError`` when a cell comes twice.
     """
     path, rows, details = Path(path), _frame(name, cells, profile), details or {}
