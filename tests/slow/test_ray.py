@@ -13,15 +13,14 @@ from pathlib import Path
 import pytest
 import test_engines
 from test_engines import (
-    Fatal,
     FatalBuilder,
-    Inverse,
     Noise,
-    check_evaluate_alike,
     check_every_task_comes_back,
     check_library,
+    guess,
     make_guess,
 )
+from workers import Fatal, Inverse
 
 import ovdiff_lib
 from ovdiff_lib import OVDiff
@@ -29,6 +28,7 @@ from ovdiff_lib.categories import Category
 from ovdiff_lib.cli.main import main
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.workbench.evaluation import workers as working
+from ovdiff_lib.workbench.evaluation.measure import evaluate
 from ovdiff_lib.workbench.evaluation.workers import build_classes, evaluate_on
 from ovdiff_lib.workbench.parallel import RETRIES, LocalEngine, RayEngine
 
@@ -98,14 +98,12 @@ def test_classes_are_those_of_the_engine_local_though_a_worker_is_killed(cluster
     assert stored[0] and stored[0] == stored[1]  # the same images and numbers to the last bit
 
 
-def test_images_that_fail_are_named(cluster, caplog):
+def test_counts_are_those_of_one_run_and_images_that_fail_are_named(cluster, caplog):
+    found = evaluate_on(RayEngine(2), make_guess, Noise(), progress=False)
+    assert (found.confusion == evaluate(guess, Noise(), progress=False).confusion).all() and found.images == 11
     with pytest.raises(OVDiffError, match="image-4, image-7"):
         evaluate_on(RayEngine(2), make_guess, Noise(broken=(4, 7)), progress=False)
     assert all((f"image-{i} of noise" in caplog.text) == (i in (4, 7)) for i in range(11))
-
-
-def test_evaluate_on_the_command_line(cluster, tiny, tmp_path, monkeypatch):
-    check_evaluate_alike(["--engine", "ray", "--workers", "2"], tiny, tmp_path, monkeypatch)
 
 
 def test_a_gpu_that_is_not_there_is_one_sentence(cluster, tiny, capsys):
@@ -148,7 +146,7 @@ def test_a_running_cluster_is_used_and_left_running(cluster, tiny, tmp_path):
 SLEEPER = """
 import signal, sys
 from ovdiff_lib.workbench.parallel import RayEngine
-from test_engines import Slow
+from workers import Slow
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore ctrl-C
 try:
     for finished in RayEngine(1).run(Slow, [0, 600]):

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny import tiny_overrides
+from workers import Fatal, Inverse, Slow
 
 import ovdiff_lib
 from ovdiff_lib import OVDiff
@@ -29,40 +30,6 @@ from ovdiff_lib.workbench.evaluation.workers import BATCH, ClassBuilder, WithBan
 from ovdiff_lib.workbench.parallel import Engine, LocalEngine, RayEngine, divide
 
 # ---- workers and data of these tests and of test_ray.py; at the top of a module, so that other processes can import them
-
-
-class Inverse:
-    """A worker: 12 / task. Fails in Python at 0, by the user's fault below, and leaves a file for each time it was made in a process."""
-
-    def __init__(self, folder: Path) -> None:
-        (folder / f"made-{os.getpid()}").touch(exist_ok=False)
-
-    def __call__(self, task: int) -> tuple[float, int]:
-        if task < 0:
-            raise InputError(f"The number {task} is negative; give a positive one.")
-        if task == 99:
-            return lambda: task  # not a result that can travel
-        return 12 / task, os.getpid()
-
-
-class Fatal:
-    """A worker: 2 x task, which the system kills at task 3 the first time, and at task 13 every time."""
-
-    def __init__(self, folder: Path) -> None:
-        self.killed = folder / "killed"
-
-    def __call__(self, task: int) -> int:
-        if task == 13 or (task == 3 and not self.killed.exists()):
-            self.killed.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return 2 * task
-
-
-class Slow:
-    """A worker that takes task seconds."""
-
-    def __call__(self, task: int) -> None:
-        time.sleep(task)
 
 
 class FatalBuilder(ClassBuilder):
@@ -311,9 +278,9 @@ def test_more_than_a_cluster_has_is_refused(nodes, workers, gpus, words):
 # ---- Ray is a choice
 
 def test_ray_is_not_imported_unless_it_runs(tmp_path):
-    script = ("import sys; from pathlib import Path; from functools import partial; import ovdiff_lib, ovdiff_lib.cli.main, test_engines\n"
+    script = ("import sys; from pathlib import Path; from functools import partial; import ovdiff_lib, ovdiff_lib.cli.main, workers\n"
               "from ovdiff_lib.workbench.parallel import LocalEngine, RayEngine\n"
-              "RayEngine(2); print([o.result[0] for o in LocalEngine(1).run(partial(test_engines.Inverse, Path(sys.argv[1])), [4])],"
+              "RayEngine(2); print([o.result[0] for o in LocalEngine(1).run(partial(workers.Inverse, Path(sys.argv[1])), [4])],"
               " 'ray' in sys.modules)")
     paths = os.pathsep.join(map(str, [*Path(__file__).parents[:2], Path(ovdiff_lib.__file__).parents[1]]))
     run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env={**os.environ, "PYTHONPATH": paths}, capture_output=True,
@@ -375,35 +342,25 @@ def test_build_with_two_workers_says_what_it_could_not_build(tiny, tmp_path, cap
     assert capfd.readouterr().out.startswith("2 classes, ")
 
 
-def small_dataset(monkeypatch):
-    """The data sets of the mini world with their first two classes alone, to save the time of drawing all."""
+def test_evaluate_with_two_workers_writes_the_table_that_one_process_writes(tiny, tmp_path, monkeypatch, capsys):
+    """On the data set's first two classes alone, to save the time of drawing all."""
     from ovdiff_lib.workbench.data import datasets
 
-    original = datasets.load_dataset
+    original, tables = datasets.load_dataset, []
 
     def small(name, split="val", **_):
         dataset = original(name, split)
         dataset.vocabulary = Vocabulary(dataset.vocabulary.categories[:2])
-        two = np.where(dataset.files[0].table < 3, dataset.files[0].table, np.where(dataset.files[0].table == 255, 255, 0))
-        dataset.files = tuple(replace(file, table=two) for file in dataset.files)
+        table = dataset.files[0].table
+        dataset.files = tuple(replace(file, table=np.where((table < 3) | (table == 255), table, 0)) for file in dataset.files)
         return dataset
 
     monkeypatch.setattr(datasets, "load_dataset", small)
-
-
-def check_evaluate_alike(arguments, tiny, folder, monkeypatch):
-    """``ovdiff evaluate`` with these options writes the table that one process writes."""
-    small_dataset(monkeypatch)
-    tables = []
-    for extra in (arguments, []):
-        path = folder / f"result-{len(tables)}.json"
+    for extra in (["--workers", "2"], []):
+        path = tmp_path / f"result-{len(tables)}.json"
         assert main(["evaluate", "mini-voc", "--limit", "9", "--json", str(path), *tiny, *extra]) == 0
         tables.append(json.loads(path.read_text()))
     assert tables[0]["images"] == 9 and tables[0] == tables[1] and len(tables[0]["iou"]) == 3  # background and two classes
     assert any(value for value in tables[0]["iou"].values())
-
-
-def test_evaluate_with_two_workers(tiny, tmp_path, monkeypatch, capsys):
-    check_evaluate_alike(["--workers", "2"], tiny, tmp_path, monkeypatch)
     first, second = np.array_split(capsys.readouterr().out.splitlines(), 2)
     assert list(first) == list(second)
