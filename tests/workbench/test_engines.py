@@ -342,11 +342,11 @@ def test_build_with_two_workers_says_what_it_could_not_build(tiny, tmp_path, cap
     assert capfd.readouterr().out.startswith("2 classes, ")
 
 
-def test_evaluate_with_two_workers_writes_the_table_that_one_process_writes(tiny, tmp_path, monkeypatch, capsys):
-    """On the data set's first two classes alone, to save the time of drawing all."""
+def small_dataset(monkeypatch):
+    """The data sets of the mini world with their first two classes alone, to save the time of drawing all."""
     from ovdiff_lib.workbench.data import datasets
 
-    original, tables = datasets.load_dataset, []
+    original = datasets.load_dataset
 
     def small(name, split="val", **_):
         dataset = original(name, split)
@@ -356,6 +356,11 @@ def test_evaluate_with_two_workers_writes_the_table_that_one_process_writes(tiny
         return dataset
 
     monkeypatch.setattr(datasets, "load_dataset", small)
+
+
+def test_evaluate_with_two_workers_writes_the_table_that_one_process_writes(tiny, tmp_path, monkeypatch, capsys):
+    small_dataset(monkeypatch)
+    tables = []
     for extra in (["--workers", "2"], []):
         path = tmp_path / f"result-{len(tables)}.json"
         assert main(["evaluate", "mini-voc", "--limit", "9", "--json", str(path), *tiny, *extra]) == 0
