@@ -1,5 +1,5 @@
-"""``ovdiff doctor`` (is what a profile needs here?), ``ovdiff vocabulary`` (are these classes a good choice?) and ``ovdiff
-benchmark`` (what does it cost?)."""
+"""``ovdiff doctor | vocabulary | benchmark``: is what a profile needs here, are these classes a good choice, and what
+does it cost?"""
 
 from __future__ import annotations
 

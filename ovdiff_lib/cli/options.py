@@ -41,11 +41,13 @@ PROFILE = (
     argument("--profile", default="mini", help="mini, paper, official, or a profile file (default: mini)"),
     argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE",
              help="replace a profile field; may be repeated"),
-    argument("--library", type=Path, help="folder that keeps support sets and prototypes (default: the user's cache folder)"))
+    argument("--library", type=Path,
+             help="folder that keeps support sets and prototypes (default: the user's cache folder)"))
 
 STUFF = (
     argument("--stuff-from", metavar="c8|coco-stuff|FILE",
-             help="which classes are stuff: the paper's Table C.8, the split of COCO-Stuff, or a CSV file with class,label"),
+             help="which classes are stuff: the paper's Table C.8, the split of COCO-Stuff, or a CSV file with "
+                  "class,label"),
     argument("--stuff-default", choices=["thing", "stuff"],
              help="with --stuff-from: what classes are that it does not name"))
 
@@ -95,7 +97,7 @@ def vocabulary_of(options: argparse.Namespace) -> Vocabulary:
     marked = [Category(name).name for name in options.stuff.split(",") if name.strip()]
     vocabulary = Vocabulary.of(names, marked)
     if missing := [name for name in marked if name.casefold() not in {n.casefold() for n in vocabulary.names}]:
-        raise InputError(f"--stuff names {missing[0]!r}, which is not among the classes; add it to --classes or remove it.")
+        raise InputError(f"--stuff names {missing[0]!r}, which is not among the classes; add it there or remove it.")
     return with_stuff(vocabulary, options, {c.name for c in vocabulary if c.kind == "stuff"})
 
 

@@ -25,7 +25,8 @@ from ovdiff_lib.segmentation import Segmentation
 
 
 @takes(argument("image", type=Path, help="an image (PNG, JPEG, WebP) or a folder of them"), *classes(),
-       argument("--out", type=Path, default=Path("out"), help="folder for label maps, overlays and JSON (default: out)"))
+       argument("--out", type=Path, default=Path("out"),
+                help="folder for label maps, overlays and JSON (default: out)"))
 def segment(options: argparse.Namespace) -> None:
     """Label the pixels of an image, or of every image in a folder."""
     import tqdm

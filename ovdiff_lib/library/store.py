@@ -104,7 +104,8 @@ class Library:
         def grow(have: SupportSet | None) -> SupportSet:
             return have.joined(draw(len(have), count - len(have))) if have else draw(0, count)
 
-        return self._get_or("support", key, lambda have: have and len(have) >= count, grow, made_from).take(range(count))
+        found = self._get_or("support", key, lambda have: have and len(have) >= count, grow, made_from)
+        return found.take(range(count))
 
     def _get_or(self, kind: str, key: str, enough: Callable[[Any], bool], make: Callable[[Any], Any],
                 made_from: Described | None) -> Any:
@@ -152,8 +153,8 @@ class Library:
     def leftovers(self) -> list[Path]:
         """What interrupted writers and broken entries left behind; what a process that may be alive is writing is not
         among them."""
-        torn = [path for kind in LAYOUTS for path in (self.root / kind).glob("*") if path.suffix in (".part", ".broken")]
-        return sorted(path for path in [*torn, *self.root.glob(".import*")] if _abandoned(path))
+        left = [*self.root.glob(".import*"), *(path for kind in LAYOUTS for path in (self.root / kind).glob("*"))]
+        return sorted(path for path in left if path.suffix in (".part", ".broken") and _abandoned(path))
 
     def sweep(self) -> int:
         """Delete :meth:`leftovers`; returns how many there were."""

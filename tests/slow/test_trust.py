@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import random
@@ -26,7 +27,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,98 +82,84 @@ def assigned(settings: dict) -> list[str]:
 
 # ---------------------------------------------------------------------- programs: long builds in a process that may be forked
 
-def fork(work: Callable[[], None]) -> int:
-    """``work()`` in a copy of this process, which ends with it; the copy's id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        work()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+def forked(work: Callable[[], None]) -> multiprocessing.Process:
+    """``work()`` in a copy of this process, which has begun."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
 
 
-def killed_builds(method: Callable[[Path], OVDiff], expected: dict[str, str], duration: float, root: Path, kills: int, seed: int) -> dict:
+def killed_builds(method: Callable[[Path], OVDiff], expected: dict[str, str], duration: float, root: Path, kills: int) -> dict:
     """Builds killed after random times, each going on where the last one was killed."""
-    rng, killed, finished, halves, stages = random.Random(seed), 0, 0, 0, set()
-    folder = root / "killed-0"
+    rng, killed, finished, halves, stages = random.Random(11), 0, 0, 0, set()
     while killed < kills:
-        pid = fork(lambda: method(folder).build(NAMES))  # noqa: B023  (it runs at once, in the copy)
+        folder = root / f"killed-{finished}"
+        process = forked(lambda: method(folder).build(NAMES))  # noqa: B023  (it runs at once, in the copy)
         time.sleep(rng.uniform(0, duration))
-        os.kill(pid, signal.SIGKILL)
-        status = os.waitpid(pid, 0)[1]
+        process.kill()
+        process.join()
         assert Library(folder).verify() == [] and not list(folder.rglob("*.broken"))
         found = entries(folder)
         assert found.items() <= expected.items()  # each entry is there as it shall be, or not at all
-        if os.WIFSIGNALED(status):
+        if process.exitcode == -signal.SIGKILL:
             killed += 1
             halves += bool(list(folder.rglob("*.part")))
             stages.add(len({name.rsplit("/", 1)[0] for name in found}))
-            continue
-        assert status == 0
-        assert found == expected
-        finished += 1
-        folder = root / f"killed-{finished}"
+        else:
+            assert process.exitcode == 0 and found == expected
+            finished += 1
     method(folder).build(NAMES)
-    return {"killed": killed, "finished": finished, "halves": halves, "stages": sorted(stages), "duration": duration,
-            "same": entries(folder) == expected, "entries": len(expected)}
+    return {"killed": killed, "halves": halves, "stages": sorted(stages), "same": entries(folder) == expected, "entries": len(expected)}
 
 
-def interrupted_builds(settings: dict, expected: dict[str, str], duration: float, root: Path, count: int, seed: int) -> dict:
+def interrupted_builds(settings: dict, expected: dict[str, str], duration: float, root: Path, count: int) -> dict:
     """Builds by the command, each going on where the last was interrupted as ctrl-C does: exit code, what was said, what is not whole."""
-    told, rng = [], random.Random(seed)
-    folder = root / "interrupted-0"
+    told, rng, folder, log = [], random.Random(3), root / "interrupted-0", root / "said.txt"
+
+    def build() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with open(log, "w", buffering=1) as said, contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            code = main(["build", "--classes", ", ".join(NAMES), "--library", str(folder), *assigned(settings)])
+        sys.exit(code)
+
     while sum(code == 130 for code, _, _ in told) < count and len(told) < 10 * count:
-        log = root / f"said-{len(told)}.txt"
-
-        def build(folder=folder, log=log) -> None:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            with open(log, "w", buffering=1) as sys.stderr, contextlib.redirect_stdout(io.StringIO()):
-                code = main(["build", "--classes", ", ".join(NAMES), "--library", str(folder), *assigned(settings)])
-            os._exit(code)
-
-        pid = fork(build)
+        log.write_text("")
+        process = forked(build)
         time.sleep(max(0.05, rng.uniform(0, 0.8) * duration))
-        os.kill(pid, signal.SIGINT)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        told.append([code, log.read_text(), len(Library(folder).verify()) + len(left(folder))])
-        if code == 0:  # it had finished
+        os.kill(process.pid, signal.SIGINT)
+        process.join()
+        told.append([process.exitcode, log.read_text(), len(Library(folder).verify()) + len(left(folder))])
+        if process.exitcode == 0:  # it had finished
             folder = root / f"interrupted-{len(told)}"
             duration *= 0.8
-    code = os.waitstatus_to_exitcode(os.waitpid(fork(lambda: build(folder, root / "said-at-last.txt")), 0)[1])
-    return {"interrupted": told, "code": code, "same": entries(folder) == expected}
+    process = forked(build)
+    process.join()
+    return {"interrupted": told, "code": process.exitcode, "same": entries(folder) == expected}
 
 
 def two_builders(method: Callable[[Path], OVDiff], expected: dict[str, str], root: Path) -> dict:
     """Two processes that build the same classes into one library at the same moment: what each drew and what each got."""
     from ovdiff_lib import pipeline
 
-    draw, drawn, folder = pipeline.sample_support, root / "drawn.txt", root / "shared"
-    reading, writing = os.pipe()
+    fork, draw, folder = multiprocessing.get_context("fork"), pipeline.sample_support, root / "shared"
+    both, drawn, got = fork.Barrier(2), fork.SimpleQueue(), fork.SimpleQueue()
 
-    def build(number: int) -> None:
+    def build() -> None:
         def counted(pipe, category, *arguments, **options):
-            with open(drawn, "a") as file:
-                file.write(f"{category.name}\n")
+            drawn.put(category.name)
             return draw(pipe, category, *arguments, **options)
 
         pipeline.sample_support = counted
-        os.close(writing)
-        os.read(reading, 1)  # until both are here
+        both.wait(60)
         bank = method(folder).build(NAMES)
-        sums = [hashlib.sha256(p.vectors.tobytes()).hexdigest() for rows in bank.prototypes.values() for p in rows]
-        (root / f"builder-{number}.json").write_text(json.dumps(sums))
+        got.put([hashlib.sha256(p.vectors.tobytes()).hexdigest() for rows in bank.prototypes.values() for p in rows])
 
-    running = [fork(lambda number=number: build(number)) for number in range(2)]
-    os.close(writing)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in running]
-    return {"codes": codes, "drawn": sorted(drawn.read_text().split()), "broken": len(Library(folder).verify()),
-            "same": entries(folder) == expected, "left": left(folder),
-            "got": [json.loads((root / f"builder-{number}.json").read_text()) for number in range(2)]}
+    running = [forked(build) for _ in range(2)]
+    for process in running:
+        process.join()
+    return {"codes": [process.exitcode for process in running], "broken": len(Library(folder).verify()),
+            "same": entries(folder) == expected, "left": left(folder), "got": [got.get() for _ in running if not got.empty()],
+            "drawn": sorted(drawn.get() for _ in range(9) if not drawn.empty())}
 
 
 def builds(models: str, root: str, kills: str) -> dict:
@@ -192,10 +178,10 @@ def builds(models: str, root: str, kills: str) -> dict:
     method(folder / "undisturbed").build(NAMES)
     os.fsync = slowly
     started = time.monotonic()
-    assert os.waitpid(fork(lambda: method(folder / "timed").build(NAMES)), 0)[1] == 0
+    forked(lambda: method(folder / "timed").build(NAMES)).join()
     expected, duration = entries(folder / "undisturbed"), time.monotonic() - started
-    return {"killed": killed_builds(method, expected, duration, folder, int(kills), 11),
-            "interrupted": interrupted_builds(settings, expected, duration, folder, 4, 3),
+    return {"killed": killed_builds(method, expected, duration, folder, int(kills)),
+            "interrupted": interrupted_builds(settings, expected, duration, folder, 4),
             "together": two_builders(method, expected, folder)}
 
 
