@@ -1,8 +1,7 @@
 """Glyphs of the mini world: fetch the openly licensed art by package name and rasterise it with exact alpha.
 
-Only a rebuild of the world (``make mini-world``) runs this module; using the project never does. :func:`build_glyphs`
-leaves one file, ``glyphs.npz``: with it a machine without network can draw every scene. NOTICE names each set of which
-something ships, and its licence.
+:func:`build_glyphs` leaves one file, ``glyphs.npz``: with it a machine without network can draw every scene. NOTICE
+names each set of which something ships, and its licence.
 """
 
 from __future__ import annotations
@@ -50,8 +49,7 @@ def drawn_world() -> World:
 
 
 def fetch(folder: Path) -> None:
-    """Download and unpack every package of :data:`PACKAGES` below ``folder`` with npm; what is there already is
-    kept."""
+    """Download every package of :data:`PACKAGES` to a folder below ``folder`` with npm; what is there is kept."""
     folder.mkdir(parents=True, exist_ok=True)
     for style, package in PACKAGES.items():
         target = folder / style
@@ -60,11 +58,11 @@ def fetch(folder: Path) -> None:
         try:
             run = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, capture_output=True, text=True)
         except FileNotFoundError:
-            raise InputError("npm was not found. The art of the mini world is fetched with npm: install Node.js, or bring a work "
-                             "folder with glyphs.npz.") from None
+            raise InputError("The art of the mini world is fetched with npm, which was not found: install Node.js, or "
+                             "bring a work folder with glyphs.npz.") from None
         if run.returncode:
-            raise InputError(f"npm could not fetch {package}: {' '.join(run.stderr.strip().splitlines()[-1:])}. Check the network and "
-                             "try again.")
+            reason = " ".join(run.stderr.strip().splitlines()[-1:])
+            raise InputError(f"npm could not fetch {package}: {reason}. Check the network and try again.")
         archive = folder / run.stdout.strip().splitlines()[-1]
         with tarfile.open(archive) as tar:
             tar.extractall(target.with_suffix(".part"), filter="data")
@@ -73,18 +71,17 @@ def fetch(folder: Path) -> None:
 
 
 def _normal(code: str) -> str:
-    """Code points in the one spelling that works for all sets: lower case, joined by '-', variation selectors
-    dropped."""
+    """Code points in the spelling that works for all sets: lower case, joined by '-', no variation selectors."""
     return "-".join(part for part in code.lower().replace("_", "-").split("-") if part != "fe0f")
 
 
-def _svg(body: str, view_box: str) -> str:
-    return f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{view_box}">{body}</svg>'
-
-
-def _rasterise(svg: str) -> Image.Image:
+def _rasterise(svg: str, view_box: str | None = None) -> Image.Image:
+    """A picture of a whole SVG, or of what stands inside one with this view box."""
     import resvg_py  # needed for a rebuild of the world only
 
+    if view_box:
+        names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+        svg = f'<svg {names} viewBox="{view_box}">{svg}</svg>'
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=CANVAS, height=CANVAS))
     return Image.open(io.BytesIO(png)).convert("RGBA")
 
@@ -95,32 +92,30 @@ def load_style(folder: Path, style: str, keys: set[str]) -> dict[str, Image.Imag
     root = folder / style / "package"
     if style == "fluent-3d":
         paths = {_normal(p.stem): p for p in (root / "assets").glob("*.webp")}
-        return {k: Image.open(paths[k]).convert("RGBA") for k in keys if k in paths}
+        return {k: Image.open(paths[k]).convert("RGBA") for k in keys & paths.keys()}
     if style == "twemoji":
         paths = {_normal(p.stem): p for p in root.glob("*.svg")}
-        return {k: _rasterise(paths[k].read_text()) for k in keys if k in paths}
+        return {k: _rasterise(paths[k].read_text()) for k in keys & paths.keys()}
     if style == "noto":
-        icon = r'<svg (?:[a-z:]+="[^"]*" )*?viewBox="([^"]+)" (?:xml:space="preserve" )?id="([^"]+)"[^>]*>(.*?)</svg>'
+        icon = (r'<svg (?:[a-z:]+="[^"]*" )*?viewBox="([^"]+)" (?:xml:space="preserve" )?id="([^"]+)"[^>]*>'
+                r'(.*?)</svg>')
         pieces = re.finditer(icon, (root / "sprites" / "all.svg").read_text(), re.S)
-        return {_normal(m[2]): _rasterise(_svg(m[3], m[1])) for m in pieces if _normal(m[2]) in keys}
+        return {_normal(m[2]): _rasterise(m[3], m[1]) for m in pieces if _normal(m[2]) in keys}
     table = json.loads((root / "icons.json").read_text())
-    names = {_normal(c): n for c, n in json.loads((root / "chars.json").read_text()).items()}  # only fluent-flat has any
+    # Only fluent-flat has code points; the keys of the others are names.
+    names = {_normal(code): name for code, name in json.loads((root / "chars.json").read_text()).items()}
     aliases = {k: row["parent"] for k, row in table.get("aliases", {}).items()}
-    found = {}
+    box, found = f"0 0 {table['width']} {table['height']}", {}
     for key in keys:
         name = names.get(key, key)
-        row = table["icons"].get(aliases.get(name, name))
-        if row:
-            found[key] = _rasterise(_svg(row["body"], f"0 0 {table['width']} {table['height']}"))
+        if row := table["icons"].get(aliases.get(name, name)):
+            found[key] = _rasterise(row["body"], box)
     return found
 
 
 def trim(glyph: Image.Image, box: tuple[float, ...] = (0, 0, 1, 1)) -> np.ndarray:
-    """What is seen of a glyph inside ``box``, without small things beside it (notes, drops, a lamp), its longer side
-    GLYPH_SIZE.
-
-    Returns straight-alpha u8 (H, W, 4).
-    """
+    """What is seen of a glyph inside ``box``, without small things beside it (notes, drops, a lamp): straight-alpha u8
+    (H, W, 4), its longer side GLYPH_SIZE."""
     left, top, right, bottom = np.array(box) * (*glyph.size, *glyph.size)
     array = np.array(glyph.crop((round(left), round(top), round(right), round(bottom))))
     parts, _ = ndimage.label(array[..., 3] > 8)
@@ -153,6 +148,6 @@ def build_glyphs(world: World, work: Path) -> dict[str, np.ndarray]:
         glyphs = dict(arrays)
     missing = sorted({f"{style}/{key}" for style, keys in wanted.items() for key in keys} - set(glyphs))
     if missing:
-        raise InputError(f"No art set has the glyphs {', '.join(missing)}: choose others in recipes/world.yaml, or delete {store.name} if "
-                         "it is older than that file.")
+        raise InputError(f"No art set has the glyphs {', '.join(missing)}: choose others in recipes/world.yaml, or "
+                         f"delete {store.name} if it is older than that file.")
     return glyphs

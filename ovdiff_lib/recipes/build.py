@@ -1,7 +1,8 @@
 """Draw the data of the mini world: training scenes (not shipped), the splits and an archive of scenes (shipped).
 
-``python -m ovdiff_lib.recipes.build --work DIR`` (``make mini-world`` does) puts the training arrays into ``DIR/scenes``, ``--ship`` the
-splits and the archive into the package's ``mini/data``. Every array is a function of the seeds in :data:`SEEDS` alone.
+``python -m ovdiff_lib.recipes.build --work DIR`` (``make mini-world`` does) puts the training arrays into
+``DIR/scenes``, ``--ship`` the splits and the archive into the package's ``mini/data``. Every array is a function of the
+seeds in :data:`SEEDS` alone.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import argparse
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shutil
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,7 +27,7 @@ from ovdiff_lib import mini
 from ovdiff_lib.files import write_atomic
 from ovdiff_lib.mini.world import World
 from ovdiff_lib.recipes.art import build_glyphs, drawn_world
-from ovdiff_lib.recipes.scenes import Glyphs, Scene, draw_scene, glyph_table
+from ovdiff_lib.recipes.scenes import Glyphs, draw_scene, glyph_table
 
 SEEDS = {"train": 0, "eval": 1, "val": 2, "wild": 3, "frames": 4, "tune": 5}
 """Stream of scenes each split is drawn from; no scene is in two splits."""
@@ -38,62 +41,72 @@ SHAPES = ((128, 160), (128, 192), (160, 128), (128, 144), (176, 128), (128, 176)
 HELD = 0.36
 """Share of the objects of ``tune`` and ``val`` in held glyphs, for nouns that have any: a third of all."""
 
-_state: dict = {}
+_work: list[Callable] = []
 
 
-def _start(world: World, arrays: dict[str, np.ndarray]) -> None:
-    _state["world"], _state["glyphs"] = world, glyph_table(world, arrays, world.train_styles)
+def _call(item: Any) -> Any:
+    return _work[-1](item)
 
 
-def _train_scene(index: int, seed: int, size: int, single: bool) -> Scene:
-    world: World = _state["world"]
-    noun = world.things[index % len(world.things)].name if single else None
-    return draw_scene(world, _state["glyphs"], seed, index, (size, size), noun=noun, objects=1 if single else None)
+def forked_map(function: Callable, items: Iterable, workers: int, chunksize: int) -> Iterator:
+    """``map(function, items)``, in order, by several processes; forked, so that what the function holds is there, not
+    sent."""
+    if workers == 1:
+        yield from map(function, items)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _work.append, (function,)) as pool:
+        yield from pool.map(_call, items, chunksize=chunksize)
 
 
-def _frames(index: int, size: int) -> np.ndarray:
-    world: World = _state["world"]
+def draw_frames(world: World, glyphs: Glyphs, index: int, size: int) -> np.ndarray:
+    """Pair ``index`` of frames u8 (2, size, size, 3): one glyph met in two places, as a video that follows it would
+    show it."""
     rng = np.random.default_rng([SEEDS["frames"], index])
-    thing = world.things[index % len(world.things)]
-    seen = [glyph for glyph in _state["glyphs"][thing.name] if not glyph.held]
-    one = {thing.name: [seen[rng.integers(len(seen))]]}
-    return np.stack([draw_scene(world, one, SEEDS["frames"], 2 * index + i, (size, size), noun=thing.name, objects=1, at_home=0).image
-                     for i in range(2)])
+    thing = world.things[index % len(world.things)].name
+    seen = [glyph for glyph in glyphs[thing] if not glyph.held]
+    one = {thing: [seen[rng.integers(len(seen))]]}
+    return np.stack([draw_scene(world, one, SEEDS["frames"], 2 * index + i, (size, size), noun=thing, objects=1,
+                                at_home=0).image for i in range(2)])
 
 
-def _stream(pool: ProcessPoolExecutor, draw, count: int, label: str):
-    yield from tqdm(pool.map(draw, range(count), chunksize=100), total=count, desc=label, unit="scene", mininterval=5)
-
-
-def build_training(world: World, arrays: dict[str, np.ndarray], folder: Path, size: int, count: int, frames: int, evaluation: int,
-                   workers: int) -> None:
+def build_training(world: World, arrays: dict[str, np.ndarray], folder: Path, size: int, count: int, frames: int,
+                   evaluation: int, workers: int) -> None:
     """Write the training arrays at ``size`` px: ``train_images.npy`` u8 (count, size, size, 3) with
-    ``train_captions.json``; ``frames.npy`` u8 (frames, 2, size, size, 3), pairs of one object met in two places, as a
-    video that follows it would show it, for self-supervised training; ``eval_images.npy`` and ``eval_labels.npy``,
-    scenes of one object; ``nouns.json``.
+    ``train_captions.json``; ``frames.npy`` u8 (frames, 2, size, size, 3) of :func:`draw_frames`, for self-supervised
+    training; ``eval_images.npy`` and ``eval_labels.npy``, scenes of one object; ``nouns.json``.
 
     What is there already is kept: a folder is finished when it has ``nouns.json``, which is written last.
     """
     if (folder / "nouns.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(workers, initializer=_start, initargs=(world, arrays)) as pool:
-        images = np.lib.format.open_memmap(folder / "train_images.npy", "w+", np.uint8, (count, size, size, 3))
-        captions = []
-        for i, scene in enumerate(_stream(pool, partial(_train_scene, seed=SEEDS["train"], size=size, single=False), count, "training")):
-            images[i] = scene.image
-            captions.append(scene.captions)
-        pairs = np.lib.format.open_memmap(folder / "frames.npy", "w+", np.uint8, (frames, 2, size, size, 3))
-        for i, pair in enumerate(_stream(pool, partial(_frames, size=size), frames, "frames")):
-            pairs[i] = pair
-        single = partial(_train_scene, seed=SEEDS["eval"], size=size, single=True)
-        held_out = [scene.image for scene in _stream(pool, single, evaluation, "evaluation")]
-    images.flush()
-    pairs.flush()
+    glyphs, nouns = glyph_table(world, arrays, world.train_styles), [t.name for t in world.things]
+
+    def train(index: int) -> tuple[np.ndarray, tuple[str, ...]]:
+        scene = draw_scene(world, glyphs, SEEDS["train"], index, (size, size))
+        return scene.image, scene.captions
+
+    def pair(index: int) -> tuple[np.ndarray, None]:
+        return draw_frames(world, glyphs, index, size), None
+
+    def single(index: int) -> tuple[np.ndarray, int]:
+        noun = index % len(nouns)
+        return draw_scene(world, glyphs, SEEDS["eval"], index, (size, size), noun=nouns[noun], objects=1).image, noun
+
+    def fill(name: str, draw: Callable[[int], tuple], count: int, shape: tuple[int, ...]) -> list:
+        out = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.uint8, (count, *shape))
+        drawn, rest = forked_map(draw, range(count), workers, chunksize=100), []
+        for i, (image, about) in enumerate(tqdm(drawn, name, count, unit="scene", mininterval=5)):
+            out[i] = image
+            rest.append(about)
+        out.flush()
+        return rest
+
+    captions = fill("train_images", train, count, (size, size, 3))
     (folder / "train_captions.json").write_text(json.dumps(captions), encoding="utf-8")
-    np.save(folder / "eval_images.npy", np.stack(held_out))
-    np.save(folder / "eval_labels.npy", np.arange(evaluation) % len(world.things))
-    write_atomic(folder / "nouns.json", json.dumps([t.name for t in world.things]).encode())
+    fill("frames", pair, frames, (2, size, size, 3))
+    np.save(folder / "eval_labels.npy", fill("eval_images", single, evaluation, (size, size, 3)))
+    write_atomic(folder / "nouns.json", json.dumps(nouns).encode())
 
 
 def build_archive(world: World, arrays: dict[str, np.ndarray], folder: Path, count: int, size: int = 64) -> None:
@@ -104,10 +117,10 @@ def build_archive(world: World, arrays: dict[str, np.ndarray], folder: Path, cou
     its stuff, is ahead of the rarest such word; no label or caption is written. ReCo retrieves from them
     (:mod:`ovdiff_lib.workbench.baselines.archive`).
     """
-    _start(world, arrays)
-    shown, chosen = dict.fromkeys((name for name in world.names if name not in {t.name for t in world.things if t.rare}), 0), []
+    glyphs, rare = glyph_table(world, arrays, world.train_styles), {t.name for t in world.things if t.rare}
+    shown, chosen = dict.fromkeys((name for name in world.names if name not in rare), 0), []
     for index in itertools.count():
-        scene = _train_scene(index, SEEDS["train"], size, False)
+        scene = draw_scene(world, glyphs, SEEDS["train"], index, (size, size))
         words = [word for word in scene.nouns or scene.stuff if word in shown]
         if words and min(shown[word] for word in words) <= min(shown.values()) + 1:
             chosen.append(scene.image)
@@ -148,7 +161,8 @@ def build_split(world: World, glyphs: Glyphs, folder: Path, split: str, count: i
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the art and the training scenes")
     parser.add_argument("--size", type=int, default=128, help="side of a training scene in pixels")
     parser.add_argument("--train", type=int, default=100_000, help="training scenes")
@@ -156,18 +170,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--evaluation", type=int, default=1_032, help="held-out scenes of one object")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that draw")
     parser.add_argument("--ship", action="store_true", help="also draw the splits and the archive, into mini/data")
-    arguments = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     world = drawn_world()
-    arrays = build_glyphs(world, arguments.work)
-    build_training(world, arrays, arguments.work / "scenes", arguments.size, arguments.train, arguments.frames, arguments.evaluation,
-                   arguments.workers)
-    if arguments.ship:
+    arrays = build_glyphs(world, args.work)
+    build_training(world, arrays, args.work / "scenes", args.size, args.train, args.frames, args.evaluation,
+                   args.workers)
+    if args.ship:
         # The ids in the label maps are places in this table.
         shutil.copyfile(Path(__file__).parent / "world.yaml", DATA.parent / "world.yaml")
-        glyphs = glyph_table(world, arrays, world.train_styles)
-        for split, count in (("tune", 126), ("val", 315)):
-            build_split(world, glyphs, DATA, split, count)
-        build_split(world, glyph_table(world, arrays, world.wild_styles), DATA, "wild", 126)
+        for split, count, styles in (("tune", 126, world.train_styles), ("val", 315, world.train_styles),
+                                     ("wild", 126, world.wild_styles)):
+            build_split(world, glyph_table(world, arrays, styles), DATA, split, count)
         build_archive(world, arrays, DATA, 600)
 
 

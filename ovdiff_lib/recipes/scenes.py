@@ -48,7 +48,8 @@ def glyph_table(world: World, arrays: dict[str, np.ndarray], styles: dict[str, s
     def levels(array: np.ndarray) -> tuple[Image.Image, ...]:
         picture = Image.fromarray(array).convert("RGBa")
         factors = [side / max(picture.size) for side in LEVELS]
-        return tuple(picture.resize([max(1, round(f * side)) for side in picture.size], Image.Resampling.BOX) for f in factors)
+        return tuple(picture.resize([max(1, round(f * side)) for side in picture.size], Image.Resampling.BOX)
+                     for f in factors)
 
     return {t.name: [Glyph(style, f"{style}/{key}" in t.held, levels(arrays[f"{style}/{key}"]))
                      for style, keys in t.glyphs.items() if style in styles for key in keys] for t in world.things}
@@ -69,10 +70,8 @@ class Scene:
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, int], cells: float, aspect: float = 1.0) -> np.ndarray:
-    """Smooth noise f32 (H, W) in about [-1, 1] with ``cells`` bumps a short side; ``aspect`` > 1 stretches bumps
-    sideways."""
-    height, width = shape
-    short = min(shape)
+    """Smooth noise f32 (H, W) in about [-1, 1], ``cells`` bumps a short side, stretched sideways by ``aspect``."""
+    (height, width), short = shape, min(shape)
     grid = (max(2, round(cells * height / short) + 1), max(2, round(cells * width / short / aspect) + 1))
     coarse = Image.fromarray(rng.uniform(-1, 1, grid).astype(np.float32))
     return np.asarray(coarse.resize((width, height), Image.BICUBIC))
@@ -80,8 +79,7 @@ def _noise(rng: np.random.Generator, shape: tuple[int, int], cells: float, aspec
 
 def draw_stuff(rng: np.random.Generator, name: str, shape: tuple[int, int]) -> np.ndarray:
     """A texture f32 (H, W, 3) in [0, 1] of one stuff, in its own colours, structure and lighting."""
-    height, width = shape
-    short = min(shape)
+    (height, width), short = shape, min(shape)
     rows = np.arange(height, dtype=np.float32)[:, None] / short
     columns = np.arange(width, dtype=np.float32)[None, :] / short
     palette = PALETTES[name]
@@ -124,7 +122,8 @@ def draw_stuff(rng: np.random.Generator, name: str, shape: tuple[int, int]) -> n
     return np.clip(colour * (1 - tint) + second * tint, 0, 1)
 
 
-def _context(rng: np.random.Generator, parts: tuple[str, ...], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
+def _context(rng: np.random.Generator, parts: tuple[str, ...], shape: tuple[int, int]
+             ) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
     """Texture f32 (H, W, 3), index of the part at each pixel u8 (H, W), the horizon as a fraction of the height, and
     the lower texture."""
     if len(parts) == 1:
@@ -132,8 +131,7 @@ def _context(rng: np.random.Generator, parts: tuple[str, ...], shape: tuple[int,
         return image, np.zeros(shape, np.uint8), 0.0, image
     height = shape[0]
     horizon = rng.uniform(0.35, 0.62)
-    flat = {"wall", "road", "floor", "water"} & set(parts)
-    wobble = 0.004 if flat else 0.03
+    wobble = 0.004 if {"wall", "road", "floor", "water"} & set(parts) else 0.03
     line = horizon * height + wobble * min(shape) * _noise(rng, shape, 4)[0]
     below = np.clip(np.arange(height, dtype=np.float32)[:, None] + 1 - line[None, :], 0, 1)  # the edge is antialiased
     lower = draw_stuff(rng, parts[1], shape)
@@ -142,9 +140,10 @@ def _context(rng: np.random.Generator, parts: tuple[str, ...], shape: tuple[int,
 
 
 def _placed(rng: np.random.Generator, glyph: Glyph, size: float) -> np.ndarray:
-    """A glyph mirrored, turned, sheared and seen slightly from the side, its longer side ``size`` pixels;
-    premultiplied f32 (h, w, 4)."""
-    picture = next((p for p, side in zip(glyph.pictures[::-1], LEVELS[::-1], strict=True) if side >= size), glyph.pictures[0])
+    """A glyph mirrored, turned, sheared and seen slightly from the side: premultiplied f32 (h, w, 4), its longer side
+    ``size`` pixels."""
+    fitting = [p for p, side in zip(glyph.pictures, LEVELS, strict=True) if side >= size]
+    picture = fitting[-1] if fitting else glyph.pictures[0]
     width, height = picture.size
     angle, shear, stretch = rng.normal(0, 0.09), rng.normal(0, 0.05), np.exp(rng.normal(0, 0.08))
     mirror = -1 if rng.uniform() < 0.5 else 1
@@ -162,13 +161,13 @@ def _placed(rng: np.random.Generator, glyph: Glyph, size: float) -> np.ndarray:
     centre = np.array([[1, 0, width / 2], [0, 1, height / 2], [0, 0, 1]])
     back = centre @ np.linalg.inv(to_patch @ forward)
     back /= back[2, 2]
-    drawn = picture.transform(tuple(patch), Image.Transform.PERSPECTIVE, tuple(back.ravel()[:8]), Image.Resampling.BILINEAR)
+    drawn = picture.transform(tuple(patch), Image.Transform.PERSPECTIVE, tuple(back.ravel()[:8]),
+                              Image.Resampling.BILINEAR)
     return np.asarray(drawn, np.float32) / 255
 
 
 def _lit(rng: np.random.Generator, patch: np.ndarray) -> np.ndarray:
-    """Mild hue, saturation and lightness changes and light from one side, so that shape and not one hue carries the
-    class."""
+    """Mild hue, saturation and lightness changes and light from one side, so that not one hue carries the class."""
     angle, saturation = rng.normal(0, 0.13), rng.uniform(0.75, 1.15)
     c, s = np.cos(angle), np.sin(angle) / np.sqrt(3)
     k = (1 - c) / 3  # rotation of the colour about the grey axis
@@ -211,22 +210,23 @@ def _top(rng: np.random.Generator, place: str, horizon: float, height: int, patc
     return int(rng.uniform(0, free + 1))
 
 
-def _captions(rng: np.random.Generator, nouns: tuple[str, ...], stuff: tuple[str, ...], style: str, size: str) -> tuple[str, ...]:
+def _captions(rng: np.random.Generator, nouns: tuple[str, ...], stuff: tuple[str, ...], style: str, size: str
+              ) -> tuple[str, ...]:
     """``style`` is the word for how the first object is drawn, "" where none is used; ``size`` is "good", "small" or
     "" (in between)."""
     where = " and ".join(stuff)
     if not nouns:
         return (f"a picture of {where}", f"a picture of {where}", where, where)
-    small = "small " if size == "small" else ""
-    what = small + " and a ".join(nouns)
-    words = " ".join(word for word in (size if size == "good" else "", style if rng.uniform() < 0.25 else "", "picture") if word)
-    styled = " ".join(word for word in (style, "picture") if word)
-    return (f"a {styled} of a {what} with {where}", f"a {words} of a {what}", " and ".join(nouns), f"a {what} and {where}")
+    what = " and a ".join(nouns)
+    what = f"small {what}" if size == "small" else what
+    words = ["good"] * (size == "good") + [style] * (rng.uniform() < 0.25)
+    styled, short = (" ".join(filter(None, [*before, "picture"])) for before in ([style], words))
+    return (f"a {styled} of a {what} with {where}", f"a {short} of a {what}", " and ".join(nouns),
+            f"a {what} and {where}")
 
 
 def _chosen(rng: np.random.Generator, world: World, objects: int, noun: str | None) -> list[Thing]:
-    """Different nouns for the objects of a scene, the first given or not; a rare one is drawn once in a few hundred
-    objects."""
+    """Different nouns for the objects of a scene, the first given or not; a rare one once in a few hundred objects."""
     weights = np.array([0.1 if t.rare else 1.0 for t in world.things])
     chosen = [t for t in world.things if t.name == noun][:objects]
     while len(chosen) < objects:
@@ -252,7 +252,8 @@ def draw_scene(world: World, glyphs: Glyphs, seed: int, index: int, shape: tuple
     chosen = _chosen(rng, world, objects, noun)
     # Some scenes are out of place: backgrounds then vary independently of objects.
     names = list(world.contexts)
-    context = str(rng.choice(chosen[0].contexts)) if chosen and rng.uniform() < at_home else names[rng.integers(len(names))]
+    at_home = chosen and rng.uniform() < at_home
+    context = str(rng.choice(chosen[0].contexts)) if at_home else names[rng.integers(len(names))]
     parts = world.contexts[context]
     image, part, horizon, lower = _context(rng, parts, shape)
     image = image.copy()
@@ -282,8 +283,8 @@ def draw_scene(world: World, glyphs: Glyphs, seed: int, index: int, shape: tuple
         drawn.append(glyph)
         if thing.place == "ground":
             stands.append((top + patch.shape[0], patch.shape[0]))
-    covered = bool(stands) and not composed and len(parts) == 2 and parts[1] not in ("road", "floor") and rng.uniform() < 0.2
-    if covered:  # by what the lowest of them stands on
+    soft = len(parts) == 2 and parts[1] not in ("road", "floor")
+    if stands and not composed and soft and rng.uniform() < 0.2:  # covered by what the lowest of them stands on
         line = max(stands)[0] - rng.uniform(0.1, 0.25) * max(stands)[1] + 0.02 * min(shape) * _noise(rng, shape, 6)[0]
         below = np.clip(np.arange(height, dtype=np.float32)[:, None] + 1 - line[None, :], 0, 1)
         image += (lower * np.float32(rng.uniform(0.9, 1.08)) - image) * below[..., None]

@@ -1,7 +1,8 @@
 """A sheet of drawings, some for every noun, to look at; and what can be counted on them.
 
-``python -m ovdiff_lib.recipes.sheet --model DIR --out sheet.png`` draws with the settings of a profile and prints, as JSON, the share of
-drawings that the judge (a CLIP) recognises, and the attribution's IoU with objects of scenes whose masks are known (``--work``).
+``python -m ovdiff_lib.recipes.sheet --model DIR --out sheet.png`` draws with the settings of a profile and prints, as
+JSON, the share of drawings that the judge (a CLIP) recognises, and the attribution's IoU with objects of scenes whose
+masks are known (``--work``).
 """
 
 from __future__ import annotations
@@ -29,11 +30,15 @@ from ovdiff_lib.recipes.scenes import draw_scene, glyph_table
 from ovdiff_lib.support.attribution import class_token_positions, fill_template, record_attribution
 from ovdiff_lib.support.sampler import sample_support
 
+MaskedScene = tuple[np.ndarray, np.ndarray, str]
+"""An image u8 (H, W, 3) of one object, its mask of :func:`object_mask`, and its noun."""
+
 
 def draw(profile: Profile, nouns: list[str], count: int) -> dict[str, np.ndarray]:
     """``count`` drawings u8 (count, S, S, 3) for each noun, as the profile draws them."""
     pipe = load_diffusion(profile)
-    return {noun: sample_support(pipe, Category(noun), profile, count=count, progress=False).images for noun in tqdm(nouns, mininterval=10)}
+    return {noun: sample_support(pipe, Category(noun), profile, count=count, progress=False).images
+            for noun in tqdm(nouns, mininterval=10)}
 
 
 def sheet(drawings: dict[str, np.ndarray], side: int = 96, columns: int = 3) -> Image.Image:
@@ -53,37 +58,39 @@ def sheet(drawings: dict[str, np.ndarray], side: int = 96, columns: int = 3) -> 
 def recognised(profile: Profile, drawings: dict[str, np.ndarray]) -> dict[str, float]:
     """For each noun, the share of its drawings for which the profile's CLIP ranks it first among all of them."""
     judge, vocabulary = CategoryFilter(*load_clip(profile), profile), Vocabulary.of(list(drawings))
-    first = {noun: [vocabulary.names[int(judge.scores(image, vocabulary).argmax())] for image in images]
-             for noun, images in drawings.items()}
-    return {noun: float(np.mean([name == noun for name in names])) for noun, names in first.items()}
+    return {noun: float(np.mean([int(judge.scores(image, vocabulary).argmax()) == number for image in images]))
+            for number, (noun, images) in enumerate(drawings.items())}
 
 
-def masked_scenes(work: Path, count: int, size: int) -> list[tuple[np.ndarray, np.ndarray, str]]:
-    """Scenes u8 (size, size, 3) of one object that no training saw, the object's mask f32 (NaN where ignored), and
-    its noun."""
+def object_mask(labels: np.ndarray, label: int) -> np.ndarray:
+    """1 where a label map shows ``label``, NaN where it is ignored, else 0: f32 (H, W)."""
+    return np.where(labels == IGNORE, np.nan, labels == label).astype(np.float32)
+
+
+def masked_scenes(work: Path, count: int, size: int) -> list[MaskedScene]:
+    """Scenes of ``size`` px that no training saw."""
     world = drawn_world()
     glyphs, found = glyph_table(world, build_glyphs(world, work), world.train_styles), []
     for index in range(count):
         noun = world.things[index % len(world.things)].name
         scene = draw_scene(world, glyphs, SEEDS["eval"], index, (size, size), noun=noun, objects=1)
-        mask = np.where(scene.labels == IGNORE, np.nan, scene.labels == world.label(noun)).astype(np.float32)
-        if np.nanmax(mask) == 1:
-            found.append((scene.image, mask, noun))
+        if scene.nouns:
+            found.append((scene.image, object_mask(scene.labels, world.label(noun)), noun))
     return found
 
 
 @torch.no_grad()
-def attribution_iou(profile: Profile, scenes: list[tuple[np.ndarray, np.ndarray, str]], steps: tuple[int, ...] = (800, 600, 400, 200)
+def attribution_iou(profile: Profile, scenes: list[MaskedScene], steps: tuple[int, ...] = (800, 600, 400, 200)
                     ) -> dict[str, float]:
-    """How well the noun's attribution shows the object, on scenes (image, mask, noun) noised to ``steps`` under the
-    noun's prompt.
+    """How well the noun's attribution shows the object, on scenes noised to ``steps`` under the noun's prompt.
 
     ``iou`` is the mean IoU of the one threshold, of the map scaled to [0, 1], that is best for all scenes; ``inside``
     the share of scenes whose attribution is higher inside the object than outside. Scenes are squashed to the size the
     model draws at.
     """
     pipe, side = load_diffusion(profile), profile.support.image_size
-    grid, cumulative = side // pipe.vae_scale_factor, DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod
+    grid = side // pipe.vae_scale_factor
+    cumulative = DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod
     thresholds, ious, hits = np.arange(1, 20) / 20, [], []
     for i, (image, mask, noun) in enumerate(scenes):
         square = np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
@@ -110,11 +117,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of the StableDiffusionPipeline")
     parser.add_argument("--out", type=Path, required=True, help="picture to write")
-    parser.add_argument("--judge", type=Path, help="folder of a CLIP that looks at the drawings (default: the profile's)")
+    parser.add_argument("--judge", type=Path, help="folder of a CLIP that looks at the drawings (default: profile's)")
     parser.add_argument("--work", type=Path, help="folder with glyphs.npz, to measure attribution on 86 scenes")
     parser.add_argument("--count", type=int, default=4, help="drawings for each noun")
     parser.add_argument("--nouns", nargs="+", help="default: all of the world")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change a value of profile mini")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE",
+                        help="change a value of profile mini")
     args = parser.parse_args(argv)
     models = {"models.diffusion": str(args.model)} | ({"models.clip": str(args.judge)} if args.judge else {})
     profile = load_profile("mini", models | parse_assignments(args.set))

@@ -1,7 +1,5 @@
 """Train the mini DINO (a real ``transformers.ViTModel``) by self-distillation with multi-crop; no label is seen.
 
-``python -m ovdiff_lib.recipes.train_dino --data DIR --out DIR --work DIR``
-
 The images are pairs of frames: one object met in two places (``frames.npy``), as a video that follows it would show it.
 With crops of one scene instead, the surroundings that they share are the easier thing to agree on, and the mini world's
 few of them leave the object out of the features: the nearest-neighbour accuracy stayed at 21 % for 1,100 steps, and
@@ -19,29 +17,22 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTImageProcessor, ViTModel
+from transformers import ViTConfig, ViTImageProcessor, ViTModel, ViTPreTrainedModel
 
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.recipes import training
 
 LARGE, SMALL = 3 / 4, 3 / 8  # side of a crop as a share of the scene's side
 LARGE_SCALE, SMALL_SCALE = (0.3, 1.0), (0.08, 0.3)  # share of the scene's area that a crop shows
-PATCH = 8
+PATCH = 8  # pixels
 HIDDEN = 0.4  # share of the patches of a large crop that the student does not see, in half of the crops
 STUDENT_TEMPERATURE = 0.1
-
-
-def build_vit(size: int, hidden: int = 128, layers: int = 6, mask_token: bool = False) -> ViTModel:
-    """A ViT for images of ``size`` px and 8 px patches, in DINO's layout: no pooling layer, keys with bias."""
-    return ViTModel(ViTConfig(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32, intermediate_size=4 * hidden,
-                              image_size=size, patch_size=PATCH, hidden_act="gelu", layer_norm_eps=1e-6), add_pooling_layer=False,
-                    use_mask_token=mask_token)
 
 
 class Head(nn.Module):
@@ -50,7 +41,8 @@ class Head(nn.Module):
 
     def __init__(self, width: int, hidden: int = 256, bottleneck: int = 64, prototypes: int = 256) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
+                                 nn.Linear(hidden, bottleneck))
         self.last = nn.Linear(bottleneck, prototypes, bias=False)
         for layer in self.mlp[::2]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -61,25 +53,33 @@ class Head(nn.Module):
         return F.normalize(self.mlp(x), dim=-1) @ F.normalize(self.last.weight, dim=-1).T
 
 
+# ---- views
+
+def uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
+    """f32 in [low, high), where the generator is."""
+    return low + (high - low) * torch.rand(*shape, generator=generator, device=generator.device)
+
+
 def crop(images: Tensor, size: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
     """A random resized crop of each image f32 (B, 3, H, W), mirrored half the time: f32 (B, 3, size, size)."""
     count = len(images)
-    draw = lambda low, high: low + (high - low) * torch.rand(count, generator=generator)  # noqa: E731
-    side, stretch = draw(*scale).sqrt(), draw(math.log(3 / 4), math.log(4 / 3)).exp().sqrt()
+    side = uniform(generator, *scale, count).sqrt()
+    stretch = uniform(generator, math.log(3 / 4), math.log(4 / 3), count).exp().sqrt()
     height, width = (side / stretch).clamp(max=1), (side * stretch).clamp(max=1)
-    flip = (torch.rand(count, generator=generator) < 0.5) * 2.0 - 1
-    theta = torch.zeros(count, 2, 3)
+    flip = (uniform(generator, 0, 1, count) < 0.5) * 2.0 - 1
+    theta = torch.zeros(count, 2, 3, device=images.device)
     theta[:, 0, 0], theta[:, 1, 1] = width * flip, height
-    theta[:, 0, 2], theta[:, 1, 2] = draw(-1, 1) * (1 - width), draw(-1, 1) * (1 - height)
-    theta = theta.to(images.device)
-    return F.grid_sample(images, F.affine_grid(theta, (count, 3, size, size), align_corners=False), align_corners=False,
-                         padding_mode="reflection")
+    theta[:, 0, 2] = uniform(generator, -1, 1, count) * (1 - width)
+    theta[:, 1, 2] = uniform(generator, -1, 1, count) * (1 - height)
+    grid = F.affine_grid(theta, [count, 3, size, size], align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False, padding_mode="reflection")
 
 
 def jitter(images: Tensor, generator: torch.Generator, blur: float) -> Tensor:
     """Brightness, contrast, saturation and hue of most images, grey some, blur some; f32 (B, 3, H, W) in [0, 1]."""
-    count = len(images)
-    draw = lambda low, high: (low + (high - low) * torch.rand(count, 1, 1, 1, generator=generator)).to(images)  # noqa: E731
+    def draw(low: float, high: float) -> Tensor:
+        return uniform(generator, low, high, len(images), 1, 1, 1)
+
     changed = images * draw(0.7, 1.3)
     mean = changed.mean((1, 2, 3), keepdim=True)
     changed = (changed - mean) * draw(0.7, 1.3) + mean
@@ -94,11 +94,24 @@ def jitter(images: Tensor, generator: torch.Generator, blur: float) -> Tensor:
     return torch.where(draw(0, 1) < blur, soft, changed).clamp(0, 1)
 
 
-def normalise(images: Tensor) -> Tensor:
-    """[0, 1] to ImageNet's normalisation."""
-    mean, deviation = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images - mean) / deviation
+def hide(count: int, side: int, generator: torch.Generator) -> Tensor:
+    """Which patches the student does not see, bool (count, side * side): a random rectangle of about :data:`HIDDEN`
+    of the patches in half of the crops, and one patch in the others, so that no batch is without."""
+    draw = uniform(generator, 0, 1, 4, count)
+    places, many = (torch.arange(n, device=draw.device) for n in (side, count))
+    area, ratio = HIDDEN * (0.5 + draw[1]) * side * side, 0.5 + 1.5 * draw[0]
+    area, ratio = (torch.where(many % 2 == 1, x, 1.0) for x in (area, ratio))
+    height = (area * ratio).sqrt().round().clamp(1, side)
+    width = (area / height).round().clamp(1, side)
 
+    def covered(length: Tensor, draw: Tensor) -> Tensor:
+        first = (draw * (side - length + 1)).floor()[:, None]
+        return (places >= first) & (places < first + length[:, None])
+
+    return (covered(height, draw[2])[:, :, None] & covered(width, draw[3])[:, None]).flatten(1)
+
+
+# ---- losses
 
 def distillation_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
     """Mean cross-entropy of every student view (logits) with the teacher's probabilities for the other large views."""
@@ -124,33 +137,21 @@ def spread(tokens: Tensor) -> Tensor:
     return -(unit - unit[nearest]).norm(dim=1).clamp_min(1e-4).log().mean()
 
 
-@torch.no_grad()
-def nearest_neighbour(model: ViTModel, images: np.ndarray, labels: np.ndarray, neighbours: int = 10) -> float:
-    """Leave-one-out k-nearest-neighbour accuracy of the class token (cosine, votes weighted by similarity)."""
-    tokens = []
-    for start in range(0, len(images), 256):
-        states = model(normalise(training.to_float(images[start:start + 256]))).last_hidden_state
-        tokens.append(F.normalize(states[:, 0], dim=-1).float().cpu())
-    features = torch.cat(tokens)
-    similarity = (features @ features.T).fill_diagonal_(-1)
-    value, index = similarity.topk(neighbours)
-    truth = torch.from_numpy(np.asarray(labels)).long()
-    votes = torch.zeros(len(truth), int(truth.max()) + 1).scatter_add_(1, truth[index], (value / 0.07).exp())
-    return float((votes.argmax(-1) == truth).float().mean())
-
-
 class SelfDistillation(nn.Module):
     """Student and teacher with their heads, one for class tokens and one for patches."""
 
-    def __init__(self, backbone: ViTModel) -> None:
+    def __init__(self, size: int, width: int, layers: int) -> None:
         super().__init__()
-        if training.DEVICE.type == "cpu":
-            backbone.set_attn_implementation("eager")  # the fused kernel is slow backwards at so few tokens there
-        width = backbone.config.hidden_size
-        self.student = nn.ModuleDict({"vit": backbone, "head": Head(width), "patch_head": Head(width)})
+        # DINO's layout: no pooling layer, keys with bias.
+        vit = ViTModel(ViTConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 32,
+                                 intermediate_size=4 * width, image_size=size, patch_size=PATCH, hidden_act="gelu",
+                                 layer_norm_eps=1e-6), add_pooling_layer=False, use_mask_token=True)
+        heads = {"head": Head(width), "patch_head": Head(width)}
+        self.student = nn.ModuleDict({"vit": training.placed(vit)} | heads)
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
 
-    def forward(self, large: Tensor, small: Tensor, views: int, temperature: float, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, large: Tensor, small: Tensor, views: int, temperature: float, hidden: Tensor
+                ) -> tuple[Tensor, Tensor, Tensor]:
         """The losses of two large crops a pair, (2 B, 3, L, L), and several small ones, (views B, 3, S, S): of class
         tokens, of the patches ``hidden`` bool (2 B, patches) of the large crops, and KoLeo."""
         student, teacher = self.student, self.teacher
@@ -163,79 +164,78 @@ class SelfDistillation(nn.Module):
         logits = student["head"](torch.cat([tokens[:, 0], others])).float()
         patches = (student["patch_head"](tokens[:, 1:][hidden]).float() / STUDENT_TEMPERATURE).log_softmax(-1)
         koleo = torch.stack([spread(part) for part in tokens[:, 0].chunk(2)]).mean()
-        return distillation_loss(list(logits.chunk(2 + views)), list(targets)), -(patch_targets * patches).sum(-1).mean(), koleo
-
-    @torch.no_grad()
-    def follow(self, momentum: float) -> None:
-        """Move the teacher a little towards the student."""
-        torch._foreach_lerp_(list(self.teacher.parameters()), [p.detach() for p in self.student.parameters()], 1 - momentum)
+        return (distillation_loss(list(logits.chunk(2 + views)), list(targets)),
+                -(patch_targets * patches).sum(-1).mean(), koleo)
 
 
-def hide(count: int, side: int, generator: torch.Generator) -> Tensor:
-    """Which patches the student does not see, bool (count, side * side): a random rectangle of about :data:`HIDDEN`
-    of the patches in half of the crops, and one patch in the others, so that no batch is without."""
-    hidden = torch.zeros(count, side, side, dtype=torch.bool)
-    for i, draw in enumerate(torch.rand(count, 4, generator=generator).tolist()):
-        area, ratio = (HIDDEN * (0.5 + draw[1]) * side * side, 0.5 + 1.5 * draw[0]) if i % 2 else (1, 1)
-        height = min(side, max(1, round((area * ratio) ** 0.5)))
-        width = min(side, max(1, round(area / height)))
-        top, left = int(draw[2] * (side - height + 1)), int(draw[3] * (side - width + 1))
-        hidden[i, top:top + height, left:left + width] = True
-    return hidden.flatten(1)
+@torch.no_grad()
+def nearest_neighbour(token: Callable[[Tensor], Tensor], scenes: training.Scenes, neighbours: int = 10) -> float:
+    """Leave-one-out k-nearest-neighbour accuracy of the held-out scenes' tokens (B, D), by cosine; votes are weighted
+    by similarity."""
+    pixels = training.normalise(training.to_float(scenes.eval_images), IMAGENET_MEAN, IMAGENET_STD)
+    features = F.normalize(torch.cat([token(part).float() for part in pixels.split(256)]), dim=-1)
+    value, index = (features @ features.T).fill_diagonal_(-1).topk(neighbours)
+    truth = scenes.eval_labels
+    votes = torch.zeros(len(truth), int(truth.max()) + 1, device=truth.device)
+    votes.scatter_add_(1, truth[index], (value / 0.07).exp())
+    return float((votes.argmax(-1) == truth).float().mean())
 
 
-def save(teacher: ViTModel, folder: Path) -> None:
-    """Half precision with rounded fractions, and the image processor that normalises as in training."""
-    half, size = ViTModel(teacher.config, add_pooling_layer=False), teacher.config.image_size
-    half.load_state_dict({k: v for k, v in training.round_weights(teacher.state_dict()).items() if not k.endswith("mask_token")})
-    half.half().save_pretrained(folder)
-    ViTImageProcessor(size={"height": size, "width": size}, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD)
-                      ).save_pretrained(folder)
+def save_vit(model: ViTPreTrainedModel, folder: Path) -> None:
+    """The model in half precision, and the image processor that normalises as in training."""
+    size = model.config.image_size
+    training.save_half(model, folder)
+    ViTImageProcessor(size={"height": size, "width": size}, image_mean=list(IMAGENET_MEAN),
+                      image_std=list(IMAGENET_STD)).save_pretrained(folder)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
-    parser = training.training_parser(__doc__, steps=8000, batch=64, minutes=60)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser = training.options(__doc__, steps=8000, batch=64, minutes=60, lr=1e-3)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--small-crops", type=int, default=4)
     parser.add_argument("--momentum", type=float, default=0.99, help="of the teacher at the start; rises to 1")
     parser.add_argument("--patch-weight", type=float, default=1.0, help="weight of the loss of hidden patches")
     parser.add_argument("--koleo", type=float, default=0.1, help="weight of the loss that spreads class tokens")
-    args = parser.parse_args(argv)
-    training.seed_everything(args.seed, args.threads)
-    data = training.load_data(args.data)
-    pairs = np.load(args.data / "frames.npy", mmap_mode="r")
+    args = training.start(parser, argv)
+    scenes, pairs = training.Scenes(args.data), training.load_array(args.data / "frames.npy")
     large_side, small_side = (int(share * pairs.shape[2]) // PATCH * PATCH for share in (LARGE, SMALL))
-    model = SelfDistillation(build_vit(pairs.shape[2], args.width, args.layers, mask_token=True)).to(training.DEVICE)
-    optimizer = torch.optim.AdamW(training.decayed(model), lr=args.lr, betas=(0.9, 0.95), fused=True)
-    run = training.Run(args, model, optimizer, lambda p, s: training.warmup_cosine(p, s, warmup=200))
-    run.on_checkpoint = lambda: save(model.teacher["vit"], args.work / "model")
+    model = SelfDistillation(pairs.shape[2], args.width, args.layers).to(training.DEVICE)
     model.student.train()
-    for step in run:
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        index = training.shuffled_indices(len(pairs), args.batch, args.seed, step)
-        frames = training.to_float(pairs[index]).transpose(0, 1)  # (2, B, 3, H, W)
-        large = torch.cat([normalise(jitter(crop(frame, large_side, LARGE_SCALE, generator), generator, blur))
+    run = training.Run(args, model, len(pairs), betas=(0.9, 0.95), warmup=200)
+
+    def loss(draw: training.Draw) -> Tensor:
+        frames = training.to_float(training.rows(pairs, draw.index)).transpose(0, 1)  # (2, B, 3, H, W)
+
+        def view(frame: Tensor, side: int, scale: tuple[float, float], blur: float) -> Tensor:
+            seen = jitter(crop(frame, side, scale, draw.generator), draw.generator, blur)
+            return training.normalise(seen, IMAGENET_MEAN, IMAGENET_STD)
+
+        large = torch.cat([view(frame, large_side, LARGE_SCALE, blur)
                            for frame, blur in zip(frames, (0.8, 0.1), strict=True)])
-        small = torch.cat([normalise(jitter(crop(frames[i % 2], small_side, SMALL_SCALE, generator), generator, 0.4))
-                           for i in range(args.small_crops)])
-        hidden = hide(len(large), large_side // PATCH, generator).to(training.DEVICE)
+        small = torch.cat([view(frames[i % 2], small_side, SMALL_SCALE, 0.4) for i in range(args.small_crops)])
+        hidden = hide(len(large), large_side // PATCH, draw.generator)
         temperature = 0.04 + 0.02 * min(1.0, run.progress / 0.2)
         with training.mixed(args):
             classes, patches, koleo = model(large, small, args.small_crops, temperature, hidden)
-        loss = classes + args.patch_weight * patches + args.koleo * koleo
-        run.update(loss)
-        model.follow(1 - (1 - args.momentum) * 0.5 * (1 + math.cos(math.pi * min(1.0, run.progress))))
-        metrics = {}
-        if (step + 1) % 250 == 0:
-            metrics = {"nearest_neighbour": nearest_neighbour(model.teacher["vit"], data["eval_images"], data["eval_labels"]),
-                       "patch_loss": float(patches)}
-        run.record(loss.detach(), **metrics)
-    save(model.teacher["vit"], args.out)
-    accuracy = nearest_neighbour(model.teacher["vit"], data["eval_images"], data["eval_labels"])
-    print(f"done: {run.step} steps, {run.elapsed / 60:.1f} min, nearest-neighbour top-1 {accuracy:.4f}", flush=True)
+        return classes + args.patch_weight * patches + args.koleo * koleo
+
+    def follow() -> None:
+        momentum = 1 - (1 - args.momentum) * 0.5 * (1 + math.cos(math.pi * min(1.0, run.progress)))
+        training.follow(model.teacher, model.student, momentum)
+
+    def measure() -> dict[str, float]:
+        teacher = model.teacher["vit"]
+        return {"nearest_neighbour": nearest_neighbour(lambda x: teacher(x).last_hidden_state[:, 0], scenes)}
+
+    def save(folder: Path) -> None:
+        teacher = copy.deepcopy(model.teacher["vit"])
+        teacher.embeddings.mask_token = None
+        save_vit(teacher, folder)
+
+    run.fit(loss, after=follow, measure=measure, every=250, export=lambda: save(args.work / "model"))
+    save(args.out)
 
 
 if __name__ == "__main__":

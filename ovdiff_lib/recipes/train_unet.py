@@ -1,7 +1,5 @@
 """Train the mini Stable Diffusion UNet and write a ``StableDiffusionPipeline`` folder.
 
-``python -m ovdiff_lib.recipes.train_unet --data DIR --vae DIR --clip DIR --out DIR --work DIR``
-
 Latents and text states never change, so both are computed once into WORK. Nothing in the loss shapes the attention: a
 price on attending to words, tried before, starved them while the model learned to draw. The one trick is
 ``--ending-dropout``.
@@ -10,22 +8,29 @@ price on attending to words, tried before, starved them while the model learned 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.recipes import training
-from ovdiff_lib.recipes.train_clip import save_text_encoder, save_tokenizer
+from ovdiff_lib.recipes.train_clip import save_tokenizer
 from ovdiff_lib.recipes.train_vae import to_signed
 
 NOISE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -47,171 +52,156 @@ def build_unet(channels: tuple[int, ...], text_width: int, latent_channels: int,
 
 
 @torch.no_grad()
-def encode_images(images: np.ndarray, vae: AutoencoderKL, path: Path, args: argparse.Namespace, batch: int = 64) -> np.ndarray:
-    """Scaled latent means of every image, float16 (N, C, h, w) on disk.
-
-    Scenes are mirrored at random when drawn, so no mirroring here. A call that was stopped goes on where it was.
-    """
-    side = images.shape[1] // 2 ** (len(vae.config.block_out_channels) - 1)
-    shape, part, done = (len(images), vae.config.latent_channels, side, side), path.with_suffix(".part.npy"), path.with_suffix(".count")
+def encode(encoder: Callable[[int, int], Tensor], shape: tuple[int, ...], path: Path, args: argparse.Namespace,
+           batch: int = 64) -> np.ndarray:
+    """``encoder(start, stop)`` of all rows, float16 of ``shape`` on disk. A call that was stopped goes on where it
+    was."""
+    part, done = path.with_suffix(".part.npy"), path.with_suffix(".count")
     if not path.exists():
         first = int(done.read_text()) if done.exists() else 0
         out = np.lib.format.open_memmap(part, mode="r+" if first else "w+", dtype=np.float16, shape=shape)
-        for start in tqdm(range(first, len(images), batch), desc="latents", mininterval=10):
-            with training.mixed(args):
-                latents = vae.encode(to_signed(images[start:start + batch])).latent_dist.mode().float()
-            out[start:start + batch] = (latents * vae.config.scaling_factor).half().cpu().numpy()
+        for start in tqdm(range(first, len(out), batch), desc=path.stem, mininterval=10):
+            out[start:start + batch] = encoder(start, start + batch).half().cpu().numpy()
             if start // batch % 100 == 99:
                 out.flush()
                 done.write_text(str(start + batch))
+                training.pause_if_due(args)
         out.flush()
         part.rename(path)
-    return np.load(path, mmap_mode="r")
+    found = np.load(path)
+    if found.shape != shape:
+        raise InputError(f"{path} is of other data: delete *.npy there.")
+    return found
 
 
-@torch.no_grad()
-def encode_captions(captions: list[str], tokenizer: CLIPTokenizer, encoder: CLIPTextModel, path: Path, batch: int = 256) -> np.ndarray:
-    """Last hidden states, padded to full length without a mask: ``encode_prompt``'s own recipe."""
-    shape = (len(captions), tokenizer.model_max_length, encoder.config.hidden_size)
-    if not path.exists():
-        out = np.zeros(shape, dtype=np.float16)
-        for start in tqdm(range(0, len(captions), batch), desc="text states", mininterval=10):
-            ids = tokenizer(captions[start:start + batch], padding="max_length", truncation=True, return_tensors="pt").input_ids
-            out[start:start + batch] = encoder(ids.to(training.DEVICE)).last_hidden_state.half().cpu().numpy()
-        temporary = path.with_suffix(".tmp.npy")
-        np.save(temporary, out)
-        temporary.rename(path)
-    return np.load(path, mmap_mode="r")
-
-
-def write_pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer,
-                   folder: Path) -> None:
+def write_pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel,
+                   tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Write the half-precision pipeline beside ``folder`` first, then move it into place."""
+    half = copy.deepcopy(unet).cpu()
+    half.load_state_dict(training.round_weights(half.state_dict()))
     scheduler = DPMSolverMultistepScheduler(**NOISE, solver_order=2, algorithm_type="dpmsolver++", steps_offset=1,
                                             prediction_type="v_prediction")
-    half = UNet2DConditionModel.from_config(unet.config)
-    half.load_state_dict(unet.state_dict())
     pipeline = StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=half.half(),
                                        scheduler=scheduler, safety_checker=None, feature_extractor=None,
                                        requires_safety_checker=False)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     pipeline.save_pretrained(temporary)
     for path in temporary.rglob("config.json"):  # where on this machine a part came from is nobody's business
         config = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(json.dumps({k: v for k, v in config.items() if k != "_name_or_path"}, indent=2) + "\n", encoding="utf-8")
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_tokenizer(tokenizer, temporary / "tokenizer")
-    training.replace_folder(temporary, folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 class Batches:
     """Training batches as a function of the step, so that a resumed run sees the same ones."""
 
-    def __init__(self, args: argparse.Namespace, latents: np.ndarray, states: np.ndarray, ends: np.ndarray, captions: list[list[str]],
-                 place: dict[str, int]) -> None:
-        # In memory: reading rows scattered over a memory map is slower than the training step.
-        self.latents = torch.from_numpy(np.array(latents)).to(training.DEVICE)
-        self.states = torch.from_numpy(np.array(states[:, :args.text_length])).to(training.DEVICE)
-        # Position of each caption's end token. From there on every state repeats the whole caption (the text tower is
-        # causal, and padding is end tokens), so a UNet may read the noun there and leave the noun's own token to the
-        # background. Many captions get the endings of the empty prompt instead: the word itself is then the one place
-        # that names the object.
-        self.ends, self.ending_dropout = torch.from_numpy(ends), args.ending_dropout
-        self.captions, self.place, self.batch, self.seed, self.dropout = captions, place, args.batch, args.seed, args.dropout
-        cumulative = DDPMScheduler(**NOISE).alphas_cumprod
+    def __init__(self, args: argparse.Namespace, latents: np.ndarray, states: np.ndarray, ends: np.ndarray,
+                 captions: list[list[str]], place: dict[str, int]) -> None:
+        """Latents (N, C, h, w), text states (P, L, D) with the position of each caption's end token (P,), captions of
+        the latents, and the row of a caption among the states."""
+        # In memory: reading rows scattered over a file is slower than the training step.
+        self.latents = torch.from_numpy(latents).to(training.DEVICE)
+        self.states = torch.from_numpy(states[:, :args.text_length]).to(training.DEVICE)
+        # From the end token on every state repeats the whole caption (the text tower is causal, and padding is end
+        # tokens), so a UNet may read the noun there and leave the noun's own token to the background. Many captions get
+        # the endings of the empty prompt instead: the word itself is then the one place that names the object.
+        self.ends = torch.from_numpy(ends).to(training.DEVICE)
+        self.args, self.captions, self.place = args, captions, place
+        cumulative = DDPMScheduler(**NOISE).alphas_cumprod.to(training.DEVICE)
         self.signal, self.noise = cumulative.sqrt(), (1 - cumulative).sqrt()
         # The error of v, but nearly clean latents weigh less. Against the error of epsilon this moves weight to the
         # noisier half, where it is decided what is drawn and where; textures are learned soon enough.
         self.weight = ((1 + args.gamma) * (1 - cumulative)).clamp(max=1)  # 1 - cumulative is 1 / (1 + SNR)
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Noisy latents, timesteps, text states, v (what is to be predicted) and the loss weights of ``step``."""
-        picker = random.Random(f"{self.seed} {step}")
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        index = training.shuffled_indices(len(self.latents), self.batch, self.seed, step)
-        count = len(index)
-        clean = self.latents[torch.from_numpy(index).to(training.DEVICE)].float()
-        names = ["" if picker.random() < self.dropout else picker.choices(self.captions[i], PHRASINGS)[0] for i in index]
-        chosen = torch.tensor([self.place[n] for n in names])
-        ending = torch.arange(self.states.shape[1]) >= self.ends[chosen][:, None]
-        emptied = (ending & (torch.rand(count, 1, generator=generator) < self.ending_dropout)).to(training.DEVICE)
-        text = torch.where(emptied[..., None], self.states[self.place[""]], self.states[chosen.to(training.DEVICE)]).float()
+    def __call__(self, draw: training.Draw) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Noisy latents, timesteps, text states, v (what is to be predicted) and the loss weights of a step."""
+        args, picker, on = self.args, draw.picker, {"generator": draw.generator, "device": draw.generator.device}
+        clean, count = training.rows(self.latents, draw.index).float(), len(draw.index)
+        names = ["" if picker.random() < args.dropout else picker.choices(self.captions[i], PHRASINGS)[0]
+                 for i in draw.index]
+        chosen = training.put(torch.tensor([self.place[name] for name in names]))
+        ending = torch.arange(self.states.shape[1], device=on["device"]) >= self.ends[chosen][:, None]
+        emptied = ending & (torch.rand(count, 1, **on) < args.ending_dropout)
+        text = torch.where(emptied[..., None], self.states[self.place[""]], self.states[chosen]).float()
         # One timestep per stratum of the 1,000 lowers the variance of the loss; the shuffle frees it from the image
         # order.
-        strata = (torch.arange(count) + torch.rand(count, generator=generator)) * (len(self.weight) / count)
-        t = strata.long().clamp(max=len(self.weight) - 1)[torch.randperm(count, generator=generator)]
-        noise = torch.randn(clean.shape, generator=generator).to(training.DEVICE)
-        signal, amount, weight = (table[t].to(training.DEVICE) for table in (self.signal, self.noise, self.weight))
-        signal, amount = signal.view(-1, 1, 1, 1), amount.view(-1, 1, 1, 1)
-        return signal * clean + amount * noise, t.to(training.DEVICE), text, signal * noise - amount * clean, weight
+        strata = (torch.arange(count, device=on["device"]) + torch.rand(count, **on)) * (len(self.weight) / count)
+        t = strata.long().clamp(max=len(self.weight) - 1)[torch.randperm(count, **on)]
+        noise = torch.randn(clean.shape, **on)
+        signal, amount = (table[t].view(-1, 1, 1, 1) for table in (self.signal, self.noise))
+        return signal * clean + amount * noise, t, text, signal * noise - amount * clean, self.weight[t]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
-    parser = training.training_parser(__doc__, steps=40_000, batch=32, minutes=120)
+    parser = training.options(__doc__, steps=40_000, batch=32, minutes=120, lr=1e-3)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained AutoencoderKL")
     parser.add_argument("--clip", type=Path, required=True, help="folder of the trained CLIPModel and tokenizer")
-    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--channels", type=int, nargs=3, default=(64, 128, 192))
     parser.add_argument("--dropout", type=float, default=0.1, help="share of empty captions, for guidance")
-    parser.add_argument("--text-length", type=int, default=24, help="tokens of a prompt, start, end and padding counted")
-    parser.add_argument("--ending-dropout", type=float, default=0.8, help="share of captions whose end and padding say nothing")
-    parser.add_argument("--gamma", type=float, default=5.0, help="signal-to-noise ratio from which on errors weigh less")
-    parser.add_argument("--average", type=float, default=0.999, help="decay of the averaged weights, which are what is kept")
+    parser.add_argument("--text-length", type=int, default=24, help="tokens of a prompt, with start, end and padding")
+    parser.add_argument("--ending-dropout", type=float, default=0.8, help="share of captions whose end says nothing")
+    parser.add_argument("--gamma", type=float, default=5.0, help="signal-to-noise ratio above which errors weigh less")
+    parser.add_argument("--average", type=float, default=0.999, help="decay of the averaged weights, which are kept")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
-    args = parser.parse_args(argv)
-    training.seed_everything(args.seed, args.threads)
-    args.work.mkdir(parents=True, exist_ok=True)
-    data = training.load_data(args.data)
-    captions = data["captions"]
-
+    args = training.start(parser, argv)
+    (args.work / "settings.json").write_text(json.dumps(vars(args), default=str, indent=1), encoding="utf-8")
+    scenes = training.Scenes(args.data)
+    images, captions = scenes.images, scenes.captions
     vae = AutoencoderKL.from_pretrained(args.vae).float().eval().to(training.DEVICE)
-    clip = CLIPModel.from_pretrained(args.clip).float().eval()
+    text_encoder = CLIPTextModel.from_pretrained(args.clip).float().eval().to(training.DEVICE)
     tokenizer = CLIPTokenizer.from_pretrained(args.clip)
-    save_text_encoder(clip, args.work / "text_encoder")
-    text_encoder = CLIPTextModel.from_pretrained(args.work / "text_encoder").float().eval().to(training.DEVICE)
     distinct = ["", *sorted({c for alternatives in captions for c in alternatives} - {""})]
     ends = np.array([len(ids) - 1 for ids in tokenizer(distinct, truncation=True).input_ids])
     if ends.max() >= args.text_length:
         raise InputError(f"--text-length {args.text_length} cuts captions of {ends.max() + 1} tokens: raise it.")
-    latents = encode_images(data["images"], vae, args.work / "latents.npy", args)
-    states = encode_captions(distinct, tokenizer, text_encoder, args.work / "states.npy")
-    if len(latents) != len(captions) or len(states) != len(distinct):
-        raise InputError(f"{args.work} holds latents or text states of other data: delete *.npy there.")
-    batches = Batches(args, latents, states, ends, captions, {c: i for i, c in enumerate(distinct)})
+
+    def latents(start: int, stop: int) -> Tensor:  # scenes are mirrored at random when drawn, so no mirroring here
+        with training.mixed(args):
+            mean = vae.encode(to_signed(images[start:stop])).latent_dist.mode()
+        return mean.float() * vae.config.scaling_factor
+
+    def states(start: int, stop: int) -> Tensor:  # padded to full length without a mask: ``encode_prompt``'s own recipe
+        ids = tokenizer(distinct[start:stop], padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return text_encoder(ids.to(training.DEVICE)).last_hidden_state
+
+    side = images.shape[1] // 2 ** (len(vae.config.block_out_channels) - 1)
+    latent_shape = (len(images), vae.config.latent_channels, side, side)
+    state_shape = (len(distinct), tokenizer.model_max_length, text_encoder.config.hidden_size)
+    batches = Batches(args, encode(latents, latent_shape, args.work / "latents.npy", args),
+                      encode(states, state_shape, args.work / "states.npy", args), ends, captions,
+                      {caption: i for i, caption in enumerate(distinct)})
     tokenizer = CLIPTokenizer.from_pretrained(args.clip, model_max_length=args.text_length)  # the pipeline pads to this
     vae, text_encoder = vae.cpu().half(), text_encoder.cpu().half()  # from here on only written
 
-    shape = tuple(args.channels), text_encoder.config.hidden_size, *latents.shape[1:3]
-    unet, smooth = (build_unet(*shape).to(training.DEVICE) for _ in range(2))
-    smooth.eval()  # receives the averaged weights
-    if training.DEVICE.type == "cpu":  # at 256 positions and fewer the fused kernel is several times slower backwards there
+    unet = build_unet(tuple(args.channels), state_shape[2], latent_shape[1], side).to(training.DEVICE)
+    groups = [{"params": list(unet.parameters()), "weight_decay": 0.01}]
+    run = training.Run(args, unet, len(images), groups, betas=(0.9, 0.99), decay=args.average, warmup=200, hold=0.6,
+                       floor=0.02)
+    if training.DEVICE.type == "cpu":  # up to 256 positions the fused kernel is several times slower backwards there
         unet.set_attn_processor(AttnProcessor())
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    ema = training.EMA(unet, args.average)
-    run = training.Run(args, unet, optimizer, lambda p, s: training.warmup_hold_cosine(p, s, warmup=200), ema)
-
-    def export(folder: Path) -> None:
-        ema.copy_to(smooth)
-        smooth.load_state_dict(training.round_weights(smooth.state_dict()))
-        write_pipeline(smooth, vae, text_encoder, tokenizer, folder)
-
-    run.on_checkpoint = lambda: export(args.work / "pipeline")
 
     def objective(noisy: Tensor, t: Tensor, text: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         predicted = unet(noisy, t, text, return_dict=False)[0].float()
         return ((predicted - target).square().mean(dim=(1, 2, 3)) * weight).mean()
 
+    torch._dynamo.config.suppress_errors = True  # where nothing can be compiled, training is slower, not over
     compiled = torch.compile(objective) if args.compile else objective
-    (args.work / "settings.json").write_text(json.dumps(vars(args), default=str, indent=1), encoding="utf-8")
-    for step in run:
+
+    def loss(draw: training.Draw) -> Tensor:
+        batch = batches(draw)
         with training.mixed(args):
-            loss = compiled(*batches(step))
-        run.update(loss)
-        run.record(loss.detach())
+            return compiled(*batch)
+
+    def export(folder: Path) -> None:
+        write_pipeline(run.average, vae, text_encoder, tokenizer, folder)
+
+    run.fit(loss, export=lambda: export(args.work / "pipeline"))
     export(args.out)
-    print(f"done: {run.step} steps, {run.elapsed / 60:.1f} min, batch {args.batch}", flush=True)
 
 
 if __name__ == "__main__":

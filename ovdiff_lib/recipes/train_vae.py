@@ -1,8 +1,6 @@
 """Train the mini autoencoder (a real ``diffusers.AutoencoderKL``): one latent for 8x8 pixels (4x4 with three
 ``--channels``).
 
-``python -m ovdiff_lib.recipes.train_vae --data DIR --out DIR --work DIR``
-
 No adversary and no perceptual network: at this size L1 plus the L1 of image gradients keeps edges, and a very small KL
 keeps the latents near unit scale without costing detail. Without attention it can learn from crops, of more scenes in
 the same time, and take any size. In half of the steps the latents are shrunk and must give the shrunken image (EQ-VAE,
@@ -11,7 +9,6 @@ Kouzelis et al., 2025): latents that behave like small pictures are easier to le
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
@@ -20,7 +17,7 @@ from torch import Tensor
 from ovdiff_lib.recipes import training
 
 
-def build_vae(channels: tuple[int, ...] = (32, 64, 128, 128), latent_channels: int = 4, size: int = 128) -> AutoencoderKL:
+def build_vae(channels: tuple[int, ...], latent_channels: int, size: int) -> AutoencoderKL:
     """A convolutional autoencoder; every level after the first halves the sides."""
     levels = len(channels)
     return AutoencoderKL(in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * levels,
@@ -29,17 +26,21 @@ def build_vae(channels: tuple[int, ...] = (32, 64, 128, 128), latent_channels: i
                          mid_block_add_attention=False)
 
 
-def to_signed(images: np.ndarray) -> Tensor:
+def to_signed(images: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) to float (B, 3, H, W) in [-1, 1]."""
     return 2 * training.to_float(images) - 1
 
 
-def crops(images: np.ndarray, size: int, generator: torch.Generator) -> np.ndarray:
+def crops(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """A random square of ``size`` px of each image u8 (B, H, W, 3), mirrored half the time."""
-    top, left = (torch.randint(0, side - size + 1, (len(images),), generator=generator).tolist() for side in images.shape[1:3])
-    turn = torch.randint(0, 2, (len(images),), generator=generator).tolist()
-    parts = [image[y:y + size, x:x + size] for image, y, x in zip(images, top, left, strict=True)]
-    return np.stack([part[:, ::-1] if mirrored else part for part, mirrored in zip(parts, turn, strict=True)])
+    count, places = len(images), torch.arange(size, device=images.device)
+
+    def draw(most: int) -> Tensor:
+        return torch.randint(0, most + 1, (count, 1), generator=generator, device=images.device)
+
+    top, left, turn = draw(images.shape[1] - size), draw(images.shape[2] - size), draw(1)
+    rows, columns = top + places, left + torch.where(turn == 1, places.flip(0), places)
+    return images[torch.arange(count, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, chroma: float = 4.0) -> Tensor:
@@ -58,71 +59,54 @@ def reconstruction_loss(output: Tensor, target: Tensor, chroma: float = 4.0) -> 
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, images: np.ndarray, batch: int = 64) -> float:
-    """Mean PSNR in dB of the reconstruction from the latent's mean, as SD uses it."""
+def psnr(vae: AutoencoderKL, images: Tensor) -> float:
+    """Mean PSNR in dB of the reconstruction from the latent's mean, as SD uses it, of u8 (N, H, W, 3)."""
     values = []
-    for start in range(0, len(images), batch):
-        target = to_signed(images[start:start + batch])
+    for target in map(to_signed, images.split(64)):
         output = vae.decode(vae.encode(target).latent_dist.mode()).sample.clamp(-1, 1)
-        error = ((output - target) / 2).square().mean(dim=(1, 2, 3)).clamp_min(1e-8)
-        values.append(-10 * error.log10().cpu())
+        values.append(-10 * ((output - target) / 2).square().mean(dim=(1, 2, 3)).clamp_min(1e-8).log10())
     return float(torch.cat(values).mean())
 
 
 @torch.no_grad()
-def latent_scale(vae: AutoencoderKL, images: np.ndarray, batch: int = 64) -> float:
+def latent_scale(vae: AutoencoderKL, images: Tensor) -> float:
     """1 / standard deviation of the latents: what SD calls ``scaling_factor``."""
-    latents = [vae.encode(to_signed(images[s:s + batch])).latent_dist.mode() for s in range(0, len(images), batch)]
-    return float(1 / torch.cat(latents).std())
+    return float(1 / torch.cat([vae.encode(to_signed(part)).latent_dist.mode() for part in images.split(64)]).std())
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
-    parser = training.training_parser(__doc__, steps=6000, batch=32, minutes=30)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser = training.options(__doc__, steps=6000, batch=32, minutes=30, lr=1.5e-3)
     parser.add_argument("--channels", type=int, nargs="+", default=(32, 64, 128, 128))
     parser.add_argument("--latent-channels", type=int, default=4)
     parser.add_argument("--crop", type=int, default=64, help="side of the crops it learns from, in pixels")
     parser.add_argument("--equivariance", type=float, default=0.5, help="share of the steps with shrunken latents")
     parser.add_argument("--kl", type=float, default=2e-4, help="weight of the KL per latent value")
-    args = parser.parse_args(argv)
-    training.seed_everything(args.seed, args.threads)
-    data = training.load_data(args.data)
-    images, held_out = data["images"], data["eval_images"][:256]
-    vae, smooth = (build_vae(tuple(args.channels), args.latent_channels, images.shape[1]).to(training.DEVICE) for _ in range(2))
-    smooth.eval()  # receives the averaged weights
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    ema = training.EMA(vae, 0.998)
-    run = training.Run(args, vae, optimizer, lambda p, s: training.warmup_cosine(p, s, warmup=100), ema)
-    for step in run:
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        index = training.shuffled_indices(len(images), args.batch, args.seed, step)
-        target = to_signed(crops(images[index], args.crop, generator))
+    args = training.start(parser, argv)
+    scenes = training.Scenes(args.data)
+    images = scenes.images
+    vae = build_vae(tuple(args.channels), args.latent_channels, images.shape[1]).to(training.DEVICE)
+    groups = [{"params": list(vae.parameters()), "weight_decay": 0.01}]
+    run = training.Run(args, vae, len(images), groups, betas=(0.9, 0.99), decay=0.998, warmup=100)
+
+    def loss(draw: training.Draw) -> Tensor:
+        target = to_signed(crops(training.rows(images, draw.index), args.crop, draw.generator))
         with training.mixed(args):
             posterior = vae.encode(target).latent_dist
             mean, log_variance = posterior.mean.float(), posterior.logvar.float()
-            noise = torch.randn(mean.shape, generator=generator).to(training.DEVICE)
+            noise = torch.randn(mean.shape, generator=draw.generator, device=mean.device)
             latents = mean + (0.5 * log_variance).exp() * noise
-            if float(torch.rand(1, generator=generator)) < args.equivariance:
-                factor = (0.5, 0.75)[step % 2]
-                latents, target = (F.interpolate(x, scale_factor=factor, mode="bilinear", antialias=True) for x in (latents, target))
+            if draw.picker.random() < args.equivariance:
+                shrink = {"scale_factor": (0.5, 0.75)[draw.step % 2], "mode": "bilinear", "antialias": True}
+                latents, target = (F.interpolate(x, **shrink) for x in (latents, target))
             output = vae.decode(latents).sample.float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        loss = reconstruction_loss(output, target) + args.kl * kl
-        run.update(loss)
-        metrics = {}
-        if (step + 1) % 300 == 0:
-            ema.copy_to(smooth)
-            metrics["psnr"] = psnr(smooth, held_out)
-        run.record(loss.detach(), **metrics)
-    ema.copy_to(smooth)
-    final = psnr(smooth, held_out)
-    spread = np.linspace(0, len(images) - 1, min(2000, len(images))).astype(int)
-    scale = latent_scale(smooth, images[spread])
-    smooth.register_to_config(scaling_factor=scale)
-    smooth.load_state_dict(training.round_weights(smooth.state_dict()))
-    smooth.half().save_pretrained(args.out)
-    print(f"done: {run.step} steps, {run.elapsed / 60:.1f} min, PSNR {final:.2f} dB, scaling_factor {scale:.4f}", flush=True)
+        return reconstruction_loss(output, target) + args.kl * kl
+
+    run.fit(loss, measure=lambda: {"psnr": psnr(run.average, scenes.eval_images[:256])}, every=300)
+    some = images[::1 + len(images) // 2000]  # 2,000 at most
+    run.average.register_to_config(scaling_factor=latent_scale(run.average, some))
+    training.save_half(run.average, args.out)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,23 @@
-"""Loop helpers shared by the mini-world trainers: budget, schedule, log, checkpoint, EMA.
+"""What the trainers of the mini world share: options, data, and the budgeted, logged, resumable loop.
 
-Every trainer is a plain function around one :class:`Run`.  A run stops at a
-number of steps or a number of minutes, whichever comes first, and the
-learning rate follows the *fraction of the budget used*, so that it anneals to
-its floor in both cases. It runs on a GPU where there is one. A call can be told to do a piece of
-the budget only; the same call again goes on from there.
+A trainer is called as ``python -m ovdiff_lib.recipes.train_vae --data DIR --out DIR --work DIR``; ``--help`` says more.
+A run stops at a number of steps or a number of minutes, whichever comes first, and the learning rate follows the
+*fraction of the budget used*, so that it anneals to its floor in both cases. It runs on a GPU where there is one. A
+call can be told to do a piece of the budget only; the same call again goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import json
 import math
 import os
-import shutil
+import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,209 +28,122 @@ from tqdm import tqdm
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where everything is trained."""
 
+FAST_BF16 = DEVICE.type == "cuda" or (torch.backends.mkldnn.is_available()
+                                      and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+"""Whether bfloat16 is worth while: CPUs that lack its instructions take thirty times as long as in float32."""
+
 PAUSED = 75
 """Exit status of a trainer that stopped because its piece of time was used, not its budget."""
 
 
-def training_parser(description: str, *, steps: int, batch: int, minutes: float) -> argparse.ArgumentParser:
-    """The options that all trainers share."""
+def options(description: str, *, steps: int, batch: int, minutes: float, lr: float) -> argparse.ArgumentParser:
+    """The options that all trainers share, with a trainer's own defaults."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", type=Path, required=True, help="folder with train_images.npy and friends")
     p.add_argument("--out", type=Path, required=True, help="folder that receives the finished model")
     p.add_argument("--work", type=Path, required=True, help="folder for checkpoint.pt and log.csv")
     p.add_argument("--steps", type=int, default=steps, help="stop after this many steps")
     p.add_argument("--minutes", type=float, default=minutes, help="stop after this much training time")
-    p.add_argument("--piece", type=float, default=math.inf, help="minutes after which this call stops; call it again to go on")
+    p.add_argument("--piece", type=float, default=math.inf, help="minutes after which this call stops; call it again")
     p.add_argument("--batch", type=int, default=batch)
+    p.add_argument("--lr", type=float, default=lr)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--checkpoint-minutes", type=float, default=3.0, help="time between two checkpoints")
-    p.add_argument("--no-bf16", dest="bf16", action="store_false", help="train in float32 (CPUs without bf16 units)")
+    p.add_argument("--no-bf16", dest="bf16", action="store_false", help="train in float32, as on CPUs without bf16")
     return p
 
 
-def mixed(args: argparse.Namespace) -> torch.autocast:
-    """The context a forward pass runs in: bfloat16 unless ``--no-bf16`` says otherwise."""
-    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16)
-
-
-def seed_everything(seed: int, threads: int = 1) -> None:
-    """Seed torch and fix the thread count."""
-    torch.manual_seed(seed)
-    torch.set_num_threads(threads)
+def start(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse the options, seed torch and make the work folder; ``end`` is the moment at which the piece is used."""
+    args = parser.parse_args(argv)
+    args.end = time.monotonic() + 60 * args.piece
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")
+    args.work.mkdir(parents=True, exist_ok=True)
+    return args
 
 
-def warmup_cosine(progress: float, step: int, *, warmup: int, floor: float = 0.01) -> float:
-    """Linear warm-up in steps, then a cosine over the rest of the budget."""
-    ramp = min(1.0, (step + 1) / warmup)
-    return ramp * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+def pause_if_due(args: argparse.Namespace) -> None:
+    """End the program, to be called again, where its piece is used; what comes before the first step asks this too."""
+    if time.monotonic() > args.end:
+        raise SystemExit(PAUSED)
 
 
-def warmup_hold_cosine(progress: float, step: int, *, warmup: int, hold: float = 0.6, floor: float = 0.02) -> float:
-    """Linear warm-up, constant until ``hold`` of the budget, then a cosine to ``floor``."""
-    ramp = min(1.0, (step + 1) / warmup)
-    tail = min(1.0, max(0.0, (progress - hold) / (1 - hold)))
-    return ramp * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * tail)))
+def mixed(args: argparse.Namespace) -> torch.autocast:
+    """The context a forward pass runs in: bfloat16 where it is fast, unless ``--no-bf16`` says otherwise."""
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16 and FAST_BF16)
 
 
-class EMA:
-    """Exponential moving average of a module's parameters and buffers.
+# ---- data
 
-    The decay warms up as min(decay, (1 + s) / (10 + s)), so that the average
-    forgets the random initialisation quickly.
-    """
-
-    def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
-        self.decay = decay
-        self.shadow = {k: v.detach().float().clone() for k, v in module.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Move the average towards the current weights (one fused call for all tensors)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.shadow.values()), [v.detach() for v in module.state_dict().values()], 1 - decay)
-
-    def copy_to(self, module: nn.Module) -> None:
-        """Write the average into ``module``."""
-        module.load_state_dict(self.shadow)
+def load_array(path: Path) -> Tensor:
+    """An array on disk as a tensor: memory-mapped, or whole in a GPU's memory (100,000 scenes are 5 GB), where a step
+    need not wait for rows that are scattered over a file."""
+    return torch.from_numpy(np.load(path, mmap_mode="c")).to(DEVICE)
 
 
-class Run:
-    """One budgeted, logged, resumable training run."""
+class Scenes:
+    """The training set of :mod:`ovdiff_lib.recipes.build`: images u8 (N, S, S, 3) with four captions each, held-out
+    ones with the number of a noun, and the nouns."""
 
-    def __init__(self, args: argparse.Namespace, module: nn.Module, optimizer: torch.optim.Optimizer,
-                 schedule: Callable[[float, int], float], ema: EMA | None = None) -> None:
-        self.args, self.module, self.optimizer, self.schedule, self.ema = args, module, optimizer, schedule, ema
-        self.base_lr = [g["lr"] for g in optimizer.param_groups]
-        self.step, self.elapsed, self.lr = 0, 0.0, 0.0
-        self._loss_sum, self._loss_count = 0.0, 0
-        self.on_checkpoint: Callable[[], None] | None = None
-        args.work.mkdir(parents=True, exist_ok=True)
-        if self.checkpoint_path.exists():
-            self._load()
-
-    @property
-    def checkpoint_path(self) -> Path:
-        """Where the resumable state lives."""
-        return self.args.work / "checkpoint.pt"
-
-    @property
-    def progress(self) -> float:
-        """Used fraction of the budget: of the steps or of the minutes, the larger."""
-        return max(self.step / max(1, self.args.steps), self.elapsed / (60 * self.args.minutes))
-
-    def _load(self) -> None:
-        state = torch.load(self.checkpoint_path, map_location=DEVICE, weights_only=True)
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema is not None:
-            self.ema.shadow = state["ema"]
-        self.step, self.elapsed = state["step"], state["elapsed"]
-        torch.set_rng_state(state["rng"].cpu())
-        self._trim_log()
-        print(f"resumed at step {self.step}, {self.elapsed / 60:.1f} min", flush=True)
-
-    def _trim_log(self) -> None:
-        """Drop rows from after the checkpoint: the resumed run writes those steps again."""
-        path = self.args.work / "log.csv"
-        if path.exists():
-            rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [r for r in rows[1:] if int(r.split(",", 1)[0]) <= self.step]
-            path.write_text("".join(rows[:1] + kept), encoding="utf-8")
-
-    def save(self) -> None:
-        """Write the checkpoint so that a killed process never leaves half of one."""
-        state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "ema": None if self.ema is None else self.ema.shadow, "step": self.step, "elapsed": self.elapsed,
-                 "rng": torch.get_rng_state()}
-        temporary = self.checkpoint_path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, self.checkpoint_path)
-
-    def __iter__(self) -> Iterator[int]:
-        """Yield step numbers until the budget is used; time, checkpoint and show the bar."""
-        last, saved, began = time.perf_counter(), self.elapsed, self.elapsed
-        bar = tqdm(total=self.args.steps, initial=self.step, desc=self.args.work.name, mininterval=10, dynamic_ncols=True)
-        while self.progress < 1:
-            factor = self.schedule(self.progress, self.step)
-            for group, base in zip(self.optimizer.param_groups, self.base_lr, strict=True):
-                group["lr"] = base * factor
-            self.lr = self.base_lr[0] * factor
-            yield self.step
-            self.step += 1
-            now = time.perf_counter()
-            self.elapsed, last = self.elapsed + now - last, now
-            bar.update()
-            if self.elapsed - saved > 60 * self.args.checkpoint_minutes:
-                saved = self.elapsed
-                self.save()
-                if self.on_checkpoint is not None:
-                    self.on_checkpoint()
-            if self.progress < 1 and self.elapsed - began > 60 * self.args.piece:
-                self.save()
-                raise SystemExit(PAUSED)
-        bar.close()
-        if self._loss_count:
-            self._write_row({})
-        self.save()
-
-    def update(self, loss: Tensor) -> None:
-        """One step of the optimizer down ``loss``, its gradient's norm cut to 1; the average follows."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.grad is not None], 1.0)
-        self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update(self.module, self.step)
-
-    def record(self, loss: Tensor, *, every: int = 100, **metrics: float) -> None:
-        """Note a step's loss; every ``every`` steps, or with metrics, append a log row.
-
-        The row holds the mean loss since the last row.  Metrics are rare and
-        named, so they go into one JSON column and the header never changes.
-        """
-        self._loss_sum = self._loss_sum + loss  # read when a row is written: a GPU is not waited for at every step
-        self._loss_count += 1
-        if (self.step + 1) % every and not metrics:
-            return
-        self._write_row(metrics, ahead=1)
-
-    def _write_row(self, metrics: dict[str, float], ahead: int = 0) -> None:
-        """Append one row; ``ahead`` is 1 inside a step, which is counted only after it ends."""
-        step = self.step + ahead
-        mean = float(self._loss_sum) / self._loss_count
-        self._loss_sum, self._loss_count = 0.0, 0
-        path = self.args.work / "log.csv"
-        new = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as f:
-            writer = csv.writer(f)
-            if new:
-                writer.writerow(["step", "elapsed_s", "loss", "lr", "metrics"])
-            writer.writerow([step, f"{self.elapsed:.1f}", f"{mean:.5f}", f"{self.lr:.3e}", json.dumps(metrics)])
-        extra = " ".join(f"{k} {v:.4f}" for k, v in metrics.items())
-        print(f"step {step} {self.elapsed / 60:.1f} min loss {mean:.4f} lr {self.lr:.2e} {extra}", flush=True)
+    def __init__(self, folder: Path) -> None:
+        self.images, self.eval_images, self.eval_labels = (
+            load_array(folder / f"{name}.npy") for name in ("train_images", "eval_images", "eval_labels"))
+        self.captions, self.nouns = (
+            json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("train_captions", "nouns"))
 
 
-def replace_folder(temporary: Path, final: Path) -> None:
-    """Put a finished folder in place of an older one; a reader sees old or new, never half."""
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(temporary, final)
-    shutil.rmtree(old, ignore_errors=True)
+def put(x: Tensor) -> Tensor:
+    """To where training happens, without waiting for what a GPU still computes, as a plain ``.to`` does."""
+    return x.to(DEVICE, non_blocking=True)
 
 
-def load_data(folder: Path) -> dict:
-    """The training set: memory-mapped images u8 (N, S, S, 3), captions, the evaluation split and the nouns."""
-    return {
-        "images": np.load(folder / "train_images.npy", mmap_mode="r"),
-        "captions": json.loads((folder / "train_captions.json").read_text(encoding="utf-8")),
-        "eval_images": np.load(folder / "eval_images.npy", mmap_mode="r"),
-        "eval_labels": np.load(folder / "eval_labels.npy"),
-        "nouns": json.loads((folder / "nouns.json").read_text(encoding="utf-8")),
-    }
+def rows(array: Tensor, index: np.ndarray) -> Tensor:
+    """``array[index]``, where the array is."""
+    return array[put(torch.from_numpy(index))]
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 (..., H, W, 3) to float (..., 3, H, W) in [0, 1]."""
+    return images.movedim(-1, -3).float() / 255
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Tensor:
+    """Images (B, 3, H, W) less the mean, over the deviation, of their channels."""
+    shift, scale = (put(torch.tensor(values)[:, None, None]) for values in (mean, deviation))
+    return (images - shift) / scale
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is random in a step: the items of its batch, sorted, and a generator on :data:`DEVICE` and Python's for the
+    rest. All are functions of seed and step, so that a resumed run sees the same without any sampler state."""
+
+    step: int
+    index: np.ndarray
+    generator: torch.Generator
+    picker: random.Random
+
+
+def draw(args: argparse.Namespace, count: int, step: int) -> Draw:
+    """The draw of a step among ``count`` items: epochs of permutations."""
+    epoch, position = divmod(step, max(1, count // args.batch))
+    order = np.random.default_rng([args.seed, epoch]).permutation(count)  # 60,000: under a millisecond
+    index = np.sort(order[position * args.batch:(position + 1) * args.batch])
+    generator = torch.Generator(DEVICE).manual_seed(args.seed * 1_000_003 + step)
+    return Draw(step, index, generator, random.Random(f"{args.seed} {step}"))
+
+
+# ---- weights
+
+def placed(model: nn.Module) -> nn.Module:
+    """The model (of transformers) where training happens. On a CPU its attention is the plain one: the fused kernel is
+    slow backwards there at so few tokens."""
+    if DEVICE.type == "cpu":
+        model.set_attn_implementation("eager")
+    return model.to(DEVICE)
 
 
 def decayed(module: nn.Module, weight_decay: float = 0.05, spare: tuple[str, ...] = ()) -> list[dict]:
@@ -240,21 +154,10 @@ def decayed(module: nn.Module, weight_decay: float = 0.05, spare: tuple[str, ...
             {"params": [p for n, p in learned if n in plain], "weight_decay": 0.0}]
 
 
-def to_float(images: np.ndarray) -> Tensor:
-    """uint8 (..., H, W, 3) to float (..., 3, H, W) in [0, 1], where training happens."""
-    return torch.from_numpy(np.array(images)).to(DEVICE).movedim(-1, -3).float() / 255
-
-
-def shuffled_indices(count: int, batch: int, seed: int, step: int) -> np.ndarray:
-    """Indices of batch number ``step``: epochs of permutations that depend on seed and epoch alone.
-
-    Being a function of the step, the order survives a resume without any
-    sampler state.
-    """
-    per_epoch = max(1, count // batch)
-    epoch, position = divmod(step, per_epoch)
-    order = np.random.default_rng([seed, epoch]).permutation(count)  # 60,000: under a millisecond
-    return np.sort(order[position * batch:(position + 1) * batch])
+@torch.no_grad()
+def follow(slow: nn.Module, fast: nn.Module, decay: float) -> None:
+    """Move the parameters of ``slow`` towards those of ``fast``, in one fused call."""
+    torch._foreach_lerp_(list(slow.parameters()), [p.detach() for p in fast.parameters()], 1 - decay)
 
 
 def round_weights(state: dict[str, Tensor], bits: int = 7) -> dict[str, Tensor]:
@@ -267,3 +170,125 @@ def round_weights(state: dict[str, Tensor], bits: int = 7) -> dict[str, Tensor]:
         return torch.ldexp(torch.round(fraction * 2 ** (bits + 1)) / 2 ** (bits + 1), exponent).to(x.dtype)
 
     return {name: rounded(x) if x.is_floating_point() else x for name, x in state.items()}
+
+
+def save_half(model: nn.Module, folder: Path, bits: int = 7) -> None:
+    """Write a copy in half precision with rounded fractions (a model of diffusers or transformers)."""
+    half = copy.deepcopy(model).cpu()
+    half.load_state_dict(round_weights(half.state_dict(), bits))
+    half.half().save_pretrained(folder)
+
+
+# ---- the loop
+
+def rate(progress: float, step: int, *, warmup: int, hold: float = 0.0, floor: float = 0.01) -> float:
+    """Share of the learning rate: linear warm-up in steps, constant until ``hold`` of the budget, a cosine to
+    ``floor``."""
+    tail = min(1.0, max(0.0, (progress - hold) / (1 - hold)))
+    return min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * tail)))
+
+
+class Run:
+    """One budgeted, logged, resumable training run of ``module`` on ``count`` items by AdamW.
+
+    ``average`` is a copy of the module whose weights are a moving average, where a ``decay`` is given. The decay warms
+    up as min(decay, (1 + s) / (10 + s)), so that the average forgets the random initialisation quickly.
+    """
+
+    def __init__(self, args: argparse.Namespace, module: nn.Module, count: int, groups: list[dict] | None = None, *,
+                 betas: tuple[float, float] = (0.9, 0.999), decay: float | None = None, **schedule: float) -> None:
+        self.args, self.module, self.count, self.decay, self.schedule = args, module, count, decay, schedule
+        self.optimizer = torch.optim.AdamW(groups or decayed(module), lr=args.lr, betas=betas, fused=True)
+        self.average = copy.deepcopy(module).eval().requires_grad_(False) if decay else None
+        self.step, self.elapsed = 0, 0.0
+        self.checkpoint, self.log = args.work / "checkpoint.pt", args.work / "log.csv"
+        if self.checkpoint.exists():
+            self._load()
+
+    @property
+    def progress(self) -> float:
+        """Used fraction of the budget: of the steps or of the minutes, the larger."""
+        return max(self.step / max(1, self.args.steps), self.elapsed / (60 * self.args.minutes))
+
+    def _load(self) -> None:
+        state = torch.load(self.checkpoint, map_location=DEVICE, weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.step, self.elapsed = state["step"], state["elapsed"]
+        torch.set_rng_state(state["rng"].cpu())
+        if self.log.exists():  # steps after the checkpoint are made, and written, again
+            header, *rows = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [row for row in rows if int(row.split(",", 1)[0]) <= self.step]
+            self.log.write_text("".join([header, *kept]), encoding="utf-8")
+        print(f"resumed at step {self.step}, {self.elapsed / 60:.1f} min", flush=True)
+
+    def save(self) -> None:
+        """Write the checkpoint so that a killed process never leaves half of one."""
+        state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
+                 "average": None if self.average is None else self.average.state_dict(), "elapsed": self.elapsed,
+                 "rng": torch.get_rng_state()}
+        torch.save(state, self.checkpoint.with_suffix(".tmp"))
+        os.replace(self.checkpoint.with_suffix(".tmp"), self.checkpoint)
+
+    def fit(self, loss: Callable[[Draw], Tensor], *, after: Callable[[], None] | None = None,
+            measure: Callable[[], dict[str, float]] = dict, every: int = 0, export: Callable[[], None] | None = None,
+            row: int = 100) -> None:
+        """Train on ``loss(draw)`` until the budget is used; ``after()`` follows each step.
+
+        ``measure()`` is logged every so many steps and at the end, the mean loss every ``row`` steps; ``export()`` is
+        called at checkpoints.
+        """
+        args, total, count, saved, last = self.args, 0.0, 0, self.elapsed, time.perf_counter()
+        bar = tqdm(total=args.steps, initial=self.step, desc=args.work.name, mininterval=10, dynamic_ncols=True)
+        while self.progress < 1:
+            share = rate(self.progress, self.step, **self.schedule)
+            for group in self.optimizer.param_groups:
+                group["lr"] = args.lr * share
+            value = loss(draw(args, self.count, self.step))
+            self._descend(value)
+            if after:
+                after()
+            total, count = total + value.detach(), count + 1  # read when a row is written: a GPU is not waited for
+            self.step += 1
+            measured = measure() if every and self.step % every == 0 else {}
+            if measured or self.step % row == 0:
+                self._write_row(float(total) / count, args.lr * share, measured)
+                total, count = 0.0, 0
+            now = time.perf_counter()
+            self.elapsed, last = self.elapsed + now - last, now
+            bar.update()
+            if self.elapsed - saved > 60 * args.checkpoint_minutes:
+                saved = self.elapsed
+                self.save()
+                if export:
+                    export()
+            if time.monotonic() > args.end and self.progress < 1:
+                self.save()
+                raise SystemExit(PAUSED)
+        bar.close()
+        if count:
+            self._write_row(float(total) / count, args.lr * share, measure())
+        self.save()
+        print(f"done: {self.step} steps of {args.batch}, {self.elapsed / 60:.1f} min", flush=True)
+
+    def _descend(self, loss: Tensor) -> None:
+        """One step of the optimizer, the gradient's norm cut to 1; the average follows."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.grad is not None], 1.0)
+        self.optimizer.step()
+        if self.average is not None:
+            follow(self.average, self.module, min(self.decay, (1 + self.step) / (10 + self.step)))
+
+    def _write_row(self, loss: float, lr: float, metrics: dict[str, float]) -> None:
+        """Append to the log, and say. Metrics are rare and named: one JSON column, so that the header never changes."""
+        new = not self.log.exists()
+        with self.log.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["step", "elapsed_s", "loss", "lr", "metrics"])
+            writer.writerow([self.step, f"{self.elapsed:.1f}", f"{loss:.5f}", f"{lr:.3e}", json.dumps(metrics)])
+        extra = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        print(f"step {self.step} {self.elapsed / 60:.1f} min loss {loss:.4f} lr {lr:.2e} {extra}", flush=True)

@@ -13,7 +13,7 @@ from ovdiff_lib.errors import InputError, ModelNotAvailable, ProfileError
 from ovdiff_lib.masks import SEGMENTERS, build_segmenter
 from ovdiff_lib.masks.segmenters.detector import CONFIG, DetectorSegmenter, build_detector, detect, load_detector, paste, save_detector
 from ovdiff_lib.profiles.reading import load_profile
-from ovdiff_lib.recipes import proposals, pseudo_masks, train_detector
+from ovdiff_lib.recipes import pseudo_masks, quality, train_detector
 from ovdiff_lib.recipes.pseudo_masks import PseudoMasks, as_target, boxes_of, views
 from ovdiff_lib.recipes.train_detector import DropLossHeads, box_recall, losses, main
 from ovdiff_lib.recipes.training import round_weights
@@ -302,7 +302,7 @@ def test_a_few_steps_lower_the_loss_and_find_a_bright_square():
     assert np.mean(history[-10:]) < 0.65 * np.mean(history[:3])
     model.eval()
     pairs = list(zip(images, masks, strict=True))
-    best = [[proposals.best_ious(detect(m, image)[0], mask[0].astype(np.uint8))[1] for image, mask in pairs] for m in (model, small())]
+    best = [[quality.best_ious(detect(m, image)[0], mask[0].astype(np.uint8))[1] for image, mask in pairs] for m in (model, small())]
     assert np.mean(best[0]) > 0.55 > 1.5 * np.mean(best[1])
     assert box_recall(model, pairs, score=0.0) >= 0.75
 

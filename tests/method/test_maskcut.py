@@ -10,12 +10,12 @@ from scipy.ndimage import binary_erosion
 from sentences import refused
 from transformers import ViTConfig, ViTModel
 
-from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.masks.segmenters import maskcut
 from ovdiff_lib.masks.segmenters.maskcut import WEAK, MaskCut, cut, cut_vector, salient_part
 from ovdiff_lib.masks.segmenters.refine import iou, refine, resize_mask, walker
 from ovdiff_lib.profiles.reading import load_profile
-from ovdiff_lib.recipes import proposals
+from ovdiff_lib.recipes import quality
 from ovdiff_lib.workbench.data.datasets import load_dataset
 
 
@@ -272,10 +272,10 @@ class Truth:
 
 def test_recall_of_the_truth_is_one_and_of_some_nouns_is_theirs():
     data = load_dataset("mini-object")
-    perfect, some = (proposals.recall(Truth(data, every), limit=12, progress=False) for every in (1, 2))
-    assert perfect.best == perfect.found == 1 and perfect.images == 12 and set(perfect.by_noun.values()) == {1.0}
-    assert some.by_noun == {noun: float(data.vocabulary.names.index(noun) % 2 == 1) for noun in perfect.by_noun}
-    assert some.objects == perfect.objects and 0 < some.best == some.found < 1
+    perfect, some = (quality.object_ious(Truth(data, every), limit=12) for every in (1, 2))
+    assert len(perfect) > 12 and {value for _, value in perfect} == {1.0}
+    assert some == [(noun, float(data.vocabulary.names.index(noun) % 2 == 1)) for noun, _ in perfect]
+    assert 0 < sum(value for _, value in some) < len(some)
 
 
 def test_best_ious_by_hand():
@@ -283,7 +283,5 @@ def test_best_ious_by_hand():
     masks = np.zeros((2, 2, 4), bool)
     masks[0, 0] = True  # 2 of noun 1, 1 of noun 2, the ignored pixel
     masks[1, :, 0] = True
-    assert proposals.best_ious(masks, labels) == {1: pytest.approx(2 / 3), 2: pytest.approx(1 / 4)}
-    assert proposals.best_ious(masks[:0], labels) == {1: 0.0, 2: 0.0}
-    with refused(InputError, "at least 1"):
-        proposals.recall(None, limit=0)
+    assert quality.best_ious(masks, labels) == {1: pytest.approx(2 / 3), 2: pytest.approx(1 / 4)}
+    assert quality.best_ious(masks[:0], labels) == {1: 0.0, 2: 0.0}
