@@ -50,7 +50,7 @@ class PseudoMasks:
 
     def save(self) -> None:
         """Replace the file as a whole."""
-        buffer, by_scene = io.BytesIO(), zip(map(str, self.scenes), self.packed, strict=True)
+        buffer, by_scene = io.BytesIO(), zip(map(str, self.scenes), self.packed, strict=False)
         np.savez_compressed(buffer, key=np.array(self.key), size=np.array(self.size), **dict(by_scene))
         write_atomic(self.path, buffer.getvalue())
 
@@ -64,7 +64,7 @@ class PseudoMasks:
     def gather(self, scenes: Iterable[int], propose: Callable[[int], np.ndarray], every: int = 200, workers: int = 1
                ) -> PseudoMasks:
         """Fill the store with ``propose(scene)``, bool (M, H, W), of every scene it lacks, in this process or several;
-        saved every so many, and at the end.
+        saved every so many, and whenever it ends.
 
         Begins with what the file holds, if there is one. Raises ``InputError`` if that was made with another key.
         """
@@ -77,13 +77,15 @@ class PseudoMasks:
         missing = [scene for scene in scenes if scene not in known]
         bar = tqdm(missing, desc="pseudo-masks", mininterval=10, dynamic_ncols=True)
         found = forked_map(propose, missing, workers, chunksize=8)
-        for done, (scene, masks) in enumerate(zip(bar, found, strict=True), 1):
-            self.scenes.append(scene)
-            self.packed.append(np.packbits(masks, axis=2))
-            if done % every == 0:
+        try:
+            for done, (scene, masks) in enumerate(zip(bar, found, strict=True), 1):
+                self.packed.append(np.packbits(masks, axis=2))
+                self.scenes.append(scene)
+                if done % every == 0:
+                    self.save()
+        finally:  # also where it is paused or interrupted
+            if missing:
                 self.save()
-        if missing:
-            self.save()
         return self
 
 

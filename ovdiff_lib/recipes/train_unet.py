@@ -26,7 +26,7 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.recipes import training
@@ -153,7 +153,9 @@ def main(argv: list[str] | None = None) -> None:
     scenes = training.Scenes(args.data)
     images, captions = scenes.images, scenes.captions
     vae = AutoencoderKL.from_pretrained(args.vae).float().eval().to(training.DEVICE)
-    text_encoder = CLIPTextModel.from_pretrained(args.clip).float().eval().to(training.DEVICE)
+    clip = CLIPModel.from_pretrained(args.clip).float().eval()
+    text_encoder = CLIPTextModel(clip.config.text_config).eval().to(training.DEVICE)
+    text_encoder.load_state_dict(clip.text_model.state_dict())
     tokenizer = CLIPTokenizer.from_pretrained(args.clip)
     distinct = ["", *sorted({c for alternatives in captions for c in alternatives} - {""})]
     ends = np.array([len(ids) - 1 for ids in tokenizer(distinct, truncation=True).input_ids])
