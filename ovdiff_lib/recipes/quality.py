@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.features import build_extractors
-from ovdiff_lib.files import write_atomic
+from ovdiff_lib.files import write_json
 from ovdiff_lib.filters.category import CategoryFilter
 from ovdiff_lib.images import resize_short_side
 from ovdiff_lib.masks import SEGMENTERS, Segmenter
 from ovdiff_lib.mini.world import IGNORE, load_world
-from ovdiff_lib.networks.loading import load_clip, load_diffusion
+from ovdiff_lib.networks.loading import load_diffusion
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.recipes.card import WEIGHTS
@@ -65,7 +65,7 @@ def vae_psnr(profile: Profile, split: str) -> float:
 
 def clip_top1(profile: Profile, scenes: list[MaskedScene]) -> float:
     """Share of single-object images whose noun, of all mini-object nouns, CLIP ranks first."""
-    judge = CategoryFilter(*load_clip(profile), profile)
+    judge = CategoryFilter.build(profile)
     vocabulary = Vocabulary.of(load_world().vocabulary("mini-object"))
     return float(np.mean([vocabulary.names[int(judge.scores(image, vocabulary).argmax())] == noun
                           for image, _, noun in scenes]))
@@ -164,9 +164,8 @@ def main() -> None:
     }
     # Four digits are what the cards, and a reader, can use.
     measured = json.loads(json.dumps(measured), parse_float=lambda text: round(float(text), 4))
-    text = json.dumps(measured, indent=1) + "\n"
-    print(text)
-    write_atomic(args.models / "quality.json", text.encode())
+    print(json.dumps(measured, indent=1))
+    write_json(args.models / "quality.json", measured)
 
 
 if __name__ == "__main__":

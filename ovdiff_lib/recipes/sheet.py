@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.filters.category import CategoryFilter
 from ovdiff_lib.mini.world import IGNORE
-from ovdiff_lib.networks.loading import load_clip, load_diffusion
+from ovdiff_lib.networks.loading import load_diffusion
 from ovdiff_lib.profiles.reading import load_profile, parse_assignments
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.recipes.art import build_glyphs, drawn_world
@@ -57,7 +57,7 @@ def sheet(drawings: dict[str, np.ndarray], side: int = 96, columns: int = 3) -> 
 
 def recognised(profile: Profile, drawings: dict[str, np.ndarray]) -> dict[str, float]:
     """For each noun, the share of its drawings for which the profile's CLIP ranks it first among all of them."""
-    judge, vocabulary = CategoryFilter(*load_clip(profile), profile), Vocabulary.of(list(drawings))
+    judge, vocabulary = CategoryFilter.build(profile), Vocabulary.of(list(drawings))
     return {noun: float(np.mean([int(judge.scores(image, vocabulary).argmax()) == number for image in images]))
             for number, (noun, images) in enumerate(drawings.items())}
 

@@ -61,6 +61,7 @@ def start(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True  # a trainer's shapes are few
     args.work.mkdir(parents=True, exist_ok=True)
     return args
 

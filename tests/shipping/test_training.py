@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -243,6 +244,8 @@ def stages(tmp_path, monkeypatch):
     then finishes, or fails. Returns whether all are finished."""
     (tmp_path / "stage.py").write_text(STAGE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: time.sleep(0.05 * seconds))
+    monkeypatch.setattr(rebuild, "time", clock)
 
     def train(*broken):
         monkeypatch.setattr(rebuild, "command", lambda name, work, hours, *more: ["stage", name, str(work), *broken])
@@ -252,7 +255,7 @@ def stages(tmp_path, monkeypatch):
 
 
 def test_stages_run_side_by_side_in_pieces_and_only_once(stages, tmp_path):
-    assert any(stages() for _ in range(5))
+    assert any(stages() for _ in range(12))
     log = (tmp_path / "order").read_text().split()
     assert {name: log.count(name) for name in rebuild.SHARES} == dict.fromkeys(rebuild.SHARES, 2)
     assert stages() and (tmp_path / "order").read_text().split() == log
@@ -262,8 +265,9 @@ def test_stages_run_side_by_side_in_pieces_and_only_once(stages, tmp_path):
 
 
 def test_where_a_stage_fails_the_others_are_trained(stages, tmp_path):
-    for _ in range(5):
+    finished, calls = set(), 0
+    while finished != set(rebuild.SHARES) - {"dino"}:
         with pytest.raises(SystemExit, match=r"dino\.log"):
             stages("dino")
-    finished = {path.parent.name for path in (tmp_path / "training").glob("*/finished")}
-    assert finished == set(rebuild.SHARES) - {"dino"}
+        finished, calls = {path.parent.name for path in tmp_path.glob("training/*/finished")}, calls + 1
+        assert calls < 12
