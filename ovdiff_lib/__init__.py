@@ -19,8 +19,7 @@ __all__ = ["Category", "InputError", "ModelNotAvailable", "OVDiff", "OVDiffError
 
 
 def __getattr__(name: str):
-    # The pipeline imports torch; it is loaded when first asked for, so that `import ovdiff_lib` stays light.
-    if name == "OVDiff":
+    if name == "OVDiff":  # loaded when first asked for: it imports torch
         from ovdiff_lib.pipeline import OVDiff
 
         return OVDiff

@@ -20,8 +20,8 @@ MAX_NAME = 80
 class Category:
     """One class of a vocabulary.
 
-    ``name`` is what the user calls it, ``prompt`` the words given to the networks (default: the name), ``kind`` whether it is a
-    countable "thing" or a region of "stuff" (Sec. 3.4, "stuff" filtering).
+    ``name`` is what the user calls it, ``prompt`` the words given to the networks (default: the name), ``kind`` whether
+    it is a countable "thing" or a region of "stuff" (Sec. 3.4, "stuff" filtering).
     """
 
     name: str
@@ -29,22 +29,16 @@ class Category:
     kind: str = "thing"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not isinstance(self.prompt, str):
-            wrong = self.prompt if isinstance(self.name, str) else self.name
-            raise InputError(f"A class name and its prompt must be text, not {' '.join(repr(wrong).split())[:60]}.")
-        name = unicodedata.normalize("NFC", " ".join(self.name.split()))
-        # Separators, control and format characters alone cannot be seen; within emoji and scripts format characters are legal.
-        if not _unreadable(name) and all(unicodedata.category(c)[0] in "CZ" for c in name):
+        name = unicodedata.normalize("NFC", _readable(self.name))
+        # Separators and format characters alone cannot be seen; within emoji and scripts format characters are legal.
+        if all(unicodedata.category(c)[0] in "CZ" for c in name):
             raise InputError("A class name is empty: give each class at least one visible character.")
         if len(name) > MAX_NAME:
             raise InputError(f"The class name {name[:30]!r}... has {len(name)} characters; use at most {MAX_NAME}.")
-        for what, text in (("name", name), ("prompt", " ".join(self.prompt.split()))):
-            if _unreadable(text):
-                raise InputError(f"The class {what} {text[:MAX_NAME]!r} holds a control character or a broken one; remove it.")
         if self.kind not in ("thing", "stuff"):
             raise InputError(f"The kind of class {name!r} is {self.kind!r}; it must be 'thing' or 'stuff'.")
         object.__setattr__(self, "name", name)
-        object.__setattr__(self, "prompt", " ".join(self.prompt.split()) or name)
+        object.__setattr__(self, "prompt", _readable(self.prompt) or name)
 
     @classmethod
     def of(cls, words: Category | str) -> Category:
@@ -52,47 +46,52 @@ class Category:
         return words if isinstance(words, Category) else cls(words)
 
 
-def _unreadable(text: str) -> bool:
-    """Whether the text holds control characters or lone surrogates (what undecodable bytes on a command line become)."""
-    return any(unicodedata.category(c) in ("Cc", "Cs") for c in text)
+def _readable(words: str) -> str:
+    """The words one space apart; ``InputError`` for what is no text, control characters and lone surrogates (what
+    undecodable bytes on a command line become)."""
+    if not isinstance(words, str):
+        raise InputError(f"A class name and its prompt must be text, not {shorten(repr(words), 60)}.")
+    text = " ".join(words.split())
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
+        raise InputError(f"The class {text[:MAX_NAME]!r} holds a control character or a broken one; remove it.")
+    return text
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Ordered, validated categories: at least one, no two of one name (compared without case), none called "background"."""
+    """Ordered categories: at least one, no two of one name (compared without case), none called "background"."""
 
     categories: tuple[Category, ...]
 
     def __post_init__(self) -> None:
         if not self.categories:
             raise InputError("The vocabulary has no class: name at least one, for example --classes \"cat, sofa\".")
-        seen: dict[str, str] = {}
+        seen = {BACKGROUND}
         for category in self.categories:
-            key = category.name.casefold()
-            if key == BACKGROUND:
-                raise InputError("The class 'background' is added by the method itself; leave it out of the vocabulary.")
-            if key in seen:
-                raise InputError(f"The class {category.name!r} is named twice in the vocabulary; name it once.")
-            seen[key] = category.name
+            if category.name.casefold() in seen:
+                raise InputError(f"The class {category.name!r} is named twice, or the background, which the method adds "
+                                 "itself; name each class once.")
+            seen.add(category.name.casefold())
 
     @classmethod
     def of(cls, classes: Vocabulary | Iterable[str | Category] | str, stuff: Iterable[str] | str = ()) -> Vocabulary:
-        """A vocabulary from names ("cat, sofa" or ["cat", "sofa"]) or categories; names in ``stuff``, written alike, become stuff."""
+        """A vocabulary from names ("cat, sofa" or ["cat", "sofa"]) or categories; names in ``stuff``, written alike,
+        become stuff."""
         if isinstance(classes, Vocabulary):
             return classes
         if isinstance(classes, str):
             classes = classes.split(",")
         if not isinstance(classes, Iterable):
-            raise InputError(f'Classes are names, as in "cat, sofa" or ["cat", "sofa"], or a Vocabulary, not {shorten(repr(classes), 40)}.')
+            raise InputError('Classes are names, as in "cat, sofa" or ["cat", "sofa"], or a Vocabulary, not '
+                             f"{shorten(repr(classes), 40)}.")
         stuff = [s for s in stuff.split(",") if s.strip()] if isinstance(stuff, str) else stuff
         marked = {Category(s).name.casefold() for s in stuff}
         made = []
         for entry in classes:
-            if not isinstance(entry, Category):
-                entry = Category(entry)
-                if entry.name.casefold() in marked:
-                    entry = Category(entry.name, entry.prompt, "stuff")
-            made.append(entry)
+            category = Category.of(entry)
+            if category is not entry and category.name.casefold() in marked:
+                category = Category(category.name, kind="stuff")
+            made.append(category)
         return cls(tuple(made))
 
     @property

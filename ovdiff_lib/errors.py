@@ -1,5 +1,8 @@
 """Errors a user can cause. Each carries one sentence: what was wrong, what would be right, what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class OVDiffError(Exception):
     """Base of every error the command line prints as one sentence (exit code 2) instead of a traceback."""
@@ -20,3 +23,9 @@ class ModelNotAvailable(OVDiffError, RuntimeError):
 def counted(number: int, one: str, many: str = "") -> str:
     """"1 entry", "2 entries"; ``many`` defaults to ``one`` with an s."""
     return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def legal(word: str, words: Iterable[str]) -> str:
+    """The end of a sentence about a ``word`` that is none of ``words``: those, and which of them may be meant."""
+    near = difflib.get_close_matches(word.lower(), words, 1)
+    return f"the legal ones are {', '.join(words)}.{f' Did you mean {near[0]!r}?' if near else ''}"

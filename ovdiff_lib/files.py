@@ -20,8 +20,7 @@ def check_output(folder: str | Path) -> None:
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror or error}); free space or choose a folder that you may write to."
-                         ) from None
+        raise _unwritable(folder, error) from None
 
 
 def check_output_file(path: Path) -> None:
@@ -42,15 +41,16 @@ def size_text(size: int | None) -> str:
 
 
 def shown(path: str | Path) -> str:
-    """A path as it can be printed: on one line, with characters that cannot be seen or would steer the terminal, and bytes that are no
-    text, written as escapes."""
+    """A path on one line: what cannot be seen, would steer the terminal or is no text is written as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` through a temporary file beside it, flushed to disk, then renamed; missing folders are made.
+    """Write ``data`` to ``path`` through a temporary file beside it, flushed to disk, then renamed; missing folders are
+    made.
 
-    Readers see the old file or the new one, whatever happens between. Raises ``InputError`` where the folder cannot be written.
+    Readers see the old file or the new one, whatever happens between. Raises ``InputError`` where the folder cannot be
+    written.
     """
     path = Path(path)
     # Not tempfile: its files are private to the user, and a renamed one stays so.
@@ -68,8 +68,7 @@ def write_atomic(path: str | Path, data: bytes) -> None:
                 raise
         fsync_folder(path.parent)
     except OSError as error:
-        raise InputError(f"{shown(path)} cannot be written ({error.strerror or error});"
-                         " free space or choose a folder that you may write to.") from None
+        raise _unwritable(path, error) from None
 
 
 def write_json(path: Path, table: Any) -> None:
@@ -84,3 +83,8 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{shown(path)} cannot be written ({error.strerror or error}); free space or choose a folder "
+                      "that you may write to.")

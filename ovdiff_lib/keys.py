@@ -148,12 +148,13 @@ def _code_of(part: Part) -> str:
     if part.version is not None:
         return f"version:{part.version}"
     own = repr((getattr(part.build, "args", ()), getattr(part.build, "keywords", {})))  # of a functools.partial
-    if part.module.partition(".")[0] == NAME:
-        return code_digest(part.module, texts=(own,))
+    module, source = part.defined
+    if module.partition(".")[0] == NAME:
+        return code_digest(module, texts=(own,))
     try:
-        text, imported = _parsed(part.source)
+        text, imported = _parsed(source)
     except SyntaxError:  # the lines of a lambda are no statement of their own
-        text, imported = part.source, ()
+        text, imported = source, ()
     return code_digest(*imported, texts=(own, text))
 
 

@@ -7,10 +7,9 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-BACKGROUND = (40, 40, 46)
-"""Background is dark grey."""
+BACKGROUND = (40, 40, 46)  # dark grey
 
 TABLE = np.frombuffer(bytes.fromhex(
     "6900ff00ff00ff0000ffd200ff00a50078f00f780000f0c3a55a0fffa5f0a53c5ad2e187ff00ff00c3ff872db4a5e11eff005a00e169"
@@ -42,29 +41,25 @@ def colours_of(class_names: Sequence[str]) -> np.ndarray:
     share a colour, the one whose hash is larger takes the next that is free.
     """
     names = [name.casefold() for name in class_names[1:]]
-    hashed = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") for name in names}
-    slots: dict[str, int] = {name: NAMED.index(name) for name in names if name in NAMED}
-    taken = set(slots.values())
-    for name in sorted(set(names) - slots.keys(), key=lambda name: (hashed[name], name)):
-        slot = hashed[name] % len(TABLE)
-        while slot in taken and len(taken) < len(TABLE):
+    places = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") for name in names}
+    places |= {name: NAMED.index(name) for name in names if name in NAMED}
+    slots: dict[str, int] = {}
+    for name in sorted(places, key=lambda name: (name not in NAMED, places[name], name)):
+        slot = places[name] % len(TABLE)
+        while slot in slots.values() and len(slots) < len(TABLE):
             slot = (slot + 1) % len(TABLE)
         slots[name] = slot
-        taken.add(slot)
     return np.array([BACKGROUND, *(TABLE[slots[name]] for name in names)], np.uint8)
-
-
-FADED = 0.65
-"""How far the colours of an image fade to grey under the colour of a class, which they would change."""
 
 
 def paint(image: np.ndarray, labels: np.ndarray, class_names: Sequence[str], alpha: float = 0.6) -> np.ndarray:
     """The image u8 (H, W, 3) with labels (H, W) painted over it; background (0) is only dimmed. ``class_names``,
     background first."""
-    colours = colours_of(class_names)[labels].astype(np.float32)
-    weight = np.where(labels == 0, 0.45, alpha)[..., None]
-    faded = np.where(labels == 0, 0, FADED)[..., None]
-    below = image.astype(np.float32) * (1 - faded) + image.mean(-1, keepdims=True, dtype=np.float32) * faded
+    colours, bare = colours_of(class_names)[labels].astype(np.float32), (labels == 0)[..., None]
+    # Under a class the image fades to grey, for its colours would change that of the class.
+    grey = np.where(bare, 0, 0.65)
+    below = image.astype(np.float32) * (1 - grey) + image.mean(-1, keepdims=True, dtype=np.float32) * grey
+    weight = np.where(bare, 0.45, alpha)
     mixed = below * (1 - weight) + colours * weight
     edge = np.zeros(labels.shape, bool)
     edge[1:] |= labels[1:] != labels[:-1]
@@ -74,37 +69,29 @@ def paint(image: np.ndarray, labels: np.ndarray, class_names: Sequence[str], alp
 
 
 def draw_overlay(image: np.ndarray, labels: np.ndarray, class_names: Sequence[str], alpha: float = 0.6) -> Image.Image:
-    """The image u8 (H, W, 3) under its labels int (H, W), with a legend of the classes found and the share of pixels of
-    each.
-
-    Small images are enlarged to be readable. ``class_names``, background first.
-    """
-    from PIL import ImageDraw, ImageFont
-
-    factor = max(1, round(512 / max(labels.shape)))
-    picture = Image.fromarray(image).resize((labels.shape[1] * factor, labels.shape[0] * factor), Image.BICUBIC)
-    picture = Image.fromarray(paint(np.asarray(picture), np.kron(labels, np.ones((factor, factor), labels.dtype)),
-                                    class_names, alpha))
+    """The image u8 (H, W, 3) under its labels int (H, W), small ones enlarged, with a legend of the classes found and
+    the share of pixels of each. ``class_names``, background first."""
+    height, width = (side * max(1, round(512 / max(labels.shape))) for side in labels.shape)
+    enlarged = labels.repeat(height // labels.shape[0], 0).repeat(width // labels.shape[1], 1)
+    picture = paint(np.asarray(Image.fromarray(image).resize((width, height), Image.BICUBIC)), enlarged, class_names, alpha)
     share = np.bincount(labels.ravel(), minlength=len(class_names)) / labels.size
     found = [int(i) for i in np.argsort(-share, kind="stable") if i > 0 and share[i] > 0]
     entries = [(i, f"{class_names[i]}  {100 * share[i]:.0f} %") for i in found] or [(0, "no class found: background")]
-    size = max(13, picture.width // 28)
-    font = ImageFont.load_default(size)
-    # The legend wraps into rows below the picture.
-    x, y, pad, places = size // 2, size // 2, size // 2, []
+    size = max(13, width // 28)
+    font, pad = ImageFont.load_default(size), size // 2
+    # The legend wraps into rows below the picture; a long name widens a narrow sheet rather than being cut.
+    x, y, widest, places = pad, pad, width, []
     for index, text in entries:
         length = int(font.getlength(text)) + size + 2 * pad
-        if x + length > picture.width and x > size // 2:
-            x, y = size // 2, y + size + pad
-        places.append((x, y, index, text))
+        if x + length > width and x > pad:
+            x, y = pad, y + size + pad
+        places.append((x, height + y, index, text))
         x += length
-    # A long name under a narrow picture widens the sheet rather than being cut.
-    widest = max(x + size + pad // 2 + int(font.getlength(text)) + pad for x, _, _, text in places)
-    sheet = Image.new("RGB", (max(picture.width, widest), picture.height + y + size + pad), "white")
-    sheet.paste(picture)
+        widest = max(widest, x - pad + pad // 2)
+    sheet = Image.new("RGB", (widest, height + y + size + pad), "white")
+    sheet.paste(Image.fromarray(picture))
     draw, colours = ImageDraw.Draw(sheet), colours_of(class_names)
     for x, y, index, text in places:
-        top = picture.height + y
-        draw.rectangle([x, top + 1, x + size - 2, top + size - 1], fill=tuple(colours[index].tolist()))
-        draw.text((x + size + pad // 2, top), text, fill="black", font=font, anchor="la")
+        draw.rectangle([x, y + 1, x + size - 2, y + size - 1], fill=tuple(colours[index].tolist()))
+        draw.text((x + size + pad // 2, y), text, fill="black", font=font, anchor="la")
     return sheet

@@ -1,13 +1,11 @@
 """What a registry of exchangeable parts holds: how a part is built, and what its results depend on.
 
-The shortest entry is ``"name": Part(Mine)``, where ``Mine(profile)`` is the part; everything else has a default that is
-right.
+The shortest entry is ``"name": Part(Mine)``, where ``Mine(profile)`` is the part; every default is right.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -15,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ovdiff_lib.errors import ProfileError
+from ovdiff_lib.errors import ProfileError, legal
 
 if TYPE_CHECKING:
     from ovdiff_lib.profiles.schema import Profile
@@ -29,76 +27,67 @@ class Part:
     """An entry of ``EXTRACTORS`` or ``SEGMENTERS``: ``part(profile)`` builds it.
 
     ``models`` are the fields of ``profile.models`` it loads, ``settings`` the fields of its section that change its
-    results ("sd_" stands for every field that begins so). Both go into the prototype library's keys. None, the default,
-    counts all of them: always right, but then a change of any one builds the classes again, and ``ovdiff doctor``
-    cannot say which models the part needs.
-
-    The code of a part is in those keys, too (:mod:`~ovdiff_lib.keys`): classes are built again after an edit of the
-    module that defines it. ``version`` takes the code's place; give one, and change it with the results, where the text
-    cannot be had.
+    results ("sd_": all that begin so). Both go into the library's keys, as does the code of the module that defines
+    ``build``. None counts all of them: always right, but then a change of any one builds the classes again, and
+    ``ovdiff doctor`` cannot say which models the part needs. ``version`` takes the code's place; change it with the
+    results.
     """
 
     build: Callable[[Profile], Any]
     models: tuple[str, ...] | None = None
     settings: tuple[str, ...] | None = None
     version: str | None = None
-    module: str = field(init=False, repr=False, compare=False)
-    """Name of the module that defines the part."""
-    source: str = field(init=False, repr=False, compare=False)
-    """Text of that module as it is when the entry is made; in a notebook that of the function or class, "" where there
-    is none."""
+    defined: tuple[str, str] = field(init=False, repr=False, compare=False)
+    """Name and text of the module that defines ``build``, as it is when the entry is made."""
 
     def __post_init__(self) -> None:
-        module, source = _defined(self.build)
-        object.__setattr__(self, "module", module)
-        object.__setattr__(self, "source", source)
+        object.__setattr__(self, "defined", _defined(self.build))
 
     def __call__(self, profile: Profile) -> Any:
         return self.build(profile)
 
     def depends_on(self, profile: Profile, section: str) -> tuple[dict[str, str], dict[str, Any]]:
-        """(models, settings): the identifiers of its models by field, and its fields of ``section`` with their values.
+        """(models, settings): its models by field, and its fields of ``section`` with their values.
 
         Raises ``ProfileError`` if the part declares a model or a setting that no profile has.
         """
         models = {k: v for k, v in dataclasses.asdict(profile.models).items() if k not in NOT_MODELS}
-        if unknown := set(self.models or ()) - set(models):
-            raise ProfileError(f"A part declares the model {min(unknown)!r}, which no profile has; name one of "
-                               f"{', '.join(models)}.")
-        models = {k: v for k, v in models.items() if (k in self.models if self.models is not None else v)}
-        return models, chosen_settings(profile, section, self.settings)
+        used = {k: v for k, v in models.items() if v} if self.models is None else _chosen(models, self.models)
+        return used, chosen_settings(profile, section, self.settings)
 
 
 def chosen_settings(profile: Profile, section: str, names: tuple[str, ...] | None) -> dict[str, Any]:
     """The fields of a section that ``names`` stand for, as in :class:`Part`, with their values."""
     table = dataclasses.asdict(getattr(profile, section))
-    if names is None:
-        return table
+    return table if names is None else _chosen(table, names)
+
+
+def _chosen(table: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     chosen = {}
     for name in names:
         found = {k: v for k, v in table.items() if k == name or (name.endswith("_") and k.startswith(name))}
         if not found:
-            raise ProfileError(f"A part declares the setting {name!r}, which {section} does not have; name one of "
-                               f"{', '.join(table)}, or how several begin, up to an underscore.")
+            raise ProfileError(f"A part declares {name!r}, which no profile has; {legal(name, table)}")
         chosen |= found
     return chosen
 
 
-def check_part(registry: str, name: str, part: Any) -> None:
-    """``ProfileError`` if an entry of a registry is no :class:`Part`."""
-    if not isinstance(part, Part):
+def check_choice(field: str, name: str, registry: dict[str, Part]) -> None:
+    """``ProfileError`` unless ``name``, the value of a profile's ``field``, is a part in ``registry``."""
+    if name not in registry:
+        raise ProfileError(f"{field} names {name!r}; {legal(name, registry)}")
+    if not isinstance(part := registry[name], Part):
         shown = getattr(part, "__name__", None) or type(part).__name__
-        raise ProfileError(f"{registry}[{name!r}] is {shown}, which is not a Part; wrap it: Part({shown}).")
+        raise ProfileError(f"{field} names {name!r}, which is {shown} and not a Part; register Part({shown}).")
 
 
 def _defined(build: Any) -> tuple[str, str]:
-    """Name and text of the module that defines ``build``; of a notebook, which has no file, the text of the function or
-    class alone."""
-    build = build.func if isinstance(build, functools.partial) else build
+    build = getattr(build, "func", build)  # of a partial what it calls
     thing = getattr(build, "__self__", None) or build  # of a classmethod its class
     thing = thing if inspect.isroutine(thing) or inspect.isclass(thing) else type(thing)
-    methods = vars(thing).values() if inspect.isclass(thing) else ()
-    for texts in ([inspect.getmodule(thing)], [thing], [method for method in methods if inspect.isfunction(method)]):
+    methods = [it for it in vars(thing).values() if inspect.isfunction(it)] if inspect.isclass(thing) else []
+    # A notebook has no file, and Python 3.11 finds no class there: its functions have to do.
+    for texts in ([inspect.getmodule(thing)], [thing], methods):
         with suppress(OSError, TypeError):
-            return thing.__module__ or "", "\n".join(textwrap.dedent(inspect.getsource(text)) for text in texts)
-    return thing.__module__ or "", ""
+            return thing.__module__, "\n".join(textwrap.dedent(inspect.getsource(text)) for text in texts)
+    return thing.__module__, ""

@@ -6,7 +6,7 @@ grid, D feature channels, P prototypes. Shapes are (H, W) everywhere; images are
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,19 +42,16 @@ class SupportSet:
         return replace(self, images=self.images[index], attribution=self.attribution[index], seeds=self.seeds[index])
 
     def joined(self, other: SupportSet) -> SupportSet:
-        """This support set followed by the images of another of the same image and map size; category and provenance
-        are this one's."""
-        if self.images.shape[1:] != other.images.shape[1:] or self.attribution.shape[1:] != other.attribution.shape[1:]:
-            raise InputError(f"Support images of {self.images.shape[1:3]} and {other.images.shape[1:3]} pixels cannot be joined; draw both "
-                             "with the same support.image_size.")
-        return replace(self, images=np.concatenate([self.images, other.images]), seeds=np.concatenate([self.seeds, other.seeds]),
-                       attribution=np.concatenate([self.attribution, other.attribution]))
+        """This support set followed by the images of another, of the same sizes; category and provenance are this
+        one's."""
+        return replace(self, images=np.concatenate([self.images, other.images]),
+                       attribution=np.concatenate([self.attribution, other.attribution]),
+                       seeds=np.concatenate([self.seeds, other.seeds]))
 
 
 @dataclass(frozen=True)
 class ForegroundBackground:
-    """Where the object is and is not in each support image: bool (N, H, W) each, disjoint; pixels in neither are
-    unused.
+    """Where the object is and is not in each support image: bool (N, H, W) each, disjoint; the rest is unused.
 
     ``source`` names for each image what made the masks ("threshold" or the segmenter's name).
     """
@@ -71,7 +68,7 @@ class Prototypes:
     ``vectors`` f32 (P, D), raw; ``kind`` (P,) of :data:`KINDS`; ``region`` (P,) of :data:`REGIONS`; ``image`` i32 (P,)
     support image of an instance prototype, else -1; ``cluster`` i32 (P,) part code of a part prototype, else -1;
     ``assignment`` i16 (N, h, w) part code of every support feature: part k of the foreground is k, of the background K
-    + k, unused is -1. Which features a prototype or a region comes from, :meth:`cells_of` and :meth:`cells` say.
+    + k, unused is -1. Built without parts, the foreground is one part and the background another.
     """
 
     vectors: np.ndarray
@@ -87,15 +84,14 @@ class Prototypes:
     def cells(self, region: str) -> np.ndarray:
         """The support features that made the prototypes of a region: bool (N, h, w).
 
-        ``InputError`` once the part prototypes of the foreground were selected away, and with them which codes are the
-        foreground's.
+        ``InputError`` once the part prototypes of the foreground, and with them its codes, were selected away.
         """
         codes = self._part_codes("foreground")
-        if not len(codes):  # built without parts: one code a region, the foreground's is 0
+        if not len(codes):
             if len(np.unique(self.assignment[self.assignment >= 0])) > 2:
-                raise InputError("The part prototypes were taken out of this bank, so it cannot be explained; set prototypes.kinds and "
-                                 "build it again.")
-            codes = np.zeros(1, np.int32)
+                raise InputError("The part prototypes were taken out of this bank, so it cannot be explained; set "
+                                 "prototypes.kinds and build it again.")
+            codes = np.zeros(1, np.int32)  # built without parts
         foreground = np.isin(self.assignment, codes)
         return foreground if region == "foreground" else (self.assignment >= 0) & ~foreground
 
@@ -105,15 +101,18 @@ class Prototypes:
         if self.kind[index] == "part":
             return self.assignment == self.cluster[index]
         cells = self.cells(str(self.region[index]))
-        return cells if self.kind[index] == "class" else cells & (np.arange(len(cells)) == self.image[index])[:, None, None]
+        if self.kind[index] == "instance":
+            cells &= (np.arange(len(cells)) == self.image[index])[:, None, None]
+        return cells
 
-    def origin(self, index: int) -> tuple[tuple[int, ...], np.ndarray]:
-        """Support images that prototype ``index`` was made from, most cells first, and :meth:`cells_of` it in them:
-        bool (len(images), h, w)."""
+    def origin(self, index: int) -> dict[str, Any]:
+        """Where prototype ``index`` comes from: ``kind``, ``region``, ``index``, the support ``images`` that it was
+        made from, most cells first, and :meth:`cells_of` it in them, ``masks`` bool (len(images), h, w)."""
         cells = self.cells_of(index)
         count = cells.sum((1, 2))
         images = [int(n) for n in np.argsort(-count, kind="stable") if count[n]]
-        return tuple(images), cells[images]
+        return {"kind": str(self.kind[index]), "region": str(self.region[index]), "index": index,
+                "images": tuple(images), "masks": cells[images]}
 
     def part_assignment(self, region: str) -> np.ndarray:
         """Part code of every support feature that belongs to a part of ``region``, i16 (N, h, w); -1 elsewhere."""
@@ -121,7 +120,8 @@ class Prototypes:
 
     def select(self, keep: np.ndarray) -> Prototypes:
         """The prototypes where ``keep`` (bool (P,)) holds; the assignment stays."""
-        return Prototypes(self.vectors[keep], self.kind[keep], self.region[keep], self.image[keep], self.cluster[keep], self.assignment)
+        return Prototypes(self.vectors[keep], self.kind[keep], self.region[keep], self.image[keep], self.cluster[keep],
+                          self.assignment)
 
     def without_parts(self) -> Prototypes:
         """The class and instance prototypes, as of a set that was built without parts."""
@@ -147,18 +147,16 @@ class PrototypeBank:
         return tuple(self.prototypes)
 
     def restrict(self, kept: Iterable[int]) -> PrototypeBank:
-        """The bank of the categories at the indices ``kept`` alone, in vocabulary order (category pre-filter, Sec.
-        3.4)."""
+        """The bank of the categories at the indices ``kept`` alone, in vocabulary order (pre-filter, Sec. 3.4)."""
         order = sorted(set(kept))
         vocabulary = Vocabulary(tuple(self.vocabulary.categories[i] for i in order))
-        return PrototypeBank(vocabulary, {name: tuple(rows[i] for i in order) for name, rows in self.prototypes.items()})
+        return PrototypeBank(vocabulary, {k: tuple(rows[i] for i in order) for k, rows in self.prototypes.items()})
 
     def without_background(self) -> PrototypeBank:
         """The bank with foreground prototypes only (the "w/o bg prototypes" row of Table 3)."""
         return self.map(lambda name, index, p: p.select(p.region == "foreground"))
 
-    def map(self, function) -> PrototypeBank:
-        """A bank with ``function(extractor, index, prototypes) -> Prototypes`` applied to each category's
-        prototypes."""
+    def map(self, function: Callable[[str, int, Prototypes], Prototypes]) -> PrototypeBank:
+        """A bank of ``function(extractor, index, prototypes)`` of each category's prototypes."""
         return PrototypeBank(self.vocabulary, {
             name: tuple(function(name, i, p) for i, p in enumerate(rows)) for name, rows in self.prototypes.items()})

@@ -19,8 +19,8 @@ from ovdiff_lib.features.dino import DinoExtractor
 from ovdiff_lib.features.mae import MaeExtractor
 from ovdiff_lib.features.open_clip import OpenClipExtractor
 from ovdiff_lib.networks.instruments import undisturbed
-from ovdiff_lib.profiles.schema import Profile, check_choice
-from ovdiff_lib.registry import Part, check_part
+from ovdiff_lib.profiles.schema import Profile
+from ovdiff_lib.registry import Part, check_choice
 
 
 class Extractor(Protocol):
@@ -52,7 +52,6 @@ def check_extractors(profile: Profile) -> None:
     """``ProfileError`` for the first of ``features.extractors`` that is no ``Part`` in :data:`EXTRACTORS`."""
     for name in profile.features.extractors:
         check_choice("features.extractors", name, EXTRACTORS)
-        check_part("EXTRACTORS", name, EXTRACTORS[name])
 
 
 @undisturbed()

@@ -18,8 +18,8 @@ from ovdiff_lib.masks.segmenters.maskcut import MaskCut
 from ovdiff_lib.masks.segmenters.sam import GroundedSam, SegmentAnything
 from ovdiff_lib.masks.threshold import ThresholdOnly
 from ovdiff_lib.networks.instruments import undisturbed
-from ovdiff_lib.profiles.schema import Profile, check_choice
-from ovdiff_lib.registry import Part, check_part
+from ovdiff_lib.profiles.schema import Profile
+from ovdiff_lib.registry import Part, check_choice
 
 
 class Segmenter(Protocol):
@@ -56,9 +56,7 @@ COMMON_SETTINGS = ("segmenter", "threshold_", "background_below", "erosion", "ov
 
 def check_segmenter(profile: Profile) -> None:
     """``ProfileError`` unless ``masks.segmenter`` names a ``Part`` in :data:`SEGMENTERS`."""
-    name = profile.masks.segmenter
-    check_choice("masks.segmenter", name, SEGMENTERS)
-    check_part("SEGMENTERS", name, SEGMENTERS[name])
+    check_choice("masks.segmenter", profile.masks.segmenter, SEGMENTERS)
 
 
 @undisturbed()

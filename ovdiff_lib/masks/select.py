@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.errors import InputError
 from ovdiff_lib.masks import Segmenter, build_segmenter
 from ovdiff_lib.masks.threshold import fixed_thresholds, multi_otsu
 from ovdiff_lib.networks.instruments import undisturbed
@@ -52,18 +52,6 @@ def separate(proposals: np.ndarray, attribution: np.ndarray) -> np.ndarray:
     return alone[alone.any(axis=(1, 2))]
 
 
-def check_masks(settings: Masks) -> None:
-    """``ProfileError`` for values of ``profile.masks`` that do not go together."""
-    low, high = settings.fallback_background, settings.fallback_foreground
-    if settings.fallback == "fixed" and low > high:
-        raise ProfileError(f"masks.fallback_background is {low} and masks.fallback_foreground {high}; set the first at "
-                           "most as high as the second.")
-    levels = settings.threshold_foreground
-    if settings.fallback != "fixed" and levels >= settings.threshold_classes:
-        raise ProfileError(f"masks.threshold_foreground is {levels}; set it to a number from 1 to "
-                           f"{settings.threshold_classes - 1}, below masks.threshold_classes.")
-
-
 def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | None = None) -> ForegroundBackground:
     """Masks of every support image, bool (N, H, W) at the images' size, by Eq. 1 among what the segmenter proposes.
 
@@ -73,7 +61,6 @@ def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | Non
     from tqdm import tqdm
 
     settings, images = profile.masks, support.images
-    check_masks(settings)
     segmenter = segmenter or build_segmenter(profile)
     attribution = upsample(support.attribution, images.shape[1:3])
     if not np.isfinite(attribution).all():

@@ -22,28 +22,11 @@ from ovdiff_lib.matching.pamr import pamr
 from ovdiff_lib.matching.windows import Box, check_image, crop, scales, window_seeds
 from ovdiff_lib.networks.instruments import batches, undisturbed
 from ovdiff_lib.networks.loading import resolve_device
-from ovdiff_lib.profiles.schema import Matching, Profile
+from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.types import PrototypeBank
 
 BLOCK = 4096
 """Prototypes compared at a time."""
-
-BACKGROUND_REMEDY = "set matching.background_threshold (0.72 in the paper) or prototypes.background to true."
-
-
-def check_matching(settings: Matching) -> None:
-    """``ProfileError`` for values of ``profile.matching`` that do not go together."""
-    short, long = settings.short_side, settings.long_side
-    sizes = settings.windows or [short] * settings.whole_image
-    if not sizes or max(sizes) > short:
-        raise ProfileError(f"matching.windows is {settings.windows}; give sizes up to matching.short_side ({short}), "
-                           "or none and matching.whole_image true.")
-    if settings.stride > min(sizes):
-        raise ProfileError(f"matching.stride is {settings.stride}; give at most the smallest window ({min(sizes)}).")
-    if long is not None and long < short:
-        raise ProfileError(f"matching.long_side is {long}; give at least matching.short_side ({short}), or null for "
-                           "images of any length.")
-
 
 @dataclass(frozen=True)
 class _ClassRows:
@@ -89,7 +72,6 @@ class Matcher:
     def __init__(self, extractors: dict[str, Any], profile: Profile) -> None:
         if not extractors:
             raise ProfileError("features.extractors is empty; name at least one extractor.")
-        check_matching(profile.matching)
         self.extractors, self.profile, self.settings = extractors, profile, profile.matching
         self.device = resolve_device(profile)
 
@@ -125,7 +107,8 @@ class Matcher:
         settings, rows = self.settings, {name: self._class_rows(name, bank) for name in self.extractors}
         voters = sum(len(one.vectors[0]) > 0 for one in rows.values())
         if not (voters or self.profile.prototypes.background or settings.background_threshold is not None):
-            raise InputError(f"There are no background prototypes and no background score; {BACKGROUND_REMEDY}")
+            raise InputError("There are no background prototypes and no background score; set "
+                             "matching.background_threshold.")
         resized = resize_short_side(image, settings.short_side, settings.resample, settings.long_side)
         placed = scales(resized.shape[:2], settings)
         shares = []

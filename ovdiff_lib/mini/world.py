@@ -15,8 +15,7 @@ IGNORE = 255
 
 @dataclass(frozen=True)
 class Thing:
-    """A noun of the mini world: where it is found, how it is placed, how common it is and, for who draws it, its
-    glyphs."""
+    """A noun of the mini world: where it is found, how placed, how common, and, for who draws it, its glyphs."""
 
     name: str
     contexts: tuple[str, ...]
@@ -29,8 +28,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class World:
-    """The whole table. Label ids: things are 1..T in table order, stuff T+1..T+S; 255 is :data:`IGNORE`; 0 is
-    unused."""
+    """The whole table. Label ids: things are 1..T in table order, stuff T+1..T+S; 0 is unused."""
 
     things: tuple[Thing, ...]
     stuff: tuple[str, ...]
@@ -52,10 +50,8 @@ class World:
         """Class names of ``mini-voc`` (20 things), ``mini-object`` (all things) or ``mini-context`` (the mini-voc
         things and all stuff)."""
         voc = tuple(t.name for t in self.things if t.voc)
-        table = {"mini-voc": voc, "mini-object": tuple(t.name for t in self.things), "mini-context": voc + self.stuff}
-        if key not in table:
-            raise ValueError(f"Unknown vocabulary {key!r}; the mini world has {', '.join(table)}.")
-        return table[key]
+        every = tuple(t.name for t in self.things)
+        return {"mini-voc": voc, "mini-object": every, "mini-context": voc + self.stuff}[key]
 
 
 def read_world(file: Traversable) -> World:
@@ -64,9 +60,9 @@ def read_world(file: Traversable) -> World:
     table = yaml.safe_load(file.read_text(encoding="utf-8"))
     things = tuple(
         Thing(name, tuple(row["contexts"]), row["place"], row.get("voc", False), row.get("rare", False),
-              {style: tuple(keys.split()) for style, keys in row.get("glyphs", {}).items()}, frozenset(row.get("held", ())))
-        for name, row in table["things"].items()
-    )
+              {style: tuple(keys.split()) for style, keys in row.get("glyphs", {}).items()},
+              frozenset(row.get("held", ())))
+        for name, row in table["things"].items())
     contexts = {name: tuple(parts) for name, parts in table["contexts"].items()}
     styles = table.get("styles", {"train": {}, "wild": {}})
     return World(things, tuple(table["stuff"]), contexts, styles["train"], styles["wild"], table.get("crops", {}))

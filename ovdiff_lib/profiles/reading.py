@@ -29,19 +29,15 @@ def load_profile(source: str | Path | Profile = "mini", overrides: dict[str, Any
     """
     if isinstance(source, Profile):
         return source.override(overrides)
-    path = Path(source)
-    if str(source) in available():
-        path = FOLDER / f"{source}.yaml"
-    elif path.suffix not in (".yaml", ".yml"):
+    path = FOLDER / f"{source}.yaml" if str(source) in available() else Path(source)
+    if path.suffix not in (".yaml", ".yml"):
         raise ProfileError(f"There is no profile {str(source)!r}; choose one of {', '.join(available())}, "
                            "or give the path of a .yaml file.")
     try:
-        table = _Loader(path.read_text(encoding="utf-8"), path.name).get_single_data()
+        table = _Loader(path.read_text(encoding="utf-8")).get_single_data()
     except FileNotFoundError:
         raise ProfileError(f"The profile file {path} does not exist; check the path, or choose one of "
                            f"{', '.join(available())}.") from None
-    except ProfileError:
-        raise
     except (OSError, *UNREADABLE) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ProfileError(f"The profile file {path} cannot be read as YAML ({reason}); correct it.") from None
@@ -54,8 +50,7 @@ def parse_assignments(pairs: list[str], option: str = "--set") -> dict[str, Any]
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise InputError(f"{option} {pair!r} is not of the form NAME=VALUE; write for example "
-                             f"{option} support.size=8.")
+            raise InputError(f"{option} {pair!r} is not of the form NAME=VALUE, for example support.size=8.")
         try:
             table[name] = yaml.safe_load(value) if value else ""
         except UNREADABLE:
@@ -65,22 +60,12 @@ def parse_assignments(pairs: list[str], option: str = "--set") -> dict[str, Any]
 
 
 class _Loader(yaml.SafeLoader):
-    """``yaml.safe_load``, which lets the last of equal keys win, with ``ProfileError`` for a key named twice."""
+    """``yaml.SafeLoader``, for which a key named twice is an error; plain YAML lets the last one win."""
 
-    def __init__(self, text: str, name: str) -> None:
-        super().__init__(text)
-        self.file, self.judged = name, set()
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Called for each table before merged keys (``<<``) are put among its own, and again where it is merged."""
-        if node not in self.judged:
-            self.judged.add(node)
-            names = set()
-            for key, _ in node.value:
-                if not isinstance(key, yaml.ScalarNode):
-                    continue
-                if (key.tag, key.value) in names:
-                    raise ProfileError(f"In the profile file {self.file}, {key.value!r} is named twice in one table, "
-                                       f"again in line {key.start_mark.line + 1}; keep one of them.")
-                names.add((key.tag, key.value))
-        super().flatten_mapping(node)
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, names = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if (key.tag, str(key.value)) in names:
+                raise ValueError(f"{key.value!r} is named twice in one table, again in line {key.start_mark.line + 1}")
+            names.add((key.tag, str(key.value)))
+        return node

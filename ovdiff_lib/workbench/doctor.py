@@ -13,11 +13,11 @@ import importlib.util
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ovdiff_lib.checks import setting_problems
 from ovdiff_lib.errors import InputError, ModelNotAvailable, ProfileError
 from ovdiff_lib.files import size_text
 from ovdiff_lib.networks.published import FILES, MODEL_TYPES, how_to_get, lacking, published
@@ -142,6 +142,8 @@ def inspect(profile: Profile, data: list[str] | None = None, library: Path | Non
 
     Raises ``ProfileError`` for a part that does not exist; whatever is merely absent is in the report.
     """
+    from ovdiff_lib.pipeline import check_profile
+
     used = uses(profile)
     models, libraries = models_of(profile, used), _libraries(profile, used)
     sets = tuple(row for root in data or [] for row in _data_set(root))
@@ -150,7 +152,12 @@ def inspect(profile: Profile, data: list[str] | None = None, library: Path | Non
     problems = [*_version_problem(), *(m.problem() for m in models if m.needed and not m.here),
                 *(f"The library {lib.name} is needed by {lib.needed_by} and not installed: {lib.get}"
                   for lib in absent),
-                *(row["problem"] for row in sets if row["problem"]), *problems, *setting_problems(profile)]
+                *(row["problem"] for row in sets if row["problem"]), *problems]
+    with suppress(ModelNotAvailable):  # the list of models says more
+        try:
+            check_profile(profile)
+        except ProfileError as error:
+            problems.append(str(error))
     return ProfileReport(profile.name, models, libraries, sets, machine, expected(profile, models), tuple(problems))
 
 

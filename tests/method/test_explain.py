@@ -8,10 +8,10 @@ import pytest
 
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.explain import BELOW, NOT_AMONG_TOP, NOT_BEST, NOT_TOLD, absent_classes, activated, decided_by
+from ovdiff_lib.explain import BELOW, NOT_AMONG_TOP, NOT_BEST, absent_classes, activated, decided_by
 from ovdiff_lib.profiles.schema import Filters, PrototypeSettings
 from ovdiff_lib.prototypes.build import build_prototypes
-from ovdiff_lib.segmentation import Segmentation, explain
+from ovdiff_lib.segmentation import Segmentation
 from ovdiff_lib.types import ForegroundBackground, PrototypeBank, Prototypes
 
 # Two support images on a 2 x 3 grid, K = 4: foreground clusters 0 and 1, background clusters 4 and 5, -1 unused.
@@ -36,13 +36,13 @@ def make(label, winner, kept=(0, 2)):
     scores[[0, *(k + 1 for k in kept)], 2, 3] = [0.4, 0.5, 0.3][: len(kept) + 1]
     scores[label, 2, 3] = 0.9
     vocabulary = Vocabulary.of("cat, dog, sofa")
-    bank = PrototypeBank(vocabulary, {"sd": (rows(),) * 3, "clip": (rows(),) * 3})
+    bank = PrototypeBank(vocabulary, {"sd": (rows(),) * 3, "clip": (rows(),) * 3}).restrict(kept)
     return Segmentation(np.zeros((3, 5, 3), np.uint8), labels, scores[[0, *(k + 1 for k in kept)]], winners, vocabulary, kept,
-                        np.ones(3, np.float32)), bank
+                        np.ones(3, np.float32), bank)
 
 
 def test_a_part_prototype_leads_to_the_pixels_of_its_cluster():
-    found = explain(*make(3, (1, 4)), 2, 3)
+    found = make(3, (1, 4)).explain(2, 3)
     assert (found.class_name, found.category, found.kind, found.region, found.index) == ("sofa", "sofa", "part", "foreground", 4)
     assert found.extractor == "sd" and found.images == (1, 0)  # three pixels there, one here
     assert found.masks.tolist() == (ASSIGNMENT[[1, 0]] == 1).tolist()
@@ -51,47 +51,38 @@ def test_a_part_prototype_leads_to_the_pixels_of_its_cluster():
 
 
 def test_instance_and_class_prototypes():
-    instance = explain(*make(1, (0, 2)), 2, 3)
+    instance = make(1, (0, 2)).explain(2, 3)
     assert instance.category == "cat" and instance.images == (1,) and (instance.masks == FOREGROUND[[1]]).all()
-    whole = explain(*make(1, (0, 0)), 2, 3)
+    whole = make(1, (0, 0)).explain(2, 3)
     assert whole.images == (0, 1) and (whole.masks == FOREGROUND).all()  # equal counts keep the order of the images
 
 
 @pytest.mark.parametrize(("number", "category", "index"), [(0, "cat", 5), (0, "cat", 9), (1, "sofa", 5), (1, "sofa", 8)])
 def test_background_is_explained_by_any_kept_category(number, category, index):
-    found = explain(*make(0, (number, index)), 2, 3)
+    found = make(0, (number, index)).explain(2, 3)
     assert (found.class_name, found.category, found.index, found.region) == ("background", category, index, "background")
-    if found.kind == "part":
-        assert (found.masks == (ASSIGNMENT == CLUSTER[index])[list(found.images)]).all()
-    else:
-        assert (found.masks == BACKGROUND[list(found.images)]).all()
-
-
-def test_the_restricted_bank_gives_the_same_and_another_bank_is_refused():
-    segmentation, bank = make(0, (1, 8))
-    assert str(explain(segmentation, bank, 2, 3)) == str(explain(segmentation, bank.restrict([0, 2]), 2, 3))
-    with pytest.raises(InputError, match="other classes"):
-        explain(segmentation, bank.restrict([0, 1]), 2, 3)
-    # No such row, twice; no such category; background of a class, and the reverse.
-    for label, winner in ((0, (1, 10)), (1, (0, 12)), (3, (2, 0)), (1, (0, 7)), (0, (0, 4))):
-        with pytest.raises(InputError, match="does not hold"):
-            explain(*make(label, winner), 2, 3)
+    wanted = ASSIGNMENT == CLUSTER[index] if found.kind == "part" else BACKGROUND
+    assert (found.masks == wanted[list(found.images)]).all()
 
 
 def test_a_constant_background_has_no_prototype_and_a_lone_class_no_runner_up():
-    found = explain(*make(0, (-1, -1)), 2, 3)
+    found = make(0, (-1, -1)).explain(2, 3)
     assert found.kind is None and found.index is None and found.category is None and found.images == () and found.masks.shape == (0, 0, 0)
     assert "constant background score" in str(found)
-    segmentation, bank = make(1, (0, 0), kept=(0,))
+    segmentation = make(1, (0, 0), kept=(0,))
     segmentation.kept_scores[0] = -np.inf
-    lone = explain(segmentation, bank, 2, 3)
+    lone = segmentation.explain(2, 3)
     assert lone.runner_up is None and lone.margin is None
 
 
-@pytest.mark.parametrize(("row", "column"), [(3, 0), (0, 5), (-1, 0), (0, -1)])
-def test_pixels_outside_the_image(row, column):
-    with pytest.raises(InputError, match=r"row from 0 to 2 and a column from 0 to 4"):
-        explain(*make(1, (0, 0)), row, column)
+def test_what_cannot_be_explained_is_one_sentence():
+    for row, column in ((3, 0), (0, 5), (-1, 0), (0, -1)):
+        with pytest.raises(InputError, match=r"row from 0 to 2 and a column from 0 to 4"):
+            make(1, (0, 0)).explain(row, column)
+    bare = replace(make(1, (0, 0)), bank=None)
+    for use in (lambda: bare.explain(2, 3), lambda: decided_by(bare), lambda: activated(bare, "cat"), lambda: activated(make(1, (0, 0)), "horse")):
+        with pytest.raises(InputError):
+            use()
 
 
 @pytest.mark.parametrize("kinds", [["class", "instance", "part"], ["class", "instance"], ["part"]])
@@ -103,7 +94,8 @@ def test_every_built_prototype_is_the_mean_of_the_pixels_it_is_explained_by(kind
     built = build_prototypes(features, masks, PrototypeSettings(kinds=kinds, clusters=3))
     assert (built.cells("foreground") == (level == 2)).all() and (built.cells("background") == (level == 0)).all()
     for index in range(len(built)):
-        images, pixels = built.origin(index)
+        origin = built.origin(index)
+        images, pixels = origin["images"], origin["masks"]
         assert np.allclose(features[list(images)][pixels].mean(0), built.vectors[index], atol=1e-5)
         assert np.array_equal(built.cells_of(index)[list(images)], pixels) and built.cells_of(index).sum() == pixels.sum()
 
@@ -113,8 +105,7 @@ def test_background_rows_may_be_filtered_but_parts_must_stay():
     assert (less.cells("background") == BACKGROUND).all()
     with pytest.raises(InputError, match="taken out"):
         rows().select(KIND != "part").origin(0)
-    images, _ = rows().select(KIND == "part").origin(0)
-    assert images == (0,)
+    assert rows().select(KIND == "part").origin(0)["images"] == (0,)
 
 
 # ---- whole images
@@ -122,7 +113,7 @@ def test_background_rows_may_be_filtered_but_parts_must_stay():
 def many(seed=0):
     """A 4 x 7 segmentation of cat, dog and sofa (dog dropped) with winners drawn at random, and its bank."""
     rng = np.random.default_rng(seed)
-    segmentation, bank = make(1, (0, 0))
+    segmentation = make(1, (0, 0))
     labels = rng.choice([0, 1, 3], (4, 7)).astype(np.int32)
     category = np.where(labels == 0, rng.integers(0, 2, labels.shape), (labels == 3).astype(int))
     row = rng.integers(0, 5, labels.shape) + 5 * (labels == 0)  # foreground comes before background
@@ -131,13 +122,12 @@ def many(seed=0):
     scores = rng.random((4, 4, 7)).astype(np.float32)
     scores[2] = -np.inf
     np.put_along_axis(scores, labels[None], 2.0, 0)
-    return replace(segmentation, image=np.zeros((4, 7, 3), np.uint8), labels=labels, winner=winner, kept_scores=scores[[0, 1, 3]],
-                   bank=bank), bank
+    return replace(segmentation, image=np.zeros((4, 7, 3), np.uint8), labels=labels, winner=winner, kept_scores=scores[[0, 1, 3]]), segmentation.bank
 
 
 def test_counts_and_activated_prototypes_are_what_explain_says_of_each_pixel():
-    segmentation, bank = many()
-    said = {(r, c): explain(segmentation, bank, r, c) for r in range(4) for c in range(7)}
+    segmentation, _ = many()
+    said = {(r, c): segmentation.explain(r, c) for r in range(4) for c in range(7)}
     counts = Counter((e.region, e.kind) for e in said.values())
     assert counts[None, None] > 0  # a constant background score: no prototype's pixel
     assert decided_by(segmentation) == {(r, k): counts[r, k] for r in ("foreground", "background") for k in ("class", "instance", "part")}
@@ -151,27 +141,13 @@ def test_counts_and_activated_prototypes_are_what_explain_says_of_each_pixel():
         assert {(a.category, a.index) for a in found} == set(regions)
         for a in found:
             assert (a.pixels == regions[a.category, a.index]).all()
-            one = explain(segmentation, bank, *np.argwhere(a.pixels)[0].tolist())
+            one = segmentation.explain(*np.argwhere(a.pixels)[0].tolist())
             assert (a.kind, a.region, a.images) == (one.kind, one.region, one.images) and (a.masks == one.masks).all()
         sizes = [int(a.pixels.sum()) for a in found]
         assert sizes == sorted(sizes, reverse=True) and len(sizes) > 2
         assert [a.index for a in activated(segmentation, name, 2)] == [a.index for a in found[:2]]
         assert [a.index for a in activated(segmentation, name, 99, ["part"])] == [a.index for a in found if a.kind == "part"]
     assert activated(segmentation, "dog") == ()  # dropped: no pixel
-    with pytest.raises(InputError, match="no class 'horse'"):
-        activated(segmentation, "horse")
-
-
-def test_a_segmentation_without_its_bank_and_a_wrong_bank_are_refused():
-    segmentation, bank = many()
-    assert decided_by(replace(segmentation, bank=None), bank.restrict([0, 2])) == decided_by(segmentation)
-    with pytest.raises(InputError, match="without its prototypes"):
-        decided_by(replace(segmentation, bank=None))
-    with pytest.raises(InputError, match="other classes"):
-        decided_by(segmentation, bank.restrict([0, 1]))
-    segmentation.winner[1][segmentation.labels == 3] = 5  # a background row, for a class
-    with pytest.raises(InputError, match="does not hold"):
-        activated(segmentation, "sofa")
 
 
 # ---- absent classes
@@ -185,12 +161,12 @@ def asked(probabilities, kept, kinds=None):
 
 
 def test_each_reason_for_which_the_filter_drops_a_class():
-    # 1/C is 0.2; the kept class is the second; the first is dropped by the combined prompt, the third by rank or prompt.
+    # 1/C is 0.2; the kept class is the second; the first is dropped by the combined prompt, the third by rank or prompt
     segmentation = asked([0.30, 0.28, 0.25, 0.15, 0.02], (1,))
     reasons = {top: [a.reason for a in absent_classes(segmentation, Filters(category_top=top))] for top in (2, 3)}
     assert reasons == {2: [NOT_BEST, NOT_AMONG_TOP, BELOW, BELOW], 3: [NOT_BEST, NOT_BEST, BELOW, BELOW]}
-    absent = absent_classes(segmentation)
-    assert [a.reason for a in absent] == [NOT_BEST, NOT_TOLD, BELOW, BELOW]
+    absent = absent_classes(segmentation)  # by the paper's settings
+    assert [a.reason for a in absent] == [NOT_BEST, NOT_BEST, BELOW, BELOW]
     assert [a.name for a in absent] == ["class 0", "class 2", "class 3", "class 4"]
     assert [a.probability for a in absent] == pytest.approx([0.30, 0.25, 0.15, 0.02]) and {a.threshold for a in absent} == {0.2}
 

@@ -320,8 +320,8 @@ def test_filtered_prototypes_can_still_be_traced():
     for fields in ({}, {"stuff_against": "all", "stuff_threshold": 0.5}, {"stuff_parts": False, "stuff_background": True}):
         for prototypes in itertools.chain(*filter_stuff(bank, settings(**fields)).prototypes.values()):
             for row, (kind, region, cluster) in enumerate(zip(prototypes.kind, prototypes.region, prototypes.cluster, strict=True)):
-                images, pixels = prototypes.origin(row)
-                assert images == (0,) and np.array_equal(pixels, CODES == cluster if kind == "part" else cells[region])
+                origin = prototypes.origin(row)
+                assert origin["images"] == (0,) and np.array_equal(origin["masks"], CODES == cluster if kind == "part" else cells[region])
                 seen.add((kind, region))
             assert set(np.unique(prototypes.part_assignment("foreground"))) <= {-1, *range(4)}
     assert len(seen) == 4

@@ -9,7 +9,7 @@ from sentences import refused
 from ovdiff_lib.categories import Category
 from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.masks.segmenters.detector import DetectorSegmenter
-from ovdiff_lib.masks.select import TOGETHER, check_masks, make_masks, select, separate, upsample
+from ovdiff_lib.masks.select import TOGETHER, make_masks, select, separate, upsample
 from ovdiff_lib.masks.threshold import BINS, fixed_thresholds, multi_otsu
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.types import SupportSet
@@ -263,14 +263,10 @@ def test_what_is_wrong_is_named():
         masks_of(damaged, Fixed(COLUMN))
 
 
-def test_settings_are_judged_without_a_support_set():
-    for name in ("mini", "paper", "official"):
-        check_masks(load_profile(name).masks)
-    many = load_profile("mini", {"masks.threshold_classes": 3, "masks.threshold_foreground": 3})
-    with refused(ProfileError, "masks.threshold_foreground"):
-        check_masks(many.masks)
-    check_masks(many.override({"masks.fallback": "fixed"}).masks)  # which do not use it
-    check_masks(many.override({"masks.fallback_foreground": 0.1, "masks.threshold_foreground": 2}).masks)
-    check_masks(many.override({"masks.fallback": "fixed", "masks.fallback_foreground": 0.2}).masks)
-    with refused(ProfileError, "fallback_background"):
-        check_masks(many.override({"masks.fallback": "fixed", "masks.fallback_foreground": 0.1}).masks)
+def test_settings_are_judged_when_they_are_made():
+    many = {"masks.threshold_classes": 3, "masks.threshold_foreground": 3}
+    for fine in ({**many, "masks.fallback": "fixed"}, {"masks.fallback_foreground": 0.1}):  # which do not use them
+        load_profile("mini", fine)
+    for wrong in (many, {"masks.fallback": "fixed", "masks.fallback_foreground": 0.1}):
+        with refused(ProfileError, "masks.threshold_foreground" if wrong is many else "masks.fallback_background"):
+            load_profile("mini", wrong)

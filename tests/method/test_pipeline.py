@@ -12,8 +12,8 @@ from tiny import tiny_overrides
 
 from ovdiff_lib import InputError, ModelNotAvailable, OVDiff, OVDiffError, ProfileError, pipeline
 from ovdiff_lib.categories import Category, Vocabulary
-from ovdiff_lib.checks import check_profile, setting_problems
 from ovdiff_lib.keys import for_words, made_from
+from ovdiff_lib.pipeline import check_profile
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.types import PrototypeBank, Prototypes
 from ovdiff_lib.workbench.doctor import inspect
@@ -359,9 +359,7 @@ NEEDED_LAST = [
     ({"models.clip": "/nowhere"}, "/nowhere"),
     ({"features.extractors": ["dino"], "models.dino": "/nowhere"}, "/nowhere"),
     ({"masks.segmenter": "sam", "models.sam": "/nowhere"}, "/nowhere"),
-    ({"matching.windows": [65]}, "matching.windows"), ({"matching.long_side": 63}, "matching.long_side"),
-    ({"prototypes.background": False}, "matching.background_threshold"),
-    ({"masks.threshold_foreground": 9}, "masks.threshold_foreground")]
+    ({"prototypes.background": False}, "matching.background_threshold")]
 
 
 @pytest.mark.parametrize("overrides, word", NEEDED_LAST, ids=lambda value: value if isinstance(value, str) else None)
@@ -375,20 +373,15 @@ def test_what_a_later_step_needs_is_asked_for_before_anything_is_drawn(tiny_prof
     with pytest.raises(kind, match=word):
         check_profile(own.profile)
     assert not list(tmp_path.iterdir())
-    # The doctor says the same; of models it has its own list.
-    assert [word in problem for problem in setting_problems(own.profile)] == [True] * (kind is ProfileError)
     assert any(word in problem for problem in inspect(own.profile).problems)
 
 
 def test_what_no_step_needs_is_not_asked_for(tiny_profile, tmp_path):
     unused = {"filters.category": False, "models.clip": "/nowhere", "masks.fallback": "fixed", "masks.threshold_foreground": 9}
     check_profile(tiny_profile.override(unused))
-    assert setting_problems(tiny_profile.override(unused)) == []
     check_profile(load_profile("mini"))
     for name in ("paper", "official"):  # a hub id is no missing folder; CutLER's weights are a file
         check_profile(load_profile(name, {"masks.segmenter": "threshold"}))
-    both = tiny_profile.override({"matching.stride": 999, "masks.segmenter": "none"})
-    assert [p.split(" ")[0] for p in setting_problems(both)] == ["masks.segmenter", "matching.stride"]
 
 
 def test_replaced_shares_all_but_the_fields(tiny_profile, tmp_path):

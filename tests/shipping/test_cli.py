@@ -132,11 +132,11 @@ def test_things_and_stuff_from_a_table(images, tiny, tmp_path, monkeypatch):
 IMAGE, QUICKSTART = "segment {images}/a.png --classes ", f"run {NOTEBOOKS / '00_quickstart.ipynb'} -p "
 MISTAKES = [  # arguments ({images} is the folder), words of the sentence
     ("segment {images}/none.png --classes cat", "none.png"), ("segment {images}/broken.png --classes cat", "broken.png"),
-    ("segment {images}/empty.png --classes cat", "0 bytes"), ("segment {images}/sub --classes cat", "holds no image"),
+    ("segment {images}/empty.png --classes cat", "empty.png"), ("segment {images}/sub --classes cat", "holds no image"),
     (IMAGE + "''", "no class"), (IMAGE + "cat,,dog", "empty"), (IMAGE + "'cat, Cat'", "twice"), (IMAGE + "'cat, background'", "background"),
     (IMAGE + "x" * 300, "at most"), (IMAGE + "cat\udcff", "broken"), (IMAGE + "cat --stuff gras", "'gras'"),
     (IMAGE + "cat --profile big", "'big'"), (IMAGE + "cat --set support.sise=3", "support.size"), (IMAGE + "cat --set =3", "NAME=VALUE"),
-    (IMAGE + "cat --set support.size=many", "must be a whole number"), (IMAGE + "cat --set support.size", "NAME=VALUE"),
+    (IMAGE + "cat --set support.size=many", "integer"), (IMAGE + "cat --set support.size", "NAME=VALUE"),
     (IMAGE + "cat --set matching.windows=[64", "cannot be read"), (IMAGE + "cat --set models.diffusion=/nowhere/sd", "/nowhere/sd"),
     (IMAGE + "cat --library {images}/a.png/library", "cannot be written"), ("build --classes-file {images}/none.txt", "none.txt"),
     ("build --classes-file {images}/a.png", "a.png"), ("build --classes-file {images}/blank.txt", "no class"),

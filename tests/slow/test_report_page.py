@@ -22,7 +22,7 @@ from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.cli import main as cli
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.profiles.reading import load_profile
-from ovdiff_lib.segmentation import Segmentation, explain
+from ovdiff_lib.segmentation import Segmentation
 from ovdiff_lib.types import PrototypeBank, SupportSet
 from ovdiff_lib.workbench import reproduce as runner
 from ovdiff_lib.workbench.figures import base as figures
@@ -402,7 +402,7 @@ def opened(browser, path, width=1280, height=900):
 def check_told(browser, row, column):
     """What the panel shows of a pixel of its first image against explain()."""
     result = segmentation()
-    why = explain(result, result.bank, row, column)
+    why = result.explain(row, column)
     head, prototype, second = (at(browser, f".answer {part}").text for part in ("h4", ".prototype", ".second"))
     assert head == f"{why.class_name} at row {row}, column {column}"
     assert f"{why.kind} prototype" in prototype and f"(number {why.index}, features of sd)" in prototype

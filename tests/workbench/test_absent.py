@@ -5,7 +5,6 @@ import pytest
 from test_explain import many
 
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.segmentation import explain
 from ovdiff_lib.workbench.analysis.absent import AbsentTest, absent_tests, one_absent_word, search_threshold
 from ovdiff_lib.workbench.analysis.examples import Examples, fullest, plainest, showing, shown_labels, side_by_side
 from ovdiff_lib.workbench.data.datasets import load_dataset
@@ -117,7 +116,7 @@ def test_on_the_wild_split():
 def test_examples_are_the_best_images_seen():
     found, by_hand, by_kind = Examples(), {}, {}
     for seed in range(5):
-        segmentation, bank = many(seed)
+        segmentation, _ = many(seed)
         target = np.random.default_rng(seed).choice([0, 1, 3, 255], size=(4, 7), p=[0.3, 0.3, 0.3, 0.1])
         found.update(seed, segmentation, target)
         for label, name in ((0, "background"), (1, "cat"), (3, "sofa")):
@@ -127,7 +126,7 @@ def test_examples_are_the_best_images_seen():
                 by_hand.setdefault(name, []).append((iou, -seed))
             pixels = {}
             for r, c in zip(*np.nonzero(segmentation.labels == label), strict=True):
-                why = explain(segmentation, bank, r, c)
+                why = segmentation.explain(r, c)
                 if why.kind:
                     key = (why.kind if label else "background"), why.category, why.index
                     pixels[key] = pixels.get(key, 0) + 1

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
-from ovdiff_lib.explain import BELOW, NOT_AMONG_TOP, NOT_BEST, NOT_TOLD, Activated, absent_classes
+from ovdiff_lib.explain import BELOW, NOT_AMONG_TOP, NOT_BEST, Activated, absent_classes
 from ovdiff_lib.overlay import colours_of, paint
 from ovdiff_lib.profiles.schema import Filters
 from ovdiff_lib.segmentation import Segmentation
@@ -25,8 +25,7 @@ from ovdiff_lib.workbench.figures.base import Sheet, new_figure
 COLOURS = ((255, 127, 14), (0, 190, 225), (222, 60, 178), (248, 214, 40), (80, 200, 90), (150, 110, 240))
 """RGB of the prototypes in a figure, in order; after the last the first comes again."""
 
-REASON_COLOURS = {"kept": "#2a9d5c", BELOW: "#b9bcc4", NOT_AMONG_TOP: "#e0a03a", NOT_BEST: "#d1495b",
-                  NOT_TOLD: "#d1495b"}
+REASON_COLOURS = {"kept": "#2a9d5c", BELOW: "#b9bcc4", NOT_AMONG_TOP: "#e0a03a", NOT_BEST: "#d1495b"}
 LINE = "#31435e"
 
 LEAST, SHOWN, HATCH = 1e-4, "shown, dropped", "////"
