@@ -69,8 +69,8 @@ class Vocabulary:
         seen = {BACKGROUND}
         for category in self.categories:
             if category.name.casefold() in seen:
-                raise InputError(f"The class {category.name!r} is named twice, or the background, which the method adds "
-                                 "itself; name each class once.")
+                raise InputError(f"The class {category.name!r} is named twice, or the background that the method adds "
+                                 "by itself; name each class once.")
             seen.add(category.name.casefold())
 
     @classmethod

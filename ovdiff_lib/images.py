@@ -127,8 +127,8 @@ def resize_short_side(image: np.ndarray, short: int, resample: str = "bilinear",
 
 
 def save_label_png(path: str | Path, labels: np.ndarray, colours: np.ndarray) -> None:
-    """Write labels (H, W) in [0, n) as a PNG whose pixel values are the labels: a palette of their ``colours`` u8 (n, 3)
-    up to 256 classes, else 16-bit grey. ``InputError`` if it cannot be written or there are too many classes."""
+    """Write labels (H, W) in [0, n) as a PNG whose pixel values are the labels: with a palette of their ``colours`` u8
+    (n, 3) up to 256 classes, else 16-bit grey. ``InputError`` if it cannot be written or there are too many classes."""
     if len(colours) > 65536:
         raise InputError(f"A PNG holds labels of 65,536 classes, background included, and these are {len(colours)}.")
     image = Image.fromarray(labels.astype(np.uint16 if len(colours) > 256 else np.uint8))

@@ -73,7 +73,7 @@ def draw_overlay(image: np.ndarray, labels: np.ndarray, class_names: Sequence[st
     the share of pixels of each. ``class_names``, background first."""
     height, width = (side * max(1, round(512 / max(labels.shape))) for side in labels.shape)
     enlarged = labels.repeat(height // labels.shape[0], 0).repeat(width // labels.shape[1], 1)
-    picture = paint(np.asarray(Image.fromarray(image).resize((width, height), Image.BICUBIC)), enlarged, class_names, alpha)
+    picture = np.asarray(Image.fromarray(image).resize((width, height), Image.BICUBIC))
     share = np.bincount(labels.ravel(), minlength=len(class_names)) / labels.size
     found = [int(i) for i in np.argsort(-share, kind="stable") if i > 0 and share[i] > 0]
     entries = [(i, f"{class_names[i]}  {100 * share[i]:.0f} %") for i in found] or [(0, "no class found: background")]
@@ -89,7 +89,7 @@ def draw_overlay(image: np.ndarray, labels: np.ndarray, class_names: Sequence[st
         x += length
         widest = max(widest, x - pad + pad // 2)
     sheet = Image.new("RGB", (widest, height + y + size + pad), "white")
-    sheet.paste(Image.fromarray(picture))
+    sheet.paste(Image.fromarray(paint(picture, enlarged, class_names, alpha)))
     draw, colours = ImageDraw.Draw(sheet), colours_of(class_names)
     for x, y, index, text in places:
         draw.rectangle([x, y + 1, x + size - 2, y + size - 1], fill=tuple(colours[index].tolist()))

@@ -62,22 +62,18 @@ class OVDiff:
 
     def __init__(self, profile: str | Path | Profile = "mini", overrides: dict[str, Any] | None = None, *,
                  library: str | Path | None = None, progress: bool = True, networks: Any = OWN):
-        self.profile = load_profile(profile, overrides)
-        self.library = Library(library)
-        self.progress = progress
-        self.networks = networks
+        self.profile, self.library = load_profile(profile, overrides), Library(library)
+        self.progress, self.networks = progress, networks
 
     def replaced(self, overrides: dict[str, Any]) -> OVDiff:
         """Another object with profile fields replaced and the same library, progress and networks."""
-        same = {"library": self.library.root, "progress": self.progress, "networks": self.networks}
-        return OVDiff(self.profile, overrides, **same)
+        return OVDiff(self.profile, overrides, library=self.library.root, progress=self.progress,
+                      networks=self.networks)
 
     # ------------------------------------------------------------------ steps 1 and 2: words to prototypes
     def build(self, classes: Vocabulary | Iterable[str | Category] | str, stuff: Iterable[str] = ()) -> PrototypeBank:
-        """Prototypes of every class (Sec. 3.1 to 3.3); classes built before come from the library.
-
-        ``classes`` are names, categories, or one string "cat, sofa"; those also named in ``stuff`` are stuff regions.
-        """
+        """Prototypes of every class (Sec. 3.1 to 3.3); ``classes`` as for :meth:`Vocabulary.of`, with those in
+        ``stuff`` as regions. Classes built before come from the library."""
         vocabulary = Vocabulary.of(classes, stuff)
         hidden = not self.progress or len(vocabulary) == 1
         built = [self.build_class(one) for one in tqdm(vocabulary, "building classes", unit="class", disable=hidden)]
@@ -131,10 +127,8 @@ class OVDiff:
         return Segmentation(image, _labels(scores, kept), scores, winner, bank.vocabulary, kept, probabilities, matched)
 
     def segment_many(self, images: Iterable[Any], classes: Classes, together: int = 8) -> Iterator[Segmentation]:
-        """:meth:`segment` of each image, in order, ``together`` at a time: their windows share the networks' batches.
-
-        Images are read as they are needed. The results are those of one image after the other, up to rounding.
-        """
+        """:meth:`segment` of each image, in order, up to rounding; windows of ``together`` images share the networks'
+        batches. Images are read as they are needed."""
         bank, waiting = self._bank(classes), iter(images)
         while chosen := [read_image(image) for image in itertools.islice(waiting, max(1, together))]:
             found = [self._keep(image, bank.vocabulary) for image in chosen]
@@ -177,11 +171,9 @@ def check_profile(profile: Profile) -> None:
     if not profile.prototypes.background and profile.matching.background_threshold is None:
         raise ProfileError("prototypes.background is false and nothing else scores the background; set it to true, or "
                            "matching.background_threshold (0.72 in the paper).")
+    models = {"clip": profile.models.clip} if profile.filters.category else {}
     parts = [(EXTRACTORS[name], "features") for name in profile.features.extractors]
     for part, section in [*parts, (SEGMENTERS[profile.masks.segmenter], "masks")]:
-        models, _ = part.depends_on(profile, section)
-        for source in models.values() if part.models else ():
-            if source:  # the part itself says of an empty field what it is for
-                resolve_model(source)
-    if profile.filters.category:
-        resolve_model(profile.models.clip)
+        models |= part.depends_on(profile, section)[0] if part.models else {}
+    for source in filter(None, models.values()):  # of an empty field the part itself says what it is for
+        resolve_model(source)

@@ -15,10 +15,8 @@ import torch
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORDS = ("a", "good", "picture", "of", "and", "cat", "dog", "sofa", "boat", "water", "chest", "drawers")
 TEXT_LENGTH = 32
-SMALL = {
-    "support.size": 3, "support.steps": 2, "support.batch_size": 4, "features.batch_size": 4, "matching.batch_size": 4,
-    "prototypes.clusters": 4,
-}
+SMALL = {"support.size": 3, "support.steps": 2, "support.batch_size": 4, "features.batch_size": 4, "matching.batch_size": 4,
+         "prototypes.clusters": 4}
 """Profile fields that keep a whole run with the tiny models to seconds."""
 VIT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 64, "patch_size": 8,
        "layer_norm_eps": 1e-6}
@@ -79,17 +77,11 @@ def make_clip(tokenizer):
 
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 64,
               "patch_size": 8, "projection_dim": 16, "hidden_act": "quick_gelu"}
-    model = CLIPModel(CLIPConfig(text_config=text_settings(tokenizer), vision_config=vision, projection_dim=16))
-    # CLIP initialises so small that every input looks alike; position embeddings and projections that matter make tests able to fail.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(8)
-    return model.eval()
+    return _spread(CLIPModel(CLIPConfig(text_config=text_settings(tokenizer), vision_config=vision, projection_dim=16)))
 
 
 def make_dino():
-    """A random ViTModel in DINO's layout, sharpened like CLIP: 3 layers of 32 channels, 64 px, patch 8."""
+    """A random ViTModel in DINO's layout: 3 layers of 32 channels, 64 px, patch 8."""
     from transformers import ViTConfig, ViTModel
 
     return _sharpen(ViTModel(ViTConfig(**VIT), add_pooling_layer=False))
@@ -100,6 +92,15 @@ def make_mae():
     from transformers import ViTMAEConfig, ViTMAEModel
 
     return _sharpen(ViTMAEModel(ViTMAEConfig(**VIT, mask_ratio=0.75)))
+
+
+def _spread(model):
+    """CLIP initialises so small that every input looks alike; weights that matter make tests able to fail."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(8)
+    return model.eval()
 
 
 def _sharpen(model):
@@ -138,11 +139,7 @@ def make_pipeline(tokenizer):
         mid_block_add_attention=False, scaling_factor=1.5)
     scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
                               skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
-    text_encoder = CLIPTextModel(CLIPTextConfig(**text_settings(tokenizer)))
-    with torch.no_grad():  # words that differ, for the same reason as in CLIP
-        for parameter in text_encoder.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(8)
+    text_encoder = _spread(CLIPTextModel(CLIPTextConfig(**text_settings(tokenizer))))
     return StableDiffusionPipeline(
-        vae=vae.eval(), text_encoder=text_encoder.eval(), tokenizer=tokenizer, unet=make_unet(), scheduler=scheduler,
+        vae=vae.eval(), text_encoder=text_encoder, tokenizer=tokenizer, unet=make_unet(), scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)

@@ -80,7 +80,8 @@ def test_what_cannot_be_explained_is_one_sentence():
         with pytest.raises(InputError, match=r"row from 0 to 2 and a column from 0 to 4"):
             make(1, (0, 0)).explain(row, column)
     bare = replace(make(1, (0, 0)), bank=None)
-    for use in (lambda: bare.explain(2, 3), lambda: decided_by(bare), lambda: activated(bare, "cat"), lambda: activated(make(1, (0, 0)), "horse")):
+    for use in (lambda: bare.explain(2, 3), lambda: decided_by(bare), lambda: activated(bare, "cat"),
+                lambda: activated(make(1, (0, 0)), "horse")):
         with pytest.raises(InputError):
             use()
 
@@ -122,7 +123,8 @@ def many(seed=0):
     scores = rng.random((4, 4, 7)).astype(np.float32)
     scores[2] = -np.inf
     np.put_along_axis(scores, labels[None], 2.0, 0)
-    return replace(segmentation, image=np.zeros((4, 7, 3), np.uint8), labels=labels, winner=winner, kept_scores=scores[[0, 1, 3]]), segmentation.bank
+    return replace(segmentation, image=np.zeros((4, 7, 3), np.uint8), labels=labels, winner=winner,
+                   kept_scores=scores[[0, 1, 3]]), segmentation.bank
 
 
 def test_counts_and_activated_prototypes_are_what_explain_says_of_each_pixel():

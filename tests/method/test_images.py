@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from sentences import refused
 
 from ovdiff_lib import images
 from ovdiff_lib.errors import InputError
@@ -16,12 +17,6 @@ from ovdiff_lib.files import write_atomic
 from ovdiff_lib.images import list_images, read_image, resize_short_side, save_label_png
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-
-
-def sentence(caught) -> str:
-    text = str(caught.value)
-    assert "\n" not in text and text.endswith(".") and len(text) < 400
-    return text
 
 
 def save(path, array, **options):
@@ -97,9 +92,9 @@ def test_first_frame_of_an_animation(tmp_path, suffix):
     b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0\x00\x10JFIF", b"RIFF\x00\x00\x00\x00WEBP"])
 def test_files_that_are_no_image(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(InputError, match=r"x\.png") as caught:
-        read_image(tmp_path / "x.png")
-    sentence(caught)
+    for name in ("x.png", "gone.png", ""):  # the last is the folder
+        with refused(InputError, name):
+            read_image(tmp_path / name)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "tif", "bmp"])
@@ -108,9 +103,8 @@ def test_truncated_files(tmp_path, suffix):
     whole = save(tmp_path / f"whole.{suffix}", noise).read_bytes()
     for share in (0.05, 0.5, 0.9):
         (tmp_path / f"cut.{suffix}").write_bytes(whole[: int(len(whole) * share)])
-        with pytest.raises(InputError, match="cut") as caught:
+        with refused(InputError, "cut"):
             read_image(tmp_path / f"cut.{suffix}")
-        sentence(caught)
 
 
 def test_a_flipped_byte_never_ends_in_a_traceback(tmp_path):
@@ -127,25 +121,15 @@ def test_a_flipped_byte_never_ends_in_a_traceback(tmp_path):
                 assert str(error).endswith(".")
 
 
-def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(InputError, match="does not exist") as caught:
-        read_image(tmp_path / "gone.png")
-    sentence(caught)
-    with pytest.raises(InputError, match="is a folder") as caught:
-        read_image(tmp_path)
-    sentence(caught)
-
-
 def test_too_many_pixels(tmp_path, monkeypatch):
     for width, height in ((20_000, 20_000), (11_000, 10_000)):  # for the first Pillow's own limit is met before ours
         header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
         data = b"".join(struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (header, b"IDAT", b"IEND"))
         (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
-        with pytest.raises(InputError, match="100 million") as caught:
+        with refused(InputError, "100 million"):
             read_image(tmp_path / "bomb.png")
-        sentence(caught)
     monkeypatch.setattr(images, "MAX_PIXELS", 34)
-    with pytest.raises(InputError, match="7 x 5 pixels"):
+    with refused(InputError, "7 x 5 pixels"):
         read_image(RGB)
     monkeypatch.setattr(images, "MAX_PIXELS", 35)
     read_image(RGB)
@@ -155,33 +139,23 @@ def test_a_text_chunk_bomb_is_reported(tmp_path):
     info = PngInfo()
     info.add_text("comment", "a" * 2_000_000, zip=True)
     Image.fromarray(RGB).save(tmp_path / "t.png", pnginfo=info)
-    with pytest.raises(InputError) as caught:
+    with refused(InputError, "t.png"):
         read_image(tmp_path / "t.png")
-    sentence(caught)
 
 
-@pytest.mark.parametrize("array", [
-    RGB / 255, RGB.astype(np.int64), RGB[None], RGB[..., :2], RGB[:0], np.zeros((3, 0), np.uint8), np.uint8(3)])
-def test_arrays_that_are_no_image(array):
-    with pytest.raises(InputError) as caught:
-        read_image(np.asarray(array))
-    sentence(caught)
-
-
-@pytest.mark.parametrize("image", [Image.fromarray(RGB[..., 0].astype(np.float32)), Image.fromarray(np.full((2, 3), 70_000, np.int32)),
-                                   Image.fromarray(np.full((2, 3), -1, np.int32)), Image.new("RGB", (0, 4))])
-def test_pixels_of_unknown_range(image):
-    with pytest.raises(InputError) as caught:
+@pytest.mark.parametrize("image", [
+    RGB / 255, RGB.astype(np.int64), RGB[None], RGB[..., :2], RGB[:0], np.zeros((3, 0), np.uint8), np.asarray(np.uint8(3)),
+    Image.fromarray(RGB[..., 0].astype(np.float32)), Image.fromarray(np.full((2, 3), 70_000, np.int32)),
+    Image.fromarray(np.full((2, 3), -1, np.int32)), Image.new("RGB", (0, 4)), Image.new("LAB", (3, 4))])
+def test_arrays_and_pictures_that_are_no_image(image):
+    with refused(InputError, "image"):
         read_image(image)
-    sentence(caught)
 
 
 def test_one_pixel_and_a_wide_strip(tmp_path):
     assert read_image(save(tmp_path / "1.png", RGB[:1, :1])).shape == (1, 1, 3)
     assert read_image(save(tmp_path / "w.png", np.zeros((2, 30_000, 3), np.uint8))).shape == (2, 30_000, 3)
 
-
-# ---- finding
 
 def test_list_images(tmp_path):
     for name in ("b.PNG", "a.jpeg", "c.webp", "notes.txt", "d.jpg"):
@@ -190,12 +164,9 @@ def test_list_images(tmp_path):
     assert [p.name for p in list_images(tmp_path)] == ["a.jpeg", "b.PNG", "c.webp", "d.jpg"]
     assert list_images(str(tmp_path / "notes.txt")) == [tmp_path / "notes.txt"]  # named outright: read_image decides
     for path, what in ((tmp_path / "e.png", "holds no image"), (tmp_path / "gone", "does not exist")):
-        with pytest.raises(InputError, match=what) as caught:
+        with refused(InputError, what):
             list_images(path)
-        sentence(caught)
 
-
-# ---- resizing
 
 @pytest.mark.parametrize(("shape", "short", "expected"), [
     ((128, 160), 64, (64, 80)), ((160, 128), 64, (80, 64)), ((375, 500), 448, (448, 597)), ((100, 149), 64, (64, 95)),
@@ -214,9 +185,8 @@ def test_resize_halves_by_a_triangle_filter():
 
 
 def test_resize_refuses_what_would_be_huge():
-    with pytest.raises(InputError, match="too narrow") as caught:
+    with refused(InputError, "too narrow"):
         resize_short_side(np.zeros((1, 30_000, 3), np.uint8), 448)
-    sentence(caught)
 
 
 # ---- writing
@@ -234,43 +204,29 @@ def test_label_png_holds_the_labels(tmp_path, n, mode):
     assert os.listdir(tmp_path / "new") == ["l.png"]
 
 
-@pytest.mark.parametrize("labels", [np.array([[-1, 0]]), np.array([[0, 3]]), np.zeros((0, 4), int), np.zeros(4, int)])
-def test_labels_that_do_not_fit(tmp_path, labels):
-    with pytest.raises(InputError) as caught:
-        save_label_png(tmp_path / "l.png", labels, np.zeros((3, 3), np.uint8))
-    sentence(caught)
+def test_more_classes_than_a_png_holds(tmp_path):
+    with refused(InputError, "65,536"):
+        save_label_png(tmp_path / "l.png", np.zeros((2, 3), int), np.zeros((65_537, 3)))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, error):
+    def fail(_handle):
+        raise error
+
     path = tmp_path / "x.json"
     write_atomic(path, b"old")
-
-    def full(_handle):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match="No space left") as caught:
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(InputError if isinstance(error, OSError) else KeyboardInterrupt):
         write_atomic(path, b"new")
-    sentence(caught)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x.json"]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot be written") as caught:
+    with refused(InputError, "cannot be written"):
         write_atomic(tmp_path / "file" / "x.json", b"")
-    sentence(caught)
-
-
-def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    def interrupt(_handle):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomic(tmp_path / "x", b"data")
-    assert not list(tmp_path.iterdir())
 
 
 def test_written_files_have_ordinary_permissions(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from sentences import refused
 
 import ovdiff_lib
 from ovdiff_lib.errors import InputError, ProfileError
@@ -15,11 +16,9 @@ from ovdiff_lib.profiles.schema import UNUSED_BY_THE_METHOD, Masks, Matching, Pr
 PACKAGE = Path(ovdiff_lib.__file__).parent
 
 
-def refused(*told: str, make=load_profile, error=ProfileError) -> None:
-    """That ``make()`` raises ``error`` in one sentence, which tells all of ``told``."""
-    with pytest.raises(error) as caught:
+def refuse(*told: str, make, error=ProfileError) -> None:
+    with refused(error, *told):
         make()
-    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in told), str(caught.value)
 
 
 def test_the_shipped_profiles_differ_in_values_not_in_fields():
@@ -73,14 +72,14 @@ def test_no_code_branches_on_a_profiles_name():
 
 @pytest.mark.parametrize("source", ["min", "", "official2", "nowhere.yaml", "mini.yaml.bak", "../profiles/mini"])
 def test_unknown_profiles_are_named(source):
-    refused(source, "mini", make=lambda: load_profile(source))
+    refuse(source, "mini", make=lambda: load_profile(source))
 
 
 @pytest.mark.parametrize("key, word", [
     ("support.sise", "Did you mean 'support.size'?"), ("suport.size", "Did you mean 'support'?"), ("support.size.x", "support.size"),
     ("support", "support.size"), *((key, "models, support, masks") for key in (".size", "size", "name", "", 3))])
 def test_unknown_fields_get_the_legal_ones(key, word):
-    refused(repr(str(key)), word, make=lambda: load_profile("mini", {key: 8}))
+    refuse(repr(str(key)), word, make=lambda: load_profile("mini", {key: 8}))
 
 
 WORDS = {  # every field of a few words, as the steps' docstrings tell them
@@ -96,8 +95,9 @@ SHARES = [0, 1, 0.5], [-0.1, 1.5, "0.5", NAN]
 FLAGS = [True, False], [1, "yes", None]
 VALUES = {  # field: legal values, and others
     **{key: (words.split(), [words.split()[0].upper(), f"{words.split()[0]}x", "?", None]) for key, words in WORDS.items()},
-    **dict.fromkeys(("support.size", "support.steps", "support.batch_size", "features.batch_size", "matching.batch_size", "masks.sam_points",
-                     "masks.maskcut_rounds", "features.sd_noise_samples", "features.dino_input_size", "matching.pamr_iterations",
+    **dict.fromkeys(("support.size", "support.steps", "support.batch_size", "features.batch_size", "matching.batch_size",
+                     "masks.sam_points", "masks.maskcut_rounds", "features.sd_noise_samples",
+                     "features.dino_input_size", "matching.pamr_iterations",
                      "baselines.reco_retrieved"), COUNTS),
     **dict.fromkeys(("prototypes.seed", "features.seed", "support.seed"), SEEDS),
     **dict.fromkeys((f"masks.{name}" for name in ("detector_score", "cutler_score", "sam_iou", "sam_stability", "grounding_box",
@@ -126,11 +126,11 @@ def test_other_values_are_refused_by_name(tmp_path, key):
     for value in legal:
         assert getattr(getattr(plain.override({key: value}), section), name) == value
     for value in wrong:
-        refused(key, *map(repr, WORDS.get(key, "").split()), make=lambda value=value: plain.override({key: value}))
+        refuse(key, *map(repr, WORDS.get(key, "").split()), make=lambda value=value: plain.override({key: value}))
     table, path = plain.to_dict(), tmp_path / "own.yaml"
     table[section][name] = wrong[0]
     path.write_text(yaml.safe_dump(table))
-    refused(f"own.yaml, {key}", make=lambda: load_profile(path))
+    refuse(f"own.yaml, {key}", make=lambda: load_profile(path))
 
 
 @pytest.mark.parametrize("overrides, word", [
@@ -138,13 +138,13 @@ def test_other_values_are_refused_by_name(tmp_path, key):
     ({"masks.threshold_foreground": 4}, "masks.threshold_foreground"),
     ({"masks.fallback": "fixed", "masks.fallback_background": 0.6}, "masks.fallback_background")])
 def test_fields_that_do_not_go_together(overrides, word):
-    refused(f"{word} is {list(overrides.values())[-1]}", make=lambda: load_profile("mini", overrides))
+    refuse(f"{word} is {list(overrides.values())[-1]}", make=lambda: load_profile("mini", overrides))
 
 
 def test_sections_by_themselves_are_judged_alike():
     assert Masks(erosion=2).erosion == 2
-    refused("erosion", make=lambda: Masks(erosion=-1))
-    refused("matching.windows", make=lambda: dataclasses.replace(Matching(), windows=[449]))
+    refuse("erosion", make=lambda: Masks(erosion=-1))
+    refuse("matching.windows", make=lambda: dataclasses.replace(Matching(), windows=[449]))
 
 
 @pytest.mark.parametrize("text, word, line", [
@@ -153,7 +153,7 @@ def test_sections_by_themselves_are_judged_alike():
     ("name: x\ndescription: y\nmodels: {diffusion: a, clip: b, 'clip': c}\n", "'clip'", 3)])
 def test_a_field_named_twice_is_refused(tmp_path, text, word, line):
     (tmp_path / "twice.yaml").write_text(text)
-    refused("twice.yaml", word, "twice", f"line {line}", make=lambda: load_profile(tmp_path / "twice.yaml"))
+    refuse("twice.yaml", word, "twice", f"line {line}", make=lambda: load_profile(tmp_path / "twice.yaml"))
 
 
 def test_anchors_and_merged_tables_are_no_repetition(tmp_path):
@@ -224,14 +224,14 @@ START = "name: x\ndescription: y\n"
 def test_broken_files_are_described(tmp_path, text, word):
     path = tmp_path / "broken.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    refused("broken.yaml", word, make=lambda: load_profile(path))
+    refuse("broken.yaml", word, make=lambda: load_profile(path))
     path.unlink()
     path.mkdir()
-    refused("broken.yaml", make=lambda: load_profile(path))
+    refuse("broken.yaml", make=lambda: load_profile(path))
 
 
 @pytest.mark.parametrize("value", ["2024-13-45", "!!int y", "!!timestamp foo", "[" * 3000])
 def test_values_that_yaml_cannot_make_are_one_sentence(tmp_path, value):
-    refused("support.prompt", make=lambda: parse_assignments([f"support.prompt={value}"]), error=InputError)
+    refuse("support.prompt", make=lambda: parse_assignments([f"support.prompt={value}"]), error=InputError)
     (tmp_path / "own.yaml").write_text(f"name: {value}\n")
-    refused("own.yaml", make=lambda: load_profile(tmp_path / "own.yaml"))
+    refuse("own.yaml", make=lambda: load_profile(tmp_path / "own.yaml"))

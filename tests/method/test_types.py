@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from sentences import refused
 
 from ovdiff_lib.categories import MAX_NAME, Category, Vocabulary
 from ovdiff_lib.errors import InputError, OVDiffError
@@ -14,18 +15,19 @@ LEGAL = ["cat", "Cat", "chest of drawers", "🐈", "👩‍🚀", "café",
          "ソファ", "كلب", "../../etc/passwd", "/", "C:\\x", "a/b", "'; drop--", "%s {name}", "0", "x" * MAX_NAME]
 
 
-@pytest.mark.parametrize("name", LEGAL)
-def test_any_readable_name_is_kept_as_it_is(name):
-    category = Category(name)
-    assert (category.name, category.prompt, category.kind) == (name, name, "thing")
+def test_any_readable_name_is_kept_as_it_is():
+    for name in LEGAL:
+        category = Category(name)
+        assert (category.name, category.prompt, category.kind) == (name, name, "thing")
 
 
-@pytest.mark.parametrize("name", ["", " ", "\t\n", "​", " ‍ ", "x" * (MAX_NAME + 1), "a\0b", "a\x1bb", "a\x7f", "\udc80", None, 3, b"cat"])
-def test_unusable_names_are_refused_in_one_sentence(name):
-    with pytest.raises(InputError) as caught:
-        Category(name)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
-    assert isinstance(caught.value, OVDiffError) and isinstance(caught.value, ValueError)
+@pytest.mark.parametrize("fields", [*({"name": name} for name in (
+    "", " ", "\t\n", "\u200b", " \u200d ", "x" * (MAX_NAME + 1), "a\0b", "a\x1bb", "a\x7f", "\udc80", None, 3, b"cat")),
+    {"prompt": "a\0"}, {"prompt": "\ud800"}, {"prompt": None}, {"kind": "Stuff"}, {"kind": ""}, {"kind": None}])
+def test_what_is_no_category_is_refused_in_one_sentence(fields):
+    with refused(InputError):
+        Category(**{"name": "cat", **fields})
+    assert issubclass(InputError, (OVDiffError, ValueError))
 
 
 def test_spaces_and_unicode_forms_are_made_one():
@@ -34,32 +36,21 @@ def test_spaces_and_unicode_forms_are_made_one():
     category = Category("mouse", "  computer   mouse ")
     assert (category.name, category.prompt) == ("mouse", "computer mouse")
     assert Category("mouse", "   ").prompt == "mouse"
-
-
-def test_the_length_limit_counts_what_is_left_after_cleaning():
     assert len(Category("x" * MAX_NAME + "   ").name) == MAX_NAME
 
 
-@pytest.mark.parametrize("fields", [{"prompt": "a\0"}, {"prompt": "\ud800"}, {"prompt": None}, {"kind": "Stuff"}, {"kind": ""},
-                                    {"kind": None}])
-def test_bad_prompts_and_kinds_are_refused(fields):
-    with pytest.raises(InputError):
-        Category("cat", **fields)
-
-
 def test_categories_are_values():
-    assert Category("cat") == Category(" cat ")
-    assert Category("cat") != Category("cat", kind="stuff")
+    assert Category("cat") == Category(" cat ") != Category("cat", kind="stuff")
     with pytest.raises(dataclasses.FrozenInstanceError):
         Category("cat").name = "dog"
 
 
 @pytest.mark.parametrize("classes, word", [
-    ([], "no class"), ("", "empty"), ("cat,,dog", "empty"), ("cat, ", "empty"), (["cat", "dog", "cat"], "twice"), (["cat", "CAT"], "twice"),
-    (["Straße", "STRASSE"], "twice"), (["caf\u00e9", "cafe\u0301"], "twice"),
-    (["cat", "background"], "background"), ([" BackGround "], "background")])
+    ([], "no class"), ("", "empty"), ("cat,,dog", "empty"), ("cat, ", "empty"), (["cat", "dog", "cat"], "'cat'"), (["cat", "CAT"], "'CAT'"),
+    (["Straße", "STRASSE"], "twice"), (["caf\u00e9", "cafe\u0301"], "twice"), (["cat", "background"], "background"),
+    ([" BackGround "], "BackGround"), (None, "None"), (5, "5"), (object(), "object")])
 def test_bad_vocabularies_are_refused(classes, word):
-    with pytest.raises(InputError, match=word):
+    with refused(InputError, word):
         Vocabulary.of(classes)
 
 
@@ -110,21 +101,16 @@ def bank() -> PrototypeBank:
     return PrototypeBank(Vocabulary.of("cat, dog, sofa"), {"sd": rows, "clip-keys": tuple(reversed(rows))})
 
 
-@pytest.mark.parametrize("kept, names", [((2, 0), ("cat", "sofa")), ([1], ("dog",)), ((0, 0, 1), ("cat", "dog")),
-                                         (range(3), ("cat", "dog", "sofa"))])
-def test_restrict_follows_the_vocabulary_for_every_extractor(kept, names):
+def test_restrict_follows_the_vocabulary_for_every_extractor():
     whole = bank()
-    part = whole.restrict(kept)
-    assert part.vocabulary.names == names and part.extractors == ("sd", "clip-keys")
-    for extractor in whole.extractors:
-        assert len(part.prototypes[extractor]) == len(names)
-        for name, own in zip(names, part.prototypes[extractor], strict=True):
-            assert own is whole.prototypes[extractor][whole.vocabulary.names.index(name)]
-
-
-def test_restricting_to_nothing_is_refused():
+    for kept, names in (((2, 0), ("cat", "sofa")), ([1], ("dog",)), ((0, 0, 1), ("cat", "dog")), (range(3), ("cat", "dog", "sofa"))):
+        part = whole.restrict(kept)
+        assert part.vocabulary.names == names and part.extractors == ("sd", "clip-keys")
+        for extractor in whole.extractors:
+            own = [whole.prototypes[extractor][whole.vocabulary.names.index(name)] for name in names]
+            assert list(map(id, part.prototypes[extractor])) == list(map(id, own))
     with pytest.raises(InputError):
-        bank().restrict([])
+        whole.restrict([])
 
 
 def test_without_background_leaves_the_foreground_alone():
@@ -149,9 +135,3 @@ def test_class_names_of_a_segmentation_start_with_background():
                           np.zeros((2, *shape), np.int32), Vocabulary.of("cat, dog"), (0, 1), np.array([0.5, 0.5], np.float32))
     assert result.class_names == ("background", "cat", "dog")
     assert result.class_names[int(result.labels[0, 0])] == "cat"
-
-
-@pytest.mark.parametrize("classes", [None, 5, object()])
-def test_classes_that_are_no_names_are_one_sentence(classes):
-    with pytest.raises(InputError, match="Classes are names"):
-        Vocabulary.of(classes)

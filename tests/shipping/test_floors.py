@@ -1,4 +1,4 @@
-"""The floors of the house: an import goes down, never up and never in a circle."""
+"""The floors of the house: an import goes down, never up and never in a circle; and lines that fit a screen."""
 
 import ast
 import functools
