@@ -244,12 +244,14 @@ def build(profile):
 """
 
 
-@pytest.fixture
-def written(tmp_path, monkeypatch):
-    """write(text) -> a module ``own_parts`` with this text, as an import of it gives in a new process."""
+@pytest.mark.parametrize("choose", [
+    lambda module: module.Mine, lambda module: module.Mine.build, lambda module: module.build, lambda module: module.Mine.run,
+    lambda module: functools.partial(module.Mine.build, kind="keys")])
+def test_an_edited_part_has_other_keys(profile, tmp_path, monkeypatch, choose):
     count = itertools.count()
 
-    def write(text):
+    def written(text):
+        """A module ``own_parts`` with this text, as an import of it gives in a new process."""
         folder = tmp_path / str(next(count))
         folder.mkdir()
         (folder / "own_parts.py").write_text(text)
@@ -257,14 +259,6 @@ def written(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, "own_parts", raising=False)
         return importlib.import_module("own_parts")
 
-    yield write
-    sys.modules.pop("own_parts", None)
-
-
-@pytest.mark.parametrize("choose", [
-    lambda module: module.Mine, lambda module: module.Mine.build, lambda module: module.build, lambda module: module.Mine.run,
-    lambda module: functools.partial(module.Mine.build, kind="keys")])
-def test_an_edited_part_has_other_keys(profile, written, monkeypatch, choose):
     def depends(text, **options):
         for registry, name in ((EXTRACTORS, "colour"), (SEGMENTERS, "bright")):
             monkeypatch.setitem(registry, name, Part(choose(written(text)), (), (), **options))
@@ -275,6 +269,7 @@ def test_an_edited_part_has_other_keys(profile, written, monkeypatch, choose):
     assert all(a != b for a, b in zip(first, edited, strict=True))
     one, same, other = (depends(text, version=v) for text, v in ((MODULE, "1"), (MODULE + "# more\n", "1"), (MODULE, "2")))
     assert one == same and all(a != b for a, b in zip(one, other, strict=True)) and one[0] != first[0]
+    sys.modules.pop("own_parts", None)
 
 
 def test_shared_parts_follow_the_code(profile, monkeypatch):

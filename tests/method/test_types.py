@@ -5,11 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 from sentences import refused
+from test_explain import rows
 
 from ovdiff_lib.categories import MAX_NAME, Category, Vocabulary
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.segmentation import Segmentation
-from ovdiff_lib.types import PrototypeBank, Prototypes
+from ovdiff_lib.types import PrototypeBank
 
 LEGAL = ["cat", "Cat", "chest of drawers", "🐈", "👩‍🚀", "café",
          "ソファ", "كلب", "../../etc/passwd", "/", "C:\\x", "a/b", "'; drop--", "%s {name}", "0", "x" * MAX_NAME]
@@ -65,40 +66,25 @@ def test_a_vocabulary_keeps_order_and_kinds():
     assert Vocabulary.of(name for name in ("b", "a")).names == ("b", "a")
 
 
-def prototypes(offset: float = 0.0) -> Prototypes:
-    """Seven prototypes of N = 2 support images on a 2 x 3 grid with K = 2 parts a region; vectors are the row number plus ``offset``."""
-    kind = np.array(["class", "instance", "part", "part", "class", "part", "part"])
-    region = np.array(["foreground"] * 4 + ["background"] * 3)
-    cluster = np.array([-1, -1, 0, 1, -1, 2, 3], np.int32)
-    image = np.array([-1, 1, -1, -1, -1, -1, -1], np.int32)
-    assignment = np.array([[[0, 1, -1], [2, 3, 3]], [[-1, -1, 2], [1, 1, 0]]], np.int16)
-    vectors = np.arange(7, dtype=np.float32)[:, None] + np.full((1, 4), offset, np.float32)
-    return Prototypes(vectors, kind, region, image, cluster, assignment)
-
-
 def test_part_assignment_splits_the_codes_by_region():
-    made = prototypes()
-    foreground, background = made.part_assignment("foreground"), made.part_assignment("background")
-    assert foreground.tolist() == [[[0, 1, -1], [-1, -1, -1]], [[-1, -1, -1], [1, 1, 0]]]
-    assert background.tolist() == [[[-1, -1, -1], [2, 3, 3]], [[-1, -1, 2], [-1, -1, -1]]]
+    foreground, background = (rows().part_assignment(region) for region in ("foreground", "background"))
+    assert foreground.tolist() == [[[0, 0, -1], [1, -1, -1]], [[1, -1, -1], [1, 1, -1]]]
+    assert background.tolist() == [[[-1, -1, 4], [-1, -1, 5]], [[-1, 4, 4], [-1, -1, 4]]]
     assert foreground.dtype == np.int16
 
 
 def test_select_takes_the_same_rows_of_everything():
-    made = prototypes()
-    picked = made.select(np.array([False, True, True, False, False, False, True]))
-    assert len(picked) == 3 and len(made) == 7
-    assert picked.vectors[:, 0].tolist() == [1, 2, 6]
-    assert picked.kind.tolist() == ["instance", "part", "part"]
-    assert picked.region.tolist() == ["foreground", "foreground", "background"]
-    assert picked.image.tolist() == [1, -1, -1] and picked.cluster.tolist() == [-1, 0, 3]
-    assert np.array_equal(picked.assignment, made.assignment)
-    assert picked.part_assignment("background").max() == 3 and (picked.part_assignment("background") == 2).sum() == 0
+    chosen = [1, 3, 9]
+    picked = rows().select(np.isin(np.arange(10), chosen))
+    for name in ("vectors", "kind", "region", "image", "cluster"):
+        assert np.array_equal(getattr(picked, name), getattr(rows(), name)[chosen])
+    assert len(picked) == 3 and len(rows()) == 10 and np.array_equal(picked.assignment, rows().assignment)
+    assert np.unique(picked.part_assignment("background")).tolist() == [-1, 5]
 
 
 def bank() -> PrototypeBank:
-    rows = tuple(prototypes(100.0 * i) for i in range(3))
-    return PrototypeBank(Vocabulary.of("cat, dog, sofa"), {"sd": rows, "clip-keys": tuple(reversed(rows))})
+    made = tuple(dataclasses.replace(rows(), vectors=rows().vectors + 100 * i) for i in range(3))
+    return PrototypeBank(Vocabulary.of("cat, dog, sofa"), {"sd": made, "clip-keys": made[::-1]})
 
 
 def test_restrict_follows_the_vocabulary_for_every_extractor():
@@ -118,8 +104,8 @@ def test_without_background_leaves_the_foreground_alone():
     bare = whole.without_background()
     for extractor in whole.extractors:
         for before, after in zip(whole.prototypes[extractor], bare.prototypes[extractor], strict=True):
-            assert len(before) == 7 and set(after.region) == {"foreground"}
-            assert np.array_equal(after.vectors, before.vectors[:4])
+            assert len(before) == 10 and set(after.region) == {"foreground"}
+            assert np.array_equal(after.vectors, before.vectors[:5])
     assert bare.vocabulary is whole.vocabulary
 
 

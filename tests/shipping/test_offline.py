@@ -62,7 +62,7 @@ def guarded(tmp_path) -> Guarded:
 
 
 REACHING = """
-import socket, threading, urllib.request
+import socket, urllib.request
 from socket import create_connection, getaddrinfo
 for reach in (lambda: urllib.request.build_opener(urllib.request.ProxyHandler({})).open("http://192.0.2.1/", timeout=1),
               lambda: create_connection(("192.0.2.1", 80), 1), lambda: getaddrinfo("example.org", 443),
@@ -72,10 +72,9 @@ for reach in (lambda: urllib.request.build_opener(urllib.request.ProxyHandler({}
         reach()
     except OSError:
         print("refused")
-server = socket.socket(socket.AF_UNIX)
+server, client = (socket.socket(socket.AF_UNIX) for _ in range(2))
 server.bind("unix")
 server.listen()
-client = socket.socket(socket.AF_UNIX)
 client.connect("unix")
 print("local")
 """
