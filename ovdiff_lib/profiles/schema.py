@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
-from pydantic_core import PydanticCustomError
 
 from ovdiff_lib.errors import ProfileError, legal
 
@@ -30,7 +29,7 @@ def _in_one_sentence(origin: str) -> Iterator[None]:
 
 
 def _sentence(wrong: dict[str, Any]) -> str:
-    name, said = ".".join(map(str, wrong["loc"])), wrong["msg"]
+    name, said = ".".join(map(str, wrong["loc"])), wrong["msg"].removeprefix("Value error, ")
     if wrong["type"] in ("unexpected_keyword_argument", "invalid_key"):
         return f"there is no field {name!r}; {legal(name, _beside(name))}"
     if wrong["type"] == "missing":
@@ -54,14 +53,14 @@ def section(kind: type) -> type:
 
 def _each_once(names: list) -> list:
     if len(set(names)) < len(names):
-        raise PydanticCustomError("twice", "Input should name each once")
+        raise ValueError("Input should name each once")
     return names
 
 
-def _crossed(step: str, values: Any, field: str, relation: str, other: str) -> PydanticCustomError:
+def _crossed(step: str, values: Any, field: str, relation: str, other: str) -> ValueError:
     """The error of a field that does not go together with another."""
-    return PydanticCustomError("crossed", f"{step}.{field} is {getattr(values, field)}; it must be {relation} "
-                                          f"{step}.{other} ({getattr(values, other)}).")
+    return ValueError(f"{step}.{field} is {getattr(values, field)}; it must be {relation} {step}.{other} "
+                      f"({getattr(values, other)}).")
 
 
 # Strict: a truth value or a text is no number, 8.0 no whole one.

@@ -146,7 +146,7 @@ MISTAKES = [  # arguments ({images} is the folder), words of the sentence
     (IMAGE + "cat --stuff-default stuff", "--stuff-from"), ("evaluate mini-voc --stuff-default stuff", "--stuff-from"),
     (IMAGE + "cat --set matching.refine=PAMR", "matching.refine"), (IMAGE + "cat --set models.clip=/nowhere", "/nowhere"),
     (IMAGE + "cat --set prototypes.background=false", "matching.background_threshold"),
-    (IMAGE + "cat --set models.device=ipu", "models.device"), ("evaluate mini-voc --split train", "val or wild"),
+    (IMAGE + "cat --set models.device=ipu", "models.device"), ("evaluate mini-voc --split train", "tune, val, wild"),
     ("run {images}/none.ipynb", "none.ipynb"), ("run {images}/notes.txt", "cannot be read as a notebook"),
     ("reproduce --notebooks {images}", "No notebook"), (f"reproduce --notebooks {NOTEBOOKS} --only 00,77", "'77'"),
     (QUICKSTART + "seed=many", "'seed'"), (QUICKSTART + "sed=1", "'seed'"), ("reproduce --profile big", "'big'")]
