@@ -79,3 +79,9 @@ def test_no_notebook_reaches_what_does_not_make_it_stale():
     assert {Path("pipeline.py"), Path("workbench/tables/tables.py")} <= paths
     assert not [path for path in paths for folder in NOT_READ if path.is_relative_to(folder)]
     assert all((PACKAGE / folder).exists() for folder in NOT_READ)
+
+
+def test_lines_fit_a_screen():
+    wide = [f"{path.relative_to(PACKAGE)}:{number}" for path in MODULES.values()
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 120]
+    assert not wide

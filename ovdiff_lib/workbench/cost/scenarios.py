@@ -100,8 +100,8 @@ def building(session: Session) -> list[Ratio]:
 
     name = profile.masks.segmenter
     what = f"{profile.support.size} images: drawing, attribution, masks ({name}), features, prototypes"
-    against = ("the bare StableDiffusionPipeline, then VAE encoder and one UNet pass over each image, resized and noised "
-               "as well")
+    against = ("the bare StableDiffusionPipeline, then VAE encoder and one UNet pass over each image, resized and "
+               "noised as well")
     return [Ratio("building a class", what, against, *alternate(ours, theirs, session.repeats, session.device), 1.15)]
 
 

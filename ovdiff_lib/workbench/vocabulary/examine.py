@@ -275,8 +275,8 @@ def _notes(bank: PrototypeBank, findings: Findings, kept: Sequence[int], ovdiff:
         return []
     threshold = ovdiff.profile.filters.stuff_threshold
     return [f"With this vocabulary's stuff the stuff filter (filters.stuff_threshold {threshold:g}) removes all "
-            f"background prototypes of {', '.join(empty)}: every pixel will get a class, so name everything that images "
-            "show."]
+            f"background prototypes of {', '.join(empty)}: every pixel will get a class, so name everything that "
+            "images show."]
 
 
 # ---- what CLIP reads
