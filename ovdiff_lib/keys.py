@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ovdiff_lib.errors import ModelNotAvailable
-from ovdiff_lib.features import EXTRACTORS
+from ovdiff_lib.errors import ModelNotAvailable, ProfileError
+from ovdiff_lib.features import EXTRACTORS, check_extractors
 from ovdiff_lib.library.codec import identify
-from ovdiff_lib.masks import COMMON_SETTINGS, SEGMENTERS
-from ovdiff_lib.networks.identity import model_identity
+from ovdiff_lib.masks import COMMON_SETTINGS, SEGMENTERS, check_segmenter
+from ovdiff_lib.networks.identity import model_identity, resolve_model
 from ovdiff_lib.profiles.schema import UNUSED_BY_THE_METHOD, Profile
 from ovdiff_lib.registry import NOT_MODELS, Part, chosen_settings
 
@@ -42,6 +42,22 @@ DATA = (".csv", ".json", ".yaml")
 
 
 # ------------------------------------------------------------------ what is asked for
+
+def check_profile(profile: Profile) -> None:
+    """Before any work: ``ProfileError`` for a part that no registry has and a background that nothing scores,
+    ``ModelNotAvailable`` for a missing folder of a model that some step loads. Loads no model."""
+    check_extractors(profile)
+    check_segmenter(profile)
+    if not profile.prototypes.background and profile.matching.background_threshold is None:
+        raise ProfileError("prototypes.background is false and nothing else scores the background; set it to true, or "
+                           "matching.background_threshold (0.72 in the paper).")
+    models = {"clip": profile.models.clip} if profile.filters.category else {}
+    parts = [(EXTRACTORS[name], "features") for name in profile.features.extractors]
+    for part, section in [*parts, (SEGMENTERS[profile.masks.segmenter], "masks")]:
+        models |= part.depends_on(profile, section)[0] if part.models else {}
+    for source in filter(None, models.values()):  # of an empty field the part itself says what it is for
+        resolve_model(source)
+
 
 def for_words(table: dict[str, Any], prompt: str) -> tuple[str, dict[str, Any]]:
     """The library's key for one category, and what it is the hash of: ``table`` of :func:`made_from` with the

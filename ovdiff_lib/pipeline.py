@@ -22,16 +22,14 @@ from tqdm import tqdm
 
 from ovdiff_lib import keys
 from ovdiff_lib.categories import Category, Vocabulary
-from ovdiff_lib.errors import ProfileError
-from ovdiff_lib.features import EXTRACTORS, build_extractors, check_extractors
+from ovdiff_lib.features import build_extractors
 from ovdiff_lib.filters.category import CategoryFilter
 from ovdiff_lib.filters.stuff import StuffFilter
 from ovdiff_lib.images import read_image
 from ovdiff_lib.library.store import Library
-from ovdiff_lib.masks import SEGMENTERS, build_segmenter, check_segmenter
+from ovdiff_lib.masks import build_segmenter
 from ovdiff_lib.masks.select import make_masks
 from ovdiff_lib.matching.matcher import Matcher
-from ovdiff_lib.networks.identity import resolve_model
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.loading import load_diffusion
 from ovdiff_lib.profiles.reading import load_profile
@@ -81,7 +79,7 @@ class OVDiff:
 
     def build_class(self, category: Category | str) -> dict[str, Prototypes]:
         """Steps 1 and 2 for one category: its prototypes by extractor; what the library holds is taken from there."""
-        check_profile(self.profile)
+        keys.check_profile(self.profile)
         support = cache(lambda: self.support(category))
         masks = cache(lambda: self._kept("masks", category, lambda: self.masks(support())))
         return {name: self._kept(name, category, lambda name=name: self._prototypes(name, support(), masks()))
@@ -161,19 +159,3 @@ class OVDiff:
 def _labels(scores: np.ndarray, kept: tuple[int, ...]) -> np.ndarray:
     """Eq. 4: a pixel is of the class with its highest score; 0 is background, 1 + c is category c of the vocabulary."""
     return np.array([0, *(1 + c for c in kept)], np.int32)[scores.argmax(0)]
-
-
-def check_profile(profile: Profile) -> None:
-    """Before any work: ``ProfileError`` for a part that no registry has and a background that nothing scores,
-    ``ModelNotAvailable`` for a missing folder of a model that some step loads. Loads no model."""
-    check_extractors(profile)
-    check_segmenter(profile)
-    if not profile.prototypes.background and profile.matching.background_threshold is None:
-        raise ProfileError("prototypes.background is false and nothing else scores the background; set it to true, or "
-                           "matching.background_threshold (0.72 in the paper).")
-    models = {"clip": profile.models.clip} if profile.filters.category else {}
-    parts = [(EXTRACTORS[name], "features") for name in profile.features.extractors]
-    for part, section in [*parts, (SEGMENTERS[profile.masks.segmenter], "masks")]:
-        models |= part.depends_on(profile, section)[0] if part.models else {}
-    for source in filter(None, models.values()):  # of an empty field the part itself says what it is for
-        resolve_model(source)

@@ -130,7 +130,7 @@ def engine_of(options: argparse.Namespace, profile: Profile) -> Engine | None:
 def build_with(engine: Engine, ovdiff: OVDiff, vocabulary: Vocabulary) -> None:
     """Build every class into the library of ``ovdiff``, whatever becomes of the others; ``OVDiffError`` after one that
     failed."""
-    from ovdiff_lib.pipeline import check_profile
+    from ovdiff_lib.keys import check_profile
     from ovdiff_lib.workbench.evaluation.workers import build_classes
 
     check_profile(ovdiff.profile)

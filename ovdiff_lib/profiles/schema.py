@@ -3,7 +3,7 @@
 A profile is a YAML file with one section a step. What a field may hold stands here and nowhere else: ``Literal`` lists
 the words, ``Field`` the range, a validator what the fields of a section need of each other. Anything else raises
 ``ProfileError`` with what is legal, wherever it comes from. What only a registry or a network knows,
-:func:`~ovdiff_lib.pipeline.check_profile` judges.
+:func:`~ovdiff_lib.keys.check_profile` judges.
 """
 
 import dataclasses

@@ -142,7 +142,7 @@ def inspect(profile: Profile, data: list[str] | None = None, library: Path | Non
 
     Raises ``ProfileError`` for a part that does not exist; whatever is merely absent is in the report.
     """
-    from ovdiff_lib.pipeline import check_profile
+    from ovdiff_lib.keys import check_profile
 
     used = uses(profile)
     models, libraries = models_of(profile, used), _libraries(profile, used)

@@ -11,8 +11,7 @@ from sentences import refused
 import ovdiff_lib
 from ovdiff_lib import InputError, ModelNotAvailable, OVDiff, OVDiffError, ProfileError, pipeline
 from ovdiff_lib.categories import Category
-from ovdiff_lib.keys import for_words, made_from
-from ovdiff_lib.pipeline import check_profile
+from ovdiff_lib.keys import check_profile, for_words, made_from
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.types import PrototypeBank, Prototypes
 from ovdiff_lib.workbench.doctor import inspect

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from ovdiff_lib.errors import InputError, ModelNotAvailable, ProfileError
-from ovdiff_lib.pipeline import OVDiff, check_profile
+from ovdiff_lib.keys import check_profile
+from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.workbench.data.datasets import load_dataset
@@ -40,7 +41,7 @@ class Bench:
             drawings and clustering, not the noise on test images, so that seeds share the features of these.
         images: the first so many images of each data set (default: ``evaluation.images``).
 
-    Raises as :func:`~ovdiff_lib.pipeline.check_profile`, whatever rows replace later.
+    Raises as :func:`~ovdiff_lib.keys.check_profile`, whatever rows replace later.
     """
 
     def __init__(self, profile: str | Path | Profile = "mini", overrides: Mapping[str, Any] | None = None, *,

@@ -47,7 +47,7 @@ def examine(ovdiff: OVDiff, classes: Vocabulary | Iterable[str | Category] | str
     has no category filter CLIP is not asked. Whatever else is wrong raises as :meth:`~ovdiff_lib.pipeline.OVDiff.build`
     does.
     """
-    from ovdiff_lib.pipeline import check_profile
+    from ovdiff_lib.keys import check_profile
 
     limits, vocabulary = limits or Limits(), Vocabulary.of(classes, stuff)
     check_profile(ovdiff.profile)
