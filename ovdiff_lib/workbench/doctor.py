@@ -6,24 +6,34 @@ Nothing is loaded or downloaded. Costs are the paper's (Sec. 4.2, App. C.5) and 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ovdiff_lib.errors import InputError, ModelNotAvailable, ProfileError
+from ovdiff_lib.features import EXTRACTORS, check_extractors
 from ovdiff_lib.files import size_text
+from ovdiff_lib.keys import check_profile
+from ovdiff_lib.library.store import Library
+from ovdiff_lib.masks import SEGMENTERS, check_segmenter
+from ovdiff_lib.networks.identity import PACKAGE, open_clip_weights, resolve_model
+from ovdiff_lib.networks.loading import check_libraries, resolve_device, wrong_type
 from ovdiff_lib.networks.published import FILES, MODEL_TYPES, how_to_get, lacking, published
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.registry import NOT_MODELS
 from ovdiff_lib.workbench.cost.flops import prototype_bytes, prototype_rows
+from ovdiff_lib.workbench.data.datasets import DATASETS, load_dataset
 
 HERE = ("package", "folder", "file", "hub cache")
 
@@ -32,6 +42,16 @@ BESIDES = {"open_clip_pretrained": "open_clip", "cutler_sha256": "cutler"}
 
 STATES = {"wrong model": "is a wrong model", "wrong checksum": "has a wrong checksum"}
 """How a sentence says a state that is no adjective."""
+
+LIBRARIES = (
+    ("detectron2", "detectron2", "segmenter cutler",
+     "conda install -c conda-forge detectron2 (environment.yml has it; the Python package index does not)"),
+    ("open_clip", "open_clip_torch", "extractors open-clip-*", "pip install open_clip_torch"),
+    ("pydensecrf", "pydensecrf2", "masks.maskcut_refine crf", "pip install pydensecrf2"),
+    ("accelerate", "accelerate", "less memory while weights load", "pip install accelerate"),
+    ("ray", "ray", "more than one machine or GPU", 'pip install "ray[data]"'),
+)
+"""Optional libraries: module, distribution, what it serves, how to get it."""
 
 
 @dataclass(frozen=True)
@@ -71,25 +91,17 @@ class Model:
 
 
 @dataclass(frozen=True)
-class PythonLibrary:
-    """An optional library: its ``version`` or "" if it is not installed, and what of this profile needs it ("" for
-    nothing)."""
-
-    name: str
-    version: str
-    serves: str
-    needed_by: str
-    get: str
-
-
-@dataclass(frozen=True)
 class ProfileReport:
-    """All that :func:`inspect` found; ``print`` shows it. ``problems``: a sentence for each thing that is needed and
-    not here."""
+    """All that :func:`inspect` found; ``print`` shows it.
+
+    ``libraries``: name, version ("" if not installed), what it serves, what of this profile needs it ("": nothing), how
+    to get it. ``data``: name, folder, images, problem. ``problems``: a sentence for each thing that is needed and not
+    here.
+    """
 
     profile: str
     models: tuple[Model, ...]
-    libraries: tuple[PythonLibrary, ...]
+    libraries: tuple[dict[str, str], ...]
     data: tuple[dict[str, Any], ...]
     machine: dict[str, Any]
     expected: dict[str, str]
@@ -102,36 +114,34 @@ class ProfileReport:
         return json.dumps({"ready": not self.problems, **table}, indent=1) + "\n"
 
     def __str__(self) -> str:
-        machine, models, libraries = self.machine, [("model", "named", "state", "size", "licence", "used by")], []
-        for m in self.models:
-            size = ("" if m.here or m.size is None else "~") + size_text(m.size)
-            users = ", ".join(m.used_by) or "(not by this profile)"
-            models.append((m.field, m.identifier, m.state, size, m.licence, users))
-        for lib in self.libraries:
-            libraries.append((lib.name, lib.version or "not installed", lib.serves, lib.needed_by or "-"))
-        parts = [f"Profile {self.profile}", "", *_columns(models), ""]
-        parts += [*_columns([("library", "version", "serves", "needed by"), *libraries]), ""]
-        if self.data:
-            sets = [(row["name"] or "?", row["folder"], str(row["images"] or "-")) for row in self.data]
-            parts += [*_columns([("data set", "folder", "images"), *sets]), ""]
+        machine = self.machine
+        models = [(m.field, m.identifier, m.state, ("" if m.here or m.size is None else "~") + size_text(m.size),
+                   m.licence, ", ".join(m.used_by) or "(not by this profile)") for m in self.models]
+        libraries = [(lib["name"], lib["version"] or "not installed", lib["serves"], lib["needed_by"] or "-")
+                     for lib in self.libraries]
+        data = [(row["name"] or "?", row["folder"], str(row["images"] or "-")) for row in self.data]
         gpus = ", ".join(f"{gpu['name']} ({size_text(gpu['memory'])})" for gpu in machine["gpus"]) or "none"
-        parts += _columns([
-            ("device", f"{machine['device'] or 'not here'}; GPUs: {gpus}; {machine['cpus']} CPU cores; "
-                       f"torch {machine['torch']}"),
-            ("memory", size_text(machine["memory"])),
-            ("library", f"{machine['library']} ({size_text(machine['library_free'])} free)"),
-            ("hub cache", f"{machine['hub_cache']} ({size_text(machine['hub_cache_free'])} free)"),
-            *((f"expected {what}", text) for what, text in self.expected.items())])
-        found = [(f"  {m.field}", m.where + (f" ({m.detail})" if m.detail else ""))
-                 for m in self.models if m.here and m.where]
+        here = [("device", f"{machine['device'] or 'not here'}; GPUs: {gpus}; {machine['cpus']} CPU cores; "
+                           f"torch {machine['torch']}"),
+                ("memory", size_text(machine["memory"])),
+                ("library", f"{machine['library']} ({size_text(machine['library_free'])} free)"),
+                ("hub cache", f"{machine['hub_cache']} ({size_text(machine['hub_cache_free'])} free)"),
+                *((f"expected {what}", text) for what, text in self.expected.items())]
+        found = [(f"  {m.field}", m.where + f" ({m.detail})" * bool(m.detail)) for m in self.models
+                 if m.here and m.where]
         unused = [(f"  {m.field}", m.get) for m in self.models if not m.needed and m.get]
-        parts += ["", "Found:", *_columns(found)] if found else []
-        parts += ["", "Not needed by this profile, to be had with:", *_columns(unused)] if unused else []
-        problems = [f"  {problem}".replace("get it with: ", "get it with:\n    ") for problem in self.problems]
-        return "\n".join([*parts, "", *(["Missing:", *problems] if problems else ["Everything needed is here."])])
+        missing = [f"  {problem}".replace("get it with: ", "get it with:\n    ") for problem in self.problems]
+        blocks = [[f"Profile {self.profile}"],
+                  aligned([("model", "named", "state", "size", "licence", "used by"), *models]),
+                  aligned([("library", "version", "serves", "needed by"), *libraries]),
+                  data and aligned([("data set", "folder", "images"), *data]), aligned(here),
+                  found and ["Found:", *aligned(found)],
+                  unused and ["Not needed by this profile, to be had with:", *aligned(unused)],
+                  ["Missing:", *missing] if missing else ["Everything needed is here."]]
+        return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+def aligned(rows: list[tuple[str, ...]]) -> list[str]:
     """Rows as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -142,38 +152,40 @@ def inspect(profile: Profile, data: list[str] | None = None, library: Path | Non
 
     Raises ``ProfileError`` for a part that does not exist; whatever is merely absent is in the report.
     """
-    from ovdiff_lib.keys import check_profile
-
     used = uses(profile)
     models, libraries = models_of(profile, used), _libraries(profile, used)
     sets = tuple(row for root in data or [] for row in _data_set(root))
-    machine, problems = _machine(profile, library)
-    absent = [lib for lib in libraries if lib.needed_by and not lib.version]
-    problems = [*_version_problem(), *(m.problem() for m in models if m.needed and not m.here),
-                *(f"The library {lib.name} is needed by {lib.needed_by} and not installed: {lib.get}"
-                  for lib in absent),
-                *(row["problem"] for row in sets if row["problem"]), *problems]
+    problems = [*_said(check_libraries), *(m.problem() for m in models if m.needed and not m.here),
+                *(f"The library {lib['name']} is needed by {lib['needed_by']} and not installed: {lib['get']}"
+                  for lib in libraries if lib["needed_by"] and not lib["version"]),
+                *(row["problem"] for row in sets if row["problem"]), *_said(resolve_device, profile)]
     with suppress(ModelNotAvailable):  # the list of models says more
         try:
             check_profile(profile)
         except ProfileError as error:
             problems.append(str(error))
-    return ProfileReport(profile.name, models, libraries, sets, machine, expected(profile, models), tuple(problems))
+    return ProfileReport(profile.name, models, libraries, sets, _machine(profile, library), expected(profile, models),
+                         tuple(problems))
+
+
+def _said(check: Callable[..., Any], *args: Any) -> list[str]:
+    """The sentence of a check that raises, in a list; else nothing."""
+    try:
+        check(*args)
+    except (ModelNotAvailable, ProfileError) as error:
+        return [str(error)]
+    return []
 
 
 def uses(profile: Profile) -> dict[str, list[str]]:
     """Field of ``profile.models`` -> the parts that declare to load it. Raises ``ProfileError`` for an unknown part."""
-    from ovdiff_lib.features import EXTRACTORS, check_extractors
-    from ovdiff_lib.masks import SEGMENTERS, check_segmenter
-
     check_extractors(profile)
     check_segmenter(profile)
+    segmenter, parts = profile.masks.segmenter, {"support images": ["diffusion"]}
     named = {f"extractor {name}": (EXTRACTORS[name], "features") for name in profile.features.extractors}
-    named[f"segmenter {profile.masks.segmenter}"] = SEGMENTERS[profile.masks.segmenter], "masks"
-    parts = {"support images": ["diffusion"]}
-    for label, (part, section) in named.items():  # nothing is known of a part that declares nothing
+    for label, (part, section) in {**named, f"segmenter {segmenter}": (SEGMENTERS[segmenter], "masks")}.items():
         models, _ = part.depends_on(profile, section)  # a declaration of what no profile has is an error
-        parts[label] = [] if part.models is None else list(models)
+        parts[label] = [] if part.models is None else list(models)  # of a part that declares nothing nothing is known
     if profile.filters.category:
         parts["category filter"] = ["clip"]
     table: dict[str, list[str]] = {}
@@ -187,12 +199,12 @@ def uses(profile: Profile) -> dict[str, list[str]]:
 
 def models_of(profile: Profile, used: dict[str, list[str]]) -> tuple[Model, ...]:
     """Every model that the profile names or a part needs; ``used`` says by field which parts load it."""
-    table, found = profile.to_dict()["models"], []
-    for name, value in table.items():
+    found = []
+    for name, value in profile.to_dict()["models"].items():
         if name not in NOT_MODELS and name not in BESIDES and (value or name in used):
-            folder = not value or value.startswith("package:") or Path(value).expanduser().is_dir()
-            look = _open_clip if name == "open_clip" and not folder else functools.partial(_model, name=name)
-            found.append(look(profile, used_by=tuple(used.get(name, ()))))
+            folder = not value or value.startswith(PACKAGE) or Path(value).expanduser().is_dir()
+            look = _open_clip if name == "open_clip" and not folder else _model
+            found.append(look(profile, name, tuple(used.get(name, ()))))
     return tuple(found)
 
 
@@ -205,40 +217,40 @@ def hub_cache() -> Path:
 
 def _model(profile: Profile, name: str, used_by: tuple[str, ...]) -> Model:
     identifier = getattr(profile.models, name)
+    remedy, (get, size, licence) = "", _published(identifier)
     state, where, detail = _locate(identifier, FILES.get(name, ()), MODEL_TYPES.get(name, ""))
-    file, remedy, get, size = Path(where).is_file(), "", "", None
+    file = Path(where).is_file()
     if state in HERE and file != (name == "cutler") and not (name == "mae" and file):
         state, detail = "incomplete", "a folder of the model is wanted" if file else "a checkpoint file is wanted"
     if state == "file" and name == "cutler":
-        state, detail = _checksum(Path(where), profile.models.cutler_sha256)
-    if state == "not verified":
-        remedy = f"if that is the file you trust, add --set models.cutler_sha256={detail} or write it into the profile"
-        detail = f"models.cutler_sha256 is not set; the file's SHA-256 is {detail}"
+        state, detail, remedy = _checksum(Path(where), profile.models.cutler_sha256)
     if state in (*HERE, "wrong model", "not verified"):
-        size = _size(Path(where))
-    else:
-        get, size = _download(identifier)
-    licence = "Apache-2.0, as this project" if state == "package" else _licence(identifier)
+        get, size = "", _size(Path(where))
+    licence = "Apache-2.0, as this project" if state == "package" else licence
     return Model(name, identifier, state, where, size, licence, used_by, get, detail, remedy)
 
 
-def _download(source: str) -> tuple[str, int | None]:
-    """The command that fetches a model, and its size where it is known."""
-    known = published(source)
-    return how_to_get(source) if source else "", known.size if known else None
+def _open_clip(profile: Profile, name: str, used_by: tuple[str, ...]) -> Model:
+    """An architecture of open_clip, whose weights are a file, or a tag that open_clip knows."""
+    architecture, weights = profile.models.open_clip, profile.models.open_clip_pretrained
+    file, source, get = open_clip_weights(architecture, weights)
+    shown, (_, size, licence) = f"{architecture} / {weights}", _published(source)
+    if file is not None:
+        state = "file" if str(file) == source else "hub cache"
+        return Model(name, shown, state, str(file), _size(file), licence, used_by, "")
+    detail = "" if get else "neither a file nor a tag that open_clip has for this architecture"
+    return Model(name, shown, "missing", "", size, licence, used_by, get, detail)
 
 
-def _licence(source: str) -> str:
+def _published(source: str) -> tuple[str, int | None, str]:
+    """The command that fetches a model, its size where it is known, and its licence."""
     known = published(source)
-    return known.licence if known else "see its card" if source else ""
+    return (how_to_get(source), known.size, known.licence) if known else (
+        (how_to_get(source), None, "see its card") if source else ("", None, ""))
 
 
 def _locate(identifier: str, wanted: tuple[tuple[str, ...], ...], model_type: str = "") -> tuple[str, str, str]:
-    """(state, where, detail) of a model named by ``package:NAME``, a path or a hub id; ``model_type`` as in
-    ``MODEL_TYPES``."""
-    from ovdiff_lib.networks.identity import PACKAGE, resolve_model
-    from ovdiff_lib.networks.loading import wrong_type
-
+    """(state, where, detail) of a model by ``package:NAME``, path or hub id; ``model_type`` as in ``MODEL_TYPES``."""
     shipped = identifier.startswith(PACKAGE)
     if not identifier:
         return "missing", "", "not set in the profile"
@@ -270,32 +282,19 @@ def _snapshot(hub_id: str) -> Path | None:
     return snapshot if revision and snapshot.is_dir() else None
 
 
-def _open_clip(profile: Profile, used_by: tuple[str, ...]) -> Model:
-    """An architecture of open_clip, whose weights are a file, or a tag that open_clip knows."""
-    from ovdiff_lib.networks.identity import open_clip_weights
-
-    architecture, weights = profile.models.open_clip, profile.models.open_clip_pretrained
-    shown = f"{architecture} / {weights}"
-    if importlib.util.find_spec("open_clip") is None:
-        return Model("open_clip", shown, "missing", "", None, "", used_by, "", "the library open_clip is not installed")
-    file, source, get = open_clip_weights(architecture, weights)
-    if file is not None:
-        state = "file" if str(file) == source else "hub cache"
-        return Model("open_clip", shown, state, str(file), _size(file), _licence(source), used_by, "")
-    detail = "" if get else "neither a file nor a tag that open_clip has for this architecture"
-    return Model("open_clip", shown, "missing", "", _download(source)[1], _licence(source), used_by, get, detail)
-
-
-def _checksum(path: Path, wanted: str) -> tuple[str, str]:
-    """(state, detail) of a checkpoint by the profile's SHA-256; of one that is not verified, the detail is its own."""
+def _checksum(path: Path, wanted: str) -> tuple[str, str, str]:
+    """(state, detail, remedy) of a checkpoint by the profile's SHA-256."""
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        return "unreadable", f"it cannot be read ({error.strerror})"
-    if wanted and found != wanted.strip().lower():
-        return "wrong checksum", f"its SHA-256 is {found}, models.cutler_sha256 says {wanted}"
-    return ("file", "") if wanted else ("not verified", found)
+        return "unreadable", f"it cannot be read ({error.strerror})", ""
+    if not wanted:
+        return "not verified", f"models.cutler_sha256 is not set; the file's SHA-256 is {found}", (
+            f"if that is the file you trust, add --set models.cutler_sha256={found} or write it into the profile")
+    same = found == wanted.strip().lower()
+    return ("file", "", "") if same else (
+        "wrong checksum", f"its SHA-256 is {found}, models.cutler_sha256 says {wanted}", "")
 
 
 def _size(path: Path) -> int:
@@ -305,32 +304,13 @@ def _size(path: Path) -> int:
 
 # ---- libraries, data sets, the machine
 
-def _version_problem() -> list[str]:
-    """One sentence if a model library has a version that this package does not work with."""
-    from ovdiff_lib.networks.loading import check_libraries
-
-    try:
-        check_libraries()
-    except ModelNotAvailable as error:
-        return [str(error)]
-    return []
-
-
-def _libraries(profile: Profile, used: dict[str, list[str]]) -> tuple[PythonLibrary, ...]:
-    """Optional libraries: module, distribution, what it serves, the part of this profile that needs it, how to get
-    it."""
-    crf = used.get("dino", []) and profile.masks.maskcut_refine == "crf" and profile.masks.segmenter == "maskcut"
-    rows = (
-        ("detectron2", "detectron2", "segmenter cutler", ", ".join(used.get("cutler", [])),
-         "conda install -c conda-forge detectron2 (environment.yml has it; the Python package index does not)"),
-        ("open_clip", "open_clip_torch", "extractors open-clip-*", ", ".join(used.get("open_clip", [])),
-         "pip install open_clip_torch"),
-        ("pydensecrf", "pydensecrf2", "masks.maskcut_refine crf", "masks.maskcut_refine" if crf else "",
-         "pip install pydensecrf2"),
-        ("accelerate", "accelerate", "less memory while weights load", "", "pip install accelerate"),
-        ("ray", "ray", "more than one machine or GPU", "", 'pip install "ray[data]"'),
-    )
-    return tuple(PythonLibrary(module, _version(module, name), *rest) for module, name, *rest in rows)
+def _libraries(profile: Profile, used: dict[str, list[str]]) -> tuple[dict[str, str], ...]:
+    crf = profile.masks.segmenter == "maskcut" and profile.masks.maskcut_refine == "crf"
+    users = {"detectron2": used.get("cutler", ()), "open_clip": used.get("open_clip", ()),
+             "pydensecrf": ["masks.maskcut_refine"] * crf}
+    return tuple({"name": module, "version": _version(module, distribution), "serves": serves,
+                  "needed_by": ", ".join(users.get(module, ())), "get": get}
+                 for module, distribution, serves, get in LIBRARIES)
 
 
 def _version(module: str, distribution: str) -> str:
@@ -343,10 +323,7 @@ def _version(module: str, distribution: str) -> str:
 
 
 def _data_set(root: str) -> list[dict[str, Any]]:
-    """What FOLDER holds, or whether it holds NAME: rows of name, folder, images and problem. ``InputError`` for an
-    unknown NAME."""
-    from ovdiff_lib.workbench.data.datasets import DATASETS, load_dataset
-
+    """What FOLDER holds, or whether it holds NAME. ``InputError`` for an unknown NAME."""
     name, equals, folder = root.partition("=")
     if not equals or Path(root).expanduser().is_dir():
         name, folder = "", root
@@ -365,54 +342,40 @@ def _data_set(root: str) -> list[dict[str, Any]]:
     return rows or [row | {"problem": none}]
 
 
-def _machine(profile: Profile, library: Path | None) -> tuple[dict[str, Any], list[str]]:
-    """Processor, memory, GPUs and free disk; and a sentence if the profile's device is not here."""
-    import torch
-
-    from ovdiff_lib.library.store import Library
-    from ovdiff_lib.networks.loading import resolve_device
-
-    try:
-        device, problem = str(resolve_device(profile)), []
-    except ProfileError as error:
-        device, problem = "", [str(error)]
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    gpus = [torch.cuda.get_device_properties(i) for i in range(count)]
-    pages = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(os.sysconf_names)
-    root = Library(library).root
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if pages else None
+def _machine(profile: Profile, library: Path | None) -> dict[str, Any]:
+    """Processor, memory, GPUs and free disk; ``device`` is "" where the profile's is not here."""
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    root, hub = Library(library).root, hub_cache()
     return {
-        "device": device, "gpus": [{"name": gpu.name, "memory": gpu.total_memory} for gpu in gpus],
-        "cpus": os.cpu_count(), "memory": memory, "torch": torch.__version__, "library": str(root),
-        "library_free": _free(root), "hub_cache": str(hub_cache()), "hub_cache_free": _free(hub_cache()),
-    }, problem
+        "device": "" if _said(resolve_device, profile) else str(resolve_device(profile)),
+        "gpus": [{"name": gpu.name, "memory": gpu.total_memory} for gpu in gpus], "cpus": os.cpu_count(),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "torch": torch.__version__,
+        "library": str(root), "library_free": _free(root), "hub_cache": str(hub), "hub_cache_free": _free(hub),
+    }
 
 
 def _free(folder: Path) -> int:
     """Free bytes of the disk that ``folder`` is on, or will be on."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
 
 
 # ---- what a run will cost
 
 def expected(profile: Profile, models: tuple[Model, ...]) -> dict[str, str]:
     """Sizes that follow from the profile, and the paper's times where it runs the paper's generator."""
-    support, rows = profile.support, prototype_rows(profile)
+    support, needed = profile.support, [m for m in models if m.needed]
     widths = {name: channels(profile, name, models) for name in profile.features.extractors}
-    sizes = {name: prototype_bytes(profile, width) for name, width in widths.items() if width}
-    table = {"weights on disk": f"{size_text(sum(m.size or 0 for m in models if m.needed))} for the models in use"}
-    if missing := [m for m in models if m.needed and not m.here]:
+    weights = f"{size_text(sum(m.size or 0 for m in needed))} for the models in use"
+    if missing := [m for m in needed if not m.here]:
         unknown = sum(m.size is None for m in missing)
-        table["weights on disk"] += f", {size_text(sum(m.size or 0 for m in missing))} of them to fetch"
-        table["weights on disk"] += f" and {unknown} of unknown size" if unknown else ""
-    table["support images on disk"] = f"at most {size_text(support.size * support.image_size**2 * 3)} a class"
-    if sizes:
-        shown = " + ".join(f"{size_text(size)} ({name})" for name, size in sizes.items())
-        table["prototypes on disk"] = f"{shown} a class, {rows} float32 vectors each"
+        weights += f", {size_text(sum(m.size or 0 for m in missing))} of them to fetch"
+        weights += f" and {unknown} of unknown size" if unknown else ""
+    table = {"weights on disk": weights,
+             "support images on disk": f"at most {size_text(support.size * support.image_size**2 * 3)} a class"}
+    if sizes := [f"{size_text(prototype_bytes(profile, width))} ({name})" for name, width in widths.items() if width]:
+        table["prototypes on disk"] = f"{' + '.join(sizes)} a class, {prototype_rows(profile)} float32 vectors each"
     if published(profile.models.diffusion):
-        if "sd" in sizes:
+        if widths.get("sd"):
             held = size_text(support.size * (profile.features.sd_input_size // 8) ** 2 * widths["sd"] * 4)
             table["memory"] = f"{held} for the sd features of one class while they are clustered, beside the weights"
         seconds = 110 * support.size * support.steps / (32 * 30)
@@ -423,36 +386,28 @@ def expected(profile: Profile, models: tuple[Model, ...]) -> dict[str, str]:
 
 
 def channels(profile: Profile, extractor: str, models: tuple[Model, ...]) -> int | None:
-    """Feature channels of an extractor by the configuration of its model on disk, or as published; None if neither
-    says."""
-    from ovdiff_lib.features import EXTRACTORS
-
+    """Feature channels by the configuration of an extractor's model on disk, or as published; None if neither says."""
     names = [m for m in models if f"extractor {extractor}" in m.used_by]
-    if len(names) != 1 or extractor not in EXTRACTORS:
+    if len(names) != 1:
         return None
     model, known = names[0], published(names[0].identifier)
     if model.field == "diffusion":
         blocks = _config(model, "unet/config.json").get("block_out_channels") or (known.channels if known else ())
         return sum(_block(layer, list(blocks)) for layer in profile.features.sd_layers) if len(blocks) else None
     config = _config(model, "config.json")
-    config = config.get("vision_config", config)
-    width = config.get("hidden_size") if isinstance(config, dict) else None
-    return width if isinstance(width, int) else known.channels[0] if known and known.channels else None
+    width = config.get("vision_config", config).get("hidden_size")
+    return width or (known.channels[0] if known and known.channels else None)
 
 
 def _block(layer: str, blocks: list[int]) -> int:
     """Channels of an attention layer of a UNet by its name, 0 for a name of no such form."""
-    kind, _, rest = layer.partition(".")
-    number = int(rest.split(".")[0]) if rest.split(".")[0].isdigit() else 0
-    last = blocks[-1:] * (number + 1)
-    ordered = {"down_blocks": blocks, "up_blocks": blocks[::-1], "mid_block": last}.get(kind, [])
-    return ordered[number] if number < len(ordered) else 0
+    kind, number = re.match(r"(\w*)\.?(\d*)", layer).groups()
+    ordered = {"down_blocks": blocks, "up_blocks": blocks[::-1], "mid_block": blocks[-1:]}.get(kind, [])
+    return sum(ordered[int(number or 0) :][:1])
 
 
 def _config(model: Model, name: str) -> dict[str, Any]:
-    path = Path(model.where) / name
     try:
-        table = json.loads(path.read_text(encoding="utf-8")) if model.here and path.is_file() else {}
+        return json.loads((Path(model.where) / name).read_text(encoding="utf-8")) if model.here else {}
     except (OSError, ValueError):
         return {}  # the loader will say so; here only a figure is lost
-    return table if isinstance(table, dict) else {}

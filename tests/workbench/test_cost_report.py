@@ -49,18 +49,15 @@ def by_place(cells):
     return {(cell.row, cell.column): cell for cell in cells}
 
 
-def test_a_class_beside_the_papers(building):
+def test_a_class_and_its_drawing_beside_the_papers(building):
     cells = by_place(cost_cells.building_cells(building))
     total = cells["sd, with clustering", "seconds"]
     assert total.measured == pytest.approx(20 + 0.6 + 4 + 2) and total.n == 1
     assert cells["sd, without clustering", "seconds"].measured == pytest.approx(20 + 0.6 + 4 + 0.25)
-    assert [cells[f"{name}, {how} clustering", "seconds"].paper.value for name in ("sd", "clip-keys", "dino") for how in ("with", "without")
-            ] == [110, 50.2, 49.2, 47.7, None, None]
+    assert [cells[f"{name}, {how} clustering", "seconds"].paper.value for name in ("sd", "clip-keys", "dino")
+            for how in ("with", "without")] == [110, 50.2, 49.2, 47.7, None, None]
     made = cells["sd, with clustering", "prototypes"]
     assert (made.measured, made.n, made.values, made.std) == (2.0, 3, (1.0, 3.0, 2.0), 1.0) and made.paper is None
-
-
-def test_drawing_beside_the_papers():
     drawing = {16: step(4.0, 6.0), 20: step(6.0), 32: step(10.0)}
     cells = by_place(cost_cells.drawing_cells(drawing, linear_fit([16, 20, 32], [5, 6, 10])))
     keys = {(cell.paper.key, cell.paper.value) for cell in cells.values() if cell.column == "seconds per class"}
@@ -78,8 +75,8 @@ def test_the_formula_of_storage_and_the_bytes_of_the_files(building, profile, tm
     assert cells[row, "vectors"].measured == 16 and cells[row, "channels D"].measured == D
 
     library = Library(tmp_path)
-    library.put("prototypes", "a" * 8, building.prototypes["dino"])
-    library.put("support", "b" * 8, building.support)
+    library.put("prototypes", "a" * 8, building.clustered["dino"].result)
+    library.put("support", "b" * 8, building.drawing.result)
     for name, kind in ((row, "prototypes"), ("support set", "support")):
         size = sum(f.stat().st_size for f in (tmp_path / kind).rglob("*") if f.is_file())
         assert cells[name, "on disk, MB"].measured == size / 1e6
@@ -93,27 +90,21 @@ def test_the_formula_of_storage_and_the_bytes_of_the_files(building, profile, tm
     assert (theirs.measured, theirs.paper.value, cells["theirs", "vectors"].measured) == (0.39936, 0.39, 130)
 
 
-def test_segmenting_beside_the_papers():
+def test_segmenting_and_training_beside_the_papers():
     growth = {"OVDiff": [(5, step(1.0, 2.0)), (20, step(3.0))], "MaskCLIP": [(5, step(0.1)), (20, step(0.2))]}
     cells = by_place(cost_cells.growth_cells(growth, 20))
     assert cells["OVDiff", "20 classes"].paper.value == 0.6 and cells["OVDiff", "5 classes"].paper.value is None
     assert cells["MaskCLIP", "20 classes"].paper.key == ("timing", "inference MaskCLIP", "seconds per image")
-    assert [(c.row, c.paper.value, c.measured) for c in cells.values() if c.source == "published"] == [("TCL", 0.2, None),
-                                                                                                      ("OVSegmentor", 0.08, None)]
     windows = by_place(cost_cells.window_cells({"wide": (4.0, step(1.0, 3.0)), "fine": (10.0, step(5.0))}))
     assert windows["wide", "seconds a window"].measured == 0.5 and windows["fine", "seconds a window"].measured == 0.5
-
-
-def test_training_costs_so_many_classes():
-    cells = by_place(cost_cells.training_cells(0.002, 0.5))
-    assert cells["TCL training", "classes for the same, by the paper's time"].measured == pytest.approx(2688 / 1.14)
-    assert cells["GroupViT training", "classes for the same, by operations of the paper's networks"].measured == 10752 / 0.5
-    assert cells["OVSegmentor training", "classes for the same, by the class built here"].measured == pytest.approx(624 / 0.002)
-    published = [cell for cell in cells.values() if cell.source == "published"]
-    assert [(c.row, c.paper.value) for c in published] == [("TCL training", 2688), ("GroupViT training", 10752),
-                                                           ("OVSegmentor training", 624)]
-    own = cells["prototype compute per class", "TFLOP/s-hours, one class"]
+    training = by_place(cost_cells.training_cells(0.002, 0.5))
+    classes = {(row, how): training[f"{row} training", f"classes for the same, by {how}"].measured for row, how in (
+        ("TCL", "the paper's time"), ("GroupViT", "operations of the paper's networks"), ("OVSegmentor", "the class built here"))}
+    assert list(classes.values()) == pytest.approx([2688 / 1.14, 10752 / 0.5, 624 / 0.002])
+    own = training["prototype compute per class", "TFLOP/s-hours, one class"]
     assert (own.measured, own.paper.value) == (0.002, 1.14)
+    assert [(c.row, c.paper.value) for c in [*cells.values(), *training.values()] if c.source == "published"] == [
+        ("TCL", 0.2), ("OVSegmentor", 0.08), ("TCL training", 2688), ("GroupViT training", 10752), ("OVSegmentor training", 624)]
 
 
 def test_memory_and_operations():

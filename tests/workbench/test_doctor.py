@@ -15,8 +15,10 @@ import torch
 
 from ovdiff_lib import features, masks
 from ovdiff_lib.cli.main import main
-from ovdiff_lib.errors import InputError, ModelNotAvailable, ProfileError
+from ovdiff_lib.errors import ModelNotAvailable, ProfileError
+from ovdiff_lib.features import build_extractors
 from ovdiff_lib.files import size_text
+from ovdiff_lib.networks import loading
 from ovdiff_lib.networks.published import FILES, PUBLISHED, how_to_get
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.registry import Part
@@ -96,19 +98,16 @@ def test_the_paper_profile_on_a_machine_with_none_of_the_weights(tmp_path):
 @pytest.mark.parametrize("name", ["paper", "official"])
 def test_what_is_needed_and_what_is_not(name):
     report = inspect(load_profile(name))
-    rows = by_field(report)
+    rows, problems = by_field(report), "\n".join(report.problems)
     assert {f for f, m in rows.items() if m.needed} == {"diffusion", "clip", "dino", "cutler"}
-    assert not any(m.here for m in report.models) and {m.state for m in report.models} == {"missing"}
-    assert {"mae", "sam", "grounding", "open_clip", "groupvit"} <= set(rows) and all(m.get and m.licence for m in report.models)
+    assert {m.state for m in report.models} == {"missing"} and all(m.get and m.licence for m in report.models)
+    assert {"mae", "sam", "grounding", "open_clip", "groupvit"} <= set(rows)
     assert rows["clip"].used_by == ("extractor clip-keys", "category filter")
-    problems = "\n".join(report.problems)
     assert all(m.identifier in problems for m in report.models if m.needed) and "vit-mae" not in problems and "sam-vit" not in problems
     assert str(report).count("Missing:") == 1
 
 
-def test_models_in_the_hub_cache_are_found_and_do_load(hub, tiny_models):
-    from ovdiff_lib.networks import loading as models
-
+def test_models_in_the_hub_cache_are_found_and_do_load(hub, tiny_models, monkeypatch):
     snapshot = put(hub, SD, tiny_models / "stable-diffusion")
     put(hub, CLIP, tiny_models / "clip")
     profile = load_profile("mini", {"models.diffusion": SD, "models.clip": CLIP})
@@ -118,16 +117,18 @@ def test_models_in_the_hub_cache_are_found_and_do_load(hub, tiny_models):
     size = sum(p.stat().st_size for p in (tiny_models / "stable-diffusion").rglob("*") if p.is_file())
     assert rows["diffusion"].state == rows["clip"].state == "hub cache" and rows["diffusion"].size == size
     assert rows["diffusion"].licence.startswith("CreativeML") and rows["diffusion"].get == ""
-    models._loaded.clear()
-    assert models.load_diffusion(profile).unet is not None and models.load_clip(profile)
-    models._loaded.clear()
+    monkeypatch.setattr(loading, "_loaded", {})
+    assert loading.load_diffusion(profile).unet is not None and loading.load_clip(profile)
+    # A cache whose reference is gone or broken holds no model.
+    reference = snapshot.parents[1] / "refs" / "main"
+    for content in ("", "0" * 40, "\x00" * 3, None):
+        reference.unlink() if content is None else reference.write_text(content)
+        assert by_field(inspect(profile))["diffusion"].state == "missing"
 
 
-@pytest.mark.parametrize("removed", ["unet/diffusion_pytorch_model.safetensors", "model_index.json", "vae/config.json",
-                                     "text_encoder/model.safetensors", "scheduler/scheduler_config.json"])
-def test_half_a_download_is_called_incomplete(hub, tiny_models, removed):
-    from ovdiff_lib.networks import loading as models
-
+@pytest.mark.parametrize("removed", ["unet/diffusion_pytorch_model.safetensors", "model_index.json", "text_encoder/model.safetensors",
+                                     "scheduler/scheduler_config.json"])
+def test_half_a_download_is_called_incomplete(hub, tiny_models, removed, monkeypatch):
     snapshot = put(hub, SD, tiny_models / "stable-diffusion")
     (snapshot / removed).resolve().unlink()  # the link stays and leads nowhere
     profile = load_profile("mini", {"models.diffusion": SD})
@@ -135,62 +136,53 @@ def test_half_a_download_is_called_incomplete(hub, tiny_models, removed):
     model = by_field(report)["diffusion"]
     assert model.state == "incomplete" and removed in model.detail and model.get.startswith(f"hf download {SD}")
     assert len(report.problems) == 1 and removed in report.problems[0]
-    models._loaded.clear()
+    monkeypatch.setattr(loading, "_loaded", {})
     with pytest.raises(ModelNotAvailable):
-        models.load_diffusion(profile)
-
-
-def test_a_cache_without_its_reference_is_no_model(hub, tiny_models):
-    snapshot = put(hub, CLIP, tiny_models / "clip")
-    profile = load_profile("mini", {"models.clip": CLIP})
-    assert by_field(inspect(profile))["clip"].here
-    reference = snapshot.parents[1] / "refs" / "main"
-    for content in (None, "", "0" * 40, "\x00" * 3):
-        if content is None:
-            reference.unlink()
-        else:
-            reference.write_text(content)
-        assert by_field(inspect(profile))["clip"].state == "missing"
+        loading.load_diffusion(profile)
 
 
 def test_folders_and_files(tmp_path, tiny_models):
-    def clip(identifier):
-        return by_field(inspect(load_profile("mini", {"models.clip": str(identifier)})))["clip"]
+    def look(field, identifier, **fields):
+        report = inspect(load_profile("mini", {f"models.{field}": str(identifier), **fields}))
+        return by_field(report)[field], report.problems
 
-    assert clip(tiny_models / "clip").state == "folder" and clip(tiny_models / "clip").licence == "see its card"
-    assert clip(tmp_path / "none").state == "missing" and clip(tmp_path / "none").get == ""
-    assert clip("package:none").state == "missing" and "reinstall" in clip("package:none").detail
     (tmp_path / "empty").mkdir()
-    assert clip(tmp_path / "empty").state == "incomplete" and "config.json, model.safetensors" in clip(tmp_path / "empty").detail
     (tmp_path / "weights.pth").write_bytes(b"x")
-    assert clip(tmp_path / "weights.pth").state == "incomplete"
-    mae = load_profile("mini", {"models.mae": str(tmp_path / "weights.pth"), "features.extractors": ["mae"]})
-    assert by_field(inspect(mae))["mae"].state == "file" and inspect(mae).problems == ()
-    unset = inspect(load_profile("mini", {"models.dino": "", "features.extractors": ["dino"]}))
-    assert "models.dino" in unset.problems[0] and by_field(unset)["dino"].state == "missing"
+    for identifier, state, detail, get in (
+            (tiny_models / "clip", "folder", "", ""), (tmp_path / "none", "missing", "no such file", ""),
+            ("package:none", "missing", "reinstall", "make mini-world"),
+            (tmp_path / "empty", "incomplete", "config.json, model.safetensors", ""),
+            (tmp_path / "weights.pth", "incomplete", "a folder", "")):
+        model, _ = look("clip", identifier)
+        assert model.state == state and detail in model.detail and model.get == get
+    assert look("clip", tiny_models / "clip")[0].licence == "see its card"
+    model, problems = look("mae", tmp_path / "weights.pth", **{"features.extractors": ["mae"]})
+    assert model.state == "file" and problems == ()
+    model, problems = look("dino", "", **{"features.extractors": ["dino"]})
+    assert "models.dino" in problems[0] and model.state == "missing"
 
 
 def test_the_cutler_checkpoint_and_its_library(tmp_path, monkeypatch):
     path = tmp_path / "cutler_cascade_final.pth"
     path.write_bytes(b"weights")
     digest = hashlib.sha256(b"weights").hexdigest()
-    monkeypatch.setattr(doctor, "_version", lambda module, name: "")
 
     def cutler(**fields):
-        return inspect(load_profile("mini", {"models.cutler": str(path), "masks.segmenter": "cutler",
-                                             **{f"models.{k}": v for k, v in fields.items()}}))
+        report = inspect(load_profile("mini", {"models.cutler": str(path), "masks.segmenter": "cutler",
+                                               **{f"models.{k}": v for k, v in fields.items()}}))
+        return by_field(report)["cutler"], report.problems
 
-    report = cutler()
+    monkeypatch.setattr(doctor, "_version", lambda module, name: "")
     # The adapter opens a pickle only if its checksum is the profile's, so a file without one is not usable yet.
-    assert by_field(report)["cutler"].state == "not verified" and digest in by_field(report)["cutler"].detail and digest in str(report)
-    assert len(report.problems) == 2 and f"--set models.cutler_sha256={digest}" in report.problems[0]
-    assert "get it with" not in report.problems[0] and by_field(report)["cutler"].get == ""  # it need not be fetched again
-    assert "detectron2" in report.problems[1] and "conda" in report.problems[1]
+    model, (unknown, library) = cutler()
+    assert (model.state, model.get) == ("not verified", "") and digest in model.detail  # it need not be fetched again
+    assert f"--set models.cutler_sha256={digest}" in unknown and "get it with" not in unknown
+    assert "detectron2" in library and "conda" in library
     monkeypatch.setattr(doctor, "_version", lambda module, name: "0.6")
-    assert cutler(cutler_sha256=digest.upper()).problems == ()
-    wrong = cutler(cutler_sha256="0" * 64)
-    assert by_field(wrong)["cutler"].state == "wrong checksum" and digest in wrong.problems[0]
-    assert by_field(cutler(cutler=str(tmp_path)))["cutler"].state == "incomplete"
+    assert cutler(cutler_sha256=digest.upper())[1] == ()
+    model, problems = cutler(cutler_sha256="0" * 64)
+    assert model.state == "wrong checksum" and digest in problems[0]
+    assert cutler(cutler=str(tmp_path))[0].state == "incomplete"
 
 
 @pytest.mark.parametrize(("field", "wrong", "extractor"), [
@@ -204,9 +196,9 @@ def test_a_model_of_another_architecture_is_called_wrong(field, wrong, extractor
 
 def test_optional_libraries(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda module, name: "")
-    plain = {lib.name: lib for lib in inspect(load_profile("mini")).libraries}
+    plain = {lib["name"]: lib for lib in inspect(load_profile("mini")).libraries}
     assert set(plain) == {"detectron2", "open_clip", "pydensecrf", "accelerate", "ray"}
-    assert not any(lib.needed_by for lib in plain.values()) and all(lib.get and lib.serves for lib in plain.values())
+    assert not any(lib["needed_by"] for lib in plain.values()) and all(lib["get"] and lib["serves"] for lib in plain.values())
     crf = load_profile("mini", {"masks.segmenter": "maskcut", "masks.maskcut_refine": "crf", "models.dino": "package:clip"})
     assert any("pydensecrf2" in problem for problem in inspect(crf).problems)
     assert not any("pydensecrf2" in problem for problem in inspect(crf.override({"masks.maskcut_refine": "none"})).problems)
@@ -217,8 +209,6 @@ def test_optional_libraries(monkeypatch):
 
 
 def test_a_model_library_of_another_version(monkeypatch):
-    from ovdiff_lib.networks import loading
-
     known = loading._versions
     monkeypatch.setattr(loading, "_versions", lambda name: ("0.39.0", ">=0.40,<1") if name == "diffusers" else known(name))
     (problem,) = inspect(load_profile("mini")).problems
@@ -273,29 +263,21 @@ def test_mistakes_are_one_sentence(arguments, words, capsys):
 def test_data_sets(tmp_path, capsys):
     profile = load_profile("mini")
     report = inspect(profile, [str(MINI_DATA)])
-    assert {row["name"]: row["images"] for row in report.data} == {
-        n: len(load_dataset(n)) for n in DATASETS if n.startswith("mini-")}
+    assert {row["name"]: row["images"] for row in report.data} == {n: len(load_dataset(n)) for n in DATASETS if n.startswith("mini-")}
     assert report.problems == ()
     named = inspect(profile, [f"mini-voc={MINI_DATA}", f"voc={tmp_path}"])
     assert named.data[0]["images"] == len(load_dataset("mini-voc")) and named.data[1]["problem"] in named.problems
     odd = tmp_path / "a=b"
     odd.mkdir()
-    for folder in (odd, tmp_path / "none"):
-        assert str(folder) in inspect(profile, [str(folder)]).problems[0]
-    with pytest.raises(InputError, match="mini-voc"):
-        inspect(profile, ["what=ever"])
+    assert all(str(folder) in inspect(profile, [str(folder)]).problems[0] for folder in (odd, tmp_path / "none"))
     assert main(["doctor", "--data", str(MINI_DATA)]) == 0 and "mini-context" in capsys.readouterr().out
     assert main(["doctor", "--data", str(odd)]) == 1 and "holds no data set" in capsys.readouterr().out
 
 
-def test_a_device_that_is_not_here(monkeypatch):
+def test_a_device_that_is_not_here_and_folders_to_be(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    report = inspect(load_profile("mini", {"models.device": "cuda"}))
+    report = inspect(load_profile("mini", {"models.device": "cuda"}), library=tmp_path / "not" / "yet")
     assert "models.device" in report.problems[0] and report.machine["device"] == "" and "not here" in str(report)
-
-
-def test_free_disk_of_folders_to_be(tmp_path):
-    report = inspect(load_profile("mini"), library=tmp_path / "not" / "yet")
     assert report.machine["library"] == str(tmp_path / "not" / "yet") and not (tmp_path / "not").exists()
     assert report.machine["library_free"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
 
@@ -303,15 +285,11 @@ def test_free_disk_of_folders_to_be(tmp_path):
 # ------------------------------------------------------------------ costs and published weights
 
 def test_channels_are_those_of_the_extractors(tiny_profile):
-    from ovdiff_lib.features import build_extractors
-
-    profile = tiny_profile.override({"features.extractors": ["sd", "clip-keys"]})
-    models = inspect(profile).models
-    for name, extractor in build_extractors(profile).items():
-        assert doctor.channels(profile, name, models) == extractor.channels
-    mini = load_profile("mini", {"features.extractors": ["sd", "clip-keys"]})
-    for name, extractor in build_extractors(mini).items():
-        assert doctor.channels(mini, name, inspect(mini).models) == extractor.channels
+    for profile in (tiny_profile, load_profile("mini")):
+        profile = profile.override({"features.extractors": ["sd", "clip-keys"]})
+        models = inspect(profile).models
+        for name, extractor in build_extractors(profile).items():
+            assert doctor.channels(profile, name, models) == extractor.channels
 
 
 def test_costs_of_the_paper():

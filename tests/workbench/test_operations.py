@@ -1,7 +1,7 @@
 """Counted operations: against products by hand, a walk over layers, and what the counter sees while the method really runs."""
 
 import contextlib
-import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -23,7 +23,7 @@ from ovdiff_lib.support.sampler import sample_support
 from ovdiff_lib.types import PrototypeBank, Prototypes
 from ovdiff_lib.workbench.cost import flops as operations
 from ovdiff_lib.workbench.cost.architectures import networks_of, published_networks
-from ovdiff_lib.workbench.cost.flops import prototype_bytes, prototype_rows, support_bytes
+from ovdiff_lib.workbench.cost.flops import flop_of, prototype_bytes, prototype_rows, support_bytes
 
 NAMES = ("sd", "dino", "clip-keys")
 
@@ -43,14 +43,8 @@ def tiny(tiny_profile):
     return networks_of(tiny_profile)
 
 
-def counted(function, *args, **kwargs):
-    with torch.no_grad(), operations.counter() as count:
-        function(*args, **kwargs)
-    return count.get_total_flops()
-
-
 def walked(network, run):
-    """FLOP of ``run()`` from the layers' own sizes: 2 x outputs x inputs of each for Linear and Conv2d, and two products for attention."""
+    """FLOP of ``run()`` by the layers' sizes: 2 x outputs x inputs of each Linear and Conv2d, two products for attention."""
     total = 0
 
     def layer(module, _given, output):
@@ -80,48 +74,44 @@ def walked(network, run):
 def test_products_by_hand():
     m, k, n = 3, 5, 7
     a, b, v = torch.rand(m, k), torch.rand(k, n), torch.rand(k)
-    assert counted(torch.mm, a, b) == 2 * m * k * n
-    assert counted(torch.matmul, a, v) == 2 * m * k and counted(torch.dot, v, v) == 2 * k
-    assert counted(F.linear, torch.rand(2, 4, k), torch.rand(n, k), torch.rand(n)) == 2 * 8 * k * n
-    assert counted(F.conv2d, torch.rand(2, 3, 6, 10), torch.rand(4, 3, 3, 3), padding=1) == 2 * (2 * 4 * 6 * 10) * (3 * 3 * 3)
+    assert flop_of(torch.mm, a, b) == 2 * m * k * n
+    assert flop_of(torch.matmul, a, v) == 2 * m * k and flop_of(torch.dot, v, v) == 2 * k
+    assert flop_of(F.linear, torch.rand(2, 4, k), torch.rand(n, k), torch.rand(n)) == 2 * 8 * k * n
+    assert flop_of(F.conv2d, torch.rand(2, 3, 6, 10), torch.rand(4, 3, 3, 3), padding=1) == 2 * (2 * 4 * 6 * 10) * (3 * 3 * 3)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_attention_is_counted_on_every_device(device, context):
+def test_attention_is_counted_on_every_device(device):
     """PyTorch's counter passes over the CPU's attention: the total would be 0 without a word."""
     q, k, v = (torch.zeros(2, 4, length, width, device=device) for length, width in ((16, 8), (9, 8), (9, 8)))
-    with context(), operations.counter() as count:
-        F.scaled_dot_product_attention(q, k, v)
-    assert count.get_total_flops() == 2 * (2 * 4) * 16 * 9 * 8 * 2
+    for context in (torch.no_grad, torch.inference_mode):
+        with context(), operations.counter() as count:
+            F.scaled_dot_product_attention(q, k, v)
+        assert count.get_total_flops() == 2 * (2 * 4) * 16 * 9 * 8 * 2
 
 
 def test_fused_multi_head_attention():
     attention = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
     x = torch.rand(3, 5, 8)
     by_hand = 2 * 15 * 8 * 24 + 4 * 3 * 5 * 5 * 8 + 2 * 15 * 8 * 8  # three projections in, scores and sums, one projection out
-    assert counted(attention, x, x, x, need_weights=False) == by_hand
-    assert counted(attention.to("meta"), *[x.to("meta")] * 3, need_weights=False) == by_hand
+    assert flop_of(attention, x, x, x, need_weights=False) == by_hand
+    assert flop_of(attention.to("meta"), *[x.to("meta")] * 3, need_weights=False) == by_hand
 
 
 # ---- networks
 
 def test_a_unet_call_is_the_sum_of_its_layers(tiny, published):
     for networks, side, batch in ((tiny, 16, 3), (published, 64, 1)):
-        config = networks.unet.config
-        tokens = networks.text_encoder.config.max_position_embeddings
-
-        def run(networks=networks, side=side, batch=batch, config=config, tokens=tokens):
-            networks.unet(torch.empty(batch, config.in_channels, side, side, device="meta"), 1,
-                          encoder_hidden_states=torch.empty(batch, tokens, config.cross_attention_dim, device="meta"))
-
-        expected = walked(networks.unet, run)
+        config, tokens = networks.unet.config, networks.text_encoder.config.max_position_embeddings
+        latents = torch.empty(batch, config.in_channels, side, side, device="meta")
+        prompt = torch.empty(batch, tokens, config.cross_attention_dim, device="meta")
+        expected = walked(networks.unet, functools.partial(networks.unet, latents, 1, encoder_hidden_states=prompt))
         assert operations.unet_operations(networks, side, batch) == expected > 0
         assert expected % batch == 0
 
 
 def test_the_papers_networks_have_the_published_numbers_of_parameters(published):
-    assert [sum(p.numel() for p in network.parameters()) for network in dataclasses.astuple(published)] == [
+    assert [sum(p.numel() for p in network.parameters()) for network in published] == [
         859_520_964, 83_653_863, 123_060_480, 149_620_737, 85_807_872]
     assert published.vae_factor == 8 and not any(p.device.type != "meta" for p in published.unet.parameters())
 
@@ -136,42 +126,31 @@ def test_a_vit_by_hand(published, paper):
 
 
 def test_feature_sizes_of_the_paper(published, paper):
-    found = {name: operations.feature_cost(published, paper, name, 512) for name in NAMES}
-    assert {name: (cost.cells, cost.channels) for name, cost in found.items()} == {
-        "sd": (64 * 64, 7680), "dino": (56 * 56, 768), "clip-keys": (28 * 28, 768)}
+    found = {name: operations.feature_cost(published, paper, name, 512)[1:] for name in NAMES}
+    assert found == {"sd": (64 * 64, 7680), "dino": (56 * 56, 768), "clip-keys": (28 * 28, 768)}
 
 
 # ---- a class
 
 def test_a_class_takes_what_the_counter_sees(tiny, tiny_profile):
     """Prompt, drawing and attribution of the real sampler; features of the real extractors."""
-    table = operations.class_operations(tiny, tiny_profile, NAMES)
-    pipe, support = load_diffusion(tiny_profile), None
-
-    def draw():
-        nonlocal support
-        support = sample_support(pipe, Category("dog"), tiny_profile, progress=False)
-
-    assert counted(draw) == table["prompt"] + sum(flop for step, flop in table.items() if step.startswith("support images"))
+    table, made = operations.class_operations(tiny, tiny_profile, NAMES), []
+    pipe = load_diffusion(tiny_profile)
+    drawn = flop_of(lambda: made.append(sample_support(pipe, Category("dog"), tiny_profile, progress=False)))
+    assert drawn == table["prompt"] + sum(flop for step, flop in table.items() if step.startswith("support images"))
     assert table["support images: attribution"] > 0
     for name in NAMES:
-        extractor = EXTRACTORS[name](tiny_profile)
-        assert counted(extractor, support.images, support.seeds) == table[f"features: {name}"]
+        assert flop_of(EXTRACTORS[name](tiny_profile), made[0].images, made[0].seeds) == table[f"features: {name}"]
 
 
-def test_drawing_grows_linearly_with_the_support_set(tiny, tiny_profile):
-    sizes = (1, 2, 8)
-    tables = [operations.class_operations(tiny, tiny_profile.override({"support.size": n}), ["sd"]) for n in sizes]
+def test_drawing_grows_linearly_with_the_support_set_and_doubles_by_guidance(tiny, tiny_profile):
+    changes = {"support.size": 1}, {"support.size": 8}, {"support.size": 8, "support.guidance_scale": 1.0}
+    one, eight, plain = (operations.class_operations(tiny, tiny_profile.override(change), ["sd"]) for change in changes)
     for step in ("support images: UNet", "support images: VAE decoder", "features: sd"):
-        assert [table[step] for table in tables] == [n * tables[0][step] for n in sizes]
-    assert len({table["prompt"] for table in tables}) == 1
-
-
-def test_guidance_doubles_the_unet(tiny, tiny_profile):
-    guided, plain = (operations.class_operations(tiny, tiny_profile.override({"support.guidance_scale": scale}), ["sd"])
-                     for scale in (5.0, 1.0))
-    assert guided["support images: UNet"] == 2 * plain["support images: UNet"] and guided["prompt"] == 2 * plain["prompt"]
-    assert guided["support images: attribution"] == plain["support images: attribution"]  # of the conditional half alone
+        assert eight[step] == 8 * one[step]
+    assert one["prompt"] == eight["prompt"] == 2 * plain["prompt"]
+    assert eight["support images: UNet"] == 2 * plain["support images: UNet"]
+    assert eight["support images: attribution"] == plain["support images: attribution"]  # of the conditional half alone
 
 
 def test_total_of_a_class():
@@ -184,7 +163,7 @@ def test_total_of_a_class():
 def test_k_means_takes_no_more_than_its_bound(points):
     settings = load_profile("mini", {"prototypes.clusters": 4}).prototypes
     x = torch.rand(points, 6, generator=torch.Generator().manual_seed(0))
-    taken = counted(kmeans, x[: points // 3], 4) + counted(kmeans, x[points // 3:], 4)
+    taken = flop_of(kmeans, x[: points // 3], 4) + flop_of(kmeans, x[points // 3:], 4)
     one_pass = 4 * points * 4 * 6
     assert one_pass <= taken <= operations.clustering_operations(points, 6, settings)
 
@@ -193,12 +172,11 @@ def test_k_means_takes_no_more_than_its_bound(points):
 
 def bank_of(profile, channels, classes):
     """Random prototypes, as many as a class may have."""
-    rng, half = np.random.default_rng(0), prototype_rows(profile) // 2
-    region = np.repeat(["foreground", "background"], half)
-    none, empty = np.full(2 * half, -1, np.int32), np.zeros((1, 1, 1), np.int16)
-    vocabulary = Vocabulary.of([f"class {i}" for i in range(classes)])
-    return PrototypeBank(vocabulary, {name: tuple(Prototypes(
-        rng.standard_normal((2 * half, width), np.float32), np.full(2 * half, "class"), region, none, none, empty) for _ in range(classes))
+    rng, count = np.random.default_rng(0), prototype_rows(profile)
+    none, empty = np.full(count, -1, np.int32), np.zeros((1, 1, 1), np.int16)
+    kind, region = np.full(count, "class"), np.repeat(["foreground", "background"], count // 2)
+    return PrototypeBank(Vocabulary.of([f"class {i}" for i in range(classes)]), {name: tuple(
+        Prototypes(rng.standard_normal((count, width), np.float32), kind, region, none, none, empty) for _ in range(classes))
         for name, width in channels.items()})
 
 
@@ -209,7 +187,7 @@ def test_an_image_takes_what_the_counter_sees(tiny, tiny_profile, shape):
     bank = bank_of(profile, {name: extractor.channels for name, extractor in extractors.items()}, 3)
     image = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
     table = operations.image_operations(tiny, profile, shape, 3)
-    assert counted(Matcher(extractors, profile).scores, image, bank) == sum(table.values())
+    assert flop_of(Matcher(extractors, profile).scores, image, bank) == sum(table.values())
     assert set(table) == {f"{what}: {name}" for what in ("features", "matching") for name in NAMES}
 
 
@@ -219,9 +197,9 @@ def test_the_category_filter_takes_its_bound_when_every_prompt_is_new(tiny, tiny
     table = operations.image_operations(tiny, tiny_profile, (64, 96), len(names))
     image = np.random.default_rng(2).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     chosen = CategoryFilter(clip, tokenizer, tiny_profile)
-    assert counted(chosen.embed_image, image) == table["category filter: image"]
+    assert flop_of(chosen.embed_image, image) == table["category filter: image"]
     texts = [chosen._prompt([Category(n) for i, n in enumerate(names) if subset >> i & 1]) for subset in range(1, 2 ** len(names))]
-    assert counted(chosen.text, texts) == table["category filter: text, at most"]
+    assert flop_of(chosen.text, texts) == table["category filter: text, at most"]
 
 
 def test_windows_of_the_paper(paper):
@@ -234,8 +212,8 @@ def test_windows_of_the_paper(paper):
 
 
 def test_an_extractor_without_a_rule(tiny, tiny_profile):
-    with pytest.raises(InputError, match="'mae' cannot be counted; choose from sd, dino, clip-keys"):
-        operations.class_operations(tiny, tiny_profile, ["mae"])
+    with pytest.raises(InputError, match="sd, dino, clip-keys"):
+        operations.feature_cost(tiny, tiny_profile, "mae", 64)
 
 
 # ---- bytes
@@ -247,7 +225,7 @@ def test_bytes_of_a_class(paper):
 
 
 def test_the_paper_counts(published, paper):
-    """The numbers that the notebook's text stands on: 0.8 TFLOP a UNet call (the published count of SD v1.5), 60 of them an image."""
+    """The numbers that the notebook's text stands on: 0.8 TFLOP a UNet call (as published of SD v1.5), 60 of them an image."""
     call = operations.unet_operations(published, 64)
     assert math.isclose(call, 0.803e12, rel_tol=1e-3)
     assert operations.class_operations(published, paper, ["sd"])["support images: UNet"] == 32 * 30 * 2 * call

@@ -1,2 +1,1 @@
-"""What OVDiff costs: operations counted (flops), steps timed (steps), and ratios against named alternatives
-(benchmark)."""
+"""What OVDiff costs: operations counted (flops), steps timed (steps), ratios against alternatives (benchmark)."""

@@ -1,10 +1,8 @@
-"""Networks of the published sizes without their weights: as shapes alone, to count operations, or with random weights
-to run."""
+"""Networks of the published sizes without their weights: shapes alone to count operations, random weights to run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -16,42 +14,30 @@ if TYPE_CHECKING:
 
 SD_UNET = {
     "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "cross_attention_dim": 768, "attention_head_dim": 8, "norm_num_groups": 32,
+    "layers_per_block": 2, "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, "cross_attention_dim": 768, "norm_num_groups": 32,
+    "attention_head_dim": 8,  # in files of this age the number of heads
 }
-"""``attention_head_dim`` is, in files of this age, the number of heads."""
-
-SD_VAE = {
+SD_VAE = {  # the scaling factor is not in the published file: it is the class's own default
     "in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 512, "layers_per_block": 2,
     "block_out_channels": (128, 256, 512, 512), "norm_num_groups": 32,
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
 }
-"""The scaling factor is not in the published file: it is the class's own default."""
-
-CLIP_L14_TEXT = {
-    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "vocab_size": 49408, "max_position_embeddings": 77, "projection_dim": 768, "hidden_act": "quick_gelu",
-    "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
-}
+_TEXT = {"num_hidden_layers": 12, "vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 0,
+         "eos_token_id": 2, "pad_token_id": 1}
+CLIP_L14_TEXT = {**_TEXT, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
+                 "projection_dim": 768, "hidden_act": "quick_gelu"}
 """The text tower that Stable Diffusion v1.5 reads its prompts with."""
 
 VIT_B = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
          "image_size": 224}
-
-DINO_B8 = {**VIT_B, "patch_size": 8}
-
 CLIP_B16 = {
-    "text_config": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
-                    "vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2,
-                    "pad_token_id": 1},
+    "text_config": {**_TEXT, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8},
     "vision_config": {**VIT_B, "patch_size": 16}, "projection_dim": 512,
 }
 
 
-@dataclass(frozen=True)
-class Networks:
+class Networks(NamedTuple):
     """The networks of one profile on the meta device, where they have layers and sizes but no values: Stable
     Diffusion's three, the CLIP of extractor and category filter, DINO."""
 
@@ -72,20 +58,20 @@ def published_networks() -> Networks:
     from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
     with torch.device("meta"):
-        return Networks(*_diffusion(), CLIPModel(CLIPConfig(**CLIP_B16)).eval(),
-                        ViTModel(ViTConfig(**DINO_B8), add_pooling_layer=False).eval())
+        dino = ViTModel(ViTConfig(**VIT_B, patch_size=8), add_pooling_layer=False)
+        return Networks(*_diffusion(), CLIPModel(CLIPConfig(**CLIP_B16)).eval(), dino.eval())
 
 
 def networks_of(profile: Profile) -> Networks:
-    """The shapes of the networks that ``profile`` names; they are loaded for their configurations. Raises
-    ``ModelNotAvailable``."""
+    """Shapes of the networks that ``profile`` names, which are loaded to read them. Raises ``ModelNotAvailable``."""
     from ovdiff_lib.networks.loading import load_clip, load_diffusion, load_dino
 
     pipe, dino, clip = load_diffusion(profile), load_dino(profile), load_clip(profile)[0]
     with torch.device("meta"):
-        return Networks(*(type(network).from_config(network.config).eval() for network in (pipe.unet, pipe.vae)),
-                        *(type(network)(network.config).eval() for network in (pipe.text_encoder, clip)),
-                        type(dino)(dino.config, add_pooling_layer=False).eval())
+        made = [type(network).from_config(network.config) for network in (pipe.unet, pipe.vae)]
+        made += [type(network)(network.config) for network in (pipe.text_encoder, clip)]
+        made.append(type(dino)(dino.config, add_pooling_layer=False))
+    return Networks(*(network.eval() for network in made))
 
 
 def _diffusion() -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
@@ -113,10 +99,10 @@ def random_diffusion() -> StableDiffusionPipeline:
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        networks = dict(zip(("unet", "vae", "text_encoder"), _diffusion(), strict=True))
+        unet, vae, text_encoder = _diffusion()
     scheduler = DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                                             steps_offset=1, algorithm_type="dpmsolver++", solver_order=2)
-    pipe = StableDiffusionPipeline(**networks, tokenizer=clip_tokenizer(), scheduler=scheduler, safety_checker=None,
+    pipe = StableDiffusionPipeline(vae, text_encoder, clip_tokenizer(), unet, scheduler, safety_checker=None,
                                    feature_extractor=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe

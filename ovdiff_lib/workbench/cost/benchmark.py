@@ -1,7 +1,6 @@
-"""``ovdiff benchmark``: time and memory as ratios against a named alternative, measured in turns in one session.
+"""What ``ovdiff benchmark`` measures with: ratios of time and memory against a named alternative, taken in turns.
 
 A ratio of two ways of doing the same thing says the same on a slow and on a fast machine, which seconds do not.
-:data:`SCENARIOS` (scenarios.py) lists what is compared.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import itertools
 import math
 import multiprocessing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,6 @@ import numpy as np
 import torch
 
 from ovdiff_lib.categories import Category, Vocabulary
-from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import size_text
 from ovdiff_lib.networks.loading import load_diffusion, resolve_device
 from ovdiff_lib.pipeline import OVDiff
@@ -38,8 +36,7 @@ NOISE = 0.1
 
 
 class Check(NamedTuple):
-    """A condition beside the ratio: ``value`` of ``what`` is at most ``limit`` (differences of results, seconds,
-    bytes)."""
+    """Beside the ratio: ``value`` of ``what`` (differences of results, seconds, bytes) is at most ``limit``."""
 
     what: str
     value: float
@@ -66,11 +63,8 @@ class Ratio:
 
     @property
     def value(self) -> float:
-        """Ratio of the medians, or of the memory added: ours by theirs, and theirs by ours where OVDiff is to be
-        faster."""
-        if self.memory:
-            return self._over(self.ours.added, self.theirs.added)
-        return self._over(self.ours.median, self.theirs.median)
+        """Of the medians, or of the memory added: ours by theirs, or theirs by ours where OVDiff is to be faster."""
+        return self._over(*(side.added if self.memory else side.median for side in (self.ours, self.theirs)))
 
     @property
     def spread(self) -> tuple[float, float] | None:
@@ -95,33 +89,28 @@ class Ratio:
         result = {True: "met", False: "MISSED", None: "no bound"}
         spread = f" ({self.spread[0]:.3g}-{self.spread[1]:.3g})" if self.spread else ""
         bound = "" if self.limit is None else f", {'at least' if self.faster else 'at most'} {self.limit:g}"
-        of = " faster" if self.faster else " the memory" if self.memory else " the time"
+        of = "faster" if self.faster else "the memory" if self.memory else "the time"
         sides = (f"{side.median:.3g} s and {size_text(side.added)}" for side in (self.ours, self.theirs))
-        lines = [f"{self.name}: {self.value:.3g}x{of}{spread}{bound}: {result[self.met]}", self.measures,
-                 f"against {self.alternative}", " against ".join(sides) + " added"]
-        for what, value, limit in self.checks:
-            lines.append(f"{what}: {value:.3g}, at most {limit:g}: {result[value <= limit]}")
+        lines = [f"{self.name}: {self.value:.3g}x {of}{spread}{bound}: {result[self.met]}", self.measures,
+                 f"against {self.alternative}", f"{' against '.join(sides)} added",
+                 *(f"{what}: {value:.3g}, at most {limit:g}: {result[value <= limit]}"
+                   for what, value, limit in self.checks)]
         return "\n    ".join(lines)
 
 
 class Session:
-    """What the scenarios share: ``profile`` with the extractor sd alone, a folder for its prototype ``library`` (a new
-    one, so that nothing is read that an earlier run left), ``repeats`` rounds a ratio, real prototypes and made-up
-    ones, images."""
+    """What the scenarios share: ``profile`` with the extractor sd alone, a ``library`` folder of its own (a new one, so
+    that nothing is read that an earlier run left), ``repeats`` rounds a ratio, real prototypes and made-up ones."""
 
     def __init__(self, profile: Profile, library: str | Path, repeats: int = 3) -> None:
         self.profile, self.library = profile.override({"features.extractors": ["sd"]}), library
         self.repeats, self.device, self.category = repeats, resolve_device(self.profile), Category(CLASSES[0])
-        self.ovdiff = self.method({})
+        self.ovdiff = OVDiff(self.profile, library=library, progress=False)
 
     @property
     def pipe(self) -> Any:
         """The text-to-image pipeline."""
         return load_diffusion(self.profile)
-
-    def method(self, overrides: dict[str, Any]) -> OVDiff:
-        """An ``OVDiff`` of the profile with fields replaced, over the session's library."""
-        return OVDiff(self.profile, overrides, library=self.library, progress=False)
 
     @functools.cached_property
     def bank(self) -> PrototypeBank:
@@ -129,17 +118,15 @@ class Session:
         return self.ovdiff.build(CLASSES)
 
     @functools.cached_property
-    def images(self) -> list[np.ndarray]:
-        """Validation images u8 (H, W, 3) of the mini world, which ship with the package and are at hand for every
-        profile."""
+    def _images(self) -> list[np.ndarray]:
         from ovdiff_lib.workbench.data.datasets import load_dataset
 
-        data = load_dataset("mini-voc")
+        data = load_dataset("mini-voc")  # ships with the package: at hand for every profile
         return [data[i].image for i in range(min(64, len(data)))]
 
     def image(self, number: int) -> np.ndarray:
-        """Image ``number``, from the first again after the last."""
-        return self.images[number % len(self.images)]
+        """A validation image u8 (H, W, 3) of the mini world, from the first again after the last."""
+        return self._images[number % len(self._images)]
 
     def made_up(self, count: int) -> PrototypeBank:
         """:func:`made_up_vocabulary` with, in turns, copies of the real classes' prototypes, with noise of
@@ -147,15 +134,15 @@ class Session:
         rows, made = self.bank.prototypes["sd"], []
         scales = [NOISE * one.vectors.std(0) for one in rows]
         for i in range(count):
-            vectors, scale = rows[i % len(rows)].vectors, scales[i % len(rows)]
-            noise = np.random.default_rng([0, i]).standard_normal(vectors.shape, dtype=np.float32)
-            made.append(replace(rows[i % len(rows)], vectors=vectors + noise * scale.astype(np.float32)))
+            source, scale = rows[i % len(rows)], scales[i % len(rows)].astype(np.float32)
+            noise = np.random.default_rng([0, i]).standard_normal(source.vectors.shape, dtype=np.float32)
+            made.append(replace(source, vectors=source.vectors + noise * scale))
         return PrototypeBank(made_up_vocabulary(count), {"sd": tuple(made)})
 
 
 def made_up_vocabulary(count: int) -> Vocabulary:
-    """Classes "w0001", "w0002", ... whose prompts are two words of the mini world, or three once all pairs are used, no
-    two alike: as long as names of large vocabularies are."""
+    """Classes "w0001", "w0002", ... whose prompts are two or three words of the mini world, no two alike: as long as
+    names of large vocabularies are."""
     from ovdiff_lib.mini.world import load_world
 
     words = load_world().names
@@ -164,26 +151,25 @@ def made_up_vocabulary(count: int) -> Vocabulary:
                             for i, prompt in enumerate(itertools.islice(prompts, count))))
 
 
-def alternate(ours: Callable[[int], Any], theirs: Callable[[int], Any], rounds: int, device: torch.device,
-              budget: float = math.inf, warm_up: tuple[Callable, Callable] | None = None) -> tuple[Measured, Measured]:
-    """Call ``ours(i)`` and ``theirs(i)`` in turns, i = 1 ... ``rounds``, so that a machine that is busy for a while
-    slows both.
+def alternate(ways: Sequence[Callable[[int], Any]], rounds: int, device: torch.device,
+              budget: float = math.inf) -> list[Measured]:
+    """Call every way with 1, then every way with 2, ... ``rounds``: a machine that is busy for a while slows them all.
 
-    Before, both are called with 0 and not counted (or the calls of ``warm_up``, where a whole round is long).
-    ``budget``: no further round once the rounds took so many seconds together.
+    Before, all are called with 0, to warm up (a way may do less then), and not counted. ``budget``: no further round
+    once the rounds took so many seconds together.
     """
-    for call in warm_up or (lambda: ours(0), lambda: theirs(0)):
-        call()
-    runs: tuple[list[Measured], list[Measured]] = [], []
+    for way in ways:
+        way(0)
+    runs: list[list[Measured]] = [[] for _ in ways]
     for number in range(1, rounds + 1):
         if sum(sum(run.seconds) for side in runs for run in side) >= budget:
             break
-        for side, function in zip(runs, (ours, theirs), strict=True):
+        for side, way in zip(runs, ways, strict=True):
             gc.collect()
             with warnings.catch_warnings():  # of too long joined prompts, at every image
                 warnings.filterwarnings("ignore", message="The category filter left out")
-                side.append(measured(function, [(number,)], device=device))
-    return joined(runs[0]), joined(runs[1])
+                side.append(measured(way, [(number,)], device=device))
+    return [joined(side) for side in runs]
 
 
 def in_new_process(function: Callable, *args: Any) -> Any:
@@ -196,6 +182,4 @@ def in_new_process(function: Callable, *args: Any) -> Any:
 def difference(left: np.ndarray | torch.Tensor, right: np.ndarray | torch.Tensor) -> float:
     """Largest absolute difference of two arrays of one shape; infinite values at the same places are equal."""
     left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
-    if left.shape != right.shape:
-        raise InputError(f"Results of the shapes {left.shape} and {right.shape} cannot be compared.")
     return float(np.abs(np.subtract(left, right, where=left != right, out=np.zeros_like(left))).max(initial=0.0))

@@ -37,8 +37,8 @@ DIGITS = {"ovdiff, s": 4, "alternative, s": 4, "ovdiff, added MB": 1, "alternati
 
 def published_or_own(table: str, row: str, column: str) -> PaperCell:
     """The paper's cell of that key, or the key alone where the paper has none."""
-    known = {cell.key: cell for cell in paper_table(table)}
-    return known.get((table, row, column)) or PaperCell.own(table, row, column)
+    key = table, row, column
+    return next((cell for cell in paper_table(table) if cell.key == key), PaperCell.own(*key))
 
 
 def time_cell(row: str, column: str, step: Measured, paper: PaperCell | None = None) -> Cell:
@@ -50,14 +50,13 @@ def building_cells(building: ClassTimes) -> list[Cell]:
     """Seconds of one class by extractor, with and without clustering: each step, and the sum of their medians beside
     the paper's, which is of 32 drawings whatever was built here."""
     cells = []
-    for extractor in building.features:
-        for clustering in (True, False):
-            steps = building.steps(extractor, clustering)
-            row = f"{extractor}, {'with' if clustering else 'without'} clustering"
-            key = CLASS_ROWS.get((extractor, clustering), f"prototypes for one class ({row})")
-            cells += [time_cell(row, name, step) for name, step in steps.items()]
-            total, fewest = building.seconds(extractor, clustering), min(step.n for step in steps.values())
-            cells.append(Cell(row, "seconds", total, n=fewest, paper=published_or_own("timing", key, "seconds")))
+    for extractor, clustering in [(name, part) for name in building.features for part in (True, False)]:
+        steps = building.steps(extractor, clustering)
+        row = f"{extractor}, {'with' if clustering else 'without'} clustering"
+        key = CLASS_ROWS.get((extractor, clustering), f"prototypes for one class ({row})")
+        cells += [time_cell(row, name, step) for name, step in steps.items()]
+        cells.append(Cell(row, "seconds", building.seconds(extractor, clustering),
+                          n=min(step.n for step in steps.values()), paper=published_or_own("timing", key, "seconds")))
     return cells
 
 
@@ -65,15 +64,13 @@ def drawing_cells(drawing: Mapping[int, Measured], fit: LinearFit) -> list[Cell]
     """Seconds to draw N images beside the paper's where it has that N, and the line fitted to them."""
     cells = []
     for size, step in drawing.items():
-        row = f"sampling time N={size}"
-        paper = published_or_own("timing", row, "seconds per class")
-        cells += [time_cell(row, "seconds per class", step, paper),
+        row, column = f"sampling time N={size}", "seconds per class"
+        cells += [time_cell(row, column, step, published_or_own("timing", row, column)),
                   Cell(row, "seconds an image", step.median / size, n=step.n)]
     line = {"seconds an image": fit.slope, "seconds at N = 0": fit.intercept, "R2": fit.r2}
-    for column, value in line.items():
-        own = PaperCell.own("timing", "sampling time, linear fit", column)
-        cells.append(Cell("linear fit", column, value, n=len(drawing), paper=own))
-    return cells
+    return cells + [Cell("linear fit", column, value, n=len(drawing),
+                         paper=PaperCell.own("timing", "sampling time, linear fit", column))
+                    for column, value in line.items()]
 
 
 def storage_cells(building: ClassTimes, profile: Profile, paper: Profile,
@@ -83,27 +80,25 @@ def storage_cells(building: ClassTimes, profile: Profile, paper: Profile,
     ``widths`` adds rows of the sizes of ``paper``, which nothing is measured for: row -> (channels D, the paper's
     cell).
     """
-    formula, vectors, files = "by the formula, MB", "vectors, MB", "on disk, MB"
-    channels, count = "channels D", "vectors"
+    formula, channels, support, cells = "by the formula, MB", "channels D", building.drawing.result, []
     with tempfile.TemporaryDirectory() as folder:
         library = Library(folder)
-        library.put("support", "0" * 8, building.support)
-        for key, prototypes in enumerate(building.prototypes.values()):
-            library.put("prototypes", f"{key:08x}", prototypes)
-        kinds = ("support", "prototypes")
-        stored = {kind: [entry.bytes for entry in library.entries() if entry.kind == kind] for kind in kinds}
-    cells = []
-    for (name, prototypes), size in zip(building.prototypes.items(), stored["prototypes"], strict=True):
-        row, width = f"prototypes per class ({name})", prototypes.vectors.shape[1]
-        cells += [Cell(row, channels, width), Cell(row, count, len(prototypes))]
-        cells += [Cell(row, column, value / 1e6, paper=PaperCell.own("storage", row, column)) for column, value in (
-            (formula, prototype_bytes(profile, width)), (vectors, prototypes.vectors.nbytes), (files, size))]
+        library.put("support", "0" * 8, support)
+        for number, step in enumerate(building.clustered.values()):
+            library.put("prototypes", f"{number:08x}", step.result)
+        stored = {(entry.kind, entry.key): entry.bytes for entry in library.entries()}
+    for number, (name, step) in enumerate(building.clustered.items()):
+        row, width = f"prototypes per class ({name})", step.result.vectors.shape[1]
+        cells += [Cell(row, channels, width), Cell(row, "vectors", len(step.result))]
+        values = {formula: prototype_bytes(profile, width), "vectors, MB": step.result.vectors.nbytes,
+                  "on disk, MB": stored["prototypes", f"{number:08x}"]}
+        cells += [Cell(row, column, value / 1e6, paper=PaperCell.own("storage", row, column))
+                  for column, value in values.items()]
     for row, (width, cell) in widths.items():
-        cells += [Cell(row, channels, width), Cell(row, count, prototype_rows(paper)),
+        cells += [Cell(row, channels, width), Cell(row, "vectors", prototype_rows(paper)),
                   Cell(row, formula, prototype_bytes(paper, width) / 1e6, paper=cell)]
-    latent = building.support.attribution.shape[1]
-    return [*cells, Cell("support set", formula, support_bytes(profile, latent) / 1e6),
-            Cell("support set", files, stored["support"][0] / 1e6)]
+    return [*cells, Cell("support set", formula, support_bytes(profile, support.attribution.shape[1]) / 1e6),
+            Cell("support set", "on disk, MB", stored["support", "0" * 8] / 1e6)]
 
 
 def growth_cells(growth: Mapping[str, Sequence[tuple[int, Measured]]], paper_classes: int) -> list[Cell]:
@@ -127,8 +122,8 @@ def window_cells(windows: Mapping[str, tuple[float, Measured]]) -> list[Cell]:
 
 def operation_cells(what: str, column: str, table: Mapping[str, int], unit: float) -> list[Cell]:
     """FLOP in ``unit`` by step of ``what`` ("class" or "image")."""
-    rows = {f"{what}: {step}": flop / unit for step, flop in table.items()}
-    return [Cell(row, column, value, paper=PaperCell.own("operations", row, column)) for row, value in rows.items()]
+    return [Cell(row, column, flop / unit, paper=PaperCell.own("operations", row, column))
+            for row, flop in ((f"{what}: {step}", flop) for step, flop in table.items())]
 
 
 def training_cells(measured: float, counted: float) -> list[Cell]:
@@ -138,8 +133,8 @@ def training_cells(measured: float, counted: float) -> list[Cell]:
     3.6e15: what it would take at the peak rate all the time.
     """
     published, at_peak = paper_cell("timing", CLASS, COMPUTE), f"{CLASS}: operations of the paper's networks"
-    cells = [Cell(row, f"{COMPUTE}, one class", value, paper=paper) for row, value, paper in (
-        (CLASS, measured, published), (at_peak, counted, PaperCell.own("timing", at_peak, COMPUTE)))]
+    cells = [Cell(CLASS, f"{COMPUTE}, one class", measured, paper=published),
+             Cell(at_peak, f"{COMPUTE}, one class", counted, paper=PaperCell.own("timing", at_peak, COMPUTE))]
     costs = {"the paper's time": published.value, "operations of the paper's networks": counted,
              "the class built here": measured}
     for row in TRAINED:
@@ -155,9 +150,9 @@ def memory_cells(steps: Mapping[str, Measured]) -> list[Cell]:
     """Resident memory of the process by step, in 10^6 bytes, and the GPU's where there is one."""
     cells = []
     for row, step in steps.items():
-        values = {"held before, MB": step.held, "peak, MB": step.peak, "added, MB": step.peak - step.held}
-        values |= {} if step.device is None else {"peak on the GPU, MB": step.device}
-        cells += [Cell(row, column, value / 1e6, n=step.n) for column, value in values.items()]
+        values = {"held before, MB": step.held, "peak, MB": step.peak, "added, MB": step.peak - step.held,
+                  "peak on the GPU, MB": step.device}
+        cells += [Cell(row, column, value / 1e6, n=step.n) for column, value in values.items() if value is not None]
     return cells
 
 
@@ -166,15 +161,14 @@ def ratio_cells(ratios: Iterable[Ratio]) -> list[Cell]:
     round, the bound, and 1 where it and all checks are met, 0 where not. What a row has no value for is left out."""
     cells = []
     for ratio in ratios:
-        row = f"{ratio.name}, against {ratio.alternative}"
-        sides = (("ovdiff", ratio.ours), ("alternative", ratio.theirs))
-        cells += [Cell(row, f"{who}, s", side.median, n=side.n, values=side.seconds) for who, side in sides]
-        cells += [Cell(row, f"{who}, added MB", side.added / 1e6) for who, side in sides]
-        cells += [Cell(row, f"{who}, peak MB", side.peak / 1e6) for who, side in sides]
+        row, (lowest, highest) = f"{ratio.name}, against {ratio.alternative}", ratio.spread or (None, None)
+        sides = {"ovdiff": ratio.ours, "alternative": ratio.theirs}
+        cells += [Cell(row, f"{who}, s", side.median, n=side.n, values=side.seconds) for who, side in sides.items()]
+        cells += [Cell(row, f"{who}, added MB", side.added / 1e6) for who, side in sides.items()]
+        cells += [Cell(row, f"{who}, peak MB", side.peak / 1e6) for who, side in sides.items()]
         if math.isfinite(ratio.value):
             own = PaperCell.own("benchmark", ratio.name, "ratio")
             cells.append(Cell(row, "ratio", ratio.value, n=ratio.ours.n, paper=own))
-        further = {"lowest": ratio.spread and ratio.spread[0], "highest": ratio.spread and ratio.spread[1],
-                   "bound": ratio.limit, "met (1) or missed (0)": ratio.met}
+        further = {"lowest": lowest, "highest": highest, "bound": ratio.limit, "met (1) or missed (0)": ratio.met}
         cells += [Cell(row, column, float(value)) for column, value in further.items() if value is not None]
     return cells

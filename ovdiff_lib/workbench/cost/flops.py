@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.features.clip import ClipExtractor
@@ -32,35 +32,26 @@ ITERATIONS = 50
 """Most of Lloyd's iterations on the sample, as :func:`~ovdiff_lib.prototypes.kmeans.kmeans` has it."""
 
 
-def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-
-
 def _multi_head(query: Sequence[int], key: Sequence[int], _: Sequence[int], width: int, *__: Any, **___: Any) -> int:
     projections = 2 * width * width * (2 * math.prod(query[:-1]) + 2 * math.prod(key[:-1]))
     return projections + 4 * query[0] * query[1] * key[1] * width
 
 
-def _matrix_vector(matrix: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * math.prod(matrix)
-
-
-UNCOUNTED: dict[str, Callable[..., int]] = {
-    "_scaled_dot_product_flash_attention_for_cpu": _attention,
-    "_scaled_dot_product_fused_attention_overrideable": _attention,
-    "_scaled_dot_product_attention_math_for_mps": _attention,
-    "_native_multi_head_attention": _multi_head,
-    "mv": _matrix_vector,
-    "dot": _matrix_vector,
+aten = torch.ops.aten
+UNCOUNTED = {
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_fused_attention_overrideable: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_attention_math_for_mps: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten._native_multi_head_attention: _multi_head,
+    aten.mv: lambda matrix, *_, **__: 2 * math.prod(matrix),
+    aten.dot: lambda vector, *_, **__: 2 * math.prod(vector),
 }
-"""Operators of matrix products that PyTorch's counter passes over without a word (all attention on a CPU among
-them)."""
+"""Matrix products that PyTorch's counter passes over without a word, all attention on a CPU among them."""
 
 
 def counter() -> FlopCounterMode:
     """Counts what runs inside it: ``with counter() as c: ...``, then ``c.get_total_flops()``."""
-    known = {getattr(torch.ops.aten, name): rule for name, rule in UNCOUNTED.items() if hasattr(torch.ops.aten, name)}
-    return FlopCounterMode(display=False, custom_mapping=known)
+    return FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
 
 
 def flop_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
@@ -78,21 +69,22 @@ class FeatureCost(NamedTuple):
     channels: int
 
 
+# ---- a class
+
 def class_operations(networks: Networks, profile: Profile, extractors: Sequence[str] | None = None) -> dict[str, int]:
     """FLOP of building one class (Sec. 3.1 to 3.3), by step; ``extractors`` default to the profile's.
 
     k-means is the most it can take: every feature is foreground or background and no run converges early. A segmenter
     (Eq. 1) is not counted. Raises ``InputError`` for an extractor without a rule.
     """
-    support, guided = profile.support, profile.support.guidance_scale > 1
+    support, halves = profile.support, 1 + (profile.support.guidance_scale > 1)
     side, tokens = support.image_size // networks.vae_factor, networks.text_encoder.config.max_position_embeddings
-    prompt = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    unet = unet_operations(networks, side, 1 + guided)
-    with record_attribution(networks.unet, [1], (side, side), support.mid_block, guided):
-        recorded = unet_operations(networks, side, 1 + guided)
+    unet = unet_operations(networks, side, halves)
+    with record_attribution(networks.unet, [1], (side, side), support.mid_block, halves == 2):
+        recorded = unet_operations(networks, side, halves)
     decoder = flop_of(networks.vae.decode, _meta(1, networks.vae.config.latent_channels, side, side))
     table = {
-        "prompt": (1 + guided) * flop_of(networks.text_encoder, prompt),
+        "prompt": halves * flop_of(networks.text_encoder, _meta(1, tokens).long()),
         "support images: UNet": support.size * support.steps * unet,
         "support images: attribution": support.size * support.steps * (recorded - unet),
         "support images: VAE decoder": support.size * decoder,
@@ -112,39 +104,9 @@ def class_total(table: dict[str, int], extractor: str) -> int:
                if not step.startswith(("features: ", "k-means: ")) or step.split(",")[0].endswith(f": {extractor}"))
 
 
-def image_operations(networks: Networks, profile: Profile, shape: tuple[int, int], classes: int,
-                     extractors: Sequence[str] | None = None) -> dict[str, int]:
-    """FLOP of segmenting one image of ``shape`` (H, W) in pixels against ``classes`` classes (Sec. 3.4), by step.
-
-    Every class has all its prototypes, K and N of both regions. The text of the category filter is the most it can
-    take: all non-empty subsets of eta names of one token, none of them encoded for an earlier image.
-    """
-    sides = [size for _, _, size in window_boxes(shape, profile)]
-    table: dict[str, int] = {}
-    for name in extractors or profile.features.extractors:
-        by_side = {side: feature_cost(networks, profile, name, side) for side in set(sides)}
-        costs = [by_side[side] for side in sides]
-        table[f"features: {name}"] = sum(c.flop for c in costs)
-        table[f"matching: {name}"] = sum(2 * c.cells * c.channels * classes * prototype_rows(profile) for c in costs)
-    if profile.filters.category:
-        clip, side = networks.clip, networks.clip.config.vision_config.image_size
-        names = min(profile.filters.category_top, classes)
-        table["category filter: image"] = flop_of(clip.get_image_features, pixel_values=_meta(1, 3, side, side))
-        table["category filter: text, at most"] = joined_prompt_operations(networks, names)
-    return table
-
-
-def window_boxes(shape: tuple[int, int], profile: Profile) -> list[tuple[int, int, int]]:
-    """Windows (top, left, size) of all scales of an image of ``shape`` (H, W), in pixels of the resized image."""
-    settings, blank = profile.matching, np.zeros((*shape, 3), np.uint8)
-    resized = resize_short_side(blank, settings.short_side, settings.resample, settings.long_side).shape[:2]
-    return [(top, left, side) for side, boxes in scales(resized, settings) for top, left, _, _ in boxes]
-
-
 def unet_operations(networks: Networks, side: int, batch: int = 1,
                     upto: dict[str, torch.nn.Module] | None = None) -> int:
-    """FLOP of a UNet call on latents of ``side`` x ``side``; of one that ends when all of ``upto`` have put something
-    out."""
+    """FLOP of a UNet call on latents of ``side`` x ``side``; with ``upto`` it ends when all of them were called."""
     config, tokens = networks.unet.config, networks.text_encoder.config.max_position_embeddings
     latents, prompt = _meta(batch, config.in_channels, side, side), _meta(batch, tokens, config.cross_attention_dim)
 
@@ -155,9 +117,20 @@ def unet_operations(networks: Networks, side: int, batch: int = 1,
     return flop_of(call)
 
 
+def clustering_operations(points: int, channels: int, settings: PrototypeSettings) -> int:
+    """Most FLOP of k-means over ``points`` features: seeding and iterations on samples of both regions, then on all."""
+    k, regions = settings.clusters, 1 + settings.background
+    sample = min(points, regions * k * SAMPLE)
+    seeding = 2 * sample * channels * (1 + (k - 1) * (2 + int(math.log(k))))
+    one_pass = 4 * channels * k  # a point's distances to the centroids, and the sums of the clusters
+    tries = RESTARTS if points > sample else 1
+    return tries * (seeding + one_pass * ITERATIONS * sample) + one_pass * REFINE * points
+
+
+# ---- features
+
 def feature_cost(networks: Networks, profile: Profile, name: str, side: int) -> FeatureCost:
-    """Features of one square image of ``side`` pixels. ``InputError`` for an extractor that is not in
-    :data:`FEATURES`."""
+    """Features of one square image of ``side`` pixels. ``InputError`` for an extractor that :data:`FEATURES` lacks."""
     if name not in FEATURES:
         raise InputError(f"Operations of the extractor {name!r} cannot be counted; choose from {', '.join(FEATURES)}.")
     return FEATURES[name](networks, profile, side)
@@ -178,34 +151,53 @@ def _vit_cost(extractor: ClipExtractor | DinoExtractor, side: int) -> FeatureCos
     return FeatureCost(flop, height * width // extractor.patch**2, extractor.channels)
 
 
-FEATURES: dict[str, Callable[[Networks, Profile, int], FeatureCost]] = {
+FEATURES = {
     "sd": _diffusion_cost,
     "dino": lambda nets, profile, side: _vit_cost(DinoExtractor(nets.dino, profile.features), side),
     "clip-keys": lambda nets, profile, side: _vit_cost(ClipExtractor(nets.clip, profile.features, "keys"), side),
     "clip-tokens": lambda nets, profile, side: _vit_cost(ClipExtractor(nets.clip, profile.features, "tokens"), side),
 }
-"""Extractor -> what its features take."""
+"""Extractor -> what its features take, by networks, profile and the side of the image."""
 
 
-def clustering_operations(points: int, channels: int, settings: PrototypeSettings) -> int:
-    """Most FLOP of k-means over ``points`` features in two regions: seeding and iterations on samples, then over
-    all."""
-    k, regions = settings.clusters, 1 + settings.background
-    sample = min(points, regions * k * SAMPLE)
-    seeding = 2 * sample * channels * (1 + (k - 1) * (2 + int(math.log(k))))
-    one_pass = 4 * channels * k  # a point's distances to the centroids, and the sums of the clusters
-    tries = RESTARTS if points > sample else 1
-    return tries * (seeding + one_pass * ITERATIONS * sample) + one_pass * REFINE * points
+# ---- an image
+
+def image_operations(networks: Networks, profile: Profile, shape: tuple[int, int], classes: int,
+                     extractors: Sequence[str] | None = None) -> dict[str, int]:
+    """FLOP of segmenting one image of ``shape`` (H, W) in pixels against ``classes`` classes (Sec. 3.4), by step.
+
+    Every class has all its prototypes, K and N of both regions. The text of the category filter is the most it can
+    take: all non-empty subsets of eta names of one token, none of them encoded for an earlier image.
+    """
+    sides, table = [size for _, _, size in window_boxes(shape, profile)], {}
+    for name in extractors or profile.features.extractors:
+        by_side = {side: feature_cost(networks, profile, name, side) for side in set(sides)}
+        costs = [by_side[side] for side in sides]
+        table[f"features: {name}"] = sum(c.flop for c in costs)
+        table[f"matching: {name}"] = sum(2 * c.cells * c.channels * classes * prototype_rows(profile) for c in costs)
+    if profile.filters.category:
+        clip, side = networks.clip, networks.clip.config.vision_config.image_size
+        names = min(profile.filters.category_top, classes)
+        table["category filter: image"] = flop_of(clip.get_image_features, pixel_values=_meta(1, 3, side, side))
+        table["category filter: text, at most"] = joined_prompt_operations(networks, names)
+    return table
+
+
+def window_boxes(shape: tuple[int, int], profile: Profile) -> list[tuple[int, int, int]]:
+    """Windows (top, left, size) of all scales of an image of ``shape`` (H, W), in pixels of the resized image."""
+    settings, blank = profile.matching, np.zeros((*shape, 3), np.uint8)
+    resized = resize_short_side(blank, settings.short_side, settings.resample, settings.long_side).shape[:2]
+    return [(top, left, side) for side, boxes in scales(resized, settings) for top, left, _, _ in boxes]
 
 
 def joined_prompt_operations(networks: Networks, names: int) -> int:
-    """FLOP of CLIP's text tower over the 2^names - 1 joined prompts of the category filter, which share their
-    beginnings."""
+    """FLOP of CLIP's text tower over the 2^names - 1 joined prompts of the category filter, which share beginnings."""
     start, joiner, end, sequences = 0, names + 1, names + 2, []
     for size in range(1, names + 1):
         for subset in itertools.combinations(range(1, names + 1), size):
-            joined = itertools.chain.from_iterable((joiner, name) for name in subset)
-            sequences.append((start, *list(joined)[1:], end))
+            words = [joiner] * (2 * size - 1)
+            words[::2] = subset
+            sequences.append((start, *words, end))
     length = networks.clip.config.text_config.max_position_embeddings
     return flop_of(encode, networks.clip, *pack(sequences, max(WIDTH, length)))
 
@@ -214,21 +206,20 @@ def _meta(*shape: int) -> torch.Tensor:
     return torch.empty(shape, device="meta")
 
 
+# ---- bytes
+
 def prototype_rows(profile: Profile) -> int:
-    """Prototypes of one class at most (Eq. 2, 3): of each region one of the class, N of the drawings and K of the
-    parts."""
-    kinds, made = profile.prototypes.kinds, profile.prototypes
-    one = ("class" in kinds) + profile.support.size * ("instance" in kinds) + made.clusters * ("part" in kinds)
-    return (1 + made.background) * one
+    """Most prototypes of one class (Eq. 2, 3): of each region one of the class, N of the drawings, K of the parts."""
+    settings = profile.prototypes
+    count = {"class": 1, "instance": profile.support.size, "part": settings.clusters}
+    return (1 + settings.background) * sum(count[kind] for kind in settings.kinds)
 
 
 def prototype_bytes(profile: Profile, width: int) -> int:
-    """Bytes of one class's prototypes of ``width`` channels (App. C.5): 2 x (1 + N + K) x D x 4 with the paper's
-    kinds."""
+    """Bytes of one class's prototypes of ``width`` channels (App. C.5): 2 (1 + N + K) D x 4 with the paper's kinds."""
     return prototype_rows(profile) * width * 4
 
 
 def support_bytes(profile: Profile, latent: int) -> int:
-    """Bytes of one class's support set: u8 images, f32 attribution of ``latent`` x ``latent``, one i64 seed an
-    image."""
+    """Bytes of one class's support set: u8 images, f32 attribution of ``latent`` x ``latent``, an i64 seed an image."""
     return profile.support.size * (3 * profile.support.image_size**2 + 4 * latent**2 + 8)

@@ -59,7 +59,7 @@ class Measured:
 def measured(function: Callable[..., Any], items: Iterable[tuple] = ((),), *,
              device: torch.device | None = None) -> Measured:
     """Call ``function(*item)`` for every item, one after the other, and measure each call. ``device``: whose work is
-    awaited before the clock is read, and whose memory is looked at. Raises ``InputError`` when there is no item."""
+    awaited before the clock is read, and whose memory is looked at. ``InputError`` when there is no item."""
     gpu = device is not None and device.type == "cuda"
     reset_peak()
     if gpu:
@@ -99,13 +99,10 @@ class LinearFit:
 
 
 def linear_fit(x: Sequence[float], y: Sequence[float]) -> LinearFit:
-    """The line through the points; R^2 is 1 where all y are equal. ``InputError`` for fewer than two different x."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    if len(set(x.tolist())) < 2:
-        raise InputError(f"A line needs points of at least two different sizes, not {x.tolist()}; name more sizes.")
-    slope, intercept = np.polyfit(x, y, 1)
-    spread, left = np.square(y - y.mean()).sum(), np.square(y - slope * x - intercept).sum()
-    return LinearFit(float(slope), float(intercept), float(1 - left / spread) if spread > 0 else 1.0)
+    """The line through the points. ``InputError`` for fewer than two different x."""
+    if len(set(x)) < 2:
+        raise InputError(f"A line needs points of at least two different sizes, not {list(x)}; name more sizes.")
+    return LinearFit(*map(float, np.polyfit(x, y, 1)), float(np.corrcoef(x, y)[0, 1] ** 2))
 
 
 def peak_rate(device: torch.device, size: int = 2048, repeats: int = 5) -> float:
@@ -116,9 +113,9 @@ def peak_rate(device: torch.device, size: int = 2048, repeats: int = 5) -> float
     return 2 * size**3 / min(measured(torch.mm, [(left, right)] * repeats, device=device).seconds)
 
 
-def teraflops_hours(seconds: float, rate: float, devices: int = 1) -> float:
-    """The paper's measure of compute (Sec. 4.2, footnote 1): time x devices x peak FLOP/s, in TFLOP/s-hours."""
-    return seconds / 3600 * devices * rate / 1e12
+def teraflops_hours(seconds: float, rate: float) -> float:
+    """The paper's measure of compute (Sec. 4.2, footnote 1): time x peak FLOP/s of one device, in TFLOP/s-hours."""
+    return seconds / 3600 * rate / 1e12
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -140,7 +137,6 @@ def reset_peak() -> bool:
 def _memory(field: str) -> int:
     """Bytes of a field of the process's status; its highest resident memory where the system has no such file."""
     try:
-        line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
+        return int(STATUS.read_text().split(f"{field}:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

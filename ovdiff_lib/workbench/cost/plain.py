@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 
 def draw(pipe: StableDiffusionPipeline, category: Category, profile: Profile, count: int) -> np.ndarray:
-    """Support images u8 (count, S, S, 3) by the bare pipeline: the prompt, noise, steps and batches of
-    ``sample_support``."""
+    """Support images u8 (count, S, S, 3) by the bare pipeline: prompt, noise, steps, batches of ``sample_support``."""
     settings = profile.support
     prompt, side = fill_template(settings.prompt, category.prompt), settings.image_size // pipe.vae_scale_factor
     seeds = np.array([image_seed(settings.seed, prompt, i) for i in range(count)], np.int64)
@@ -98,8 +97,7 @@ def stored_attribution(pipe: StableDiffusionPipeline, category: Category, profil
 
 @torch.no_grad()
 def padded_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str], batch: int = 64) -> torch.Tensor:
-    """Unit CLIP embeddings f32 (n, E) on the CPU by ``CLIPModel.get_text_features``, each text padded to the model's
-    length."""
+    """Unit CLIP embeddings f32 (n, E) on the CPU by ``CLIPModel.get_text_features``, texts padded to full length."""
     found, device = [], clip.text_projection.weight.device
     for start in range(0, len(texts), batch):
         tokens = tokenizer(list(texts[start : start + batch]), padding="max_length", truncation=True,
@@ -139,8 +137,7 @@ def scores_at_once(extractor: Callable, profile: Profile, image: np.ndarray, ban
 @torch.no_grad()
 def pamr_unfolded(image: np.ndarray, scores: torch.Tensor, iterations: int = 10,
                   dilations: Sequence[int] = DILATIONS) -> torch.Tensor:
-    """PAMR with all neighbours of all classes laid out at once, (C, 8 x dilations, H, W), as the published code does
-    it."""
+    """PAMR with all neighbours of all classes laid out at once, (C, 8 x dilations, H, W), like the published code."""
     weights = affinity(image, dilations, scores.device)
     for _ in range(iterations):
         padded = [F.pad(scores[:, None], (d,) * 4, mode="replicate") for d in dilations]

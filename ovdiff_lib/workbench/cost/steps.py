@@ -22,7 +22,7 @@ from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.prototypes.build import build_prototypes
 from ovdiff_lib.support.sampler import sample_support
-from ovdiff_lib.types import PrototypeBank, Prototypes, SupportSet
+from ovdiff_lib.types import PrototypeBank
 from ovdiff_lib.workbench.cost.flops import window_boxes
 from ovdiff_lib.workbench.cost.instruments import Measured, joined, measured
 
@@ -66,14 +66,6 @@ class ClassTimes:
         """Sum of the steps' medians."""
         return sum(step.median for step in self.steps(extractor, clustering).values())
 
-    @property
-    def support(self) -> SupportSet:
-        return self.drawing.result
-
-    @property
-    def prototypes(self) -> dict[str, Prototypes]:
-        return {name: step.result for name, step in self.clustered.items()}
-
 
 def measure_building(profile: Profile, drawing: Measured, extractors: Sequence[str], repeats: int = 1) -> ClassTimes:
     """Steps 2a to 2c on the support set drawn last, ``repeats`` times each, after one unmeasured image for every
@@ -81,12 +73,11 @@ def measure_building(profile: Profile, drawing: Measured, extractors: Sequence[s
 
     "With clustering" is the profile's kinds of prototypes, "without" those without parts (App. C.5 times both).
     """
-    support: SupportSet = drawing.result
-    one, runs, settings = support.take([0]), [()] * repeats, profile.prototypes
+    support, settings, device = drawing.result, profile.prototypes, resolve_device(profile)
     plain = dataclasses.replace(settings, kinds=[kind for kind in settings.kinds if kind != "part"] or ["class"])
-    segmenter, device = build_segmenter(profile), resolve_device(profile)
+    segmenter, one = build_segmenter(profile), support.take([0])
     make_masks(one, profile, segmenter)
-    masks = measured(lambda: make_masks(support, profile, segmenter), runs, device=device)
+    masks = measured(make_masks, [(support, profile, segmenter)] * repeats, device=device)
     times = ClassTimes(drawing, masks, {}, {}, {})
     for name in extractors:
         extractor = EXTRACTORS[name](profile)
@@ -102,8 +93,7 @@ def measure_building(profile: Profile, drawing: Measured, extractors: Sequence[s
 def measure_segmenting(methods: Mapping[str, Callable[[np.ndarray, PrototypeBank], Any]], bank: PrototypeBank,
                        counts: Sequence[int], images: Sequence[np.ndarray],
                        profile: Profile) -> dict[str, list[tuple[int, Measured]]]:
-    """For each method (image u8 (H, W, 3), bank) its times with the first so many classes: name -> [(classes,
-    Measured)].
+    """Times of each method (image u8 (H, W, 3), bank) with the first so many classes: name -> [(classes, Measured)].
 
     The first image warms up and is not counted; each other one is segmented once: a filter that knows an image is
     faster.
@@ -127,8 +117,7 @@ def measure_windows(profile: Profile, bank: PrototypeBank,
     cut, found = profile.matching, {}
     finer = [(cut.windows, max(1, cut.stride // part)) for part in (1, 2, 4)]
     for sizes, stride in [(cut.windows[:1], cut.stride), *finer]:
-        ovdiff = OVDiff(profile.override(
-            {"filters.category": False, "matching.windows": sizes, "matching.stride": stride}))
+        ovdiff = OVDiff(profile, {"filters.category": False, "matching.windows": sizes, "matching.stride": stride})
         ovdiff.segment(images[0], bank)
         mean = float(np.mean([len(window_boxes(image.shape[:2], ovdiff.profile)) for image in images[1:]]))
         times = measured(ovdiff.segment, [(image, bank) for image in images[1:]], device=resolve_device(profile))

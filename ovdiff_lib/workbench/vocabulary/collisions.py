@@ -47,33 +47,29 @@ def collide(prototypes: Sequence[Prototypes], device: str | torch.device = "cpu"
     A part of A may hold cells of the very image that is left out, so parts of the foreground count in ``highest`` and
     ``mean`` alone. Raises ``InputError`` for a class without instance prototypes of its foreground.
     """
-    count, front, back = len(prototypes), [], []
-    for p in prototypes:
-        front.append(np.flatnonzero(p.region == "foreground"))
-        back.append(np.flatnonzero(p.region == "background"))
-        if not (p.kind[front[-1]] == "instance").any():
-            raise InputError("A class has no instance prototypes of its foreground, by which collisions are judged; "
-                             "add instance to prototypes.kinds.")
+    count = len(prototypes)
+    front, back = ([np.flatnonzero(p.region == region) for p in prototypes] for region in ("foreground", "background"))
+    kinds = [p.kind[rows] for p, rows in zip(prototypes, front, strict=True)]
+    if not all((kind == "instance").any() for kind in kinds):
+        raise InputError("A class has no instance prototypes of its foreground, by which collisions are judged; add "
+                         "instance to prototypes.kinds.")
     own = [own_similarity(p) for p in prototypes]
-    medians = np.array([np.median(o) for o in own], np.float32)
-    foreground, background = (_unit(prototypes, rows, device) for rows in (front, back))
-    owner, behind = (torch.from_numpy(np.repeat(np.arange(count), [len(one) for one in rows])).to(device)
-                     for rows in (front, back))
-    kinds = np.concatenate([p.kind[rows] for p, rows in zip(prototypes, front, strict=True)])
-    whole = torch.from_numpy(kinds != "part").to(device)
+    medians = np.array([np.median(similarity) for similarity in own], np.float32)
+    foreground, owner = _stacked(prototypes, front, device)
+    background, behind = _stacked(prototypes, back, device)
+    whole, image = (torch.from_numpy(chosen).to(device) for chosen in
+                    (np.concatenate(kinds) != "part", np.concatenate(kinds) == "instance"))
+    filled = np.array([len(rows) > 0 for rows in back])
     names = ("highest", "mean", "lost", "passes", "background", "sunk")
     tables = {name: np.full((count, count), np.nan, np.float32) for name in names}
     centres = torch.stack([foreground[owner == a].mean(0) for a in range(count)])
     tables["mean"] = (centres @ centres.T).cpu().numpy()
-    filled = np.array([len(rows) > 0 for rows in back])
     for a in range(count):
-        mine = owner == a
-        image = torch.from_numpy(prototypes[a].kind[front[a]] == "instance").to(device)
-        similarity = foreground[mine] @ foreground.T
-        tables["highest"][a] = _by_class(similarity, owner, count).max(0)
-        near = _by_class(similarity[image][:, whole], owner[whole], count)
-        sinks = _by_class(foreground[mine][image] @ background.T, behind, count)
+        mine, images = foreground[owner == a], foreground[(owner == a) & image]
+        tables["highest"][a] = _by_class(mine @ foreground.T, owner, count).max(0)
+        near = _by_class(images @ foreground[whole].T, owner[whole], count)
         if len(own[a]) > 1:
+            sinks = _by_class(images @ background.T, behind, count)
             tables["lost"][a] = (near > own[a][:, None]).mean(0)
             tables["sunk"][a] = np.where(filled, (sinks > own[a][:, None]).mean(0), np.nan)
         tables["passes"][a] = np.where(np.isnan(medians), np.nan, (near >= medians).mean(0))
@@ -102,13 +98,14 @@ def own_similarity(prototypes: Prototypes) -> np.ndarray:
 
 
 def _by_class(similarity: torch.Tensor, owner: torch.Tensor, count: int) -> np.ndarray:
-    """The highest of each row's columns (n, p) by the class that owns them: f32 (n, count), -inf for a class without
-    any."""
+    """The highest of each row's columns by the class that owns them: f32 (n, count), -inf for a class without any."""
     highest = similarity.new_full((len(similarity), count), -torch.inf)
     return highest.scatter_reduce(1, owner.expand(len(similarity), -1), similarity, "amax").cpu().numpy()
 
 
-def _unit(prototypes: Sequence[Prototypes], rows: Sequence[np.ndarray], device: str | torch.device) -> torch.Tensor:
-    """The rows of all classes, one after the other, L2-normalised: f32 (p, D)."""
-    stacked = np.concatenate([p.vectors[chosen] for p, chosen in zip(prototypes, rows, strict=True)])
-    return F.normalize(torch.from_numpy(stacked.astype(np.float32, copy=False)).to(device), dim=1)
+def _stacked(prototypes: Sequence[Prototypes], rows: Sequence[np.ndarray],
+             device: str | torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of all classes, one after the other, L2-normalised: f32 (p, D), and the class of each, i64 (p,)."""
+    vectors = np.concatenate([p.vectors[chosen] for p, chosen in zip(prototypes, rows, strict=True)])
+    owner = np.repeat(np.arange(len(rows)), [len(chosen) for chosen in rows])
+    return F.normalize(torch.from_numpy(vectors).float().to(device), dim=1), torch.from_numpy(owner).to(device)

@@ -23,9 +23,15 @@ from tqdm import tqdm
 
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError, OVDiffError
+from ovdiff_lib.filters.stuff import filter_stuff
+from ovdiff_lib.keys import check_profile
+from ovdiff_lib.networks.loading import resolve_device
+from ovdiff_lib.support.attribution import class_token_positions
 from ovdiff_lib.types import ForegroundBackground, PrototypeBank
+from ovdiff_lib.workbench.data.classes import synonyms
+from ovdiff_lib.workbench.data.things import kinds
 from ovdiff_lib.workbench.vocabulary.collisions import Collisions, collide
-from ovdiff_lib.workbench.vocabulary.report import CollidingPair, Findings, Limits, VocabularyReport
+from ovdiff_lib.workbench.vocabulary.report import ClassReport, CollidingPair, Limits, VocabularyReport
 
 if TYPE_CHECKING:
     from ovdiff_lib.filters.category import CategoryFilter
@@ -47,21 +53,21 @@ def examine(ovdiff: OVDiff, classes: Vocabulary | Iterable[str | Category] | str
     has no category filter CLIP is not asked. Whatever else is wrong raises as :meth:`~ovdiff_lib.pipeline.OVDiff.build`
     does.
     """
-    from ovdiff_lib.keys import check_profile
-
     limits, vocabulary = limits or Limits(), Vocabulary.of(classes, stuff)
     check_profile(ovdiff.profile)
-    findings, skipped, read = Findings(vocabulary), [], {}
-    _examine_words(findings, ovdiff, limits)
-    bank, kept = _build(findings, ovdiff)
+    reports, skipped, read = [ClassReport(category.name, category.kind) for category in vocabulary], [], {}
+    _examine_words(reports, vocabulary, ovdiff, limits)
+    bank, kept = _build(reports, vocabulary, ovdiff)
     clip = ovdiff.category_filter if ovdiff.profile.filters.category else None
     for i in tqdm(kept, desc="examining drawings", unit="class", disable=not ovdiff.progress or len(kept) < 2):
         category = vocabulary.categories[i]
-        _examine_masks(findings, i, ovdiff.masks_of(category), ovdiff.profile.masks.segmenter, limits)
+        _examine_masks(reports[i], ovdiff.masks_of(category), ovdiff.profile.masks.segmenter, limits)
         if clip is not None:
             read[i] = torch.stack([clip.embed_image(image) for image in ovdiff.support(category).images])
     if clip is not None:
-        _examine_readings(findings, clip, read, limits, skipped, among)
+        known = {name.casefold() for name in vocabulary.names}
+        others = [category for category in map(Category, among) if category.name.casefold() not in known]
+        skipped += _examine_readings(reports, [*vocabulary, *others], clip, read, limits)
     else:
         skipped.append("The profile has no category filter (filters.category), so CLIP's reading of words and drawings "
                        "was not examined.")
@@ -69,44 +75,41 @@ def examine(ovdiff: OVDiff, classes: Vocabulary | Iterable[str | Category] | str
     if len(kept) < 2:
         skipped.append("Fewer than two classes could be built, so there is nothing that could collide.")
     else:
-        pairs, tables = _examine_collisions(findings, bank, kept, ovdiff, limits)
-    notes = tuple(_notes(bank, findings, kept, ovdiff))
-    return VocabularyReport(ovdiff.profile.name, findings.report(), pairs, limits, tuple(skipped), notes,
-                            tuple(vocabulary.names[i] for i in kept), tables)
+        tables = {name: collide(rows, resolve_device(ovdiff.profile)) for name, rows in bank.prototypes.items()}
+        pairs = _examine_collisions([reports[i] for i in kept], tables, limits)
+    return VocabularyReport(ovdiff.profile.name, tuple(reports), pairs, limits, tuple(skipped),
+                            _notes(bank, reports, ovdiff), tuple(vocabulary.names[i] for i in kept), tables)
 
 
 # ---- words alone
 
-def _examine_words(findings: Findings, ovdiff: OVDiff, limits: Limits) -> None:
+def _examine_words(reports: Sequence[ClassReport], vocabulary: Vocabulary, ovdiff: OVDiff, limits: Limits) -> None:
     """What can be said of the words alone: tokens, length, senses, doubles."""
-    from ovdiff_lib.support.attribution import class_token_positions
-    from ovdiff_lib.workbench.data.things import kinds
-
-    tokenizer, vocabulary = ovdiff.diffusion.tokenizer, findings.vocabulary
-    for i, category in enumerate(vocabulary):
+    tokenizer = ovdiff.diffusion.tokenizer
+    for report, category in zip(reports, vocabulary, strict=True):
         pieces, most, unknown = read_tokens(tokenizer, category.prompt)
-        findings.values[i] |= {"pieces": pieces, "unknown_pieces": unknown}
+        report.measure(pieces=pieces, unknown_pieces=unknown)
         if unknown:
-            findings.add(i, "bad", f"the tokenizer does not know {unknown} of its {pieces} pieces")
+            report.add("bad", f"the tokenizer does not know {unknown} of its {pieces} pieces")
         elif most > limits.pieces:
-            findings.add(i, "look", f"the tokenizer cuts a word of it into {most} pieces, so the models may never have "
-                                    "met it")
+            report.add("look", f"the tokenizer cuts a word of it into {most} pieces, so the models may never have met "
+                               "it")
         try:
             class_token_positions(tokenizer, ovdiff.profile.support.prompt, category.prompt)
         except InputError as error:
-            findings.values[i]["cannot_be_built"] = str(error)
-            findings.add(i, "bad", str(error))
+            report.measure(cannot_be_built=str(error))
+            report.add("bad", str(error))
         said = {kinds([category], table, "thing")[category.name] for table in ("c8", "coco-stuff")}
         if category.kind == "thing" and ovdiff.profile.filters.stuff and "stuff" in said:
-            findings.add(i, "look", "it is usually a region, not a thing: name it as stuff, or it competes with the "
-                                    "background of others")
+            report.add("look", "it is usually a region, not a thing: name it as stuff, or it competes with the "
+                               "background of others")
         if found := ambiguity(category.prompt):
-            findings.values[i] |= {"senses": list(found.senses), "rewordings": list(found.rewordings)}
+            report.measure(senses=found.senses, rewordings=found.rewordings)
             better = " or ".join(map(repr, found.rewordings))
-            findings.add(i, "look", f"“{found.noun}” can mean {', '.join(found.senses)}; say {better}")
+            report.add("look", f"“{found.noun}” can mean {', '.join(found.senses)}; say {better}")
     for first, second, why in same_meaning(vocabulary):
         for i, j in ((first, second), (second, first)):
-            findings.add(i, "look", f"it and {vocabulary.names[j]!r} {why}; keep one")
+            reports[i].add("look", f"it and {vocabulary.names[j]!r} {why}; keep one")
 
 
 def read_tokens(tokenizer, words: str) -> tuple[int, int, int]:
@@ -123,8 +126,8 @@ class Ambiguity(NamedTuple):
     """A ``noun`` with several ``senses`` that can be drawn, and ``rewordings`` that mean one of them each."""
 
     noun: str
-    senses: tuple[str, ...]
-    rewordings: tuple[str, ...]
+    senses: list[str]
+    rewordings: list[str]
 
 
 def ambiguity(words: str) -> Ambiguity | None:
@@ -134,10 +137,9 @@ def ambiguity(words: str) -> Ambiguity | None:
 
 @functools.cache
 def _ambiguities() -> dict[str, Ambiguity]:
-    with open(AMBIGUOUS, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    parts = {row["noun"]: [tuple(row[name].split("; ")) for name in ("senses", "rewordings")] for row in rows}
-    return {noun: Ambiguity(noun, *both) for noun, both in parts.items()}
+    with AMBIGUOUS.open(encoding="utf-8", newline="") as file:
+        return {row["noun"]: Ambiguity(row["noun"], row["senses"].split("; "), row["rewordings"].split("; "))
+                for row in csv.DictReader(file)}
 
 
 def plain_form(words: str) -> str:
@@ -150,189 +152,167 @@ def plain_form(words: str) -> str:
 
 
 def same_meaning(vocabulary: Vocabulary) -> list[tuple[int, int, str]]:
-    """Pairs of classes (i, j, why), i < j, whose words mean the same or one a kind of the other: by :func:`plain_form`,
-    or by the project's list of synonyms and subclasses."""
-    from ovdiff_lib.workbench.data.classes import synonyms
-
-    kinds = {plain_form(name): {plain_form(word) for word in words} for name, words in synonyms().items()}
+    """Pairs of classes (i, j, why), i < j, of one :func:`plain_form`, or in the project's list of synonyms."""
+    kinds_of = {plain_form(name): {plain_form(word) for word in words} for name, words in synonyms().items()}
     forms = [plain_form(category.prompt) for category in vocabulary]
-    found, holders = [], {}  # a class is looked up by its form: a thousand classes need no million comparisons
+    found, holders = set(), {}  # a class is looked up by its form: a thousand classes need no million comparisons
     for i, form in enumerate(forms):
         holders.setdefault(form, []).append(i)
     for i, form in enumerate(forms):
-        found += [(i, j, "differ in spelling alone") for j in holders[form] if j > i]
-        near = [j for word in sorted(kinds.get(form, ())) if word != form for j in holders.get(word, ())]
-        found += [(*sorted((i, j)), "are synonyms, or one is a kind of the other") for j in near]
-    return sorted(dict.fromkeys(found))
+        found |= {(i, j, "differ in spelling alone") for j in holders[form] if j > i}
+        near = [j for word in kinds_of.get(form, ()) if word != form for j in holders.get(word, ())]
+        found |= {(min(i, j), max(i, j), "are synonyms, or one is a kind of the other") for j in near}
+    return sorted(found)
 
 
 # ---- drawings, masks, prototypes
 
-def _build(findings: Findings, ovdiff: OVDiff) -> tuple[PrototypeBank, list[int]]:
-    """The bank of the classes that can be built, after the stuff filter where the profile has one, and their
-    indices."""
-    from ovdiff_lib.filters.stuff import filter_stuff
-
+def _build(reports: Sequence[ClassReport], vocabulary: Vocabulary, ovdiff: OVDiff) -> tuple[PrototypeBank, list[int]]:
+    """The bank of the classes that can be built, after the profile's stuff filter, and their indices."""
     rows, kept = {name: [] for name in ovdiff.profile.features.extractors}, []
-    categories = findings.vocabulary.categories
-    todo = [i for i, values in enumerate(findings.values) if "cannot_be_built" not in values]
+    todo = [i for i, report in enumerate(reports) if "cannot_be_built" not in report.values]
     for i in tqdm(todo, desc="building classes", unit="class", disable=not ovdiff.progress or len(todo) < 2):
         try:
-            built = ovdiff.build_class(categories[i])
+            built = ovdiff.build_class(vocabulary.categories[i])
         except OVDiffError as error:
             if type(error) is not OVDiffError:  # not the word's fault
                 raise
-            findings.values[i]["cannot_be_built"] = str(error)
-            findings.add(i, "bad", str(error))
+            reports[i].measure(cannot_be_built=str(error))
+            reports[i].add("bad", str(error))
             continue
         kept.append(i)
         for name, prototypes in built.items():
             rows[name].append(prototypes)
-    built = Vocabulary(tuple(categories[i] for i in kept)) if kept else findings.vocabulary
-    bank = PrototypeBank(built, {name: tuple(made) for name, made in rows.items()})
+    categories = [vocabulary.categories[i] for i in kept] or vocabulary.categories
+    bank = PrototypeBank(Vocabulary(tuple(categories)), {name: tuple(made) for name, made in rows.items()})
     if not kept or not ovdiff.profile.filters.stuff:
         return bank, kept
     filtered = filter_stuff(bank, ovdiff.profile.filters)
     for place, i in enumerate(kept):
         before, after = (sum(int((rows[place].region == "background").sum()) for rows in b.prototypes.values())
                          for b in (bank, filtered))
-        findings.values[i]["background_removed_by_stuff_filter"] = (before - after) / before if before else None
+        reports[i].measure(background_removed_by_stuff_filter=(before - after) / before if before else None)
     return filtered, kept
 
 
-def _examine_masks(findings: Findings, index: int, masks: ForegroundBackground, segmenter: str, limits: Limits) -> None:
+def _examine_masks(report: ClassReport, masks: ForegroundBackground, segmenter: str, limits: Limits) -> None:
     area = masks.foreground.mean((1, 2))
     some, full, count = area > 0, area >= limits.full, len(area)
     fallback = np.array([source == "threshold" and segmenter != "threshold" for source in masks.source])
-    findings.values[index] |= {
-        "images": count, "with_foreground": some.mean(), "foreground_area": area[some].mean() if some.any() else 0.0,
-        "full_masks": full.mean(), "without_background": (~masks.background.any((1, 2))).mean(),
-        "fallback_to_thresholds": fallback.mean()}
+    report.measure(images=count, with_foreground=some.mean(), foreground_area=area[some].mean() if some.any() else 0.0,
+                   full_masks=full.mean(), without_background=(~masks.background.any((1, 2))).mean(),
+                   fallback_to_thresholds=fallback.mean())
     if some.mean() < limits.foreground_bad:
-        findings.add(index, "bad", f"only {int(some.sum())} of {count} drawings have any foreground, so it has few "
-                                   "prototypes")
+        report.add("bad", f"only {some.sum()} of {count} drawings have any foreground, so it has few prototypes")
     elif (~some).mean() >= limits.masks_look:
-        findings.add(index, "look", f"{int((~some).sum())} of {count} drawings have no foreground")
+        report.add("look", f"{(~some).sum()} of {count} drawings have no foreground")
     if full.mean() >= limits.masks_look:
-        findings.add(index, "look", f"the foreground of {int(full.sum())} of {count} drawings fills the image")
-    if fallback.mean() >= limits.masks_look and findings.vocabulary.categories[index].kind == "thing":
-        findings.add(index, "look", f"the segmenter {segmenter!r} found nothing in {int(fallback.sum())} of {count} "
-                                    "drawings, whose masks are thresholds")
+        report.add("look", f"the foreground of {full.sum()} of {count} drawings fills the image")
+    if fallback.mean() >= limits.masks_look and report.kind == "thing":
+        report.add("look", f"the segmenter {segmenter!r} found nothing in {fallback.sum()} of {count} drawings, whose "
+                           "masks are thresholds")
 
 
-def _examine_collisions(findings: Findings, bank: PrototypeBank, kept: Sequence[int], ovdiff: OVDiff,
-                        limits: Limits) -> tuple[tuple[CollidingPair, ...], dict[str, Collisions]]:
-    """Pairs that collide, the worst first, and the tables of each extractor; every class gets its nearest rival."""
-    from ovdiff_lib.networks.loading import resolve_device
-
-    tables = {name: collide(rows, resolve_device(ovdiff.profile)) for name, rows in bank.prototypes.items()}
-    measured = ("lost", "passes", "sunk", "highest", "mean", "background", "own")
-    mean = {name: np.mean([getattr(table, name) for table in tables.values()], axis=0) for name in measured}
-    names, pairs = bank.vocabulary.names, []
-    both = np.fmax(mean["lost"], mean["passes"])
+def _examine_collisions(reports: Sequence[ClassReport], tables: dict[str, Collisions],
+                        limits: Limits) -> tuple[CollidingPair, ...]:
+    """Pairs of classes that collide, the worst first, by the ``tables`` of each extractor; each gets its rival."""
+    mean = {name: np.mean([vars(table)[name] for table in tables.values()], axis=0)
+            for name in ("lost", "passes", "sunk", "highest", "mean", "background", "own")}
+    pairs = []
     for what, share, cosine, said in (
-            ("foreground", both, mean["highest"], "can be taken for"),
+            ("foreground", np.fmax(mean["lost"], mean["passes"]), mean["highest"], "can be taken for"),
             ("background", mean["sunk"], mean["background"].T, "can be lost in the background of")):
-        for a, i in enumerate(kept):
-            ranked = sorted((b for b in range(len(names)) if np.isfinite(cosine[a, b])),
+        for a, report in enumerate(reports):
+            ranked = sorted((b for b in range(len(reports)) if np.isfinite(cosine[a, b])),
                             key=lambda b: (-np.nan_to_num(share[a, b], nan=-1), -cosine[a, b]))
             if not ranked:
                 continue
-            first = ranked[0]
+            b = ranked[0]
             if what == "foreground":
-                findings.values[i] |= {"rival": names[first], "own": mean["own"][a]}
-                findings.values[i] |= {name: mean[name][a, first] for name in ("lost", "passes", "highest", "mean")}
+                report.measure(rival=reports[b].name, own=mean["own"][a],
+                               **{name: mean[name][a, b] for name in ("lost", "passes", "highest", "mean")})
             else:
-                findings.values[i] |= {"background_rival": names[first], "sunk": share[a, first],
-                                       "background_highest": cosine[a, first]}
-            found = [b for b in ranked if share[a, b] >= limits.collide_look]
-            for b in found:
-                level = "bad" if share[a, b] >= limits.collide_bad else "look"
-                values = _measured(tables, what, a, b)
-                pairs.append(CollidingPair(names[a], names[b], what, level, float(share[a, b]), values))
+                report.measure(background_rival=reports[b].name, sunk=share[a, b], background_highest=cosine[a, b])
+            found = [CollidingPair(report.name, reports[b].name, what,
+                                   "bad" if share[a, b] >= limits.collide_bad else "look", float(share[a, b]),
+                                   {name: _values(table, what, a, b) for name, table in tables.items()})
+                     for b in ranked if share[a, b] >= limits.collide_look]
             if found:
-                rivals = ", ".join(f"{names[b]!r} ({100 * share[a, b]:.0f} %)" for b in found[:NAMED])
+                rivals = ", ".join(f"{pair.second!r} ({100 * pair.share:.0f} %)" for pair in found[:NAMED])
                 more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-                findings.add(i, pairs[-len(found)].level, f"drawings of it {said} {rivals}{more}")
-    return tuple(sorted(pairs, key=lambda pair: -pair.share)), tables
+                report.add(found[0].level, f"drawings of it {said} {rivals}{more}")
+            pairs += found
+    return tuple(sorted(pairs, key=lambda pair: -pair.share))
 
 
-def _measured(tables: dict[str, Collisions], what: str, a: int, b: int) -> dict[str, dict[str, float]]:
-    values = {}
-    for name, table in tables.items():
-        found = {part: getattr(table, part)[a, b] for part in ("lost", "passes", "highest", "mean")}
-        if what == "background":
-            found = {"sunk": table.sunk[a, b], "highest": table.background[b, a]}
-        values[name] = {part: float(value) for part, value in found.items() if np.isfinite(value)}
-    return values
+def _values(table: Collisions, what: str, a: int, b: int) -> dict[str, float]:
+    found = {name: vars(table)[name][a, b] for name in ("lost", "passes", "highest", "mean")}
+    if what == "background":
+        found = {"sunk": table.sunk[a, b], "highest": table.background[b, a]}
+    return {name: float(value) for name, value in found.items() if np.isfinite(value)}
 
 
-def _notes(bank: PrototypeBank, findings: Findings, kept: Sequence[int], ovdiff: OVDiff) -> list[str]:
+def _notes(bank: PrototypeBank, reports: Sequence[ClassReport], ovdiff: OVDiff) -> tuple[str, ...]:
     """What is to be said of the vocabulary as a whole."""
-    removed = sum(findings.values[i].get("background_removed_by_stuff_filter") or 0 for i in kept)
+    removed = any(report.values.get("background_removed_by_stuff_filter") for report in reports)
     empty = [name for name, rows in bank.prototypes.items() if not any((p.region == "background").any() for p in rows)]
     if not (removed and empty):
-        return []
+        return ()
     threshold = ovdiff.profile.filters.stuff_threshold
-    return [f"With this vocabulary's stuff the stuff filter (filters.stuff_threshold {threshold:g}) removes all "
+    return (f"With this vocabulary's stuff the stuff filter (filters.stuff_threshold {threshold:g}) removes all "
             f"background prototypes of {', '.join(empty)}: every pixel will get a class, so name everything that "
-            "images show."]
+            "images show.",)
 
 
 # ---- what CLIP reads
 
-def _examine_readings(findings: Findings, clip: CategoryFilter, read: dict[int, torch.Tensor], limits: Limits,
-                      skipped: list[str], among: Iterable[str]) -> None:
+def _examine_readings(reports: Sequence[ClassReport], categories: Sequence[Category], clip: CategoryFilter,
+                      read: dict[int, torch.Tensor], limits: Limits) -> list[str]:
     """What CLIP, which filters the categories, reads in the drawings ``read`` (class -> embeddings (n, E)), the word of
-    highest cosine, and how near words are to it. Stuff that the filter always keeps is not judged."""
-    own, settings = findings.vocabulary, clip.settings
-    known = {name.casefold() for name in own.names}
-    categories = [*own, *(c for c in map(Category, among) if c.name.casefold() not in known)]
+    highest cosine, and how near words are to it; what was not examined. ``categories``: the classes, and other words.
+    Stuff that the filter always keeps is not judged."""
+    settings, skipped = clip.settings, []
     texts = [settings.category_prompt.replace("{names}", category.prompt) for category in categories]
     fits = clip.text.fits(texts)
-    for i in range(len(own)):
-        if not fits[i]:
-            findings.add(i, "bad", f"its prompt is longer than CLIP's {clip.text.length} tokens, so the category "
-                                   "filter refuses it; shorten it")
+    for report, good in zip(reports, fits, strict=False):
+        if not good:
+            report.add("bad", f"its prompt is longer than CLIP's {clip.text.length} tokens, so the category filter "
+                              "refuses it; shorten it")
     known = [i for i, good in enumerate(fits) if good]
     words = clip.text([texts[i] for i in known])
-    names = [category.name for category in categories]
-    _examine_nearness(findings, [names[i] for i in known], [i for i in known if i < len(own)],
-                      (words @ words.T).numpy(), limits, skipped)
+    if 1 < len(known) < FEW:
+        skipped.append(f"With fewer than {FEW} words their nearness in CLIP's text space is shown and not judged.")
+    if len(known) > 1:
+        names = [categories[i].name for i in known]
+        _examine_nearness([reports[i] for i in known if i < len(reports)], names, (words @ words.T).numpy(), limits)
     judged = [k for k, i in enumerate(known) if not (settings.category_keep_stuff and categories[i].kind == "stuff")]
     if len(judged) < 2:
         skipped.append("The category filter judges fewer than two classes, so CLIP's reading of the drawings was not "
                        "examined.")
     for i in [known[k] for k in judged if known[k] in read and len(judged) > 1]:
         best = Counter(known[judged[b]] for b in (read[i] @ words[judged].T).argmax(1).tolist())
-        share = best[i] / len(read[i])
-        ranked = sorted(best, key=lambda b: (-best[b], b))
-        findings.values[i] |= {"recognised": share, "read_as": names[ranked[0]]}
+        share, ranked = best[i] / len(read[i]), sorted(best, key=lambda b: (-best[b], b))
+        reports[i].measure(recognised=share, read_as=categories[ranked[0]].name)
         if share < limits.recognised_look:
             other = next(b for b in ranked if b != i)
-            findings.add(i, "bad" if share < limits.recognised_bad else "look", f"CLIP reads {best[i]} of its "
-                         f"{len(read[i])} drawings as it, and {best[other]} as {names[other]!r}")
+            reports[i].add("bad" if share < limits.recognised_bad else "look", f"CLIP reads {best[i]} of its "
+                           f"{len(read[i])} drawings as it, and {best[other]} as {categories[other].name!r}")
     for i, embeddings in read.items():
-        if rewordings := findings.values[i].get("rewordings"):
+        if rewordings := reports[i].values.get("rewordings"):
             prompts = [settings.category_prompt.replace("{names}", words) for words in rewordings]
             seen = Counter((embeddings @ clip.text(prompts).T).argmax(1).tolist())
-            findings.values[i]["drawn_as"] = {word: seen[n] for n, word in enumerate(rewordings)}
+            reports[i].measure(drawn_as={word: seen[n] for n, word in enumerate(rewordings)})
+    return skipped
 
 
-def _examine_nearness(findings: Findings, names: Sequence[str], own: Sequence[int], cosine: np.ndarray, limits: Limits,
-                      skipped: list[str]) -> None:
-    """Nearest words by ``cosine`` f32 (k, k) of ``names``, and those of the classes ``own``, the first, that are
-    outliers."""
-    if len(names) < 2:
-        return
+def _examine_nearness(reports: Sequence[ClassReport], names: Sequence[str], cosine: np.ndarray, limits: Limits) -> None:
+    """Nearest words by ``cosine`` f32 (k, k) of ``names``, and which classes, the first of them, are outliers."""
     low, high = np.percentile(cosine[np.triu_indices(len(names), 1)], [25, 75])
     fence = high + limits.text_fence * (high - low) if len(names) >= FEW else np.inf
-    if len(names) < FEW:
-        skipped.append(f"With fewer than {FEW} words their nearness in CLIP's text space is shown and not judged.")
     apart = cosine - 3 * np.eye(len(names), dtype=cosine.dtype)
-    for k, i in enumerate(own):
-        value, name = apart[k].max(), names[apart[k].argmax()]
-        findings.values[i] |= {"nearest_word": name, "text_cosine": value}
+    for report, row in zip(reports, apart, strict=False):
+        value, name = row.max(), names[row.argmax()]
+        report.measure(nearest_word=name, text_cosine=value)
         if value > fence:
-            findings.add(i, "look", f"to CLIP's text encoder it is nearly {name!r}: cosine {value:.2f}, where most "
-                                    f"words of this vocabulary stay below {high:.2f}")
+            report.add("look", f"to CLIP's text encoder it is nearly {name!r}: cosine {value:.2f}, where most words of "
+                               f"this vocabulary stay below {high:.2f}")

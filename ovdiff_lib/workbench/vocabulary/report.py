@@ -1,5 +1,4 @@
-"""What the vocabulary doctor says: limits, verdicts and reasons for each class, pairs that collide; as text and as
-JSON."""
+"""What the vocabulary doctor says: limits, verdicts and reasons for each class, pairs that collide; as text or JSON."""
 
 from __future__ import annotations
 
@@ -10,13 +9,22 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.errors import InputError, counted
+from ovdiff_lib.workbench.doctor import aligned
 from ovdiff_lib.workbench.vocabulary.collisions import Collisions
 
 VERDICTS = ("fine", "look", "bad")
 SHOWN = 40
 """Pairs that the text lists."""
+
+COLUMNS = (
+    ("with_foreground", "drawings with", "foreground", "share"), ("foreground_area", "area", "", "share"),
+    ("recognised", "read as", "itself", "share"), ("rival", "nearest rival", "", ""),
+    ("lost", "lost", "to it", "share"), ("passes", "passes", "for it", "share"),
+    ("highest", "highest", "cosine", "cosine"), ("mean", "mean", "cosine", "cosine"),
+    ("background_rival", "background", "of", ""), ("sunk", "sunk", "in it", "share"), ("pieces", "pieces", "", ""),
+)
+"""Columns of the text: the value of a class, two lines of heading, and what it is (words or a number otherwise)."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +51,12 @@ class Limits:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Limits:
-        """The limits with ``values`` replaced. Raises ``InputError`` for an unknown one and for values that are no
-        numbers."""
+        """The limits with ``values`` replaced. ``InputError`` for an unknown one and for values that are no numbers."""
         known = [f.name for f in dataclasses.fields(cls)]
         for name, value in values.items():
             if name not in known:
                 raise InputError(f"There is no limit {name!r}; choose one of {', '.join(known)}.")
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
                 raise InputError(f"The limit {name} is {value!r}; give a number from 0 up.")
         return cls(**values)
 
@@ -76,23 +83,41 @@ class CollidingPair:
         return f"{100 * self.share:.0f} % of {self.first!r} {taken} {self.second!r} ({measured})"
 
 
-@dataclass(frozen=True)
+@dataclass
 class ClassReport:
-    """One class: ``verdict`` of :data:`VERDICTS`, its ``reasons`` in words, and the ``values`` that were measured (None
+    """One class: ``found``, (level, sentence) of what speaks against it, and the ``values`` that were measured (None
     where there was nothing to measure)."""
 
     name: str
     kind: str
-    verdict: str
-    reasons: tuple[str, ...]
-    values: dict[str, Any]
+    found: list[tuple[str, str]] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, level: str, sentence: str) -> None:
+        """A reason of ``level`` "look" or "bad"."""
+        self.found.append((level, sentence))
+
+    def measure(self, **values: Any) -> None:
+        """Values as JSON holds them: NumPy's numbers as Python's, those that are not finite as None."""
+        for name, value in values.items():
+            value = value.item() if hasattr(value, "item") else value
+            self.values[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the class is not fine, in words, the worst first."""
+        return tuple(f"{level}: {text}" for level, text in sorted(self.found, key=lambda one: -VERDICTS.index(one[0])))
+
+    @property
+    def verdict(self) -> str:
+        """The worst level, of :data:`VERDICTS`."""
+        return max((level for level, _ in self.found), key=VERDICTS.index, default="fine")
 
 
 @dataclass(frozen=True)
 class VocabularyReport:
     """``classes`` in vocabulary order, ``pairs`` that collide, the worst first, ``notes`` on the vocabulary as a whole,
-    what was ``skipped`` and why; ``tables``: extractor -> ``Collisions`` of the classes ``built``. ``print`` shows it
-    as text."""
+    what was ``skipped`` and why; ``tables``: extractor -> ``Collisions`` of the classes ``built``; ``print`` it."""
 
     profile: str
     classes: tuple[ClassReport, ...]
@@ -112,31 +137,23 @@ class VocabularyReport:
         return f"{counted(len(self.classes), 'class', 'classes')}: {said}; {pairs}."
 
     def to_json(self) -> str:
-        """Everything but the tables, which grow with the square of the vocabulary; numbers that are not there are
-        null."""
-        rows = {name: [dataclasses.asdict(row) for row in getattr(self, name)] for name in ("classes", "pairs")}
-        table = {"profile": self.profile, "summary": self.summary(), **rows, "limits": dataclasses.asdict(self.limits),
-                 "skipped": list(self.skipped), "notes": list(self.notes)}
+        """Everything but the tables, which grow with the square of the vocabulary; what was not measured is null."""
+        names = ("name", "kind", "verdict", "reasons", "values")
+        table = {"profile": self.profile, "summary": self.summary(),
+                 "classes": [{name: getattr(c, name) for name in names} for c in self.classes],
+                 "pairs": [vars(pair) for pair in self.pairs], "limits": vars(self.limits), "skipped": self.skipped,
+                 "notes": self.notes}
         return json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def __str__(self) -> str:
         """A table of the classes, reasons for each that is not fine, the worst :data:`SHOWN` pairs and the summary."""
-        rows = [("class", "verdict", "drawings with", "area", "read as", "nearest rival", "lost", "passes", "highest",
-                 "mean", "background", "sunk", "pieces"),
-                ("", "", "foreground", "", "itself", "", "to it", "for it", "cosine", "cosine", "of", "in it", "")]
-        for c in self.classes:
-            shown = {name: "-" if c.values.get(name) is None else f"{100 * c.values[name]:.0f} %"
-                     for name in ("with_foreground", "foreground_area", "recognised", "lost", "passes", "sunk")}
-            shown |= {name: "-" if c.values.get(name) is None else f"{c.values[name]:.2f}"
-                      for name in ("highest", "mean")}
-            rows.append((c.name + " (stuff)" * (c.kind == "stuff"), c.verdict, shown["with_foreground"],
-                         shown["foreground_area"], shown["recognised"], c.values.get("rival") or "-", shown["lost"],
-                         shown["passes"], shown["highest"], shown["mean"], c.values.get("background_rival") or "-",
-                         shown["sunk"], str(c.values["pieces"])))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"Vocabulary of {counted(len(self.classes), 'class', 'classes')}, profile {self.profile}", ""]
-        for row in rows:
-            lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        forms = {"share": lambda value: f"{100 * value:.0f} %", "cosine": lambda value: f"{value:.2f}", "": str}
+        rows = [("class", "verdict", *(column[1] for column in COLUMNS)), ("", "", *(column[2] for column in COLUMNS))]
+        rows += [(c.name + " (stuff)" * (c.kind == "stuff"), c.verdict,
+                  *("-" if c.values.get(key) is None else forms[form](c.values[key]) for key, _, _, form in COLUMNS))
+                 for c in self.classes]
+        lines = [f"Vocabulary of {counted(len(self.classes), 'class', 'classes')}, profile {self.profile}", "",
+                 *aligned(rows)]
         for c in self.classes:
             lines += ["", f"{c.name}:", *(f"  {reason}" for reason in c.reasons)] if c.reasons else []
         if self.pairs:
@@ -145,33 +162,3 @@ class VocabularyReport:
         lines += ["", *self.notes] if self.notes else []
         lines += ["", *(f"Not examined: {sentence}" for sentence in self.skipped)] if self.skipped else []
         return "\n".join([*lines, "", self.summary()])
-
-
-class Findings:
-    """Sentences and values by class of ``vocabulary``, while they are collected: ``values[i]`` is a table to be
-    filled."""
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self.vocabulary = vocabulary
-        self.reasons: list[list[tuple[str, str]]] = [[] for _ in vocabulary]
-        self.values: list[dict[str, Any]] = [{} for _ in vocabulary]
-
-    def add(self, index: int, level: str, sentence: str) -> None:
-        """A reason of ``level`` "look" or "bad" for class ``index``."""
-        self.reasons[index].append((level, sentence))
-
-    def report(self) -> tuple[ClassReport, ...]:
-        """One report a class: the verdict is its worst reason's level, and the worst reasons come first."""
-        made = []
-        for category, reasons, values in zip(self.vocabulary, self.reasons, self.values, strict=True):
-            ordered = sorted(reasons, key=lambda reason: -VERDICTS.index(reason[0]))
-            made.append(ClassReport(category.name, category.kind, ordered[0][0] if ordered else "fine",
-                                    tuple(f"{level}: {text}" for level, text in ordered),
-                                    {name: _plain(value) for name, value in values.items()}))
-        return tuple(made)
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON holds it: NumPy's numbers as Python's, those that are not finite as None."""
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
