@@ -24,12 +24,9 @@ from ovdiff_lib.matching.windows import scales
 from ovdiff_lib.networks.clip_text import WIDTH, encode, pack
 from ovdiff_lib.networks.instruments import captured
 from ovdiff_lib.profiles.schema import Profile, PrototypeSettings
-from ovdiff_lib.prototypes.kmeans import REFINE, RESTARTS, SAMPLE
+from ovdiff_lib.prototypes.kmeans import ITERATIONS, REFINE, RESTARTS, SAMPLE
 from ovdiff_lib.support.attribution import record_attribution
 from ovdiff_lib.workbench.cost.architectures import Networks
-
-ITERATIONS = 50
-"""Most of Lloyd's iterations on the sample, as :func:`~ovdiff_lib.prototypes.kmeans.kmeans` has it."""
 
 
 def _multi_head(query: Sequence[int], key: Sequence[int], _: Sequence[int], width: int, *__: Any, **___: Any) -> int:
