@@ -56,7 +56,7 @@ def _cell_differences(a: Cell, b: Cell, tolerance: float) -> list[str]:
         return tolerance == math.inf or (x == y if x is None or y is None else abs(x - y) <= tolerance)
 
     papers = [(c.paper.key, c.paper.value, c.paper.std) if c.paper else None for c in (a, b)]
-    pairs = {"source": (a.source, b.source), "runs": (a.n, b.n), "paper": papers}
+    pairs = dict(source=(a.source, b.source), runs=(a.n, b.n), paper=papers)
     differ = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     numbers = {"measured": (a.measured, b.measured), "std": (a.std, b.std)}
     differ |= {name: pair for name, pair in numbers.items() if not near(*pair)}
