@@ -20,10 +20,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
+from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.files import write_atomic
 from ovdiff_lib.keys import PACKAGE
-from ovdiff_lib.profiles.reading import load_profile
+from ovdiff_lib.profiles.reading import available, load_profile
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.workbench.page.panel import read_panel
 from ovdiff_lib.workbench.page.runs import Run, duration, find_runs, git_commit, hidden, plain, versions
@@ -93,11 +93,8 @@ def build_report(folder: str | Path, profile: Profile, notebooks: str | Path | N
     for old in (target / "notebooks").glob("*.html"):
         if not (old.stem in runs and runs[old.stem].page):
             old.unlink()  # of a notebook that is gone
-    settings = shipped = profile.to_dict()
-    try:
-        shipped = load_profile(profile.name).to_dict()
-    except ProfileError:
-        pass  # no profile of that name ships
+    settings = profile.to_dict()
+    shipped = load_profile(profile.name).to_dict() if profile.name in available() else settings
     page = _template(
         "page.html", profile=profile, digest=profile.digest(), versions=versions(), commit=git_commit(), css=css,
         script=script, headline=headline([(path.stem, cells, record) for path, cells, record in tables]),
