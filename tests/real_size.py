@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, ViTConfig, ViTMAEConfig, ViTMAEModel, ViTModel
 
-from ovdiff_lib.workbench.cost.architectures import CLIP_B16, CLIP_L14_TEXT, DINO_B8, SD_UNET, SD_VAE, clip_tokenizer
+from ovdiff_lib.workbench.cost.architectures import CLIP_B16, CLIP_L14_TEXT, SD_UNET, SD_VAE, VIT_B, clip_tokenizer
 
 SD_SCHEDULER = {
     "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_start": 0.00085, "beta_end": 0.012,
@@ -30,7 +30,7 @@ MAKE = {
     "vae": lambda **thin: AutoencoderKL(**SD_VAE | thin).eval(),
     "text_encoder": lambda **thin: CLIPTextModel(CLIPTextConfig(**CLIP_L14_TEXT | thin)).eval(),  # of CLIP ViT-L/14
     "clip": lambda: CLIPModel(CLIPConfig(**CLIP_B16)).eval(),
-    "dino": lambda: ViTModel(ViTConfig(**DINO_B8), add_pooling_layer=False).eval(),
+    "dino": lambda: ViTModel(ViTConfig(**VIT_B, patch_size=8), add_pooling_layer=False).eval(),
     "mae": lambda: ViTMAEModel(ViTMAEConfig(**VIT_L16)).eval()}
 """Stable Diffusion v1.5's three networks, CLIP ViT-B/16, DINO ViT-B/8, MAE ViT-L/16."""
 

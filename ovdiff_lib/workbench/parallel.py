@@ -14,6 +14,7 @@ import secrets
 import shutil
 import sys
 import tempfile
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -51,11 +52,11 @@ class Engine(contextlib.ExitStack):
             raise InputError(f"The number of workers is {workers}; give at least 1.")
         self.workers = workers
 
+    @abstractmethod
     def run(self, make: Make, tasks: Sequence[Any]) -> Iterator[Finished]:
         """What became of every task, each once, in the order in which they finish. A task whose worker is lost (killed,
         out of memory) is run again. Raises ``OVDiffError`` when the engine cannot go on, and ``InputError`` for more
         workers than there is room for."""
-        raise NotImplementedError
 
 
 def described(error: BaseException) -> str:

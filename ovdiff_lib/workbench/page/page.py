@@ -9,6 +9,7 @@ was interrupted or never ran: a report of nine notebooks is better than none.
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import hashlib
 import json
@@ -20,10 +21,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ovdiff_lib.errors import InputError, OVDiffError
+from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
 from ovdiff_lib.files import write_atomic
 from ovdiff_lib.keys import PACKAGE
-from ovdiff_lib.profiles.reading import available, load_profile
+from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.workbench.page.panel import read_panel
 from ovdiff_lib.workbench.page.runs import Run, duration, find_runs, git_commit, hidden, plain, versions
@@ -93,8 +94,9 @@ def build_report(folder: str | Path, profile: Profile, notebooks: str | Path | N
     for old in (target / "notebooks").glob("*.html"):
         if not (old.stem in runs and runs[old.stem].page):
             old.unlink()  # of a notebook that is gone
-    settings = profile.to_dict()
-    shipped = load_profile(profile.name).to_dict() if profile.name in available() else settings
+    settings = shipped = profile.to_dict()
+    with contextlib.suppress(ProfileError):  # no profile of that name ships
+        shipped = load_profile(profile.name).to_dict()
     page = _template(
         "page.html", profile=profile, digest=profile.digest(), versions=versions(), commit=git_commit(), css=css,
         script=script, headline=headline([(path.stem, cells, record) for path, cells, record in tables]),
