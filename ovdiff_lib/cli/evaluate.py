@@ -97,22 +97,14 @@ def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any, v
         return evaluate_on(engine, segmenter, dataset, limit=options.limit, settings=settings)
 
 
-@takes(argument("dataset", choices=["context", "coco-object", "coco-stuff", "cityscapes"]),
+@takes(argument("dataset", choices=["context"]),
        argument("--data", type=Path, required=True, metavar="FOLDER",
                 help="where the data set is; label maps are written into it"),
-       argument("--json", type=Path, help="trainval_merged.json of PASCAL in Detail (context)"),
-       argument("--split", default="val", help="val or train (default: val; context: both)"), profile=False)
+       argument("--json", type=Path, required=True, help="trainval_merged.json of PASCAL in Detail"), profile=False)
 def convert(options: argparse.Namespace) -> None:
-    """Make label maps: PASCAL Context from its JSON file; train ids of COCO and Cityscapes for tools."""
-    from ovdiff_lib.workbench.data.convert import convert_context, convert_train_ids
+    """Make the label maps of PASCAL Context, train and val, from its JSON file."""
+    from ovdiff_lib.workbench.data.convert import convert_context
 
-    if options.dataset != "context":
-        count = convert_train_ids(options.dataset, options.data, options.split)
-        print(f"{options.dataset}: {count} label maps written.")
-        return
-    if options.json is None:
-        raise InputError("PASCAL Context is converted from its annotation file; name it with --json "
-                         "trainval_merged.json.")
     counts = convert_context(options.json, options.data)
     made = ", ".join(f"{count} {phase} images" for phase, count in counts.items())
     print(f"PASCAL Context: {made}; label maps and lists written.")

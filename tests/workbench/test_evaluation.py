@@ -511,13 +511,10 @@ def test_commands_on_a_data_set_without_background(cli, tmp_path, capsys, monkey
     assert cli("evaluate", "cityscapes", "--data", data, "--json", bare, settings=no_background) == 0
     assert json.loads(bare.read_text())["iou"] == table["iou"]  # background prototypes take no part
 
-    assert cli("convert", "cityscapes", "--data", data) == 0
-    assert "2 label maps" in capsys.readouterr().out
-    predictions, end = tmp_path / "predictions", "_gtFine_labelTrainIds"
+    predictions = tmp_path / "predictions"
     predictions.mkdir()
-    for path in (data / "gtFine").rglob(f"*{end}.png"):
-        labels = np.array(Image.open(path))
-        Image.fromarray(np.where(labels == 255, 0, labels)).save(predictions / path.name.replace(end, ""))
+    for sample in load_dataset("cityscapes", folder=data):
+        Image.fromarray(np.where(sample.labels == 255, 0, sample.labels - 1)).save(predictions / f"{sample.id}.png")
     scored = "evaluate", "cityscapes", "--data", data, "--predictions", predictions
     assert cli(*scored, "--zero-based", "--json", target) == 0
     assert json.loads(target.read_text())["miou"] == 1 and "background" in cli(*scored)
@@ -527,8 +524,7 @@ def test_commands_on_a_data_set_without_background(cli, tmp_path, capsys, monkey
     ("evaluate cityscapes", "--data"), ("evaluate coco", "choose one of"),
     ("evaluate mini-voc --zero-based", "--predictions"), ("evaluate mini-voc --names x", "fourteen"),
     ("evaluate mini-voc --predictions x --resume y", "--resume"),
-    ("evaluate mini-voc --predictions none", "does not exist"), ("convert context --data x", "--json"),
-    ("convert coco-stuff --data none", "does not exist")])
+    ("evaluate mini-voc --predictions none", "does not exist"), ("convert context --data x --json y", "x does not hold")])
 def test_mistakes_on_the_command_line(cli, arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = cli(*arguments.split())

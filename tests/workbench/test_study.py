@@ -134,8 +134,7 @@ def bench(tiny_profile, tmp_path_factory):
     bench = Bench(tiny_profile, library=tmp_path_factory.mktemp("bench"), seeds=[3, 4], images=2, progress=False)
     for dataset in map(bench.dataset, ("mini-voc", "mini-voc20")):
         dataset.vocabulary = Vocabulary(dataset.vocabulary.categories[:4])
-        table = dataset.files[0].table
-        table[(table > 4) & (table < 255)] = 0 if dataset.has_background else 255  # all files have this table
+        dataset.table[(dataset.table > 4) & (dataset.table < 255)] = 0 if dataset.has_background else 255
     return bench
 
 

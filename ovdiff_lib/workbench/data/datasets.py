@@ -40,52 +40,41 @@ def mini(classes: str) -> Layout:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"The list of scenes {path} cannot be read ({error}); install it again.") from None
 
-    return Layout("The mini world", ("",), ("{split}/images/{id}.webp",), {"{split}/labels/{id}.png": values},
-                  {split: split for split in ("tune", "val", "wild")}, scenes, shipped=MINI_DATA)
+    return Layout("The mini world", ("",), ("{split}/images/{id}.webp",), ("{split}/labels/{id}.png",),
+                  values, {split: split for split in ("tune", "val", "wild")}, scenes, shipped=MINI_DATA)
 
 
 def voc() -> Layout:
     """PASCAL VOC 2012; the splits are ``ImageSets/Segmentation/<split>.txt``."""
     return Layout("PASCAL VOC 2012", ("VOC2012", "VOCdevkit/VOC2012", ""), ("JPEGImages/{id}.jpg",),
-                  {"SegmentationClass/{id}.png": {0: 0} | VOID | numbered(range(1, 21))},
+                  ("SegmentationClass/{id}.png",), {0: 0} | VOID | numbered(range(1, 21)),
                   ids=partial(_listed, "Segmentation"))
 
 
 def context() -> Layout:
-    """PASCAL Context on the images of VOC 2010, its labels, alphabetical, in either common form.
-
-    ``SegmentationClassContext`` (0 = background, 1 to 59) with ``ImageSets/SegmentationContext/<split>.txt``, as
-    ``ovdiff convert context`` writes it; or ``annotations_detectron2/pc59_<split>`` (0 to 58, 255 = background).
-    """
+    """PASCAL Context on the images of VOC 2010, its labels (0 = background, 1 to 59, alphabetical) as ``ovdiff convert
+    context`` writes them."""
     return Layout("PASCAL Context (PASCAL VOC 2010)", ("VOC2010", "VOCdevkit/VOC2010", ""), ("JPEGImages/{id}.jpg",),
-                  {"SegmentationClassContext/{id}.png": {0: 0} | numbered(range(1, 60)),
-                   "annotations_detectron2/pc59_{split}/{id}.png": {IGNORE: 0} | numbered(range(59))},
+                  ("SegmentationClassContext/{id}.png",), {0: 0} | numbered(range(1, 60)),
                   ids=partial(_listed, "SegmentationContext"),
                   hint="make them with: ovdiff convert context --data FOLDER --json trainval_merged.json")
 
 
 def coco(objects: bool) -> Layout:
-    """COCO 2017 with the pixel maps of COCO-Stuff 164k: COCO-Object, or COCO-Stuff.
+    """COCO 2017 with the pixel maps of COCO-Stuff 164k as published (ids 0 to 181): COCO-Object, or COCO-Stuff.
 
-    Maps are as published (``<id>.png``, ids 0 to 181), or converted (``<id>_labelTrainIds.png``, 0 to 170; COCO-Object
-    also ``<id>_instanceTrainIds.png``). In COCO-Object stuff and what is unlabelled are background: nothing is ignored,
-    as in the conversion the literature uses.
+    In COCO-Object stuff and what is unlabelled are background: nothing is ignored, as in the conversion the literature
+    uses.
     """
     tables = class_table()["data_sets"]
-    things = len(tables["coco-object"]["classes"])
-
-    def values(stored: Iterable[int]) -> dict[int, int]:
-        labels = numbered(stored) | VOID
-        return {value: 0 if objects and label > things else label for value, label in labels.items()}
-
-    kinds = {"": values(tables["coco-stuff"]["ids"]), "_labelTrainIds": values(range(171))}
+    values, things = numbered(tables["coco-stuff"]["ids"]) | VOID, len(tables["coco-object"]["classes"])
     if objects:
-        kinds["_instanceTrainIds"] = {0: 0} | numbered(range(1, things + 1))
+        values = {value: label if label <= things else 0 for value, label in values.items()}
     folders = ("stuffthingmaps", "stuffthingmaps_trainval2017", "annotations/stuffthingmaps", "annotations")
     return Layout("COCO 2017 with COCO-Stuff", ("", "coco", "coco_stuff164k", "COCO"),
                   ("images/{split}/{id}.jpg", "{split}/{id}.jpg"),
-                  {f"{folder}/{{split}}/{{id}}{end}.png": kinds[end] for end in kinds for folder in folders},
-                  {"val": "val2017", "train": "train2017"},
+                  tuple(f"{folder}/{{split}}/{{id}}.png" for folder in folders), values,
+                  {"val": "val2017", "train": "train2017"}, any_id="[0-9]" * 12,
                   hint="unpack stuffthingmaps_trainval2017.zip to the folder stuffthingmaps")
 
 
@@ -93,17 +82,16 @@ def ade() -> Layout:
     """ADE20K as in ADEChallengeData2016; 0 is not labelled."""
     archive = "ADEChallengeData2016"
     return Layout(archive, (archive, "", f"ade/{archive}"), ("images/{split}/{id}.jpg",),
-                  {"annotations/{split}/{id}.png": {0: 0} | numbered(range(1, 151))},
+                  ("annotations/{split}/{id}.png",), {0: 0} | numbered(range(1, 151)),
                   {"val": "validation", "train": "training"})
 
 
 def cityscapes() -> Layout:
-    """Cityscapes, one folder a city, with label ids (0 to 33, those without a class ignored) or train ids."""
+    """Cityscapes, one folder a city, with label ids (0 to 33, those without a class ignored)."""
     ids = dict.fromkeys(range(34), IGNORE) | numbered(class_table()["data_sets"]["cityscapes"]["ids"])
     return Layout("Cityscapes", ("", "cityscapes", "Cityscapes"), ("leftImg8bit/{split}/{id}_leftImg8bit.png",),
-                  {"gtFine/{split}/{id}_gtFine_labelIds.png": ids | VOID,
-                   "gtFine/{split}/{id}_gtFine_labelTrainIds.png": numbered(range(19)) | VOID},
-                  {"val": "val", "train": "train"}, any_id="*/*")
+                  ("gtFine/{split}/{id}_gtFine_labelIds.png",), ids | VOID, {"val": "val", "train": "train"},
+                  any_id="*/*")
 
 
 def _listed(folder: str, home: Path, split: str) -> list[str]:
@@ -114,12 +102,9 @@ def _listed(folder: str, home: Path, split: str) -> list[str]:
         remedy = f"choose one of {', '.join(known)}" if known else "unpack it again"
         raise InputError(f"There is no split file {path}; {remedy}.")
     try:
-        ids = list(filter(None, map(str.strip, path.read_text(encoding="utf-8").split("\n"))))
+        return path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"The split file {path} cannot be read ({error}); unpack it again.") from None
-    if len(set(ids)) < len(ids):
-        raise InputError(f"The split file {path} names an image twice; unpack it again.")
-    return ids
 
 
 DATASETS: dict[str, tuple[str, Callable[[], Layout], bool]] = {
