@@ -88,13 +88,13 @@ def fill(folder: Path) -> Path:
              Cell.of("CLIP-DIY", CONTEXT, [8.0, 9.0, 7.0], PaperCell.own("1", "CLIP-DIY", "Context")),
              Cell("TCL", VOC, paper=paper_cell("1", "TCL", "VOC"), source="published"),
              Cell("CLIPpy", CONTEXT, paper=paper_cell("1", "CLIPpy", "Context"), source="published"),
-             Cell("a mix", VOC, 7.0, n=2, source="predictions"),
+             Cell("a mix", VOC, 7.0, n=2),
              Cell("a mix", CONTEXT, paper=paper_cell("1", "TCL", "Context"), source="published")]
     write_table(folder / "tables" / "05_main_results.csv", "05_main_results", cells, profile, "mIoU on two data sets.", title="Table 1",
                 details={"images": 211, "seeds": [0, 1, 2]})
     hostile = [Cell(name, column, float(i)) for i, name in enumerate(NAMES) for column in (SCRIPT, "images")]
     write_table(folder / "tables" / "05_main_results_names.csv", "05_main_results_names", hostile, profile, f"Caption {SCRIPT}.",
-                {"images": 0}, title=SCRIPT, details={SCRIPT: SCRIPT, "volatile": ["images"]})
+                {"images": 0}, title=SCRIPT, details={SCRIPT: SCRIPT, "volatile": True})
     claims.write_claims(folder)
     sketch = figures.image_grid([[np.zeros((20, 30, 3), np.uint8)] * 5], ["row"], list("abcde"))
     figures.save_figure(sketch, folder / "figures" / "05_main_results_grid.png", f"Five pictures of {SCRIPT} and {EMOJI}.")
@@ -150,7 +150,7 @@ def test_measured_numbers_stand_beside_the_papers_and_their_difference(built):
     assert page.row("table-05_main_results", "OVDiff") == ["51.0 ± 1.0 (n = 3)", "66.3 ± 0.2", "−15.3",
                                                            "30.5 ± 0.5 (n = 3)", "29.7 ± 0.3", "+0.8"]
     assert page.row("table-05_main_results", "CLIP-DIY") == ["20.0 ± 1.0 (n = 3)", "59.9", "−39.9", "8.0 ± 1.0 (n = 3)", "", ""]
-    assert page.row("table-05_main_results", "a mix") == ["7.0 (n = 2) predictions", "", "", "not measured", "24.3", ""]
+    assert page.row("table-05_main_results", "a mix") == ["7.0 (n = 2)", "", "", "not measured", "24.3", ""]
     assert page.row("table-05_main_results_names", QUOTED) == ["1.0", "1"]  # no column for a paper; digits as the notebook asked
     single = [cell["title"] for cell in page.find(id="table-05_main_results").find_all(title=True)]
     assert single[0] == "single runs: 50.0, 52.0, 51.0" and len(single) == 6
@@ -201,7 +201,7 @@ def test_every_table_and_figure_is_there_whole_with_its_caption_and_source(built
         assert "ovdiff run notebooks/05_main_results.ipynb --profile mini --set support.size=8 -p images=6" in text
         assert "3 min 12 s" in text and "2025-01-02 03:04:05" in text
     assert load_profile("mini").digest() in page.said("table-05_main_results") and "0, 1, 2" in page.said("table-05_main_results")
-    assert "images: these numbers vary from run to run" in page.said("table-05_main_results_names")
+    assert "These numbers vary from run to run" in page.said("table-05_main_results_names")
 
 
 def test_versions_and_settings(built):

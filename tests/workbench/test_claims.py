@@ -11,7 +11,7 @@ from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.workbench.tables import claims
 from ovdiff_lib.workbench.tables.claims import VERDICTS, ClaimResult, counts, judge, write_claims
 from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell, paper_table
-from ovdiff_lib.workbench.tables.relations import RELATIONS, Sample, Spread, difference, linear
+from ovdiff_lib.workbench.tables.relations import RELATIONS, Sample, difference, linear
 from ovdiff_lib.workbench.tables.tables import Cell, write_table
 
 PROFILE = load_profile("mini")
@@ -21,9 +21,9 @@ FIG5 = "fig5|OVDiff VOC vs support size N|N="
 TIME = "timing|sampling time N={}|seconds per class"
 
 
-def tables(folder, numbers: dict, name: str = "05_main", source: str = "measured", **details) -> None:
+def tables(folder, numbers: dict, name: str = "05_main", **details) -> None:
     """A table of cells by key ("table|row|column"); a tuple of numbers is the runs of as many seeds."""
-    cells = [Cell.of(f"row {i}", "c", v if isinstance(v, tuple) else [v], PaperCell.own(*key.split("|")), source)
+    cells = [Cell.of(f"row {i}", "c", v if isinstance(v, tuple) else [v], PaperCell.own(*key.split("|")))
              for i, (key, v) in enumerate(numbers.items())]
     write_table(folder / "tables" / f"{name}.csv", name, cells, PROFILE, "What was run.", details=details)
 
@@ -193,11 +193,10 @@ def test_the_papers_own_numbers_refute_no_claim(tmp_path):
 
 
 def test_what_does_not_count(tmp_path):
-    """Introductions, predictions, published numbers and cells without a key leave the claims unmeasured."""
+    """Introductions, published numbers and cells without a key leave the claims unmeasured."""
     numbers = {**SEEDED, "1|OVDiff (-CutLER)|VOC": 47.0}
     tables(tmp_path, numbers, "00_quickstart")
     tables(tmp_path, numbers, "01_support_sampling")
-    tables(tmp_path, numbers, "05_predictions", "predictions")
     cells = [Cell(r, "VOC", paper=paper_cell("1", r, "VOC"), source="published") for r in ("OVDiff", "OVDiff (-CutLER)")]
     write_table(tmp_path / "tables" / "05_published.csv", "05_published", [*cells, Cell("OVDiff", "own", 3)], PROFILE, "x")
     assert result(tmp_path, 4).verdict == "not measured"
@@ -247,7 +246,7 @@ def test_no_verdict_of_a_data_set_is_hidden(tmp_path):
 
 def test_the_noise_of_pairs_is_that_of_a_paired_t_test():
     left, right = (50.0, 47.5, 52.0, 49.0), (48.0, 47.0, 49.0, 48.5)
-    found = difference(Sample("a", sum(left) / 4, left), Sample("b", sum(right) / 4, right), Spread("VOC", 9.0))
+    found = difference(Sample("a", sum(left) / 4, left), Sample("b", sum(right) / 4, right), Sample("c", 0, std=9.0), "VOC")
     test = stats.ttest_rel(left, right)
     assert found[1] == pytest.approx(2 * found[0] / test.statistic) and found[0] == pytest.approx(1.5)
 
@@ -296,15 +295,11 @@ def test_an_explanation_shows_for_the_verdict_it_was_written_for(tmp_path, monke
     assert (result(tmp_path, 4).note == "Because.") is shown
 
 
-def test_broken_tables_and_explanations_for_no_verdict_are_refused(tmp_path, monkeypatch):
+def test_broken_tables_are_refused(tmp_path):
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "05_a.csv").write_text("row,column\n1,2\n")
     with pytest.raises(InputError, match=r"05_a\.csv"):
         judge(tmp_path)
-    (tmp_path / "explanations.csv").write_text("profile,id,verdict,text\nmini,4,failed,Because.\n")
-    monkeypatch.setattr(claims, "FOLDER", tmp_path)
-    with pytest.raises(InputError, match="'failed'"):
-        claims._explanations.__wrapped__()
 
 
 def test_what_ships_is_well_formed():

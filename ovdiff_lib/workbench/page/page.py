@@ -166,7 +166,7 @@ def _cell(cell: Cell | None, digits: int) -> dict[str, Any]:
     paper, value = cell.paper, cell.paper.value if cell.paper else None
     printed = number(value, digits) + (f" ± {number(paper.std, digits)}" if value is not None and paper.std is not None
                                        else "")
-    return {"predictions": cell.source == "predictions", "std": number(cell.std, digits),
+    return {"std": number(cell.std, digits),
             "measured": number(cell.measured, digits) or cell.idle or "not measured",
             "runs": f"n = {cell.n}" if cell.n > 1 else "",
             "single": ", ".join(number(v, digits) for v in cell.values[:20]),

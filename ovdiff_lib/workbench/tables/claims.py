@@ -10,17 +10,17 @@ cell is written ``table|row|column``, the key that tables carry; ``{set}`` runs 
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas
 
-from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import write_atomic
-from ovdiff_lib.workbench.tables.relations import ORDER, TOLERANCE, Part, Sample, Spread, outcome
+from ovdiff_lib.workbench.tables.relations import ORDER, TOLERANCE, Part, Sample, outcome
 from ovdiff_lib.workbench.tables.tables import STAMP, escape, read_record, read_table
 
 FOLDER = Path(__file__).parent
@@ -64,28 +64,29 @@ class ClaimResult:
 
 @dataclass
 class Evidence:
-    """The measured cells of a folder by their key, and the profile that its tables name."""
+    """The measured cells of a folder by their key ("table|row|column"), and the profile that its tables name."""
 
-    samples: dict[tuple[str, str, str], Sample] = field(default_factory=dict)
+    samples: dict[str, Sample]
     profile: str = ""
 
-    def spread(self, name: str, sd: bool) -> Spread:
-        """The reference's spread over seeds on a data set; without background (VOC-20) that of the data set itself."""
-        for wanted in REFERENCES[sd]:
-            for (table, row, column), sample in self.samples.items():
-                if (table, row) == ("1", wanted) and name.startswith(column) and sample.std is not None:
-                    return Spread(name, sample.std, wanted)
-        return Spread(name)
+    def reference(self, name: str, sd: bool) -> Sample:
+        """The row whose spread counts on a data set; without background (VOC-20) that of the data set itself."""
+        for row in REFERENCES[sd]:
+            for key, sample in self.samples.items():
+                place, _, column = key.rpartition("|")
+                if place == f"1|{row}" and name.startswith(column) and sample.std is not None:
+                    return replace(sample, label=f"{row} in Table 1")
+        return Sample("unknown", math.nan)
 
     def find(self, pattern: str) -> list[Sample]:
         """The cells of a pattern, of the first of its alternatives that was measured."""
         for option in pattern.split(" or "):
-            if sample := self.samples.get(tuple(option.split("|"))):
-                return [sample]
+            if option in self.samples:
+                return [self.samples[option]]
             wanted = re.compile(re.escape(option).replace(r"\*", r"(\d+)"))
-            matches = [(wanted.fullmatch("|".join(key)), s) for key, s in self.samples.items() if "*" in option]
-            if found := [replace(s, label=f"N={m[1]}", count=int(m[1])) for m, s in matches if m]:
-                return found
+            found = [(wanted.fullmatch(key), sample) for key, sample in self.samples.items() if "*" in option]
+            if counted := [replace(s, label=f"N={match[1]}", count=int(match[1])) for match, s in found if match]:
+                return counted
         return []
 
 
@@ -106,21 +107,19 @@ def judge(folder: str | Path) -> list[ClaimResult]:
 
 def gather(folder: Path) -> Evidence:
     """The cells measured here in ``folder``/tables; of several with one key that of most runs, the first of equals."""
-    evidence, sets = Evidence(), {name for claim in claims() for name in claim.sets}
-    runs: dict[tuple[str, str, str], int] = {}
+    sets, found, profile = {name for claim in claims() for name in claim.sets}, [], ""
     for path in sorted((folder / "tables").glob("*.csv")):
-        if path.stem == NAME or path.stem.startswith(NOT_COUNTED):
-            continue
-        record = read_record(path)
-        evidence.profile = evidence.profile or str(record.get("profile", ""))
-        seeds = tuple((record.get("details") or {}).get("seeds") or ())
-        for cell in read_table(path):
-            if cell.paper and cell.source == "measured" and cell.n > runs.get(cell.paper.key, 0):
-                runs[cell.paper.key] = cell.n
-                label = ", ".join(part for part in cell.paper.key[1:] if part not in sets)
-                known = seeds if len(seeds) == len(cell.values) else ()
-                evidence.samples[cell.paper.key] = Sample(label, cell.measured, cell.values, known, std=cell.std)
-    return evidence
+        if path.stem != NAME and not path.stem.startswith(NOT_COUNTED):
+            record = read_record(path)
+            profile = profile or str(record.get("profile", ""))
+            seeds = tuple((record.get("details") or {}).get("seeds") or ())
+            found += [(cell, seeds) for cell in read_table(path) if cell.paper and cell.source == "measured"]
+    samples = {}
+    for cell, seeds in sorted(found, key=lambda pair: -pair[0].n):
+        label = ", ".join(part for part in cell.paper.key[1:] if part not in sets)
+        known = seeds if len(seeds) == len(cell.values) else ()
+        samples.setdefault("|".join(cell.paper.key), Sample(label, cell.measured, cell.values, known, std=cell.std))
+    return Evidence(samples, profile)
 
 
 def write_claims(folder: str | Path) -> Path:
@@ -138,19 +137,19 @@ def counts(results: list[ClaimResult]) -> dict[str, int]:
 
 def _test(claim: Any, evidence: Evidence) -> ClaimResult:
     parts: dict[str, Part] = {}
-    notes, absent = [claim.note], []
+    notes, absent, several = [claim.note], [], len(claim.sets) > 1
     for name in claim.sets:
         left, right, unmeasured, missing = _cells(claim, name, evidence)
         if claim.missing == "paper only" and {(s.mean, s.values) for s in left} == {(s.mean, s.values) for s in right}:
             missing = missing or f"a difference on {name}, where both sides are the same runs"
-        spread = evidence.spread(name, sd=claim.left[0].split("|")[0] in SD_TABLES)
-        part = None if missing else outcome(claim.relation, left, right, spread)
+        reference = evidence.reference(name, sd=claim.left[0].split("|")[0] in SD_TABLES)
+        part = None if missing else outcome(claim.relation, left, right, reference, name)
         if part is None:
             absent.append(missing or f"too few of {claim.left[0].replace('{set}', name)}")
         else:
             parts[name] = part
             notes += [f"Rivals not measured: {', '.join(unmeasured)}."] if unmeasured else []
-    verdict, several = _verdict(claim, [part.verdict for part in parts.values()]), len(claim.sets) > 1
+    verdict = _verdict(claim, [part.verdict for part in parts.values()])
     if several and any(part.verdict != "holds" for part in parts.values()):
         notes.append(_each(parts, claim.relation))
     if absent and verdict != "paper only":
@@ -184,27 +183,24 @@ def _each(parts: dict[str, Part], relation: str) -> str:
 
 def _cells(claim: Any, name: str, evidence: Evidence) -> tuple[list[Sample], list[Sample], list[str], str]:
     """The cells of both sides on one data set, the rivals that are left out, and the key of a cell that is missing."""
-    left, right = ([pattern.replace("{set}", name) for pattern in side] for side in (claim.left, claim.right))
-    holder = next((h for h in RIVALS if any(h in pattern for pattern in left + right)), None)
-    rivals, unmeasured = [], []
-    for rival in RIVALS.get(holder, ()):
-        there = all(evidence.find(p.replace(holder, rival)) for p in left + right if holder in p)
-        (rivals if there else unmeasured).append(rival)
-    if holder and not rivals:
-        return [], [], unmeasured, f"any rival on {name}"
-    if holder:
-        left, right = ([*dict.fromkeys(p.replace(holder, r) for r in rivals for p in side)] for side in (left, right))
-    missing = next((pattern for pattern in left + right if not evidence.find(pattern)), "")
-    found = ([sample for pattern in side for sample in evidence.find(pattern)] for side in (left, right))
-    return *found, unmeasured, missing
+    sides = [[pattern.replace("{set}", name) for pattern in side] for side in (claim.left, claim.right)]
+    patterns, unmeasured = sides[0] + sides[1], []
+    if holder := next((holder for holder in RIVALS if any(holder in pattern for pattern in patterns)), ""):
+        unmeasured = [rival for rival in RIVALS[holder]
+                      if not all(evidence.find(p.replace(holder, rival)) for p in patterns if holder in p)]
+        rivals = [rival for rival in RIVALS[holder] if rival not in unmeasured]
+        if not rivals:
+            return [], [], unmeasured, f"any rival on {name}"
+        sides = [dict.fromkeys(p.replace(holder, rival) for rival in rivals for p in side) for side in sides]
+    missing = next((pattern for side in sides for pattern in side if not evidence.find(pattern)), "")
+    left, right = ([sample for pattern in side for sample in evidence.find(pattern)] for side in sides)
+    return left, right, unmeasured, missing
 
 
 @functools.cache
 def _explanations() -> dict[tuple[str, int, str], str]:
     """Texts on results, written for one profile and one verdict: when the verdict changes, the text no longer shows."""
     read = pandas.read_csv(FOLDER / "explanations.csv", dtype={"id": int}, keep_default_na=False)
-    if unknown := sorted(set(read.verdict) - set(VERDICTS)):
-        raise InputError(f"explanations.csv names the verdict {unknown[0]!r}; write one of {', '.join(VERDICTS)}.")
     return {(row.profile, row.id, row.verdict): row.text for row in read.itertuples()}
 
 
@@ -212,9 +208,8 @@ def _markdown(results: list[ClaimResult]) -> str:
     head = ", ".join(f"{verdict} {number}" for verdict, number in counts(results).items())
     lines = [f"**The paper's {len(results)} claims on the tables of this folder: {head}.** {STAMP}", "",
              "| # | claim | source | paper | measured here | verdict | note |", "|---:|---|---|---|---|---|---|"]
-    for r in results:
-        texts = str(r.id), r.claim, r.source, r.paper, r.measured or "-", f"**{r.verdict}**", r.note
-        lines.append(f"| {' | '.join(map(escape, texts))} |")
+    lines += [f"| {r.id} | {escape(r.claim)} | {r.source} | {r.paper} | {escape(r.measured) or '-'} | **{r.verdict}** |"
+              f" {escape(r.note)} |" for r in results]
     return "\n".join([*lines, "", LEGEND]) + "\n"
 
 

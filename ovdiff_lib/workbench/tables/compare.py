@@ -15,10 +15,10 @@ def compare_tables(a: str | Path, b: str | Path, tolerance: float) -> list[str]:
 
     Compared are which tables there are, their profile and settings, their cells by row and column, and of each cell its
     source, runs, the paper's value, and the measured value and its standard deviation: equal within ``tolerance``, in
-    the table's unit. Numbers that a table calls volatile are not, nor are claims, which follow from the tables. Raises
-    ``InputError`` for a tolerance that is no number from 0 on, a folder without tables, a broken table.
+    the table's unit. Numbers of a table that calls itself volatile are not, nor are claims, which follow from the
+    tables. Raises ``InputError`` for a tolerance that is no number from 0 on, a folder without tables, a broken table.
     """
-    if not (math.isfinite(tolerance) and tolerance >= 0):
+    if not 0 <= tolerance < math.inf:
         raise InputError(f"The tolerance must be a number from 0 on, not {tolerance}.")
     first, second = _tables(Path(a)), _tables(Path(b))
     found = [f"{name}: is only in {a if name in first else b}" for name in sorted(first.keys() ^ second.keys())]
@@ -37,14 +37,14 @@ def _tables(folder: Path) -> dict[str, Path]:
 
 def _differences(first: Path, second: Path, tolerance: float) -> list[str]:
     records = read_record(first), read_record(second)
-    volatile = [(record.get("details") or {}).get("volatile") or () for record in records]
     found = [f"{key}: {x!r} against {y!r}" for key in ("profile", "settings")
              if (x := records[0].get(key)) != (y := records[1].get(key))]
+    if any((record.get("details") or {}).get("volatile") for record in records):
+        tolerance = math.inf
     left, right = ({(c.row, c.column): c for c in read_table(path)} for path in (first, second))
     for place in dict.fromkeys([*left, *right]):
         if place in left and place in right:
-            passed_over = any(v is True or place[1] in v for v in volatile)
-            texts = _cell_differences(left[place], right[place], math.inf if passed_over else tolerance)
+            texts = _cell_differences(left[place], right[place], tolerance)
         else:
             texts = [f"is only in the {'first' if place in left else 'second'}"]
         found += [f"{' / '.join(place)}: {text}" for text in texts]
@@ -52,12 +52,8 @@ def _differences(first: Path, second: Path, tolerance: float) -> list[str]:
 
 
 def _cell_differences(a: Cell, b: Cell, tolerance: float) -> list[str]:
-    def near(x: float | None, y: float | None) -> bool:
-        return tolerance == math.inf or (x == y if x is None or y is None else abs(x - y) <= tolerance)
-
-    papers = [(c.paper.key, c.paper.value, c.paper.std) if c.paper else None for c in (a, b)]
-    pairs = dict(source=(a.source, b.source), runs=(a.n, b.n), paper=papers)
-    differ = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-    numbers = {"measured": (a.measured, b.measured), "std": (a.std, b.std)}
-    differ |= {name: pair for name, pair in numbers.items() if not near(*pair)}
-    return [f"{name}: {x} against {y}" for name, (x, y) in differ.items()]
+    found = [name for name in ("source", "n", "paper") if getattr(a, name) != getattr(b, name)]
+    for name, x, y in (("measured", a.measured, b.measured), ("std", a.std, b.std)):
+        near = x == y or (None not in (x, y) and abs(x - y) <= tolerance)
+        found += [] if near or tolerance == math.inf else [name]
+    return [f"{name}: {getattr(a, name)} against {getattr(b, name)}" for name in found]

@@ -46,13 +46,12 @@ def paper_cell(table: str, row: str, column: str) -> PaperCell:
     Raises ``InputError``, with the nearest legal names, for a cell that the paper does not have.
     """
     cells, given = _cells(), (table, row, column)
-    if given in cells:
-        return cells[given]
-    place = next(n for n in range(3) if not any(key[: n + 1] == given[: n + 1] for key in cells))
-    legal = sorted({key[place] for key in cells if key[:place] == given[:place]})
-    near = difflib.get_close_matches(str(given[place]), legal, 1) or legal
-    raise InputError(f"The paper has no {('table', 'row', 'column')[place]} {given[place]!r} (asked for {given}); "
-                     f"write {' or '.join(map(repr, near))}, or PaperCell.own for a cell that the paper does not have.")
+    if given not in cells:
+        written = {" | ".join(key): key for key in cells}
+        near = difflib.get_close_matches(" | ".join(map(str, given)), written, 3, 0)
+        raise InputError(f"The paper has no cell {given}; the nearest are {', '.join(str(written[n]) for n in near)}. "
+                         "Write PaperCell.own for a cell that the paper does not have.")
+    return cells[given]
 
 
 def paper_table(table: str) -> tuple[PaperCell, ...]:

@@ -48,15 +48,6 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Standard deviation over seeds (None: not measured) of the reference ``row`` of Table 1 on a data set."""
-
-    name: str
-    std: float | None = None
-    row: str = "OVDiff"
-
-
-@dataclass(frozen=True)
 class Part:
     """The outcome on one data set: a verdict of :data:`ORDER`, the numbers, and which noise was used."""
 
@@ -65,16 +56,17 @@ class Part:
     how: tuple[str, ...] = ()
 
 
-def difference(left: Sample, right: Sample, spread: Spread) -> tuple[float, float, str]:
-    """``left`` minus ``right``: mean, noise (by the rule at the head of this module) and where the noise is from."""
+def difference(left: Sample, right: Sample, reference: Sample, name: str) -> tuple[float, float, str]:
+    """``left`` minus ``right`` on the data set ``name``: mean, noise (by the rule at the head of this module) and where
+    the noise is from."""
     if values := paired(left, right):
         error = statistics.stdev(values) / math.sqrt(len(values))
         return statistics.fmean(values), 2 * error, f"paired differences of {len(values)} seeds, 2 standard errors"
-    known = [(left.std, left.label), (right.std, right.label), (spread.std, f"{spread.row} in Table 1")]
-    std, whose = max((one for one in known if one[0] is not None), default=(TOLERANCE / 2, ""))
-    how = f"no pairs of runs: 2 standard deviations over seeds of {whose} on {spread.name} ({std:.2f})"
-    unknown = f"no spread over seeds known on {spread.name}: {TOLERANCE} assumed"
-    return left.mean - right.mean, 2 * std, how if whose else unknown
+    mean, known = left.mean - right.mean, [(s.std, s.label) for s in (left, right, reference) if s.std is not None]
+    if not known:
+        return mean, TOLERANCE, f"no spread over seeds known on {name}: {TOLERANCE} assumed"
+    std, whose = max(known)
+    return mean, 2 * std, f"no pairs of runs: 2 standard deviations over seeds of {whose} on {name} ({std:.2f})"
 
 
 def paired(left: Sample, right: Sample) -> tuple[float, ...]:
@@ -92,8 +84,8 @@ def verdict_of(sign: str, mean: float, noise: float) -> str:
     return "holds" if mean > noise or (sign == ">=" and mean >= 0) else "fails" if mean < -noise else "within noise"
 
 
-def outcome(relation: str, left: list[Sample], right: list[Sample], spread: Spread) -> Part | None:
-    """What becomes of a relation of claims.csv on one data set; None where it needs more cells than these."""
+def outcome(relation: str, left: list[Sample], right: list[Sample], reference: Sample, name: str) -> Part | None:
+    """What becomes of a relation of claims.csv on the data set ``name``; None where it needs more cells than these."""
     if relation == "linear":
         return linear(left)
     pairs, text = RELATIONS[relation](left, right)
@@ -101,13 +93,13 @@ def outcome(relation: str, left: list[Sample], right: list[Sample], spread: Spre
         return None
     verdicts, hows, numbers = [], [], {}
     for a, sign, b in pairs:
-        mean, noise, how = difference(a, b, spread)
+        mean, noise, how = difference(a, b, reference, name)
         verdicts.append(verdict_of(sign, mean, noise))
         hows.append(how)
         against = f"{b.label} {b.mean:.1f} ({mean:+.2f}, noise {noise:.2f})"
         numbers.setdefault(f"{a.label} {a.mean:.1f} against ", []).append(against)
     shown = "; ".join(first + ", ".join(others) for first, others in numbers.items())
-    return Part(min(verdicts, key=ORDER.index), text.replace("{}", shown), tuple(dict.fromkeys(hows)))
+    return Part(min(verdicts, key=ORDER.index), text.replace("{}", shown), tuple(hows))
 
 
 Pairs = tuple[list[tuple[Sample, str, Sample]], str]

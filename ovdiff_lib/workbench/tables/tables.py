@@ -20,7 +20,7 @@ from ovdiff_lib.workbench.tables.paper import PaperCell
 
 COLUMNS = ("table", "row", "column", "measured", "std", "n", "values", "source", "paper", "paper_std", "paper_table",
            "paper_row", "paper_column", "profile", "settings")
-SOURCES, IDLE = ("measured", "published", "predictions"), "idle: "
+IDLE = "idle: "
 STAMP = "The paper's column is from its own data sets and models."
 
 
@@ -31,10 +31,9 @@ class Cell:
     ``measured`` is the mean of ``n`` runs with sample standard deviation ``std`` (None when n = 1) and ``values`` those
     runs in the order of their seeds, where they were kept: paired comparisons need them. ``paper`` is the published
     cell it is set beside, or with ``PaperCell.own`` only its key. ``source``: "measured" here by this code;
-    "published": taken from the paper, not measured (``measured`` is None); "predictions": measured here from a folder
-    of another program's label maps; "idle: WORDS": what the cell is about does not act here, so that a number would
-    only repeat another; the words stand in its place (``measured`` is None). Raises ``InputError`` for a cell that
-    contradicts itself and for numbers that are not finite.
+    "published": taken from the paper; "idle: WORDS": what the cell is about does not act here, so that a number would
+    only repeat another; the words stand in its place. Raises ``InputError`` for a measured cell without a number, for
+    another cell with one, and for numbers that are not finite.
     """
 
     row: str
@@ -47,22 +46,14 @@ class Cell:
     source: str = "measured"
 
     def __post_init__(self) -> None:
-        known, bare = self.source in SOURCES or self.idle, self.measured is None
-        wrong = {
-            f"has the source {self.source!r}; write one of {', '.join(SOURCES)}, or {IDLE}and why": not known,
-            f"has the paper's value {self.paper!r}; give it with its key: paper_cell(table, row, column)":
-                self.paper is not None and not isinstance(self.paper, PaperCell),
-            "is published; give it a paper_cell and no measured number":
-                self.source == "published" and (not bare or self.paper is None),
-            "is idle and has a number; leave the number out": self.idle and not bare,
-            "has no measured number; leave the cell out, or say source='published'":
-                bare and self.source != "published" and not self.idle,
-            "holds a number that is not finite; leave the cell out and say why in the text":
-                any(x is not None and not math.isfinite(x) for x in (self.measured, self.std, *self.values)),
-            f"has {len(self.values)} values but n = {self.n}; use Cell.of(row, column, values)":
-                self.values and len(self.values) != self.n}
-        for why in (text for text, is_so in wrong.items() if is_so):
-            raise InputError(f"The cell {self.row!r}, {self.column!r} {why}.")
+        known = self.source in ("measured", "published") or self.idle
+        if not known or (self.measured is None) == (self.source == "measured"):
+            raise InputError(f"The cell {self.row!r}, {self.column!r} has the source {self.source!r} and the number "
+                             f"{self.measured}; measured cells have one, published ones and those with '{IDLE}why' "
+                             "none.")
+        if any(x is not None and not math.isfinite(x) for x in (self.measured, self.std, *self.values)):
+            raise InputError(f"The cell {self.row!r}, {self.column!r} holds a number that is not finite; leave the cell"
+                             " out and say why in the text.")
 
     @property
     def idle(self) -> str:
@@ -75,14 +66,11 @@ class Cell:
         return self.paper is not None and (self.paper.value is not None or self.source == "published")
 
     @classmethod
-    def of(cls, row: str, column: str, values: Iterable[float], paper: PaperCell | None = None,
-           source: str = "measured") -> Cell:
+    def of(cls, row: str, column: str, values: Iterable[float], paper: PaperCell | None = None) -> Cell:
         """The cell of several runs: mean, sample standard deviation (n - 1 in the denominator; None for one run)."""
-        values = tuple(float(v) for v in values)
-        if not values:
-            raise InputError(f"The cell {row!r}, {column!r} has no values; give at least one.")
+        values = tuple(map(float, values))
         std = statistics.stdev(values) if len(values) > 1 else None
-        return cls(row, column, statistics.fmean(values), std, len(values), paper, values, source)
+        return cls(row, column, statistics.fmean(values), std, len(values), paper, values)
 
 
 def write_table(path: str | Path, name: str, cells: list[Cell], profile: Profile, caption: str,
@@ -92,8 +80,8 @@ def write_table(path: str | Path, name: str, cells: list[Cell], profile: Profile
     ``digits``: decimals shown in the Markdown, for all columns or by column ({"images": 0}; others get 1); the CSV
     keeps six significant digits. ``title``: what it corresponds to ("Table 1"). ``details``: further facts for the
     JSON, such as {"images": 211, "seeds": [0, 1, 2]}, which the Markdown says at its head ("images" of several data
-    sets: {"voc": 211}); {"volatile": True} says that the numbers differ from run to run (times), {"volatile":
-    ["seconds"]} that those of these columns do. Raises ``InputError`` when a cell comes twice.
+    sets: {"voc": 211}); {"volatile": True} says that the numbers differ from run to run (times). Raises ``InputError``
+    when a cell comes twice.
     """
     path, rows, details = Path(path), _frame(name, cells, profile), details or {}
     for row, column in rows.loc[rows.duplicated(["row", "column"]), ["row", "column"]].itertuples(index=False):
@@ -102,11 +90,7 @@ def write_table(path: str | Path, name: str, cells: list[Cell], profile: Profile
     notebook = max((p.stem for p in Path.cwd().glob("*.ipynb") if name.startswith(p.stem)), key=len, default="")
     record = {"name": name, "title": title, "caption": caption, "digits": digits, "notebook": notebook,
               "profile": profile.name, "settings": profile.digest(), "details": details}
-    try:
-        text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"The details of the table {name} cannot be written as JSON ({error}); use plain numbers, "
-                         "text and lists.") from None
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
     described = f"`{profile.name}`" + (f" ({profile.description.rstrip('.')})" if profile.description else "")
     head = f"**{caption}** {_amount(details)}Profile {described}, settings `{profile.digest()}`."
     markdown = f"{head}{f' {STAMP}' if any(c.printed for c in cells) else ''}\n\n{_grid(cells, digits)}\n"
@@ -188,7 +172,7 @@ def _number(value: float, std: float | None, places: int) -> str:
 def _measured(cell: Cell, places: int) -> str:
     if cell.measured is None:
         return escape(cell.idle) or "published"
-    return _number(cell.measured, cell.std, places) + " (from predictions)" * (cell.source == "predictions")
+    return _number(cell.measured, cell.std, places)
 
 
 def _published(cell: Cell, places: int) -> str:
@@ -199,13 +183,13 @@ def _published(cell: Cell, places: int) -> str:
 
 def _amount(details: dict[str, Any]) -> str:
     """Of how many images and which seeds a table is: "80 images of each data set, seeds 0 to 3. ", "" if unknown."""
-    images, seeds, said = details.get("images"), details.get("seeds"), []
-    if isinstance(images, int):
-        said = [f"{images} image{'s' * (images != 1)}"]
-    elif images and len(set(images.values())) == 1:
-        said = [f"{next(iter(images.values()))} images" + " of each data set" * (len(images) > 1)]
-    elif images:
-        said = ["images: " + ", ".join(f"{number} of {source.partition(':')[0]}" for source, number in images.items())]
+    images, seeds, said = details.get("images") or {}, details.get("seeds"), []
+    counts = images if isinstance(images, dict) else {"": images}
+    if len(set(counts.values())) == 1:
+        number = next(iter(counts.values()))
+        said = [f"{number} image{'s' * (number != 1)}{' of each data set' * (len(counts) > 1)}"]
+    elif counts:
+        said = ["images: " + ", ".join(f"{number} of {source.partition(':')[0]}" for source, number in counts.items())]
     if seeds:
         run = len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1))
         numbers = f"{seeds[0]} to {seeds[-1]}" if run else ", ".join(map(str, seeds))
