@@ -91,10 +91,9 @@ def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any, v
     if options.resume:
         raise InputError("--resume keeps the state of one process; leave it out, or --engine and --workers.")
     measure.image_count(dataset, options.limit)  # a limit of no images is reported before classes are built
-    with engine:
-        build_with(engine, builder, vocabulary)
-        segmenter = WithBank(ovdiff.profile, builder.build(vocabulary))
-        return evaluate_on(engine, segmenter, dataset, limit=options.limit, settings=settings)
+    build_with(engine, builder, vocabulary)
+    segmenter = WithBank(ovdiff.profile, builder.build(vocabulary))
+    return evaluate_on(engine, segmenter, dataset, limit=options.limit)
 
 
 @takes(argument("dataset", choices=["context"]),

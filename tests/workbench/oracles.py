@@ -59,6 +59,11 @@ def enlarged(grid, size):
     return F.interpolate(torch.as_tensor(grid)[None], size, mode="bilinear")[0].numpy()
 
 
+def guess(image):
+    """A segmenter of :class:`Toy` that is right about half of the time, with labels 1 and 2 only."""
+    return 1 + (image.astype(int).sum(axis=-1) % 2)
+
+
 @dataclass
 class Toy:
     """Small non-square images; the red channel of each pixel is its true label."""

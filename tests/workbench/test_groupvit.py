@@ -26,7 +26,7 @@ from ovdiff_lib.recipes.training import round_weights
 from ovdiff_lib.workbench.baselines.groupvit import PROMPT, GroupViT, group_scores, load_groupvit
 from ovdiff_lib.workbench.cost.architectures import clip_tokenizer
 from ovdiff_lib.workbench.data.datasets import load_dataset
-from ovdiff_lib.workbench.evaluation.measure import evaluate, search_threshold
+from ovdiff_lib.workbench.evaluation.measure import Method, Sweep, evaluate, measure
 
 TEMPLATE = "a good picture of a {name}"
 SHIPPED = Path(ovdiff_lib.__file__).parent / "mini" / "weights"
@@ -241,9 +241,8 @@ def test_background_and_the_search_for_its_threshold(make):
     labels = make(middle).predict(image, PETS)
     assert 0 < (labels == 0).mean() < 1 and (labels[labels > 0] == without[labels > 0]).all()
     data, groupvit = load_dataset("mini-voc", "wild"), make(middle)
-    alone = evaluate(lambda i: groupvit.predict(i, data.vocabulary), data, limit=2, progress=False)
-    search = search_threshold(lambda i: groupvit.scores(i, data.vocabulary), data, [0.0, middle], 2, progress=False)
-    assert (search[middle].confusion == alone.confusion).all()
+    maps = Sweep.of(groupvit.scores(data[0].image, data.vocabulary), (0.0, middle)).maps()
+    assert (maps[1] == groupvit.predict(data[0].image, data.vocabulary)).all()
 
 
 def test_text_is_pooled_at_the_end_token(make, profile):
@@ -376,6 +375,7 @@ def test_the_shipped_model_is_small_and_segments():
     mini = load_profile("mini")
     groupvit, dataset = GroupViT.build(mini), load_dataset("mini-voc")
     assert groupvit.model.config.text_config.eos_token_id == groupvit.texts.tokenizer.eos_token_id
-    search = search_threshold(lambda i: groupvit.scores(i, dataset.vocabulary), dataset, [0.3, 0.5, 0.7], limit=24, progress=False)
+    searched = Method({}, lambda data: lambda sample: Sweep.of(groupvit.scores(sample.image, data.vocabulary), (0.3, 0.5, 0.7)), 3)
+    found = measure({"": searched}, dataset, limit=24, progress=False)[""]
     chance = evaluate(lambda i: np.ones(i.shape[:2], int), dataset, limit=24, progress=False)
-    assert max(found.miou for found in search.values()) > 0.1 > 2 * chance.miou
+    assert max(result.miou for result in found) > 0.1 > 2 * chance.miou

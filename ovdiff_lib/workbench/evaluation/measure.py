@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,25 @@ from ovdiff_lib.workbench.evaluation.results import Counts, code_digest, stored
 Predict = Callable[[np.ndarray], np.ndarray]
 """Image u8 (H, W, 3) -> labels int (H, W), 0 = background, i + 1 = category i of the data set's vocabulary."""
 
-SAVE_EVERY = 20.0
-"""Seconds between two writings of unfinished counts, and times the seconds that writing takes: a killed run loses no
-more, and writing takes 5 % of the time at most."""
+SAVE_EVERY = 60.0
+"""Seconds between two writings of unfinished counts: a killed run loses no more."""
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Quality on ``images`` images of a data set: ``miou`` and ``iou`` f64 (K,) in [0, 1], by ``class_names``
-    (background first, where it is a class); ``confusion`` i64 (K, K), rows true, columns predicted."""
+    """What one of a method's label maps, number ``variant``, is worth on the images of a data set: ``confusion`` i64
+    (K, K), rows true, columns predicted, by ``class_names`` (background first, where it is a class)."""
 
     dataset: str
-    images: int
     class_names: tuple[str, ...]
-    miou: float
-    iou: np.ndarray
     confusion: np.ndarray
-    settings: dict[str, Any]
     counts: Counts = field(repr=False)
     variant: int = 0
+
+    images = property(lambda self: len(self.counts))
+    iou = cached_property(lambda self: ConfusionMatrix(len(self.confusion), counts=self.confusion).iou())
+    """f64 (K,) in [0, 1]; nan for a class that occurs nowhere."""
+    miou = cached_property(lambda self: ConfusionMatrix(len(self.confusion), counts=self.confusion).miou())
 
     def by_image(self) -> np.ndarray:
         """Confusion of each image, i64 (images, K, K), in the data set's order."""
@@ -109,30 +110,28 @@ def measure(methods: Mapping[str, Method], dataset: Dataset, *, folder: str | Pa
     for name, method in methods.items():
         shape, key = (method.variants, classes, classes), _key(method, dataset, total)
         counts[name] = Counts(shape) if folder is None else stored(folder, dataset.name, key, shape, total)
-    pending = {name: method for name, method in methods.items() if len(counts[name]) < total}
+    known = {name: len(found) for name, found in counts.items()}
+    pending = {name: method for name, method in methods.items() if known[name] < total}
     builders = [method.build for method in pending.values() if method.build]
-    hidden = not progress or not builders
     try:
-        for category in tqdm(dataset.vocabulary, "building classes", unit="class", disable=hidden):
+        for category in tqdm(dataset.vocabulary, "building classes", disable=not progress or not builders):
             for build in builders:
                 build(dataset, category)
         predictors = {name: method.prepare(dataset) for name, method in pending.items()}
-        first, due = min(map(len, counts.values()), default=total), time.monotonic() + SAVE_EVERY
         label = dataset.name + f", {len(pending)} methods" * (len(pending) > 1)
-        hidden = not progress or not pending
-        for index in tqdm(range(first, total), label, total, initial=first, unit="image", disable=hidden):
+        left, due = range(min(known.values(), default=total), total), time.monotonic() + SAVE_EVERY
+        for index in tqdm(left, label, total, initial=left.start, unit="image", disable=not progress or not pending):
             sample = dataset[index]
-            for name, method in pending.items():
-                if len(counts[name]) <= index:
-                    counts[name].add(_counted(predictors[name](sample), method.variants, dataset, sample))
-            if (began := time.monotonic()) >= due:
+            for name in (name for name in pending if known[name] <= index):
+                counts[name].add(_counted(predictors[name](sample), counts[name].shape[0], dataset, sample))
+            if time.monotonic() >= due:
                 for name in pending:
                     counts[name].save()
-                due = time.monotonic() + SAVE_EVERY * max(1, time.monotonic() - began)
+                due = time.monotonic() + SAVE_EVERY
     finally:
         for name in pending:
             counts[name].save()
-    return {name: results_of(dataset, counts[name], method.key) for name, method in methods.items()}
+    return {name: results_of(dataset, counts[name]) for name in methods}
 
 
 def evaluate(predict: Predict | SavedPredictions, dataset: Dataset, limit: int | None = None, progress: bool = True,
@@ -152,42 +151,20 @@ def evaluate(predict: Predict | SavedPredictions, dataset: Dataset, limit: int |
     return measure({"": method}, dataset, folder=resume, limit=limit, progress=progress)[""][0]
 
 
-def search_threshold(score: Callable[[np.ndarray], np.ndarray], dataset: Dataset, thresholds: Sequence[float],
-                     limit: int | None = None, progress: bool = True) -> dict[float, EvaluationResult]:
-    """The result of a method without a background model at every constant background threshold.
-
-    ``score`` maps an image u8 (H, W, 3) to f32 (C + 1, H, W), row 0 unused. A pixel is its best category where that
-    category's score exceeds the threshold, else background. The best, :func:`best_of`, was chosen on the images it is
-    measured on: an optimistic number, to be reported as such.
-    """
-    tried = tuple(sorted(map(float, thresholds)))
-    method = Method({}, lambda _: lambda sample: Sweep.of(score(sample.image), tried), len(tried))
-    return dict(zip(tried, measure({"": method}, dataset, limit=limit, progress=progress)[""], strict=True))
-
-
-def best_of(found: Mapping[float, EvaluationResult]) -> tuple[float, EvaluationResult]:
-    """The threshold of the highest mIoU, of equals the lowest, and its result."""
-    return max(found.items(), key=lambda pair: (pair[1].miou, -pair[0]))
-
-
 # ------------------------------------------------------------------ what one image counts
 
 def confusion(dataset: Dataset, predicted: np.ndarray, sample: Sample) -> np.ndarray:
     """Pixel counts i64 (K, K) of one image's ``predicted`` labels int (H, W); row 0 is category 0 where the data set
     has no background. ``InputError`` names the image for labels that do not fit."""
-    matrix = ConfusionMatrix(len(dataset.vocabulary) + dataset.has_background)
-    predicted, target = np.asarray(predicted), sample.labels
+    matrix = ConfusionMatrix(len(dataset.vocabulary) + 1)
     try:
-        if not dataset.has_background:
-            if predicted.shape == target.shape and (predicted[target != IGNORE] == 0).any():
-                raise InputError("Pixels are predicted as background, which is no class; give the best category.")
-            # Wider first: u8 labels would wrap.
-            predicted = predicted.astype(np.int64) - 1 if np.issubdtype(predicted.dtype, np.integer) else predicted
-            target = np.where(target == IGNORE, IGNORE, target.astype(np.int64) - 1)
-        matrix.update(predicted, target)
+        matrix.update(np.asarray(predicted), sample.labels)
+        if not dataset.has_background and (matrix.counts[0].any() or matrix.counts[:, 0].any()):
+            raise InputError("Pixels are predicted as background, which is no class; give the best category.")
     except InputError as error:
         raise InputError(f"Image {sample.id} of {dataset.name}: {error}") from None
-    return matrix.counts
+    first = 0 if dataset.has_background else 1
+    return matrix.counts[first:, first:]
 
 
 def _counted(made: np.ndarray | Sweep, variants: int, dataset: Dataset, sample: Sample) -> np.ndarray:
@@ -209,12 +186,11 @@ def image_count(dataset: Dataset, limit: int | None) -> int:
     return min(limit or len(dataset), len(dataset))
 
 
-def results_of(dataset: Dataset, counts: Counts, settings: dict[str, Any]) -> tuple[EvaluationResult, ...]:
+def results_of(dataset: Dataset, counts: Counts) -> tuple[EvaluationResult, ...]:
     """The results of the T label maps that were counted."""
     names = (*((BACKGROUND,) if dataset.has_background else ()), *dataset.vocabulary.names)
-    matrices = [ConfusionMatrix(len(names), counts=total) for total in counts.total()]
-    return tuple(EvaluationResult(dataset.name, len(counts), names, m.miou(), m.iou(), m.counts, settings, counts, i)
-                 for i, m in enumerate(matrices))
+    return tuple(EvaluationResult(dataset.name, names, confusion, counts, variant)
+                 for variant, confusion in enumerate(counts.total()))
 
 
 def _key(method: Method, dataset: Dataset, total: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Counted results on disk: finished evaluations are found again, interrupted ones go on where they stopped.
 
-    folder/<data set>-<digest>.npz      key (JSON text), lengths i64 (images,), places i32 (n,), values i32 (n,)
+    folder/<data set>-<digest>.npz      key (JSON text), and the parts of a sparse matrix with a row for each image
 
 The key is everything the counts depend on. It is in the file, so that a result is never another's.
 """
@@ -11,15 +11,19 @@ import hashlib
 import io
 import json
 import logging
+import math
 import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_array, vstack
 
 from ovdiff_lib import keys
 from ovdiff_lib.files import write_atomic
+
+PARTS = ("data", "indices", "indptr")
 
 logger = logging.getLogger(__name__)
 
@@ -30,38 +34,35 @@ class Counts:
     def __init__(self, shape: tuple[int, int, int], path: Path | None = None, key: str = "") -> None:
         """``path``, if there is one, is the file that :meth:`save` writes, with the JSON text ``key``."""
         self.shape, self.path, self.key = tuple(shape), path, key
-        self.images: list[tuple[np.ndarray, np.ndarray]] = []  # an image: places in (T, K, K), what is there, i32 (n,)
+        self.rows = [csr_array((0, math.prod(shape)), dtype=np.int32)]
 
     def __len__(self) -> int:
-        return len(self.images)
+        return sum(rows.shape[0] for rows in self.rows)
 
     def add(self, counts: np.ndarray) -> None:
         """Take in the next image's counts i64 (T, K, K)."""
-        places = np.flatnonzero(counts)
-        self.images.append((places.astype(np.int32), counts.ravel()[places].astype(np.int32)))
+        self.rows.append(csr_array(counts.reshape(1, -1).astype(np.int32)))
+
+    def images(self) -> csr_array:
+        """A row for each image, i32 (images, T * K * K)."""
+        self.rows = [vstack(self.rows, format="csr")]
+        return self.rows[0]
 
     def total(self) -> np.ndarray:
         """The sum over the images, i64 (T, K, K)."""
-        total = np.zeros(int(np.prod(self.shape)), np.int64)
-        for places, values in self.images:
-            total[places] += values
-        return total.reshape(self.shape)
+        return self.images().sum(0, dtype=np.int64).reshape(self.shape)
 
     def by_image(self, variant: int = 0) -> np.ndarray:
         """The matrices of one of the T label maps, i64 (images, K, K)."""
         size = self.shape[1] * self.shape[2]
-        made = np.zeros((len(self), size), np.int64)
-        for row, (places, values) in zip(made, self.images, strict=True):
-            own = places // size == variant
-            row[places[own] % size] = values[own]
-        return made.reshape(len(self), *self.shape[1:])
+        own = self.images()[:, variant * size:(variant + 1) * size]
+        return own.toarray().astype(np.int64).reshape(-1, *self.shape[1:])
 
     def save(self) -> None:
         """Write the counts, if there are some, to their file. Raises ``InputError`` where that cannot be written."""
-        if self.path is not None and self.images:
-            places, values = map(np.concatenate, zip(*self.images, strict=True))
-            lengths, buffer = [len(places) for places, _ in self.images], io.BytesIO()
-            np.savez_compressed(buffer, key=np.array(self.key), lengths=lengths, places=places, values=values)
+        if self.path is not None and len(self):
+            images, buffer = self.images(), io.BytesIO()
+            np.savez_compressed(buffer, key=np.array(self.key), **{part: getattr(images, part) for part in PARTS})
             write_atomic(self.path, buffer.getvalue())
 
 
@@ -75,13 +76,12 @@ def stored(folder: str | Path, name: str, key: dict[str, Any], shape: tuple[int,
         return found
     try:
         with np.load(path, allow_pickle=False) as file:
-            known, lengths, places, values = (file[part] for part in ("key", "lengths", "places", "values"))
-        whole = len(lengths) <= images and len(places) == len(values) == lengths.sum() and (lengths >= 0).all()
-        inside = not len(places) or (0 <= places.min() <= places.max() < np.prod(shape) and values.min() > 0)
-        if str(known) != text or not whole or not inside:
+            known, parts = str(file["key"]), [file[part] for part in PARTS]
+        rows = csr_array(tuple(parts), shape=(len(parts[-1]) - 1, math.prod(shape)), dtype=np.int32)
+        rows.check_format(full_check=True)
+        if known != text or rows.shape[0] > images or (rows.data <= 0).any():
             raise ValueError("it is not of this evaluation")
-        parts = (np.split(part.astype(np.int32), np.cumsum(lengths)[:-1]) for part in (places, values))
-        found.images = list(zip(*parts, strict=True))
+        found.rows = [rows]
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         logger.warning("The stored result %s cannot be used (%s); it is measured again.", path, error)
     return found

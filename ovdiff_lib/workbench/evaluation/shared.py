@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from cachetools import LRUCache
+from cachetools import LRUCache, cached
 
 from ovdiff_lib import keys
 from ovdiff_lib.features import EXTRACTORS, check_extractors
@@ -30,17 +30,10 @@ def _bytes(value: Any) -> int:
     return sum(map(_bytes, value)) if isinstance(value, tuple) else getattr(value, "nbytes", 64)
 
 
-_remembered = LRUCache(MEMORY, getsizeof=_bytes)
-
-
+@cached(LRUCache(MEMORY, getsizeof=_bytes), key=lambda key, make: key)
 def remember(key: Any, make: Callable[[], Any]) -> Any:
     """What ``make`` gives for ``key``, made now or remembered. A result larger than all the memory is not kept."""
-    if key in _remembered:
-        return _remembered[key]
-    value = make()
-    if _bytes(value) <= _remembered.maxsize:
-        _remembered[key] = value
-    return value
+    return make()
 
 
 class Remembering:
@@ -68,7 +61,7 @@ class RememberingSegmenter(Remembering):
     def propose_many(self, images: np.ndarray, words: str) -> list[np.ndarray]:
         """Proposals bool (M, H, W) of each image u8 (H, W, 3)."""
         places = [self._key(image, words) for image in images]
-        found = {n: _remembered[key] for n, key in enumerate(places) if key in _remembered}
+        found = {n: remember.cache[key] for n, key in enumerate(places) if key in remember.cache}
         new = [n for n in range(len(images)) if n not in found]
         for n, masks in zip(new, proposals(self._part, images[new], words) if new else [], strict=True):
             found[n] = remember(places[n], lambda masks=masks: np.asarray(masks))
