@@ -98,8 +98,9 @@ class LocalEngine(Engine):
                 logger.warning("A worker process ended unexpectedly; fresh ones go on with the %d tasks that are left.",
                                len(left))
         if left:
-            raise OVDiffError(f"The worker processes ended {lost} times in a row before a task was finished, {len(left)}"
-                              f" of {len(tasks)} are left; they were killed or ran out of memory, use fewer workers.")
+            raise OVDiffError(f"The worker processes ended {lost} times in a row before a task was finished; "
+                              f"{len(left)} of {len(tasks)} are left. They were killed or ran out of memory; use fewer "
+                              "workers.")
 
     def _finished(self, make: Make, left: Mapping[int, Any]) -> Iterator[Finished]:
         """What becomes of the tasks ``left``; of some nothing, when a process ends before its work."""
