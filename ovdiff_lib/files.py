@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ovdiff_lib.errors import InputError
 
@@ -45,9 +47,10 @@ def shown(path: str | Path) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
 
 
-def write_atomic(path: str | Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` through a temporary file beside it, flushed to disk, then renamed; missing folders are
-    made.
+@contextlib.contextmanager
+def written_whole(path: str | Path) -> Iterator[BinaryIO]:
+    """A temporary file beside ``path``, which takes its place, flushed to disk, when the block ends; missing folders
+    are made.
 
     Readers see the old file or the new one, whatever happens between. Raises ``InputError`` where the folder cannot be
     written.
@@ -58,17 +61,22 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
-            try:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(temporary, path)
-            except BaseException:
-                temporary.unlink()
-                raise
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
         fsync_folder(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from None
+    finally:
+        with contextlib.suppress(OSError):  # gone already after the rename
+            temporary.unlink()
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` as :func:`written_whole` says."""
+    with written_whole(path) as file:
+        file.write(data)
 
 
 def write_json(path: Path, table: Any) -> None:

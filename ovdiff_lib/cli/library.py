@@ -82,7 +82,7 @@ def export(options: argparse.Namespace) -> None:
     if options.file.exists() and not options.overwrite:
         raise InputError(f"{options.file} is there already; give another name, or --overwrite to replace it.")
     found = [one for one in chosen(library, options) if one[0].kind == "prototypes" or not options.prototypes_only]
-    export_entries(library, [entry for entry, _ in found], options.file, progress=True)
+    export_entries([entry for entry, _ in found], options.file, progress=True)
     print(f"{_amount(found)}, in {options.file}")
 
 
@@ -93,8 +93,8 @@ def add(options: argparse.Namespace) -> None:
 
     library = Library(options.library)
     done = import_archive(library, options.file, progress=True)
-    new, kept = counted(done["new"], "new entry", "new entries"), counted(done["kept"], "entry", "entries")
-    print(f"{new} in {library.root}; {counted(done['grown'], 'support set')} grew, {kept} were here already.")
+    new, kept = counted(done[True], "new entry", "new entries"), counted(done[False], "entry", "entries")
+    print(f"{new} in {library.root}; {kept} were here already.")
 
 
 @takes(PLACE, *CHOICE,

@@ -223,10 +223,8 @@ class Library:
     def _set_aside(self, kind: str, key: str) -> Any:
         """Move a broken entry away; the value of a whole one, if another process has just put it there."""
         path = self._path(kind, key)
+        aside = path.with_name(f"{key}.{secrets.token_hex(4)}.broken")
         with self.lock(key), self.writing():
-            with suppress(FileNotFoundError, Broken):  # one that grew while it was read is whole by now
-                return read(path, kind, key)
-            aside = path.with_name(f"{key}.{secrets.token_hex(4)}.broken")
             try:
                 path.rename(aside)
                 found = read(aside, kind, key)
@@ -264,10 +262,8 @@ def _abandoned(path: Path) -> bool:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
+    except OSError as error:
+        return error.errno != errno.ESRCH  # a process that may not be asked is somebody else's
     return True
 
 
