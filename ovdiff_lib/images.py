@@ -14,7 +14,7 @@ from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import shown, write_atomic
 
 MAX_PIXELS = 100_000_000
-"""Largest image that is read or made by resizing, in pixels."""
+"""Largest image that is read, in pixels."""
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """Files that :func:`list_images` finds in a folder; one named by itself may have any suffix."""
@@ -32,59 +32,43 @@ def read_image(source: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     of an animation the first frame is taken. Raises ``InputError`` for a missing, broken or empty image, one above
     :data:`MAX_PIXELS`, and pixels whose range is not known (floats, 32-bit).
     """
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.shape[2:] not in ((), (3,), (4,)) or source.ndim < 2:
-            raise InputError("An image array must be uint8 of shape (H, W), (H, W, 3) or (H, W, 4),"
-                             f" not {source.dtype} {source.shape}; convert it.")
-        source = Image.fromarray(source) if source.size else Image.new("L", (0, 0))
-    if isinstance(source, Image.Image):
-        return _convert(source, "The image")
-    name = f"The image {shown(source)}"
-    Image.init()  # else Image.OPEN is empty; Pillow fails at the name of a format that it was built without
+    name = "The image" if isinstance(source, (Image.Image, np.ndarray)) else f"The image {shown(source)}"
     try:
+        if isinstance(source, np.ndarray):
+            if source.dtype != np.uint8 or source.ndim < 2 or source.shape[2:] not in ((), (3,), (4,)):
+                raise ValueError(f"it is an array of {source.dtype} {source.shape}, not of uint8 and (H, W, 3)")
+            source = Image.fromarray(source)
+        if isinstance(source, Image.Image):
+            return _rgb(source)
+        Image.init()  # else Image.OPEN is empty; Pillow fails at the name of a format that it was built without
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _convert has a limit of its own
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _rgb has a limit of its own
             with Image.open(source, formats=[one for one in FORMATS if one in Image.OPEN]) as image:
-                return _convert(image, name)
+                return _rgb(image)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise InputError(f"{name} cannot be opened ({error.strerror}); check the path.") from None
-    except Image.UnidentifiedImageError:
-        raise InputError(f"{name} is empty or of no format that can be read; convert it to PNG or JPEG.") from None
-    except Exception as error:
-        raise _broken(name, error) from None
+    except Exception as error:  # what Pillow raises of damaged files and strange arrays has no common class
+        reason = textwrap.shorten(str(error), 120, placeholder="").rstrip(".") or type(error).__name__
+        raise InputError(f"{name} cannot be read ({reason}); give an undamaged one of 8 or 16 bits a channel and at "
+                         f"most {MAX_PIXELS // 10**6} million pixels, as PNG or JPEG.") from None
 
 
-def _broken(name: str, error: Exception) -> InputError:
-    """What Pillow's decoders raise on damaged files, which has no common class, as one sentence."""
-    if isinstance(error, InputError):
-        return error
-    if isinstance(error, Image.DecompressionBombError):
-        return InputError(f"{name} has more than {MAX_PIXELS // 10**6} million pixels; scale it down first.")
-    reason = textwrap.shorten(str(error), 120, placeholder="").rstrip(".") or type(error).__name__
-    return InputError(f"{name} is damaged ({reason}); copy or download it again.")
-
-
-def _convert(image: Image.Image, name: str) -> np.ndarray:
-    if 0 in image.size:
-        raise InputError(f"{name} has no pixels; pass one with at least one row and one column.")
-    if image.width * image.height > MAX_PIXELS:
-        raise InputError(f"{name} has {image.width} x {image.height} pixels, more than {MAX_PIXELS // 10**6} million; "
-                         "scale it down first.")
-    try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # by its full range: Pillow's own conversion clips at 255
-            values = np.asarray(image)
-            if values.min() < 0 or values.max() > 65535:
-                raise InputError(f"{name} holds 32-bit pixels of unknown range; convert it to 8 bits a channel.")
-            image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
-        if image.mode in ("F", "LAB", "La"):  # of unknown range, or which Pillow converts to neither RGB nor RGBA
-            raise InputError(f"{name} holds pixels of the kind {image.mode}; convert it to RGB of 8 bits a channel.")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.array(image.convert("RGB"))
-    except Exception as error:
-        raise _broken(name, error) from None
+def _rgb(image: Image.Image) -> np.ndarray:
+    """The pixels of an image; ``ValueError`` says what it is that has none."""
+    if not 0 < image.width * image.height <= MAX_PIXELS:
+        raise ValueError(f"it has {image.width} x {image.height} pixels")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # by its full range: Pillow's own conversion clips at 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("its range of 32-bit pixels is not known")
+        image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if image.mode in ("F", "LAB", "La"):  # of unknown range, or which Pillow converts to neither RGB nor RGBA
+        raise ValueError(f"its pixels are of the kind {image.mode}")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
 
 
 def list_images(path: str | Path) -> list[Path]:
@@ -112,17 +96,13 @@ def resize_short_side(image: np.ndarray, short: int, resample: str = "bilinear",
     "lanczos").
 
     With ``long_side`` the long side is at most that, and the short side then smaller. Sizes are rounded as int(x *
-    scale + 0.5), as the evaluation protocol of the paper's baselines does. Raises ``InputError`` where the result would
-    exceed :data:`MAX_PIXELS` (a strip).
+    scale + 0.5), as the evaluation protocol of the paper's baselines does.
     """
     height, width = image.shape[:2]
     scale = min(short / min(height, width), (long_side or np.inf) / max(height, width))
     if scale == 1:
         return image
     new_height, new_width = (max(1, int(side * scale + 0.5)) for side in (height, width))
-    if new_height * new_width > MAX_PIXELS:
-        raise InputError(f"An image of {width} x {height} pixels is too narrow: with its short side at {short} it "
-                         f"would have {new_width} x {new_height}; crop it first.")
     return np.array(Image.fromarray(image).resize((new_width, new_height), Image.Resampling[resample.upper()]))
 
 

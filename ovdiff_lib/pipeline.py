@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,7 @@ from ovdiff_lib import keys
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.features import build_extractors
 from ovdiff_lib.filters.category import CategoryFilter
-from ovdiff_lib.filters.stuff import StuffFilter
+from ovdiff_lib.filters.stuff import filter_stuff
 from ovdiff_lib.images import read_image
 from ovdiff_lib.library.store import Library
 from ovdiff_lib.masks import build_segmenter
@@ -152,7 +152,8 @@ class OVDiff:
     extractors = cached_property(lambda self: self.networks.extractors(self.profile))
     segmenter = cached_property(lambda self: self.networks.segmenter(self.profile))
     category_filter = cached_property(lambda self: self.networks.category_filter(self.profile))
-    stuff_filter = cached_property(lambda self: StuffFilter(self.profile.filters))
+    # One bank segments many images.
+    stuff_filter = cached_property(lambda self: lru_cache(1)(lambda bank: filter_stuff(bank, self.profile.filters)))
     matcher = cached_property(lambda self: Matcher(self.extractors, self.profile))
 
 

@@ -76,10 +76,6 @@ class Segmentation:
         each call, as large as the vocabulary."""
         return self._of_all(self.kept_scores)
 
-    def scores_at(self, row: int, column: int) -> np.ndarray:
-        """Scores f32 (C + 1,) of one pixel, -inf for categories that the pre-filter dropped."""
-        return self._of_all(self.kept_scores[:, row, column])
-
     def _of_all(self, kept_scores: np.ndarray) -> np.ndarray:
         full = np.full((len(self.vocabulary) + 1, *kept_scores.shape[1:]), -np.inf, np.float32)
         full[[0, *(k + 1 for k in self.kept)]] = kept_scores
@@ -105,7 +101,8 @@ class Segmentation:
         if not (0 <= row < height and 0 <= column < width):
             raise InputError(f"The pixel ({row}, {column}) is outside the image; give a row from 0 to {height - 1} and "
                              f"a column from 0 to {width - 1}.")
-        prototypes, label, scores = self.prototypes, int(self.labels[row, column]), self.scores_at(row, column)
+        prototypes, label = self.prototypes, int(self.labels[row, column])
+        scores = self._of_all(self.kept_scores[:, row, column])
         score = float(scores[label])
         scores[label] = -np.inf
         second = int(scores.argmax())

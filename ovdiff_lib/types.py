@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from ovdiff_lib.categories import Category, Vocabulary
-from ovdiff_lib.errors import InputError
 
 KINDS = ("class", "instance", "part")
 REGIONS = ("foreground", "background")
@@ -66,9 +65,9 @@ class Prototypes:
     """Prototypes of one category in one extractor's feature space (Eq. 2, 3).
 
     ``vectors`` f32 (P, D), raw; ``kind`` (P,) of :data:`KINDS`; ``region`` (P,) of :data:`REGIONS`; ``image`` i32 (P,)
-    support image of an instance prototype, else -1; ``cluster`` i32 (P,) part code of a part prototype, else -1;
-    ``assignment`` i16 (N, h, w) part code of every support feature: part k of the foreground is k, of the background K
-    + k, unused is -1. Built without parts, the foreground is one part and the background another.
+    support image of an instance prototype, else -1; ``cluster`` i32 (P,) code of a part prototype, else 0;
+    ``assignment`` i16 (N, h, w) code of every support feature: 1, 2, ... in the parts of the foreground, -1, -2, ... in
+    those of the background, 0 where it is unused. Built without parts, each region is one.
     """
 
     vectors: np.ndarray
@@ -82,22 +81,12 @@ class Prototypes:
         return len(self.vectors)
 
     def cells(self, region: str) -> np.ndarray:
-        """The support features that made the prototypes of a region: bool (N, h, w).
-
-        ``InputError`` once the part prototypes of the foreground, and with them its codes, were selected away.
-        """
-        codes = self._part_codes("foreground")
-        if not len(codes):
-            if len(np.unique(self.assignment[self.assignment >= 0])) > 2:
-                raise InputError("The part prototypes were taken out of this bank, so it cannot be explained; set "
-                                 "prototypes.kinds and build it again.")
-            codes = np.zeros(1, np.int32)  # built without parts
-        foreground = np.isin(self.assignment, codes)
-        return foreground if region == "foreground" else (self.assignment >= 0) & ~foreground
+        """The support features that made the prototypes of a region: bool (N, h, w)."""
+        return self.assignment > 0 if region == "foreground" else self.assignment < 0
 
     def cells_of(self, index: int) -> np.ndarray:
         """The support features whose mean prototype ``index`` is: bool (N, h, w). Of a part those of its cluster, of an
-        instance those of its image's mask, of a class those of all masks. Raises as :meth:`cells`."""
+        instance those of its image's mask, of a class those of all masks."""
         if self.kind[index] == "part":
             return self.assignment == self.cluster[index]
         cells = self.cells(str(self.region[index]))
@@ -114,28 +103,13 @@ class Prototypes:
         return {"kind": str(self.kind[index]), "region": str(self.region[index]), "index": index,
                 "images": tuple(images), "masks": cells[images]}
 
-    def part_assignment(self, region: str) -> np.ndarray:
-        """Part code of every support feature that belongs to a part of ``region``, i16 (N, h, w); -1 elsewhere."""
-        return np.where(np.isin(self.assignment, self._part_codes(region)), self.assignment, -1).astype(np.int16)
-
     def select(self, keep: np.ndarray) -> Prototypes:
         """The prototypes where ``keep`` (bool (P,)) holds; the assignment stays."""
         return Prototypes(self.vectors[keep], self.kind[keep], self.region[keep], self.image[keep], self.cluster[keep],
                           self.assignment)
 
-    def without_parts(self) -> Prototypes:
-        """The class and instance prototypes, as of a set that was built without parts."""
-        kept = self.select(self.kind != "part")
-        if not len(self._part_codes("foreground")):
-            return kept
-        code = np.where(self.cells("foreground"), 0, np.where(self.cells("background"), 1, -1))
-        return replace(kept, assignment=code.astype(np.int16))
 
-    def _part_codes(self, region: str) -> np.ndarray:
-        return self.cluster[(self.region == region) & (self.kind == "part")]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PrototypeBank:
     """Prototypes of every category: ``prototypes[extractor][i]`` belongs to ``vocabulary.categories[i]``."""
 

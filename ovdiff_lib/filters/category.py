@@ -7,6 +7,7 @@ Single names narrow the vocabulary to at most eta categories; then every non-emp
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from typing import TYPE_CHECKING
@@ -36,7 +37,7 @@ class CategoryFilter:
     def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer, profile: Profile) -> None:
         self.settings, self.clip = profile.filters, clip
         self.text = TextEncoder(clip, tokenizer)
-        self._single: tuple[Vocabulary, torch.Tensor] | None = None  # of the last vocabulary
+        self._names = functools.lru_cache(1)(self._names_of)  # of a large vocabulary too many to look up for each image
 
     @classmethod
     def build(cls, profile: Profile) -> CategoryFilter:
@@ -99,16 +100,14 @@ class CategoryFilter:
         probabilities[judged] = torch.softmax(scale * cosine, 0).numpy()
         return probabilities
 
-    def _names(self, vocabulary: Vocabulary) -> torch.Tensor:
-        """Embeddings f64 (C, E) of the single names; of a large vocabulary too many to look up for each image."""
-        if self._single is None or self._single[0] is not vocabulary:
-            texts = [self._prompt([category]) for category in vocabulary]
-            for category, fits in zip(vocabulary, self.text.fits(texts), strict=True):
-                if not fits:
-                    raise InputError(f"The class {category.name[:40]!r} makes a prompt longer than CLIP's "
-                                     f"{self.text.length} tokens; shorten it.")
-            self._single = vocabulary, self.text(texts).double()
-        return self._single[1]
+    def _names_of(self, vocabulary: Vocabulary) -> torch.Tensor:
+        """Embeddings f64 (C, E) of the single names."""
+        texts = [self._prompt([category]) for category in vocabulary]
+        for category, fits in zip(vocabulary, self.text.fits(texts), strict=True):
+            if not fits:
+                raise InputError(f"The class {category.name[:40]!r} makes a prompt longer than CLIP's "
+                                 f"{self.text.length} tokens; shorten it.")
+        return self.text(texts).double()
 
     def _prompt(self, categories: list[Category]) -> str:
         joined = self.settings.category_joiner.join(c.prompt for c in categories)

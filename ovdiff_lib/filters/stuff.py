@@ -16,19 +16,6 @@ BLOCK = 8192
 """Prototypes compared at a time."""
 
 
-class StuffFilter:
-    """:func:`filter_stuff` that remembers its last bank, since one bank segments many images."""
-
-    def __init__(self, settings: Filters) -> None:
-        self.settings = settings
-        self._last: tuple[PrototypeBank, PrototypeBank] | None = None
-
-    def __call__(self, bank: PrototypeBank) -> PrototypeBank:
-        if self._last is None or self._last[0] is not bank:
-            self._last = bank, filter_stuff(bank, self.settings)
-        return self._last[1]
-
-
 @undisturbed()
 def filter_stuff(bank: PrototypeBank, settings: Filters) -> PrototypeBank:
     """The bank without misleading background prototypes; every extractor is judged in its own space. Foreground
@@ -71,7 +58,7 @@ def filter_stuff(bank: PrototypeBank, settings: Filters) -> PrototypeBank:
 
 
 def _without_parts(prototypes: Prototypes, name: str) -> Prototypes:
-    kept = prototypes.without_parts()
+    kept = prototypes.select(prototypes.kind != "part")
     if not (kept.region == "foreground").any():
         raise InputError(f"The stuff class {name!r} has part prototypes alone, which filters.stuff_parts takes away; "
                          "set it to true, or add class or instance to prototypes.kinds.")

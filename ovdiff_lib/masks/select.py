@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.masks import Segmenter, build_segmenter
@@ -58,14 +59,9 @@ def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | Non
     Where it proposes nothing, thresholds on the attribution decide (``masks.fallback``; App. C.5: multi-Otsu), and the
     image's ``source`` is "threshold". ``segmenter`` defaults to the one that ``masks.segmenter`` names.
     """
-    from tqdm import tqdm
-
     settings, images = profile.masks, support.images
     segmenter = segmenter or build_segmenter(profile)
     attribution = upsample(support.attribution, images.shape[1:3])
-    if not np.isfinite(attribution).all():
-        raise InputError("The attribution maps hold values that are not finite; check the diffusion model's weights, "
-                         "or use dtype float32.")
     foreground, background = np.zeros((2, *attribution.shape), dtype=bool)
     source, found = [], proposals(segmenter, images, support.category.prompt)
     waited = tqdm(found, desc=f"masks of {support.category.name}", total=len(images), leave=False, delay=3)

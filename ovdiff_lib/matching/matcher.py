@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.errors import InputError
 from ovdiff_lib.images import resize_short_side
 from ovdiff_lib.matching.pamr import pamr
 from ovdiff_lib.matching.windows import Box, check_image, crop, scales, window_seeds
@@ -27,6 +27,7 @@ from ovdiff_lib.types import PrototypeBank
 
 BLOCK = 4096
 """Prototypes compared at a time."""
+
 
 @dataclass(frozen=True)
 class _ClassRows:
@@ -70,8 +71,6 @@ class Matcher:
     """
 
     def __init__(self, extractors: dict[str, Any], profile: Profile) -> None:
-        if not extractors:
-            raise ProfileError("features.extractors is empty; name at least one extractor.")
         self.extractors, self.profile, self.settings = extractors, profile, profile.matching
         self.device = resolve_device(profile)
 
@@ -79,20 +78,17 @@ class Matcher:
         """Scores f32 (C + 1, H, W) of an image u8 (H, W, 3) against C categories, and what decided each pixel.
 
         Class 0 is background, by the background prototypes of all categories; without any it scores the constant
-        ``matching.background_threshold``, -inf where the filters removed all of them, and ``InputError`` if neither was
-        asked for. Where no score exceeds ``matching.minimum_score`` background gets the highest, and so the pixel.
+        ``matching.background_threshold``, or -inf. Where no score exceeds ``matching.minimum_score`` background gets
+        the highest, and so the pixel.
 
         What decided is a (category, row) of the first extractor's prototypes in the bank, i32 (2, H, W): of the winning
         class the one with the highest cosine in any window over the pixel; -1 where a constant decided.
         """
-        return self._close(self._scored([(image, bank)])[0])
-
-    def scores_many(self, pairs: Sequence[tuple[np.ndarray, PrototypeBank]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """:meth:`scores` of each image against its own bank; windows of all of them share batches, and memory."""
-        return map(self._close, self._scored(pairs))
+        return next(self.scores_many([(image, bank)]))
 
     @undisturbed()
-    def _scored(self, pairs: Sequence[tuple[np.ndarray, PrototypeBank]]) -> list[_Opened]:
+    def scores_many(self, pairs: Sequence[tuple[np.ndarray, PrototypeBank]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """:meth:`scores` of each image against its own bank; windows of all of them share batches, and memory."""
         images = [self._open(image, bank) for image, bank in pairs]
         windows = [window for opened in images for window in opened.windows]
         # Extractors that take one size at a time get whole batches of it; the others do not mind.
@@ -100,15 +96,12 @@ class Matcher:
             windows.sort(key=lambda window: len(window.crop))
         for start, stop in batches(len(windows), self.settings.batch_size):
             self._score(windows[start:stop])
-        return images
+        return map(self._close, images)
 
     def _open(self, image: np.ndarray, bank: PrototypeBank) -> _Opened:
         check_image(image)
         settings, rows = self.settings, {name: self._class_rows(name, bank) for name in self.extractors}
         voters = sum(len(one.vectors[0]) > 0 for one in rows.values())
-        if not (voters or self.profile.prototypes.background or settings.background_threshold is not None):
-            raise InputError("There are no background prototypes and no background score; set "
-                             "matching.background_threshold.")
         resized = resize_short_side(image, settings.short_side, settings.resample, settings.long_side)
         placed = scales(resized.shape[:2], settings)
         shares = []
@@ -131,9 +124,6 @@ class Matcher:
                              f"matches with {name!r}; build them again with this profile.")
         rows = bank.prototypes[name]
         front, behind = ([np.flatnonzero(p.region == region) for p in rows] for region in ("foreground", "background"))
-        for category, own in zip(bank.vocabulary, front, strict=True):
-            if not len(own):
-                raise InputError(f"The class {category.name!r} has no foreground prototypes; build it again.")
         vectors = [np.concatenate([p.vectors[b] for p, b in zip(rows, behind, strict=True)]),
                    *(p.vectors[own] for p, own in zip(rows, front, strict=True))]
         numbers = np.repeat([*range(len(rows))] * 2, [len(chosen) for chosen in (*behind, *front)])

@@ -29,13 +29,7 @@ def scales(shape: tuple[int, int], settings: Matching) -> list[tuple[int, list[B
 def windows(shape: tuple[int, int], size: int, stride: int) -> list[Box]:
     """Square windows that cover an image of ``shape`` (H, W), row by row: ceil((L - size) / stride) + 1 along a side of
     length L, of which the last is shifted back to end at the image's border, as in mmsegmentation's sliding inference.
-
-    ``InputError`` if ``size`` exceeds a side or ``stride`` the size.
-    """
-    if not 0 < size <= min(shape):
-        raise InputError(f"A window of {size} pixels does not fit in an image of {shape[0]} x {shape[1]}; use less.")
-    if not 0 < stride <= size:
-        raise InputError(f"A stride of {stride} leaves gaps between windows of {size} pixels; use 1 to {size}.")
+    0 < ``stride`` <= ``size`` <= L."""
     tops, lefts = ([*range(0, length - size, stride), length - size] for length in shape)
     return [(top, left, size, size) for top in tops for left in lefts]
 

@@ -21,8 +21,7 @@ def build_prototypes(features: torch.Tensor | np.ndarray, masks: ForegroundBackg
     Of each region, foreground first (Eq. 3): the class prototype, the mean of all masked features; an instance
     prototype (Eq. 2) of each image with a mask; ``settings.clusters`` part prototypes, k-means centroids of the masked
     features (fewer where there are fewer features). A cell of both regions counts for both and is recorded as
-    foreground. Without part prototypes ``assignment`` holds 0 on the foreground and K on the background.
-    ``OVDiffError`` for an empty foreground.
+    foreground. ``OVDiffError`` for an empty foreground.
     """
     features = torch.as_tensor(features)
     if features.ndim != 4 or len(features) != len(masks.foreground):
@@ -38,7 +37,7 @@ def build_prototypes(features: torch.Tensor | np.ndarray, masks: ForegroundBackg
         elif region == "foreground":
             raise OVDiffError(f"None of the {len(features)} support images has any foreground, so the class gets no "
                               "prototypes; word it differently, draw more images, or choose another masks.segmenter.")
-    assignment = np.full(features.shape[:3], -1, dtype=np.int16)
+    assignment = np.zeros(features.shape[:3], np.int16)
     for inside, code in reversed(codes):  # the foreground overwrites the background
         assignment[inside] = code
     vectors, kinds, regions, images, clusters = zip(*rows, strict=True)
@@ -51,21 +50,21 @@ def build_prototypes(features: torch.Tensor | np.ndarray, masks: ForegroundBackg
 
 
 def _region(features: torch.Tensor, inside: torch.Tensor, region: str, settings: PrototypeSettings):
-    """Rows (vector, kind, region, image, cluster) of one region and the part code i16 of each of its features;
-    ``inside`` is not empty."""
-    counts, first = inside.sum((1, 2)), settings.clusters * (region == "background")
+    """Rows (vector, kind, region, image, cluster) of one region and the part code of each of its features; ``inside``
+    is not empty."""
+    counts, sign = inside.sum((1, 2)), 1 if region == "foreground" else -1
     images = torch.nonzero(counts)[:, 0].tolist()
     sums = [features[n][inside[n]].sum(0, dtype=torch.float64) for n in images]
     rows = []
     if "class" in settings.kinds:
-        rows.append((sum(sums) / counts.sum(), "class", region, -1, -1))
+        rows.append((sum(sums) / counts.sum(), "class", region, -1, 0))
     if "instance" in settings.kinds:
-        rows += [(total / counts[n], "instance", region, n, -1) for n, total in zip(images, sums, strict=True)]
-    codes = np.full(int(counts.sum()), first, dtype=np.int16)
+        rows += [(total / counts[n], "instance", region, n, 0) for n, total in zip(images, sums, strict=True)]
+    codes = np.full(int(counts.sum()), sign)
     if "part" in settings.kinds:
         centroids, cluster = kmeans(features[inside], settings.clusters, settings.seed)
-        rows += [(centroid.double(), "part", region, -1, first + k) for k, centroid in enumerate(centroids)]
-        codes += cluster.cpu().numpy().astype(np.int16)
+        rows += [(centroid.double(), "part", region, -1, sign * (1 + k)) for k, centroid in enumerate(centroids)]
+        codes = sign * (1 + cluster.cpu().numpy())
     return rows, codes
 
 

@@ -77,12 +77,9 @@ class AttributionRecorder:
         self.sums: dict[str, torch.Tensor] = {}  # layer -> f32 (n, positions of that layer)
 
     def attend(self, layer: str, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor,
-               attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
+               **_: Any) -> torch.Tensor:
         """An attention processor of diffusers for the cross-attention of Stable Diffusion, which adds what it sees:
         (B, hw, C) attending to (B, tokens, E), to (B, hw, C)."""
-        if attention_mask is not None:
-            raise ValueError("attribution is defined for prompts without an attention mask, as Stable Diffusion has it")
-
         def heads(x: torch.Tensor) -> torch.Tensor:
             return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
@@ -96,8 +93,6 @@ class AttributionRecorder:
     def add(self, layer: str, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
         """Add softmax(scale q k^T) of q (B, heads, hw, d), k (B, heads, tokens, d), its mean over heads and tokens."""
         if self.guided:
-            if len(query) % 2:
-                raise ValueError(f"a guided UNet batch has two halves, this one has {len(query)} entries")
             query, key = query[len(query) // 2:], key[len(key) // 2:]
         # In float32 whatever the model's precision: half-precision probabilities lose the small ones over 30 steps.
         scores = (query.float() * scale) @ key.float().transpose(-1, -2)
@@ -110,8 +105,6 @@ class AttributionRecorder:
         Each layer is upsampled bicubically and its undershoot clamped, as in DAAM; heads and class tokens are averaged,
         which differs from a sum by a constant that Eq. 1 and Otsu thresholds do not see.
         """
-        if not self.sums:
-            raise ValueError("no cross-attention was recorded")
         total = 0
         for attention in self.sums.values():
             grid = attention.unflatten(1, attention_grid(attention.shape[1], self.size))[:, None]

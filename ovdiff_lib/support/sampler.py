@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from ovdiff_lib.categories import Category
-from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
+from ovdiff_lib.errors import OVDiffError, ProfileError
 from ovdiff_lib.networks.instruments import batches, undisturbed
 from ovdiff_lib.support.attribution import class_token_positions, fill_template, record_attribution
 from ovdiff_lib.types import SupportSet
@@ -32,8 +32,6 @@ def sample_support(pipe: StableDiffusionPipeline, category: Category, profile: P
     """
     settings, size = profile.support, profile.support.image_size
     count = settings.size if count is None else count
-    if count < 1:
-        raise InputError(f"A support set needs at least one image, not {count}.")
     multiple = int(np.lcm(8, pipe.vae_scale_factor))  # 8: what StableDiffusionPipeline accepts
     if size % multiple:
         raise ProfileError(f"support.image_size is {size}; it must be a positive multiple of {multiple}.")

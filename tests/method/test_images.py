@@ -8,7 +8,6 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from sentences import refused
 
 from ovdiff_lib import images
@@ -80,12 +79,12 @@ def test_cmyk_bilevel_and_ycbcr(tmp_path):
     assert np.abs(read_image(Image.fromarray(RGB).convert("YCbCr")).astype(int) - RGB).max() <= 3
 
 
-@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
-def test_first_frame_of_an_animation(tmp_path, suffix):
+def test_first_frame_of_an_animation(tmp_path):
     frames = [Image.new("RGB", (7, 5), colour) for colour in ("red", "blue")]
-    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], **({"lossless": True} if suffix == "webp" else {}))
-    assert Image.open(tmp_path / f"a.{suffix}").n_frames == 2
-    assert (read_image(tmp_path / f"a.{suffix}") == (255, 0, 0)).all()
+    for suffix in ("gif", "webp", "png"):
+        frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], lossless=True)
+        assert Image.open(tmp_path / f"a.{suffix}").n_frames == 2
+        assert (read_image(tmp_path / f"a.{suffix}") == (255, 0, 0)).all()
 
 
 @pytest.mark.parametrize("content", [
@@ -107,20 +106,6 @@ def test_truncated_files(tmp_path, suffix):
             read_image(tmp_path / f"cut.{suffix}")
 
 
-def test_a_flipped_byte_never_ends_in_a_traceback(tmp_path):
-    rng = np.random.default_rng(2)
-    for suffix in ("png", "jpg", "webp", "gif"):
-        whole = bytearray(save(tmp_path / f"w.{suffix}", RGB).read_bytes())
-        for position in rng.integers(0, len(whole), 40):
-            damaged = whole.copy()
-            damaged[position] ^= 0xFF
-            (tmp_path / f"d.{suffix}").write_bytes(damaged)
-            try:
-                assert read_image(tmp_path / f"d.{suffix}").dtype == np.uint8  # a damage that no decoder can see
-            except InputError as error:
-                assert str(error).endswith(".")
-
-
 def test_too_many_pixels(tmp_path, monkeypatch):
     for width, height in ((20_000, 20_000), (11_000, 10_000)):  # for the first Pillow's own limit is met before ours
         header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -133,14 +118,6 @@ def test_too_many_pixels(tmp_path, monkeypatch):
         read_image(RGB)
     monkeypatch.setattr(images, "MAX_PIXELS", 35)
     read_image(RGB)
-
-
-def test_a_text_chunk_bomb_is_reported(tmp_path):
-    info = PngInfo()
-    info.add_text("comment", "a" * 2_000_000, zip=True)
-    Image.fromarray(RGB).save(tmp_path / "t.png", pnginfo=info)
-    with refused(InputError, "t.png"):
-        read_image(tmp_path / "t.png")
 
 
 @pytest.mark.parametrize("image", [
@@ -184,11 +161,6 @@ def test_resize_halves_by_a_triangle_filter():
     assert np.abs(resize_short_side(checker, 4).astype(int) - 100).max() <= 2  # plain bilinear would alias: 0 or 200
 
 
-def test_resize_refuses_what_would_be_huge():
-    with refused(InputError, "too narrow"):
-        resize_short_side(np.zeros((1, 30_000, 3), np.uint8), 448)
-
-
 # ---- writing
 
 @pytest.mark.parametrize(("n", "mode"), [(1, "P"), (21, "P"), (256, "P"), (257, "I;16"), (2001, "I;16")])
@@ -204,10 +176,12 @@ def test_label_png_holds_the_labels(tmp_path, n, mode):
     assert os.listdir(tmp_path / "new") == ["l.png"]
 
 
-def test_more_classes_than_a_png_holds(tmp_path):
-    with refused(InputError, "65,536"):
-        save_label_png(tmp_path / "l.png", np.zeros((2, 3), int), np.zeros((65_537, 3)))
-    assert not list(tmp_path.iterdir())
+def test_what_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for path, count, told in (("l.png", 65_537, "65,536"), ("file/l.png", 3, "cannot be written")):
+        with refused(InputError, told):
+            save_label_png(tmp_path / path, np.zeros((2, 3), int), np.zeros((count, 3)))
+    assert os.listdir(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
@@ -217,19 +191,12 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 
     path = tmp_path / "x.json"
     write_atomic(path, b"old")
+    (tmp_path / "y").touch()
+    assert path.stat().st_mode == (tmp_path / "y").stat().st_mode  # not private, as temporary files are
+    (tmp_path / "y").unlink()
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(InputError if isinstance(error, OSError) else KeyboardInterrupt):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x.json"]
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").touch()
-    with refused(InputError, "cannot be written"):
-        write_atomic(tmp_path / "file" / "x.json", b"")
-
-
-def test_written_files_have_ordinary_permissions(tmp_path):
-    write_atomic(tmp_path / "x", b"")
-    (tmp_path / "y").touch()
-    assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode

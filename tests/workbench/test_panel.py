@@ -163,7 +163,7 @@ def test_the_file_is_plain_json_and_six_images_stay_small(data, results, support
 
 def by_hand(shape=(3, 5), names="cat, dog", filtered=True):
     """Everything is background by a constant score, but for a row of cat that no other class was compared with."""
-    assignment = np.array([[[0, 0, 1], [0, -1, 1]]], np.int16)
+    assignment = np.array([[[1, 1, -1], [1, 0, -1]]], np.int16)
     rows = Prototypes(np.eye(2, 3, dtype=np.float32), np.array(["class", "class"]), np.array(["foreground", "background"]),
                       np.full(2, -1, np.int32), np.full(2, -1, np.int32), assignment)
     vocabulary = Vocabulary.of(names)

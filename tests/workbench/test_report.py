@@ -139,9 +139,9 @@ def test_mask_and_part_pictures_colour_both_regions():
     assert (picture == figures.BACKGROUND).all(-1).sum() == (HEIGHT - 10) * (WIDTH - 20)
     assert (figures.mask_picture(masks(), 0) == figures.UNUSED).all()
     region = np.array(["foreground", "foreground", "background", "background"])
-    assignment = np.array([[[0, 1, -1, 2, 3], [0, 1, -1, 2, 3]]], np.int16)
+    assignment = np.array([[[1, 2, 0, -1, -2], [1, 2, 0, -1, -2]]], np.int16)
     parts = Prototypes(np.zeros((4, 2), np.float32), np.array(["part"] * 4), region, np.full(4, -1, np.int32),
-                       np.arange(4, dtype=np.int32), assignment)
+                       np.array([1, 2, -1, -2], np.int32), assignment)
     picture = figures.part_picture(parts)
     assert picture.shape == (2, 5, 3) and np.array_equal(picture[0], picture[1])
     assert (picture[:, 2] == figures.UNUSED).all() and len({tuple(c) for c in picture[0].tolist()}) == 5

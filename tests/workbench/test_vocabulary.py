@@ -136,8 +136,9 @@ def synthetic(rng, centre, around, images=16, parts=16):
         vectors[start] = vectors[start + 1 : start + 1 + images].mean(0)
     kind = np.array((["class"] + ["instance"] * images + ["part"] * parts) * 2)
     image = np.where(kind == "instance", np.tile(np.r_[-1, np.arange(images), [-1] * parts], 2), -1).astype(np.int32)
-    cluster = np.where(kind == "part", np.r_[[-1] * (1 + images), np.arange(parts), [-1] * (1 + images), parts + np.arange(parts)], -1)
-    assignment = rng.integers(0, 2 * parts, (images, 4, 6)).astype(np.int16)
+    codes, none = np.arange(1, parts + 1), [0] * (1 + images)
+    cluster = np.r_[none, codes, none, -codes]
+    assignment = rng.integers(-parts, parts + 1, (images, 4, 6)).astype(np.int16)
     return Prototypes(vectors.astype(np.float32), kind, np.repeat(["foreground", "background"], half), image, cluster.astype(np.int32),
                       assignment)
 

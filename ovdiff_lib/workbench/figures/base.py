@@ -52,12 +52,13 @@ def part_picture(prototypes: Prototypes, index: int = 0) -> np.ndarray:
     """Part clusters of support image ``index`` on the feature grid: warm foreground, cool background, grey unused; u8
     (h, w, 3)."""
     picture = np.full((*prototypes.assignment.shape[1:], 3), UNUSED, np.uint8)
-    for region, first_hue in (("foreground", 0.93), ("background", 0.45)):
-        parts = prototypes.part_assignment(region)[index]
-        for part in np.unique(parts[parts >= 0]):
-            hue = (first_hue + 0.25 * ((part * 0.618034) % 1)) % 1
-            colour = colorsys.hls_to_rgb(hue, 0.40 + 0.3 * ((part * 0.377) % 1), 0.75)
-            picture[parts == part] = np.round(255 * np.array(colour))
+    codes, count = prototypes.assignment[index].astype(int), int(prototypes.assignment.max())
+    for code in np.unique(codes[codes != 0]):
+        # Parts of the background are numbered on from those of the foreground.
+        first_hue, part = (0.93, code - 1) if code > 0 else (0.45, count - code - 1)
+        hue = (first_hue + 0.25 * ((part * 0.618034) % 1)) % 1
+        colour = colorsys.hls_to_rgb(hue, 0.40 + 0.3 * ((part * 0.377) % 1), 0.75)
+        picture[codes == code] = np.round(255 * np.array(colour))
     return picture
 
 
