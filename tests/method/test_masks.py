@@ -8,7 +8,6 @@ from sentences import refused
 
 from ovdiff_lib.categories import Category
 from ovdiff_lib.errors import InputError, ProfileError
-from ovdiff_lib.masks.segmenters.detector import DetectorSegmenter
 from ovdiff_lib.masks.select import TOGETHER, make_masks, select, separate, upsample
 from ovdiff_lib.masks.threshold import BINS, fixed_thresholds, multi_otsu
 from ovdiff_lib.profiles.reading import load_profile
@@ -180,17 +179,9 @@ def test_several_images_at_a_time_where_the_segmenter_can():
             asked.append(len(images))
             return [single.propose(image, words) for image in images]
 
-    class Changed(DetectorSegmenter):
-        def __init__(self):
-            pass
-
-        def propose(self, image, words):
-            return np.zeros((0, *image.shape[:2]), bool)
-
-    expected, found, changed = (masks_of(support, segmenter) for segmenter in (single, Many(), Changed()))
+    expected, found = (masks_of(support, segmenter) for segmenter in (single, Many()))
     assert asked == [TOGETHER, 3] and found.source == expected.source and len(set(found.source)) == 2
     assert same(found, expected)
-    assert set(changed.source) == {"threshold"}  # it is asked, not the method that it inherited
 
 
 @pytest.mark.parametrize("scope", ["image", "set"])
@@ -253,17 +244,6 @@ def test_what_is_wrong_is_named():
     for wrong in (np.ones((1, 10, 6), bool), COLUMN):  # transposed; one mask alone
         with refused(InputError, "'fixed'", "(M, 6, 10)"):
             masks_of(make_support(), Fixed(*wrong))
-    few = Fixed(COLUMN)
-    few.propose_many = lambda images, words: []
-    with pytest.raises(ValueError):  # fewer answers than images
-        masks_of(make_support(), few)
-    damaged = make_support()
-    damaged.attribution[1, 0, 0] = np.nan
-    with refused(InputError, "not finite"):
-        masks_of(damaged, Fixed(COLUMN))
-
-
-def test_settings_are_judged_when_they_are_made():
     many = {"masks.threshold_classes": 3, "masks.threshold_foreground": 3}
     for fine in ({**many, "masks.fallback": "fixed"}, {"masks.fallback_foreground": 0.1}):  # which do not use them
         load_profile("mini", fine)

@@ -120,9 +120,6 @@ def test_windows_cover_everything_and_stay_inside():
             assert top >= 0 and left >= 0 and top + size <= shape[0] and left + size <= shape[1]
             covered[top : top + size, left : left + size] += 1
         assert covered.all()
-    for size, stride in ((25, 8), (0, 1), (24, 25), (24, 0)):
-        with pytest.raises(InputError):
-            windows((24, 57), size, stride)
 
 
 @pytest.mark.parametrize("shape", [(30, 41), (53, 30), (24, 24), (10, 11)])
@@ -221,8 +218,6 @@ def test_without_background_prototypes():
     assert (winner[:, background] == -1).all() and (winner[:, ~background] >= 0).all()
     never, _ = match(image, bank)  # filters may remove every background prototype
     assert (never[0] == -np.inf).all() and np.allclose(never[1:], scores[1:])
-    with pytest.raises(InputError, match="background_threshold"):
-        Matcher({"one": Pixels()}, make_profile().override({"prototypes.background": False})).scores(image, bank)
     for given, value in ((0.8, np.float32(0.8)), (None, -np.inf)):  # PAMR leaves a constant alone
         scores, winner = match(image, bank, refine="pamr", background_threshold=given)
         assert (scores[0] == value).all() and np.isfinite(scores[1:]).all() and (winner[:, scores.argmax(0) == 0] == -1).all()
@@ -252,9 +247,7 @@ def test_whole_image_is_one_more_scale():
 
 def test_a_dropped_category_takes_its_prototypes_along():
     image, bank = picture(), make_bank("abcd")
-    scores, _ = match(image, bank.restrict([1, 3]))
-    assert np.allclose(scores, slow_scores(image, bank.restrict([1, 3]), {"one": Pixels()}, [24, 16], 8, 24), atol=1e-5)
-    full, _ = match(image, bank)
+    (scores, _), (full, _) = match(image, bank.restrict([1, 3])), match(image, bank)
     assert np.allclose(scores[1:], full[[2, 4]], atol=1e-6) and (scores[0] < full[0] - 1e-6).any()
 
 
@@ -270,14 +263,13 @@ def mixed_by(change):
     return extractor
 
 
-@pytest.mark.parametrize(("shape", "extractors", "dropped", "told"), [
-    ((1, 65), {"one": Pixels()}, "", "64 times"), ((30, 41), {"two": Pixels()}, "", "'two'"),
-    ((30, 41), {"one": Pixels()}, "foreground", "'a'"), ((30, 41), {"one": mixed_by(lambda m: m[:, :4])}, "", "6 channels"),
-    ((30, 41), {"one": mixed_by(lambda m: m * np.nan)}, "", "not finite")])
-def test_what_cannot_be_matched_is_refused(shape, extractors, dropped, told):
-    bank = make_bank().map(lambda e, i, p: p.select(p.region != dropped))
+@pytest.mark.parametrize(("shape", "extractors", "told"), [
+    ((1, 65), {"one": Pixels()}, "64 times"), ((30, 41), {"two": Pixels()}, "'two'"),
+    ((30, 41), {"one": mixed_by(lambda m: m[:, :4])}, "6 channels"),
+    ((30, 41), {"one": mixed_by(lambda m: m * np.nan)}, "not finite")])
+def test_what_cannot_be_matched_is_refused(shape, extractors, told):
     with pytest.raises(InputError, match=told):
-        match(picture(*shape), bank, extractors)
+        match(picture(*shape), make_bank(), extractors)
 
 
 def test_settings_are_judged_when_they_are_made():
@@ -286,8 +278,6 @@ def test_settings_are_judged_when_they_are_made():
     for bad in ({"long_side": 23}, {"windows": [25]}, {"windows": []}, {"stride": 17}):
         with pytest.raises(ProfileError, match=rf"matching\.{next(iter(bad))}"):
             make_profile(**bad)
-    with pytest.raises(ProfileError, match="extractors"):
-        Matcher({}, make_profile())
 
 
 def test_lanczos_brings_the_image_to_size():
