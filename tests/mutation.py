@@ -112,26 +112,24 @@ def main() -> int:
                 shutil.rmtree(place / "ovdiff_lib" / data, ignore_errors=True)
                 (place / "ovdiff_lib" / data).symlink_to(ROOT / "ovdiff_lib" / data)
 
-        def judge(number: int) -> list[tuple[int, bool]]:
-            results = []
-            for n in range(number, len(chosen), options.workers):
-                step, path, _, text = chosen[n]
+        def judge(number: int) -> int:
+            """How many of every ``workers``-th mutant were killed, in a copy of the package that no other thread uses."""
+            dead = 0
+            for step, path, line, text in chosen[number :: options.workers]:
                 tests = [str(ROOT / "tests" / "method" / f"test_{name}.py") for name in STEPS[step].split()]
-                results.append((n, killed(copies[number], path.relative_to(ROOT / "ovdiff_lib").as_posix(), text, tests)))
+                if killed(copies[number], path.relative_to(ROOT / "ovdiff_lib").as_posix(), text, tests):
+                    dead += 1
+                else:
+                    plain = ast.unparse(ast.parse(path.read_text(encoding="utf-8"))).splitlines()
+                    changed = next((new for old, new in zip(plain, text.splitlines(), strict=False) if old != new), "")
+                    bar.write(f"survived: {path.relative_to(ROOT)}:{line}: {changed.strip()}")
                 bar.update()
-            return results
+            return dead
 
         if killed(copies[0], "errors.py", (ROOT / "ovdiff_lib" / "errors.py").read_text(encoding="utf-8"), []):
             sys.exit("The tests of the method fail without any mutant; mend that first.")
         with tqdm(total=len(chosen), unit="mutant") as bar, ThreadPoolExecutor(options.workers) as pool:
-            verdicts = dict(pair for part in pool.map(judge, range(options.workers)) for pair in part)
-    for n, dead in sorted(verdicts.items()):
-        if not dead:
-            _, path, line, text = chosen[n]
-            plain = ast.unparse(ast.parse(path.read_text(encoding="utf-8"))).splitlines()
-            changed = next((new for old, new in zip(plain, text.splitlines(), strict=False) if old != new), "")
-            print(f"survived: {path.relative_to(ROOT)}:{line}: {changed.strip()}")
-    share = sum(verdicts.values()) / len(verdicts)
+            share = sum(pool.map(judge, range(options.workers))) / len(chosen)
     print(f"killed {share:.0%}")
     return share < 0.9
 
