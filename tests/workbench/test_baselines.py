@@ -8,7 +8,6 @@ from oracles import PETS, averaged, enlarged, picture, texts_of
 from PIL import Image
 
 from ovdiff_lib.categories import Category, Vocabulary
-from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD, resize_short_side
 from ovdiff_lib.networks.loading import load_clip
 from ovdiff_lib.workbench.baselines.maskclip import MaskCLIP
@@ -115,13 +114,6 @@ def test_background_threshold_and_prediction(make):
     assert (make(2.0).predict(image, PETS) == 0).all()
     more = make().scores(image, Vocabulary.of([*PETS.names, "boat"]))  # another class changes no other's score
     np.testing.assert_allclose(scores[1:], more[1:4], atol=1e-5)
-
-
-def test_windows_that_cannot_be(make):
-    with pytest.raises(InputError, match="patch size 8"):
-        make(windows=[64, 50])
-    with pytest.raises(ProfileError, match=r"matching\.windows"):
-        make(windows=[]).scores(picture(64, 64), PETS)
 
 
 def test_clip_sees_what_ovdiffs_own_vits_see(make, tiny_profile):

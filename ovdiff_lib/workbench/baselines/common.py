@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovdiff_lib.categories import Vocabulary
-from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD, resize_short_side
 from ovdiff_lib.matching.windows import crop, scales
 from ovdiff_lib.networks.instruments import batches, undisturbed
@@ -34,7 +33,8 @@ class Baseline(ABC):
 
 
 class Windowed(Baseline):
-    """A baseline that sees an image through OVDiff's windows and has no model of the background."""
+    """A baseline that sees an image through OVDiff's windows (Sec. 4, "sliding window"; ``matching.long_side`` has no
+    effect) and has no model of the background."""
 
     matching: Matching
     texts: TextEmbeddings
@@ -51,10 +51,23 @@ class Windowed(Baseline):
 
     @undisturbed()
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-        """f32 (C + 1, H, W) of an image u8 (H, W, 3); row 0 is the constant background score, -inf without one."""
-        scores = sliding_scores(image, self.matching, lambda crops: self.window_scores(crops, vocabulary))
+        """f32 (C + 1, H, W) of an image u8 (H, W, 3): the mean where windows of a size overlap, then over sizes. Row 0
+        is the constant background score, -inf without one."""
+        resized = resize_short_side(image, self.matching.short_side, self.matching.resample)
+        placed = scales(resized.shape[:2], self.matching)
+        total = torch.zeros(len(vocabulary), *resized.shape[:2], dtype=torch.float32, device="cpu")
+        for side, boxes in placed:
+            squares = np.stack([crop(resized, box, side) for box in boxes])
+            of_size, cover = torch.zeros_like(total), torch.zeros_like(total[0])
+            for start, stop in batches(len(boxes), self.matching.batch_size):
+                grids = self.window_scores(squares[start:stop], vocabulary)
+                for (top, left, h, w), grid in zip(boxes[start:stop], grids, strict=True):
+                    of_size[:, top:top + h, left:left + w] += resize_maps(grid, (h, w))
+                    cover[top:top + h, left:left + w] += 1
+            total += of_size.div_(cover * len(placed))
+        scores = resize_maps(total, image.shape[:2])
         background = -torch.inf if self.background_threshold is None else self.background_threshold
-        return torch.cat([scores.new_full((1, *scores.shape[1:]), background), scores]).numpy()
+        return torch.cat([torch.full_like(scores[:1], background), scores]).numpy()
 
 
 class Filtered(Baseline):
@@ -111,32 +124,6 @@ def embed_images(clip: Any, images: np.ndarray) -> Tensor:
     """Image embeddings f32 (n, D) on the CPU, unit length, of squares u8 (n, S, S, 3) of CLIP's own input size."""
     pixels = normalised_pixels(clip, images)
     return F.normalize(clip.get_image_features(pixel_values=pixels).pooler_output.float().cpu(), dim=-1)
-
-
-def sliding_scores(image: np.ndarray, matching: Matching, score: Callable[[np.ndarray], Tensor]) -> Tensor:
-    """f32 (C, H, W) on the CPU for an image u8 (H, W, 3), through windows as OVDiff's (Sec. 4, "sliding window").
-
-    ``score`` maps squares u8 (n, S, S, 3) to (n, C, h, w), averaged where windows of a size overlap, then over sizes.
-    ``matching.long_side`` has no effect. Raises ``ProfileError`` if there is no window.
-    """
-    resized = resize_short_side(image, matching.short_side, matching.resample)
-    shape = resized.shape[:2]
-    placed = scales(shape, matching)
-    if not placed:
-        raise ProfileError("matching.windows is empty; name at least one size, or set matching.whole_image to true.")
-    means = []
-    for side, boxes in placed:
-        squares = np.stack([crop(resized, box, side) for box in boxes])
-        total, cover = 0, torch.zeros(shape, dtype=torch.float32, device="cpu")
-        for start, stop in batches(len(boxes), matching.batch_size):
-            grids = score(squares[start:stop])
-            if start == 0:
-                total = torch.zeros(grids.shape[1], *shape, dtype=torch.float32, device="cpu")
-            for (top, left, h, w), grid in zip(boxes[start:stop], grids, strict=True):
-                total[:, top:top + h, left:left + w] += resize_maps(grid, (h, w))
-                cover[top:top + h, left:left + w] += 1
-        means.append(total.div_(cover * len(placed)))
-    return resize_maps(sum(means), image.shape[:2])
 
 
 def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -3,7 +3,8 @@
 Every window is divided among the groups of the last grouping stage, and a group's pixels get the classes whose text
 embeddings are near the group's: the inference of the authors' released evaluation, over ``transformers.GroupViTModel``.
 The ``segmentation_logits`` of that class are not used: they multiply by the logit scale twice and know neither the
-class mask nor the background.
+class mask nor the background. The published evaluation asks for "a photo of a {name}.", with constant background scores
+of 0.95 (VOC, Object) and 0.35 (Context).
 """
 
 from __future__ import annotations
@@ -26,9 +27,6 @@ from ovdiff_lib.workbench.baselines.common import TextEmbeddings, Windowed, norm
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer, GroupViTModel
 
-PROMPT = "a photo of a {name}."
-"""Text of the published evaluation, whose constant background scores are 0.95 (VOC, Object) and 0.35 (Context)."""
-
 TOP_CLASSES = 5  # classes that a window can hold
 MAX_SCALE = 100.0  # of the logits, as in training
 
@@ -41,15 +39,14 @@ class GroupViT(Windowed):
     their mean score that is compared.
     """
 
-    def __init__(self, model: GroupViTModel, tokenizer: CLIPTokenizer, matching: Matching,
-                 template: str = PROMPT) -> None:
+    def __init__(self, model: GroupViTModel, tokenizer: CLIPTokenizer, matching: Matching, template: str) -> None:
         self.model, self.matching, self.texts = model, matching, TextEmbeddings(model, tokenizer, template)
 
     @classmethod
-    def build(cls, profile: Profile, template: str | None = None) -> GroupViT:
-        """With the GroupViT and the windows of a profile; ``template`` (default: ``support.prompt``) must be a text
-        that it knows, for the published weights :data:`PROMPT`. Raises ``ProfileError`` and ``ModelNotAvailable``."""
-        return cls(*load_groupvit(profile), profile.matching, template or profile.support.prompt)
+    def build(cls, profile: Profile) -> GroupViT:
+        """With the GroupViT, the windows and the prompt (``support.prompt``) of a profile. Raises ``ProfileError`` and
+        ``ModelNotAvailable``."""
+        return cls(*load_groupvit(profile), profile.matching, profile.support.prompt)
 
     @undisturbed()
     def groups(self, images: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:

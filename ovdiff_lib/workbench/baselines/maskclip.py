@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovdiff_lib.categories import Vocabulary
-from ovdiff_lib.errors import InputError
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.profiles.schema import Matching, Profile
 from ovdiff_lib.workbench.baselines.common import TextEmbeddings, Windowed, normalised_pixels
@@ -25,11 +24,6 @@ class MaskCLIP(Windowed):
     """
 
     def __init__(self, texts: TextEmbeddings, matching: Matching, scale: float = 1.0) -> None:
-        """Raises ``InputError`` for windows that split a patch."""
-        patch = texts.clip.config.vision_config.patch_size
-        odd = [w for w in matching.windows if w % patch]
-        if odd:
-            raise InputError(f"matching.windows has {odd[0]}; MaskCLIP needs multiples of its patch size {patch}.")
         self.texts, self.clip, self.matching, self.scale = texts, texts.clip, matching, scale
 
     @classmethod

@@ -11,7 +11,9 @@ How this differs from the published method:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,14 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovdiff_lib.categories import Vocabulary
-from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.features.dino import DinoExtractor
-from ovdiff_lib.filters.category import square_image
 from ovdiff_lib.library.store import default_root
 from ovdiff_lib.networks.identity import model_identity
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.profiles.schema import Baselines, Profile
-from ovdiff_lib.workbench.baselines.archive import ArchiveIndex, load_archive
+from ovdiff_lib.workbench.baselines.archive import Archive, embed_archive, load_archive
 from ovdiff_lib.workbench.baselines.common import Windowed, resize_maps
 from ovdiff_lib.workbench.baselines.maskclip import MaskCLIP
 
@@ -41,17 +41,15 @@ SHARPNESS = 10.0
 class ReCo(Windowed):
     """Open-vocabulary segmentation by retrieval and co-segmentation.
 
-    ``maskclip`` gives text embeddings, dense CLIP and windows, ``extractor`` dense features, ``index`` searches the
-    archive. A class costs its co-segmentation once.
+    ``maskclip`` gives text embeddings, dense CLIP and windows, ``extractor`` dense features; ``kept`` is the folder in
+    which embeddings of the archive are kept as those of ``model`` (:func:`embed_archive`). A class costs its
+    co-segmentation once.
     """
 
-    def __init__(self, maskclip: MaskCLIP, extractor: Extractor, index: ArchiveIndex, settings: Baselines) -> None:
-        """Raises ``ProfileError`` for a size that is no multiple of CLIP's patch."""
-        patch = maskclip.clip.config.vision_config.patch_size
-        if settings.reco_size % patch:
-            raise ProfileError(f"baselines.reco_size is {settings.reco_size}; give a multiple of CLIP's patch {patch}.")
-        self.maskclip, self.extractor, self.index, self.settings = maskclip, extractor, index, settings
-        self.matching, self.texts = maskclip.matching, maskclip.texts
+    def __init__(self, maskclip: MaskCLIP, extractor: Extractor, archive: Archive, settings: Baselines,
+                 model: str = "", kept: Path | None = None) -> None:
+        self.maskclip, self.extractor, self.archive, self.settings = maskclip, extractor, archive, settings
+        self.matching, self.texts, self.model, self.kept = maskclip.matching, maskclip.texts, model, kept
         self._references: dict[str, Tensor] = {}
 
     @classmethod
@@ -60,10 +58,14 @@ class ReCo(Windowed):
 
         Raises ``ProfileError``, ``ModelNotAvailable``, and ``InputError`` for an archive that is not set or not there.
         """
-        archive, maskclip = load_archive(profile.baselines.archive), MaskCLIP.build(profile)
-        model = f"{model_identity(profile.models.clip)} {profile.models.dtype}"
-        index = ArchiveIndex(archive, maskclip.clip, model, default_root() / "archives")
-        return cls(maskclip, DinoExtractor.build(profile), index, profile.baselines)
+        archive, model = load_archive(profile.baselines.archive), model_identity(profile.models.clip)
+        return cls(MaskCLIP.build(profile), DinoExtractor.build(profile), archive, profile.baselines,
+                   f"{model} {profile.models.dtype}", default_root() / "archives")
+
+    @functools.cached_property
+    def embeddings(self) -> Tensor:
+        """f32 (n, D), unit length, of the archive's images; computed when first asked for."""
+        return embed_archive(self.archive, self.maskclip.clip, self.model, self.kept)
 
     def window_scores(self, crops: np.ndarray, vocabulary: Vocabulary) -> Tensor:
         """(n, C, S, S) in (0, 1): sigmoid(cosine to the class's reference) times sigmoid(10 x dense CLIP cosine)."""
@@ -74,8 +76,10 @@ class ReCo(Windowed):
         return resize_maps(alike, crops.shape[1:3]) * resize_maps(named, crops.shape[1:3])
 
     def retrieve(self, prompt: str) -> list[int]:
-        """Numbers of the ``reco_retrieved`` images of the archive that CLIP finds most like the words, best first."""
-        return self.index.nearest(self.texts([prompt])[0], self.settings.reco_retrieved)
+        """Numbers of the ``reco_retrieved`` images of the archive, or of all, that CLIP finds most like the words, best
+        first."""
+        order = torch.argsort(self.embeddings @ self.texts([prompt])[0], descending=True, stable=True)
+        return order[:self.settings.reco_retrieved].tolist()
 
     def reference(self, prompt: str) -> Tensor:
         """Reference embedding f32 (D,), unit length, of class words: what the images retrieved for them have in common.
@@ -91,8 +95,7 @@ class ReCo(Windowed):
 
     @undisturbed()
     def _cosegment(self, prompt: str, avoided: Sequence[str]) -> Tensor:
-        side, device = self.settings.reco_size, self.maskclip.clip.device
-        images = np.stack([square_image(self.index.archive[i], side, "centre") for i in self.retrieve(prompt)])
+        images, device = self.archive.squares(self.retrieve(prompt), self.settings.reco_size), self.maskclip.clip.device
         features = self.extractor(images, np.zeros(len(images), np.int64))
         cosine = self.maskclip.dense_embeddings(images) @ self.texts([prompt])[0]
         weights = resize_maps(torch.sigmoid(SHARPNESS * cosine)[:, None], features.shape[1:3])[:, 0]
