@@ -1,7 +1,6 @@
 """GroupViT against its own modules run by hand, the published rule pixel by pixel, and the published architecture; its
 mini model."""
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -12,18 +11,15 @@ import torch
 import torch.nn.functional as F
 from oracles import PETS, averaged, enlarged
 from oracles import blocks as picture
-from PIL import Image
 from tiny import text_settings
 from transformers import CLIPTokenizer, GroupViTConfig, GroupViTModel
 
 import ovdiff_lib
 from ovdiff_lib.categories import Vocabulary
-from ovdiff_lib.errors import ModelNotAvailable, ProfileError
 from ovdiff_lib.networks.loading import load_clip
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.recipes import train_groupvit
-from ovdiff_lib.recipes.training import round_weights
-from ovdiff_lib.workbench.baselines.groupvit import PROMPT, GroupViT, group_scores, load_groupvit
+from ovdiff_lib.workbench.baselines.groupvit import GroupViT, group_scores, load_groupvit
 from ovdiff_lib.workbench.cost.architectures import clip_tokenizer
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.evaluation.measure import Method, Sweep, evaluate, measure
@@ -142,15 +138,6 @@ def test_groups_equal_the_modules_by_hand(make):
     assert len(set(assignment.argmax(1).flatten().tolist())) > 1 and assignment.std((2, 3)).max() > 0.05  # it does depend on the place
 
 
-def test_windows_are_resized_to_the_models_size_as_pillow_does(make):
-    groupvit, image = make(), picture(96, 64)
-    small = np.array(Image.fromarray(image).resize((40, 40), Image.Resampling.BILINEAR))
-    for found, expected in zip(groupvit.groups(image[None]), groupvit.groups(small[None]), strict=True):
-        assert found.shape == expected.shape
-        torch.testing.assert_close(found, expected, atol=0.03, rtol=0)  # Pillow rounds to whole levels
-    assert (groupvit.groups(picture(96, 64, seed=1)[None])[0] - groupvit.groups(image[None])[0]).abs().max() > 0.1
-
-
 @pytest.mark.parametrize("classes", [1, 3, 5, 8])
 def test_group_scores_by_brute_force(classes):
     draw = np.random.default_rng(classes)
@@ -191,7 +178,7 @@ def published_labels(groupvit, image, vocabulary, threshold):
 def test_one_window_is_labelled_by_the_published_rule(make):
     names, image = Vocabulary.of("cat, dog, chest of drawers, boat, water, picture"), picture(64, 64, seed=7)
     shares = []
-    for threshold in (0.05, 0.2, 0.3, 0.5, 0.9):
+    for threshold in (0.05, 0.3, 0.9):
         groupvit = make(threshold, windows=[64])
         labels = groupvit.predict(image, names)
         np.testing.assert_array_equal(labels, published_labels(groupvit, image, names, threshold))
@@ -215,10 +202,8 @@ def test_the_logit_scale_is_capped(make):
     assert np.abs(before[1:] - results[0][0].numpy()).max() > 0.01
 
 
-@pytest.mark.parametrize("shape", [(64, 100), (130, 64)])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_scores_average_overlaps_then_window_sizes(make, shape, batch):
-    groupvit, image = make(batch_size=batch), picture(*shape)
+def test_scores_average_overlaps_then_window_sizes(make):
+    groupvit, image = make(), picture(64, 100)
     texts, scale = groupvit.text_embeddings(PETS), math.exp(float(groupvit.model.logit_scale.detach()))
 
     def score(crop):
@@ -227,22 +212,9 @@ def test_scores_average_overlaps_then_window_sizes(make, shape, batch):
         return group_scores(embeddings, whole, texts, scale).numpy().T[:, owner]
 
     scores = groupvit.scores(image, PETS)
-    assert scores.shape == (4, *shape) and scores.dtype == np.float32 and (scores[0] == -np.inf).all()
+    assert scores.shape == (4, 64, 100) and scores.dtype == np.float32 and (scores[0] == -np.inf).all()
     assert scores[1:].min() >= 0 and scores[1:].max() <= 1
     np.testing.assert_allclose(scores[1:], averaged(image, (64, 48), 32, score), atol=1e-5)
-
-
-def test_background_and_the_search_for_its_threshold(make):
-    assert make().scores(picture(128, 200), PETS).shape == (4, 128, 200)
-    image = picture(64, 88)
-    without, scores = make().predict(image, PETS), make().scores(image, PETS)
-    assert without.shape == (64, 88) and without.min() >= 1
-    middle = float(np.median(scores[1:].max(0)))
-    labels = make(middle).predict(image, PETS)
-    assert 0 < (labels == 0).mean() < 1 and (labels[labels > 0] == without[labels > 0]).all()
-    data, groupvit = load_dataset("mini-voc", "wild"), make(middle)
-    maps = Sweep.of(groupvit.scores(data[0].image, data.vocabulary), (0.0, middle)).maps()
-    assert (maps[1] == groupvit.predict(data[0].image, data.vocabulary)).all()
 
 
 def test_text_is_pooled_at_the_end_token(make, profile):
@@ -258,26 +230,6 @@ def test_text_is_pooled_at_the_end_token(make, profile):
     assert (texts @ texts.T).fill_diagonal_(0).max() < 0.999
 
 
-# ---------------------------------------------------------------------- loading
-
-def test_models_that_cannot_be_loaded(profile, folder, tmp_path):
-    with pytest.raises(ProfileError, match=r"models\.groupvit is not set"):
-        load_groupvit(profile.override({"models.groupvit": ""}))
-    bare = shutil.copytree(folder, tmp_path / "bare")
-    (bare / "model.safetensors").unlink()
-    for source in (tmp_path / "none", bare):
-        with pytest.raises(ModelNotAvailable):
-            load_groupvit(profile.override({"models.groupvit": str(source)}))
-    with pytest.raises(ModelNotAvailable, match="hf download nvidia/groupvit-gcc-yfcc"):
-        load_groupvit(load_profile("paper", {"models.device": "cpu"}))
-
-
-def test_build_takes_model_windows_and_prompt_from_the_profile(profile):
-    groupvit = GroupViT.build(profile)
-    assert groupvit.texts.template == profile.support.prompt and groupvit.matching == profile.matching
-    assert groupvit.model is load_groupvit(profile)[0] and GroupViT.build(profile, PROMPT).texts.template == PROMPT
-
-
 # ---------------------------------------------------------------------- the published network
 
 def test_the_published_architecture_at_224_pixels():
@@ -288,14 +240,7 @@ def test_the_published_architecture_at_224_pixels():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = GroupViTModel(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("group_token"):
-                parameter.normal_()
-            elif name.endswith(("assign.q_proj.weight", "assign.k_proj.weight")):
-                parameter.mul_(10)
-    groupvit = GroupViT(model, clip_tokenizer(), load_profile("paper").matching)
-    assert groupvit.texts.template == "a photo of a {name}."
+    groupvit = GroupViT(model, clip_tokenizer(), load_profile("paper").matching, "a photo of a {name}.")
     assignment, embeddings, whole = groupvit.groups(picture(448, 336)[None])
     assert assignment.shape == (1, 8, 14, 14) and embeddings.shape == (1, 8, 256) and whole.shape == (1, 256)
     scores = groupvit.scores(picture(150, 170), PETS)
@@ -340,31 +285,6 @@ def test_a_fresh_model_tells_groups_apart(tiny_models):
         entropy = -(assignment * assignment.clamp(min=1e-9).log()).sum(1).mean()
         assert entropy < 0.6 * math.log(groups)
         assert np.mean([len(set(row.tolist())) for row in assignment.argmax(1)]) > groups / 3
-
-
-def test_the_trainer_writes_a_folder_that_loads(tmp_path, tiny_models, profile, monkeypatch):
-    rng = np.random.default_rng(0)
-    np.save(tmp_path / "train_images.npy", rng.integers(0, 255, (6, 64, 64, 3), dtype=np.uint8))
-    np.save(tmp_path / "eval_images.npy", rng.integers(0, 255, (4, 64, 64, 3), dtype=np.uint8))
-    np.save(tmp_path / "eval_labels.npy", np.arange(4) % 2)
-    captions = [["a picture of a cat with water", "a good picture of a cat", "cat", "a cat and water"], ["a picture of a dog", "a dog"],
-                ["a picture of water"]] * 2
-    for name, content in (("train_captions", captions), ("nouns", ["cat", "dog"])):
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    common = ["--data", str(tmp_path), "--clip", str(tiny_models / "clip"), "--batch", "6", "--width", "32", "--lr", "0.1"]
-    with torch.random.fork_rng():
-        for steps in (1, 3):  # the second goes on where the first stopped
-            train_groupvit.main([*common, "--out", str(tmp_path / f"out{steps}"), "--work", str(tmp_path / "work"), "--steps", f"{steps}"])
-    first, last = (load_groupvit(profile.override({"models.groupvit": str(tmp_path / f"out{steps}")})) for steps in (1, 3))
-    states = first[0].state_dict(), last[0].state_dict()
-    moved = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
-    for part in ("vision_model.encoder.stages.0.layers.0", "vision_model.encoder.stages.1.downsample.assign.q_proj",
-                 "text_model.embeddings", "visual_projection.1.running_mean"):
-        assert any(name.startswith(part) for name in moved), part
-    rounded = round_weights(states[1])
-    assert all(torch.equal(rounded[name], value) for name, value in states[1].items())
-    assert last[1]("a cat").input_ids == load_clip(profile)[1]("a cat").input_ids
-    assert (tmp_path / "work" / "log.csv").exists()
 
 
 def test_the_shipped_model_is_small_and_segments():
