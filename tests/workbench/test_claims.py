@@ -11,12 +11,11 @@ from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.workbench.tables import claims
 from ovdiff_lib.workbench.tables.claims import VERDICTS, ClaimResult, counts, judge, write_claims
 from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell, paper_table
-from ovdiff_lib.workbench.tables.relations import RELATIONS, Sample, difference, linear
+from ovdiff_lib.workbench.tables.relations import RELATIONS, Sample, difference
 from ovdiff_lib.workbench.tables.tables import Cell, write_table
 
 PROFILE = load_profile("mini")
 SEEDED = {"1|OVDiff|VOC": (49.0, 50.0, 51.0)}  # mean 50, standard deviation 1: single runs have a noise of 2 on VOC
-FULL = "A.5|1st layer + mid + up-1 + up-2 + last layer|Context"
 FIG5 = "fig5|OVDiff VOC vs support size N|N="
 TIME = "timing|sampling time N={}|seconds per class"
 
@@ -49,8 +48,6 @@ KINDS = {f"A.6|{kinds}|{{}}": 40.0 for kinds in ("P_bar + P_k", "P_bar + P_n", "
 CLUSTERS = SEEDED | {f"A.4|K={k}|VOC": v for k, v in {8: 40.0, 32: 40.4, 64: 40.5}.items()}
 PARTS = rows("3", "VOC", {"Full": 50.0, "w/o bg prototypes": 40.0, "w/o category filter": 42.0, "w/o CutLER": 47.0,
                           "w/o sliding window": 49.0, "only average P_bar": 48.0})
-LAYERS = rows("A.5", "Context", {FULL.split("|")[1]: 30.0, "without 1st layer": 29.5, "without mid block": 29.0,
-                                 "without up-1 block": 20.0, "without up-2 block": 28.0, "without last layer": 30.2})
 GAINS = rows("A.1", "VOC with category filter", {"OVDiff": 50.0, "MaskCLIP": 20.0}) | rows(
     "A.1", "VOC without category filter", {"OVDiff": 35.0, "MaskCLIP": 18.0})
 SEGMENTED = {f"A.2|{row}|{s}": v for s in ("VOC", "Context", "Object")
@@ -64,16 +61,13 @@ CASES = [  # id, claim, verdict, numbers
     ("greater holds", 4, "holds", {**SEEDED, "1|OVDiff (-CutLER)|VOC": 47.9}),
     ("greater fails", 4, "fails", {**SEEDED, "1|OVDiff (-CutLER)|VOC": 52.1}),
     ("greater within noise", 4, "within noise", {**SEEDED, "1|OVDiff (-CutLER)|VOC": 48.1}),
-    ("less within noise", 4, "within noise", {**SEEDED, "1|OVDiff (-CutLER)|VOC": 51.9}),
     ("greater missing", 4, "not measured", SEEDED),
     ("paired holds", 4, "holds", {**SEEDED, "1|OVDiff (-CutLER)|VOC": (48.4, 49.5, 50.6)}),  # -0.5 each time: noise 0.06
     ("paired within noise", 4, "within noise", {**SEEDED, "1|OVDiff (-CutLER)|VOC": (47.0, 50.0, 50.5)}),  # 2, 0, 0.5
     ("as many runs do not pair unless equal", 4, "within noise", {**SEEDED, "1|OVDiff (-CutLER)|VOC": (48.4, 48.6)}),
     ("no spread known", 5, "within noise", {"1|OVDiff|Context": 31.0, "1|OVDiff (-CutLER)|Context": 30.1}),
-    ("no spread known, larger", 5, "holds", {"1|OVDiff|Context": 31.1, "1|OVDiff (-CutLER)|Context": 30.0}),
     ("each of several holds", 8, "holds", SINGLE),
     ("one of several fails", 8, "fails", {**SINGLE, "2|VOC|CLIP (token)": 42.1}),
-    ("one of several missing", 8, "not measured", {k: v for k, v in SINGLE.items() if "CLIP" not in k}),
     ("both data sets hold", 16, "holds", WINDOWS),
     ("one data set fails", 16, "fails", {**WINDOWS, "3|Full|Context": 10.0}),
     ("one data set within noise", 16, "within noise", {**WINDOWS, "3|Full|Context": 41.0}),
@@ -83,14 +77,11 @@ CASES = [  # id, claim, verdict, numbers
     ("best rival fails", 1, "fails", {**SEEDED, "1|MaskCLIP|VOC": 20.0, "1|CLIP-DIY|VOC": 53.0}),
     ("best rival within noise", 1, "within noise", {**SEEDED, "1|MaskCLIP|VOC": 20.0, "1|ReCo|VOC": 49.0}),
     ("trained rivals do not count", 1, "not measured", {**SEEDED, "1|GroupViT|VOC": 20.0}),
-    ("unlisted rivals do not count", 1, "not measured", {**SEEDED, "1|TCL|VOC": 20.0}),
     ("trained rivals count", 2, "fails", {"1|OVDiff|Context": (20.0, 21.0), "1|GroupViT|Context": 30.0, "1|MaskCLIP|Context": 10.0}),
-    ("best member within noise", 12, "within noise", {**SINGLE, "2|VOC|SD + DINO + CLIP": 41.0}),
     ("equal holds by tolerance", 6, "holds", {"1|OVDiff|Object": 30.0, "1|OVDiff (-CutLER)|Object": 30.9}),
     ("equal within noise", 6, "within noise", {"1|OVDiff|Object": (29.0, 31.0), "1|OVDiff (-CutLER)|Object": 32.7}),
     ("equal beyond the noise", 6, "fails", {"1|OVDiff|Object": (29.0, 31.0), "1|OVDiff (-CutLER)|Object": 32.9}),
     ("equal fails above", 6, "fails", {"1|OVDiff|Object": 30.0, "1|OVDiff (-CutLER)|Object": 31.1}),
-    ("equal fails below", 6, "fails", {"1|OVDiff|Object": 30.0, "1|OVDiff (-CutLER)|Object": 28.9}),
     ("equal missing", 6, "not measured", {"1|OVDiff|Object": 30.0}),
     ("only the paper", 23, "paper only", {"A.3|OVDiff + corrected prompts|VOC": 30.0}),
     ("the same runs are no test", 23, "paper only", {f"A.3|{row}|{s}": (30.0, 31.0) for s in ("VOC", "Context", "Object")
@@ -99,7 +90,6 @@ CASES = [  # id, claim, verdict, numbers
                                              for row, v in {"OVDiff + corrected prompts": 30.0, "OVDiff (no correction)": 30.5}.items()}),
     ("the paper's, measured", 32, "fails", {**SEEDED, "A.1-text|OVDiff with SAM as segmenter|VOC": 60.0,
                                            "A.1-text|OVDiff with Grounded SAM as segmenter|VOC": 40.0}),
-    ("only the paper, the second", 32, "paper only", SEEDED),
     ("spread holds", 24, "holds", {**CLUSTERS, "A.4|K=16|VOC": 40.9}),
     ("spread within noise", 24, "within noise", {**CLUSTERS, "A.4|K=16|VOC": 41.9}),
     ("spread fails", 24, "fails", {**CLUSTERS, "A.4|K=16|VOC": 42.1}),
@@ -113,10 +103,6 @@ CASES = [  # id, claim, verdict, numbers
     ("largest drops within noise", 18, "within noise", {**SEEDED, **PARTS, "3|w/o CutLER|VOC": 43.5}),
     ("largest drops that are none", 18, "fails", {**SEEDED, **PARTS, "3|Full|VOC": 30.0}),
     ("largest drops missing", 18, "not measured", {**SEEDED, **{k: v for k, v in PARTS.items() if "average" not in k}}),
-    ("one largest drop", 25, "holds", LAYERS),
-    ("another largest drop", 25, "fails", {**LAYERS, "A.5|without mid block|Context": 10.0}),
-    ("layers matter little", 26, "holds", LAYERS),
-    ("a layer matters", 26, "fails", {**LAYERS, "A.5|without 1st layer|Context": 28.5}),
     ("gains hold", 20, "holds", {**SEEDED, **GAINS}),
     ("gains fail", 20, "fails", {
         **SEEDED, **GAINS, "A.1|ReCo|VOC with category filter": 40.0, "A.1|ReCo|VOC without category filter": 20.0}),
@@ -249,14 +235,6 @@ def test_the_noise_of_pairs_is_that_of_a_paired_t_test():
     found = difference(Sample("a", sum(left) / 4, left), Sample("b", sum(right) / 4, right), Sample("c", 0, std=9.0), "VOC")
     test = stats.ttest_rel(left, right)
     assert found[1] == pytest.approx(2 * found[0] / test.statistic) and found[0] == pytest.approx(1.5)
-
-
-def test_the_line_is_that_of_scipy():
-    times = {16: 5.0, 24: 9.0, 32: 11.0, 64: 19.0}
-    part = linear([Sample("t", t, count=n) for n, t in reversed(times.items())])
-    r2 = stats.linregress(list(times), list(times.values())).rvalue ** 2
-    assert f"R^2 {r2:.4f}" in part.measured and f"growth in N {19 / 5 / 4:.2f}" in part.measured
-    assert r2 >= 0.98 and part.verdict == "holds"
 
 
 def test_the_text_says_what_was_compared(tmp_path):
