@@ -20,7 +20,7 @@ from typing import Any
 import pandas
 
 from ovdiff_lib.files import write_atomic
-from ovdiff_lib.workbench.tables.relations import ORDER, TOLERANCE, Part, Sample, outcome
+from ovdiff_lib.workbench.tables.relations import LEGEND, ORDER, Part, Sample, outcome
 from ovdiff_lib.workbench.tables.tables import STAMP, escape, read_record, read_table
 
 FOLDER = Path(__file__).parent
@@ -36,15 +36,6 @@ SD_TABLES = ("3", "A.2sec-text", "A.4", "A.5", "A.6", "chatgpt", "fig5")
 
 REFERENCES = {False: ("OVDiff",), True: ("OVDiff, SD features", "OVDiff")}
 """Rows of Table 1 whose spread is the reference, the first that was measured, by whether a claim is about SD alone."""
-
-LEGEND = (
-    "A difference up to the noise decides nothing (within noise). The noise is twice the standard error of paired "
-    "differences where both cells have runs of the same three or more seeds, else twice the largest of the standard "
-    "deviations over seeds that are known: of the two cells, where they have two or more runs, and of OVDiff's own row "
-    "of Table 1 with the same extractors on the same data set (also for rivals, which have no seeds); "
-    f"{TOLERANCE} where none is known. A claim that something changes little holds up to a difference of {TOLERANCE} % "
-    "of mIoU, and fails beyond that and the noise. A claim about several data sets holds if it holds on each and fails "
-    "if it fails on one; one about most of them fails where even the undecided ones would make no majority.")
 
 
 @dataclass(frozen=True)

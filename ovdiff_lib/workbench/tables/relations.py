@@ -1,11 +1,7 @@
 """What the claims about results say, as comparisons of numbers: greater, about equal, largest drop, linear, and so on.
 
-**Noise.** Two cells with runs of the same three or more seeds are compared run by run: the mean of the paired
-differences, with twice its standard error as noise. For all others the noise is twice the largest of the standard
-deviations over seeds that are known: those of the two cells, and that of the reference, OVDiff's own row of Table 1
-with the same extractors on the same data set. Neither alone would do: a cell of one run or two may vary more than its
-own runs show, and rows with SD features alone spread more than the ensemble. A difference up to the noise decides
-nothing. In a claim of equality it holds up to :data:`TOLERANCE`: a larger one within the noise may be one or the other.
+:data:`LEGEND` says what counts as noise. No one spread alone would do: a cell of one run or two may vary more than its
+own runs show, and rows with SD features alone spread more than the ensemble.
 """
 
 from __future__ import annotations
@@ -18,6 +14,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 import numpy as np
+from scipy import stats
 
 TOLERANCE = 1.0
 """Percent of mIoU: differences up to it are "little" in a claim of equality, and noise where no spread is known."""
@@ -32,6 +29,15 @@ ORDER = ("fails", "within noise", "holds")
 """Verdicts on numbers, worst first: of several comparisons the worst counts."""
 
 MEAN = attrgetter("mean")
+
+LEGEND = (
+    "A difference up to the noise decides nothing (within noise). The noise is twice the standard error of paired "
+    "differences where both cells have runs of the same three or more seeds, else twice the largest of the standard "
+    "deviations over seeds that are known: of the two cells, where they have two or more runs, and of OVDiff's own row "
+    "of Table 1 with the same extractors on the same data set (also for rivals, which have no seeds); "
+    f"{TOLERANCE} where none is known. A claim that something changes little holds up to a difference of {TOLERANCE} % "
+    "of mIoU, and fails beyond that and the noise. A claim about several data sets holds if it holds on each and fails "
+    "if it fails on one; one about most of them fails where even the undecided ones would make no majority.")
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,7 @@ class Part:
 
 
 def difference(left: Sample, right: Sample, reference: Sample, name: str) -> tuple[float, float, str]:
-    """``left`` minus ``right`` on the data set ``name``: mean, noise (by the rule at the head of this module) and where
-    the noise is from."""
+    """``left`` minus ``right`` on the data set ``name``: mean, noise (:data:`LEGEND`) and where the noise is from."""
     if values := paired(left, right):
         error = statistics.stdev(values) / math.sqrt(len(values))
         return statistics.fmean(values), 2 * error, f"paired differences of {len(values)} seeds, 2 standard errors"
@@ -173,7 +178,7 @@ def linear(left: list[Sample]) -> Part | None:
     if len(points) < 3:
         return None
     counts, times = np.array([(s.count, s.mean) for s in points]).T
-    r2 = np.corrcoef(counts, times)[0, 1] ** 2 if np.ptp(times) else 0.0
+    r2 = stats.linregress(counts, times).rvalue ** 2
     ratio = (times[-1] / times[0]) / (counts[-1] / counts[0])
     verdict = "holds" if r2 >= LINEAR_R2 and LINEAR_RATIO[0] <= ratio <= LINEAR_RATIO[1] else "fails"
     shown = ", ".join(f"N={s.count}: {s.mean:.3g}" for s in points)
