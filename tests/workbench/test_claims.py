@@ -9,7 +9,7 @@ from scipy import stats
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.workbench.tables import claims
-from ovdiff_lib.workbench.tables.claims import VERDICTS, ClaimResult, counts, judge, write_claims
+from ovdiff_lib.workbench.tables.claims import VERDICTS, counts, judge, write_claims
 from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell, paper_table
 from ovdiff_lib.workbench.tables.relations import RELATIONS, Sample, difference
 from ovdiff_lib.workbench.tables.tables import Cell, write_table
@@ -253,17 +253,13 @@ def test_the_files(tmp_path):
     results = judge(tmp_path)  # the written file is no table of measurements, and does not disturb
     assert path == tmp_path / "tables" / "claims.csv"
     with open(path, encoding="utf-8", newline="") as file:
-        read = list(csv.DictReader(file))
-    assert list(read[0]) == [f.name for f in dataclasses.fields(ClaimResult)]
-    assert [r["verdict"] for r in read] == [r.verdict for r in results]
+        assert list(csv.DictReader(file)) == [{k: str(v) for k, v in dataclasses.asdict(r).items()} for r in results]
     number = counts(results)
     assert tuple(number) == VERDICTS and sum(number.values()) == 33 and number["holds"] == 1 and number["fails"] == 1
     lines = path.with_suffix(".md").read_text(encoding="utf-8").splitlines()
     assert f"holds 1, fails 1, within noise 0, not measured {number['not measured']}, paper only 2" in lines[0]
     assert sum(line.startswith("| ") and "**" in line for line in lines) == 33
     assert any("A.4\\|K=8\\|VOC" in line for line in lines)  # a key's bars open no columns
-    write_claims(tmp_path)
-    assert path.with_suffix(".md").read_text(encoding="utf-8").splitlines() == lines
 
 
 @pytest.mark.parametrize("profile, verdict, shown", [("mini", "fails", True), ("mini", "holds", False), ("paper", "fails", False)])

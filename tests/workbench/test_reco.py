@@ -172,19 +172,6 @@ def test_cosegmentation_by_brute_force(seed):
     np.testing.assert_allclose(found.numpy(), mean / np.linalg.norm(mean), atol=1e-6)
 
 
-def test_what_images_share_is_found_unless_it_counts_little():
-    rng = np.random.default_rng(0)
-    features = torch.from_numpy(rng.normal(size=(6, 40, 64))).float()
-    wanted, usual = F.normalize(torch.from_numpy(rng.normal(size=(2, 64))).float(), dim=1)
-    weights = torch.ones(6, 40)
-    for i in range(6):
-        features[i, 3 * i] = 5 * wanted + 0.2 * features[i, 3 * i]
-        features[i, 39 - i] = 5 * usual + 0.1 * features[i, 39 - i]  # shared even more: what surrounds the wanted one
-        weights[i, 39 - i] = 0.3
-    assert cosegment(features, torch.ones(6, 40)) @ usual > 0.95
-    assert cosegment(features, weights) @ wanted > 0.95
-
-
 def reference_by_hand(reco, prompt, avoided):
     squares = np.stack([square_image(read_image(reco.archive.images[i]), reco.settings.reco_size, "centre")
                         for i in reco.retrieve(prompt)])
@@ -239,8 +226,5 @@ def test_the_mini_archive_shows_what_it_is_asked_for(monkeypatch, tmp_path):
     assert len({i for images in found.values() for i in images}) >= 45
     assert [p.suffix for p in (tmp_path / "archives").iterdir()] == [".npy"]
     sky = np.mean([reco.archive.images[i][:16].mean((0, 1)) for i in found["sky"]], axis=0)
-    zebra = np.stack([reco.archive.images[i] for i in found["zebra"]]).astype(int)
-    black_and_white = (np.ptp(zebra, axis=-1) < 40) & ((zebra.max(-1) < 90) | (zebra.min(-1) > 200))
-    others = np.stack([reco.archive.images[i] for i in found["cake"]]).astype(int)
-    plain = (np.ptp(others, axis=-1) < 40) & ((others.max(-1) < 90) | (others.min(-1) > 200))
-    assert sky[2] > 140 and black_and_white.mean() > plain.mean()
+    colours = {noun: np.ptp(np.stack([reco.archive.images[i] for i in found[noun]]), axis=-1).mean() for noun in ("zebra", "cake")}
+    assert sky[2] > 140 and colours["zebra"] < colours["cake"]  # blue above; black and white

@@ -37,30 +37,17 @@ def random_masks(seed, count=6, shape=(9, 13)):
     return rng.random((count, *shape)) < rng.uniform(0.1, 0.7, (count, 1, 1))
 
 
-def owner_of(masks, place):
-    """The smallest mask over a pixel, of two of one area the first."""
-    over = [(mask.sum(), m) for m, mask in enumerate(masks) if mask[place]]
-    return min(over)[1] if over else -1
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_smallest_proposal_owns_a_pixel(seed):
-    masks = random_masks(seed)
-    masks[4], masks[3] = masks[1], False
-    owner = smallest(masks)
-    assert all(owner[place] == owner_of(masks, place) for place in np.ndindex(9, 13))
-    assert (owner != 4).all() and (owner == -1).any() and len(np.unique(owner)) >= 4
-
-
 @pytest.mark.parametrize(("seed", "dtype"), [(0, np.int64), (1, np.int64), (2, np.uint8)])
-def test_votes_against_counting(seed, dtype):
+def test_the_smallest_proposal_owns_a_pixel_and_votes_are_counted(seed, dtype):
     masks, labels = random_masks(seed), np.random.default_rng(seed + 10).integers(0, 4, (9, 13)).astype(dtype)
-    before = labels.copy()
-    found = majority_vote(labels, masks)
+    masks[4], masks[3] = masks[1], False
+    owner, before, found = smallest(masks), labels.copy(), majority_vote(labels, masks)
+    assert (owner != 4).all() and (owner == -1).any() and len(np.unique(owner)) >= 4
     assert found.dtype == dtype and (labels == before).all()
     for place in np.ndindex(9, 13):
-        owner = owner_of(masks, place)
-        inside = labels[masks[owner]].tolist() if owner >= 0 else [labels[place]]
+        over = [(mask.sum(), m) for m, mask in enumerate(masks) if mask[place]]  # of two of one area the first
+        assert owner[place] == (min(over)[1] if over else -1)
+        inside = labels[masks[owner[place]]].tolist() if over else [labels[place]]
         assert found[place] == max(sorted(set(inside)), key=inside.count)  # max keeps the first of equals: the lowest
 
 
