@@ -20,7 +20,7 @@ from ovdiff_lib.workbench.tables.paper import PaperCell
 
 COLUMNS = ("table", "row", "column", "measured", "std", "n", "values", "source", "paper", "paper_std", "paper_table",
            "paper_row", "paper_column", "profile", "settings")
-IDLE = "idle: "
+IDLE, PAPER = "idle: ", " (paper, its own data)"
 STAMP = "The paper's column is from its own data sets and models."
 
 
@@ -60,11 +60,6 @@ class Cell:
         """The words in place of a number where there is nothing to measure, "" elsewhere."""
         return self.source.removeprefix(IDLE) if self.source.startswith(IDLE) else ""
 
-    @property
-    def printed(self) -> bool:
-        """Whether the paper's column says something of the cell: a number, or that the paper does not report one."""
-        return self.paper is not None and (self.paper.value is not None or self.source == "published")
-
     @classmethod
     def of(cls, row: str, column: str, values: Iterable[float], paper: PaperCell | None = None) -> Cell:
         """The cell of several runs: mean, sample standard deviation (n - 1 in the denominator; None for one run)."""
@@ -93,7 +88,8 @@ def write_table(path: str | Path, name: str, cells: list[Cell], profile: Profile
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
     described = f"`{profile.name}`" + (f" ({profile.description.rstrip('.')})" if profile.description else "")
     head = f"**{caption}** {_amount(details)}Profile {described}, settings `{profile.digest()}`."
-    markdown = f"{head}{f' {STAMP}' if any(c.printed for c in cells) else ''}\n\n{_grid(cells, digits)}\n"
+    grid = _grid(cells, digits)
+    markdown = f"{head}{f' {STAMP}' if PAPER in grid else ''}\n\n{grid}\n"
     numbers = rows.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     for suffix, content in ((".csv", numbers), (".json", text + "\n"), (".md", markdown)):
         write_atomic(path.with_suffix(suffix), content.encode())
@@ -151,34 +147,26 @@ def _cell(row: Any) -> Cell:
 
 
 def _grid(cells: list[Cell], digits: int | dict[str, int]) -> str:
-    """Rows by columns as Markdown; a column in which the paper prints something has the paper's beside it."""
+    """Rows by columns as Markdown; a column in which the paper says something has the paper's beside it."""
     texts: dict[str, dict[str, str]] = {}
     for column in dict.fromkeys(c.column for c in cells):
-        here, places = [c for c in cells if c.column == column], digits
-        if isinstance(digits, dict):
-            places = digits.get(column, 1)
-        texts[column] = {c.row: _measured(c, places) for c in here}
-        if any(c.printed for c in here):
-            texts[f"{column} (paper, its own data)"] = {c.row: _published(c, places) for c in here}
+        here = [c for c in cells if c.column == column]
+        places = digits.get(column, 1) if isinstance(digits, dict) else digits
+        texts[column] = {c.row: _text(c.measured, c.std, places, escape(c.idle) or "published") for c in here}
+        paper = {c.row: _text(c.paper.value, c.paper.std, places, "not reported" * (c.source == "published"))
+                 for c in here if c.paper}
+        if any(paper.values()):
+            texts[column + PAPER] = paper
     table = pandas.DataFrame(texts, index=list(dict.fromkeys(c.row for c in cells))).fillna("")
     head = [f"| | {' | '.join(map(escape, table.columns))} |", "|---|" + "---:|" * len(table.columns)]
     return "\n".join(head + [f"| {escape(row)} | {' | '.join(line)} |" for row, *line in table.itertuples(name=None)])
 
 
-def _number(value: float, std: float | None, places: int) -> str:
+def _text(value: float | None, std: float | None, places: int, otherwise: str) -> str:
+    """A number with its deviation, or what stands where there is none."""
+    if value is None:
+        return otherwise
     return f"{value:.{places}f}" + (f" ± {std:.{places}f}" if std is not None else "")
-
-
-def _measured(cell: Cell, places: int) -> str:
-    if cell.measured is None:
-        return escape(cell.idle) or "published"
-    return _number(cell.measured, cell.std, places)
-
-
-def _published(cell: Cell, places: int) -> str:
-    if not cell.printed or cell.paper.value is None:
-        return "not reported" * cell.printed
-    return _number(cell.paper.value, cell.paper.std, places)
 
 
 def _amount(details: dict[str, Any]) -> str:
