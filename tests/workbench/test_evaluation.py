@@ -16,7 +16,7 @@ from ovdiff_lib.cli.main import parser
 from ovdiff_lib.errors import OVDiffError, ProfileError
 from ovdiff_lib.mini.world import load_world
 from ovdiff_lib.pipeline import OVDiff
-from ovdiff_lib.workbench.data import classes, readers
+from ovdiff_lib.workbench.data import classes, samples
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.data.metrics import ConfusionMatrix
 from ovdiff_lib.workbench.data.readers import MINI_DATA
@@ -451,7 +451,7 @@ def write_cityscapes(root):
 def test_commands_on_a_data_set_without_background(cli, tmp_path, capsys, monkeypatch):
     """Cityscapes cut to its first two classes, so that a tiny pipeline can build them."""
     original = classes.vocabulary_of
-    monkeypatch.setattr(readers, "vocabulary_of", lambda *a: Vocabulary(original(*a).categories[:2]))
+    monkeypatch.setattr(samples, "vocabulary_of", lambda *a: Vocabulary(original(*a).categories[:2]))
     data, target, bare = tmp_path / "data", tmp_path / "result.json", tmp_path / "bare.json"
     write_cityscapes(data)
     assert cli("evaluate", "cityscapes", "--data", data, "--json", target, "--resume", tmp_path / "state") == 0

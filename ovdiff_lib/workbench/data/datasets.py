@@ -15,7 +15,7 @@ from ovdiff_lib.errors import InputError
 from ovdiff_lib.mini.world import load_world
 from ovdiff_lib.workbench.data.classes import class_table
 from ovdiff_lib.workbench.data.metrics import IGNORE
-from ovdiff_lib.workbench.data.readers import MINI_DATA, FolderDataset, Layout
+from ovdiff_lib.workbench.data.readers import MINI_DATA, Layout
 from ovdiff_lib.workbench.data.samples import Dataset
 
 VOID = {IGNORE: IGNORE}
@@ -136,4 +136,4 @@ def load_dataset(name: str, split: str = "val", folder: str | Path | None = None
     if name not in DATASETS:
         raise InputError(f"There is no data set {name!r}; choose one of {', '.join(DATASETS)}.")
     classes, layout, has_background = DATASETS[name]
-    return FolderDataset(name, classes, layout(), has_background, split, folder, names)
+    return Dataset(name, classes, layout(), has_background, split, folder, names)

@@ -1,22 +1,14 @@
-"""Data sets in folders: where images and label maps lie, and what the values of a label map mean."""
+"""How data sets lie in folders: where their images and label maps are, and what the values of a label map mean."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.workbench.data.classes import class_table, vocabulary_of
-from ovdiff_lib.workbench.data.metrics import IGNORE
-from ovdiff_lib.workbench.data.samples import Sample, read_labels, read_stored
 
 MINI_DATA = Path(__file__).parents[2] / "mini" / "data"
-
-UNKNOWN = -1
-"""In a table of labels: a value that label maps of this kind must not hold."""
 
 
 @dataclass(frozen=True)
@@ -84,57 +76,3 @@ def _present(home: Path, paths: tuple[str, ...], split: str) -> str:
 
 def _folders(paths: tuple[str, ...], split: str) -> str:
     return " or ".join(path.replace("{split}", split).split("{id}")[0] for path in paths)
-
-
-class FolderDataset:
-    """A data set on disk, its images in the order of its split file or of their ids.
-
-    ``table`` i16 (256,) turns a stored value into a label or :data:`UNKNOWN`. ``standard_images`` is the size of the
-    split "val" in the literature, None for other splits and for the mini world.
-    """
-
-    def __init__(self, name: str, classes: str, layout: Layout, has_background: bool, split: str = "val",
-                 folder: str | Path | None = None, names: str = "fixed") -> None:
-        """``classes`` and ``names`` as in :func:`~ovdiff_lib.workbench.data.classes.vocabulary_of`; ``folder`` is where
-        the data lies; ``has_background`` False ignores background pixels (App. A.3).
-
-        Raises ``InputError`` for a folder that does not hold the data set, an unknown split, and missing files.
-        """
-        self.vocabulary = vocabulary_of(classes, names)
-        self.name, self.split, self.has_background = name, split, has_background
-        if folder is None and not layout.shipped:
-            raise InputError(f"The data set {name} is not shipped; say where it lies with --data FOLDER.")
-        self.folder = root = layout.shipped if folder is None else Path(folder).expanduser()
-        if not root.is_dir():
-            raise InputError(f"The folder {root} of the data set {name} does not exist; give the one it lies in.")
-        self.table = np.full(256, UNKNOWN, np.int16)
-        for value, label in layout.values.items():
-            self.table[value] = label if label or has_background else IGNORE
-        self.files = tuple(layout.files(root, split))
-        self.ids = tuple(file.id for file in self.files)
-        missing = [path for file in self.files for path in (file.image, file.labels) if not path.is_file()]
-        if missing or not self.files:
-            lack = f"lacks {len(missing)} of its files, the first is {missing[0]}" if missing else "lists no image"
-            raise InputError(f"The data set {name} ({split}) in {root} {lack}; unpack it again or give another folder.")
-        published = class_table()["data_sets"].get(classes, {})
-        self.standard_images: int | None = published.get("images") if split == "val" else None
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Sample:
-        image = read_stored(self.files[index].image)
-        return Sample(self.ids[index], image, self.labels(index, image.shape[:2]))
-
-    def __iter__(self) -> Iterator[Sample]:
-        return (self[i] for i in range(len(self)))
-
-    def labels(self, index: int, shape: tuple[int, int] | None = None) -> np.ndarray:
-        """Labels u8 (H, W) of one image; ``InputError`` for a broken file, one not of ``shape``, and unknown ids."""
-        path = self.files[index].labels
-        stored = read_labels(path, shape)
-        labels = self.table[stored]
-        if (unknown := stored[labels == UNKNOWN]).size:
-            raise InputError(f"The label map {path} holds the id {unknown[0]}, which {self.name} does not have; give"
-                             " the data set's own label files.")
-        return labels.astype(np.uint8)

@@ -9,14 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import ExifTags, Image
 
-from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.images import read_image
+from ovdiff_lib.workbench.data.classes import class_table, vocabulary_of
+from ovdiff_lib.workbench.data.metrics import IGNORE
+from ovdiff_lib.workbench.data.readers import Layout
+
+UNKNOWN = -1
+"""In a table of labels: a value that label maps of this kind must not hold."""
 
 
 @dataclass(frozen=True)
@@ -26,21 +30,6 @@ class Sample:
     id: str
     image: np.ndarray
     labels: np.ndarray
-
-
-class Dataset(Protocol):
-    """Samples in a fixed order, and their ids; ``has_background``: background is a class (not so in Table A.7)."""
-
-    name: str
-    vocabulary: Vocabulary
-    has_background: bool
-    ids: tuple[str, ...]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample: ...
-
-    def __iter__(self) -> Iterator[Sample]: ...
 
 
 def read_labels(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
@@ -68,6 +57,61 @@ def read_stored(path: Path) -> np.ndarray:
             return image
         del exif[ExifTags.Base.Orientation]
         return read_image(opened)
+
+
+class Dataset:
+    """A data set on disk: samples in the order of its split file or of their ids.
+
+    ``has_background``: background is a class (not so in Table A.7). ``table`` i16 (256,) turns a stored value into a
+    label or :data:`UNKNOWN`. ``standard_images`` is the size of the split "val" in the literature, None for other
+    splits and for the mini world.
+    """
+
+    def __init__(self, name: str, classes: str, layout: Layout, has_background: bool, split: str = "val",
+                 folder: str | Path | None = None, names: str = "fixed") -> None:
+        """``classes`` and ``names`` as in :func:`~ovdiff_lib.workbench.data.classes.vocabulary_of`; ``folder`` is where
+        the data lies; ``has_background`` False ignores background pixels (App. A.3).
+
+        Raises ``InputError`` for a folder that does not hold the data set, an unknown split, and missing files.
+        """
+        self.vocabulary = vocabulary_of(classes, names)
+        self.name, self.split, self.has_background = name, split, has_background
+        if folder is None and not layout.shipped:
+            raise InputError(f"The data set {name} is not shipped; say where it lies with --data FOLDER.")
+        self.folder = root = layout.shipped if folder is None else Path(folder).expanduser()
+        if not root.is_dir():
+            raise InputError(f"The folder {root} of the data set {name} does not exist; give the one it lies in.")
+        self.table = np.full(256, UNKNOWN, np.int16)
+        for value, label in layout.values.items():
+            self.table[value] = label if label or has_background else IGNORE
+        self.files = tuple(layout.files(root, split))
+        self.ids = tuple(file.id for file in self.files)
+        missing = [path for file in self.files for path in (file.image, file.labels) if not path.is_file()]
+        if missing or not self.files:
+            lack = f"lacks {len(missing)} of its files, the first is {missing[0]}" if missing else "lists no image"
+            raise InputError(f"The data set {name} ({split}) in {root} {lack}; unpack it again or give another folder.")
+        published = class_table()["data_sets"].get(classes, {})
+        self.standard_images: int | None = published.get("images") if split == "val" else None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        image = read_stored(self.files[index].image)
+        return Sample(self.ids[index], image, self.labels(index, image.shape[:2]))
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[i] for i in range(len(self)))
+
+    def labels(self, index: int, shape: tuple[int, int] | None = None) -> np.ndarray:
+        """Labels u8 (H, W) of one image; ``InputError`` for a broken file, one not of ``shape``, and unknown ids."""
+        path = self.files[index].labels
+        stored = read_labels(path, shape)
+        labels = self.table[stored]
+        if (unknown := stored[labels == UNKNOWN]).size:
+            raise InputError(f"The label map {path} holds the id {unknown[0]}, which {self.name} does not have; give"
+                             " the data set's own label files.")
+        return labels.astype(np.uint8)
 
 
 class SavedPredictions:
