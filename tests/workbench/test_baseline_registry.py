@@ -114,8 +114,3 @@ def test_fields_of_baselines_change_no_digest_of_the_method():
         profile = load_profile(name)
         other = profile.override({"baselines.reco_retrieved": 3})
         assert other.digest() == profile.digest() and other.digest("baselines") != profile.digest("baselines")
-    paper = load_profile("paper").baselines
-    assert paper == load_profile("official").baselines
-    assert (paper.reco_retrieved, paper.reco_size, paper.clip_diy_size, paper.clip_diy_scales) == (50, 224, 256, 3)
-    assert paper.reco_contexts == ["tree", "sky", "building", "road", "person"]
-    assert paper.clip_diy_background == ["background"]
