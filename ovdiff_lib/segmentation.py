@@ -63,7 +63,7 @@ class Segmentation:
     vocabulary: Vocabulary
     kept: tuple[int, ...]
     filter_scores: np.ndarray
-    bank: PrototypeBank | None = field(default=None, repr=False, compare=False)
+    bank: PrototypeBank = field(repr=False)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -84,9 +84,6 @@ class Segmentation:
     @property
     def prototypes(self) -> tuple[Prototypes, ...]:
         """Those that ``winner`` counts, by kept category: the first extractor's."""
-        if self.bank is None:
-            raise InputError("This segmentation was made without its prototypes, so it cannot be explained; segment "
-                             "the image with OVDiff.")
         return self.bank.prototypes[self.bank.extractors[0]]
 
     def overlay(self, alpha: float = 0.6):

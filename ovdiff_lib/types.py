@@ -7,7 +7,7 @@ grid, D feature channels, P prototypes. Shapes are (H, W) everywhere; images are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,15 +22,13 @@ REGIONS = ("foreground", "background")
 class SupportSet:
     """Support images of one category (Sec. 3.1) with the attribution of its class tokens (Sec. 3.2).
 
-    ``images`` u8 (N, H, W, 3); ``attribution`` f32 (N, h, w), each map min-max scaled to [0, 1]; ``seeds`` i64 (N,);
-    ``provenance`` says with which model and settings they were drawn.
+    ``images`` u8 (N, H, W, 3); ``attribution`` f32 (N, h, w), each map min-max scaled to [0, 1]; ``seeds`` i64 (N,).
     """
 
     category: Category
     images: np.ndarray
     attribution: np.ndarray
     seeds: np.ndarray
-    provenance: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -41,8 +39,7 @@ class SupportSet:
         return replace(self, images=self.images[index], attribution=self.attribution[index], seeds=self.seeds[index])
 
     def joined(self, other: SupportSet) -> SupportSet:
-        """This support set followed by the images of another, of the same sizes; category and provenance are this
-        one's."""
+        """This support set followed by the images of another, of the same sizes; the category is this one's."""
         return replace(self, images=np.concatenate([self.images, other.images]),
                        attribution=np.concatenate([self.attribution, other.attribution]),
                        seeds=np.concatenate([self.seeds, other.seeds]))

@@ -12,10 +12,6 @@ from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.profiles.schema import Filters
 from ovdiff_lib.types import PrototypeBank, Prototypes
 
-BLOCK = 8192
-"""Prototypes compared at a time."""
-
-
 @undisturbed()
 def filter_stuff(bank: PrototypeBank, settings: Filters) -> PrototypeBank:
     """The bank without misleading background prototypes; every extractor is judged in its own space. Foreground
@@ -48,11 +44,9 @@ def filter_stuff(bank: PrototypeBank, settings: Filters) -> PrototypeBank:
         # App. A.2 (all background by all foreground prototypes) leaves open whether a category judges itself. It does
         # not here: the filter's reason (Sec. 3.4) is background of one class that is the foreground of another.
         vectors, owners = judged_by[extractor]
-        start, stop = np.searchsorted(owners, (index, index + 1))
-        blocks = [*vectors[:start].split(BLOCK), *vectors[stop:].split(BLOCK)]
-        own, alike = _unit(prototypes, "background"), background.copy()
-        alike[background] = sum((own @ block.T > settings.stuff_threshold).any(1) for block in blocks)
-        return prototypes.select(~alike)
+        alike, dropped = _unit(prototypes, "background") @ vectors.T > settings.stuff_threshold, background.copy()
+        dropped[background] = alike[:, torch.from_numpy(owners != index)].any(1)
+        return prototypes.select(~dropped)
 
     return bank.map(keep)
 

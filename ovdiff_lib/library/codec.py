@@ -147,7 +147,7 @@ def _decode(kind: str, files: Files, described: Described) -> Any:
             raise ValueError(f"{name} {array.dtype} {array.shape}, not finite {layout}")
         made[name] = np.array(WORDS[name])[array] if name in WORDS else array
     if kind == "support":
-        made |= {"category": Category(**described["category"]), "provenance": described["provenance"]}
+        made["category"] = Category(**described["category"])
     if kind == "masks":
         made["source"] = tuple(described["source"])
         if len(made["source"]) != sizes["N"]:

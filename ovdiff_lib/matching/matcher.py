@@ -25,10 +25,6 @@ from ovdiff_lib.networks.loading import resolve_device
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.types import PrototypeBank
 
-BLOCK = 4096
-"""Prototypes compared at a time."""
-
-
 @dataclass(frozen=True)
 class _ClassRows:
     """The prototypes that a bank has in one extractor, class by class: first the background, that of all categories."""
@@ -161,12 +157,8 @@ class Matcher:
         first = 0
         for c, vectors in enumerate(rows.vectors):
             if len(vectors):
-                values[c] = -torch.inf
-            for start in range(0, len(vectors), BLOCK):
-                value, argument = (unit @ vectors[start : start + BLOCK].T).max(1)
-                better = ~(value <= values[c])  # NaN counts as better, so that it surfaces
-                values[c] = torch.where(better, value, values[c])
-                arguments[c] = torch.where(better, argument + first + start, arguments[c])
+                values[c], argument = (unit @ vectors.T).max(1)
+                arguments[c] = first + argument
             first += len(vectors)
         return tuple(t.reshape(-1, n, h, w).transpose(0, 1) for t in (values, arguments))
 

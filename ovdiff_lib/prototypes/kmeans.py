@@ -46,8 +46,6 @@ def kmeans(x: torch.Tensor | np.ndarray, k: int, seed: int = 0,
     empty. Of ``restarts`` seedings (default: :data:`RESTARTS` on a sample, else 1) the one of least inertia is kept.
     """
     x = torch.as_tensor(x)
-    if k < 1 or x.ndim != 2 or len(x) == 0:
-        raise ValueError(f"kmeans needs k >= 1 and points (M, D) with M >= 1, not k={k} and shape {tuple(x.shape)}.")
     generator = torch.Generator("cpu").manual_seed(seed)
     # Distances are differences of squares, so the common mean is taken off first: without it they drown in rounding.
     mean = (sum(points.sum(0).double() for points in _blocks(x)) / len(x)).float()

@@ -60,10 +60,7 @@ def sample_support(pipe: StableDiffusionPipeline, category: Category, profile: P
             images.append((drawn * 255).round().astype(np.uint8))
             attribution.append(min_max(maps))
             bar.update(n)
-    made_with = ("negative_prompt", "steps", "guidance_scale", "image_size", "mid_block", "seed")
-    provenance = {"model": profile.models.diffusion, "prompt": prompt, "token_positions": positions,
-                  **{name: getattr(settings, name) for name in made_with}}
-    return SupportSet(category, np.concatenate(images), np.concatenate(attribution), seeds, provenance)
+    return SupportSet(category, np.concatenate(images), np.concatenate(attribution), seeds)
 
 
 def image_seed(seed: int, prompt: str, index: int) -> int:

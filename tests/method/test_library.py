@@ -31,7 +31,7 @@ IMAGES = "images_000.png"
 def support(seed=0, name="cat"):
     rng = np.random.default_rng(seed)
     return SupportSet(Category(name, "a furry cat", "stuff"), rng.integers(0, 256, (3, 8, 12, 3), dtype=np.uint8),
-                      rng.random((3, 4, 6), dtype=np.float32), np.array([7, 2**62, -5]), {"steps": 30, "scale": 0.1, "note": "ünïcode\n"})
+                      rng.random((3, 4, 6), dtype=np.float32), np.array([7, 2**62, -5]))
 
 
 def prototypes(seed=0):
@@ -92,9 +92,8 @@ def test_what_was_put_comes_back(library, kind, value):
 def test_class_names_never_reach_the_file_system(library, name):
     library.put("support", KEY, support(name=name))
     assert library.get("support", KEY).category.name == name
-    files = sorted(str(p.relative_to(library.root)) for p in library.root.rglob("*") if p.is_file())
-    assert files == [f"locks/{KEY}.lock", f"support/{KEY}/{ARRAYS}", f"support/{KEY}/{META}", f"support/{KEY}/{IMAGES}"]
-    assert all(p.is_relative_to(library.root) for p in library.root.parent.rglob("*") if p.is_file())
+    files = sorted(str(p.relative_to(library.root.parent)) for p in library.root.parent.rglob("*") if p.is_file())
+    assert files == [f"lib/locks/{KEY}.lock", *(f"lib/support/{KEY}/{file}" for file in (ARRAYS, META, IMAGES))]
 
 
 @pytest.mark.parametrize("key", ["", "../../../x", "ABCDEF01", "0123456", "0" * 65, "0123456789abcde\n", "01234567/9abcdef"])
@@ -397,11 +396,9 @@ def test_threads_exclude_each_other_and_locks_nest(library):
     assert most == [1] * 5
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("0"), FileNotFoundError("weights")])
-def test_an_error_while_building_is_the_builders_own_and_frees_the_lock(library, error):
-    with pytest.raises(type(error)) as caught, library.lock(KEY):
-        raise error
-    assert caught.value is error
+def test_an_error_while_building_is_the_builders_own_and_frees_the_lock(library):
+    with pytest.raises(FileNotFoundError, match="weights"), library.lock(KEY):
+        raise FileNotFoundError("weights")
     thread = threading.Thread(target=lambda: library.put("support", KEY, support()), daemon=True)
     thread.start()
     thread.join(30)

@@ -104,9 +104,12 @@ def test_a_key_changes_with_what_matters_and_with_nothing_else(profile, field, o
     assert {step for step in ALL if before[step] != after[step]} == expected
 
 
-def test_name_and_description_of_a_profile_do_not_matter(profile):
+def test_words_and_steps_matter_and_names_and_where_weights_lie_do_not(profile, tmp_path):
     assert set(MATTERS) <= set(field_names())
-    assert keys(dataclasses.replace(profile, name="mine", description="what I like")) == keys(profile)
+    assert len({for_words(made_from(profile, step), word)[0] for step in ALL for word in ("cat", "dog")}) == 2 * len(ALL)
+    moved = shutil.copytree(resolve_model(profile.models.dino), tmp_path / "elsewhere")
+    mine = dataclasses.replace(profile, name="mine", description="what I like").override({"models.dino": str(moved)})
+    assert keys(mine) == keys(profile)
 
 
 def test_a_key_is_the_hash_of_what_is_written_beside_the_entry(tiny_profile, tmp_path):

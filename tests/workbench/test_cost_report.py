@@ -33,7 +33,7 @@ def prototypes(vectors):
 
 @pytest.fixture
 def building():
-    support = SupportSet(Category("dog"), np.zeros((N, 16, 16, 3), np.uint8), np.zeros((N, GRID, GRID), np.float32), np.arange(N), {})
+    support = SupportSet(Category("dog"), np.zeros((N, 16, 16, 3), np.uint8), np.zeros((N, GRID, GRID), np.float32), np.arange(N))
     masks = ForegroundBackground(np.zeros((N, 16, 16), bool), np.zeros((N, 16, 16), bool), ("threshold",) * N)
     made = {name: step(1.0, 3.0, 2.0, result=prototypes(16)) for name in ("sd", "clip-keys", "dino")}
     return ClassTimes(step(20.0, result=support), step(0.5, 0.7, result=masks), {name: step(4.0) for name in made}, made,

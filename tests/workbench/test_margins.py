@@ -21,7 +21,7 @@ def segmented(seed, shape=SHAPE, kept=(0, 2)):
     target = np.where(rng.random(shape) < 0.3 + 4 * np.nan_to_num(ordered[-1] - ordered[-2], posinf=0.1), labels, (labels + 1) % 4)
     target[rng.random(shape) < 0.1] = 255
     result = Segmentation(np.zeros((*shape, 3), np.uint8), labels, scores[[0, *(k + 1 for k in kept)]], np.zeros((2, *shape), np.int32),
-                          Vocabulary.of("cat, dog, sofa"), kept, np.ones(3, np.float32))
+                          Vocabulary.of("cat, dog, sofa"), kept, np.ones(3, np.float32), None)
     return result, target
 
 

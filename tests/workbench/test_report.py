@@ -45,7 +45,7 @@ def segmentation(names: str = "cat, dog, sofa", kept=(0, 2), shape=(HEIGHT, WIDT
     scores[3][labels == 3] = 0.75
     image = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
     return Segmentation(image, labels, scores[[0, *(k + 1 for k in kept)]], np.zeros((2, *shape), np.int32), vocabulary, kept,
-                        np.array([0.6, 0.1, 0.3], np.float32))
+                        np.array([0.6, 0.1, 0.3], np.float32), None)
 
 
 # ---------------------------------------------------------------------- colours and pictures
