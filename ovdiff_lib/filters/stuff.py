@@ -12,6 +12,7 @@ from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.profiles.schema import Filters
 from ovdiff_lib.types import PrototypeBank, Prototypes
 
+
 @undisturbed()
 def filter_stuff(bank: PrototypeBank, settings: Filters) -> PrototypeBank:
     """The bank without misleading background prototypes; every extractor is judged in its own space. Foreground

@@ -25,6 +25,7 @@ from ovdiff_lib.networks.loading import resolve_device
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.types import PrototypeBank
 
+
 @dataclass(frozen=True)
 class _ClassRows:
     """The prototypes that a bank has in one extractor, class by class: first the background, that of all categories."""
