@@ -169,10 +169,9 @@ def test_settings_of_the_filter_tell_the_reason():
 
 def test_what_does_not_fit_is_one_sentence():
     result, _ = many()
-    for given, supports, words in ((result, [support("sofa")], "'cat'"), (result, [support("cat", 0), support("sofa")], "'cat'"),
-                                   (dataclasses.replace(result, bank=None), [support("cat")], "without its prototypes")):
-        with pytest.raises(InputError, match=words):
-            panel_of(given, *supports)
+    for supports in ([support("sofa")], [support("cat", 0), support("sofa")]):
+        with pytest.raises(InputError, match="'cat'"):
+            panel_of(result, *supports)
 
 
 def test_the_panel_shows_every_class_and_one_that_was_dropped():
