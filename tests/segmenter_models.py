@@ -24,7 +24,8 @@ def make_segmenter_models(folder: Path, seed: int = 0) -> Path:
 def segmenter_overrides(folder: Path, name: str) -> dict:
     """Overrides of the mini profile under which the segmenter ``name`` runs with the models in ``folder``, fast and with few filters."""
     fields = {
-        "maskcut": {"models.dino": "dino", "masks.maskcut_size": 64},
+        # Features of random weights: later cuts are a tie, which rounding decides.
+        "maskcut": {"models.dino": "dino", "masks.maskcut_size": 64, "masks.maskcut_rounds": 1},
         "detector": {"models.detector": "detector", "masks.detector_score": 0.0},
         "sam": {"models.sam": "sam", "masks.sam_points": 3, "masks.sam_iou": 0.0, "masks.sam_stability": 0.0},
         "grounded-sam": {"models.sam": "sam", "models.grounding": "grounding", "masks.grounding_box": 0.0, "masks.grounding_text": 0.0},

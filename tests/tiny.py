@@ -2,7 +2,7 @@
 
 ``make_tiny_models(folder)`` writes ``folder/stable-diffusion`` (a StableDiffusionPipeline: 64 px, 16 x 16 latents, three cross-attention
 down blocks, mid block, three cross-attention up blocks) and ``folder/clip`` (a CLIPModel: 64 px, patch 8) with one tokenizer, and
-``folder/dino`` and ``folder/mae`` (a ViTModel and a ViTMAEModel of CLIP's sizes).
+``folder/dino``, ``folder/mae`` and ``folder/open_clip`` (a ViTModel, a ViTMAEModel and a CLIP of open_clip, of the same sizes).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VIT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "int
 def tiny_overrides(models: Path) -> dict:
     """Overrides that turn the mini profile into one of the tiny models in ``models``."""
     return {"models.diffusion": str(models / "stable-diffusion"), "models.clip": str(models / "clip"), "models.dino": str(models / "dino"),
-            "models.mae": str(models / "mae"), "models.open_clip": str(models / "clip"), "features.dino_input_size": 64,
+            "models.mae": str(models / "mae"), "models.open_clip": str(models / "open_clip"), "features.dino_input_size": 64,
             "features.mae_input_size": 64, "features.vit_scale": 1.0, **SMALL}
 
 
@@ -38,6 +38,7 @@ def make_tiny_models(folder: Path, seed: int = 0) -> Path:
         make_pipeline(tokenizer).save_pretrained(folder / "stable-diffusion")
         make_dino().save_pretrained(folder / "dino")
         make_mae().save_pretrained(folder / "mae")
+        make_open_clip(folder / "open_clip")
     return folder
 
 
@@ -92,6 +93,19 @@ def make_mae():
     from transformers import ViTMAEConfig, ViTMAEModel
 
     return _sharpen(ViTMAEModel(ViTMAEConfig(**VIT, mask_ratio=0.75)))
+
+
+def make_open_clip(folder: Path, vision: dict | None = None) -> None:
+    """A folder of a random CLIP in open_clip's format, its image tower of MAE's sizes or as ``vision`` says."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    image = {"image_size": 64, "layers": 3, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
+    config = {"embed_dim": 16, "quick_gelu": True, "vision_cfg": vision or image, "text_cfg": text}
+    folder.mkdir(parents=True)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}), encoding="utf-8")
+    save_file(_sharpen(open_clip.CLIP(**config)).state_dict(), folder / "open_clip_model.safetensors")
 
 
 def _spread(model):

@@ -15,9 +15,8 @@ import torch
 
 from ovdiff_lib.features.clip import ClipExtractor
 from ovdiff_lib.features.diffusion import DiffusionExtractor
-from ovdiff_lib.features.dino import DinoExtractor
-from ovdiff_lib.features.mae import MaeExtractor
 from ovdiff_lib.features.open_clip import OpenClipExtractor
+from ovdiff_lib.features.self_supervised import DinoExtractor, MaeExtractor
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.registry import Part, check_choice
@@ -34,14 +33,14 @@ class Extractor(Protocol):
         ...
 
 
-OPEN_CLIP, CLIP_SETTINGS = ("open_clip", "open_clip_pretrained"), ("clip_", "vit_scale")
+CLIP_SETTINGS = ("clip_", "vit_scale")
 
 EXTRACTORS: dict[str, Part] = {
     "sd": Part(DiffusionExtractor.build, models=("diffusion",), settings=("sd_", "seed")),
     "clip-keys": Part(partial(ClipExtractor.build, kind="keys"), ("clip",), CLIP_SETTINGS),
     "clip-tokens": Part(partial(ClipExtractor.build, kind="tokens"), ("clip",), CLIP_SETTINGS),
-    "open-clip-keys": Part(partial(OpenClipExtractor.build, kind="keys"), OPEN_CLIP, CLIP_SETTINGS),
-    "open-clip-tokens": Part(partial(OpenClipExtractor.build, kind="tokens"), OPEN_CLIP, CLIP_SETTINGS),
+    "open-clip-keys": Part(partial(OpenClipExtractor.build, kind="keys"), ("open_clip",), CLIP_SETTINGS),
+    "open-clip-tokens": Part(partial(OpenClipExtractor.build, kind="tokens"), ("open_clip",), CLIP_SETTINGS),
     "dino": Part(DinoExtractor.build, models=("dino",), settings=("dino_", "vit_scale")),
     "mae": Part(MaeExtractor.build, models=("mae",), settings=("mae_", "vit_scale")),
 }

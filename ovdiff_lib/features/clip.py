@@ -8,7 +8,7 @@ from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.features.vit import ViTExtractor
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.networks.loading import load_clip
-from ovdiff_lib.profiles.schema import Features, Profile
+from ovdiff_lib.profiles.schema import Features
 
 NORMALISATIONS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}
 
@@ -20,7 +20,7 @@ class ClipExtractor(ViTExtractor):
     The short side is ``features.clip_input_size``, the pixel statistics those of ``features.clip_normalisation``.
     """
 
-    title = "CLIP"
+    title, load = "CLIP", staticmethod(lambda profile: load_clip(profile)[0])
 
     def __init__(self, model: torch.nn.Module, settings: Features, kind: str) -> None:
         """Raises ``ProfileError`` for a layer the model does not have."""
@@ -30,11 +30,6 @@ class ClipExtractor(ViTExtractor):
         # The key projection reads the layer-normed stream (pre-norm), so its output needs no further care.
         self.source = {"keys": layer.self_attn.k_proj, "tokens": layer}[kind]
         self.mean, self.std = NORMALISATIONS[settings.clip_normalisation]
-
-    @classmethod
-    def build(cls, profile: Profile, kind: str) -> ClipExtractor:
-        """The extractor of a profile. Raises ``ModelNotAvailable`` and ``ProfileError``."""
-        return cls(load_clip(profile)[0], profile.features, kind)
 
     def run(self, pixels: torch.Tensor) -> None:
         self.model.vision_model(pixel_values=pixels, interpolate_pos_encoding=True)

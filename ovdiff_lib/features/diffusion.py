@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -77,7 +76,8 @@ class DiffusionExtractor:
 
     def _extract(self, images: Sequence[np.ndarray], seeds: np.ndarray) -> torch.Tensor:
         vae, settings = self.pipe.vae, self.settings
-        posterior = vae.encode(self._squares(images).to(vae.dtype)).latent_dist
+        squares = torch.cat([self._square(image) for image in images])
+        posterior = vae.encode(squares.to(vae.dtype)).latent_dist
         drawn = self._draw(seeds, posterior.mean.shape[1:])
         latents = posterior.mean.float()
         if settings.sd_latent == "sample":
@@ -89,17 +89,15 @@ class DiffusionExtractor:
             total = queries if total is None else total.add_(queries)
         return total.div_(settings.sd_noise_samples)
 
-    def _squares(self, images: Sequence[np.ndarray]) -> torch.Tensor:
-        """f32 (n, 3, S, S) in [-1, 1]; neighbours of one size are resized together."""
-        side, squares = self.settings.sd_input_size, []
-        for shape, alike in itertools.groupby(images, lambda image: image.shape):
-            # Contiguous: the order of an array in memory would show in the last bits of the features.
-            array = np.ascontiguousarray(np.stack(list(alike)))
-            pixels = torch.from_numpy(array).permute(0, 3, 1, 2).to(self.device, torch.float32) / 127.5 - 1
-            if shape[:2] != (side, side):
-                pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True, align_corners=False)
-            squares.append(pixels)
-        return torch.cat(squares)
+    def _square(self, image: np.ndarray) -> torch.Tensor:
+        """f32 (1, 3, S, S) in [-1, 1] of an image u8 (H, W, 3)."""
+        side = self.settings.sd_input_size
+        # Contiguous: the order of an array in memory would show in the last bits of the features.
+        pixels = torch.from_numpy(np.ascontiguousarray(image)[None]).permute(0, 3, 1, 2).to(self.device, torch.float32)
+        pixels = pixels / 127.5 - 1
+        if image.shape[:2] == (side, side):
+            return pixels
+        return F.interpolate(pixels, (side, side), mode="bilinear", antialias=True, align_corners=False)
 
     def _draw(self, seeds: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
         """From each image's own generator: noises at tau, last that of the VAE posterior (samples + 1, n, c, h, w)."""

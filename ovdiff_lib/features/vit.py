@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.networks.instruments import all_finite, batches, captured, undisturbed
-from ovdiff_lib.profiles.schema import Features
+from ovdiff_lib.profiles.schema import Features, Profile
 
 MOST_PATCHES = 16_384
 """Attention goes by the square of their number: 128 x 128 of them is the most that an image may make."""
@@ -28,12 +29,18 @@ class ViTExtractor(ABC):
     """
 
     title: str  # what error messages call the model
+    load: Callable[[Profile], Any]  # the model of a profile
     source: torch.nn.Module  # the module whose output is read
     mean, std = IMAGENET_MEAN, IMAGENET_STD
 
     def __init__(self, name: str, model: Any, settings: Features, short: int, patch: int, channels: int) -> None:
         self.name, self.model, self.settings = name, model, settings
         self.short, self.patch, self.channels = short, patch, channels
+
+    @classmethod
+    def build(cls, profile: Profile, **kind: str) -> ViTExtractor:
+        """The extractor of a profile. Raises ``ModelNotAvailable`` and ``ProfileError``."""
+        return cls(cls.load(profile), profile.features, **kind)
 
     @undisturbed()
     def __call__(self, images: np.ndarray, seeds: np.ndarray) -> torch.Tensor:

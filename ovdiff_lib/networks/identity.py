@@ -9,13 +9,11 @@ from pathlib import Path
 import huggingface_hub
 
 from ovdiff_lib.errors import ModelNotAvailable
-from ovdiff_lib.networks.published import fetch, how_to_get
 
 PACKAGE = "package:"
 SHIPPED = Path(__file__).parent.parent / "mini" / "weights"
 WEIGHT_FILES = (".pth", ".pt", ".pkl", ".bin", ".safetensors")
 IDENTITY_SUFFIXES = (".json", ".txt", ".safetensors", ".bin")
-OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # where a tag names no file
 
 
 def resolve_model(identifier: str) -> Path | str:
@@ -45,7 +43,7 @@ def model_identity(identifier: str) -> str:
     source = resolve_model(identifier)
     if isinstance(source, Path):
         return f"sha256:{_hash(source)[:16]}"
-    for name in ("model_index.json", "config.json"):
+    for name in ("model_index.json", "config.json", "open_clip_config.json"):
         try:
             cached = huggingface_hub.try_to_load_from_cache(source, name)
         except ValueError as error:
@@ -70,18 +68,3 @@ def _hash(source: Path) -> str:
 def _file_hash(path: Path, _changed: int, _size: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def open_clip_weights(architecture: str, weights: str) -> tuple[Path | None, str, str]:
-    """open_clip's weights of a tag, or of a file that ``weights`` names: their file (None if it is not here), their hub
-    repository or path, and the command that fetches them ("" if none is known)."""
-    from open_clip.pretrained import get_pretrained_cfg
-
-    trained = get_pretrained_cfg(architecture, weights) if weights else {}
-    repository, _, name = trained.get("hf_hub", "").rpartition("/")
-    if repository:
-        names = (Path(name).with_suffix(".safetensors").name, name) if name else OPEN_CLIP_FILES
-        cached = [huggingface_hub.try_to_load_from_cache(repository, name) for name in names]
-        return next((Path(path) for path in cached if isinstance(path, str)), None), repository, how_to_get(repository)
-    path = Path("~/.cache/clip" if trained else weights, trained.get("url", "").rpartition("/")[2]).expanduser()
-    return path if path.is_file() else None, str(path), fetch(trained["url"], path) if trained else ""

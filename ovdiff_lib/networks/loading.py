@@ -8,7 +8,6 @@ else.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -16,13 +15,12 @@ import pickle
 import textwrap
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
 
     from ovdiff_lib.profiles.schema import Profile
 
-LIBRARIES = {"diffusers": "diffusers", "transformers": "transformers", "open_clip": "open_clip_torch",
+LIBRARIES = {"diffusers": "diffusers", "transformers": "transformers", "open_clip": "open-clip-torch",
              "torchvision": "torchvision", "timm": "timm"}
 """Module -> distribution of the libraries whose networks are read at layers whose names they do not promise to keep."""
 
@@ -58,8 +56,8 @@ def load_diffusion(profile: Profile) -> StableDiffusionPipeline:
         networks, kinds = {}, {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
         # One by one rather than by the pipeline, which does not report weights that are missing and left random.
         for part, kind in kinds.items():
-            loaded = kind.from_pretrained(source, subfolder=part, output_loading_info=True, **options)
-            networks[part] = complete(part, loaded)
+            network, info = kind.from_pretrained(source, subfolder=part, output_loading_info=True, **options)
+            networks[part] = complete(network, info["missing_keys"])
         pipe = StableDiffusionPipeline.from_pretrained(source, safety_checker=None, requires_safety_checker=False,
                                                        **networks, **options)
         # The spacing is named: a folder that diffusers saved again keeps its PNDM scheduler's "leading".
@@ -73,43 +71,49 @@ def load_diffusion(profile: Profile) -> StableDiffusionPipeline:
 
 def load_clip(profile: Profile) -> tuple[CLIPModel, CLIPTokenizer]:
     """CLIP and its tokenizer of ``models.clip``."""
-    def build(source, device, dtype, options):
-        from transformers import CLIPModel, CLIPTokenizer
-
-        loaded = CLIPModel.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
-        return complete("CLIP", loaded).to(device), CLIPTokenizer.from_pretrained(source, **options)
-
-    return load_network(profile, "clip", build)
+    return load_transformers(profile, "clip", "CLIPModel", "CLIPTokenizer")
 
 
 def load_dino(profile: Profile) -> ViTModel:
     """The ViT of ``models.dino``, which an extractor and MaskCut share."""
+    return load_transformers(profile, "dino", "ViTModel", add_pooling_layer=False)
+
+
+def load_mae(profile: Profile) -> ViTMAEModel:
+    """The encoder of ``models.mae``, which hides no patch."""
+    return load_transformers(profile, "mae", "ViTMAEModel", mask_ratio=0.0)
+
+
+def load_transformers(profile: Profile, name: str, network: str, reader: str = "", **fields: Any) -> Any:
+    """The class ``network`` of transformers with the weights of ``models.<name>``; if the class of its tokenizer or
+    processor is named, too, both."""
     def build(source, device, dtype, options):
-        from transformers import ViTModel
+        import transformers
 
-        options = options | {"dtype": dtype, "add_pooling_layer": False, "output_loading_info": True}
-        return complete("DINO", ViTModel.from_pretrained(source, **options)).to(device)
+        given = {"dtype": dtype, "output_loading_info": True, **options, **fields}
+        model, info = getattr(transformers, network).from_pretrained(source, **given)
+        model = complete(model, info["missing_keys"]).to(device)
+        return (model, getattr(transformers, reader).from_pretrained(source, **options)) if reader else model
 
-    return load_network(profile, "dino", build)
+    return load_network(profile, name, build)
 
 
 @undisturbed()
-def load_network(profile: Profile, name: str, build: Callable[[Path | str, torch.device, torch.dtype, dict], Any], *,
-                 source: str = "", variant: str = "") -> Any:
+def load_network(profile: Profile, name: str,
+                 build: Callable[[Path | str, torch.device, torch.dtype, dict], Any]) -> Any:
     """What ``build(source, device, dtype, options)`` makes of ``profile.models.<name>``: the same object for the same
     weights, device and dtype, in eval mode, on the device.
 
-    ``build`` gets a folder, a file or a hub id, and keyword arguments for ``from_pretrained``. Give ``source`` where
-    the weights are not under the field's own identifier, and ``variant`` where the same weights make different
-    networks. Raises ``ProfileError`` if the field is empty and ``ModelNotAvailable`` for whatever the libraries raise,
-    and for a model of another architecture than the field's.
+    ``build`` gets a folder, a file or a hub id, and keyword arguments for ``from_pretrained``. Raises ``ProfileError``
+    if the field is empty and ``ModelNotAvailable`` for whatever the libraries raise, and for a model of another
+    architecture than the field's.
     """
-    identifier = source or getattr(profile.models, name)
+    identifier = getattr(profile.models, name)
     if not identifier:
         raise ProfileError(f"models.{name} is not set in the profile {profile.name!r}; set it to a folder or a hub id "
                            "of that model.")
     found, device, dtype = resolve_model(identifier), resolve_device(profile), getattr(torch, profile.models.dtype)
-    key = (name, variant, str(found), str(device), dtype)
+    key = (name, str(found), str(device), dtype)
     if key not in _loaded:
         check_libraries()
         download = profile.models.download
@@ -121,27 +125,26 @@ def load_network(profile: Profile, name: str, build: Callable[[Path | str, torch
     return _loaded[key]
 
 
-def last_attention(model: ViTModel | ViTMAEModel) -> torch.nn.Module:
-    """Attention of the last layer of a ViT of transformers, which reads the layer-normed stream (pre-norm).
-
-    The library does not promise the names that it is read by: ``ModelNotAvailable`` where it has others.
-    """
+def last_projection(model: ViTModel | ViTMAEModel, name: str) -> torch.nn.Module:
+    """``q_proj``, ``k_proj`` or ``v_proj`` of the last layer of a ViT of transformers, which reads the layer-normed
+    stream (pre-norm). The library does not promise its names: ``ModelNotAvailable`` where it has others."""
     try:
-        attention = model.layers[-1].attention
-        for name in ("q_proj", "k_proj", "v_proj"):
-            attention.get_submodule(name)
+        return model.layers[-1].attention.get_submodule(name)
     except AttributeError as error:
         raise ModelNotAvailable(f"The layers of {type(model).__name__} have other names than this package knows "
                                 f"({error}: {_place(error)}); install another version of it.") from error
-    return attention
 
 
 def check_libraries() -> None:
     """``ModelNotAvailable`` if one of :data:`LIBRARIES` is outside the range that pyproject.toml declares: another
     version fails later, somewhere inside a network, or gives other features."""
-    for name in LIBRARIES.values():
-        installed, supported = _versions(name)
-        if installed and not SpecifierSet(supported).contains(installed, prereleases=True):
+    try:
+        required = [Requirement(line) for line in importlib.metadata.requires("ovdiff-lib") or []]
+    except importlib.metadata.PackageNotFoundError:  # run from its sources, without an installation
+        return
+    for name, supported in ((canonicalize_name(one.name), one.specifier) for one in required):
+        installed = _version(name) if name in LIBRARIES.values() else ""
+        if installed and not supported.contains(installed, prereleases=True):
             raise ModelNotAvailable(f"{name} {installed} is installed, and ovdiff_lib works with {name}{supported}; "
                                     f"get such a version with `pip install \"{name}{supported}\"`.")
 
@@ -173,8 +176,10 @@ def wrong_type(folder: Path, wanted: str) -> str:
 
 def _check_type(name: str, source: Path | str, download: bool) -> None:
     """``ValueError`` if ``source`` holds another architecture than ``models.<name>`` is for; the hub may be asked."""
-    if name not in MODEL_TYPES or (isinstance(source, Path) and source.is_file()):
+    if name not in MODEL_TYPES:
         return
+    if isinstance(source, Path) and source.is_file():
+        raise ValueError("it is a file in a format of its own, and folders as transformers writes them are read alone")
     if not isinstance(source, Path):
         from transformers.utils import cached_file
 
@@ -183,14 +188,14 @@ def _check_type(name: str, source: Path | str, download: bool) -> None:
         raise ValueError(wrong)
 
 
-def complete(name: str, loaded: tuple[torch.nn.Module, dict]) -> torch.nn.Module:
-    """The loaded network in eval mode; ``ValueError`` if weights of it were missing in the file or are not finite."""
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"the {name} weights lack {len(missing)} tensors, {missing[0]} first")
+def complete(model: torch.nn.Module, missing: Iterable[str] = ()) -> torch.nn.Module:
+    """The loaded network in eval mode; ``ValueError`` if weights of it were ``missing`` in the file or are not
+    finite."""
+    if missing := sorted(missing):
+        raise ValueError(f"the weights of {type(model).__name__} lack {len(missing)} tensors, {missing[0]} first")
     for key, value in model.named_parameters():
         if not torch.isfinite(value).all():
-            raise ValueError(f"the {name} weights hold values that are not finite, in {key} first")
+            raise ValueError(f"the weights of {type(model).__name__} hold values that are not finite, in {key} first")
     return model.eval().requires_grad_(False)
 
 
@@ -202,7 +207,8 @@ def _loading(identifier: str, source: Path | str, download: bool) -> Iterator[No
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError, *MISFITS) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        said = str(error).strip().replace(":\n\t", ": ")  # as torch says which weights do not fit
+        first_line = (said.splitlines() or [type(error).__name__])[0]
         if isinstance(error, pickle.UnpicklingError):  # of which torch says at length how to have it run
             first_line = "its weights are a pickle that is damaged or holds more than tensors, and it was not run"
         reason = textwrap.shorten(first_line, 160, placeholder=" ...").rstrip(".: ")
@@ -230,21 +236,16 @@ def _place(error: BaseException) -> str:
     owners = [getattr(error, "name", ""), getattr(lacking, "__module__", ""), getattr(lacking, "__name__", "")]
     for owner in (*owners, *(module for module, _ in reversed(frames))):
         if distribution := LIBRARIES.get(str(owner).split(".")[0]):
-            return f"{text}, with {distribution} {_versions(distribution)[0] or 'not installed'}"
+            return f"{text}, with {distribution} {_version(distribution) or 'not installed'}"
     return text
 
 
-@functools.cache
-def _versions(distribution: str) -> tuple[str, str]:
-    """The installed version ("" if there is none), and the range that this package's metadata name ("" if none)."""
-    installed, supported = "", ""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        installed = importlib.metadata.version(distribution)
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from its sources, without an installation
-        for required in map(Requirement, importlib.metadata.requires("ovdiff-lib") or []):
-            if canonicalize_name(required.name) == canonicalize_name(distribution):
-                supported = str(required.specifier)
-    return installed, supported
+def _version(distribution: str) -> str:
+    """The installed version, "" if there is none."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 @contextlib.contextmanager

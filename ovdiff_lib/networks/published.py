@@ -12,10 +12,7 @@ HUB_SKIP = '--exclude "*.h5" --exclude "*.msgpack"'  # the same weights for othe
 SD_FILES = ("model_index.json", "scheduler/*", "tokenizer/*", "feature_extractor/*", "unet/config.json",
             "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
             "text_encoder/config.json", "text_encoder/model.safetensors")
-MAE_LICENCE = "CC BY-NC 4.0: not for commercial use"
-MAE_FILES = [f"{vit}_{epochs}ep_img448_crop0.2-1.0_maskds2.pth"
-             for vit in ("vitb_dec384d12h8b", "vitl_dec512d16h8b") for epochs in (800, 1600)]
-MAE_URL = "https://dl.fbaipublicfiles.com/long_seq_mae/pretrained_models/in1k/"
+MAE_LICENCE = "its card: Apache-2.0; its authors: CC BY-NC 4.0, not for commercial use"
 CUTLER_URL = "http://dl.fbaipublicfiles.com/cutler/checkpoints/cutler_cascade_final.pth"
 
 
@@ -38,15 +35,13 @@ PUBLISHED: dict[str, Published] = {
         options=" ".join(f'--include "{name}"' for name in SD_FILES)),
     "openai/clip-vit-base-patch16": Published("MIT", 599 * MB, channels=(768,)),
     "facebook/dino-vitb8": Published("Apache-2.0", 343 * MB, channels=(768,)),
-    "facebook/vit-mae-large": Published(f"its card: Apache-2.0; its authors: {MAE_LICENCE}", 1318 * MB,
-                                        channels=(1024,)),
+    "facebook/vit-mae-large": Published(MAE_LICENCE, 1318 * MB, channels=(1024,)),
+    "facebook/vit-mae-base": Published(MAE_LICENCE, 448 * MB, channels=(768,)),
     "facebook/sam-vit-huge": Published("Apache-2.0", 2564 * MB),
     "IDEA-Research/grounding-dino-tiny": Published("Apache-2.0", 689 * MB),
     "nvidia/groupvit-gcc-yfcc": Published("NVIDIA Source Code License: research, not for commercial use", 223 * MB),
     "timm/vit_base_patch16_clip_224.openai": Published("MIT", 599 * MB, options="", channels=(768,)),
     "cutler_cascade_final.pth": Published("CC BY-NC-SA 4.0: not for commercial use", 288 * MB, CUTLER_URL),
-    **{name: Published(MAE_LICENCE, url=MAE_URL + name, channels=(768 if name.startswith("vitb") else 1024,))
-       for name in MAE_FILES},
 }
 """By hub id, or by file name for what is no hub model."""
 
@@ -57,15 +52,10 @@ def how_to_get(identifier: str) -> str:
         return "make mini-world"
     known = published(identifier)
     if known is not None and known.url:
-        return fetch(known.url, Path(identifier).expanduser())
+        return f"curl -L --create-dirs -o {shlex.quote(str(Path(identifier).expanduser()))} {known.url}"
     if Path(identifier).is_absolute() or identifier[:1] in (".", "~") or identifier.count("/") > 1:
         return ""
     return f"hf download {identifier} {(known.options if known else HUB_SKIP)}".rstrip()
-
-
-def fetch(url: str, path: Path) -> str:
-    """The shell command that brings ``url`` to ``path``."""
-    return f"curl -L --create-dirs -o {shlex.quote(str(path))} {url}"
 
 
 def _weights(stem: str, pickled: str) -> tuple[str, ...]:
@@ -82,14 +72,15 @@ FILES: dict[str, tuple[tuple[str, ...], ...]] = {
         *((f"{part}/config.json",) for part in ("unet", "vae", "text_encoder")),
         *(tuple(f"{part}/{name}" for name in _DIFFUSER) for part in ("unet", "vae")),
         tuple(f"text_encoder/{name}" for name in _TRANSFORMER[1])),
-    **dict.fromkeys(("dino", "mae", "open_clip", "detector"), _TRANSFORMER),
+    **dict.fromkeys(("dino", "mae", "detector"), _TRANSFORMER),
     **dict.fromkeys(("clip", "groupvit"), (*_TRANSFORMER, _TOKENIZER)),
+    "open_clip": (("open_clip_config.json",), ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")),
     "sam": (*_TRANSFORMER, ("preprocessor_config.json",)),
     "grounding": (*_TRANSFORMER, ("preprocessor_config.json",), _TOKENIZER),
 }
 """Field of ``profile.models`` -> what a folder must hold: of each tuple one file."""
 
-MODEL_TYPES = {"clip": "clip", "dino": "vit", "mae": "vit_mae", "open_clip": "clip", "sam": "sam",
+MODEL_TYPES = {"clip": "clip", "dino": "vit", "mae": "vit_mae", "sam": "sam",
                "grounding": "grounding-dino", "groupvit": "groupvit"}
 """Field of ``profile.models`` -> ``model_type`` in that folder's config.json. Weights of another architecture often
 load, in part or in whole, and give features of something else."""

@@ -9,8 +9,6 @@ the words, ``Field`` the range, a validator what the fields of a section need of
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError, model_validator
@@ -18,37 +16,8 @@ from pydantic.dataclasses import dataclass
 
 from ovdiff_lib.errors import ProfileError, legal
 
-
-@contextmanager
-def _in_one_sentence(origin: str) -> Iterator[None]:
-    """The first of pydantic's errors as a ``ProfileError`` that names ``origin``, the field and what it may hold."""
-    try:
-        yield
-    except ValidationError as caught:
-        raise ProfileError(f"In the {origin}, {_sentence(caught.errors()[0])}") from None
-
-
-def _sentence(wrong: dict[str, Any]) -> str:
-    name, said = ".".join(map(str, wrong["loc"])), wrong["msg"].removeprefix("Value error, ")
-    if wrong["type"] in ("unexpected_keyword_argument", "invalid_key"):
-        return f"there is no field {name!r}; {legal(name, _beside(name))}"
-    if wrong["type"] == "missing":
-        return f"the field {name} is missing; add it."
-    _, should, what = said.replace("\\", "").partition(" should ")
-    return f"{name or 'the whole'} is {wrong['input']!r}; it should {what}." if should else said
-
-
-def section(kind: type) -> type:
-    """A frozen dataclass of values that were judged; making one raises ``ProfileError``."""
-    kind = dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))(kind)
-    judge = kind.__init__
-
-    def __init__(self, *values: Any, **fields: Any) -> None:
-        with _in_one_sentence(f"values of {kind.__name__}"):
-            judge(self, *values, **fields)
-
-    kind.__init__ = __init__
-    return kind
+section = dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+"""Makes a class a frozen dataclass whose values are judged when one is made."""
 
 
 def _each_once(names: list) -> list:
@@ -83,12 +52,10 @@ class Models:
     diffusion: str  # StableDiffusionPipeline
     clip: str  # CLIPModel with its tokenizer
     dino: str = ""  # ViTModel trained with DINO; "" here and below: not set, so that what needs it says so
-    mae: str = ""  # ViTMAEModel, or a .pth file of long_seq_mae
-    open_clip: str = ""  # name of an open_clip architecture, or a folder of transformers' CLIPModel, which is converted
-    open_clip_pretrained: str = ""  # open_clip's tag or a weights file; not used with a folder
+    mae: str = ""  # ViTMAEModel
+    open_clip: str = ""  # CLIP in the format of the open_clip library, its image tower a plain ViT
     detector: str = ""  # folder of a class-agnostic torchvision Mask R-CNN
     cutler: str = ""  # checkpoint file of CutLER's Cascade Mask R-CNN, for detectron2
-    cutler_sha256: str = ""  # its checksum; a pickled checkpoint is opened only if it matches
     sam: str = ""  # SamModel with its processor
     grounding: str = ""  # GroundingDinoForObjectDetection with its processor
     groupvit: str = ""  # GroupViTModel with its tokenizer (baseline of Table 1)
@@ -130,7 +97,7 @@ class Masks:
     maskcut_tau: Annotated[Number, Field(gt=-1, lt=1)] = 0.15  # cosine from which two patches are joined
     maskcut_size: Count = 480  # side of the square the image is resized to
     maskcut_facet: Literal["keys", "queries", "values"] = "keys"  # of DINO's last layer
-    maskcut_refine: Literal["walker", "crf", "none"] = "walker"  # from patches to pixels; crf needs pydensecrf2
+    maskcut_refine: Literal["walker", "none"] = "walker"  # from patches to pixels
     detector_score: Share = 0.5  # Mask R-CNN of torchvision: lowest score of a proposal
     cutler_score: Share = 0.35  # CutLER: lowest score of a proposal
     sam_points: Count = 32  # SAM: points along a side of the prompt grid
@@ -287,10 +254,9 @@ class Profile:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def digest(self, *sections: str) -> str:
-        """Hash (16 hex digits) of the named sections, or of all that change a segmentation."""
-        table = self.to_dict()
-        chosen = {key: table[key] for key in (sections or [k for k in table if k not in UNUSED_BY_THE_METHOD])}
+    def digest(self) -> str:
+        """Hash (16 hex digits) of all that changes a segmentation."""
+        chosen = {key: value for key, value in self.to_dict().items() if key not in UNUSED_BY_THE_METHOD}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -308,6 +274,19 @@ def _beside(field: str) -> list[str]:
 
 
 def from_dict(table: Any, origin: str) -> Profile:
-    """A validated profile from nested dictionaries; ``origin`` is named in errors."""
-    with _in_one_sentence(origin):
+    """A validated profile from nested dictionaries. ``ProfileError`` names ``origin``, the first field that is wrong
+    and what it may hold."""
+    try:
         return TypeAdapter(Profile).validate_python(table)
+    except ValidationError as caught:
+        raise ProfileError(f"In the {origin}, {_sentence(caught.errors()[0])}") from None
+
+
+def _sentence(wrong: dict[str, Any]) -> str:
+    name, said = ".".join(map(str, wrong["loc"])), wrong["msg"].removeprefix("Value error, ")
+    if wrong["type"] in ("unexpected_keyword_argument", "invalid_key"):
+        return f"there is no field {name!r}; {legal(name, _beside(name))}"
+    if wrong["type"] == "missing":
+        return f"the field {name} is missing; add it."
+    _, should, what = said.replace("\\", "").partition(" should ")
+    return f"{name or 'the whole'} is {wrong['input']!r}; it should {what}." if should else said

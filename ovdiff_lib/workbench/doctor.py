@@ -6,7 +6,6 @@ Nothing is loaded or downloaded. Costs are the paper's (Sec. 4.2, App. C.5) and 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -27,7 +26,7 @@ from ovdiff_lib.files import size_text
 from ovdiff_lib.keys import check_profile
 from ovdiff_lib.library.store import Library
 from ovdiff_lib.masks import SEGMENTERS, check_segmenter
-from ovdiff_lib.networks.identity import PACKAGE, open_clip_weights, resolve_model
+from ovdiff_lib.networks.identity import PACKAGE, resolve_model
 from ovdiff_lib.networks.loading import check_libraries, resolve_device, wrong_type
 from ovdiff_lib.networks.published import FILES, MODEL_TYPES, how_to_get, lacking, published
 from ovdiff_lib.profiles.schema import Profile
@@ -37,17 +36,10 @@ from ovdiff_lib.workbench.data.datasets import DATASETS, load_dataset
 
 HERE = ("package", "folder", "file", "hub cache")
 
-BESIDES = {"open_clip_pretrained": "open_clip", "cutler_sha256": "cutler"}
-"""Fields of ``profile.models`` that belong to the model of another."""
-
-STATES = {"wrong model": "is a wrong model", "wrong checksum": "has a wrong checksum"}
-"""How a sentence says a state that is no adjective."""
-
 LIBRARIES = (
     ("detectron2", "detectron2", "segmenter cutler",
      "conda install -c conda-forge detectron2 (environment.yml has it; the Python package index does not)"),
     ("open_clip", "open_clip_torch", "extractors open-clip-*", "pip install open_clip_torch"),
-    ("pydensecrf", "pydensecrf2", "masks.maskcut_refine crf", "pip install pydensecrf2"),
     ("accelerate", "accelerate", "less memory while weights load", "pip install accelerate"),
     ("ray", "ray", "more than one machine or GPU", 'pip install "ray[data]"'),
 )
@@ -56,11 +48,11 @@ LIBRARIES = (
 
 @dataclass(frozen=True)
 class Model:
-    """One model of the profile. ``state``: package, folder, file, hub cache; or missing, incomplete, unreadable, wrong
-    model (of another architecture), wrong checksum, not verified (a checkpoint without a checksum in the profile).
+    """One model of the profile. ``state``: package, folder, file, hub cache; or missing, incomplete, wrong model (of
+    another architecture).
 
     ``size`` in bytes on disk, or of the download (None if not known); ``get`` a command, "" if it is here or none is
-    known; ``remedy`` what else helps.
+    known.
     """
 
     field: str
@@ -72,7 +64,6 @@ class Model:
     used_by: tuple[str, ...]
     get: str
     detail: str = ""
-    remedy: str = ""
 
     @property
     def here(self) -> bool:
@@ -87,7 +78,7 @@ class Model:
         detail = f" ({self.detail})" if self.detail else ""
         remedy = f"get it with: {self.get}" if self.get else f"set models.{self.field} to a model that is here"
         return (f"The model {self.identifier or self.field!r} is needed by {', '.join(self.used_by)} and "
-                f"{STATES.get(self.state, self.state)}{detail}; {self.remedy or remedy}")
+                f"{'is a ' * (self.state == 'wrong model')}{self.state}{detail}; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -153,7 +144,7 @@ def inspect(profile: Profile, data: list[str] | None = None, library: Path | Non
     Raises ``ProfileError`` for a part that does not exist; whatever is merely absent is in the report.
     """
     used = uses(profile)
-    models, libraries = models_of(profile, used), _libraries(profile, used)
+    models, libraries = models_of(profile, used), _libraries(used)
     sets = tuple(row for root in data or [] for row in _data_set(root))
     problems = [*_said(check_libraries), *(m.problem() for m in models if m.needed and not m.here),
                 *(f"The library {lib['name']} is needed by {lib['needed_by']} and not installed: {lib['get']}"
@@ -190,7 +181,7 @@ def uses(profile: Profile) -> dict[str, list[str]]:
         parts["category filter"] = ["clip"]
     table: dict[str, list[str]] = {}
     for part, names in parts.items():
-        for name in dict.fromkeys(BESIDES.get(n, n) for n in names):
+        for name in names:
             table.setdefault(name, []).append(part)
     return table
 
@@ -201,10 +192,8 @@ def models_of(profile: Profile, used: dict[str, list[str]]) -> tuple[Model, ...]
     """Every model that the profile names or a part needs; ``used`` says by field which parts load it."""
     found = []
     for name, value in profile.to_dict()["models"].items():
-        if name not in NOT_MODELS and name not in BESIDES and (value or name in used):
-            folder = not value or value.startswith(PACKAGE) or Path(value).expanduser().is_dir()
-            look = _open_clip if name == "open_clip" and not folder else _model
-            found.append(look(profile, name, tuple(used.get(name, ()))))
+        if name not in NOT_MODELS and (value or name in used):
+            found.append(_model(profile, name, tuple(used.get(name, ()))))
     return tuple(found)
 
 
@@ -217,29 +206,15 @@ def hub_cache() -> Path:
 
 def _model(profile: Profile, name: str, used_by: tuple[str, ...]) -> Model:
     identifier = getattr(profile.models, name)
-    remedy, (get, size, licence) = "", _published(identifier)
+    get, size, licence = _published(identifier)
     state, where, detail = _locate(identifier, FILES.get(name, ()), MODEL_TYPES.get(name, ""))
     file = Path(where).is_file()
-    if state in HERE and file != (name == "cutler") and not (name == "mae" and file):
+    if state in HERE and file != (name == "cutler"):
         state, detail = "incomplete", "a folder of the model is wanted" if file else "a checkpoint file is wanted"
-    if state == "file" and name == "cutler":
-        state, detail, remedy = _checksum(Path(where), profile.models.cutler_sha256)
-    if state in (*HERE, "wrong model", "not verified"):
+    if state in (*HERE, "wrong model"):
         get, size = "", _size(Path(where))
     licence = "Apache-2.0, as this project" if state == "package" else licence
-    return Model(name, identifier, state, where, size, licence, used_by, get, detail, remedy)
-
-
-def _open_clip(profile: Profile, name: str, used_by: tuple[str, ...]) -> Model:
-    """An architecture of open_clip, whose weights are a file, or a tag that open_clip knows."""
-    architecture, weights = profile.models.open_clip, profile.models.open_clip_pretrained
-    file, source, get = open_clip_weights(architecture, weights)
-    shown, (_, size, licence) = f"{architecture} / {weights}", _published(source)
-    if file is not None:
-        state = "file" if str(file) == source else "hub cache"
-        return Model(name, shown, state, str(file), _size(file), licence, used_by, "")
-    detail = "" if get else "neither a file nor a tag that open_clip has for this architecture"
-    return Model(name, shown, "missing", "", size, licence, used_by, get, detail)
+    return Model(name, identifier, state, where, size, licence, used_by, get, detail)
 
 
 def _published(source: str) -> tuple[str, int | None, str]:
@@ -282,21 +257,6 @@ def _snapshot(hub_id: str) -> Path | None:
     return snapshot if revision and snapshot.is_dir() else None
 
 
-def _checksum(path: Path, wanted: str) -> tuple[str, str, str]:
-    """(state, detail, remedy) of a checkpoint by the profile's SHA-256."""
-    try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        return "unreadable", f"it cannot be read ({error.strerror})", ""
-    if not wanted:
-        return "not verified", f"models.cutler_sha256 is not set; the file's SHA-256 is {found}", (
-            f"if that is the file you trust, add --set models.cutler_sha256={found} or write it into the profile")
-    same = found == wanted.strip().lower()
-    return ("file", "", "") if same else (
-        "wrong checksum", f"its SHA-256 is {found}, models.cutler_sha256 says {wanted}", "")
-
-
 def _size(path: Path) -> int:
     """Bytes of a file, or of all files below a folder (links followed)."""
     return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
@@ -304,10 +264,8 @@ def _size(path: Path) -> int:
 
 # ---- libraries, data sets, the machine
 
-def _libraries(profile: Profile, used: dict[str, list[str]]) -> tuple[dict[str, str], ...]:
-    crf = profile.masks.segmenter == "maskcut" and profile.masks.maskcut_refine == "crf"
-    users = {"detectron2": used.get("cutler", ()), "open_clip": used.get("open_clip", ()),
-             "pydensecrf": ["masks.maskcut_refine"] * crf}
+def _libraries(used: dict[str, list[str]]) -> tuple[dict[str, str], ...]:
+    users = {"detectron2": used.get("cutler", ()), "open_clip": used.get("open_clip", ())}
     return tuple({"name": module, "version": _version(module, distribution), "serves": serves,
                   "needed_by": ", ".join(users.get(module, ())), "get": get}
                  for module, distribution, serves, get in LIBRARIES)

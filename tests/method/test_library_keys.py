@@ -26,8 +26,7 @@ SD, CLIP = {"sd"}, {"clip-keys", "clip-tokens"}
 # With MaskCut as segmenter, whose network is DINO.
 MATTERS = {
     "models.diffusion": ALL, "models.dino": BUILT, "models.clip": CLIP, "models.mae": {"mae"},
-    **dict.fromkeys(("models.open_clip", "models.open_clip_pretrained", "models.detector", "models.cutler", "models.cutler_sha256",
-                     "models.sam", "models.grounding", "models.groupvit"), NOTHING),
+    **dict.fromkeys(("models.open_clip", "models.detector", "models.cutler", "models.sam", "models.grounding", "models.groupvit"), NOTHING),
     "models.dtype": ALL, **dict.fromkeys(("models.device", "models.download"), NOTHING),
     **dict.fromkeys(("support.prompt", "support.negative_prompt", "support.steps", "support.guidance_scale", "support.image_size",
                      "support.seed", "support.mid_block"), ALL),
@@ -51,12 +50,12 @@ SECTIONS_THAT_DO_NOT = ("filters", "matching", "evaluation", "baselines")  # the
 OTHER = {"masks.segmenter": "detector", "masks.threshold_scope": "set", "masks.overlaps": "attribution", "masks.fallback": "fixed",
          "masks.maskcut_facet": "queries", "masks.maskcut_refine": "none", "masks.resize": "any", "features.sd_latent": "sample",
          "features.sd_noise": "fixed", "features.clip_normalisation": "imagenet", "models.dtype": "bfloat16", "models.device": "auto",
-         "models.cutler_sha256": "0" * 64, "features.extractors": ["dino"], "prototypes.kinds": ["class"], "matching.resample": "lanczos",
+         "features.extractors": ["dino"], "prototypes.kinds": ["class"], "matching.resample": "lanczos",
          "matching.refine": "pamr", "filters.category_crop": "centre", "filters.stuff_against": "all", "filters.category_logit_scale": 50.0,
          "matching.background_threshold": 0.5, "matching.minimum_score": 0.0, "evaluation.images": 3, "evaluation.extractors": ["mae"],
          "features.vit_scale": 1.5,
          "masks.background_below": 0.2, "filters.stuff_threshold": 0.5, "features.sd_layers": ["mid_block.attentions.0"]}
-MODELS = ("diffusion", "clip", "dino", "mae", "open_clip", "open_clip_pretrained", "detector", "cutler", "sam", "grounding", "groupvit")
+MODELS = ("diffusion", "clip", "dino", "mae", "open_clip", "detector", "cutler", "sam", "grounding", "groupvit")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """MaskCut, its refinement, and the recall that measures segmenters on the mini world."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 import torch
@@ -178,14 +176,11 @@ def test_proposals_follow_a_non_square_image(dino):
     assert max(iou(mask, truth) for mask in masks) > 0.8
 
 
-def test_what_cannot_be_cut(dino, monkeypatch, without):
+def test_what_cannot_be_cut(dino, monkeypatch):
     with refused(ProfileError, "masks.maskcut_size", "16"):  # two patches
         MaskCut(dino, settings(maskcut_size=15))
     monkeypatch.setattr(maskcut, "cut", lambda *arguments: [])
     assert MaskCut(dino, settings(maskcut_size=16)).propose(np.zeros((5, 9, 3), np.uint8), "").shape == (0, 5, 9)
-    without("pydensecrf")
-    with refused(ProfileError, "pip install pydensecrf2"):
-        MaskCut(dino, settings(maskcut_refine="crf"))
 
 
 def disc(side=80, radius=23.0, patch=8):
@@ -201,12 +196,10 @@ def enlarged(coarse):
     return np.kron(coarse, np.ones((8, 8), bool))
 
 
-@pytest.mark.parametrize("how", ["walker", pytest.param("crf", marks=pytest.mark.skipif(
-    importlib.util.find_spec("pydensecrf") is None, reason="pydensecrf2 is not installed"))])
-def test_refinement_moves_the_border_to_the_edge(how):
+def test_refinement_moves_the_border_to_the_edge():
     image, truth, coarse = disc()
     assert iou(enlarged(coarse), truth) < 0.9
-    assert iou(refine(coarse, image, how), truth) > 0.98
+    assert iou(refine(coarse, image, "walker"), truth) > 0.98
 
 
 def test_the_random_walker_keeps_what_is_well_inside_and_thin_parts():

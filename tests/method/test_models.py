@@ -11,15 +11,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
-from ovdiff_lib.features.dino import DinoExtractor
-from ovdiff_lib.features.mae import load_mae
-from ovdiff_lib.features.open_clip import load_open_clip
+from ovdiff_lib.features.open_clip import OpenClipExtractor
+from ovdiff_lib.features.self_supervised import DinoExtractor
 from ovdiff_lib.masks.segmenters.maskcut import MaskCut
 from ovdiff_lib.networks import identity
 from ovdiff_lib.networks import loading as models
 from ovdiff_lib.networks.identity import model_identity, resolve_model
 from ovdiff_lib.networks.instruments import all_finite, attention_grid, captured
-from ovdiff_lib.networks.loading import load_clip, load_diffusion, load_dino
+from ovdiff_lib.networks.loading import load_clip, load_diffusion, load_dino, load_mae
 from ovdiff_lib.networks.published import MODEL_TYPES
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -75,8 +74,8 @@ def test_missing_models_are_named(tiny_profile, identifier, load):
 @pytest.mark.parametrize(("field", "wrong", "load", "told"), [
     ("diffusion", "clip", load_diffusion, ""), ("clip", "stable-diffusion", load_clip, ""),
     ("clip", "stable-diffusion/unet", load_clip, ""), ("mae", "dino", load_mae, "model_type 'vit'"),
-    ("dino", "mae", load_dino, "model_type 'vit_mae'"), ("open_clip", "dino", load_open_clip, "model_type 'vit'"),
-    ("clip", "dino", load_clip, "model_type 'vit'")])
+    ("dino", "mae", load_dino, "model_type 'vit_mae'"), ("clip", "dino", load_clip, "model_type 'vit'"),
+    ("mae", "mae/model.safetensors", load_mae, "folders as transformers writes them")])
 def test_weights_of_another_architecture_are_refused(tiny_profile, tiny_models, capfd, field, wrong, load, told):
     """A ViT loads into a ViTMAEModel and the other way round without a tensor missing."""
     capfd.readouterr()
@@ -85,7 +84,7 @@ def test_weights_of_another_architecture_are_refused(tiny_profile, tiny_models, 
 
 
 def test_expected_types_are_those_of_the_classes_and_of_what_ships():
-    kinds = {"clip": "CLIP", "dino": "ViT", "mae": "ViTMAE", "open_clip": "CLIP", "sam": "Sam", "grounding": "GroundingDino",
+    kinds = {"clip": "CLIP", "dino": "ViT", "mae": "ViTMAE", "sam": "Sam", "grounding": "GroundingDino",
              "groupvit": "GroupViT"}
     assert {name: getattr(transformers, f"{kind}Config").model_type for name, kind in kinds.items()} == MODEL_TYPES
     for name in ("clip", "dino", "mae", "groupvit"):
@@ -119,11 +118,8 @@ def test_damaged_weights_are_refused(tiny_profile, tiny_models, tmp_path, damage
 
 @pytest.fixture
 def reload(monkeypatch):
-    """Nothing is loaded yet, and no version was asked for."""
+    """Nothing is loaded yet."""
     monkeypatch.setattr(models, "_loaded", {})
-    models._versions.cache_clear()
-    yield
-    models._versions.cache_clear()
 
 
 @pytest.fixture
@@ -141,7 +137,7 @@ RANGES = ["diffusers<1,>=0.40; python_version > '3'", "transformers<6,>=5.9", "o
 
 @pytest.mark.parametrize(("library", "version", "floor", "load"), [
     ("diffusers", "0.39.0", ">=0.40", load_diffusion), ("transformers", "5.8.1", ">=5.9", load_dino),
-    ("transformers", "6.0.0", ">=5.9", load_mae), ("open_clip_torch", "2.32.0", ">=3", load_open_clip)])
+    ("transformers", "6.0.0", ">=5.9", load_mae), ("open-clip-torch", "2.32.0", ">=3", OpenClipExtractor.load)])
 def test_a_library_outside_its_range_is_refused_before_it_is_used(tiny_profile, monkeypatch, installed, library, version, floor, load):
     installed(RANGES, **{library: version})
     for kind in ("transformers.PreTrainedModel", "diffusers.ModelMixin"):
@@ -152,7 +148,6 @@ def test_a_library_outside_its_range_is_refused_before_it_is_used(tiny_profile, 
 def test_libraries_without_a_range_may_have_any_version(tiny_profile, installed, monkeypatch):
     installed(["diffusers", "transformers>=5"], diffusers="0.1", transformers="7.1.dev0")
     assert load_diffusion(tiny_profile)
-    models._versions.cache_clear()
     monkeypatch.setattr(models.importlib.metadata, "requires", raising(models.importlib.metadata.PackageNotFoundError("ovdiff-lib")))
     assert load_clip(tiny_profile)  # run from its sources, without an installation
 
@@ -188,21 +183,21 @@ def test_the_library_in_which_it_happened_is_named_with_its_version(tiny_profile
     refused(load_dino, profile, "KeyError in transformers.", library, str(folder))
     for error, owner, build in (
             ("AttributeError", library, lambda *_: small_vit().no_such_layers),
-            ("AttributeError", "with open_clip_torch", lambda *_: open_clip.no_such_function),
-            ("ImportError", "with open_clip_torch", lambda *_: exec("from open_clip import no_such_name"))):
+            ("AttributeError", "with open-clip-torch", lambda *_: open_clip.no_such_function),
+            ("ImportError", "with open-clip-torch", lambda *_: exec("from open_clip import no_such_name"))):
         refused(lambda given, build=build: models.load_network(given, "dino", build), profile, error, owner)
 
 
 def test_layers_that_an_installed_version_names_otherwise(tiny_profile):
     """What transformers before 5.9 called `encoder.layer`, and a projection that is fused."""
     network = small_vit()
-    assert models.last_attention(network) is network.layers[0].attention
+    assert models.last_projection(network, "q_proj") is network.layers[0].attention.q_proj
     del network.layers[0].attention.k_proj
-    for build in (models.last_attention, lambda model: DinoExtractor(model, tiny_profile.features),
-                  lambda model: MaskCut(model, tiny_profile.masks)):
+    for build in (lambda model: DinoExtractor(model, tiny_profile.features),
+                  lambda model: MaskCut(model, tiny_profile.override({"masks.maskcut_facet": "keys"}).masks)):
         refused(build, network, "ViTModel", "k_proj")
     del network.layers
-    refused(models.last_attention, network, "'layers'", "transformers")
+    refused(lambda model: models.last_projection(model, "v_proj"), network, "'layers'", "transformers")
 
 
 def test_identity_follows_content_not_place_and_reads_a_file_once(tiny_models, tmp_path, monkeypatch):

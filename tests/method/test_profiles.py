@@ -11,7 +11,7 @@ from sentences import refused
 import ovdiff_lib
 from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.profiles.reading import FOLDER, available, load_profile, parse_assignments
-from ovdiff_lib.profiles.schema import UNUSED_BY_THE_METHOD, Masks, Matching, Profile, field_names, from_dict
+from ovdiff_lib.profiles.schema import UNUSED_BY_THE_METHOD, Profile, field_names, from_dict
 
 PACKAGE = Path(ovdiff_lib.__file__).parent
 
@@ -84,7 +84,7 @@ def test_unknown_fields_get_the_legal_ones(key, word):
 
 WORDS = {  # every field of a few words, as the steps' docstrings tell them
     "models.dtype": "float32 float16 bfloat16", "masks.threshold_scope": "image set", "masks.overlaps": "keep attribution",
-    "masks.fallback": "otsu fixed", "masks.maskcut_facet": "keys queries values", "masks.maskcut_refine": "walker crf none",
+    "masks.fallback": "otsu fixed", "masks.maskcut_facet": "keys queries values", "masks.maskcut_refine": "walker none",
     "masks.resize": "area any", "features.sd_latent": "mean sample", "features.sd_noise": "seeded fixed",
     "features.clip_normalisation": "clip imagenet", "filters.category_crop": "squash centre", "filters.stuff_against": "stuff all",
     "matching.resample": "bilinear lanczos", "matching.refine": "none pamr"}
@@ -141,12 +141,6 @@ def test_fields_that_do_not_go_together(overrides, word):
     refuse(f"{word} is {list(overrides.values())[-1]}", make=lambda: load_profile("mini", overrides))
 
 
-def test_sections_by_themselves_are_judged_alike():
-    assert Masks(erosion=2).erosion == 2
-    refuse("erosion", make=lambda: Masks(erosion=-1))
-    refuse("matching.windows", make=lambda: dataclasses.replace(Matching(), windows=[449]))
-
-
 @pytest.mark.parametrize("text, word, line", [
     ("name: x\ndescription: y\nname: z\nmodels: {diffusion: a, clip: b}\n", "'name'", 3),
     ("name: x\ndescription: y\nmodels: {diffusion: a, clip: b}\nsupport:\n  size: 3\n  seed: 1\n  size: 4\n", "'size'", 7),
@@ -180,7 +174,6 @@ def test_every_field_counts_in_the_digest():
     mini, table = load_profile("mini"), load_profile("mini").to_dict()
     assert mini.digest() == load_profile("mini").digest() != load_profile("paper").digest() and len(mini.digest()) == 16
     assert dataclasses.replace(mini, name="other", description="renamed").digest() == mini.digest()
-    assert mini.override({"support.seed": 1}).digest("masks", "features") == mini.digest("masks", "features")
     for key in field_names():
         section, field = key.split(".")
         value = table[section][field]
@@ -196,7 +189,6 @@ def test_every_field_counts_in_the_digest():
             other = value + "x" if isinstance(value, str) else value[:-1] or ["x"]
             new = next(word for word in WORDS[key].split() if word != value) if key in WORDS else other
         changed = mini.override({key: new, **({"matching.windows": [48]} if key == "matching.short_side" else {})})
-        assert changed.digest(section) != mini.digest(section), key
         # What a run is measured on and compared with is not part of the method.
         assert (changed.digest() == mini.digest()) == (section in UNUSED_BY_THE_METHOD), key
 

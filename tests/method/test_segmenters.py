@@ -1,6 +1,5 @@
 """What every registered segmenter must keep, and the adapters of CutLER, SAM and Grounded SAM."""
 
-import hashlib
 import pickle
 import types
 
@@ -14,8 +13,7 @@ from torchvision.ops import masks_to_boxes, nms
 from ovdiff_lib.errors import InputError, ModelNotAvailable, OVDiffError, ProfileError
 from ovdiff_lib.masks import COMMON_SETTINGS, SEGMENTERS
 from ovdiff_lib.masks.segmenters import cutler
-from ovdiff_lib.masks.segmenters.cutler import CONFIG, CutLER, check_checksum, input_size
-from ovdiff_lib.networks.checkpoints import read_checkpoint
+from ovdiff_lib.masks.segmenters.cutler import CONFIG, CutLER, input_size, read_checkpoint
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.profiles.schema import Masks, Models
 
@@ -53,11 +51,7 @@ def cutler_fields(folder):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         torch.save({"model": cutler.build_network("cpu").state_dict()}, folder / "cutler.pth")
-    return {"models.cutler": str(folder / "cutler.pth"), "models.cutler_sha256": sha256(folder / "cutler.pth"), "masks.cutler_score": 0.0}
-
-
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"models.cutler": str(folder / "cutler.pth"), "masks.cutler_score": 0.0}
 
 
 def picture(shape, seed=0):
@@ -183,27 +177,11 @@ def test_without_detectron2_one_sentence_says_what_to_do(without, models):
 
 @pytest.fixture
 def cutler_of(monkeypatch, models):
-    """``build(checkpoint, checksum)``: CutLER up to where detectron2 is needed; the checksum is by default the right one."""
+    """``build(checkpoint)``: CutLER where there is no detectron2, whose network is two layers."""
+    network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).eval()
     monkeypatch.setattr(cutler, "_detectron2", lambda: None)
-
-    def build(path, checksum=None):
-        checksum = sha256(path) if checksum is None else checksum
-        return SEGMENTERS["cutler"](profile(models, "cutler", **{"models.cutler": str(path), "models.cutler_sha256": checksum}))
-
-    return build
-
-
-def test_a_checkpoint_is_opened_only_with_its_checksum(monkeypatch, tmp_path, cutler_of):
-    monkeypatch.setattr(torch, "load", lambda *arguments, **options: pytest.fail("it was opened"))
-    path = tmp_path / "cutler.pth"
-    path.write_bytes(b"weights")
-    for checkpoint, checksum, error, told in (
-            (path, "", ProfileError, "cutler_sha256 is not set"), (path, "0" * 64, ModelNotAvailable, sha256(path)),
-            (tmp_path, "0" * 64, ModelNotAvailable, "no file"), ("facebook/cutler", "0" * 64, ModelNotAvailable, "no file"),
-            ("", "", ProfileError, "models.cutler is not set")):
-        with refused(error, told):
-            cutler_of(checkpoint, checksum)
-    check_checksum(str(path), f" {sha256(path).upper()}\n")
+    monkeypatch.setattr(cutler, "build_network", lambda device: network)
+    return lambda path: SEGMENTERS["cutler"](profile(models, "cutler", **{"models.cutler": str(path)}))
 
 
 class Trap:
@@ -227,15 +205,18 @@ def test_a_checkpoint_is_read_without_running_it(tmp_path, capsys, cutler_of):
     assert "a pickle was run" not in capsys.readouterr().out
 
 
-def test_the_weights_must_be_complete(monkeypatch, tmp_path, cutler_of):
-    network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).eval()
-    monkeypatch.setattr(cutler, "build_network", lambda device: network)
-    weights = {name: value + 1 for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
-    for name, kept in (("good", weights | {"beyond": torch.ones(2)}), ("bad", {k: v for k, v in weights.items() if "mean" not in k})):
+def test_the_weights_must_be_complete(tmp_path, cutler_of):
+    weights = {"0.weight": torch.ones(2, 3), "0.bias": torch.zeros(2), "beyond": torch.ones(2),
+               **{f"1.{name}": torch.ones(2) for name in ("weight", "bias", "running_mean", "running_var")}}
+    for name, kept in (("good", weights), ("bad", {k: v for k, v in weights.items() if "mean" not in k}),
+                       ("other", weights | {"0.weight": torch.ones(4, 3)})):
         torch.save({"model": kept}, tmp_path / f"{name}.pth")
-    assert cutler_of(tmp_path / "good.pth").model is network and torch.equal(network[0].weight, weights["0.weight"])
-    with refused(ModelNotAvailable, "lack 1 tensors, 1.running_mean"):
-        cutler_of(tmp_path / "bad.pth")
+    assert torch.equal(cutler_of(tmp_path / "good.pth").model[0].weight, weights["0.weight"])
+    for source, told in (("bad.pth", "lack 1 tensors, 1.running_mean"), ("other.pth", "size mismatch for 0.weight"), ("", "")):
+        with refused(ModelNotAvailable, tmp_path / source, told):
+            cutler_of(tmp_path / source)
+    with refused(ProfileError, "models.cutler is not set"):
+        cutler_of("")
 
 
 class Settings(dict):

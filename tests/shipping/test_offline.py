@@ -112,7 +112,8 @@ def assigned(settings: dict) -> list[str]:
 
 
 HUB = {"models.diffusion": "nobody/diffusion", "models.clip": "nobody/clip", "models.dino": "nobody/dino", "models.mae": "nobody/mae",
-       "models.sam": "nobody/sam", "models.grounding": "nobody/grounding", "models.groupvit": "nobody/groupvit"}
+       "models.sam": "nobody/sam", "models.grounding": "nobody/grounding", "models.groupvit": "nobody/groupvit",
+       "models.open_clip": "nobody/open_clip"}
 
 
 def test_segment_build_and_doctor_reach_for_nothing(guarded, tiny_models):
@@ -140,18 +141,14 @@ import json, sys
 from ovdiff_lib.workbench.baselines.groupvit import load_groupvit
 from ovdiff_lib.errors import ModelNotAvailable
 from ovdiff_lib.features import EXTRACTORS
-from ovdiff_lib.features.mae import load_mae
 from ovdiff_lib.masks import SEGMENTERS
-from ovdiff_lib.networks.loading import load_clip, load_diffusion, load_dino
+from ovdiff_lib.networks.loading import load_clip, load_diffusion, load_dino, load_mae
 from ovdiff_lib.profiles import load_profile
 profile, told = load_profile("mini", json.loads(sys.argv[1])), {}
-openai = profile.override({"models.open_clip": "ViT-B-16-quickgelu", "models.open_clip_pretrained": "openai"})
-hosted = profile.override({"models.open_clip": "ViT-B-16", "models.open_clip_pretrained": "laion2b_s34b_b88k"})
 loaders = {"diffusion": lambda: load_diffusion(profile), "clip": lambda: load_clip(profile), "dino": lambda: load_dino(profile),
            "mae": lambda: load_mae(profile), "sam": lambda: SEGMENTERS["sam"](profile),
            "grounding": lambda: SEGMENTERS["grounded-sam"](profile), "groupvit": lambda: load_groupvit(profile),
-           "open_clip openai": lambda: EXTRACTORS["open-clip-keys"](openai),
-           "open_clip hub": lambda: EXTRACTORS["open-clip-keys"](hosted)}
+           "open_clip": lambda: EXTRACTORS["open-clip-keys"](profile)}
 for name in sys.argv[2:] or loaders:
     try:
         loaders[name]()
@@ -165,7 +162,7 @@ def test_models_that_are_missing_are_not_looked_for_elsewhere(guarded):
     run = guarded.run("-c", LOADING, json.dumps(HUB))
     assert run.returncode == 0, run.stderr
     told = json.loads(run.stdout.splitlines()[-1])
-    assert set(told) == {*(key.split(".")[1] for key in HUB), "open_clip openai", "open_clip hub"}
+    assert set(told) == {key.split(".")[1] for key in HUB}
     for name, text in told.items():
         assert "\n" not in text and text.endswith("."), text
         assert "models.download" in text and ("hf download" in text or "fetch https://" in text), (name, text)

@@ -531,7 +531,7 @@ class Payload:
 def models(tmp_path_factory, tiny_models) -> Path:
     """Folders of every kind of model."""
     folder = make_segmenter_models(tmp_path_factory.mktemp("models"))
-    for name in ("stable-diffusion", "clip", "mae"):
+    for name in ("stable-diffusion", "clip", "mae", "open_clip"):
         shutil.copytree(tiny_models / name, folder / name)
     shutil.copytree(Path(sys.modules["ovdiff_lib"].__file__).parent / "mini" / "weights" / "groupvit", folder / "groupvit")
     return folder
@@ -539,14 +539,13 @@ def models(tmp_path_factory, tiny_models) -> Path:
 
 def load(field: str, profile: Profile) -> object:
     """Load ``profile.models.<field>`` as the part that uses it does."""
-    from ovdiff_lib.features.mae import load_mae
-    from ovdiff_lib.features.open_clip import load_open_clip
+    from ovdiff_lib.features import EXTRACTORS
     from ovdiff_lib.masks import SEGMENTERS
-    from ovdiff_lib.networks.loading import load_clip, load_diffusion, load_dino
+    from ovdiff_lib.networks.loading import load_clip, load_diffusion, load_dino, load_mae
     from ovdiff_lib.workbench.baselines.groupvit import load_groupvit
 
-    own = {"diffusion": load_diffusion, "clip": load_clip, "dino": load_dino, "mae": load_mae, "open_clip": load_open_clip,
-           "groupvit": load_groupvit}
+    own = {"diffusion": load_diffusion, "clip": load_clip, "dino": load_dino, "mae": load_mae, "groupvit": load_groupvit,
+           "open_clip": EXTRACTORS["open-clip-keys"]}
     segmenter = {"detector": "detector", "sam": "sam", "grounding": "grounded-sam"}
     return own[field](profile) if field in own else SEGMENTERS[segmenter[field]](profile)
 
@@ -554,7 +553,8 @@ def load(field: str, profile: Profile) -> object:
 FOLDERS = {  # field: folder of the model, and the file of its weights
     "diffusion": ("stable-diffusion", "unet/diffusion_pytorch_model.safetensors"),
     "diffusion: text": ("stable-diffusion", "text_encoder/model.safetensors"),
-    "diffusion: vae": ("stable-diffusion", "vae/diffusion_pytorch_model.safetensors"), "open_clip": ("clip", "model.safetensors"),
+    "diffusion: vae": ("stable-diffusion", "vae/diffusion_pytorch_model.safetensors"),
+    "open_clip": ("open_clip", "open_clip_model.safetensors"),
     **{name: (name, "model.safetensors") for name in ("clip", "dino", "mae", "groupvit", "sam", "grounding", "detector")}}
 
 
@@ -594,23 +594,6 @@ def test_a_pickle_in_a_folder_of_weights_is_refused_and_not_run(tiny_profile, mo
                 load(field, whole.override({f"models.{field}": str(copy)}))
             one_sentence(str(caught.value))
             assert str(copy) in str(caught.value) and not payload.made.exists()
-
-
-def test_a_pickle_as_a_weights_file_of_open_clip_is_refused_and_not_run(tiny_profile, tmp_path, monkeypatch):
-    from open_clip import factory
-
-    small = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 8},
-             "text_cfg": {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}}
-    monkeypatch.setattr(factory, "_MODEL_CONFIGS", {**factory._MODEL_CONFIGS, "small": small})
-    payload = Payload(tmp_path / "made")
-    for name, data in weights_with(payload).items():
-        for suffix in ("pt", "bin", "pth", "safetensors"):
-            path = tmp_path / f"{name}.{suffix}"
-            path.write_bytes(data)
-            with pytest.raises(ModelNotAvailable) as caught:
-                load("open_clip", tiny_profile.override({"models.open_clip": "small", "models.open_clip_pretrained": str(path)}))
-            one_sentence(str(caught.value))
-            assert path.name in str(caught.value) and not payload.made.exists()
 
 
 @pytest.mark.parametrize("component", ["scheduler", "tokenizer"])

@@ -6,7 +6,6 @@ detectron2 is imported only when the segmenter is built. What CutLER's own heads
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ovdiff_lib.errors import ModelNotAvailable, ProfileError
-from ovdiff_lib.networks.checkpoints import fill, read_checkpoint
-from ovdiff_lib.networks.identity import resolve_model
+from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.networks.instruments import undisturbed
-from ovdiff_lib.networks.loading import load_network
+from ovdiff_lib.networks.loading import complete, load_network
 from ovdiff_lib.profiles.schema import Profile
 
 SHORT_SIDE, LONG_SIDE = 800, 1333
@@ -61,10 +58,8 @@ class CutLER:
 
     @classmethod
     def build(cls, profile: Profile) -> CutLER:
-        """The segmenter of a profile, once the checksum agrees. Raises ``ProfileError`` and ``ModelNotAvailable``."""
+        """The segmenter of a profile. Raises ``ProfileError`` and ``ModelNotAvailable``."""
         _detectron2()
-        if profile.models.cutler:
-            check_checksum(profile.models.cutler, profile.models.cutler_sha256)
         return cls(load_network(profile, "cutler", _load), profile.masks.cutler_score)
 
     @undisturbed()
@@ -86,23 +81,6 @@ def input_size(height: int, width: int) -> tuple[int, int]:
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
-def check_checksum(identifier: str, expected: str) -> None:
-    """``ModelNotAvailable`` unless the checkpoint, a pickle, has the SHA-256 that the user vouches for;
-    ``ProfileError`` without one."""
-    path = resolve_model(identifier)
-    if not isinstance(path, Path) or not path.is_file():
-        raise ModelNotAvailable(f"models.cutler is {identifier!r}, which is no file; set it to the path of CutLER's "
-                                "checkpoint, cutler_cascade_final.pth.")
-    if not expected:
-        raise ProfileError("models.cutler_sha256 is not set, and a pickled checkpoint is opened only if its SHA-256 is "
-                           "known; set it to the checksum of the checkpoint that you trust.")
-    with path.open("rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
-    if actual != expected.strip().lower():
-        raise ModelNotAvailable(f"The checkpoint {path} has the SHA-256 {actual}, not {expected} as "
-                                "models.cutler_sha256 says, and was not opened; fetch it anew or correct the checksum.")
-
-
 def build_network(device: torch.device | str, overrides: dict[str, Any] | None = None) -> torch.nn.Module:
     """The network with random weights, eval mode; ``overrides`` go over :data:`CONFIG`."""
     get_cfg, build_model = _detectron2()
@@ -113,9 +91,34 @@ def build_network(device: torch.device | str, overrides: dict[str, Any] | None =
     return build_model(config).eval()
 
 
-def _load(source: Path, device: torch.device, dtype: torch.dtype, options: dict) -> torch.nn.Module:
-    weights = read_checkpoint(source)
-    return fill("CutLER", build_network(device), weights, exact=False)
+def _load(source: Path | str, device: torch.device, _dtype: torch.dtype, _options: dict) -> torch.nn.Module:
+    weights, network = read_checkpoint(source), build_network(device)
+    missing, _ = network.load_state_dict(weights, strict=False)  # the rest is of training
+    # Counters of batches are statistics of training that nothing reads.
+    return complete(network, [name for name in missing if not name.endswith("num_batches_tracked")])
+
+
+def read_checkpoint(path: Path | str) -> dict[str, torch.Tensor]:
+    """The table of weights in a file of ``torch.save``, under "model" or bare. ``ValueError`` if it holds no such.
+
+    Only tensors, arrays and plain containers are unpickled, so that nothing is run that a pickle may ask for.
+    """
+    # detectron2 writes some checkpoints with arrays instead of tensors; this is what unpickling plain ones takes.
+    known: list = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?"))]
+    for module in ("numpy._core.multiarray", "numpy.core.multiarray"):  # numpy 2's name, and that in published files
+        known += [(getattr(np._core.multiarray, name), f"{module}.{name}") for name in ("_reconstruct", "scalar")]
+    try:
+        with torch.serialization.safe_globals(known):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch has no one error for damaged files: a wrong byte may lead anywhere
+        raise ValueError("it is damaged, or not a checkpoint of tensors alone") from error
+    weights = content.get("model", content) if isinstance(content, dict) else None
+    kinds = (torch.Tensor, np.ndarray, np.generic)
+    if not isinstance(weights, dict) or not weights or not all(isinstance(value, kinds) for value in weights.values()):
+        raise ValueError("it holds no table of tensors, neither at its top nor under 'model'")
+    return {name: torch.as_tensor(value, device="cpu") for name, value in weights.items()}
 
 
 def _detectron2() -> tuple[Callable, Callable]:

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import write_atomic
-from ovdiff_lib.networks.checkpoints import fill
 from ovdiff_lib.networks.instruments import undisturbed
-from ovdiff_lib.networks.loading import load_network
+from ovdiff_lib.networks.loading import complete, load_network
 from ovdiff_lib.profiles.schema import Profile
 
 if TYPE_CHECKING:
@@ -134,8 +133,6 @@ def _check(config: Any) -> None:
         alike = type(value) is type(default) and all(type(v) is type(defaults[0]) and v > 0 for v in lists)
         if not alike or not lists or (name not in ("ratios", "mask_head") and len(lists) != len(defaults)):
             raise ValueError(f"{name} of its configuration is {value!r}, it should be like {default!r}")
-    if any(width % 8 for width in config["widths"]):
-        raise ValueError(f"widths of its configuration are {config['widths']!r}, they should be multiples of 8")
 
 
 def save_detector(model: MaskRCNN, config: dict[str, Any], folder: Path) -> None:
@@ -155,7 +152,8 @@ def load_detector(folder: Path | str, device: torch.device | str = "cpu") -> Mas
         raise ValueError("a detector is a folder with config.json and model.safetensors")
     model = build_detector(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     weights = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
-    return fill("detector", model, weights).to(device)
+    model.load_state_dict(weights)
+    return complete(model).to(device)
 
 
 def paste(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:

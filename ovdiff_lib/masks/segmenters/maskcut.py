@@ -12,9 +12,9 @@ from PIL import Image
 
 from ovdiff_lib.errors import OVDiffError, ProfileError
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
-from ovdiff_lib.masks.segmenters.refine import iou, pydensecrf, refine, resize_mask
+from ovdiff_lib.masks.segmenters.refine import iou, refine, resize_mask
 from ovdiff_lib.networks.instruments import captured, undisturbed
-from ovdiff_lib.networks.loading import last_attention, load_dino
+from ovdiff_lib.networks.loading import last_projection, load_dino
 from ovdiff_lib.profiles.schema import Masks, Profile
 
 FACETS = {"keys": "k_proj", "queries": "q_proj", "values": "v_proj"}
@@ -33,16 +33,13 @@ class MaskCut:
     name = "maskcut"
 
     def __init__(self, model: torch.nn.Module, settings: Masks) -> None:
-        """``ProfileError`` for a ``maskcut_size`` below two patches, and without what ``maskcut_refine`` needs."""
+        """``ProfileError`` for a ``maskcut_size`` below two patches."""
         self.model, self.settings, self.patch = model, settings, model.config.patch_size
         if settings.maskcut_size < 2 * self.patch:
             raise ProfileError(f"masks.maskcut_size is {settings.maskcut_size}; it must be at least {2 * self.patch}, "
                                "two patches of this DINO.")
-        if settings.maskcut_refine == "crf":
-            pydensecrf()
         self.side = settings.maskcut_size // self.patch * self.patch
-        # Pre-norm: the projections read the layer-normed stream, so its output needs no further care.
-        self.source = getattr(last_attention(model), FACETS[settings.maskcut_facet])
+        self.source = last_projection(model, FACETS[settings.maskcut_facet])
 
     @classmethod
     def build(cls, profile: Profile) -> MaskCut:

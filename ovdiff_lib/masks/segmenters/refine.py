@@ -1,11 +1,9 @@
-"""From patch masks to pixels: random walker (scikit-image), dense CRF (pydensecrf2, optional), or plain upsampling."""
+"""From patch masks to pixels: random walker (scikit-image), or plain upsampling."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image
-
-from ovdiff_lib.errors import ProfileError
 
 WALKER_SIDE = 240
 """Larger images are scaled down to this side for the random walker, a linear system over the uncertain pixels."""
@@ -21,8 +19,8 @@ def refine(mask: np.ndarray, image: np.ndarray, how: str) -> np.ndarray | None:
     """A mask bool (h, w), h and w at most the image's, at the pixels of ``image`` u8 (H, W, 3); holes are filled.
 
     "walker": pixels well inside and well outside the mask stay, a random walk between them that avoids crossing edges
-    decides the rest (Grady, 2006). "crf": mean field of a dense CRF (Krähenbühl and Koltun, 2011). "none": nearest
-    neighbours. None where the result has less than :data:`SMALLEST_AGREEMENT` IoU with the mask.
+    decides the rest (Grady, 2006), in place of MaskCut's dense CRF. "none": nearest neighbours. None where the result
+    has less than :data:`SMALLEST_AGREEMENT` IoU with the mask.
     """
     from scipy.ndimage import binary_fill_holes
 
@@ -34,7 +32,7 @@ def refine(mask: np.ndarray, image: np.ndarray, how: str) -> np.ndarray | None:
     if how == "none" or coarse.all() or not coarse.any() or (image == image[0, 0]).all():
         return binary_fill_holes(coarse)
     patch = max(image.shape[0] / mask.shape[0], image.shape[1] / mask.shape[1])
-    fine = binary_fill_holes(walker(coarse, image, patch) if how == "walker" else crf(coarse, image))
+    fine = binary_fill_holes(walker(coarse, image, patch))
     return fine if iou(coarse, fine) >= SMALLEST_AGREEMENT else None
 
 
@@ -57,24 +55,6 @@ def walker(mask: np.ndarray, image: np.ndarray, margin: float) -> np.ndarray:
     return random_walker(image / 255.0, seeds, beta=BETA, mode="bf", channel_axis=-1) == 1
 
 
-def crf(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """``mask`` bool (H, W) after 10 mean-field steps of a dense CRF on ``image`` u8 (H, W, 3).
-
-    With MaskCut's constants; distances, which it gives for 480 pixels, scale with the image.
-    """
-    import torch
-
-    dense, utils = pydensecrf()
-    height, width = mask.shape
-    scale = max(height, width) / 480
-    probabilities = torch.from_numpy(np.stack([~mask, mask])).to(torch.float32).softmax(0).numpy()
-    field = dense.DenseCRF2D(width, height, 2)
-    field.setUnaryEnergy(np.ascontiguousarray(utils.unary_from_softmax(probabilities)))
-    field.addPairwiseGaussian(sxy=3 * scale, compat=7)
-    field.addPairwiseBilateral(sxy=50 * scale, srgb=5, rgbim=np.ascontiguousarray(image), compat=10)
-    return np.array(field.inference(10)).reshape(2, height, width).argmax(0) == 1
-
-
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A mask bool (h, w) at (H, W) = ``size``: where it is above one half, resized bilinearly with antialiasing."""
     if mask.shape == tuple(size):
@@ -86,13 +66,3 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of two boolean arrays of one shape; 0 if both are empty."""
     union = (a | b).sum()
     return float((a & b).sum() / union) if union else 0.0
-
-
-def pydensecrf():
-    """The modules of pydensecrf2. ``ProfileError`` where it is not installed."""
-    try:
-        from pydensecrf import densecrf, utils
-    except ImportError:
-        raise ProfileError("masks.maskcut_refine 'crf' needs the package pydensecrf2, which is not installed; install "
-                           "it with `pip install pydensecrf2`, or set the field to 'walker' or 'none'.") from None
-    return densecrf, utils

@@ -6,16 +6,14 @@ those of transformers.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.networks.instruments import undisturbed
-from ovdiff_lib.networks.loading import complete, load_network
+from ovdiff_lib.networks.loading import load_transformers
 from ovdiff_lib.profiles.schema import Masks, Profile
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ class SegmentAnything:
     @classmethod
     def build(cls, profile: Profile) -> SegmentAnything:
         """The segmenter of a profile. Raises ``ProfileError`` and ``ModelNotAvailable``."""
-        return cls(*load_network(profile, "sam", _load_sam), profile.masks)
+        return cls(*load_sam(profile), profile.masks)
 
     @undisturbed()
     def propose(self, image: np.ndarray, words: str) -> np.ndarray:
@@ -70,8 +68,8 @@ class GroundedSam:
     @classmethod
     def build(cls, profile: Profile) -> GroundedSam:
         """The segmenter of a profile. Raises ``ProfileError`` and ``ModelNotAvailable``."""
-        grounding = load_network(profile, "grounding", _load_grounding)
-        return cls(grounding, *load_network(profile, "sam", _load_sam), profile.masks)
+        kinds = ("GroundingDinoForObjectDetection", "GroundingDinoProcessor")
+        return cls(load_transformers(profile, "grounding", *kinds), *load_sam(profile), profile.masks)
 
     @undisturbed()
     def propose(self, image: np.ndarray, words: str) -> np.ndarray:
@@ -105,22 +103,13 @@ class GroundedSam:
         return boxes[order]
 
 
+def load_sam(profile: Profile) -> tuple[SamModel, SamProcessor]:
+    """The network and the processor of ``models.sam``, which both segmenters share."""
+    return load_transformers(profile, "sam", "SamModel", "SamProcessor")
+
+
 def _check_elongation(image: np.ndarray, image_processor) -> None:
     long = image_processor.size["longest_edge"]
     if 2 * long * min(image.shape[:2]) < max(image.shape[:2]):
         raise InputError(f"The image of {image.shape[0]} x {image.shape[1]} pixels is too elongated for Segment "
                          f"Anything, which sees {long} pixels of the long side; use one that is less so.")
-
-
-def _load_sam(source: Path | str, device: torch.device, dtype: torch.dtype, options: dict) -> tuple:
-    from transformers import SamModel, SamProcessor
-
-    loaded = SamModel.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
-    return complete("Segment Anything", loaded).to(device), SamProcessor.from_pretrained(source, **options)
-
-
-def _load_grounding(source: Path | str, device: torch.device, dtype: torch.dtype, options: dict) -> tuple:
-    from transformers import GroundingDinoForObjectDetection, GroundingDinoProcessor
-
-    loaded = GroundingDinoForObjectDetection.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
-    return complete("Grounding DINO", loaded).to(device), GroundingDinoProcessor.from_pretrained(source, **options)

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.errors import ProfileError
-from ovdiff_lib.features.dino import DinoExtractor
+from ovdiff_lib.features.self_supervised import DinoExtractor
 from ovdiff_lib.networks.instruments import captured, undisturbed
-from ovdiff_lib.networks.loading import last_attention
+from ovdiff_lib.networks.loading import last_projection
 from ovdiff_lib.profiles.schema import Baselines, Profile
 from ovdiff_lib.workbench.baselines.common import Baseline, TextEmbeddings, embed_images, resize_maps
 
@@ -104,8 +104,7 @@ class BackgroundSeed:
 
     def __init__(self, extractor: DinoExtractor, cosine: float) -> None:
         self.extractor, self.cosine = extractor, cosine
-        attention = last_attention(extractor.model)
-        self.sources = {"queries": attention.q_proj, "keys": attention.k_proj}
+        self.sources = {"queries": last_projection(extractor.model, "q_proj"), "keys": extractor.source}
 
     @classmethod
     def build(cls, profile: Profile) -> BackgroundSeed:

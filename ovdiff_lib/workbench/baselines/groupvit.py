@@ -9,7 +9,6 @@ of 0.95 (VOC, Object) and 0.35 (Context).
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import Tensor
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.networks.instruments import undisturbed
-from ovdiff_lib.networks.loading import complete, load_network
+from ovdiff_lib.networks.loading import load_transformers
 from ovdiff_lib.profiles.schema import Matching, Profile
 from ovdiff_lib.workbench.baselines.common import TextEmbeddings, Windowed, normalised_pixels, resize_maps
 
@@ -103,12 +102,4 @@ def load_groupvit(profile: Profile) -> tuple[GroupViTModel, CLIPTokenizer]:
 
     Raises ``ProfileError`` if the field is empty and ``ModelNotAvailable`` if the model cannot be loaded.
     """
-    return load_network(profile, "groupvit", _build)
-
-
-def _build(source: Path | str, device: torch.device, dtype: torch.dtype,
-           options: dict) -> tuple[GroupViTModel, CLIPTokenizer]:
-    from transformers import CLIPTokenizer, GroupViTModel
-
-    loaded = GroupViTModel.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
-    return complete("GroupViT", loaded).to(device), CLIPTokenizer.from_pretrained(source, **options)
+    return load_transformers(profile, "groupvit", "GroupViTModel", "CLIPTokenizer")

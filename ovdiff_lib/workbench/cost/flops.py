@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.features.clip import ClipExtractor
 from ovdiff_lib.features.diffusion import QUERY
-from ovdiff_lib.features.dino import DinoExtractor
+from ovdiff_lib.features.self_supervised import DinoExtractor
 from ovdiff_lib.images import resize_short_side
 from ovdiff_lib.matching.windows import scales
 from ovdiff_lib.networks.clip_text import WIDTH, encode, pack
