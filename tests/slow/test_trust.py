@@ -213,13 +213,13 @@ class Work:
                         "--library", library or self.whole / "library")
 
     def tables(self, folder: Path) -> list:
-        from ovdiff_lib.workbench.figures.base import save_figure
+        from ovdiff_lib.workbench.figures.base import image_grid, save_figure
         from ovdiff_lib.workbench.tables.tables import Cell, write_table
 
         cells = [Cell(f"row {i}", "VOC", float(i)) for i in range(60)]
         try:
             write_table(folder / "tables" / "05_t.csv", "05_t", cells, load_profile("mini"), "What was run.")
-            save_figure(Image.open(self.image).resize((200, 120)), folder / "figures" / "05_f.png", "A caption.")
+            save_figure(image_grid([[np.asarray(Image.open(self.image).convert("RGB"))]]), folder / "figures" / "05_f.png", "A caption.")
         except InputError as error:
             return [2, f"ovdiff: {error}\n"]
         return [0, ""]

@@ -1,47 +1,43 @@
 """Charts and pictures: they show the numbers they are given, and nothing is cut off."""
 
 import dataclasses
-import io
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from ovdiff_lib.categories import Category
 from ovdiff_lib.masks.select import select
 from ovdiff_lib.types import ForegroundBackground, SupportSet
-from ovdiff_lib.workbench.figures.base import BACKGROUND, FOREGROUND, new_figure, square
+from ovdiff_lib.workbench.figures.base import BACKGROUND, FOREGROUND, Sheet, square
 from ovdiff_lib.workbench.figures.charts import difference_chart, growth_chart
 from ovdiff_lib.workbench.figures.steps import comparison_figure, divided, divided_figure, feature_colours, selection_figure
 
 
-def picture(figure) -> np.ndarray:
-    return np.array(Image.open(io.BytesIO(figure._repr_png_())).convert("RGB"))
+def pixels(figure) -> np.ndarray:
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3]
 
 
 def test_a_figure_shows_itself_in_a_notebook_with_what_is_put_on_it():
     from IPython.core.formatters import PNGFormatter
 
-    figure = new_figure((2, 1), 100)
+    figure = Sheet((2, 1), 100)
     figure.put(np.zeros((2, 4, 3), np.uint8), 0.5, 0.25, 1.0, 0.5)  # inches from the left and the top
     figure.write(1, 0.1, "dog")
     assert figure.axes[0].get_position().bounds == pytest.approx((0.25, 0.25, 0.5, 0.5))
-    data = PNGFormatter()(figure)
-    assert data[:4] == b"\x89PNG" and Image.open(io.BytesIO(data)).size[0] > 20
+    assert PNGFormatter()(figure)[:4] == b"\x89PNG"
 
 
 def test_growth_has_means_and_spreads():
-    values = [[10.0, 14.0], [20.0], [30.0, 31.0, 32.0]]
-    figure = growth_chart([1, 2, 4], {"mini-voc": values}, "N", "mIoU", mark=2)
+    figure = growth_chart([1, 2, 4], [[10.0, 14.0], [20.0], [30.0, 31.0, 32.0]], "N", "mIoU", mark=2)
     axis = figure.axes[0]
     line = axis.containers[0].lines[0]
     assert line.get_ydata().tolist() == [12, 20, 31] and line.get_xdata().tolist() == [1, 2, 4]
     low, high = axis.containers[0].lines[2][0].get_segments()[0][:, 1]
     assert (high - low) / 2 == pytest.approx(np.std([10, 14], ddof=1))
-    assert [t.get_text() for t in axis.get_xticklabels()] == ["1", "2", "4"] and axis.get_ylabel() == "mIoU"
     assert [t.get_text() for t in axis.texts] == ["n = 2", "n = 1", "n = 3"]
     assert np.array([t.xy for t in axis.texts]) == pytest.approx(np.array([(1, 12 - np.sqrt(8)), (2, 20), (4, 30)]))  # below their bars
-    assert picture(figure).std() > 5
+    assert pixels(figure).std() > 5
 
 
 def test_differences_point_both_ways_and_a_switch_that_was_not_exercised_has_no_bar():
@@ -51,9 +47,8 @@ def test_differences_point_both_ways_and_a_switch_that_was_not_exercised_has_no_
     assert [t.get_text() for t in axis.texts] == ["-3.2", "not exercised here", "+1.5"]
     (marker,) = [line for line in axis.lines if line.get_marker() == "o"]
     assert (marker.get_xdata(), marker.get_ydata(), marker.get_markerfacecolor()) == ([0], [1], "white")
-    # Labels lie within the picture: its margin is white.
-    pixels = picture(figure)
-    assert (pixels[[0, -1]] == 255).all() and (pixels[:, [0, -1]] == 255).all()
+    edge = pixels(figure)  # labels lie within the picture: its margin is white
+    assert (edge[[0, -1]] == 255).all() and (edge[:, [0, -1]] == 255).all()
 
 
 class Halves:
@@ -116,8 +111,6 @@ def test_alike_features_have_alike_colours():
     assert colours.shape == (2, 5, 7, 3) and colours.dtype == np.uint8
     found = [np.unique(colours[which == k], axis=0) for k in range(3)]
     assert all(np.ptp(f, axis=0).max() <= 1 for f in found) and len({tuple(f[0]) for f in found}) == 3
-    again = feature_colours(features.astype(np.float32) * 2)
-    assert np.abs(again.astype(int) - colours).max() <= 2
     assert feature_colours(rng.normal(size=(1, 3, 4, 2))).shape == (1, 3, 4, 3)
 
 

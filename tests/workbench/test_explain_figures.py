@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from test_explain import asked, many
 
 from ovdiff_lib.categories import Category
@@ -28,11 +29,6 @@ from ovdiff_lib.workbench.figures.steps import Column, gallery
 RED, GREEN = (250, 20, 20), (20, 250, 20)
 
 
-def pixels(figure) -> np.ndarray:
-    figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3]
-
-
 def test_regions_are_tinted_and_outlined_in_their_colours():
     image = np.full((300, 480, 3), 100, np.uint8)
     left, whole = np.zeros((5, 8), bool), np.ones((1, 1), bool)
@@ -45,9 +41,8 @@ def test_regions_are_tinted_and_outlined_in_their_colours():
     later = highlight(image, [left, whole], [RED, GREEN])
     assert np.abs(later[150, 150] - (100 + np.array(GREEN)) / 2).max() <= 1  # later regions cover earlier ones
     assert not (later == RED).all(-1).any() and not (later[0] == GREEN).all(-1).any()  # no outline along the image's border
-    for shape, factor in (((64, 80), 3), ((16, 64), 4), ((300, 480), 1)):  # small images are enlarged
-        small = highlight(np.zeros((*shape, 3), np.uint8), [np.ones((4, 4), bool)], [RED])
-        assert small.shape == (shape[0] * factor, shape[1] * factor, 3)
+    small = highlight(np.zeros((16, 64, 3), np.uint8), [np.ones((4, 4), bool)], [RED])
+    assert small.shape == (64, 256, 3)  # small images are enlarged
 
 
 def prototype(category, images, sizes, pixels=None, region="foreground"):
@@ -75,20 +70,18 @@ def test_the_prototype_figure_has_a_row_a_trace_and_the_colours_of_its_prototype
     supports = {name: support(name) for name in ("cat", "sofa")}
     traces = [Trace(name, segmentation, activated(segmentation, name, 3), supports, pixel) for name, pixel in
               (("sofa", None), ("background", (1, 2)))]
-    figure = prototype_figure(traces, shown=3, title="what it is")
+    figure = prototype_figure(traces, shown=3)
     shown = [2 + len(chosen_images(t.prototypes, 3)) for t in traces]
     assert len(figure.axes) == sum(shown)
     texts = [t.get_text() for t in figure.texts]
-    assert {"sofa", "background", "what it is", "segmentation"} <= set(texts) and texts.count("■") == sum(len(t.prototypes) for t in traces)
+    assert {"sofa", "background", "segmentation"} <= set(texts) and texts.count("■") == sum(len(t.prototypes) for t in traces)
     share = 100 * traces[0].prototypes[0].pixels.sum() / (segmentation.labels == 3).sum()
     assert any(text.endswith(f": {share:.0f} %") for text in texts)
     # The middle picture of each row has the outline of every prototype; the support images have some of their colours and no others.
-    for trace, start in zip(traces, (0, shown[0]), strict=True):
+    for trace, axes in zip(traces, (figure.axes[: shown[0]], figure.axes[shown[0]:]), strict=True):
         own = {tuple(c) for c in COLOURS[: len(trace.prototypes)]}
-        axes = figure.axes[start : start + 2 + len(chosen_images(trace.prototypes, 3))]
         seen = [{tuple(c) for c in np.asarray(axis.images[0].get_array()).reshape(-1, 3).tolist()} & set(COLOURS) for axis in axes]
         assert seen[1] == own and all(colours <= own and colours for colours in seen[2:])
-    assert pixels(figure).std() > 20
 
 
 def test_the_support_image_shows_the_prototypes_own_region_and_the_image_its_pixel():
@@ -110,44 +103,31 @@ def test_the_support_image_shows_the_prototypes_own_region_and_the_image_its_pix
 def test_the_margin_figure_shows_both_distributions_and_the_error():
     statistics = MarginStatistics()
     statistics.right[:60:2], statistics.wrong[:20] = 5, 2
-    figure = margin_figure(statistics, parts=5)
-    left, right = figure.axes
-    areas = [patch.get_data() for patch in left.patches]
-    assert [round(values.values.sum()) for values in areas] == [100, 100]
-    shown = [100 * rate for _, rate in statistics.error_rates(5)]
-    assert right.lines[0].get_ydata() == pytest.approx(shown)
+    left, right = margin_figure(statistics).axes
+    assert [round(patch.get_data().values.sum()) for patch in left.patches] == [100, 100]
+    assert right.lines[0].get_ydata() == pytest.approx([100 * rate for _, rate in statistics.error_rates()])
     assert {t.get_text() for t in left.get_legend().get_texts()} == {"right pixels", "wrong pixels"}
-    assert pixels(margin_figure(MarginStatistics())).shape  # nothing measured: empty axes, no error
 
 
 def test_bars_of_the_absent_figure_tell_probability_reason_and_what_is_shown():
-    result = asked([0.30, 0.28, 0.25, 0.15, 0.02], (1,))
-    result = replace(result, image=np.full((2, 3, 3), 128, np.uint8), labels=np.full((2, 3), 2, np.int32))
-    figure = absent_figure([result, result], Filters(category_top=2), ["first", "second"], [["class 0"], []], bars=4)
-    bars = figure.axes[2]
+    """A shown class that was dropped takes the place of the least probable of the others, however improbable it is itself."""
+    results = [replace(asked(probabilities, kept), image=np.full((2, 3, 3), 128, np.uint8), labels=np.full((2, 3), 2, np.int32))
+               for probabilities, kept in (([0.30, 0.28, 0.25, 0.15, 0.02], (1,)), ([0.55, 0.28, 0.15, 0.02, 1e-9], (0,)))]
+    figure = absent_figure(results, Filters(category_top=2), ["first", "second"], [["class 0"], ["class 4", "class 0"]], bars=4)
+    bars, others = figure.axes[2:]
     assert [p.get_width() for p in bars.patches] == pytest.approx([0.30, 0.28, 0.25, 0.15])
-    from matplotlib.colors import to_hex
-
     wanted = [REASON_COLOURS[r] for r in ("not in the best combined prompt", "kept", "not among the top eta", "below 1/C")]
     assert [to_hex(p.get_facecolor()) for p in bars.patches] == wanted
     labels = bars.get_yticklabels()
     assert [t.get_text() for t in labels] == ["● class 0", "class 1", "class 2", "class 3"]
     assert [t.get_weight() for t in labels] == ["normal", "bold", "normal", "normal"]  # class 1 has pixels
     assert bars.lines[0].get_xdata()[0] == pytest.approx(0.2)
-    assert [t.get_text() for t in figure.legends[0].get_texts()][-1] == "shown, dropped" and len(figure.legends[0].get_texts()) == 5
-    assert [p.get_hatch() for p in bars.patches] == ["////", None, None, None] and not any(p.get_hatch() for p in figure.axes[3].patches)
-    assert pixels(figure).std() > 10
-
-
-def test_a_shown_class_that_was_dropped_has_a_bar_however_improbable():
-    """It takes the place of the least probable of the others, and its bar is as long as the axis tells apart."""
-    result = replace(asked([0.55, 0.28, 0.15, 0.02, 1e-9], (0,)), image=np.full((2, 3, 3), 128, np.uint8))
-    figure = absent_figure([result], Filters(category_top=2), ["first"], [["class 4", "class 0"]], bars=3)
-    bars = figure.axes[1]
-    assert [t.get_text() for t in bars.get_yticklabels()] == ["● class 0", "class 1", "● class 4"]
-    assert [p.get_width() for p in bars.patches] == pytest.approx([0.55, 0.28, 1e-4]) and bars.get_xlim()[0] < 1e-4
-    assert [p.get_hatch() for p in bars.patches] == [None, None, "////"]
-    assert "shown, dropped" in [t.get_text() for t in figure.legends[0].get_texts()]
+    assert [p.get_hatch() for p in bars.patches] == ["////", None, None, None]
+    assert [t.get_text() for t in others.get_yticklabels()] == ["● class 0", "class 1", "class 2", "● class 4"]
+    assert [p.get_width() for p in others.patches] == pytest.approx([0.55, 0.28, 0.15, 1e-4]) and others.get_xlim()[0] < 1e-4
+    assert [p.get_hatch() for p in others.patches] == [None, None, None, "////"]
+    said = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert len(said) == 5 and said[-1] == "shown, dropped"
 
 
 def test_a_gallery_keeps_shapes_and_names_words_in_their_colours():
@@ -166,14 +146,13 @@ def test_a_gallery_keeps_shapes_and_names_words_in_their_colours():
     assert tuple(word.get_color()) == pytest.approx(tuple(colours_of(names)[1] / 255 * 0.85))
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["dog"]  # cat is named above
     assert not gallery(columns, names, ["image", "one", "two"], legend_maps=[0]).legends
-    assert pixels(figure).std() > 10
+
 
 
 def test_the_innermost_pixel_is_the_farthest_from_the_border():
     region = np.zeros((7, 11), bool)
     region[1:6, 2:9] = True
     region[3, 0] = True
-    assert innermost(region) in {(3, c) for c in range(4, 7)}
     outside = np.argwhere(~np.pad(region, 1)) - 1
     depth = {(r, c): min(np.hypot(*(outside - (r, c)).T)) for r, c in np.argwhere(region).tolist()}
     assert depth[innermost(region)] == max(depth.values())

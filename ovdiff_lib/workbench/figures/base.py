@@ -1,6 +1,6 @@
 """Figures: pictures of images, attribution and masks, grids of them, legends, and how a figure is saved.
 
-Every figure function returns a matplotlib ``Figure``; :func:`save_figure` writes it (or a PIL image) with its caption.
+Every figure function returns a matplotlib ``Figure``; :func:`save_figure` writes it with its caption.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image
 
 from ovdiff_lib.files import write_atomic
 from ovdiff_lib.overlay import colours_of
-from ovdiff_lib.types import ForegroundBackground, Prototypes, SupportSet
+from ovdiff_lib.types import ForegroundBackground, Prototypes
 
 FOREGROUND, BACKGROUND, UNUSED = (228, 87, 46), (46, 134, 193), (225, 225, 225)
 """Colours (RGB) of foreground, background and unused support pixels in every figure."""
@@ -63,11 +63,11 @@ def part_picture(prototypes: Prototypes, index: int = 0) -> np.ndarray:
 
 
 class Sheet(Figure):
-    """A figure drawn without pyplot, so that a notebook's state stays untouched, and still shown by it; things can be
-    put on it by inches from its left and top."""
+    """A figure of ``size`` (width, height) in inches, drawn without pyplot, so that a notebook's state stays untouched,
+    and still shown by it; things can be put on it by inches from its left and top."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, size: tuple[float, float], dpi: int, **options: Any) -> None:
+        super().__init__(size, dpi, **options)
         FigureCanvasAgg(self)
 
     def _repr_png_(self) -> bytes:
@@ -94,18 +94,13 @@ class Sheet(Figure):
         self.text(left / wide, 1 - top / high, text, **{"ha": "center", "va": "center", **options})
 
 
-def new_figure(size: tuple[float, float], dpi: int, **options: Any) -> Sheet:
-    """An empty figure of ``size`` (width, height) in inches; a notebook cell that ends in it shows it."""
-    return Sheet(figsize=size, dpi=dpi, **options)
-
-
 def image_grid(rows: Sequence[Sequence[np.ndarray]], row_names: Sequence[str] = (), column_names: Sequence[str] = (),
-               cell: float = 1.25, title: str = "") -> Sheet:
+               cell: float = 1.25) -> Sheet:
     """A grid of images (each u8 (H, W, 3)) with names at the left and the top; ``cell``: inches a column."""
     height = cell * np.median([image.shape[0] / image.shape[1] for row in rows for image in row])
     left = 0.12 + 0.085 * max((len(part) for name in row_names for part in name.split("\n")), default=0)
-    top, gap = (0.34 if any(column_names) else 0.08) + (0.36 if title else 0), 0.04
-    figure = new_figure((left + max(map(len, rows)) * cell, top + len(rows) * height + 0.06), 110)
+    top, gap = 0.34 if any(column_names) else 0.08, 0.04
+    figure = Sheet((left + max(map(len, rows)) * cell, top + len(rows) * height + 0.06), 110)
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
             smooth = "nearest" if max(image.shape[:2]) < 40 else "antialiased"
@@ -115,20 +110,7 @@ def image_grid(rows: Sequence[Sequence[np.ndarray]], row_names: Sequence[str] = 
                 axis.set_title(column_names[c], fontsize=8.5, pad=3)
     for r, name in enumerate(row_names):
         figure.write(left - 0.08, top + (r + 0.5) * height, name, ha="right", fontsize=9)
-    if title:
-        figure.write(figure.get_figwidth() / 2, 0.1, title, va="top", fontsize=11)
     return figure
-
-
-def support_grid(support: SupportSet, count: int = 8, masks: ForegroundBackground | None = None) -> Sheet:
-    """Support images of one category over their attribution and, when given, their masks."""
-    shown = range(min(count, len(support)))
-    rows = {"support images": [support.images[i] for i in shown],
-            f"attribution of\n“{support.category.name}”": [heat(support.images[i], support.attribution[i])
-                                                           for i in shown]}
-    if masks is not None:
-        rows["foreground /\nbackground"] = [mask_picture(masks, i) for i in shown]
-    return image_grid(list(rows.values()), list(rows))
 
 
 def class_legend(figure: Figure, class_names: Sequence[str], labels: Sequence[int], most: int = 7,
@@ -138,20 +120,19 @@ def class_legend(figure: Figure, class_names: Sequence[str], labels: Sequence[in
     colours = colours_of(class_names) / 255
     handles = [Patch(color=colours[i], label=class_names[i]) for i in labels]
     if handles:
-        options = {"ncol": min(len(handles), most), "fontsize": 9, **options}
-        figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), frameon=False, **options)
+        options = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "frameon": False, "fontsize": 9, **options}
+        figure.legend(handles=handles, ncol=min(len(handles), most), **options)
 
 
-def save_figure(figure: Figure | Image.Image, path: str | Path, caption: str) -> Path:
+def save_figure(figure: Sheet, path: Path, caption: str) -> None:
     """Write a figure as PNG with its caption beside it (``.json``); both appear whole or not at all.
 
     256 colours are chosen for the picture: a grid of images then takes a fifth of the bytes, and figures are committed.
     Of Pillow's ways of choosing, this one keeps the few pixels of a legend nearest to their colours. Dithered, skies
     stay smooth; areas of one colour are left alone.
     """
-    path, buffer = Path(path), io.BytesIO()
-    picture = figure if isinstance(figure, Image.Image) else Image.open(io.BytesIO(figure._repr_png_()))
-    picture = picture.convert("RGB")
+    buffer = io.BytesIO()
+    picture = Image.open(io.BytesIO(figure._repr_png_())).convert("RGB")
     plain = picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
     reduced, pixels = picture.quantize(palette=plain, dither=Image.Dither.FLOYDSTEINBERG), np.asarray(picture)
     same = np.any([(pixels == np.roll(pixels, *side)).all(-1) for side in ((1, 0), (-1, 0), (1, 1), (-1, 1))], axis=0)
@@ -160,4 +141,3 @@ def save_figure(figure: Figure | Image.Image, path: str | Path, caption: str) ->
     write_atomic(path, buffer.getvalue())
     record = json.dumps({"caption": caption}, ensure_ascii=False, indent=1)
     write_atomic(path.with_suffix(".json"), f"{record}\n".encode())
-    return path

@@ -13,13 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ovdiff_lib.workbench.figures.base import new_figure
+from ovdiff_lib.workbench.figures.base import Sheet
 
 if TYPE_CHECKING:
     from ovdiff_lib.workbench.cost.instruments import LinearFit, Measured
 
 INK, GREY, RISE, FALL = "#1f3b57", "#9aa5b1", "#2e86c1", "#e4572e"
-LINES = ("#1f3b57", "#e4572e", "#2e9d6a", "#b07aa1", "#c99a2e")
 COLOURS, MARKERS = ("#2e86c1", "#e4572e", "#3a9d5d", "#8e5ea2", "#c79a00", "#555555"), "osD^vP"
 """Of lines and of parts of a bar, in order; the first two are those of background and foreground in other figures."""
 
@@ -27,63 +26,57 @@ LEAST = 0.005
 """Share below which a cell of :func:`share_tables` bears no number."""
 
 
-def growth_chart(x: Sequence[float], series: Mapping[str, Sequence[Sequence[float]]], xlabel: str, ylabel: str, *,
-                 mark: float | None = None) -> Figure:
-    """Mean and standard deviation of each series over ``x``, which counts doublings; ``series[name][i]`` holds the
-    values measured at ``x[i]``, whose number n stands at the point: a spread of two says less than one of four, and one
-    value has none. ``mark`` draws a vertical line, for a setting in use."""
+def growth_chart(x: Sequence[float], values: Sequence[Sequence[float]], xlabel: str, ylabel: str,
+                 mark: float) -> Figure:
+    """Mean and standard deviation over ``x``, which counts doublings, of the values measured at each ``x[i]``, whose
+    number n stands at the point: a spread of two says less than one of four, and one value has none. ``mark`` is a
+    vertical line, for a setting in use."""
     figure, (axis,) = _axes(1, 5.2, 3.2, labelsize=9)
     axis.grid(False, axis="x")
-    for (name, values), colour in zip(series.items(), LINES, strict=False):
-        mean = [float(np.mean(v)) for v in values]
-        spread = [float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for v in values]
-        axis.errorbar(x, mean, spread, marker="o", markersize=4, capsize=3, linewidth=1.6, color=colour, label=name)
-        for place, low, measured in zip(x, np.subtract(mean, spread), values, strict=True):
-            axis.annotate(f"n = {len(measured)}", (place, low), xytext=(0, -5), textcoords="offset points",
-                          ha="center", va="top", fontsize=8, color=colour)
+    mean = [float(np.mean(v)) for v in values]
+    spread = [float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for v in values]
+    axis.errorbar(x, mean, spread, marker="o", markersize=4, capsize=3, linewidth=1.6, color=INK)
+    for place, low, measured in zip(x, np.subtract(mean, spread), values, strict=True):
+        axis.annotate(f"n = {len(measured)}", (place, low), xytext=(0, -5), textcoords="offset points", ha="center",
+                      va="top", fontsize=8, color=INK)
     axis.margins(x=0.07, y=0.16)  # room for n below the lowest point
-    if mark is not None:
-        axis.axvline(mark, color=GREY, linewidth=1, linestyle="--", zorder=0)
+    axis.axvline(mark, color=GREY, linewidth=1, linestyle="--", zorder=0)
     axis.set_xscale("log", base=2)
     axis.set_xticks(list(x), [f"{v:g}" for v in x])
     axis.minorticks_off()
     axis.set(xlabel=xlabel, ylabel=ylabel)
-    if len(series) > 1:
-        axis.legend(frameon=False, fontsize=9)
     return figure
 
 
 def difference_chart(names: Sequence[str], differences: Sequence[float | None], xlabel: str,
-                     noise: float | None = None) -> Figure:
+                     noise: float | None) -> Figure:
     """Horizontal bars of differences, in the order given from the top; ``noise`` shades what a change of seed alone
     does (+-). None is a switch that was not exercised: a hollow marker and words, no bar."""
     figure, (axis,) = _axes(1, 6.4, 0.9 + 0.25 * len(names), labelsize=9)
     axis.grid(False, axis="y")
     if noise:
         axis.axvspan(-noise, noise, color="#edf0f3", zorder=0)
-    places = np.arange(len(names))[::-1]
-    acting = [(place, d) for place, d in zip(places, differences, strict=True) if d is not None]
-    axis.barh([place for place, _ in acting], [d for _, d in acting], height=0.62,
-              color=[RISE if d >= 0 else FALL for _, d in acting])
     axis.axvline(0, color=INK, linewidth=0.8)
-    axis.set_yticks(places, names)
-    axis.set(xlabel=xlabel, ylim=(-0.7, len(names) - 0.3))
-    low, high = axis.get_xlim()
-    axis.set_xlim(low - 0.09 * (high - low), high + 0.09 * (high - low))
+    places = np.arange(len(names))[::-1]
     for place, value in zip(places, differences, strict=True):
         style = {"textcoords": "offset points", "va": "center", "fontsize": 8}
         if value is None:
             axis.plot(0, place, "o", markersize=5, markerfacecolor="white", markeredgecolor=GREY, zorder=3)
             axis.annotate("not exercised here", (0, place), xytext=(7, 0), color=GREY, **style)
         else:
+            axis.barh(place, value, height=0.62, color=RISE if value >= 0 else FALL)
             axis.annotate(f"{value:+.1f}", (value, place), xytext=(3 if value >= 0 else -3, 0),
                           ha="left" if value >= 0 else "right", **style)
+    axis.set_yticks(places, names)
+    axis.set(xlabel=xlabel, ylim=(-0.7, len(names) - 0.3))
+    low, high = axis.get_xlim()
+    axis.set_xlim(low - 0.09 * (high - low), high + 0.09 * (high - low))
     return figure
 
 
 def _axes(count: int, width: float, height: float, labelsize: float = 8) -> tuple[Figure, list[Axes]]:
     """``count`` frames side by side, each ``width`` x ``height`` inches."""
-    figure = new_figure((count * width, height), 130, layout="constrained")
+    figure = Sheet((count * width, height), 130, layout="constrained")
     axes = list(figure.subplots(1, count, squeeze=False)[0])
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -162,7 +155,7 @@ def share_tables(tables: Mapping[str, np.ndarray], rows: Sequence[str], columns:
     left, head, gap = 0.35 + 0.085 * max(map(len, rows)), 0.34, 0.3
     width, height = cell * len(columns), cell * len(rows)
     foot = 0.15 + 0.075 * max(map(len, columns))
-    figure = new_figure((left + len(tables) * (width + gap), head + height + foot), 110)
+    figure = Sheet((left + len(tables) * (width + gap), head + height + foot), 110)
     for number, (title, table) in enumerate(tables.items()):
         axis = figure.room(left + number * (width + gap), head, width, height)
         axis.set_facecolor("#dfe3e8")

@@ -3,7 +3,6 @@ absent."""
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
+from scipy.ndimage import distance_transform_edt, minimum_filter
 
 from ovdiff_lib.explain import BELOW, NOT_AMONG_TOP, NOT_BEST, Activated, absent_classes
 from ovdiff_lib.overlay import colours_of, paint
@@ -20,7 +20,7 @@ from ovdiff_lib.profiles.schema import Filters
 from ovdiff_lib.segmentation import Segmentation
 from ovdiff_lib.types import SupportSet
 from ovdiff_lib.workbench.analysis.margins import BIN, MarginStatistics
-from ovdiff_lib.workbench.figures.base import Sheet, new_figure
+from ovdiff_lib.workbench.figures.base import Sheet
 
 COLOURS = ((255, 127, 14), (0, 190, 225), (222, 60, 178), (248, 214, 40), (80, 200, 90), (150, 110, 240))
 """RGB of the prototypes in a figure, in order; after the last the first comes again."""
@@ -31,6 +31,9 @@ LINE = "#31435e"
 LEAST, SHOWN, HATCH = 1e-4, "shown, dropped", "////"
 """In :func:`absent_figure`: the probability below which all bars are alike, and how classes are marked that an image
 shows although the pre-filter dropped them."""
+
+WITHIN = np.array([[0, 0, 1, 0, 0], [0, 0, 0, 0, 0], [1, 0, 1, 0, 1], [0, 0, 0, 0, 0], [0, 0, 1, 0, 0]], bool)
+"""Around a pixel: what is in a region, too, where the pixel is not on its outline."""
 
 SHARP = 256
 """Smaller images are enlarged to about this long side, so that outlines drawn into them stay thin."""
@@ -44,7 +47,8 @@ def highlight(image: np.ndarray, regions: Sequence[np.ndarray], colours: Sequenc
     for region, colour in zip(regions, colours, strict=True):
         mask = np.asarray(Image.fromarray(region).resize(picture.shape[1::-1], Image.Resampling.NEAREST))
         drawn[mask] = 0.5 * picture[mask] + 0.5 * np.array(colour, np.float32)
-        drawn[mask & ~_eroded(mask)] = colour
+        inside = minimum_filter(mask, footprint=WITHIN, mode="nearest")  # nor is the image's border an outline
+        drawn[mask & ~inside] = colour
     return drawn.clip(0, 255).round().astype(np.uint8)
 
 
@@ -53,13 +57,6 @@ def _enlarged(image: np.ndarray) -> tuple[np.ndarray, int]:
     factor = max(1, round(SHARP / max(image.shape[:2])))
     size = image.shape[1] * factor, image.shape[0] * factor
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)), factor
-
-
-def _eroded(mask: np.ndarray, pixels: int = 2) -> np.ndarray:
-    height, width = mask.shape
-    padded = np.pad(mask, pixels, mode="edge")  # a region that runs off the image has no outline there
-    shifts = [(pixels, 0), (pixels, 2 * pixels), (0, pixels), (2 * pixels, pixels)]
-    return mask & np.all([padded[y : y + height, x : x + width] for y, x in shifts], axis=0)
 
 
 @dataclass(frozen=True)
@@ -73,6 +70,11 @@ class Trace:
     supports: Mapping[str, SupportSet]
     pixel: tuple[int, int] | None = None
 
+    @property
+    def colours(self) -> list[tuple[int, int, int]]:
+        """One for each prototype."""
+        return [COLOURS[i % len(COLOURS)] for i in range(len(self.prototypes))]
+
     def label(self, prototype: Activated) -> int:
         """The label of the pixels that a prototype decides."""
         names = self.segmentation.class_names
@@ -81,8 +83,6 @@ class Trace:
 
 def innermost(region: np.ndarray) -> tuple[int, int]:
     """The pixel (row, column) of a region bool (H, W) farthest from its border and the image's; the first of equals."""
-    from scipy.ndimage import distance_transform_edt
-
     depth = distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
     return tuple(int(place) for place in np.unravel_index(depth.argmax(), depth.shape))
 
@@ -97,13 +97,13 @@ def chosen_images(prototypes: Sequence[Activated], count: int) -> list[tuple[str
     return [*chosen, *sorted(set(total) - set(chosen), key=lambda key: (-total[key], key))][:count]
 
 
-def prototype_figure(traces: Sequence[Trace], shown: int = 4, cell: float = 1.3, title: str = "") -> Figure:
+def prototype_figure(traces: Sequence[Trace], shown: int = 4, cell: float = 1.3) -> Figure:
     """Fig. 4: at the left each segmentation, in the middle the regions that its prototypes decided, each in its own
     colour, at the right ``shown`` support images with the regions that these prototypes were made from in the same
     colours."""
-    left, gap, head, row = 2.1, 0.14, 0.36 + (0.34 if title else 0), cell + 0.04
+    left, gap, head, row = 2.1, 0.14, 0.36, cell + 0.04
     places = [left, left + cell + gap, *(left + (2 + i) * cell + 2 * gap for i in range(shown))]
-    figure = new_figure((places[-1] + cell, head + len(traces) * row), 110)
+    figure = Sheet((places[-1] + cell, head + len(traces) * row), 110)
     for trace, top in zip(traces, head + row * np.arange(len(traces)), strict=True):
         for x, picture in zip(places, _pictures(trace, shown), strict=False):
             figure.put(picture, x, top + 0.04, cell - 0.04, cell - 0.04)
@@ -111,17 +111,14 @@ def prototype_figure(traces: Sequence[Trace], shown: int = 4, cell: float = 1.3,
     for x, text in ((places[0] + cell / 2, "segmentation"), (places[1] + cell / 2, "decided (enlarged)"),
                     (places[2] + shown * cell / 2, "where these prototypes come from in the support images")):
         figure.write(x, head - 0.06, text, va="bottom", fontsize=11)
-    if title:
-        figure.write(figure.get_figwidth() / 2, 0.04, title, va="top", fontsize=13)
     return figure
 
 
 def _pictures(trace: Trace, shown: int) -> list[np.ndarray]:
-    colours = [colour for colour, _ in zip(itertools.cycle(COLOURS), trace.prototypes, strict=False)]
     image, labels, names = trace.segmentation.image, trace.segmentation.labels, trace.segmentation.class_names
     large, factor = _enlarged(image)
     whole = paint(large, np.kron(labels, np.ones((factor, factor), labels.dtype)), names)
-    decided = highlight(image, [p.pixels for p in trace.prototypes], colours)
+    decided = highlight(image, [p.pixels for p in trace.prototypes], trace.colours)
     top, bottom, left, right = (factor * side for side in _around(trace))
     pictures = [whole, decided[top:bottom, left:right]]
     if trace.pixel is not None:
@@ -129,7 +126,8 @@ def _pictures(trace: Trace, shown: int) -> list[np.ndarray]:
         _mark(pictures[0], row, column)
         _mark(pictures[1], row - top, column - left)
     for category, number in chosen_images(trace.prototypes, shown):
-        here = [(p.masks[p.images.index(number)], colour) for p, colour in zip(trace.prototypes, colours, strict=True)
+        here = [(p.masks[p.images.index(number)], colour)
+                for p, colour in zip(trace.prototypes, trace.colours, strict=True)
                 if p.category == category and number in p.images]
         pictures.append(highlight(trace.supports[category].images[number], *zip(*here, strict=True)))
     return pictures
@@ -158,7 +156,7 @@ def _mark(picture: np.ndarray, row: int, column: int) -> None:
 def _row_names(figure: Sheet, trace: Trace, top: float) -> None:
     figure.write(0.08, top, trace.name, ha="left", va="top", fontsize=13, weight="bold")
     y = top + 0.22 * len(trace.name.split("\n")) + 0.12
-    for prototype, colour in zip(trace.prototypes, itertools.cycle(COLOURS), strict=False):
+    for prototype, colour in zip(trace.prototypes, trace.colours, strict=True):
         share = 100 * prototype.pixels.sum() / max(1, (trace.segmentation.labels == trace.label(prototype)).sum())
         which = f"{prototype.kind} {prototype.index}" if prototype.kind != "class" else "class"
         figure.write(0.1, y, "■", ha="left", fontsize=13, color=np.array(colour) / 255)
@@ -166,10 +164,10 @@ def _row_names(figure: Sheet, trace: Trace, top: float) -> None:
         y += 0.25
 
 
-def margin_figure(statistics: MarginStatistics, parts: int = 10) -> Figure:
+def margin_figure(statistics: MarginStatistics) -> Figure:
     """Left: how the margins of right and of wrong pixels are distributed; right: the share of wrong pixels, by tenths
     of the margin."""
-    figure = new_figure((7.4, 2.6), 110, layout="constrained")
+    figure = Sheet((7.4, 2.6), 110, layout="constrained")
     left, right = figure.subplots(1, 2)
     both = statistics.right + statistics.wrong
     last = int(np.searchsorted(np.cumsum(both), 0.99 * both.sum())) + 1
@@ -181,9 +179,8 @@ def margin_figure(statistics: MarginStatistics, parts: int = 10) -> Figure:
             share = 100 * np.add.reduceat(counts[: starts[-1] + group], starts) / counts.sum()
             left.stairs(share, edges, label=f"{name} pixels", color=colour, fill=True, alpha=0.55)
     left.set(xlabel="margin: winner minus runner-up (cosine)", ylabel="% of these pixels", xlim=(0, edges[-1]))
-    if left.patches:
-        left.legend(frameon=False, fontsize=9)
-    rates = [100 * rate for _, rate in statistics.error_rates(parts)]
+    left.legend(frameon=False, fontsize=9)
+    rates = [100 * rate for _, rate in statistics.error_rates()]
     right.plot(range(1, len(rates) + 1), rates, "o-", color=LINE)
     right.set(xlabel=f"pixels by margin, in {len(rates)} equal parts (smallest first)",
               ylabel="% of pixels that are wrong", ylim=(0, None))
@@ -193,7 +190,7 @@ def margin_figure(statistics: MarginStatistics, parts: int = 10) -> Figure:
 
 
 def absent_figure(segmentations: Sequence[Segmentation], filters: Filters, names: Sequence[str],
-                  shown: Sequence[Collection[str]] = (), bars: int = 7) -> Figure:
+                  shown: Sequence[Collection[str]], bars: int = 7) -> Figure:
     """For each image CLIP's ``bars`` most probable classes, with the threshold 1/C and why the pre-filter dropped some.
 
     ``shown`` are the classes that each image really shows; their names are marked with a dot. Those of them that were
@@ -201,10 +198,10 @@ def absent_figure(segmentations: Sequence[Segmentation], filters: Filters, names
     :data:`LEAST` long. A class that was segmented has its name in the colour of its pixels.
     """
     count = len(segmentations)
-    figure = new_figure((3.1 * count, 3.7), 110, layout="constrained")
+    figure = Sheet((3.1 * count, 3.7), 110, layout="constrained")
     axes = figure.subplots(2, count, squeeze=False, height_ratios=[1, 1.25])
     used: dict[str, bool] = {"kept": True, SHOWN: False}
-    for (top, bottom), result, name, there in zip(axes.T, segmentations, names, shown or [()] * count, strict=True):
+    for (top, bottom), result, name, there in zip(axes.T, segmentations, names, shown, strict=True):
         top.imshow(paint(result.image, result.labels, result.class_names))
         top.set_axis_off()
         top.set_title(name, fontsize=12)

@@ -17,11 +17,11 @@ from ovdiff_lib.types import ForegroundBackground, SupportSet
 from ovdiff_lib.workbench.figures.base import (
     BACKGROUND,
     FOREGROUND,
+    Sheet,
     class_legend,
     heat,
     image_grid,
     mask_picture,
-    new_figure,
 )
 
 
@@ -33,21 +33,18 @@ def selection_figure(supports: Sequence[SupportSet], masks: Sequence[ForegroundB
     for support, mask in zip(supports, masks, strict=True):
         image, attribution = support.images[0], upsample(support.attribution[:1], support.images.shape[1:3])[0]
         found = np.asarray(segmenter.propose(image, support.category.prompt), bool)
-        found = np.concatenate([found, ~found.any(0, keepdims=True)]) if found.any() else found[:0]
+        found = np.concatenate([found, ~found.any(0, keepdims=True)])
         found = found[found.any((1, 2))]
-        mean = mean_attribution(found, attribution) if len(found) else np.zeros(0)
+        mean = mean_attribution(found, attribution)
         # The best and the worst are always shown; of the others, the largest.
-        said = {}
-        if len(found):
-            said = {int(mean.argmin()): " = min: background", int(mean.argmax()): " = max: foreground"}
+        said = {int(mean.argmin()): " = min: background", int(mean.argmax()): " = max: foreground"}
         others = [i for i in np.argsort(-found.sum((1, 2)), kind="stable") if i not in said]
         chosen = [*reversed(said), *others][:shown]
-        pale = 255 - (255 - image) // 5  # outside a proposal
+        empty, pale = shown - len(chosen), 255 - (255 - image) // 5  # pale: outside a proposal
         pictures = [np.where(found[i][..., None], image, pale).astype(np.uint8) for i in chosen]
-        pictures += [np.full_like(image, 255)] * (shown - len(chosen))
+        pictures += [np.full_like(image, 255)] * empty
         rows.append([image, heat(image, support.attribution[0]), *pictures, mask_picture(mask, 0)])
-        names = [f"{mean[i]:.2f}{said.get(i, '')}" for i in chosen]
-        texts += ["", "", *names, *[""] * (shown - len(chosen)), ""]
+        texts += ["", "", *(f"{mean[i]:.2f}{said.get(i, '')}" for i in chosen), *[""] * empty, ""]
     columns = ["support image", "attribution", *["proposal"] * shown, "result"]
     figure = image_grid(rows, [s.category.name for s in supports], columns, cell=1.3)
     for text, axis in zip(texts, figure.axes, strict=True):
@@ -147,7 +144,7 @@ def gallery(columns: Sequence[Column], class_names: Sequence[str], row_names: Se
     rooms = [max(width, letter * max(map(len, texts))) for texts, width in zip(heads, widths, strict=True)]
     head = line * max(map(len, heads)) + 0.08
     tops = [head + r * (height + gap) for r in range(len(row_names))]
-    figure = new_figure((left + sum(rooms) + gap * len(columns), head + len(row_names) * (height + gap)), 120)
+    figure = Sheet((left + sum(rooms) + gap * len(columns), head + len(row_names) * (height + gap)), 120)
     colours, x = colours_of(class_names) / 255, left
     for column, texts, width, room in zip(columns, heads, widths, rooms, strict=True):
         pictures = [column.image, *(paint(column.image, labels, class_names) for labels in column.maps)]
