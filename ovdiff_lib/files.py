@@ -25,13 +25,6 @@ def check_output(folder: str | Path) -> None:
         raise _unwritable(folder, error) from None
 
 
-def check_output_file(path: Path) -> None:
-    """``InputError`` if the file ``path``, which need not exist yet, cannot be written to; nothing is left behind."""
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name a file in it.")
-    check_output(path.parent)
-
-
 def size_text(size: int | None) -> str:
     """Bytes as a person reads them, in decimal units; "?" for None."""
     if size is None:

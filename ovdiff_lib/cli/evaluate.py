@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from pathlib import Path
 from typing import Any
 
-from ovdiff_lib.cli.options import ENGINE, STUFF, argument, build_with, engine_of, ovdiff_of, takes, with_stuff
-from ovdiff_lib.errors import InputError
+from ovdiff_lib.cli.options import ENGINE, argument, build_with, engine_of, ovdiff_of, takes
 from ovdiff_lib.files import check_output, write_json
 
 
@@ -16,84 +14,64 @@ from ovdiff_lib.files import check_output, write_json
                                 "without background voc20, context59, coco-stuff, ade20k, cityscapes"),
        argument("--data", type=Path, metavar="FOLDER", help="where the data set is, for example VOCdevkit"),
        argument("--split", default="val", help="val, train, or wild of the mini world (default: val)"),
-       argument("--names", help="names given to the networks: fixed (the paper's corrections, default), raw, fourteen"),
+       argument("--names", default="fixed",
+                help="names given to the networks: fixed (the paper's corrections, default), raw, fourteen"),
        argument("--limit", type=int, help="use the first LIMIT images only"),
        argument("--predictions", type=Path, metavar="FOLDER",
                 help="score label maps in this folder, named by image id, instead of segmenting"),
        argument("--zero-based", action="store_true",
                 help="with --predictions: label 0 is the first category (default: background, or nothing)"),
-       argument("--resume", type=Path, metavar="FOLDER",
-                help="keep the state here while evaluating; the same command goes on where it stopped"),
-       argument("--json", type=Path, help="write the result to this file too"), *STUFF, *ENGINE)
+       argument("--json", type=Path, help="write the result to this file too"), *ENGINE)
 def evaluate(options: argparse.Namespace) -> None:
     """Measure mIoU on a data set."""
+    import pandas as pd
+
     from ovdiff_lib.workbench.data.datasets import load_dataset
     from ovdiff_lib.workbench.data.samples import SavedPredictions
     from ovdiff_lib.workbench.evaluation import measure
 
-    if options.zero_based and not options.predictions:
-        raise InputError("--zero-based says how label maps are numbered; use it together with --predictions FOLDER.")
-    if options.predictions and (options.resume or options.engine != "local" or options.workers is not None):
-        raise InputError("Scoring saved predictions is done at once and in this process; leave out --resume, --engine "
-                         "and --workers.")
     if options.json:
         check_output(options.json.parent)
     # Workers on other machines are elsewhere: they are told the whole path.
-    folder = options.data.expanduser().absolute() if options.data and options.engine == "ray" else options.data
-    given = {"folder": folder, "names": options.names}
-    dataset = load_dataset(options.dataset, split=options.split, **{k: v for k, v in given.items() if v is not None})
-    vocabulary = with_stuff(dataset.vocabulary, options)
-    record: dict[str, Any] = {"dataset": dataset.name, "split": options.split, "names": options.names or "fixed"}
+    folder = options.data and options.data.expanduser().absolute()
+    dataset = load_dataset(options.dataset, split=options.split, folder=folder, names=options.names)
+    record: dict[str, Any] = {"dataset": dataset.name, "split": options.split, "names": options.names}
     if options.predictions:
         saved = SavedPredictions(options.predictions, options.zero_based)
         result = measure.evaluate(saved, dataset, limit=options.limit)
         record["predictions"], by = str(options.predictions), f"predictions in {options.predictions}"
     else:
         ovdiff = ovdiff_of(options)
-        if options.stuff_from:
-            record["stuff"] = [c.name for c in vocabulary if c.kind == "stuff"]
-        settings = {**record, "data": str(options.data and options.data.resolve()), "profile": ovdiff.profile.digest()}
-        result = _segment_and_count(options, ovdiff, dataset, vocabulary, settings)
+        result = _segment_and_count(options, ovdiff, dataset)
         record["profile"] = ovdiff.profile.to_dict()
         by = f"profile {ovdiff.profile.name}, settings {ovdiff.profile.digest()}"
-    width = max(map(len, result.class_names))
-    for name, value in zip(result.class_names, result.iou, strict=True):
-        print(f"{name:{width}s} {'  -  ' if value != value else f'{100 * value:5.1f}'}")
+    shown = pd.Series([*result.iou, result.miou], [*result.class_names, "mIoU"]) * 100
+    *rows, last = shown.to_string(float_format="{:.1f}".format, na_rep="-").splitlines()
+    print(*rows, sep="\n")
     if not dataset.has_background:
         print("Background is not evaluated: every pixel that counts shows one of the classes.")
     standard = dataset.standard_images
     if standard is not None and not options.limit and result.images != standard:
         print(f"The literature evaluates on {standard} images of this split; here there are {result.images}.")
-    print(f"{'mIoU':{width}s} {100 * result.miou:5.1f}   {dataset.name} {options.split}, {result.images} images, {by}")
+    print(f"{last}   {dataset.name} {options.split}, {result.images} images, {by}")
     if options.json:
         miou, *iou = (None if v != v else float(v) for v in (result.miou, *result.iou))  # NaN where a class is nowhere
         write_json(options.json, {**record, "images": result.images, "background": dataset.has_background, "miou": miou,
                                   "iou": dict(zip(result.class_names, iou, strict=True))})
 
 
-def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any, vocabulary: Any, settings: dict):
+def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any) -> Any:
     """The result of OVDiff on the data set, its classes built first; on an engine's workers if the options say so."""
-    from ovdiff_lib.keys import of_labels
     from ovdiff_lib.workbench.evaluation import measure
     from ovdiff_lib.workbench.evaluation.workers import WithBank, evaluate_on
 
     engine, builder = engine_of(options, ovdiff.profile), measure.for_dataset(ovdiff, dataset)
-    if engine is None:
-        bank = builder.build(vocabulary)
-        if options.resume:  # what the names of a profile and of its classes do not show
-            digest = hashlib.sha256()
-            for name in bank.extractors:
-                for prototypes in bank.prototypes[name]:
-                    digest.update(f"{name} {prototypes.vectors.shape}".encode() + prototypes.vectors.tobytes())
-            settings |= {"prototypes": digest.hexdigest()[:16], **of_labels(ovdiff.profile)}
-        predictor = measure.label_predictor(ovdiff, bank, dataset)
-        return measure.evaluate(predictor, dataset, limit=options.limit, settings=settings, resume=options.resume)
-    if options.resume:
-        raise InputError("--resume keeps the state of one process; leave it out, or --engine and --workers.")
     measure.image_count(dataset, options.limit)  # a limit of no images is reported before classes are built
-    build_with(engine, builder, vocabulary)
-    segmenter = WithBank(ovdiff.profile, builder.build(vocabulary))
-    return evaluate_on(engine, segmenter, dataset, limit=options.limit)
+    if engine is None:
+        predictor = measure.label_predictor(ovdiff, builder.build(dataset.vocabulary), dataset)
+        return measure.evaluate(predictor, dataset, limit=options.limit)
+    build_with(engine, builder, dataset.vocabulary)
+    return evaluate_on(engine, WithBank(ovdiff.profile, builder.build(dataset.vocabulary)), dataset, options.limit)
 
 
 @takes(argument("dataset", choices=["context"]),

@@ -30,11 +30,10 @@ def run(options: argparse.Namespace) -> None:
                          "notebooks/.")
     parameters = {**_parameters(options), **parse_assignments(options.parameter, "--parameter")}
     # Meant from where the command is run; the notebook itself runs in its own folder.
-    parameters["output"] = str(Path(str(parameters["output"])).resolve())
-    target = Path(parameters["output"]) / options.notebook.name
-    run_notebook(options.notebook, target, parameters, force=True)
-    note(target.parent, options.notebook.stem)
-    print(f"executed copy: {target}   tables and figures: {target.parent}")
+    folder = Path(str(parameters["output"])).resolve()
+    run_notebook(options.notebook, folder / options.notebook.name, parameters | {"output": str(folder)}, force=True)
+    note(folder, options.notebook.stem)
+    print(f"executed copy: {folder / options.notebook.name}   tables and figures: {folder}")
 
 
 @takes(argument("--only", default="", metavar="03,05", help="only these notebooks, by number or name (default: all)"),
@@ -44,13 +43,13 @@ def run(options: argparse.Namespace) -> None:
 def reproduce(options: argparse.Namespace) -> int:
     """Execute the notebooks, judge the paper's claims on their tables and write the report."""
     from ovdiff_lib.workbench.evaluation.workers import processors
+    from ovdiff_lib.workbench.parallel import described
     from ovdiff_lib.workbench.reproduce import expected_time, has_tag, is_fresh, notebooks, run_all
 
     if options.workers is not None and options.workers < 1:
         raise InputError(f"--workers is {options.workers}; give at least 1.")
     profile, parameters = profile_of(options), _parameters(options)
-    workers = options.workers or processors(profile)
-    folder, shown = Path(parameters["output"]), options.out / Path(parameters["output"]).name
+    workers, folder, shown = options.workers or processors(profile), Path(parameters["output"]), options.out / profile.name
     chosen = notebooks(options.notebooks, options.only.split(",") if options.only else ())
     stale = [n for n in chosen if options.force or not is_fresh(n, folder / n.name, parameters)]
     print(expected_time(stale, folder, workers) or f"{len(stale)} to run.", flush=True)
@@ -61,23 +60,20 @@ def reproduce(options: argparse.Namespace) -> int:
     # Also after a failure: what is there is worth seeing, and the report says what is not.
     for name, write in (("claims", _claims), ("report", _report)):
         try:
-            path, remark = write(folder, options)
-            print(f"{name}: {shown / path.relative_to(folder)}{remark}", flush=True)
+            print(f"{name}: {write(shown, options)}", flush=True)
         except Exception as error:
-            reason = str(error) if isinstance(error, OVDiffError) else f"{type(error).__name__}: {error}"
-            failures.append(f"The {name} could not be written: {reason}")
+            failures.append(f"The {name} could not be written: {described(error)}")
     print(f"tables: {shown / 'tables'}   figures: {shown / 'figures'}   executed notebooks: {shown}/*.ipynb")
     print(f"{len(failures)} failed, the rest is done:" if failures else "Done.", flush=True)
     for sentence in failures:
         print(f"ovdiff: {sentence}", file=sys.stderr)
-    return 1 if failures else 0
+    return int(bool(failures))
 
 
 @takes(NOTEBOOKS, OUT)
 def report(options: argparse.Namespace) -> None:
     """Gather tables, figures, claims and notebooks of a profile on one page."""
-    page, remark = _report(options.out / profile_of(options).name, options)
-    print(f"report: {page}{remark}")
+    print(f"report: {_report(options.out / profile_of(options).name, options)}")
 
 
 @takes(argument("first", type=Path, help="a folder of tables, or an outputs folder such as outputs/mini"),
@@ -91,7 +87,7 @@ def compare_tables(options: argparse.Namespace) -> int:
     differences = compare.compare_tables(options.first, options.second, options.tolerance)
     same = f"The tables are the same (tolerance {options.tolerance:g})."
     print(*differences, f"{len(differences)} differences" if differences else same, sep="\n")
-    return 1 if differences else 0
+    return int(bool(differences))
 
 
 def _parameters(options: argparse.Namespace) -> dict[str, Any]:
@@ -119,14 +115,15 @@ def _draw(profile: Profile, folder: Path, workers: int) -> None:
         note(folder, CLASSES, {"seconds": round(time.time() - started, 1)})
 
 
-def _claims(folder: Path, options: argparse.Namespace) -> tuple[Path, str]:
+def _claims(folder: Path, options: argparse.Namespace) -> str:
     from ovdiff_lib.workbench.tables.claims import counts, judge, write_claims
 
     path = write_claims(folder).with_suffix(".md")
-    return path, f" ({', '.join(f'{verdict} {number}' for verdict, number in counts(judge(folder)).items())})"
+    return f"{path} ({', '.join(f'{verdict} {number}' for verdict, number in counts(judge(folder)).items())})"
 
 
-def _report(folder: Path, options: argparse.Namespace) -> tuple[Path, str]:
+def _report(folder: Path, options: argparse.Namespace) -> str:
     from ovdiff_lib.workbench.page.page import build_report
 
-    return build_report(folder, profile_of(options), options.notebooks), " (open it in a browser; it needs no server)"
+    page = build_report(folder, profile_of(options), options.notebooks)
+    return f"{page} (open it in a browser; it needs no server)"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Container
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,34 +41,27 @@ PROFILE = (
     argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE",
              help="replace a profile field; may be repeated"),
     argument("--library", type=Path,
-             help="folder that keeps support sets and prototypes (default: the user's cache folder)"))
+             help="folder that keeps support sets and prototypes (default: $OVDIFF_LIBRARY, else the user's cache)"))
 
-STUFF = (
-    argument("--stuff-from", metavar="c8|coco-stuff|FILE",
-             help="which classes are stuff: the paper's Table C.8, the split of COCO-Stuff, or a CSV file with "
-                  "class,label"),
-    argument("--stuff-default", choices=["thing", "stuff"],
-             help="with --stuff-from: what classes are that it does not name"))
+STUFF = argument("--stuff", default="", help='which of them are stuff regions, for example "grass, sky"')
 
 ENGINE = (
     argument("--engine", choices=["local", "ray"], default="local",
-             help="local: processes of this machine (default); ray: a Ray cluster, all of whose machines must see the "
-                  "library, the models and the data under the same paths (a network file system)"),
+             help="local: processes of this machine (default); ray: the Ray cluster at $RAY_ADDRESS, all of whose "
+                  "machines must see the library, the models and the data under the same paths, or a Ray on this "
+                  "machine alone"),
     argument("--workers", type=int,
-             help="processes that work side by side (default: local 1, ray as many as there is room for)"),
-    argument("--address", help="with --engine ray: a running cluster, HOST:PORT or auto (default: $RAY_ADDRESS, or a "
-                               "Ray on this machine alone, started for the work)"))
+             help="processes that work side by side (default: local 1, ray as many as there is room for)"))
 
 
-def classes(required: bool = True) -> tuple[Argument, ...]:
-    """``--classes`` or ``--classes-file``, and which of them are stuff."""
+def classes(name: str = "--classes", **settings: Any) -> Argument:
+    """The class names, as the argument ``name`` or in a file."""
     def add(parser: argparse.ArgumentParser) -> None:
-        source = parser.add_mutually_exclusive_group(required=required)
-        source.add_argument("--classes", help='class names, for example "cat, sofa"')
+        source = parser.add_mutually_exclusive_group(required=True)
+        source.add_argument(name, help='class names, for example "cat, sofa"', **settings)
         source.add_argument("--classes-file", type=Path, help="text file with one class name a line")
 
-    stuff = argument("--stuff", default="", help='which of them are stuff regions, for example "grass, sky"')
-    return (add, stuff, *STUFF)
+    return add
 
 
 def profile_of(options: argparse.Namespace) -> Profile:
@@ -85,44 +77,31 @@ def ovdiff_of(options: argparse.Namespace) -> OVDiff:
 
 
 def vocabulary_of(options: argparse.Namespace) -> Vocabulary:
-    """The classes with their kinds: stuff are those that --stuff names; of the others --stuff-from says it."""
-    names = options.classes.split(",") if options.classes and options.classes.strip() else []
+    """The classes with their kinds."""
+    names = options.classes or ()
     if options.classes_file:
         try:
-            names = options.classes_file.read_text(encoding="utf-8-sig").splitlines()
+            lines = options.classes_file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError):
             raise InputError(f"The classes file {options.classes_file} cannot be read; give a UTF-8 text file with one "
                              "class a line.") from None
-        names = [line for line in names if line.strip()]
-    marked = [Category(name).name for name in options.stuff.split(",") if name.strip()]
-    vocabulary = Vocabulary.of(names, marked)
-    if missing := [name for name in marked if name.casefold() not in {n.casefold() for n in vocabulary.names}]:
-        raise InputError(f"--stuff names {missing[0]!r}, which is not among the classes; add it there or remove it.")
-    return with_stuff(vocabulary, options, {c.name for c in vocabulary if c.kind == "stuff"})
-
-
-def with_stuff(vocabulary: Vocabulary, options: argparse.Namespace, known: Container[str] = ()) -> Vocabulary:
-    """The vocabulary with the kinds that --stuff-from gives its classes, but for those of the names ``known``."""
-    from ovdiff_lib.workbench.data.things import kinds
-
-    if options.stuff_default and not options.stuff_from:
-        raise InputError("--stuff-default says what classes are that a table does not name; use it together with "
-                         "--stuff-from.")
-    asked = [category for category in vocabulary if category.name not in known]
-    found = kinds(asked, options.stuff_from, options.stuff_default) if options.stuff_from and asked else {}
-    return Vocabulary(tuple(replace(c, kind=found.get(c.name, c.kind)) for c in vocabulary))
+        names = [line for line in lines if line.strip()]
+    vocabulary = Vocabulary.of(names, options.stuff)
+    known = {category.name.casefold() for category in vocabulary}
+    for name in options.stuff.split(","):
+        if name.strip() and Category(name).name.casefold() not in known:
+            raise InputError(f"--stuff names {name!r}, which is not among the classes; add it there or remove it.")
+    return vocabulary
 
 
 def engine_of(options: argparse.Namespace, profile: Profile) -> Engine | None:
     """The engine that the options ask for; None is one step after the other in this process."""
     from ovdiff_lib.workbench.parallel import LocalEngine, RayEngine
 
-    if options.address and options.engine != "ray":
-        raise InputError("--address names a Ray cluster; use it together with --engine ray.")
     if options.engine == "ray":
         device = profile.models.device
         # "auto" takes the GPU that Ray gives, where there is one.
-        return RayEngine(options.workers, options.address, None if device == "auto" else int(device.startswith("cuda")))
+        return RayEngine(options.workers, gpus=None if device == "auto" else int(device.startswith("cuda")))
     engine = LocalEngine(1 if options.workers is None else options.workers)
     return engine if engine.workers > 1 else None
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 
 import argparse
 import io
-import itertools
 import os
 import sys
 import time
-from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from ovdiff_lib.cli.options import ENGINE, argument, build_with, classes, engine_of, ovdiff_of, takes, vocabulary_of
+from ovdiff_lib.cli.options import ENGINE, STUFF, argument, build_with, classes, engine_of, ovdiff_of, takes, vocabulary_of
 from ovdiff_lib.errors import InputError, counted
 from ovdiff_lib.files import check_output, shown, write_atomic, write_json
 from ovdiff_lib.images import list_images, read_image, save_label_png
@@ -24,13 +23,11 @@ from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.segmentation import Segmentation
 
 
-@takes(argument("image", type=Path, help="an image (PNG, JPEG, WebP) or a folder of them"), *classes(),
+@takes(argument("image", type=Path, help="an image (PNG, JPEG, WebP) or a folder of them"), classes(), STUFF,
        argument("--out", type=Path, default=Path("out"),
                 help="folder for label maps, overlays and JSON (default: out)"))
 def segment(options: argparse.Namespace) -> None:
     """Label the pixels of an image, or of every image in a folder."""
-    import tqdm
-
     from ovdiff_lib.matching.windows import check_image
 
     vocabulary, paths = vocabulary_of(options), list_images(options.image)
@@ -42,31 +39,28 @@ def segment(options: argparse.Namespace) -> None:
     broken, read = [], []
 
     def images():
-        for path, stem in zip(paths, output_stems(paths), strict=True):
+        named = list(zip(paths, output_stems(paths), strict=True))
+        for path, stem in tqdm(named, "segmenting", unit="image", disable=len(paths) == 1):
             try:
                 image = read_image(path)
                 check_image(image)
             except InputError as error:
                 broken.append(str(error) if shown(path) in str(error) else f"{shown(path)}: {error}")
-                bar.update()
                 continue
             read.append(stem)
             yield image
 
-    with tqdm.tqdm(total=len(paths), desc="segmenting", unit="image", disable=len(paths) == 1) as bar:
-        for number, result in enumerate(ovdiff.segment_many(images(), bank)):
-            written = write_segmentation(result, options.out, read[number], ovdiff.profile)
-            bar.update()
+    for result, stem in zip(ovdiff.segment_many(images(), bank), read, strict=True):
+        write_segmentation(result, options.out, stem, ovdiff.profile)
     for message in broken:
         print(f"ovdiff: {message}", file=sys.stderr)
     if broken:
         raise InputError(f"{len(broken)} of {len(paths)} images could not be segmented; the others are in "
                          f"{shown(options.out)}.")
-    example = f" ({shown(written[0].name)}, ...)" if len(paths) == 1 else ""
-    print(f"{counted(len(paths), 'image')} segmented; results in {shown(options.out)}{example}")
+    print(f"{counted(len(paths), 'image')} segmented; results in {shown(options.out)}")
 
 
-@takes(*classes(), *ENGINE)
+@takes(classes(), STUFF, *ENGINE)
 def build(options: argparse.Namespace) -> None:
     """Build the prototypes of classes into the library."""
     vocabulary, ovdiff = vocabulary_of(options), ovdiff_of(options)
@@ -81,20 +75,9 @@ def build(options: argparse.Namespace) -> None:
 
 
 def output_stems(paths: list[Path]) -> list[str]:
-    """One output stem an image, no two alike whatever their case: the file's stem, with the suffix where two images
-    share it ("a.png", "a.jpg" -> "a_png", "a_jpg"), and with a number where that is taken too."""
-    counts = Counter(p.stem.casefold() for p in paths)
-    taken = {stem for stem, count in counts.items() if count == 1}
-    stems = []
-    for path in paths:
-        stem = path.stem
-        if counts[stem.casefold()] > 1:
-            wanted = f"{path.stem}_{path.suffix[1:]}"
-            tries = itertools.chain([wanted], (f"{wanted}_{n}" for n in itertools.count(2)))
-            stem = next(s for s in tries if s.casefold() not in taken)
-            taken.add(stem.casefold())
-        stems.append(stem)
-    return stems
+    """What the outputs of each image are called: the files' stems, or, where two are alike in any case, their names."""
+    stems = {path.stem.casefold() for path in paths}
+    return [path.stem if len(stems) == len(paths) else path.name for path in paths]
 
 
 def write_segmentation(result: Segmentation, folder: str | Path, stem: str, profile: Profile) -> list[Path]:

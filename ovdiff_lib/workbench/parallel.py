@@ -243,6 +243,6 @@ def connected(address: str | None) -> Any:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         what = "could not be started on this machine" if options else f"is no cluster at {address}"
-        raise OVDiffError(f"Ray {what} ({described(error)}); check the address (--address, RAY_ADDRESS), or use the "
+        raise OVDiffError(f"Ray {what} ({described(error)}); check the address (RAY_ADDRESS), or use the "
                           "engine local.") from None
     return ray

@@ -18,7 +18,6 @@ from ovdiff_lib.errors import OVDiffError
 from ovdiff_lib.overlay import colours_of
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.workbench import reproduce as runner
-from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.tables.paper import paper_cell
 from ovdiff_lib.workbench.tables.tables import Cell, write_table
 
@@ -54,10 +53,14 @@ def files(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
+def outputs(*stems: str) -> list[str]:
+    return sorted(f"{stem}{end}" for stem in stems for end in (".json", "_labels.png", "_overlay.png"))
+
+
 def test_one_image(images, tiny, tmp_path, capsys):
     out = tmp_path / "new" / "out"
     assert main(["segment", str(images / "a.png"), "--classes", "cat, dog", "--out", str(out), *tiny]) == 0
-    assert files(out) == ["a.json", "a_labels.png", "a_overlay.png"]
+    assert files(out) == outputs("a")
     assert "1 image segmented" in capsys.readouterr().out
     with Image.open(out / "a_labels.png") as picture:
         labels = np.asarray(picture)
@@ -79,12 +82,9 @@ def test_one_image(images, tiny, tmp_path, capsys):
 def test_a_folder_with_names_that_collide(images, tiny, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["segment", str(images), "--classes", "cat", "--out", str(out), *tiny]) == 0
-    assert files(out) == sorted(f"{stem}{end}" for stem in ("a_png", "a_jpg", "b") for end in (".json", "_labels.png", "_overlay.png"))
-    shapes = {}
-    for stem in ("a_png", "a_jpg", "b"):
-        with Image.open(out / f"{stem}_labels.png") as picture:
-            shapes[stem] = picture.size[::-1]
-    assert shapes == {"a_png": SHAPE, "a_jpg": (72, 40), "b": (33, 61)}
+    assert files(out) == outputs("a.png", "a.jpg", "b.webp")
+    shapes = {path.name: Image.open(path).size[::-1] for path in out.glob("*_labels.png")}
+    assert shapes == {"a.png_labels.png": SHAPE, "a.jpg_labels.png": (72, 40), "b.webp_labels.png": (33, 61)}
     assert "3 images segmented" in capsys.readouterr().out
 
 
@@ -92,7 +92,7 @@ def test_one_broken_image_of_a_folder_is_named_and_the_others_are_done(images, t
     (images / "a.jpg").write_bytes(b"\xff\xd8 not a jpeg")
     out = tmp_path / "out"
     assert main(["segment", str(images), "--classes", "cat", "--out", str(out), *tiny]) == 2
-    assert files(out) == sorted(f"{stem}{end}" for stem in ("a_png", "b") for end in (".json", "_labels.png", "_overlay.png"))
+    assert files(out) == outputs("a.png", "b.webp")
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ovdiff: ")]
     assert len(errors) == 2 and "a.jpg" in errors[0] and "1 of 3" in errors[1]
 
@@ -102,31 +102,6 @@ def test_class_names_of_any_sort_reach_the_record(images, tiny, tmp_path):
     assert main(["segment", str(images / "b.webp"), "--classes", "../cat,🐈", "--stuff", "🐈", "--out", str(out), *tiny]) == 0
     assert [c["name"] for c in json.loads((out / "b.json").read_text(encoding="utf-8"))["classes"]] == ["background", "../cat", "🐈"]
     assert files(tmp_path) == sorted([*(f"images/{n}" for n in files(images)), *(f"out/{n}" for n in files(out))])
-
-
-def test_things_and_stuff_from_a_table(images, tiny, tmp_path, monkeypatch):
-    """--stuff-from labels the classes, --stuff has the last word, --stuff-default speaks for the rest."""
-    seen = []
-
-    def build(self, classes, stuff=()):
-        seen.append({c.name: c.kind for c in classes})
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pipeline.OVDiff, "build", build)
-    (tmp_path / "own.csv").write_text("class,label\ncat,stuff\ndog,thing\n")
-    segment = ["segment", str(images / "a.png"), "--out", str(tmp_path / "out"), *tiny, "--classes"]
-    table = ["--stuff-from", str(tmp_path / "own.csv"), "--stuff-default", "stuff"]
-    assert main([*segment, "cat, grass, sand", "--stuff-from", "c8"]) == 130
-    assert main([*segment, "cat, sand, unicorn", "--stuff", "unicorn", "--stuff-from", "c8"]) == 130
-    assert main([*segment, "cat, grass"]) == 130
-    assert main(["build", "--classes", "cat, dog, sky", *table, *tiny]) == 130
-    assert main(["build", "--classes", "sky", "--stuff", "sky", "--stuff-from", "c8", *tiny]) == 130
-    assert seen == [{"cat": "thing", "grass": "stuff", "sand": "thing"}, {"cat": "thing", "sand": "thing", "unicorn": "stuff"},
-                    {"cat": "thing", "grass": "thing"}, {"cat": "stuff", "dog": "thing", "sky": "stuff"}, {"sky": "stuff"}]
-    assert main(["evaluate", "mini-context", "--stuff-from", "c8", "--stuff-default", "stuff", *tiny]) == 130
-    assert seen[-1]["car"] == "thing" and seen[-1]["sky"] == "stuff" and set(seen[-1].values()) == {"thing", "stuff"}
-    assert main(["evaluate", "mini-context", *tiny]) == 130
-    assert seen[-1] == {c.name: c.kind for c in load_dataset("mini-context").vocabulary} and list(seen[-2]) == list(seen[-1])
 
 
 IMAGE, QUICKSTART = "segment {images}/a.png --classes ", f"run {NOTEBOOKS / '00_quickstart.ipynb'} -p "
@@ -141,9 +116,6 @@ MISTAKES = [  # arguments ({images} is the folder), words of the sentence
     (IMAGE + "cat --library {images}/a.png/library", "cannot be written"), ("build --classes-file {images}/none.txt", "none.txt"),
     ("build --classes-file {images}/a.png", "a.png"), ("build --classes-file {images}/blank.txt", "no class"),
     ("build --classes-file {images}/classes.txt --stuff sky", "'sky'"), ("evaluate vox", "mini-voc"), ("evaluate voc", "--data"),
-    (IMAGE + "cat --stuff-from {images}/none.csv", "none.csv"), (IMAGE + "cat --stuff-from {images}/a.png", "a.png"),
-    ("build --classes 'cat, unicorn' --stuff-from c8", "'unicorn'"), ("evaluate mini-voc --stuff-from coco-stuff", "coco-stuff"),
-    (IMAGE + "cat --stuff-default stuff", "--stuff-from"), ("evaluate mini-voc --stuff-default stuff", "--stuff-from"),
     (IMAGE + "cat --set matching.refine=PAMR", "matching.refine"), (IMAGE + "cat --set models.clip=/nowhere", "/nowhere"),
     (IMAGE + "cat --set prototypes.background=false", "matching.background_threshold"),
     (IMAGE + "cat --set models.device=ipu", "models.device"), ("evaluate mini-voc --split train", "tune, val, wild"),

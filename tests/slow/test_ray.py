@@ -125,8 +125,8 @@ def processes_with(mark: str) -> list[str]:
 
 
 def test_a_running_cluster_is_used_and_left_running(cluster, tiny, tmp_path):
-    run = command("-m", "ovdiff_lib.cli.main", "build", "--classes", "cat, dog", "--engine", "ray", "--workers", "1", "--address", cluster,
-                  *tiny)
+    run = command("-m", "ovdiff_lib.cli.main", "build", "--classes", "cat, dog", "--engine", "ray", "--workers", "1", *tiny,
+                  RAY_ADDRESS=cluster)
     said, errors = run.communicate(timeout=100)
     assert run.returncode == 0 and said.startswith("2 classes, "), errors
     # Nothing of Ray's own is said on a run that goes well: the bar of the classes, no more.

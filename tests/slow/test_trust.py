@@ -224,9 +224,6 @@ class Work:
             return [2, f"ovdiff: {error}\n"]
         return [0, ""]
 
-    def doctor(self, folder: Path) -> list:
-        return self.run("doctor", "--json", folder / "deep" / "report.json", *self.settings)
-
     def notebook(self, folder: Path) -> list:
         return self.run("run", Path(__file__).parents[2] / "notebooks" / "00_quickstart.ipynb", "--out", folder / "outputs")
 
@@ -269,7 +266,7 @@ def read_only_disk(work: Work, place: Path) -> dict:
     assert work.build(place)[0] == 0
     before = entries(place / "library")
     mount(place, "remount,ro")
-    told = {name: getattr(work, name)(place) for name in ("build", "segment", "tables", "doctor", "notebook")}
+    told = {name: getattr(work, name)(place) for name in ("build", "segment", "tables", "notebook")}
     told |= {"build more": work.build(place, "dog"), "use": work.segment(place.parent, place / "library")}
     mount(place, "remount,rw")
     entry = next(entry for entry in Library(place / "library").entries() if entry.kind == "prototypes")
@@ -375,7 +372,7 @@ def test_a_disk_that_fills_is_one_sentence_and_the_same_command_finishes_when_th
 def test_a_folder_that_may_only_be_read(disk):
     told = disk["read-only"]
     assert told["build"][0] == told["use"][0] == told["mended"][0] == 0 and told["same"], told
-    for what in ("segment", "tables", "doctor", "notebook", "build more", "damaged"):
+    for what in ("segment", "tables", "notebook", "build more", "damaged"):
         code, text = told[what]
         assert code == 2 and "Traceback" not in text, told[what]
         said, = lines(text)

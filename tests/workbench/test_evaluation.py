@@ -454,12 +454,11 @@ def test_commands_on_a_data_set_without_background(cli, tmp_path, capsys, monkey
     monkeypatch.setattr(samples, "vocabulary_of", lambda *a: Vocabulary(original(*a).categories[:2]))
     data, target, bare = tmp_path / "data", tmp_path / "result.json", tmp_path / "bare.json"
     write_cityscapes(data)
-    assert cli("evaluate", "cityscapes", "--data", data, "--json", target, "--resume", tmp_path / "state") == 0
+    assert cli("evaluate", "cityscapes", "--data", data, "--json", target) == 0
     said = capsys.readouterr().out
     table = json.loads(target.read_text())
     assert list(table["iou"]) == ["road", "sidewalk"] and table["background"] is False and table["images"] == 2
     assert "500 images" in said and f"{100 * table['miou']:.1f}" in said.splitlines()[-1]
-    assert len(list(tmp_path.glob("state/*"))) == 1
     no_background = {"prototypes.background": False}
     assert cli("evaluate", "cityscapes", "--data", data, "--json", bare, settings=no_background) == 0
     assert json.loads(bare.read_text())["iou"] == table["iou"]  # background prototypes take no part
@@ -475,8 +474,7 @@ def test_commands_on_a_data_set_without_background(cli, tmp_path, capsys, monkey
 
 @pytest.mark.parametrize(("arguments", "words"), [
     ("evaluate cityscapes", "--data"), ("evaluate coco", "choose one of"),
-    ("evaluate mini-voc --zero-based", "--predictions"), ("evaluate mini-voc --names x", "fourteen"),
-    ("evaluate mini-voc --predictions x --resume y", "--resume"),
+    ("evaluate mini-voc --names x", "fourteen"),
     ("evaluate mini-voc --predictions none", "does not exist"), ("convert context --data x --json y", "x does not hold")])
 def test_mistakes_on_the_command_line(cli, arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
