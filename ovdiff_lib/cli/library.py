@@ -96,8 +96,8 @@ def remove(options: argparse.Namespace) -> None:
     library, days = _there(options), options.unused_for
     some = bool(options.classes or days)
     if (some and options.all) or not (some or options.all or options.leftovers):
-        raise InputError("Say what to remove: --classes and --unused-for DAYS, or --all, or --leftovers; --dry-run shows "
-                         "it first.")
+        raise InputError("Say what to remove: --classes and --unused-for DAYS, or --all, or --leftovers; --dry-run "
+                         "shows it first.")
     if not 0 <= days < math.inf:
         raise InputError(f"--unused-for is {days:g}; give a number of days above 0.")
     latest = time.time() - days * 86400 if days else math.inf

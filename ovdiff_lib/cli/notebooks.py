@@ -49,7 +49,8 @@ def reproduce(options: argparse.Namespace) -> int:
     if options.workers is not None and options.workers < 1:
         raise InputError(f"--workers is {options.workers}; give at least 1.")
     profile, parameters = profile_of(options), _parameters(options)
-    workers, folder, shown = options.workers or processors(profile), Path(parameters["output"]), options.out / profile.name
+    workers = options.workers or processors(profile)
+    folder, shown = Path(parameters["output"]), options.out / profile.name
     chosen = notebooks(options.notebooks, options.only.split(",") if options.only else ())
     stale = [n for n in chosen if options.force or not is_fresh(n, folder / n.name, parameters)]
     print(expected_time(stale, folder, workers) or f"{len(stale)} to run.", flush=True)

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ovdiff_lib.cli.options import ENGINE, STUFF, argument, build_with, classes, engine_of, ovdiff_of, takes, vocabulary_of
+from ovdiff_lib.cli.options import (
+    ENGINE, STUFF, argument, build_with, classes, engine_of, ovdiff_of, takes, vocabulary_of)
 from ovdiff_lib.errors import InputError, counted
 from ovdiff_lib.files import check_output, shown, write_atomic, write_json
 from ovdiff_lib.images import list_images, read_image, save_label_png

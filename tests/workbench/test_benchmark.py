@@ -298,7 +298,7 @@ def test_the_command(tiny, made_scenarios, capsys):
 
 
 @pytest.mark.parametrize("options, word", [
-    (["--only", "kmean"], "kmeans"), (["--only", "zzzz"], "sampling, building"), (["--only", ""], "names no scenario"),
+    (["--only", "kmean"], "kmeans"), (["--only", "zzzz"], "sampling, building"), (["--only", ""], "choose from"),
     (["--repeats", "0"], "at least 1"), (["--library", "x"], "leave out --library")])
 def test_mistakes_are_one_sentence(options, word, tiny, capsys):
     assert main(["benchmark", *options, *tiny]) == 2

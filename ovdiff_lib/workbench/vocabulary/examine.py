@@ -132,12 +132,11 @@ def _examine_collisions(reports: Sequence[ClassReport], tables: dict[str, Collis
         for a, report in enumerate(reports):
             # The worst first; of rivals that take the same share the one whose foreground is nearest.
             order = [b for b in np.lexsort((-highest[a], -share[a])) if np.isfinite(share[a, b])]
-            if order:
-                worst = order[0]
-                report.measure(**{rival: reports[worst].name, **{name: table[a, worst] for name, table in shown.items()}})
+            for worst in order[:1]:
+                report.measure(**{rival: reports[worst].name}, **{name: of[a, worst] for name, of in shown.items()})
             found = [f"{reports[b].name!r} ({share[a, b]:.0%})" for b in order if share[a, b] >= limits.collide_look]
             if found:
-                report.add("bad" if share[a, worst] >= limits.collide_bad else "look",
+                report.add("bad" if share[a, order[0]] >= limits.collide_bad else "look",
                            f"drawings of it can be {said} {', '.join(found)}")
 
 

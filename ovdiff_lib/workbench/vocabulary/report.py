@@ -75,13 +75,13 @@ class VocabularyReport:
     tables: dict[str, Collisions] = field(repr=False)
 
     def __str__(self) -> str:
-        """A table, a row a class; the reasons for each that is not fine, the worst first; the notes; how many are fine."""
+        """A table, a row a class; reasons for each that is not fine, the worst first; notes; how many are fine."""
         names = [f"{c.name} (stuff)" if c.kind == "stuff" else c.name for c in self.classes]
         rows = [{"verdict": c.verdict, **c.values} for c in self.classes]
         table = pd.DataFrame(rows, names, ["verdict", *COLUMNS]).rename(columns=COLUMNS).dropna(axis=1, how="all")
         lines = [table.to_string(float_format="{:.2f}".format, na_rep="-"), ""]
         for c in self.classes:
             worst_first = sorted(c.found, key=lambda reason: -VERDICTS.index(reason[0]))
-            lines += [f"{c.name}:", *(f"  {verdict}: {sentence}" for verdict, sentence in worst_first), ""] if c.found else []
+            lines += [f"{c.name}:", *(f"  {verdict}: {why}" for verdict, why in worst_first), ""] if c.found else []
         said = ", ".join(f"{count} {verdict}" for verdict, count in table["verdict"].value_counts().items())
         return "\n".join([*lines, *self.notes, f"Of {len(names)} classes: {said}."])
