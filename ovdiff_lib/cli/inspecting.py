@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from ovdiff_lib.cli.options import STUFF, argument, classes, ovdiff_of, profile_of, takes, vocabulary_of
+from ovdiff_lib.cli.options import argument, classes, ovdiff_of, profile_of, takes, vocabulary_of
 from ovdiff_lib.errors import InputError
 
 
@@ -21,7 +21,7 @@ def doctor(options: argparse.Namespace) -> int:
     return int(bool(report.problems))
 
 
-@takes(classes("classes", nargs="?"), STUFF)
+@takes(*classes("classes", nargs="?"))
 def vocabulary(options: argparse.Namespace) -> int:
     """Say which classes collide, which words are ambiguous or unknown and which are badly drawn, before any image is
     segmented; exit code 1 if a class is not fine."""

@@ -43,8 +43,6 @@ PROFILE = (
     argument("--library", type=Path,
              help="folder that keeps support sets and prototypes (default: $OVDIFF_LIBRARY, else the user's cache)"))
 
-STUFF = argument("--stuff", default="", help='which of them are stuff regions, for example "grass, sky"')
-
 ENGINE = (
     argument("--engine", choices=["local", "ray"], default="local",
              help="local: processes of this machine (default); ray: the Ray cluster at $RAY_ADDRESS, all of whose "
@@ -54,14 +52,15 @@ ENGINE = (
              help="processes that work side by side (default: local 1, ray as many as there is room for)"))
 
 
-def classes(name: str = "--classes", **settings: Any) -> Argument:
-    """The class names, as the argument ``name`` or in a file."""
+def classes(name: str = "--classes", **settings: Any) -> tuple[Argument, Argument]:
+    """The class names, as the argument ``name`` or in a file, and which of them are stuff."""
     def add(parser: argparse.ArgumentParser) -> None:
         source = parser.add_mutually_exclusive_group(required=True)
         source.add_argument(name, help='class names, for example "cat, sofa"', **settings)
         source.add_argument("--classes-file", type=Path, help="text file with one class name a line")
 
-    return add
+    stuff = argument("--stuff", default="", help='which of them are stuff regions, for example "grass, sky"')
+    return add, stuff
 
 
 def profile_of(options: argparse.Namespace) -> Profile:

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ovdiff_lib.cli.options import (
-    ENGINE, STUFF, argument, build_with, classes, engine_of, ovdiff_of, takes, vocabulary_of)
+from ovdiff_lib.cli.options import ENGINE, argument, build_with, classes, engine_of, ovdiff_of, takes, vocabulary_of
 from ovdiff_lib.errors import InputError, counted
 from ovdiff_lib.files import check_output, shown, write_atomic, write_json
 from ovdiff_lib.images import list_images, read_image, save_label_png
@@ -24,7 +23,7 @@ from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.segmentation import Segmentation
 
 
-@takes(argument("image", type=Path, help="an image (PNG, JPEG, WebP) or a folder of them"), classes(), STUFF,
+@takes(argument("image", type=Path, help="an image (PNG, JPEG, WebP) or a folder of them"), *classes(),
        argument("--out", type=Path, default=Path("out"),
                 help="folder for label maps, overlays and JSON (default: out)"))
 def segment(options: argparse.Namespace) -> None:
@@ -61,7 +60,7 @@ def segment(options: argparse.Namespace) -> None:
     print(f"{counted(len(paths), 'image')} segmented; results in {shown(options.out)}")
 
 
-@takes(classes(), STUFF, *ENGINE)
+@takes(*classes(), *ENGINE)
 def build(options: argparse.Namespace) -> None:
     """Build the prototypes of classes into the library."""
     vocabulary, ovdiff = vocabulary_of(options), ovdiff_of(options)
