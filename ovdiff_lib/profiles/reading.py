@@ -24,8 +24,8 @@ def available() -> list[str]:
 def load_profile(source: str | Path | Profile = "mini", overrides: dict[str, Any] | None = None) -> Profile:
     """The profile called ``source``, or read from the YAML file at that path, with ``overrides`` applied.
 
-    Raises ``ProfileError`` for an unknown name, a missing or broken file, a field that is unknown or named twice, and a
-    value that its field cannot hold.
+    Raises ``ProfileError`` for an unknown name, a missing or broken file, an unknown field, and a value that its field
+    cannot hold.
     """
     if isinstance(source, Profile):
         return source.override(overrides)
@@ -34,13 +34,11 @@ def load_profile(source: str | Path | Profile = "mini", overrides: dict[str, Any
         raise ProfileError(f"There is no profile {str(source)!r}; choose one of {', '.join(available())}, "
                            "or give the path of a .yaml file.")
     try:
-        table = _Loader(path.read_text(encoding="utf-8")).get_single_data()
-    except FileNotFoundError:
-        raise ProfileError(f"The profile file {path} does not exist; check the path, or choose one of "
-                           f"{', '.join(available())}.") from None
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, *UNREADABLE) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ProfileError(f"The profile file {path} cannot be read as YAML ({reason}); correct it.") from None
+        raise ProfileError(f"The profile file {path} cannot be read as YAML ({reason}); correct it, or choose one of "
+                           f"{', '.join(available())}.") from None
     return from_dict(table, f"profile file {path.name}").override(overrides)
 
 
@@ -57,15 +55,3 @@ def parse_assignments(pairs: list[str], option: str = "--set") -> dict[str, Any]
             raise InputError(f"The value of {option} {pair!r} cannot be read; write a number, true, "
                              "a [list, of, values] or text.") from None
     return table
-
-
-class _Loader(yaml.SafeLoader):
-    """``yaml.SafeLoader``, for which a key named twice is an error; plain YAML lets the last one win."""
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node, names = super().compose_mapping_node(anchor), set()
-        for key, _ in node.value:
-            if (key.tag, str(key.value)) in names:
-                raise ValueError(f"{key.value!r} is named twice in one table, again in line {key.start_mark.line + 1}")
-            names.add((key.tag, str(key.value)))
-        return node

@@ -97,7 +97,6 @@ class Masks:
     maskcut_tau: Annotated[Number, Field(gt=-1, lt=1)] = 0.15  # cosine from which two patches are joined
     maskcut_size: Count = 480  # side of the square the image is resized to
     maskcut_facet: Literal["keys", "queries", "values"] = "keys"  # of DINO's last layer
-    maskcut_refine: Literal["walker", "none"] = "walker"  # from patches to pixels
     detector_score: Share = 0.5  # Mask R-CNN of torchvision: lowest score of a proposal
     cutler_score: Share = 0.35  # CutLER: lowest score of a proposal
     sam_points: Count = 32  # SAM: points along a side of the prompt grid

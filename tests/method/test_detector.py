@@ -15,9 +15,7 @@ from ovdiff_lib.masks.segmenters.detector import CONFIG, DetectorSegmenter, buil
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.recipes import pseudo_masks, quality, train_detector
 from ovdiff_lib.recipes.pseudo_masks import PseudoMasks, as_target, boxes_of, views
-from ovdiff_lib.recipes.train_detector import DropLossHeads, box_recall, losses, main
-from ovdiff_lib.recipes.training import round_weights
-from ovdiff_lib.registry import Part
+from ovdiff_lib.recipes.train_detector import DropLossHeads, box_recall, losses
 
 SMALL = CONFIG | {"widths": [8, 8, 16, 16], "pyramid": 16, "short_side": 64, "long_side": 256, "anchors": [8, 16, 32, 56], "canonical": 56,
                   "box_head": 24, "mask_head": [16], "detections": 6}
@@ -315,46 +313,3 @@ def test_box_recall_by_hand(monkeypatch):
     monkeypatch.setattr(train_detector, "detect", lambda model, image: (None, np.array([0.9, 0.4], np.float32), boxes))
     assert box_recall(None, [(noise(size), truth)], 0.5) == pytest.approx(1 / 3)
     assert box_recall(None, [(noise(size), truth)], 0.4) == pytest.approx(2 / 3)
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    """Twelve scenes of one bright rectangle and a segmenter that finds it; the network is made small."""
-    rng = np.random.default_rng(0)
-    scenes = [scene((64, 64), box=(r, c, r + 20, c + 24)) for r, c in rng.integers(0, 40, (12, 2))]
-    np.save(tmp_path / "train_images.npy", np.stack([image for image, _ in scenes]))
-
-    class Bright:
-        name = "bright"
-
-        def propose(self, image, words):
-            return (image[..., 0] > 100)[None]
-
-    monkeypatch.setitem(SEGMENTERS, "bright", Part(lambda profile: Bright(), models=(), settings=("maskcut_",)))
-    monkeypatch.setattr(train_detector, "CONFIG", SMALL)
-    monkeypatch.setattr(train_detector, "HELD_OUT", 2)
-    return tmp_path
-
-
-def test_the_script_trains_and_resumes(world, capsys):
-    def train(out, work, *more):
-        main(["--data", str(world), "--out", str(world / out), "--work", str(world / work), "--batch", "2", "--no-bf16",
-              "--segmenter", "bright", "--scenes", "10", *more])
-        return capsys.readouterr().out
-
-    said = train("model", "work", "--steps", "3")
-    assert "10 scenes, 10 with masks, 10 masks" in said and "done: 3 steps" in said
-    first = load_file(world / "model" / "model.safetensors")
-    float16 = torch.stack([v.flatten()[0] for v in first.values()])
-    assert torch.equal(float16, round_weights({"x": float16})["x"])
-    # The same seed gives the same weights, to the bit.
-    train("again", "work2", "--steps", "3")
-    assert all(torch.equal(v, first[k]) for k, v in load_file(world / "again" / "model.safetensors").items())
-    said = train("model", "work", "--steps", "4")
-    assert "resumed at step 3" in said and "done: 4 steps" in said
-    with refused(InputError, "other settings"):
-        train("model", "work", "--set", "masks.maskcut_tau=0.3")
-    masks = build_segmenter(profile_of(world / "model")).propose(noise((30, 50)), "")
-    assert masks.dtype == bool and masks.shape[1:] == (30, 50)
-    with refused(InputError, "4 scenes", "6 are needed"):
-        train("x", "work5", "--scenes", "4", "--batch", "4")

@@ -33,8 +33,8 @@ MATTERS = {
     "support.size": BUILT, "support.batch_size": NOTHING,
     **dict.fromkeys(("masks.segmenter", "masks.threshold_classes", "masks.threshold_foreground", "masks.threshold_scope",
                      "masks.background_below", "masks.erosion", "masks.overlaps", "masks.fallback", "masks.fallback_foreground",
-                     "masks.fallback_background", "masks.maskcut_rounds", "masks.maskcut_tau", "masks.maskcut_size", "masks.maskcut_facet",
-                     "masks.maskcut_refine"), BUILT),
+                     "masks.fallback_background", "masks.maskcut_rounds", "masks.maskcut_tau", "masks.maskcut_size",
+                     "masks.maskcut_facet"), BUILT),
     "masks.resize": EXTRACTORS,
     **dict.fromkeys(("masks.detector_score", "masks.cutler_score", "masks.sam_points", "masks.sam_iou", "masks.sam_stability",
                      "masks.grounding_box", "masks.grounding_text"), NOTHING),
@@ -48,7 +48,7 @@ MATTERS = {
 SECTIONS_THAT_DO_NOT = ("filters", "matching", "evaluation", "baselines")  # they act on prototypes that are there
 
 OTHER = {"masks.segmenter": "detector", "masks.threshold_scope": "set", "masks.overlaps": "attribution", "masks.fallback": "fixed",
-         "masks.maskcut_facet": "queries", "masks.maskcut_refine": "none", "masks.resize": "any", "features.sd_latent": "sample",
+         "masks.maskcut_facet": "queries", "masks.resize": "any", "features.sd_latent": "sample",
          "features.sd_noise": "fixed", "features.clip_normalisation": "imagenet", "models.dtype": "bfloat16", "models.device": "auto",
          "features.extractors": ["dino"], "prototypes.kinds": ["class"], "matching.resample": "lanczos",
          "matching.refine": "pamr", "filters.category_crop": "centre", "filters.stuff_against": "all", "filters.category_logit_scale": 50.0,

@@ -170,7 +170,7 @@ def test_proposals_follow_a_non_square_image(dino):
     """Two flat regions: some proposal is one of them, at the shape of the image."""
     image = np.full((36, 60, 3), 30, np.uint8)
     image[10:26, 20:42] = (220, 60, 40)
-    masks = MaskCut(dino, settings(maskcut_size=96, maskcut_refine="walker", maskcut_tau=0.3)).propose(image, "ignored")
+    masks = MaskCut(dino, settings(maskcut_size=96, maskcut_tau=0.3)).propose(image, "ignored")
     assert masks.dtype == bool and masks.shape[1:] == (36, 60) and 1 <= len(masks) <= 3 and masks.any(axis=(1, 2)).all()
     truth = image[..., 0] == 220
     assert max(iou(mask, truth) for mask in masks) > 0.8
@@ -199,7 +199,7 @@ def enlarged(coarse):
 def test_refinement_moves_the_border_to_the_edge():
     image, truth, coarse = disc()
     assert iou(enlarged(coarse), truth) < 0.9
-    assert iou(refine(coarse, image, "walker"), truth) > 0.98
+    assert iou(refine(coarse, image), truth) > 0.98
 
 
 def test_the_random_walker_keeps_what_is_well_inside_and_thin_parts():
@@ -216,26 +216,24 @@ def test_the_random_walker_keeps_what_is_well_inside_and_thin_parts():
 
 def test_a_large_image_is_walked_at_a_smaller_size():
     image, truth, coarse = disc()
-    fine = refine(coarse, np.kron(image, np.ones((5, 5, 1), np.uint8)), "walker")
+    fine = refine(coarse, np.kron(image, np.ones((5, 5, 1), np.uint8)))
     assert fine.shape == (240, 240)
     assert iou(resize_mask(fine, (80, 80)), truth) > 0.95
 
 
-def test_without_refinement_patches_are_enlarged_and_holes_filled():
+def test_an_image_of_one_colour_has_its_patches_enlarged_and_holes_filled():
     coarse = np.ones((3, 5), bool)
     coarse[1, 2] = coarse[0, 0] = False
-    fine = refine(coarse, np.zeros((6, 10, 3), np.uint8), "none")
     expected = np.ones((6, 10), bool)
     expected[:2, :2] = False
-    assert np.array_equal(fine, expected)
+    assert np.array_equal(refine(coarse, np.zeros((6, 10, 3), np.uint8)), expected)
 
 
 def test_what_refinement_does_not_confirm_is_dropped_and_what_it_cannot_judge_left_alone(monkeypatch):
     image, _, coarse = disc()
-    assert np.array_equal(refine(coarse, np.full_like(image, 7), "walker"), enlarged(coarse))
-    assert refine(np.ones_like(coarse), image, "walker").all()
+    assert refine(np.ones_like(coarse), image).all()
     monkeypatch.setattr("ovdiff_lib.masks.segmenters.refine.walker", lambda mask, image, margin: ~mask)
-    assert refine(coarse, image, "walker") is None
+    assert refine(coarse, image) is None
 
 
 def test_resizing_a_mask():

@@ -84,7 +84,7 @@ def test_unknown_fields_get_the_legal_ones(key, word):
 
 WORDS = {  # every field of a few words, as the steps' docstrings tell them
     "models.dtype": "float32 float16 bfloat16", "masks.threshold_scope": "image set", "masks.overlaps": "keep attribution",
-    "masks.fallback": "otsu fixed", "masks.maskcut_facet": "keys queries values", "masks.maskcut_refine": "walker none",
+    "masks.fallback": "otsu fixed", "masks.maskcut_facet": "keys queries values",
     "masks.resize": "area any", "features.sd_latent": "mean sample", "features.sd_noise": "seeded fixed",
     "features.clip_normalisation": "clip imagenet", "filters.category_crop": "squash centre", "filters.stuff_against": "stuff all",
     "matching.resample": "bilinear lanczos", "matching.refine": "none pamr"}
@@ -139,23 +139,6 @@ def test_other_values_are_refused_by_name(tmp_path, key):
     ({"masks.fallback": "fixed", "masks.fallback_background": 0.6}, "masks.fallback_background")])
 def test_fields_that_do_not_go_together(overrides, word):
     refuse(f"{word} is {list(overrides.values())[-1]}", make=lambda: load_profile("mini", overrides))
-
-
-@pytest.mark.parametrize("text, word, line", [
-    ("name: x\ndescription: y\nname: z\nmodels: {diffusion: a, clip: b}\n", "'name'", 3),
-    ("name: x\ndescription: y\nmodels: {diffusion: a, clip: b}\nsupport:\n  size: 3\n  seed: 1\n  size: 4\n", "'size'", 7),
-    ("name: x\ndescription: y\nmodels: {diffusion: a, clip: b, 'clip': c}\n", "'clip'", 3)])
-def test_a_field_named_twice_is_refused(tmp_path, text, word, line):
-    (tmp_path / "twice.yaml").write_text(text)
-    refuse("twice.yaml", word, "twice", f"line {line}", make=lambda: load_profile(tmp_path / "twice.yaml"))
-
-
-def test_anchors_and_merged_tables_are_no_repetition(tmp_path):
-    path = tmp_path / "anchors.yaml"
-    path.write_text("name: x\ndescription: y\nmodels: {diffusion: &a m, clip: *a}\nsupport: &s {batch_size: 3}\n"
-                    "features: {<<: *s, seed: 4}\nmatching: {<<: *s, batch_size: 5}\n")
-    profile = load_profile(path)
-    assert (profile.models.clip, profile.features.batch_size, profile.features.seed, profile.matching.batch_size) == ("m", 3, 4, 5)
 
 
 def test_overrides_replace_and_leave_the_original_alone():

@@ -230,11 +230,8 @@ def test_the_network_is_built_by_cutlers_configuration(monkeypatch):
     monkeypatch.setattr(cutler, "_detectron2", lambda: (Settings, lambda given: types.SimpleNamespace(eval=lambda: given)))
     given = cutler.build_network("cpu", {"MODEL.FPN.NORM": "GN"})
     assert len(given) == sum(map(len, CONFIG.values())) + 2 and given["MODEL.PIXEL_MEAN"][0] > given["MODEL.PIXEL_MEAN"][2]  # red first
-    for name, value in {
-            "INPUT.FORMAT": "RGB", "MODEL.DEVICE": "cpu", "MODEL.WEIGHTS": "", "MODEL.FPN.NORM": "GN", "MODEL.RESNETS.NORM": "BN",
-            "MODEL.ROI_HEADS.NAME": "CascadeROIHeads", "MODEL.ROI_HEADS.NUM_CLASSES": 1, "MODEL.RPN.NMS_THRESH": 0.65,
-            "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True}.items():
-        assert given[name] == value
+    named = {"INPUT.FORMAT": "RGB", "MODEL.DEVICE": "cpu", "MODEL.WEIGHTS": "", "MODEL.FPN.NORM": "GN", "MODEL.RPN.NMS_THRESH": 0.65}
+    assert named.items() <= given.items()
 
 
 @pytest.mark.slow

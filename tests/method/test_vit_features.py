@@ -225,22 +225,3 @@ def test_missing_models(tiny_profile, tmp_path, name):
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with refused(ModelNotAvailable, "lack", "k_proj"):
         extractor(tiny_profile.override({f"models.{name}": str(tmp_path)}))
-
-
-# ---- the mini world's MAE
-
-def test_mae_training_saves_an_encoder_that_the_extractor_reads(tiny_profile, tmp_path):
-    from ovdiff_lib.recipes import train_mae
-
-    np.save(tmp_path / "train_images.npy", pictures(8, 64, 64))
-    np.save(tmp_path / "eval_images.npy", pictures(12, 64, 64, seed=1))
-    np.save(tmp_path / "eval_labels.npy", np.arange(12) % 2)
-    (tmp_path / "train_captions.json").write_text("[]")
-    (tmp_path / "nouns.json").write_text("[]")
-    threads = torch.get_num_threads()
-    train_mae.main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--steps", "2",
-                    "--batch", "4", "--width", "32", "--layers", "1"])
-    torch.set_num_threads(threads)
-    assert features(mae(tiny_profile, tmp_path / "out"), pictures(1, 64, 104)).shape == (1, 8, 13, 32)
-    state = load_file(tmp_path / "out" / "model.safetensors")
-    assert {value.dtype for value in state.values()} == {torch.float16} and not any("decoder" in name for name in state)

@@ -143,7 +143,7 @@ from ovdiff_lib.errors import ModelNotAvailable
 from ovdiff_lib.features import EXTRACTORS
 from ovdiff_lib.masks import SEGMENTERS
 from ovdiff_lib.networks.loading import load_clip, load_diffusion, load_dino, load_mae
-from ovdiff_lib.profiles import load_profile
+from ovdiff_lib.profiles.reading import load_profile
 profile, told = load_profile("mini", json.loads(sys.argv[1])), {}
 loaders = {"diffusion": lambda: load_diffusion(profile), "clip": lambda: load_clip(profile), "dino": lambda: load_dino(profile),
            "mae": lambda: load_mae(profile), "sam": lambda: SEGMENTERS["sam"](profile),

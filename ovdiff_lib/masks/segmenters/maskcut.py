@@ -51,7 +51,7 @@ class MaskCut:
         square = np.array(Image.fromarray(image).resize((self.side, self.side), Image.Resampling.LANCZOS))
         found = []
         for mask in cut(self.features(square), self.settings.maskcut_rounds, self.settings.maskcut_tau):
-            fine = refine(mask, square, self.settings.maskcut_refine)
+            fine = refine(mask, square)
             if fine is not None:
                 found.append(resize_mask(fine, image.shape[:2]))
         masks = np.array(found, dtype=bool).reshape(-1, *image.shape[:2])

@@ -1,4 +1,4 @@
-"""From patch masks to pixels: random walker (scikit-image), or plain upsampling."""
+"""From patch masks to pixels by a random walker (Grady, 2006), in place of MaskCut's dense CRF."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ SMALLEST_AGREEMENT = 0.5
 """A mask whose refined version has a lower IoU with it than this is not trusted (MaskCut)."""
 
 
-def refine(mask: np.ndarray, image: np.ndarray, how: str) -> np.ndarray | None:
+def refine(mask: np.ndarray, image: np.ndarray) -> np.ndarray | None:
     """A mask bool (h, w), h and w at most the image's, at the pixels of ``image`` u8 (H, W, 3); holes are filled.
 
-    "walker": pixels well inside and well outside the mask stay, a random walk between them that avoids crossing edges
-    decides the rest (Grady, 2006), in place of MaskCut's dense CRF. "none": nearest neighbours. None where the result
-    has less than :data:`SMALLEST_AGREEMENT` IoU with the mask.
+    Pixels well inside and well outside the mask stay, a random walk between them that avoids crossing edges decides the
+    rest. None where the result has less than :data:`SMALLEST_AGREEMENT` IoU with the mask.
     """
     from scipy.ndimage import binary_fill_holes
 
-    if how == "walker" and max(image.shape[:2]) > WALKER_SIDE:
+    if max(image.shape[:2]) > WALKER_SIDE:
         scale = WALKER_SIDE / max(image.shape[:2])
         size = [max(round(side * scale), low) for side, low in zip(image.shape[:2], mask.shape, strict=True)]
         image = np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
     coarse = np.array(Image.fromarray(mask).resize(image.shape[1::-1], Image.Resampling.NEAREST))
-    if how == "none" or coarse.all() or not coarse.any() or (image == image[0, 0]).all():
+    if coarse.all() or not coarse.any() or (image == image[0, 0]).all():
         return binary_fill_holes(coarse)
     patch = max(image.shape[0] / mask.shape[0], image.shape[1] / mask.shape[1])
     fine = binary_fill_holes(walker(coarse, image, patch))
@@ -57,8 +56,6 @@ def walker(mask: np.ndarray, image: np.ndarray, margin: float) -> np.ndarray:
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A mask bool (h, w) at (H, W) = ``size``: where it is above one half, resized bilinearly with antialiasing."""
-    if mask.shape == tuple(size):
-        return mask
     return np.array(Image.fromarray(mask.astype(np.uint8) * 255).resize(size[::-1], Image.Resampling.BILINEAR)) > 127
 
 
