@@ -38,7 +38,7 @@ def vocabulary(options: argparse.Namespace) -> int:
        argument("--repeats", type=int, default=3, help="rounds of a scenario; ratios are of medians (default: 3)"))
 def benchmark(options: argparse.Namespace) -> int:
     """Time and memory as ratios against a named alternative that runs in the same session. Exit code 1 if a bound is
-    missed or a scenario fails, else 0."""
+    missed, else 0."""
     from ovdiff_lib.networks.loading import resolve_device
     from ovdiff_lib.workbench.cost.instruments import machine
     from ovdiff_lib.workbench.cost.scenarios import run
@@ -46,10 +46,10 @@ def benchmark(options: argparse.Namespace) -> int:
     if options.library:
         raise InputError("The benchmark builds in a temporary library, so that nothing is read that was built before; "
                          "leave out --library.")
-    profile, failed = profile_of(options), False
+    profile, missed = profile_of(options), False
     here = machine(resolve_device(profile))
     print(f"profile {profile.name}, {', '.join(f'{name} {value}' for name, value in here.items())}", flush=True)
-    for name, ratios, error in run(profile, options.only, options.repeats):
-        print("\n".join(map(str, ratios)) if not error else f"{name}: FAILED: {error}", flush=True)
-        failed |= bool(error) or any(ratio.met is False for ratio in ratios)
-    return int(failed)
+    for ratio in run(profile, options.only, options.repeats):
+        print(ratio, flush=True)
+        missed |= ratio.met is False
+    return int(missed)

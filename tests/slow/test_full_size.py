@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from real_size import MAKE, make_pipeline, save_pipeline, sharpen
+from real_size import save_pipeline
+from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from ovdiff_lib import OVDiff
 from ovdiff_lib.networks import loading as models
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.prototypes.build import resize_masks
-from ovdiff_lib.workbench.cost.architectures import clip_tokenizer
+from ovdiff_lib.workbench.cost.architectures import CLIP_B16, clip_tokenizer, sharpen, stable_diffusion
 
 DISK, MEMORY = 6 * 2**30, 24 * 2**30
 """Bytes that the pass may take: of disk for the networks, of memory at its peak."""
@@ -47,10 +48,10 @@ def profile(request, tmp_path, monkeypatch):
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            save_pipeline(make_pipeline(), tmp_path / "sd")
-            MAKE["clip"]().save_pretrained(tmp_path / "clip")
+            save_pipeline(stable_diffusion(), tmp_path / "sd")
+            CLIPModel(CLIPConfig(**CLIP_B16)).save_pretrained(tmp_path / "clip")
             clip_tokenizer().save_pretrained(tmp_path / "clip")
-            sharpen(MAKE["dino"](), 4).save_pretrained(tmp_path / "dino")
+            sharpen(ViTModel(ViTConfig(patch_size=8), add_pooling_layer=False), 4).save_pretrained(tmp_path / "dino")
         yield load_profile("paper", {
             "models.diffusion": str(tmp_path / "sd"), "models.clip": str(tmp_path / "clip"), "models.dino": str(tmp_path / "dino"),
             "models.device": "cpu", "support.size": 1, "support.steps": 2, "features.batch_size": 1, "matching.batch_size": 2,

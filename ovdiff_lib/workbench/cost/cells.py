@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ovdiff_lib.library.store import Library
 from ovdiff_lib.workbench.cost.flops import prototype_bytes, prototype_rows, support_bytes
+from ovdiff_lib.workbench.cost.instruments import Measured
+from ovdiff_lib.workbench.cost.steps import ClassTimes, seconds
 from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell, paper_table
 from ovdiff_lib.workbench.tables.tables import Cell
 
 if TYPE_CHECKING:
     from ovdiff_lib.profiles.schema import Profile
     from ovdiff_lib.workbench.cost.benchmark import Ratio
-    from ovdiff_lib.workbench.cost.instruments import LinearFit, Measured
-    from ovdiff_lib.workbench.cost.steps import ClassTimes
 
 CLASS_ROWS = {
     ("sd", True): "prototypes for one class (SD; N=32)",
@@ -35,42 +35,43 @@ DIGITS = {"ovdiff, s": 4, "alternative, s": 4, "ovdiff, added MB": 1, "alternati
 """Decimals of the columns of :func:`ratio_cells`."""
 
 
-def published_or_own(table: str, row: str, column: str) -> PaperCell:
-    """The paper's cell of that key, or the key alone where the paper has none."""
-    key = table, row, column
-    return next((cell for cell in paper_table(table) if cell.key == key), PaperCell.own(*key))
-
-
-def time_cell(row: str, column: str, step: Measured, paper: PaperCell | None = None) -> Cell:
-    """The median of a step's runs in seconds, their standard deviation, and all of them."""
-    return Cell(row, column, step.median, step.std, step.n, paper, step.seconds)
+def cells_of(rows: Mapping[str, Mapping[str, Measured | float | None]],
+             papers: Mapping[tuple[str, str], PaperCell] | None = None) -> list[Cell]:
+    """Numbers by row and column as cells, beside those of ``papers``. A step that was measured is the median of its
+    runs in seconds, with their standard deviation and all of them; None is left out."""
+    cells = []
+    for row, values in rows.items():
+        for column, value in values.items():
+            paper = (papers or {}).get((row, column))
+            if isinstance(value, Measured):
+                cells.append(Cell(row, column, value.median, value.std, value.n, paper, value.seconds))
+            elif value is not None:
+                cells.append(Cell(row, column, float(value), paper=paper))
+    return cells
 
 
 def building_cells(building: ClassTimes) -> list[Cell]:
     """Seconds of one class by extractor, with and without clustering: each step, and the sum of their medians beside
     the paper's, which is of 32 drawings whatever was built here."""
-    cells = []
-    for extractor, clustering in [(name, part) for name in building.features for part in (True, False)]:
-        steps = building.steps(extractor, clustering)
+    rows, papers = {}, {}
+    for (extractor, clustering), steps in building.items():
         row = f"{extractor}, {'with' if clustering else 'without'} clustering"
-        key = CLASS_ROWS.get((extractor, clustering), f"prototypes for one class ({row})")
-        cells += [time_cell(row, name, step) for name, step in steps.items()]
-        cells.append(Cell(row, "seconds", building.seconds(extractor, clustering),
-                          n=min(step.n for step in steps.values()), paper=published_or_own("timing", key, "seconds")))
-    return cells
+        rows[row] = {**steps, "seconds": seconds(steps)}
+        if (extractor, clustering) in CLASS_ROWS:
+            papers[row, "seconds"] = paper_cell("timing", CLASS_ROWS[extractor, clustering], "seconds")
+    return cells_of(rows, papers)
 
 
-def drawing_cells(drawing: Mapping[int, Measured], fit: LinearFit) -> list[Cell]:
-    """Seconds to draw N images beside the paper's where it has that N, and the line fitted to them."""
-    cells = []
+def drawing_cells(drawing: Mapping[int, Measured], fit: Any) -> list[Cell]:
+    """Seconds to draw N images beside the paper's where it has that N, and the line (of ``scipy.stats.linregress``)
+    fitted to them."""
+    rows, papers, printed = {}, {}, {cell.key: cell for cell in paper_table("timing")}
     for size, step in drawing.items():
         row, column = f"sampling time N={size}", "seconds per class"
-        cells += [time_cell(row, column, step, published_or_own("timing", row, column)),
-                  Cell(row, "seconds an image", step.median / size, n=step.n)]
-    line = {"seconds an image": fit.slope, "seconds at N = 0": fit.intercept, "R2": fit.r2}
-    return cells + [Cell("linear fit", column, value, n=len(drawing),
-                         paper=PaperCell.own("timing", "sampling time, linear fit", column))
-                    for column, value in line.items()]
+        rows[row] = {column: step, "seconds an image": step.median / size}
+        papers[row, column] = printed.get(("timing", row, column), PaperCell.own("timing", row, column))
+    rows["linear fit"] = {"seconds an image": fit.slope, "seconds at N = 0": fit.intercept, "R2": fit.rvalue**2}
+    return cells_of(rows, papers)
 
 
 def storage_cells(building: ClassTimes, profile: Profile, paper: Profile,
@@ -80,50 +81,50 @@ def storage_cells(building: ClassTimes, profile: Profile, paper: Profile,
     ``widths`` adds rows of the sizes of ``paper``, which nothing is measured for: row -> (channels D, the paper's
     cell).
     """
-    formula, channels, support, cells = "by the formula, MB", "channels D", building.drawing.result, []
+    formula, on_disk, rows = "by the formula, MB", "on disk, MB", {}
+    for (name, clustering), steps in building.items():
+        made = steps["prototypes"].result
+        if clustering:
+            width = made.vectors.shape[1]
+            rows[f"prototypes per class ({name})"] = {
+                "channels D": width, "vectors": len(made), formula: prototype_bytes(profile, width) / 1e6,
+                "vectors, MB": made.vectors.nbytes / 1e6, on_disk: bytes_on_disk("prototypes", made) / 1e6}
+    for row, (width, _) in widths.items():
+        rows[row] = {"channels D": width, "vectors": prototype_rows(paper),
+                     formula: prototype_bytes(paper, width) / 1e6}
+    support = steps["drawing"].result
+    rows["support set"] = {formula: support_bytes(profile, support.attribution.shape[1]) / 1e6,
+                           on_disk: bytes_on_disk("support", support) / 1e6}
+    return cells_of(rows, {(row, formula): cell for row, (_, cell) in widths.items()})
+
+
+def bytes_on_disk(kind: str, entry: Any) -> int:
+    """What the library's files of one entry take."""
     with tempfile.TemporaryDirectory() as folder:
         library = Library(folder)
-        library.put("support", "0" * 8, support)
-        for number, step in enumerate(building.clustered.values()):
-            library.put("prototypes", f"{number:08x}", step.result)
-        stored = {(entry.kind, entry.key): entry.bytes for entry in library.entries()}
-    for number, (name, step) in enumerate(building.clustered.items()):
-        row, width = f"prototypes per class ({name})", step.result.vectors.shape[1]
-        cells += [Cell(row, channels, width), Cell(row, "vectors", len(step.result))]
-        values = {formula: prototype_bytes(profile, width), "vectors, MB": step.result.vectors.nbytes,
-                  "on disk, MB": stored["prototypes", f"{number:08x}"]}
-        cells += [Cell(row, column, value / 1e6, paper=PaperCell.own("storage", row, column))
-                  for column, value in values.items()]
-    for row, (width, cell) in widths.items():
-        cells += [Cell(row, channels, width), Cell(row, "vectors", prototype_rows(paper)),
-                  Cell(row, formula, prototype_bytes(paper, width) / 1e6, paper=cell)]
-    return [*cells, Cell("support set", formula, support_bytes(profile, support.attribution.shape[1]) / 1e6),
-            Cell("support set", "on disk, MB", stored["support", "0" * 8] / 1e6)]
+        library.put(kind, "0" * 8, entry)
+        return sum(one.bytes for one in library.entries())
 
 
 def growth_cells(growth: Mapping[str, Sequence[tuple[int, Measured]]], paper_classes: int) -> list[Cell]:
     """Seconds to segment an image by method and number of classes; the paper's times stand at ``paper_classes``."""
-    cells, column = [], "seconds per image"
-    for name, points in growth.items():
-        for classes, step in points:
-            own = PaperCell.own("timing", f"inference {name}", f"{column}, {classes} classes")
-            paper = published_or_own("timing", f"inference {name}", column) if classes == paper_classes else own
-            cells.append(time_cell(name, f"{classes} classes", step, paper))
-    return cells + [Cell(name, f"{paper_classes} classes", paper=paper_cell("timing", f"inference {name}", column),
-                         source="published") for name in ("TCL", "OVSegmentor")]
+    rows = {name: {f"{classes} classes": step for classes, step in points} for name, points in growth.items()}
+    beside = f"{paper_classes} classes"
+    papers = {(name, beside): paper_cell("timing", f"inference {name}", "seconds per image")
+              for name in ("OVDiff", "TCL", "OVSegmentor")}
+    return cells_of(rows, papers) + [Cell(name, beside, paper=papers[name, beside], source="published")
+                                     for name in ("TCL", "OVSegmentor")]
 
 
 def window_cells(windows: Mapping[str, tuple[float, Measured]]) -> list[Cell]:
     """Windows an image, seconds an image and seconds a window, by what was set."""
-    return [cell for row, (mean, step) in windows.items() for cell in (
-        Cell(row, "windows an image", mean, n=step.n), time_cell(row, "seconds an image", step),
-        Cell(row, "seconds a window", step.median / mean, n=step.n))]
+    return cells_of({row: {"windows an image": mean, "seconds an image": step, "seconds a window": step.median / mean}
+                     for row, (mean, step) in windows.items()})
 
 
-def operation_cells(what: str, column: str, table: Mapping[str, int], unit: float) -> list[Cell]:
-    """FLOP in ``unit`` by step of ``what`` ("class" or "image")."""
-    return [Cell(row, column, flop / unit, paper=PaperCell.own("operations", row, column))
-            for row, flop in ((f"{what}: {step}", flop) for step, flop in table.items())]
+def operation_cells(column: str, table: Mapping[str, int], unit: float) -> list[Cell]:
+    """FLOP in ``unit`` by step of a class."""
+    return cells_of({f"class: {step}": {column: flop / unit} for step, flop in table.items()})
 
 
 def training_cells(measured: float, counted: float) -> list[Cell]:
@@ -132,43 +133,36 @@ def training_cells(measured: float, counted: float) -> list[Cell]:
     ``measured`` is that of a class built here, ``counted`` the operations of a class of the paper's networks over
     3.6e15: what it would take at the peak rate all the time.
     """
-    published, at_peak = paper_cell("timing", CLASS, COMPUTE), f"{CLASS}: operations of the paper's networks"
-    cells = [Cell(CLASS, f"{COMPUTE}, one class", measured, paper=published),
-             Cell(at_peak, f"{COMPUTE}, one class", counted, paper=PaperCell.own("timing", at_peak, COMPUTE))]
+    published, one = paper_cell("timing", CLASS, COMPUTE), f"{COMPUTE}, one class"
     costs = {"the paper's time": published.value, "operations of the paper's networks": counted,
              "the class built here": measured}
+    cells = cells_of({CLASS: {one: measured}, f"{CLASS}: operations of the paper's networks": {one: counted}},
+                     {(CLASS, one): published})
     for row in TRAINED:
         training = paper_cell("timing", row, COMPUTE)
         cells.append(Cell(row, f"{COMPUTE}, training", paper=training, source="published"))
-        for how, cost in costs.items():
-            column = f"classes for the same, by {how}"
-            cells.append(Cell(row, column, training.value / cost, paper=PaperCell.own("timing", row, column)))
+        cells += cells_of({row: {f"classes for the same, by {how}": training.value / cost
+                                 for how, cost in costs.items()}})
     return cells
 
 
 def memory_cells(steps: Mapping[str, Measured]) -> list[Cell]:
     """Resident memory of the process by step, in 10^6 bytes, and the GPU's where there is one."""
-    cells = []
-    for row, step in steps.items():
-        values = {"held before, MB": step.held, "peak, MB": step.peak, "added, MB": step.peak - step.held,
-                  "peak on the GPU, MB": step.device}
-        cells += [Cell(row, column, value / 1e6, n=step.n) for column, value in values.items() if value is not None]
-    return cells
+    return cells_of({row: {"held before, MB": step.held / 1e6, "peak, MB": step.peak / 1e6,
+                           "added, MB": (step.peak - step.held) / 1e6,
+                           "peak on the GPU, MB": None if step.device is None else step.device / 1e6}
+                     for row, step in steps.items()})
 
 
 def ratio_cells(ratios: Iterable[Ratio]) -> list[Cell]:
     """A row a ratio: seconds, added memory and the process's peak of both sides, the ratio with its lowest and highest
-    round, the bound, and 1 where it and all checks are met, 0 where not. What a row has no value for is left out."""
-    cells = []
+    round, the bound, and 1 where it and the check are met, 0 where not. What a row has no value for is left out."""
+    rows = {}
     for ratio in ratios:
-        row, (lowest, highest) = f"{ratio.name}, against {ratio.alternative}", ratio.spread or (None, None)
-        sides = {"ovdiff": ratio.ours, "alternative": ratio.theirs}
-        cells += [Cell(row, f"{who}, s", side.median, n=side.n, values=side.seconds) for who, side in sides.items()]
-        cells += [Cell(row, f"{who}, added MB", side.added / 1e6) for who, side in sides.items()]
-        cells += [Cell(row, f"{who}, peak MB", side.peak / 1e6) for who, side in sides.items()]
-        if math.isfinite(ratio.value):
-            own = PaperCell.own("benchmark", ratio.name, "ratio")
-            cells.append(Cell(row, "ratio", ratio.value, n=ratio.ours.n, paper=own))
-        further = {"lowest": lowest, "highest": highest, "bound": ratio.limit, "met (1) or missed (0)": ratio.met}
-        cells += [Cell(row, column, float(value)) for column, value in further.items() if value is not None]
-    return cells
+        ours, theirs, spread = ratio.ours, ratio.theirs, ratio.spread or (None, None)
+        rows[f"{ratio.name}, against {ratio.alternative}"] = {
+            "ovdiff, s": ours, "alternative, s": theirs, "ovdiff, added MB": ours.added / 1e6,
+            "alternative, added MB": theirs.added / 1e6, "ovdiff, peak MB": ours.peak / 1e6,
+            "alternative, peak MB": theirs.peak / 1e6, "ratio": ratio.value if math.isfinite(ratio.value) else None,
+            "lowest": spread[0], "highest": spread[1], "bound": ratio.limit, "met (1) or missed (0)": ratio.met}
+    return cells_of(rows)

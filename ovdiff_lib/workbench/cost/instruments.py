@@ -1,7 +1,11 @@
-"""Instruments: seconds and memory of a call, the machine's peak rate, a line through times."""
+"""Instruments: seconds and memory of a call and of several that take turns; the machine and its peak rate."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
+import math
 import os
 import platform
 import resource
@@ -13,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ovdiff_lib.errors import InputError
@@ -24,11 +27,11 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Measured:
-    """A step that ran ``n`` times: ``seconds`` of wall clock each, the last ``result``, and memory in bytes.
+    """A step that ran ``n`` times: ``seconds`` of wall clock each, the last ``result``, and memory in bytes of the run
+    that added most.
 
-    ``held`` is the resident memory of the whole process before the first run and ``peak`` its highest during the runs
-    (since the process began where the system cannot set it back: not Linux). ``device``: PyTorch's peak on a GPU, None
-    on a CPU.
+    ``held`` is the resident memory of the whole process before that run and ``peak`` its highest during it (since the
+    process began where the system cannot set it back: not Linux). ``device``: PyTorch's peak on a GPU, None on a CPU.
     """
 
     seconds: tuple[float, ...]
@@ -52,7 +55,7 @@ class Measured:
 
     @property
     def added(self) -> int:
-        """The GPU's peak where there is one, else what the runs added to what the process held."""
+        """The GPU's peak where there is one, else what the run added to what the process held."""
         return self.peak - self.held if self.device is None else self.device
 
 
@@ -60,49 +63,52 @@ def measured(function: Callable[..., Any], items: Iterable[tuple] = ((),), *,
              device: torch.device | None = None) -> Measured:
     """Call ``function(*item)`` for every item, one after the other, and measure each call. ``device``: whose work is
     awaited before the clock is read, and whose memory is looked at. ``InputError`` when there is no item."""
+    found = None
+    for item in items:
+        found = _further(found, function, item, device)
+    if found is None:
+        raise InputError("There is nothing to measure: the number of repeats, sizes or images is 0; give at least 1.")
+    return found
+
+
+def alternate(ways: Sequence[Callable[[int], Any]], rounds: int, device: torch.device,
+              budget: float = math.inf) -> list[Measured]:
+    """Call every way with 1, then every way with 2, ... ``rounds``: a machine that is busy for a while slows them all.
+
+    Before, all are called with 0, to warm up (a way may do less then), and not counted. A way that took ``budget``
+    seconds is left out of further rounds.
+    """
+    if rounds < 1:
+        raise InputError(f"The number of repeats is {rounds}; give at least 1.")
+    for way in ways:
+        way(0)
+    found: list[Measured | None] = [None for _ in ways]
+    for number in range(1, rounds + 1):
+        for i, way in enumerate(ways):
+            if found[i] is None or sum(found[i].seconds) < budget:
+                found[i] = _further(found[i], way, (number,), device)
+    return found
+
+
+def _further(before: Measured | None, function: Callable[..., Any], given: tuple,
+             device: torch.device | None) -> Measured:
+    """Measure one call, and put it to what was measured of the step before."""
     gpu = device is not None and device.type == "cuda"
+    give_back()
     reset_peak()
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    held, seconds, result = _memory("VmRSS"), [], None
-    for item in items:
-        started = time.perf_counter()
-        result = function(*item)
-        if gpu:
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    if not seconds:
-        raise InputError("There is nothing to measure: the number of repeats, sizes or images is 0; give at least 1.")
+    held, started = _memory("VmRSS"), time.perf_counter()
+    result = function(*given)
+    if gpu:
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - started
     on_gpu = torch.cuda.max_memory_allocated(device) if gpu else None
-    return Measured(tuple(seconds), result, held, max(held, _memory("VmHWM")), on_gpu)
-
-
-def joined(runs: Sequence[Measured]) -> Measured:
-    """Measurements of one step as one: all seconds, the last result, the memory of that with the highest peak."""
-    if not runs:
-        raise InputError("There is nothing to measure: the number of repeats is 0; give at least 1.")
-    highest, on_gpu = max(runs, key=lambda run: run.peak), [run.device for run in runs if run.device is not None]
-    seconds = tuple(s for run in runs for s in run.seconds)
-    return Measured(seconds, runs[-1].result, highest.held, highest.peak, max(on_gpu, default=None))
-
-
-@dataclass(frozen=True)
-class LinearFit:
-    """y = ``slope`` x + ``intercept`` by least squares; ``r2`` is the share of y's variance that the line explains."""
-
-    slope: float
-    intercept: float
-    r2: float
-
-    def __call__(self, x: Any) -> Any:
-        return self.slope * np.asarray(x, float) + self.intercept
-
-
-def linear_fit(x: Sequence[float], y: Sequence[float]) -> LinearFit:
-    """The line through the points. ``InputError`` for fewer than two different x."""
-    if len(set(x)) < 2:
-        raise InputError(f"A line needs points of at least two different sizes, not {list(x)}; name more sizes.")
-    return LinearFit(*map(float, np.polyfit(x, y, 1)), float(np.corrcoef(x, y)[0, 1] ** 2))
+    run = Measured((seconds,), result, held, max(held, _memory("VmHWM")), on_gpu)
+    if before is None:
+        return run
+    most = max(before, run, key=lambda step: step.added)
+    return Measured(before.seconds + run.seconds, result, most.held, most.peak, most.device)
 
 
 def peak_rate(device: torch.device, size: int = 2048, repeats: int = 5) -> float:
@@ -123,6 +129,13 @@ def machine(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"device": f"{device.type} ({name})", "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "torch": torch.__version__}
+
+
+def give_back() -> None:
+    """Memory that is free goes back to the system, so that a call which needs it is seen to take it."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # elsewhere than in Linux's usual C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak() -> bool:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ovdiff_lib.images import resize_short_side
+from ovdiff_lib.matching.matcher import Matcher
 from ovdiff_lib.matching.pamr import DILATIONS, affinity
-from ovdiff_lib.matching.windows import window_seeds
-from ovdiff_lib.networks.loading import resolve_device
-from ovdiff_lib.support.attribution import class_token_positions, fill_template, record_attribution
-from ovdiff_lib.support.sampler import image_seed, initial_latents, min_max
-from ovdiff_lib.workbench.cost.flops import window_boxes
+from ovdiff_lib.matching.windows import crop, scales
+from ovdiff_lib.support import attribution
+from ovdiff_lib.support.attribution import AttributionRecorder, fill_template
+from ovdiff_lib.support.sampler import image_seed, initial_latents, sample_support
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from ovdiff_lib.categories import Category
     from ovdiff_lib.profiles.schema import Features, Profile
-    from ovdiff_lib.types import PrototypeBank
 
 
 def draw(pipe: StableDiffusionPipeline, category: Category, profile: Profile, count: int) -> np.ndarray:
@@ -50,8 +50,8 @@ def bare_features(pipe: StableDiffusionPipeline, settings: Features, images: Seq
     """
     side = settings.sd_input_size
     planes = [torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None] / 127.5 - 1 for image in images]
-    pixels = torch.cat([F.interpolate(one, size=(side, side), mode="bilinear", antialias=True) for one in planes])
-    pixels, latent = pixels.to(pipe.device, pipe.vae.dtype), side // pipe.vae_scale_factor
+    squares = [F.interpolate(one, size=(side, side), mode="bilinear", antialias=True) for one in planes]
+    pixels, latent = torch.cat(squares).to(pipe.device, pipe.vae.dtype), side // pipe.vae_scale_factor
     noise = initial_latents(np.arange(len(images)), (pipe.unet.config.in_channels, latent, latent)).to(pipe.device)
     signal = float(pipe.scheduler.alphas_cumprod[settings.sd_timestep])
     with torch.no_grad():
@@ -70,29 +70,33 @@ def bare_features(pipe: StableDiffusionPipeline, settings: Features, images: Seq
 
 
 def window_crops(image: np.ndarray, profile: Profile) -> list[np.ndarray]:
-    """The windows u8 (S, S, 3) of an image u8 (H, W, 3) that matching cuts, in the order of ``window_boxes``."""
+    """The windows u8 (S, S, 3) of an image u8 (H, W, 3) that matching cuts."""
     settings = profile.matching
     resized = resize_short_side(image, settings.short_side, settings.resample, settings.long_side)
-    return [resized[top : top + size, left : left + size] for top, left, size in window_boxes(image.shape[:2], profile)]
+    return [crop(resized, box, side) for side, boxes in scales(resized.shape[:2], settings) for box in boxes]
+
+
+class StoredAttention(AttributionRecorder):
+    """Keeps the attention of every layer and step, all heads and tokens, until the drawings are finished."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.stored: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def add(self, layer: str, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
+        query, key = (x.chunk(1 + self.guided)[-1].float() for x in (query, key))  # of the conditional half
+        self.stored[layer].append(((query * scale) @ key.transpose(-1, -2)).softmax(dim=-1))
+
+    def maps(self) -> torch.Tensor:
+        summed = {layer: torch.stack(steps).sum(0) for layer, steps in self.stored.items()}
+        self.sums = {layer: one[..., self.token_positions].mean(dim=(1, 3)) for layer, one in summed.items()}
+        return super().maps()
 
 
 def stored_attribution(pipe: StableDiffusionPipeline, category: Category, profile: Profile, count: int) -> np.ndarray:
-    """Attribution f32 (count, h, w) in [0, 1] of ``count`` drawings in one batch: the attention of every layer and
-    step, all heads and tokens of the conditional half, is kept until they are finished and then summed."""
-    settings, side, stored = profile.support, profile.support.image_size // pipe.vae_scale_factor, defaultdict(list)
-    positions = class_token_positions(pipe.tokenizer, settings.prompt, category.prompt)
-    guided = settings.guidance_scale > 1
-
-    def keep(layer: str, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
-        query, key = (x[len(x) // 2 :].float() if guided else x.float() for x in (query, key))
-        stored[layer].append(((query * scale) @ key.transpose(-1, -2)).softmax(dim=-1))
-
-    with record_attribution(pipe.unet, positions, (side, side), settings.mid_block, guided) as recorder:
-        recorder.add = keep
-        draw(pipe, category, profile.override({"support.batch_size": count}), count)
-    summed = {layer: torch.stack(steps).sum(0) for layer, steps in stored.items()}
-    recorder.sums = {layer: attention[..., positions].mean(dim=(1, 3)) for layer, attention in summed.items()}
-    return min_max(recorder.maps().numpy())
+    """Attribution f32 (count, h, w) in [0, 1] of ``count`` drawings by :class:`StoredAttention`."""
+    with mock.patch.object(attribution, "AttributionRecorder", StoredAttention):
+        return sample_support(pipe, category, profile, count, progress=False).attribution
 
 
 @torch.no_grad()
@@ -106,32 +110,14 @@ def padded_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str]
     return torch.cat(found)
 
 
-@torch.no_grad()
-def scores_at_once(extractor: Callable, profile: Profile, image: np.ndarray, bank: PrototypeBank) -> np.ndarray:
-    """Scores f32 (C + 1, H, W) of an image: all features of all its windows against all prototypes of all classes in
-    one matrix. Some class of ``bank`` has background prototypes of ``extractor``, and no filter is on."""
-    settings, device, rows = profile.matching, resolve_device(profile), bank.prototypes[extractor.name]
-    groups = [np.concatenate([p.vectors[p.region == "background"] for p in rows])]
-    groups += [p.vectors[p.region == "foreground"] for p in rows]
-    prototypes = F.normalize(torch.from_numpy(np.concatenate(groups)).to(device), dim=1)
-    boxes, crops = window_boxes(image.shape[:2], profile), window_crops(image, profile)
-    seeds = window_seeds(profile.features.seed, image, len(boxes))
-    sizes = list(dict.fromkeys(size for _, _, size in boxes))
-    parts = [[i for i, box in enumerate(boxes) if box[2] == size] for size in sizes]
-    features = torch.cat([extractor(np.stack([crops[i] for i in part]), seeds[part]) for part in parts]).to(device)
-    cosine = F.normalize(features.flatten(0, 2), dim=1) @ prototypes.T  # pixels x prototypes
-    best = torch.stack([part.amax(1) for part in cosine.split([len(group) for group in groups], dim=1)])
-    best = best.unflatten(1, features.shape[:3]).transpose(0, 1)
-    shape = resize_short_side(image, settings.short_side, settings.resample, settings.long_side).shape[:2]
-    total = torch.zeros(len(groups), *shape, device=device)
-    for size, part in zip(sizes, parts, strict=True):
-        scores, cover = torch.zeros_like(total), torch.zeros(shape, device=device)
-        for i in part:
-            place = slice(boxes[i][0], boxes[i][0] + size), slice(boxes[i][1], boxes[i][1] + size)
-            scores[:, *place] += F.interpolate(best[i][None], size=(size, size), mode="bilinear")[0]
-            cover[place] += 1
-        total += scores / cover / len(sizes)
-    return F.interpolate(total[None], size=image.shape[:2], mode="bilinear", align_corners=False)[0].cpu().numpy()
+class AllAtOnce(Matcher):
+    """Compares all pixels of its windows with all prototypes of all classes in one matrix product."""
+
+    def _match(self, features: torch.Tensor, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        unit = F.normalize(features.flatten(0, 2).to(self.device), dim=1)
+        cosines = (unit @ torch.cat(rows.vectors).T).split([len(vectors) for vectors in rows.vectors], dim=1)
+        values = torch.stack([cosine.amax(1) for cosine in cosines]).unflatten(1, features.shape[:3]).transpose(0, 1)
+        return values, torch.zeros_like(values, dtype=torch.long)  # which prototype it was, nobody asks here
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,49 +21,29 @@ from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.prototypes.build import build_prototypes
 from ovdiff_lib.support.sampler import sample_support
-from ovdiff_lib.types import PrototypeBank
-from ovdiff_lib.workbench.cost.flops import window_boxes
-from ovdiff_lib.workbench.cost.instruments import Measured, joined, measured
+from ovdiff_lib.types import PrototypeBank, SupportSet
+from ovdiff_lib.workbench.cost.instruments import Measured, alternate, measured
+from ovdiff_lib.workbench.cost.plain import window_crops
+
+ClassTimes = dict[tuple[str, bool], dict[str, Measured]]
+"""(extractor, with clustering or not) -> step -> what it took: drawing (result ``SupportSet``), masks
+(``ForegroundBackground``), features (f32 (N, h, w, D)), prototypes (``Prototypes``), in this order."""
 
 
 def measure_drawing(profile: Profile, category: Category, sizes: Sequence[int], repeats: int = 1,
                     budget: float = math.inf) -> dict[int, Measured]:
-    """Step 1 for support sets of each of ``sizes`` images; results are ``SupportSet``.
+    """Step 1 for support sets of each of ``sizes`` images, in turns (see ``alternate``); results are ``SupportSet``.
 
-    One image of one step is drawn before, so that loading is not counted. ``repeats`` rounds go through all sizes, so
-    that a machine that is busy for a while slows all of them; a size that took ``budget`` seconds is left out of
-    further rounds.
+    One image of one step is drawn before for each, so that loading is not counted.
     """
     pipe, device = load_diffusion(profile), resolve_device(profile)
-    sample_support(pipe, category, profile.override({"support.steps": 1}), 1, progress=False)
-    found: dict[int, list[Measured]] = {size: [] for size in sorted(set(sizes))}
-    for _ in range(repeats):
-        for size, runs in found.items():
-            if sum(sum(run.seconds) for run in runs) < budget:
-                runs.append(measured(sample_support, [(pipe, category, profile, size, False)], device=device))
-    return {size: joined(runs) for size, runs in found.items()}
+    short = profile.override({"support.steps": 1})
 
+    def way(size: int) -> Callable[[int], SupportSet]:
+        return lambda number: sample_support(pipe, category, profile if number else short, size if number else 1, False)
 
-@dataclass(frozen=True)
-class ClassTimes:
-    """What one class took, by step: drawing (result ``SupportSet``), masks (``ForegroundBackground``), and by extractor
-    its features (f32 (N, h, w, D)) and its prototypes with and without clustering (``Prototypes``)."""
-
-    drawing: Measured
-    masks: Measured
-    features: dict[str, Measured]
-    clustered: dict[str, Measured]
-    averaged: dict[str, Measured]
-
-    def steps(self, extractor: str, clustering: bool = True) -> dict[str, Measured]:
-        """The steps of a class with one extractor by name, in order; drawing and masks are the same for all."""
-        last = self.clustered if clustering else self.averaged
-        return {"drawing": self.drawing, "masks": self.masks, "features": self.features[extractor],
-                "prototypes": last[extractor]}
-
-    def seconds(self, extractor: str, clustering: bool = True) -> float:
-        """Sum of the steps' medians."""
-        return sum(step.median for step in self.steps(extractor, clustering).values())
+    sizes = sorted(set(sizes))
+    return dict(zip(sizes, alternate([way(size) for size in sizes], repeats, device, budget), strict=True))
 
 
 def measure_building(profile: Profile, drawing: Measured, extractors: Sequence[str], repeats: int = 1) -> ClassTimes:
@@ -78,16 +57,22 @@ def measure_building(profile: Profile, drawing: Measured, extractors: Sequence[s
     segmenter, one = build_segmenter(profile), support.take([0])
     make_masks(one, profile, segmenter)
     masks = measured(make_masks, [(support, profile, segmenter)] * repeats, device=device)
-    times = ClassTimes(drawing, masks, {}, {}, {})
+    times: ClassTimes = {}
     for name in extractors:
         extractor = EXTRACTORS[name](profile)
         extractor(one.images, one.seeds)
         features = measured(extractor, [(support.images, support.seeds)] * repeats, device=device)
-        times.features[name] = features
-        for into, used in ((times.averaged, plain), (times.clustered, settings)):
+        for clustering, used in ((True, settings), (False, plain)):
             given = (features.result, masks.result, used, profile.masks.resize)
-            into[name] = measured(build_prototypes, [given] * repeats, device=device)
+            prototypes = measured(build_prototypes, [given] * repeats, device=device)
+            times[name, clustering] = {"drawing": drawing, "masks": masks, "features": features,
+                                       "prototypes": prototypes}
     return times
+
+
+def seconds(steps: Mapping[str, Measured]) -> float:
+    """Sum of the steps' medians."""
+    return sum(step.median for step in steps.values())
 
 
 def measure_segmenting(methods: Mapping[str, Callable[[np.ndarray, PrototypeBank], Any]], bank: PrototypeBank,
@@ -118,8 +103,7 @@ def measure_windows(profile: Profile, bank: PrototypeBank,
     finer = [(cut.windows, max(1, cut.stride // part)) for part in (1, 2, 4)]
     for sizes, stride in [(cut.windows[:1], cut.stride), *finer]:
         ovdiff = OVDiff(profile, {"filters.category": False, "matching.windows": sizes, "matching.stride": stride})
-        ovdiff.segment(images[0], bank)
-        mean = float(np.mean([len(window_boxes(image.shape[:2], ovdiff.profile)) for image in images[1:]]))
-        times = measured(ovdiff.segment, [(image, bank) for image in images[1:]], device=resolve_device(profile))
-        found[f"windows of {' and '.join(map(str, sizes))}, stride {stride}"] = mean, times
+        mean = float(np.mean([len(window_crops(image, ovdiff.profile)) for image in images[1:]]))
+        times, = measure_segmenting({"": ovdiff.segment}, bank, [len(bank.vocabulary)], images, profile).values()
+        found[f"windows of {' and '.join(map(str, sizes))}, stride {stride}"] = mean, times[0][1]
     return found

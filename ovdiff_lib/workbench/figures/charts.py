@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from ovdiff_lib.workbench.figures.base import Sheet
 
 if TYPE_CHECKING:
-    from ovdiff_lib.workbench.cost.instruments import LinearFit, Measured
+    from ovdiff_lib.workbench.cost.instruments import Measured
 
 INK, GREY, RISE, FALL = "#1f3b57", "#9aa5b1", "#2e86c1", "#e4572e"
 COLOURS, MARKERS = ("#2e86c1", "#e4572e", "#3a9d5d", "#8e5ea2", "#c79a00", "#555555"), "osD^vP"
@@ -90,13 +90,13 @@ def _axes(count: int, width: float, height: float, labelsize: float = 8) -> tupl
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes: ``lines`` maps a name to points (x, Measured); ``fit`` is drawn as a dashed line with its
-    R^2."""
+    """One set of axes: ``lines`` maps a name to points (x, Measured); ``fit``, of ``scipy.stats.linregress``, is drawn
+    as a dashed line with its R^2."""
 
     title: str
     x: str
     lines: Mapping[str, Sequence[tuple[float, Measured]]]
-    fit: LinearFit | None = None
+    fit: Any = None
 
 
 def growth_figure(panels: Sequence[Panel], unit: str) -> Figure:
@@ -115,8 +115,9 @@ def growth_figure(panels: Sequence[Panel], unit: str) -> Figure:
                           capsize=2.5, elinewidth=0.9, linewidth=0 if panel.fit else 1.5, label=name)
         if fit := panel.fit:
             ends, sign = np.array([0, right]), "+" if fit.intercept >= 0 else "−"
-            formula = f"{fit.slope:.3g} x {sign} {abs(fit.intercept):.2g}, R² = {fit.r2:.4f}"
-            axis.plot(ends, fit(ends), "--", color="#555555", linewidth=1.2, zorder=1, label=formula)
+            formula = f"{fit.slope:.3g} x {sign} {abs(fit.intercept):.2g}, R² = {fit.rvalue**2:.4f}"
+            line = fit.slope * ends + fit.intercept
+            axis.plot(ends, line, "--", color="#555555", linewidth=1.2, zorder=1, label=formula)
         room = 1 + 0.09 * len(axis.get_legend_handles_labels()[1])  # for the legend
         axis.set(xlim=(0, right * 1.06), ylim=(0, axis.get_ylim()[1] * room), xlabel=panel.x, ylabel=unit)
         axis.set_title(panel.title, fontsize=9)
