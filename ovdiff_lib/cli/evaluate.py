@@ -63,7 +63,7 @@ def evaluate(options: argparse.Namespace) -> None:
 def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any) -> Any:
     """The result of OVDiff on the data set, its classes built first; on an engine's workers if the options say so."""
     from ovdiff_lib.workbench.evaluation import measure
-    from ovdiff_lib.workbench.evaluation.workers import WithBank, evaluate_on
+    from ovdiff_lib.workbench.evaluation.workers import evaluate_on
 
     engine, builder = engine_of(options, ovdiff.profile), measure.for_dataset(ovdiff, dataset)
     measure.image_count(dataset, options.limit)  # a limit of no images is reported before classes are built
@@ -71,7 +71,7 @@ def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any) -
         predictor = measure.label_predictor(ovdiff, builder.build(dataset.vocabulary), dataset)
         return measure.evaluate(predictor, dataset, limit=options.limit)
     build_with(engine, builder, dataset.vocabulary)
-    return evaluate_on(engine, WithBank(ovdiff.profile, builder.build(dataset.vocabulary)), dataset, options.limit)
+    return evaluate_on(engine, ovdiff.profile, builder.build(dataset.vocabulary), dataset, options.limit)
 
 
 @takes(argument("dataset", choices=["context"]),

@@ -29,7 +29,7 @@ from ovdiff_lib.recipes.sheet import MaskedScene, attribution_iou, draw, object_
 from ovdiff_lib.recipes.train_vae import psnr
 from ovdiff_lib.workbench.baselines.groupvit import GroupViT, load_groupvit
 from ovdiff_lib.workbench.data.datasets import load_dataset
-from ovdiff_lib.workbench.evaluation.measure import Method, Sweep, evaluate, measure
+from ovdiff_lib.workbench.evaluation.measure import Method, above, evaluate, measure
 
 FOLDERS = {"diffusion": "stable-diffusion"} | {name: name for name in ("clip", "dino", "mae", "detector", "groupvit")}
 """Field of ``profile.models`` -> folder of a set of mini models."""
@@ -133,7 +133,7 @@ def groupvit_quality(profile: Profile, split: str, scenes: list[MaskedScene]) ->
     texts, classes = (groupvit.text_embeddings(words) for words in (vocabulary, dataset.vocabulary))
     right = [vocabulary.names[first(image, texts)] == noun for image, _, noun in scenes]
     thresholds = [step / 50 for step in range(1, 50)]
-    searched = Method({}, lambda data: lambda sample: Sweep.of(
+    searched = Method({}, lambda data: lambda sample: above(
         groupvit.scores(sample.image, data.vocabulary), thresholds), len(thresholds))
     best = max(measure({"GroupViT": searched}, dataset)["GroupViT"], key=lambda result: result.miou)
     flat = evaluate(lambda image: np.full(image.shape[:2], 1 + first(image, classes)), dataset)

@@ -13,9 +13,7 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +25,8 @@ from typing import Any
 
 from ovdiff_lib import keys
 from ovdiff_lib.errors import InputError, OVDiffError
-from ovdiff_lib.files import write_atomic
+from ovdiff_lib.files import check_output, write_atomic
+from ovdiff_lib.workbench.parallel import described
 
 NOT_READ = ("cli", "recipes", "workbench/parallel.py")
 """Folders of the package that no notebook reads: a change in them leaves every result what it is."""
@@ -36,27 +35,24 @@ DATA = (".csv", ".json", ".yaml", ".safetensors", ".txt", ".webp", ".png")
 
 EXECUTED = "tables/notebooks.json"
 """Below the outputs folder, kept with the tables: of every notebook's last good run the sum of its "code", to see where
-it changed since, and its wall time in "seconds" and its kernel's peak of "memory" in GB, by which runs are planned."""
+it changed since, and its wall time in "seconds", by which runs are planned."""
 
 CLASSES = "classes"
 """Stands there for the drawing of the classes that notebooks share."""
-
-MEMORY, USUAL = 3.8, 1.0
-"""GB that kernels side by side may hold, and what one takes of which nothing is known."""
 
 
 def notebooks(folder: Path, only: Sequence[str] = ()) -> list[Path]:
     """The numbered notebooks of a folder in order; with ``only`` those of these numbers ("03", "3") or stems. Raises
     ``InputError`` when there is none, and for a number or stem that the folder does not have."""
-    found, chosen = sorted(folder.glob("[0-9]*.ipynb")), []
+    found = sorted(folder.glob("[0-9]*.ipynb"))
     if not found:
         raise InputError(f"No notebook was found in {folder}; name the project's folder of them with --notebooks.")
-    for name in (n.strip().removesuffix(".ipynb") for n in only):
-        match = [p for p in found if name == p.stem or (name.isdecimal() and name.zfill(2) == p.stem.split("_")[0])]
-        if not match:
+    called = {name: path for path in found for name in (path.stem, path.stem.split("_")[0])}
+    names = [name.strip().removesuffix(".ipynb") for name in only]
+    for name in names:
+        if name not in called and (not name or name.zfill(2) not in called):
             raise InputError(f"There is no notebook {name!r} in {folder}; it has {', '.join(p.stem for p in found)}.")
-        chosen += match
-    return [p for p in found if p in chosen] if only else found
+    return sorted({called.get(name) or called[name.zfill(2)] for name in names}) if only else found
 
 
 def assigned(cells: Iterable[dict[str, Any]], *tags: str) -> Iterator[tuple[str, ast.expr | None, Any]]:
@@ -70,20 +66,16 @@ def assigned(cells: Iterable[dict[str, Any]], *tags: str) -> Iterator[tuple[str,
 
 def parameters_of(notebook: Path) -> dict[str, tuple[Any, Any]]:
     """Name -> (type, default) of the cell tagged ``parameters``. The type is the annotation (``images: int | None``),
-    else that of the default; a default of None takes anything."""
-    kinds = {"Any": Any, **{kind.__name__: kind for kind in (bool, int, float, str, list, dict)}}
+    else that of the default."""
+    kinds = {"__builtins__": {}, **{kind.__name__: kind for kind in (bool, int, float, str, list, dict)}}
     found: dict[str, tuple[Any, Any]] = {}
     try:
         for name, annotation, default in assigned(json.loads(notebook.read_bytes())["cells"], "parameters"):
-            kind: Any = Any if default is None else type(default)
-            if annotation:  # of code that is about to be run
-                kind = eval(ast.unparse(annotation), {"__builtins__": {}}, kinds)
-            elif kind is list and len({type(d) for d in default}) == 1:
-                kind = list[type(default[0])]
-            found[name] = kind, default
+            # The code that is evaluated is about to be run.
+            found[name] = eval(ast.unparse(annotation), kinds) if annotation else type(default), default
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError, NameError) as error:
-        raise InputError(f"{notebook} cannot be read as a notebook with literal parameters ({_first_line(error)}); "
-                         "name a .ipynb file.") from None
+        raise InputError(f"{notebook} cannot be read as a notebook with literal parameters ({described(error)}); name "
+                         "a .ipynb file.") from None
     return found
 
 
@@ -123,7 +115,7 @@ def run_all(chosen: Sequence[Path], folder: Path, parameters: dict[str, Any], *,
 
 def _side_by_side(run: Callable[..., Any], chosen: Sequence[Path], folder: Path, workers: int) -> Iterator[Any]:
     """What :func:`_run_one` says of each; processes share the processors evenly."""
-    waiting, running, known, processors = list(chosen), {}, _known(folder), len(os.sched_getaffinity(0))
+    waiting, running, known, processors = list(chosen), {}, read_json(folder / EXECUTED), len(os.sched_getaffinity(0))
     pool = ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=1)
     try:
         while waiting or running:
@@ -140,21 +132,22 @@ def _side_by_side(run: Callable[..., Any], chosen: Sequence[Path], folder: Path,
 
 
 def next_of(waiting: Sequence[Path], running: Sequence[Path], known: dict[str, Any], workers: int) -> Path | None:
-    """The notebook that begins next beside those that run, None while none may: of those that together hold at most
-    :data:`MEMORY` the longest, so that no processor waits for it at the end. Those tagged "alone" (they measure time)
-    come last, one by one."""
-    def memory(notebook: Path) -> float:
-        return math.inf if has_tag(notebook, "alone") else known.get(notebook.stem, {}).get("memory", USUAL)
+    """The notebook that begins next beside those that run, None while none may: the longest, so that no processor waits
+    at the end. Those tagged "alone" (they measure time) come last, one by one; of those tagged "large" two would hold
+    more memory than a run may."""
+    def fits(notebook: Path) -> bool:
+        alone = any(has_tag(one, "alone") for one in (notebook, *running))
+        large = has_tag(notebook, "large") and any(has_tag(one, "large") for one in running)
+        return not running or (len(running) < workers and not alone and not large)
 
-    held = sum(map(memory, running))
-    fitting = [n for n in waiting if not running or (len(running) < workers and held + memory(n) <= MEMORY)]
-    return min(fitting, key=lambda n: (memory(n) == math.inf, -_seconds(n, known, 1e9)), default=None)
+    fitting = filter(fits, waiting)
+    return min(fitting, key=lambda n: (has_tag(n, "alone"), -_seconds(n, known, 1e9)), default=None)
 
 
 def expected_time(chosen: Sequence[Path], folder: Path, workers: int) -> str:
     """How long notebooks take, ``workers`` at a time, by their last runs into ``folder``, as a sentence; "" where
     nothing is known. The classes that they share are counted too where the folder has no library yet."""
-    known, waiting, ends, total = _known(folder), list(chosen), {}, 0.0
+    known, waiting, ends, total = read_json(folder / EXECUTED), list(chosen), {}, 0.0
     while waiting or ends:  # as they will run
         if notebook := next_of(waiting, list(ends), known, workers):
             waiting.remove(notebook)
@@ -186,8 +179,8 @@ def _run_one(notebook: Path, folder: Path, parameters: dict[str, Any], force: bo
         ran = run_notebook(notebook, folder / notebook.name, parameters, force=force, progress=not threads)
         sentence = f"executed in {time.time() - started:.0f} s" if ran else "fresh, nothing to do"
     except Exception as error:  # whatever it is, the notebooks that follow do not depend on it
-        failure = f"The notebook {notebook.name} could not be run: {type(error).__name__}: {_first_line(error)}"
-        failure = str(error) if isinstance(error, OVDiffError) else failure
+        own = isinstance(error, OVDiffError)
+        failure = str(error) if own else f"The notebook {notebook.name} could not be run: {described(error)}"
         sentence = f"FAILED after {time.time() - started:.0f} s"
     return notebook.stem, sentence, failure
 
@@ -215,11 +208,9 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
     logging.getLogger("papermill").setLevel(logging.ERROR)
     failed, running = output.with_suffix(".failed.ipynb"), output.with_suffix(".partial.ipynb")
     state, fresh, started = _state(notebook, parameters), is_fresh(notebook, output, parameters), time.time()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        failed.unlink(missing_ok=True)  # of an earlier run: it says nothing of this one
-    except OSError as error:
-        raise InputError(f"{output.parent} cannot be made ({error.strerror}); name another with --out.") from None
+    check_output(output.parent)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    failed.unlink(missing_ok=True)  # of an earlier run: it says nothing of this one
     if fresh and not force:
         return False
     try:
@@ -238,7 +229,7 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
             if error.ename == "KeyboardInterrupt":  # the interrupt reached the kernel first
                 raise KeyboardInterrupt from None
             cell = next((c["id"] for c in cells_of(notebook) if "".join(c["source"]) == error.source), "?")
-            said = f"failed in its cell {cell!r}: {error.ename}: {_first_line(error.evalue)}"
+            said = f"failed in its cell {cell!r}: {error.ename}: {error.evalue.strip().partition(chr(10))[0]}"
         os.replace(running, failed)
         raise OVDiffError(f"The notebook {notebook.name} {said} (executed copy: {failed})") from None
     except OSError as error:  # papermill's writing of the executed copy; what cells raise came above
@@ -246,11 +237,8 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
                          "choose another folder with --out.") from None
     finally:
         running.unlink(missing_ok=True)  # of a run that was interrupted
-    # Of the largest process that this one has started: the kernel, where it ran no other notebook.
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     record = {**state, "outputs": _outputs(output), "seconds": round(time.time() - started, 1),
-              "memory": round(memory / 1e9, 2), "code": code_sum(notebook),
-              "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
+              "code": code_sum(notebook), "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
     write_atomic(output.with_suffix(".stamp.json"), json.dumps(record, indent=1).encode())
     return True
 
@@ -263,14 +251,10 @@ def code_sum(notebook: Path) -> str:
 
 def note(folder: Path, stem: str, record: dict[str, Any] | None = None) -> None:
     """Enter a record (default: that of the notebook's last good run, if any) into ``folder``/:data:`EXECUTED`."""
-    known, stamp = _known(folder), read_json(folder / f"{stem}.stamp.json")
-    record = record or {key: stamp[key] for key in ("code", "memory", "seconds") if key in stamp}
+    known, stamp = read_json(folder / EXECUTED), read_json(folder / f"{stem}.stamp.json")
+    record = record or {key: stamp[key] for key in ("code", "seconds") if key in stamp}
     if record and record != known.get(stem):
         write_atomic(folder / EXECUTED, (json.dumps({**known, stem: record}, indent=1, sort_keys=True) + "\n").encode())
-
-
-def _known(folder: Path) -> dict[str, Any]:
-    return {stem: record for stem, record in read_json(folder / EXECUTED).items() if isinstance(record, dict)}
 
 
 def _outputs(output: Path) -> dict[str, str]:
@@ -312,10 +296,6 @@ def cells_of(notebook: Path) -> list[dict[str, Any]]:
     """The cells of a notebook's file; [] where there is none or it is broken."""
     cells = read_json(notebook).get("cells")
     return [cell for cell in cells if isinstance(cell, dict)] if isinstance(cells, list) else []
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _literal(path: Path) -> str:

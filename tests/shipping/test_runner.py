@@ -93,24 +93,18 @@ DEFAULTS = """seed = 0  # a number
 scale = 8.0  # another
 name = "mini"  # text
 flag = True  # yes or no
-classes = ["dog", "boat"]  # names
-sizes = [1, 2]
-mixed = [1, "a"]  # of any kind
-empty = []  # of any kind
+classes = ["dog", "boat"]  # any list
+sizes: list[int] = [1, 2]
 overrides = {}  # a table
 images: int | None = 60  # the first so many
-word: str | None = None
-anything = None  # whatever
 """
 
 
 @pytest.mark.parametrize("name, good, bad, kind", [
     ("seed", [0, -3], ["many", 1.5, True, None, [1]], "int"), ("scale", [1, 2.5], ["x", True, None], "float"),
     ("name", ["", "paper"], [3, None, ["mini"]], "str"), ("flag", [False], [0, 1, "yes"], "bool"),
-    ("classes", [["cat"], []], ["cat", [1], ["cat", None]], "list[str]"), ("sizes", [[4]], [[4.5], ["4"], 4, [True]], "list[int]"),
-    ("mixed", [["x"], [None]], ["x"], "list"), ("empty", [[1, "x"]], [1], "list"), ("overrides", [{"a.b": 1}], [[], "a", None], "dict"),
-    ("images", [3, None], ["all", 2.5], "int | None"), ("word", ["x", None], [1], "str | None"),
-    ("anything", [1, "x", None, []], [Path("a")], "Any")])
+    ("classes", [["cat"], []], ["cat", [Path("a")]], "list"), ("sizes", [[4]], [[4.5], ["4"], 4, [True]], "list[int]"),
+    ("overrides", [{"a.b": 1}], [[], "a", None], "dict"), ("images", [3, None], ["all", 2.5], "int | None")])
 def test_parameters_have_the_type_of_their_annotation_or_default(tmp_path, name, good, bad, kind):
     path = written(tmp_path, "00_typed", source=DEFAULTS)
     for value in good:
@@ -157,7 +151,7 @@ def test_fresh_results_are_kept_and_failures_harm_nothing(notebook, tmp_path):
     assert said == "counted 2 50\n"  # a kernel is quiet unless it dies: log level CRITICAL
     assert not list(folder.glob("*.failed.ipynb")) and not list(folder.glob("*.partial.ipynb"))
     stamp = json.loads((folder / "00_counting.stamp.json").read_text())
-    assert stamp["seconds"] >= 0 and stamp["code"] == sum_of_code(notebook) and 0.01 < stamp["memory"] < 100
+    assert stamp["seconds"] >= 0 and stamp["code"] == sum_of_code(notebook)
     assert set(stamp["outputs"]) == {"00_counting.ipynb", "tables/00_counting.csv"}
 
     # The same again: nothing runs, nothing is touched. Other parameters run again.
@@ -264,11 +258,11 @@ def test_what_ran_is_noted(notebook, tmp_path, monkeypatch):
     noted = tmp_path / "out" / runner.EXECUTED
     monkeypatch.setattr(papermill, "execute_notebook", lambda source, output, **options: Path(output).write_text("{}"))
     noted.parent.mkdir(parents=True)
-    noted.write_text('{"01_other": {"code": "a", "seconds": 61.0}, "00_counting": "b"}')
+    noted.write_text('{"01_other": {"code": "a", "seconds": 61.0}, "00_counting": {"code": "b"}}')
     assert run_all([notebook], tmp_path / "out", {"count": 1}) == []
     found = json.loads(noted.read_text())
     assert list(found) == ["00_counting", "01_other"] and found["01_other"] == {"code": "a", "seconds": 61.0}
-    assert found["00_counting"]["code"] == sum_of_code(notebook) and {"seconds", "memory"} < set(found["00_counting"])
+    assert found["00_counting"]["code"] == sum_of_code(notebook) and found["00_counting"]["seconds"] >= 0
     noted.write_text("{torn")
     assert run_all([notebook], tmp_path / "out", {"count": 1}) == []
     assert json.loads(noted.read_text()) == {"00_counting": found["00_counting"]}
@@ -281,12 +275,12 @@ def test_what_ran_is_noted(notebook, tmp_path, monkeypatch):
     assert runner.code_sum(notebook) == sum_of_code(notebook) != before
 
 
-def test_what_begins_next_is_the_longest_that_fits_beside_the_others(tmp_path):
-    """Those that measure time come last and alone; two that hold more than the memory allows do not meet."""
-    paths = {name: written(tmp_path, name, tags=["alone"] * (name == "02_alone"))
+def test_what_begins_next_is_the_longest_that_may_run_beside_the_others(tmp_path):
+    """Those that measure time come last and alone; two large ones do not meet."""
+    tags = {"01_long": ["large"], "02_alone": ["alone"], "04_large": ["large"]}
+    paths = {name: written(tmp_path, name, tags=tags.get(name, ()))
              for name in ("00_short", "01_long", "02_alone", "03_new", "04_large")}
-    known = {"00_short": {"seconds": 10, "memory": 0.5}, "01_long": {"seconds": 90, "memory": 2.7},
-             "02_alone": {"seconds": 900}, "04_large": {"seconds": 60, "memory": 2.2}}
+    known = {"00_short": {"seconds": 10}, "01_long": {"seconds": 90}, "02_alone": {"seconds": 900}, "04_large": {"seconds": 60}}
 
     def following(waiting, *running, workers=2):
         found = runner.next_of([paths[n] for n in waiting], [paths[n] for n in running], known, workers)
@@ -298,7 +292,6 @@ def test_what_begins_next_is_the_longest_that_fits_beside_the_others(tmp_path):
     assert following(["04_large"], "00_short") == "04_large" and following(["04_large"], "00_short", "03_new") is None
     assert following(["02_alone"], "00_short") is None and following(["00_short"], "02_alone") is None
     assert following(["02_alone"]) == "02_alone" and following([]) is None
-    assert following(["00_short"], "03_new", workers=1) is None
 
 
 def test_the_time_to_expect_is_that_of_the_last_runs(tmp_path):
@@ -309,11 +302,7 @@ def test_the_time_to_expect_is_that_of_the_last_runs(tmp_path):
         runner.note(tmp_path, name, {"code": "", "seconds": seconds})
     assert runner.expected_time(paths[:4], tmp_path, 2) == "4 to run, about 11 min as measured last."
     (tmp_path / "cache").mkdir()
-    assert "about 7 min" in runner.expected_time(paths[:4], tmp_path, 2)
     assert "about 12 min" in (said := runner.expected_time(paths, tmp_path, 1)) and "without 04_new" in said
-    for name, seconds in (("01_b", 300), ("02_c", 240)):  # too large to meet: 300 beside 60, then 240, then 120
-        runner.note(tmp_path, name, {"code": "", "seconds": seconds, "memory": 2.5})
-    assert "about 11 min" in runner.expected_time(paths[:4], tmp_path, 2)
 
 
 def test_one_failure_stops_no_other(tmp_path, monkeypatch):

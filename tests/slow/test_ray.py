@@ -12,18 +12,16 @@ from pathlib import Path
 
 import pytest
 import test_engines
-from oracles import Toy, guess
-from test_engines import FatalBuilder, check_every_task_comes_back, check_library, make_guess, make_torn
+from test_engines import FatalBuilder, check_evaluation, check_every_task_comes_back, check_library
 from workers import Fatal, Inverse
 
 import ovdiff_lib
 from ovdiff_lib import OVDiff
 from ovdiff_lib.categories import Category
 from ovdiff_lib.cli.main import main
-from ovdiff_lib.errors import InputError, OVDiffError
+from ovdiff_lib.errors import InputError
 from ovdiff_lib.workbench.evaluation import workers as working
-from ovdiff_lib.workbench.evaluation.measure import evaluate
-from ovdiff_lib.workbench.evaluation.workers import build_classes, evaluate_on
+from ovdiff_lib.workbench.evaluation.workers import build_classes
 from ovdiff_lib.workbench.parallel import RETRIES, LocalEngine, RayEngine
 
 ray = pytest.importorskip("ray")
@@ -91,11 +89,8 @@ def test_classes_are_those_of_the_engine_local_though_a_worker_is_killed(cluster
     assert stored[0] and stored[0] == stored[1]  # the same images and numbers to the last bit
 
 
-def test_counts_are_those_of_one_run_and_an_image_that_fails_is_named(cluster):
-    found = evaluate_on(RayEngine(2), make_guess, Toy(9), progress=False)
-    assert (found.by_image() == evaluate(guess, Toy(9), progress=False).by_image()).all() and found.images == 9
-    with pytest.raises(OVDiffError, match="Image 3 of toy"):
-        evaluate_on(RayEngine(2), make_torn, Toy(9), progress=False)
+def test_counts_are_those_of_one_run_and_an_image_that_fails_is_named(cluster, tiny_profile, tmp_path):
+    check_evaluation(RayEngine(2), tiny_profile, tmp_path)
 
 
 def test_a_gpu_that_is_not_there_is_one_sentence(cluster, tiny, capsys):

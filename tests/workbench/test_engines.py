@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracles import Toy, guess, refused
+from oracles import Toy, refused
 from tiny import tiny_overrides
 from workers import Fatal, Inverse, Slow
 
@@ -26,7 +26,7 @@ from ovdiff_lib.cli.options import ENGINE, engine_of
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.workbench.evaluation import workers as working
 from ovdiff_lib.workbench.evaluation.measure import evaluate, label_predictor
-from ovdiff_lib.workbench.evaluation.workers import ClassBuilder, WithBank, build_classes, evaluate_on, processors
+from ovdiff_lib.workbench.evaluation.workers import ClassBuilder, build_classes, evaluate_on, processors
 from ovdiff_lib.workbench.parallel import Engine, LocalEngine, RayEngine, divide
 
 # ---- workers and data of these tests and of test_ray.py; at the top of a module, so that other processes can import them
@@ -44,18 +44,13 @@ class FatalBuilder(ClassBuilder):
         super().__call__(task)
 
 
-def make_guess(dataset):
-    return guess
+class Torn(Toy):
+    """Its fourth image cannot be read."""
 
-
-def make_torn(dataset):
-    """Cannot read the fourth image."""
-    def predict(image):
-        if len(image) == len(Toy(9)[3].image):
+    def __getitem__(self, index):
+        if index == 3:
             raise InputError("It is torn; copy it again.")
-        return guess(image)
-
-    return predict
+        return super().__getitem__(index)
 
 
 def check_every_task_comes_back(engine: Engine, folder: Path) -> dict:
@@ -172,29 +167,22 @@ def test_a_library_that_is_not_shared_is_noticed(tiny_profile, tmp_path):
 
 # ---- evaluating
 
-@pytest.mark.parametrize("background", [True, False])
-@pytest.mark.parametrize("workers", [1, 2])
-def test_counts_of_workers_are_those_of_one_run(workers, background):
+def check_evaluation(engine, profile, folder, background=True):
+    """Seven images of nine are counted as in one process, and one that fails is named; no score is given then."""
     dataset = Toy(9, has_background=background)
-    expected = evaluate(guess, dataset, limit=7, progress=False)
-    result = evaluate_on(LocalEngine(workers), make_guess, dataset, limit=7, progress=False)
-    assert (result.by_image() == expected.by_image()).all() and result.confusion.dtype == np.int64
-    assert (result.miou, result.images, result.class_names) == (expected.miou, 7, expected.class_names)
-
-
-def test_an_image_that_fails_is_named_and_no_score_is_given():
-    with pytest.raises(OVDiffError, match=r"Image 3 of toy could not be evaluated.*: It is torn; copy it again"):
-        evaluate_on(LocalEngine(1), make_torn, Toy(9), progress=False)
-
-
-@pytest.mark.parametrize("has_background", [True, False])
-def test_the_segmenter_of_a_worker_is_the_pipeline(tiny_profile, tmp_path, has_background):
-    dataset = Toy(has_background=has_background)
-    ovdiff = OVDiff(tiny_profile, {"support.size": 2}, library=tmp_path, progress=False)
+    ovdiff = OVDiff(profile, {"support.size": 2}, library=folder, progress=False)
     bank = ovdiff.build(dataset.vocabulary)
-    expected = evaluate(label_predictor(ovdiff, bank, dataset), dataset, progress=False)
-    result = evaluate_on(LocalEngine(1), WithBank(ovdiff.profile, bank), dataset, progress=False)
-    assert (result.confusion == expected.confusion).all() and result.confusion.sum() > 0
+    expected = evaluate(label_predictor(ovdiff, bank, dataset), dataset, limit=7, progress=False)
+    result = evaluate_on(engine, ovdiff.profile, bank, dataset, limit=7, progress=False)
+    assert (result.by_image() == expected.by_image()).all() and result.confusion.sum() > 0
+    assert (result.miou, result.images, result.class_names) == (expected.miou, 7, expected.class_names)
+    with pytest.raises(OVDiffError, match=r"Image 3 of toy could not be evaluated.*: It is torn; copy it again"):
+        evaluate_on(engine, ovdiff.profile, bank, Torn(9), progress=False)
+
+
+@pytest.mark.parametrize(("workers", "background"), [(1, True), (1, False), (2, True)])
+def test_counts_of_workers_are_those_of_one_run(tiny_profile, tmp_path, workers, background):
+    check_evaluation(LocalEngine(workers), tiny_profile, tmp_path, background)
 
 
 # ---- how a cluster is shared

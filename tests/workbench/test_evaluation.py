@@ -392,7 +392,7 @@ def test_another_evaluation_does_not_go_on_from_it(tmp_path, other):
     assert state.read_bytes() == kept
 
 
-@pytest.mark.parametrize("damage", ["empty", "torn", "byte", "garbage", "key", "places", "lengths", "cut", "negative"])
+@pytest.mark.parametrize("damage", ["empty", "torn", "byte", "garbage", "places", "cut", "negative", "more", "wider"])
 def test_a_state_that_cannot_be_used_is_reported_and_not_used(tmp_path, caplog, damage):
     dataset = Toy(7)
     state = interrupted(tmp_path, dataset)
@@ -401,9 +401,9 @@ def test_a_state_that_cannot_be_used_is_reported_and_not_used(tmp_path, caplog, 
         fields = dict(stored)
     broken = {"empty": b"", "torn": content[:len(content) // 2], "garbage": b"x" * 100,
               "byte": content[:60] + b"\xff" * 8 + content[68:]}
-    forged = {"key": {"key": np.array("{}")}, "places": {"indices": fields["indices"] + 9},
-              "cut": {"data": fields["data"][1:]}, "negative": {"data": -fields["data"]},
-              "lengths": {"indptr": np.append(fields["indptr"], fields["indptr"][[-1] * 5])}}
+    forged = {"places": {"indices": fields["indices"] + 9}, "cut": {"data": fields["data"][1:]}, "negative": {"data": -fields["data"]},
+              "more": {"indptr": np.append(fields["indptr"], fields["indptr"][[-1] * 5]), "shape": fields["shape"] + [5, 0]},
+              "wider": {"shape": fields["shape"] + [0, 1]}}
     if damage in broken:
         state.write_bytes(broken[damage])
     else:

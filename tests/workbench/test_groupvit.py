@@ -22,7 +22,7 @@ from ovdiff_lib.recipes import train_groupvit
 from ovdiff_lib.workbench.baselines.groupvit import GroupViT, group_scores, load_groupvit
 from ovdiff_lib.workbench.cost.architectures import clip_tokenizer
 from ovdiff_lib.workbench.data.datasets import load_dataset
-from ovdiff_lib.workbench.evaluation.measure import Method, Sweep, evaluate, measure
+from ovdiff_lib.workbench.evaluation.measure import Method, above, evaluate, measure
 
 TEMPLATE = "a good picture of a {name}"
 SHIPPED = Path(ovdiff_lib.__file__).parent / "mini" / "weights"
@@ -295,7 +295,7 @@ def test_the_shipped_model_is_small_and_segments():
     mini = load_profile("mini")
     groupvit, dataset = GroupViT.build(mini), load_dataset("mini-voc")
     assert groupvit.model.config.text_config.eos_token_id == groupvit.texts.tokenizer.eos_token_id
-    searched = Method({}, lambda data: lambda sample: Sweep.of(groupvit.scores(sample.image, data.vocabulary), (0.3, 0.5, 0.7)), 3)
+    searched = Method({}, lambda data: lambda sample: above(groupvit.scores(sample.image, data.vocabulary), (0.3, 0.5, 0.7)), 3)
     found = measure({"": searched}, dataset, limit=24, progress=False)[""]
     chance = evaluate(lambda i: np.ones(i.shape[:2], int), dataset, limit=24, progress=False)
     assert max(result.miou for result in found) > 0.1 > 2 * chance.miou

@@ -17,7 +17,7 @@ from ovdiff_lib.workbench.evaluation import measure as measuring
 from ovdiff_lib.workbench.evaluation import shared
 from ovdiff_lib.workbench.evaluation.banks import of_kinds, of_labels, rows_of_sizes, with_words
 from ovdiff_lib.workbench.evaluation.bench import Bench
-from ovdiff_lib.workbench.evaluation.measure import Method, Sweep, evaluate, measure
+from ovdiff_lib.workbench.evaluation.measure import Method, above, evaluate, measure
 from ovdiff_lib.workbench.evaluation.results import code_digest
 from ovdiff_lib.workbench.evaluation.rows import THRESHOLDS, Rival, Row, Searched
 
@@ -60,8 +60,6 @@ def test_counts_are_those_of_sklearn(tmp_path):
     assert (found["two"][1].by_image() == alone).all() and (again[1].by_image() == alone).all()
     with pytest.raises(InputError, match="limit"):
         run(None, limit=0, one=Shift(0))
-    with pytest.raises(InputError):
-        run(None, bad=Method({}, lambda dataset: lambda sample: sample.labels[None], 2))
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
@@ -103,26 +101,14 @@ def test_classes_are_built_one_after_the_other_for_all_methods():
     assert order == ["a cat", "b cat", "a dog", "b dog", "a", "b"]
 
 
-def test_thresholds_by_hand():
-    scores = np.array([[[9, 9]], [[0.2, 0.5]], [[0.1, 0.7]]], np.float32)  # (C + 1, 1, 2)
-    maps = Sweep.of(scores, THRESHOLDS).maps()
-    assert maps.shape == (len(THRESHOLDS), 1, 2)
-    for threshold, labels in ((0.1, [[1, 2]]), (0.3, [[0, 2]]), (0.9, [[0, 0]])):
-        assert maps[THRESHOLDS.index(threshold)].tolist() == labels
-
-
-@pytest.mark.parametrize("background", [True, False])
-def test_a_sweep_counts_as_its_maps_do(background):
-    """One histogram against a confusion matrix of sklearn for each map; scores on, above and below all thresholds."""
-    dataset, rng, thresholds = Toy(1, has_background=background), np.random.default_rng(3), (0.0, 0.25, 0.5, 0.75)
-    sample = dataset[0]
-    sweep = Sweep(rng.choice([-np.inf, -0.1, 0.0, 0.25, 0.3, 0.5, 0.9], sample.labels.shape).astype(np.float32),
-                  rng.integers(1, 3, sample.labels.shape), thresholds)
-    (results,) = measure({"": Method({}, lambda dataset: lambda sample: sweep, 4)}, dataset, progress=False).values()
-    seen, labels = sample.labels != 255, [0, 1, 2][not background:]
-    for result, made in zip(results, sweep.maps(), strict=True):
-        made = made if background else sweep.category
-        assert (result.confusion == confusion_matrix(sample.labels[seen], made[seen], labels=labels)).all()
+def test_maps_at_thresholds_are_the_best_class_where_it_exceeds_them():
+    """Scores on, above and below the thresholds, and dropped classes (-inf); row 0 is nonsense that must not be used."""
+    rng, thresholds = np.random.default_rng(3), (-1e9, 0.0, 0.25, 0.5)
+    scores = rng.choice([-np.inf, -0.1, 0.0, 0.25, 0.3, 0.9], (3, 5, 9)).astype(np.float32)
+    scores[0] = 9
+    for threshold, labels in zip(thresholds, above(scores, thresholds), strict=True):
+        scores[0] = threshold  # the first of equals, so background, has the pixel
+        assert (labels == scores.argmax(0)).all()
 
 
 # ---- the bench

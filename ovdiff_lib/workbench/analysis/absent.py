@@ -13,7 +13,7 @@ from ovdiff_lib.errors import InputError
 from ovdiff_lib.workbench.analysis.examples import shown_labels
 from ovdiff_lib.workbench.data.metrics import IGNORE, ConfusionMatrix
 from ovdiff_lib.workbench.data.samples import Sample
-from ovdiff_lib.workbench.evaluation.measure import Sweep
+from ovdiff_lib.workbench.evaluation.measure import above
 
 
 class AbsentTest:
@@ -34,29 +34,25 @@ class AbsentTest:
 
         ``predicted`` holds these and 0, ``target`` any labels, 0 and the ignored one.
         """
-        queried, counted = set(map(int, queried)), target != IGNORE
-        guess, true = predicted[counted], set(target[counted].tolist())
-        found = Counter(guess.tolist())
-        absent, shown = queried - true, queried & true
-        large = {c for c in queried if found[c] >= self.least * max(1, guess.size)}
+        counted, size = target != IGNORE, int((target != IGNORE).sum())
+        found, true = Counter(predicted[counted].tolist()), set(target[counted].tolist())
+        absent, shown = set(queried) - true, set(queried) & true
+        large = {label for label in queried if found[label] >= self.least * max(1, size)}
         self.images += 1
+        self.pixels += size
         self.absent += len(absent)
         self.segmented += len(absent & large)
         self.fooled += bool(absent & large)
         self.shown += len(shown)
         self.missed += len(shown - large)
-        self.pixels += guess.size
-        self.wrong_pixels += sum(found[c] for c in absent)
+        self.wrong_pixels += sum(found[label] for label in absent)
 
     segmented_rate = property(lambda self: _ratio(self.segmented, self.absent))
     """Of all (image, queried class it does not show), the share that was segmented."""
-
     fooled_rate = property(lambda self: _ratio(self.fooled, self.images))
     """The share of images in which at least one class was segmented that is not there."""
-
     pixel_rate = property(lambda self: _ratio(self.wrong_pixels, self.pixels))
     """The share of pixels that went to classes that are not in their image."""
-
     missed_rate = property(lambda self: _ratio(self.missed, self.shown))
     """Of all (image, queried class it shows), the share that was not segmented: what a strict filter costs."""
 
@@ -111,10 +107,10 @@ def search_threshold(score: Callable[[np.ndarray, tuple[int, ...]], np.ndarray],
 
     ``score(image, asked)`` gives f32 (len(asked) + 1, H, W), whose row 0 is not read.
     """
-    counts = 0
+    matrices = {threshold: ConfusionMatrix(classes + 1) for threshold in thresholds}
     for sample, asked in trials:
-        scores = score(sample.image, asked)[1:]
-        sweep = Sweep(scores.max(0), np.array(asked)[scores.argmax(0)], tuple(thresholds))
-        counts = counts + sweep.matrices(sample.labels, classes + 1)
-    miou = [ConfusionMatrix(classes + 1, counts=matrix).miou() for matrix in counts]
-    return float(thresholds[int(np.argmax(miou))]), float(max(miou))
+        maps = np.array([0, *asked])[above(score(sample.image, asked), thresholds)]
+        for matrix, labels in zip(matrices.values(), maps, strict=True):
+            matrix.update(labels, sample.labels)
+    best = max(matrices, key=lambda threshold: matrices[threshold].miou())
+    return float(best), matrices[best].miou()

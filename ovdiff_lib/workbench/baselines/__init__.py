@@ -28,7 +28,7 @@ segmenter)."""
 
 OWN_BACKGROUND = frozenset({"clip-diy", "clip-segmenter"})
 """Baselines that model the background themselves. Row 0 of the others is -inf as built, and a constant threshold stands
-for the background (:class:`~ovdiff_lib.workbench.evaluation.measure.Sweep`)."""
+for the background (:func:`~ovdiff_lib.workbench.evaluation.measure.above`)."""
 
 
 def build_baseline(name: str, profile: Profile) -> Baseline:

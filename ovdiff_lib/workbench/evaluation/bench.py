@@ -24,7 +24,7 @@ from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.data.samples import Dataset, Sample
-from ovdiff_lib.workbench.evaluation.measure import EvaluationResult, Method, Sweep, measure
+from ovdiff_lib.workbench.evaluation.measure import EvaluationResult, Method, measure
 from ovdiff_lib.workbench.evaluation.rows import Rival, Row
 from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
 from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell, paper_table
@@ -100,12 +100,7 @@ class Bench:
         predict = method.prepare(dataset)
         if method.variants > 1:
             chosen = int(np.argmax([r.miou for r in self._measure({row.label: method}, dataset)[row.label]]))
-
-        def labels(image: np.ndarray) -> np.ndarray:
-            made = predict(Sample("", image, np.zeros(image.shape[:2], np.uint8)))
-            return (made.maps() if isinstance(made, Sweep) else made)[chosen]
-
-        return labels
+        return lambda image: predict(Sample("", image, np.zeros(image.shape[:2], np.uint8)))[chosen]
 
     @staticmethod
     def labelled(cells: Sequence[Cell], column: str) -> list[Cell]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ovdiff_lib.categories import BACKGROUND, Category
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.types import PrototypeBank
-from ovdiff_lib.workbench.data.metrics import IGNORE, ConfusionMatrix
+from ovdiff_lib.workbench.data.metrics import ConfusionMatrix
 from ovdiff_lib.workbench.data.samples import Dataset, Sample, SavedPredictions
 from ovdiff_lib.workbench.evaluation.results import Counts, code_digest, stored
 
@@ -52,48 +52,16 @@ class EvaluationResult:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """T label maps of one image, one for each of ``thresholds`` (ascending): a pixel has its ``category`` i64 (H, W),
-    from 1, where ``best`` f32 (H, W) exceeds the threshold, else 0."""
-
-    best: np.ndarray
-    category: np.ndarray
-    thresholds: tuple[float, ...]
-
-    @classmethod
-    def of(cls, scores: np.ndarray, thresholds: Sequence[float]) -> Sweep:
-        """Of scores f32 (C + 1, H, W), whose row 0, the background's, is not read."""
-        return cls(scores[1:].max(0), foreground_labels(scores), tuple(thresholds))
-
-    def maps(self) -> np.ndarray:
-        """i64 (T, H, W)."""
-        return np.where(self.best > np.array(self.thresholds)[:, None, None], self.category, 0)
-
-    def matrices(self, labels: np.ndarray, classes: int) -> np.ndarray:
-        """Confusion of each map with ``labels`` u8 (H, W) of ``classes`` classes, background among them: i64
-        (T, classes, classes), from one histogram."""
-        seen, steps = labels != IGNORE, len(self.thresholds)
-        # How many thresholds lie below a pixel's score: map t shows the pixels that pass more than t.
-        passed = np.searchsorted(self.thresholds, self.best[seen], side="left")
-        cells = (passed * classes + labels[seen]) * classes + self.category[seen]
-        passing = np.bincount(cells, minlength=(steps + 1) * classes**2).reshape(steps + 1, classes, classes)
-        shown = passing[:0:-1].cumsum(0)[::-1]
-        shown[:, :, 0] += passing.sum((0, 2)) - shown.sum(2)
-        return shown
-
-
-@dataclass(frozen=True)
 class Method:
     """A way to label images, T = ``variants`` label maps each.
 
     ``key`` holds, as plain data, everything the labels depend on beside the data set and the code. ``prepare(dataset)``
-    gives sample -> labels int (T, H, W) for the data set's vocabulary, or a :class:`Sweep` over T thresholds.
-    ``build(dataset, category)`` builds one class in advance: methods build class by class, so that they can share what
-    they have in common of it.
+    gives sample -> labels int (T, H, W) for the data set's vocabulary. ``build(dataset, category)`` builds one class in
+    advance: methods build class by class, so that they can share what they have in common of it.
     """
 
     key: dict[str, Any]
-    prepare: Callable[[Dataset], Callable[[Sample], np.ndarray | Sweep]]
+    prepare: Callable[[Dataset], Callable[[Sample], np.ndarray]]
     variants: int = 1
     build: Callable[[Dataset, Category], Any] | None = None
 
@@ -123,7 +91,7 @@ def measure(methods: Mapping[str, Method], dataset: Dataset, *, folder: str | Pa
         for index in tqdm(left, label, total, initial=left.start, unit="image", disable=not progress or not pending):
             sample = dataset[index]
             for name in (name for name in pending if known[name] <= index):
-                counts[name].add(_counted(predictors[name](sample), counts[name].shape[0], dataset, sample))
+                counts[name].add(np.stack([confusion(dataset, one, sample) for one in predictors[name](sample)]))
             if time.monotonic() >= due:
                 for name in pending:
                     counts[name].save()
@@ -165,16 +133,6 @@ def confusion(dataset: Dataset, predicted: np.ndarray, sample: Sample) -> np.nda
         raise InputError(f"Image {sample.id} of {dataset.name}: {error}") from None
     first = 0 if dataset.has_background else 1
     return matrix.counts[first:, first:]
-
-
-def _counted(made: np.ndarray | Sweep, variants: int, dataset: Dataset, sample: Sample) -> np.ndarray:
-    """Pixel counts i64 (T, K, K) of what a method made of an image; of a sweep without background all are the same."""
-    if isinstance(made, Sweep):
-        whole = confusion(dataset, made.category, sample)
-        return made.matrices(sample.labels, len(whole)) if dataset.has_background else np.stack([whole] * variants)
-    if len(made) != variants:
-        raise InputError(f"A method made labels of shape {np.shape(made)}; they must be ({variants}, H, W).")
-    return np.stack([confusion(dataset, one, sample) for one in made])
 
 
 def image_count(dataset: Dataset, limit: int | None) -> int:
@@ -221,5 +179,12 @@ def label_predictor(ovdiff, bank: PrototypeBank, dataset: Dataset) -> Predict:
 
 
 def foreground_labels(scores: np.ndarray) -> np.ndarray:
-    """Scores f32 (C + 1, H, W) -> labels i64 (H, W) in 1 to C: each pixel's best category, background (row 0) out."""
-    return scores[1:].argmax(axis=0) + 1
+    """Scores f32 (C + 1, H, W) -> labels i16 (H, W) in 1 to C: each pixel's best category, background (row 0) out."""
+    return scores[1:].argmax(axis=0).astype(np.int16) + 1
+
+
+def above(scores: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
+    """Scores f32 (C + 1, H, W) -> labels i16 (T, H, W), a map for each constant background score: each pixel's best
+    category where that exceeds the threshold, else 0. Row 0 of the scores is not read."""
+    exceeds = scores[1:].max(0) > np.array(thresholds)[:, None, None]
+    return np.where(exceeds, foreground_labels(scores), 0)

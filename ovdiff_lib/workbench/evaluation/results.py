@@ -1,8 +1,8 @@
 """Counted results on disk: finished evaluations are found again, interrupted ones go on where they stopped.
 
-    folder/<data set>-<digest>.npz      key (JSON text), and the parts of a sparse matrix with a row for each image
+    folder/<data set>-<digest>.npz      a sparse matrix with a row for each image
 
-The key is everything the counts depend on. It is in the file, so that a result is never another's.
+The digest is of everything the counts depend on, so that a result is never another's.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_array, vstack
+from scipy.sparse import csr_array, load_npz, save_npz, vstack
 
 from ovdiff_lib import keys
 from ovdiff_lib.files import write_atomic
-
-PARTS = ("data", "indices", "indptr")
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +29,9 @@ logger = logging.getLogger(__name__)
 class Counts:
     """Confusion matrices of T label maps, i64 (T, K, K) for each image that was counted; what is zero is not kept."""
 
-    def __init__(self, shape: tuple[int, int, int], path: Path | None = None, key: str = "") -> None:
-        """``path``, if there is one, is the file that :meth:`save` writes, with the JSON text ``key``."""
-        self.shape, self.path, self.key = tuple(shape), path, key
+    def __init__(self, shape: tuple[int, int, int], path: Path | None = None) -> None:
+        """``path``, if there is one, is the file that :meth:`save` writes."""
+        self.shape, self.path = tuple(shape), path
         self.rows = [csr_array((0, math.prod(shape)), dtype=np.int32)]
 
     def __len__(self) -> int:
@@ -61,29 +59,26 @@ class Counts:
     def save(self) -> None:
         """Write the counts, if there are some, to their file. Raises ``InputError`` where that cannot be written."""
         if self.path is not None and len(self):
-            images, buffer = self.images(), io.BytesIO()
-            np.savez_compressed(buffer, key=np.array(self.key), **{part: getattr(images, part) for part in PARTS})
+            buffer = io.BytesIO()
+            save_npz(buffer, self.images())
             write_atomic(self.path, buffer.getvalue())
 
 
 def stored(folder: str | Path, name: str, key: dict[str, Any], shape: tuple[int, int, int], images: int) -> Counts:
     """What ``folder`` holds of the evaluation ``key`` on at most ``images`` images of the data set ``name``; of a file
     that cannot be used nothing, with a warning."""
-    text = json.dumps(key, sort_keys=True)
-    path = Path(folder).expanduser() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.npz"
-    found = Counts(shape, path, text)
-    if not path.exists():
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
+    found = Counts(shape, Path(folder).expanduser() / f"{name}-{digest}.npz")
+    if not found.path.exists():
         return found
     try:
-        with np.load(path, allow_pickle=False) as file:
-            known, parts = str(file["key"]), [file[part] for part in PARTS]
-        rows = csr_array(tuple(parts), shape=(len(parts[-1]) - 1, math.prod(shape)), dtype=np.int32)
+        rows = csr_array(load_npz(found.path), dtype=np.int32)
         rows.check_format(full_check=True)
-        if known != text or rows.shape[0] > images or (rows.data <= 0).any():
+        if rows.shape[1] != math.prod(shape) or rows.shape[0] > images or (rows.data <= 0).any():
             raise ValueError("it is not of this evaluation")
         found.rows = [rows]
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        logger.warning("The stored result %s cannot be used (%s); it is measured again.", path, error)
+        logger.warning("The stored result %s cannot be used (%s); it is measured again.", found.path, error)
     return found
 
 

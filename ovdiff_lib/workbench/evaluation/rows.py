@@ -16,7 +16,7 @@ from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.keys import of_labels
 from ovdiff_lib.types import PrototypeBank
 from ovdiff_lib.workbench.data.samples import Dataset, Sample
-from ovdiff_lib.workbench.evaluation.measure import Method, Sweep, for_dataset, foreground_labels, label_predictor
+from ovdiff_lib.workbench.evaluation.measure import Method, above, for_dataset, foreground_labels, label_predictor
 
 THRESHOLDS = tuple(round(0.01 * i, 2) for i in range(100))
 """Constant background scores that a search tries."""
@@ -53,12 +53,12 @@ class Row:
         own = {"build": [self.label, seed, list(bench.seeds)]} if self.build else {}
         tried = {"thresholds": list(THRESHOLDS)} if searched else {}
 
-        def prepare(dataset: Dataset) -> Callable[[Sample], np.ndarray | Sweep]:
+        def prepare(dataset: Dataset) -> Callable[[Sample], np.ndarray]:
             words = dataset.vocabulary
             bank = self.build(bench, seed, words) if self.build else for_dataset(ovdiff, dataset).build(words)
             if searched:
                 bank = bank.without_background()
-                return lambda sample: Sweep.of(ovdiff.segment(sample.image, bank).scores, THRESHOLDS)
+                return lambda sample: at_thresholds(ovdiff.segment(sample.image, bank).scores, dataset)
             predict = label_predictor(ovdiff, bank, dataset)
             return lambda sample: predict(sample.image)[None]
 
@@ -100,29 +100,34 @@ class Rival(Row):
                **of_labels(ovdiff.profile, True), "baselines": ovdiff.profile.to_dict()["baselines"],
                **({} if own else {"thresholds": list(THRESHOLDS)})}
 
-        def prepare(dataset: Dataset) -> Callable[[Sample], np.ndarray | Sweep]:
+        def prepare(dataset: Dataset) -> Callable[[Sample], np.ndarray]:
             baseline = self.needs(bench)
 
-            def label(sample: Sample) -> np.ndarray | Sweep:
+            def label(sample: Sample) -> np.ndarray:
                 scores = baseline.scores(sample.image, dataset.vocabulary)
-                if not own:
-                    made = Sweep.of(scores, THRESHOLDS)
-                else:
+                if own:
                     made = (scores.argmax(0) if dataset.has_background else foreground_labels(scores))[None]
-                return _voted(made, ovdiff.segmenter, sample, dataset) if self.voted else made
+                else:
+                    made = at_thresholds(scores, dataset)
+                return _voted(made, ovdiff.segmenter.propose(sample.image, "")) if self.voted else made
 
             return label
 
         return Method(key, prepare, 1 if own else len(THRESHOLDS))
 
 
-def _voted(made: np.ndarray | Sweep, segmenter: Any, sample: Sample, dataset: Dataset) -> np.ndarray:
-    """The label maps (T, H, W) after a vote in each of the segmenter's proposals."""
+def at_thresholds(scores: np.ndarray, dataset: Dataset) -> np.ndarray:
+    """Label maps i16 (T, H, W) at each of :data:`THRESHOLDS`; where background is no class all are the same."""
+    if not dataset.has_background:
+        return np.repeat(foreground_labels(scores)[None], len(THRESHOLDS), 0)
+    return above(scores, THRESHOLDS)
+
+
+def _voted(made: np.ndarray, proposals: np.ndarray) -> np.ndarray:
+    """Label maps (T, H, W) after a vote in each of a segmenter's proposals bool (M, H, W)."""
     from ovdiff_lib.workbench.baselines.segmenter import majority_vote
 
-    if isinstance(made, Sweep):
-        made = made.maps() if dataset.has_background else np.repeat(made.category[None], len(made.thresholds), 0)
-    proposals, voted = segmenter.propose(sample.image, ""), []
+    voted = []
     for index, one in enumerate(made):  # neighbouring thresholds often make the same map
         same = index and (one == made[index - 1]).all()
         voted.append(voted[-1] if same else majority_vote(one, proposals))

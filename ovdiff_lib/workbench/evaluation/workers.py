@@ -6,7 +6,6 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -23,7 +22,7 @@ from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.types import PrototypeBank
 from ovdiff_lib.workbench.data.samples import Dataset
 from ovdiff_lib.workbench.evaluation import measure
-from ovdiff_lib.workbench.evaluation.measure import EvaluationResult, Predict
+from ovdiff_lib.workbench.evaluation.measure import EvaluationResult
 from ovdiff_lib.workbench.evaluation.results import Counts
 from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
 from ovdiff_lib.workbench.parallel import Engine, LocalEngine
@@ -78,20 +77,9 @@ class ClassBuilder:
         ovdiff.build_class(category)
 
 
-@dataclass(frozen=True)
-class WithBank:
-    """Makes a worker's segmenter for a data set: OVDiff with a profile and prototypes."""
-
-    profile: Profile
-    bank: PrototypeBank
-
-    def __call__(self, dataset: Dataset) -> Predict:
-        return measure.label_predictor(OVDiff(self.profile, progress=False), self.bank, dataset)
-
-
-def _counter(make_predict: Callable[[Dataset], Predict], dataset: Dataset) -> Callable[[int], csr_array]:
+def _counter(profile: Profile, bank: PrototypeBank, dataset: Dataset) -> Callable[[int], csr_array]:
     """A worker: number of an image -> its confusion (K, K), most of it zero."""
-    predict = make_predict(dataset)
+    predict = measure.label_predictor(OVDiff(profile, progress=False), bank, dataset)
 
     def count(index: int) -> csr_array:
         sample = dataset[index]
@@ -100,15 +88,15 @@ def _counter(make_predict: Callable[[Dataset], Predict], dataset: Dataset) -> Ca
     return count
 
 
-def evaluate_on(engine: Engine, make_predict: Callable[[Dataset], Predict], dataset: Dataset, limit: int | None = None,
+def evaluate_on(engine: Engine, profile: Profile, bank: PrototypeBank, dataset: Dataset, limit: int | None = None,
                 progress: bool = True) -> EvaluationResult:
-    """:func:`~ovdiff_lib.workbench.evaluation.measure.evaluate` on the workers of ``engine``, with the same result.
+    """OVDiff with ``profile`` and ``bank`` on the first ``limit`` images of a data set (default: all), segmented by the
+    workers of an engine: the result of :func:`~ovdiff_lib.workbench.evaluation.measure.evaluate`.
 
-    ``make_predict``, which can be pickled, makes a worker's segmenter for the data set. Raises ``OVDiffError`` for the
-    first image that fails, ``InputError`` for an empty data set, and what ``engine.run`` raises.
+    Raises ``OVDiffError`` for the first image that fails, ``InputError`` for an empty data set, and as ``engine.run``.
     """
     found, total = {}, measure.image_count(dataset, limit)
-    with closing(engine.run(partial(_counter, make_predict, dataset), range(total))) as done:
+    with closing(engine.run(partial(_counter, profile, bank, dataset), range(total))) as done:
         for image in tqdm(done, dataset.name, total, unit="image", disable=not progress):
             if image.error:
                 raise OVDiffError(f"Image {dataset.ids[image.index]} of {dataset.name} could not be evaluated, so there"
