@@ -29,3 +29,9 @@ def legal(word: str, words: Iterable[str]) -> str:
     """The end of a sentence about a ``word`` that is none of ``words``: those, and which of them may be meant."""
     near = difflib.get_close_matches(word.lower(), words, 1)
     return f"the legal ones are {', '.join(words)}.{f' Did you mean {near[0]!r}?' if near else ''}"
+
+
+def described(error: BaseException) -> str:
+    """What an error says: the project's own as it is, of others the kind and the first line."""
+    lines = str(error).strip().splitlines() or [""]
+    return str(error) if isinstance(error, OVDiffError) else f"{type(error).__name__}: {lines[0]}".removesuffix(": ")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ovdiff_lib.cli.options import argument, profile_of, takes
-from ovdiff_lib.errors import InputError, OVDiffError
+from ovdiff_lib.errors import InputError, OVDiffError, described
 from ovdiff_lib.profiles.reading import parse_assignments
 from ovdiff_lib.profiles.schema import Profile
 

@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ovdiff_lib.errors import InputError, OVDiffError
+from ovdiff_lib.errors import InputError, OVDiffError, described
 
 Make = Callable[[], Callable[[Any], Any]]
 """Makes a worker. Can be pickled, as tasks and results can."""
@@ -56,12 +56,6 @@ class Engine(ABC):
         """What became of every task, each once, in the order in which they finish. A task whose worker is lost (killed,
         out of memory) is run again. Raises ``OVDiffError`` when the engine cannot go on, and ``InputError`` for more
         workers than there is room for."""
-
-
-def described(error: BaseException) -> str:
-    """What an error says: the project's own as it is, of others the kind and the first line."""
-    lines = str(error).strip().splitlines() or [""]
-    return str(error) if isinstance(error, OVDiffError) else f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
 
 
 class Worker:

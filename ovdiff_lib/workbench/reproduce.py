@@ -8,7 +8,6 @@ fails stops no other.
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import hashlib
 import json
@@ -24,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from ovdiff_lib import keys
-from ovdiff_lib.errors import InputError, OVDiffError
+from ovdiff_lib.errors import InputError, OVDiffError, described, legal
 from ovdiff_lib.files import check_output, write_atomic
-from ovdiff_lib.workbench.parallel import described
 
 NOT_READ = ("cli", "recipes", "workbench/parallel.py")
 """Folders of the package that no notebook reads: a change in them leaves every result what it is."""
@@ -87,9 +85,8 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
     known = parameters_of(notebook)
     for name, value in parameters.items():
         if name not in known:
-            near = "".join(f" Did you mean {other!r}?" for other in difflib.get_close_matches(name, known, 1))
-            raise InputError(f"The notebook {notebook.name} has no parameter {name!r}; it has "
-                             f"{', '.join(known) or 'none'}.{near}")
+            others = legal(name, known or ["none"])
+            raise InputError(f"The notebook {notebook.name} has no parameter {name!r}; {others}")
         kind, default = known[name]
         try:
             json.dumps(value)
