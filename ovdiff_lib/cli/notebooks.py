@@ -43,7 +43,6 @@ def run(options: argparse.Namespace) -> None:
 def reproduce(options: argparse.Namespace) -> int:
     """Execute the notebooks, judge the paper's claims on their tables and write the report."""
     from ovdiff_lib.workbench.evaluation.workers import processors
-    from ovdiff_lib.workbench.parallel import described
     from ovdiff_lib.workbench.reproduce import expected_time, has_tag, is_fresh, notebooks, run_all
 
     if options.workers is not None and options.workers < 1:

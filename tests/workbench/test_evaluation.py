@@ -21,7 +21,6 @@ from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.data.metrics import ConfusionMatrix
 from ovdiff_lib.workbench.data.readers import MINI_DATA
 from ovdiff_lib.workbench.data.samples import SavedPredictions
-from ovdiff_lib.workbench.evaluation import measure
 from ovdiff_lib.workbench.evaluation.measure import evaluate, for_dataset, foreground_labels, label_predictor
 
 SPLITS = ("val", "wild")
@@ -315,106 +314,6 @@ def test_mistakes_in_saved_predictions(tmp_path):
         Image.fromarray(wrong.astype(np.uint8)).save(folder / "0.png")
         refused(words, measured, SavedPredictions(folder), dataset, limit=1)
     refused("does not exist", SavedPredictions, tmp_path / "none")
-
-
-# ---- going on after an interruption
-
-class Interrupted:
-    """Predicts until the image number ``at``, then ctrl-C; counts what it saw."""
-
-    def __init__(self, at=None):
-        self.at, self.seen = at, 0
-
-    def __call__(self, image):
-        if self.seen == self.at:
-            raise KeyboardInterrupt
-        self.seen += 1
-        return guess(image)
-
-
-SETTINGS = {"profile": "abc", "seed": 1}
-
-
-def resumed(dataset, folder, **options):
-    """How many images an evaluation that goes on from ``folder`` sees, and its result."""
-    rest = Interrupted()
-    result = measured(rest, dataset, **{"settings": SETTINGS, "resume": folder, **options})
-    return rest.seen, result
-
-
-def interrupted(folder, dataset, at=3):
-    with pytest.raises(KeyboardInterrupt):
-        measured(Interrupted(at), dataset, settings=SETTINGS, resume=folder)
-    (state,) = folder.iterdir()
-    return state
-
-
-@pytest.mark.parametrize("background", [True, False])
-def test_an_interrupted_evaluation_goes_on_to_the_same_result(tmp_path, background):
-    dataset, folder = Toy(7, has_background=background), tmp_path / "deep" / "state"
-    whole = measured(guess, dataset)
-    for at in (3, 2):
-        interrupted(folder, dataset, at)
-    for expected in (2, 0):
-        seen, result = resumed(dataset, folder)
-        assert seen == expected and result.images == 7 and result.miou == whole.miou
-        assert (result.by_image() == whole.by_image()).all()
-
-
-def test_a_killed_or_failed_evaluation_loses_only_what_was_not_written(tmp_path, monkeypatch):
-    """The state as it lies on disk while the run is at the fourth image, as after kill -9; and after an error."""
-    monkeypatch.setattr(measure, "SAVE_EVERY", 0.0)
-    copy, dataset = tmp_path / "copy", Toy(6)
-
-    def predict(image):
-        if len(image) == 4 + 3:
-            shutil.copytree(tmp_path / "state", copy)
-        if len(image) == 4 + 4:
-            raise RuntimeError("out of memory")
-        return guess(image)
-
-    with pytest.raises(RuntimeError):
-        measured(predict, dataset, settings=SETTINGS, resume=tmp_path / "state")
-    for folder, left in ((copy, 3), (tmp_path / "state", 2)):
-        seen, result = resumed(dataset, folder)
-        assert seen == left and (result.confusion == measured(guess, dataset).confusion).all()
-
-
-@pytest.mark.parametrize("other", [
-    {"settings": {"profile": "abd", "seed": 1}}, {"settings": {**SETTINGS, "more": None}}, {"limit": 5},
-    {"dataset": Toy(8)}, {"dataset": Toy(7, name="other")}, {"dataset": Toy(7, has_background=False)},
-    {"dataset": Toy(7, vocabulary=Vocabulary.of("cat, cow"))}])
-def test_another_evaluation_does_not_go_on_from_it(tmp_path, other):
-    state = interrupted(tmp_path, Toy(7))
-    kept = state.read_bytes()
-    seen, result = resumed(folder=tmp_path, **{"dataset": Toy(7), **other})
-    assert seen == result.images == (5 if "limit" in other else len(other.get("dataset", Toy(7))))
-    assert state.read_bytes() == kept
-
-
-@pytest.mark.parametrize("damage", ["empty", "torn", "byte", "garbage", "places", "cut", "negative", "more", "wider"])
-def test_a_state_that_cannot_be_used_is_reported_and_not_used(tmp_path, caplog, damage):
-    dataset = Toy(7)
-    state = interrupted(tmp_path, dataset)
-    content = state.read_bytes()
-    with np.load(state) as stored:
-        fields = dict(stored)
-    broken = {"empty": b"", "torn": content[:len(content) // 2], "garbage": b"x" * 100,
-              "byte": content[:60] + b"\xff" * 8 + content[68:]}
-    forged = {"places": {"indices": fields["indices"] + 9}, "cut": {"data": fields["data"][1:]}, "negative": {"data": -fields["data"]},
-              "more": {"indptr": np.append(fields["indptr"], fields["indptr"][[-1] * 5]), "shape": fields["shape"] + [5, 0]},
-              "wider": {"shape": fields["shape"] + [0, 1]}}
-    if damage in broken:
-        state.write_bytes(broken[damage])
-    else:
-        np.savez(state, **{**fields, **forged[damage]})
-    seen, result = resumed(dataset, tmp_path)
-    assert seen == 7 and (result.confusion == measured(guess, dataset).confusion).all()
-    assert len(caplog.records) == 1 and str(state) in caplog.text
-
-
-def test_a_state_needs_settings_that_tell_it_from_others(tmp_path):
-    refused("settings", measured, guess, settings={}, resume=tmp_path)
 
 
 # ---- the commands

@@ -1,5 +1,7 @@
 """Many methods on the same images: the same numbers as one by one, kept, resumed, never another's."""
 
+import shutil
+
 import numpy as np
 import pytest
 from cachetools import LRUCache, cached
@@ -63,16 +65,17 @@ def test_counts_are_those_of_sklearn(tmp_path):
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
-    """But fewer images, another class name, another split and other code are other results."""
+    """But fewer images, another data set, class name, split and other code are other results."""
     run(tmp_path, one=Shift(0))
     again, new = Shift(0), Shift(2)
     assert (run(tmp_path, again=again, new=new)["again"] == expected(0)).all() and (again.seen, new.seen) == (0, 5)
-    fewer, other, edited = Shift(0), Shift(0), Shift(0)
+    fewer, other, named, edited = Shift(0), Shift(0), Shift(0), Shift(0)
     run(tmp_path, limit=3, one=fewer)
     run(tmp_path, Toy(5, vocabulary=Vocabulary.of("cat, boat")), one=other)
+    run(tmp_path, Toy(5, name="other"), one=named)
     monkeypatch.setattr(measuring, "code_digest", lambda: "other")
     run(tmp_path, one=edited)
-    assert (fewer.seen, other.seen, edited.seen) == (3, 5, 5)
+    assert (fewer.seen, other.seen, named.seen, edited.seen) == (3, 5, 5, 5)
     assert code_digest() == code_digest() and len(code_digest()) == 16
     # Images of every split of the mini world begin with the same numbers.
     val, wild = (measuring._key(fewer, load_dataset("mini-object", split), 8) for split in ("val", "wild"))
@@ -87,6 +90,43 @@ def test_an_interrupted_study_goes_on(tmp_path, stop):
     found = run(tmp_path, ready=ready, cut=cut)
     assert (ready.seen, cut.seen) == (5 - stop - 1, 5 - stop)
     assert (found["ready"] == expected(0)).all() and (found["cut"] == expected(1)).all()
+
+
+def test_a_killed_study_loses_only_what_was_not_written(tmp_path, monkeypatch):
+    """The counts as they lie on disk while the run is at the fourth image, as after kill -9."""
+    monkeypatch.setattr(measuring, "SAVE_EVERY", 0.0)
+
+    class Copying(Shift):
+        def predict(self, sample):
+            if self.seen == 3:
+                shutil.copytree(tmp_path / "deep" / "state", tmp_path / "copy")
+            return super().predict(sample)
+
+    run(tmp_path / "deep" / "state", one=Copying(0))
+    again = Shift(0)
+    assert (run(tmp_path / "copy", one=again)["one"] == expected(0)).all() and again.seen == 2
+
+
+@pytest.mark.parametrize("damage", ["empty", "torn", "byte", "garbage", "places", "cut", "negative", "more", "wider"])
+def test_counts_that_cannot_be_used_are_reported_and_not_used(tmp_path, caplog, damage):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, one=Shift(0, stop=3))
+    (state,) = tmp_path.iterdir()
+    content = state.read_bytes()
+    with np.load(state) as stored:
+        fields = dict(stored)
+    broken = {"empty": b"", "torn": content[:len(content) // 2], "garbage": b"x" * 100,
+              "byte": content[:60] + b"\xff" * 8 + content[68:]}
+    forged = {"places": {"indices": fields["indices"] + 9}, "cut": {"data": fields["data"][1:]}, "negative": {"data": -fields["data"]},
+              "more": {"indptr": np.append(fields["indptr"], fields["indptr"][[-1] * 5]), "shape": fields["shape"] + [5, 0]},
+              "wider": {"shape": fields["shape"] + [0, 1]}}
+    if damage in broken:
+        state.write_bytes(broken[damage])
+    else:
+        np.savez(state, **{**fields, **forged[damage]})
+    again = Shift(0)
+    assert (run(tmp_path, one=again)["one"] == expected(0)).all() and again.seen == 5
+    assert len(caplog.records) == 1 and str(state) in caplog.text
 
 
 def test_classes_are_built_one_after_the_other_for_all_methods():

@@ -102,21 +102,18 @@ def measure(methods: Mapping[str, Method], dataset: Dataset, *, folder: str | Pa
     return {name: results_of(dataset, counts[name]) for name in methods}
 
 
-def evaluate(predict: Predict | SavedPredictions, dataset: Dataset, limit: int | None = None, progress: bool = True,
-             settings: dict[str, Any] | None = None, *, resume: str | Path | None = None) -> EvaluationResult:
+def evaluate(predict: Predict | SavedPredictions, dataset: Dataset, limit: int | None = None,
+             progress: bool = True) -> EvaluationResult:
     """Segment every image of ``dataset`` (the first ``limit`` of them) and compare with its label maps.
 
     ``predict`` is any segmenter's method, or predictions on disk. Where the data set has no background, no pixel that
-    counts may be 0. With ``resume``, a folder, an evaluation that was interrupted goes on with the next image;
-    ``settings`` must then hold all that the predictions depend on. Raises as :func:`measure`.
+    counts may be 0. Raises as :func:`measure`.
     """
     saved = isinstance(predict, SavedPredictions)
     if saved:
         predict.check(dataset.ids[:image_count(dataset, limit)])
-    if resume is not None and not settings:
-        raise InputError("An evaluation that can be resumed needs its settings, to be told from others.")
-    method = Method(settings or {}, lambda _: lambda sample: np.stack([predict(sample if saved else sample.image)]))
-    return measure({"": method}, dataset, folder=resume, limit=limit, progress=progress)[""][0]
+    method = Method({}, lambda _: lambda sample: np.stack([predict(sample if saved else sample.image)]))
+    return measure({"": method}, dataset, limit=limit, progress=progress)[""][0]
 
 
 # ------------------------------------------------------------------ what one image counts
