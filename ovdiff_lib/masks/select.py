@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.masks import Segmenter, build_segmenter
+from ovdiff_lib.masks import Segmenter
 from ovdiff_lib.masks.threshold import fixed_thresholds, multi_otsu
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.profiles.schema import Masks, Profile
@@ -53,14 +53,13 @@ def separate(proposals: np.ndarray, attribution: np.ndarray) -> np.ndarray:
     return alone[alone.any(axis=(1, 2))]
 
 
-def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter | None = None) -> ForegroundBackground:
+def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter) -> ForegroundBackground:
     """Masks of every support image, bool (N, H, W) at the images' size, by Eq. 1 among what the segmenter proposes.
 
     Where it proposes nothing, thresholds on the attribution decide (``masks.fallback``; App. C.5: multi-Otsu), and the
-    image's ``source`` is "threshold". ``segmenter`` defaults to the one that ``masks.segmenter`` names.
+    image's ``source`` is "threshold".
     """
     settings, images = profile.masks, support.images
-    segmenter = segmenter or build_segmenter(profile)
     attribution = upsample(support.attribution, images.shape[1:3])
     foreground, background = np.zeros((2, *attribution.shape), dtype=bool)
     source, found = [], proposals(segmenter, images, support.category.prompt)

@@ -101,8 +101,9 @@ def test_an_empty_cluster_is_seeded_again_from_the_farthest_point():
     assert total == pytest.approx(0.5)
 
 
-def test_a_large_common_offset_and_half_precision_do_not_drown_the_clusters():
+def test_a_large_common_offset_half_precision_and_scale_do_not_matter():
     x = blobs(seed=7) - 50
+    assert torch.equal(kmeans(x * 2.0**-12, 7)[1], kmeans(x, 7)[1])
     plain = inertia(torch.from_numpy(x), *kmeans(x, 7, restarts=3))
     for points in (torch.from_numpy(x + 3000), torch.from_numpy(x).half()):
         centroids, assignment = kmeans(points, 7, restarts=3)

@@ -8,7 +8,8 @@ from sentences import refused
 
 from ovdiff_lib.categories import Category
 from ovdiff_lib.errors import InputError, ProfileError
-from ovdiff_lib.masks.select import TOGETHER, make_masks, select, separate, upsample
+from ovdiff_lib.masks import build_segmenter
+from ovdiff_lib.masks.select import TOGETHER, make_masks, mean_attribution, select, separate, upsample
 from ovdiff_lib.masks.threshold import BINS, fixed_thresholds, multi_otsu
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.types import SupportSet
@@ -99,6 +100,7 @@ def test_select_matches_equation_1_by_search_and_is_disjoint():
         candidates = [m for m in [*proposals, ~proposals.any(0)] if m.any()]
         means = [attribution[m].mean() for m in candidates]
         foreground, background = select(proposals, attribution)
+        assert np.allclose(mean_attribution(np.stack(candidates), attribution), means)
         assert (foreground == candidates[int(np.argmax(means))]).all()
         assert (background == (candidates[int(np.argmin(means))] & ~foreground)).all()
     for nothing in (np.zeros((0, 5, 7), bool), np.zeros((2, 5, 7), bool)):
@@ -160,7 +162,8 @@ def make_support(n=2, black=(1,)):
 
 def masks_of(support, own=None, **fields):
     fields = {f"masks.{name}": value for name, value in {"segmenter": "threshold", **fields}.items()}
-    return make_masks(support, load_profile("mini", fields), own)
+    profile = load_profile("mini", fields)
+    return make_masks(support, profile, own or build_segmenter(profile))
 
 
 def same(found, wanted, chosen=slice(None)):
