@@ -14,7 +14,7 @@ from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.networks.loading import load_clip, load_dino
 from ovdiff_lib.workbench.baselines import clip_diy
-from ovdiff_lib.workbench.baselines.clip_diy import BackgroundSeed, ClipDIY, saliency
+from ovdiff_lib.workbench.baselines.clip_diy import ClipDIY, saliency
 
 
 def picture(height, width, seed=0):
@@ -140,7 +140,7 @@ def test_the_class_tokens_attention_is_the_models_own(tiny_profile):
         keys = last.attention.k_proj(last.layernorm_before(out.hidden_states[-2]))[0, 1:]
     heads = model.config.num_attention_heads
     expected, _ = by_loops(out.attentions[-1][0, :, 0, 1:].numpy(), keys.reshape(64, heads, -1).numpy(), 0.5)
-    found = BackgroundSeed.build(tiny_profile.override({"baselines.clip_diy_seed_cosine": 0.5}))(image)
+    found = ClipDIY.build(tiny_profile.override({"baselines.clip_diy_seed_cosine": 0.5})).saliency(image)
     assert found.shape == (8, 8) and found.dtype == torch.float32
     np.testing.assert_allclose(found.flatten().numpy(), expected, atol=1e-4)
     assert np.ptp(expected) > 0.2

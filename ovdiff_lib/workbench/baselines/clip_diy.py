@@ -51,7 +51,8 @@ class ClipDIY(Baseline):
     @classmethod
     def build(cls, profile: Profile) -> ClipDIY:
         """With the CLIP and the DINO of a profile. Raises ``ProfileError`` and ``ModelNotAvailable``."""
-        return cls(TextEmbeddings.build(profile), BackgroundSeed.build(profile), profile.baselines)
+        seed = BackgroundSeed(DinoExtractor.build(profile), profile.baselines.clip_diy_seed_cosine)
+        return cls(TextEmbeddings.build(profile), seed, profile.baselines)
 
     @undisturbed()
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
@@ -105,11 +106,6 @@ class BackgroundSeed:
     def __init__(self, extractor: DinoExtractor, cosine: float) -> None:
         self.extractor, self.cosine = extractor, cosine
         self.sources = {"queries": last_projection(extractor.model, "q_proj"), "keys": extractor.source}
-
-    @classmethod
-    def build(cls, profile: Profile) -> BackgroundSeed:
-        """With ``models.dino``. Raises ``ProfileError`` and ``ModelNotAvailable``."""
-        return cls(DinoExtractor.build(profile), profile.baselines.clip_diy_seed_cosine)
 
     @undisturbed()
     def __call__(self, image: np.ndarray) -> Tensor:
