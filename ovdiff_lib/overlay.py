@@ -52,14 +52,14 @@ def colours_of(class_names: Sequence[str]) -> np.ndarray:
     return np.array([BACKGROUND, *(TABLE[slots[name]] for name in names)], np.uint8)
 
 
-def paint(image: np.ndarray, labels: np.ndarray, class_names: Sequence[str], alpha: float = 0.6) -> np.ndarray:
+def paint(image: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
     """The image u8 (H, W, 3) with labels (H, W) painted over it; background (0) is only dimmed. ``class_names``,
     background first."""
     colours, bare = colours_of(class_names)[labels].astype(np.float32), (labels == 0)[..., None]
     # Under a class the image fades to grey, for its colours would change that of the class.
     grey = np.where(bare, 0, 0.65)
     below = image.astype(np.float32) * (1 - grey) + image.mean(-1, keepdims=True, dtype=np.float32) * grey
-    weight = np.where(bare, 0.45, alpha)
+    weight = np.where(bare, 0.45, 0.6)
     mixed = below * (1 - weight) + colours * weight
     edge = np.zeros(labels.shape, bool)
     edge[1:] |= labels[1:] != labels[:-1]
@@ -68,7 +68,7 @@ def paint(image: np.ndarray, labels: np.ndarray, class_names: Sequence[str], alp
     return mixed.round().astype(np.uint8)
 
 
-def draw_overlay(image: np.ndarray, labels: np.ndarray, class_names: Sequence[str], alpha: float = 0.6) -> Image.Image:
+def draw_overlay(image: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Image.Image:
     """The image u8 (H, W, 3) under its labels int (H, W), small ones enlarged, with a legend of the classes found and
     the share of pixels of each. ``class_names``, background first."""
     height, width = (side * max(1, round(512 / max(labels.shape))) for side in labels.shape)
@@ -79,19 +79,12 @@ def draw_overlay(image: np.ndarray, labels: np.ndarray, class_names: Sequence[st
     entries = [(i, f"{class_names[i]}  {100 * share[i]:.0f} %") for i in found] or [(0, "no class found: background")]
     size = max(13, width // 28)
     font, pad = ImageFont.load_default(size), size // 2
-    # The legend wraps into rows below the picture; a long name widens a narrow sheet rather than being cut.
-    x, y, widest, places = pad, pad, width, []
-    for index, text in entries:
-        length = int(font.getlength(text)) + size + 2 * pad
-        if x + length > width and x > pad:
-            x, y = pad, y + size + pad
-        places.append((x, height + y, index, text))
-        x += length
-        widest = max(widest, x - pad + pad // 2)
-    sheet = Image.new("RGB", (widest, height + y + size + pad), "white")
-    sheet.paste(Image.fromarray(paint(picture, enlarged, class_names, alpha)))
+    # A long name widens a narrow sheet rather than being cut.
+    widest = max(width, *(int(font.getlength(text)) + size + 3 * pad for _, text in entries))
+    sheet = Image.new("RGB", (widest, height + pad + len(entries) * (size + pad)), "white")
+    sheet.paste(Image.fromarray(paint(picture, enlarged, class_names)))
     draw, colours = ImageDraw.Draw(sheet), colours_of(class_names)
-    for x, y, index, text in places:
-        draw.rectangle([x, y + 1, x + size - 2, y + size - 1], fill=tuple(colours[index].tolist()))
-        draw.text((x + size + pad // 2, y), text, fill="black", font=font, anchor="la")
+    for y, (index, text) in zip(range(height + pad, sheet.height, size + pad), entries, strict=True):
+        draw.rectangle([pad, y + 1, pad + size - 2, y + size - 1], fill=tuple(colours[index].tolist()))
+        draw.text((pad + size + pad // 2, y), text, fill="black", font=font, anchor="la")
     return sheet

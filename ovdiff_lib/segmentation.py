@@ -86,11 +86,11 @@ class Segmentation:
         """Those that ``winner`` counts, by kept category: the first extractor's."""
         return self.bank.prototypes[self.bank.extractors[0]]
 
-    def overlay(self, alpha: float = 0.6):
+    def overlay(self):
         """The image with its labels painted over it and a legend, as a PIL image."""
         from ovdiff_lib.overlay import draw_overlay
 
-        return draw_overlay(self.image, self.labels, self.class_names, alpha)
+        return draw_overlay(self.image, self.labels, self.class_names)
 
     def explain(self, row: int, column: int) -> Explanation:
         """Why the pixel at (row, column) got its label (Sec. 4.4). ``InputError`` for a pixel outside the image."""

@@ -18,11 +18,11 @@ from ovdiff_lib.workbench.figures.explanations import (
     REASON_COLOURS,
     Trace,
     absent_figure,
-    chosen_images,
     highlight,
     innermost,
     margin_figure,
     prototype_figure,
+    source_images,
 )
 from ovdiff_lib.workbench.figures.steps import Column, gallery
 
@@ -54,9 +54,9 @@ def prototype(category, images, sizes, pixels=None, region="foreground"):
 
 def test_support_images_show_every_prototype_first_and_then_what_is_left():
     first, second, third = prototype("cat", (4, 2, 0), (5, 4, 1)), prototype("cat", (4, 1), (6, 5)), prototype("sofa", (1, 0), (3, 2))
-    assert chosen_images([first, second, third], 9) == [("cat", 4), ("sofa", 1), ("cat", 1), ("cat", 2), ("sofa", 0), ("cat", 0)]
-    assert chosen_images([first, second, third], 2) == [("cat", 4), ("sofa", 1)]
-    assert chosen_images([first], 2) == [("cat", 4), ("cat", 2)] and chosen_images([], 3) == []
+    assert source_images([first, second, third], 9) == [("cat", 4), ("sofa", 1), ("cat", 1), ("cat", 2), ("sofa", 0), ("cat", 0)]
+    assert source_images([first, second, third], 2) == [("cat", 4), ("sofa", 1)]
+    assert source_images([first], 2) == [("cat", 4), ("cat", 2)] and source_images([], 3) == []
 
 
 def support(name):
@@ -71,7 +71,7 @@ def test_the_prototype_figure_has_a_row_a_trace_and_the_colours_of_its_prototype
     traces = [Trace(name, segmentation, activated(segmentation, name, 3), supports, pixel) for name, pixel in
               (("sofa", None), ("background", (1, 2)))]
     figure = prototype_figure(traces, shown=3)
-    shown = [2 + len(chosen_images(t.prototypes, 3)) for t in traces]
+    shown = [2 + len(source_images(t.prototypes, 3)) for t in traces]
     assert len(figure.axes) == sum(shown)
     texts = [t.get_text() for t in figure.texts]
     assert {"sofa", "background", "segmentation"} <= set(texts) and texts.count("■") == sum(len(t.prototypes) for t in traces)

@@ -22,9 +22,6 @@ INK, GREY, RISE, FALL = "#1f3b57", "#9aa5b1", "#2e86c1", "#e4572e"
 COLOURS, MARKERS = ("#2e86c1", "#e4572e", "#3a9d5d", "#8e5ea2", "#c79a00", "#555555"), "osD^vP"
 """Of lines and of parts of a bar, in order; the first two are those of background and foreground in other figures."""
 
-LEAST = 0.005
-"""Share below which a cell of :func:`share_tables` bears no number."""
-
 
 def growth_chart(x: Sequence[float], values: Sequence[Sequence[float]], xlabel: str, ylabel: str,
                  mark: float) -> Figure:
@@ -148,11 +145,10 @@ def breakdown_figure(rows: Mapping[str, Mapping[str, float]], title: str) -> Fig
     return figure
 
 
-def share_tables(tables: Mapping[str, np.ndarray], rows: Sequence[str], columns: Sequence[str], ylabel: str = "",
-                 cell: float = 0.36) -> Figure:
-    """Tables of shares in [0, 1], f (len(rows), len(columns)) each, side by side as squares of ``cell`` inches under
-    their titles: the darker the larger, in percent, and grey where there is none (nan). ``ylabel`` says what the rows
-    are."""
+def share_tables(tables: Mapping[str, np.ndarray], rows: Sequence[str], columns: Sequence[str], ylabel: str) -> Figure:
+    """Tables of shares in [0, 1], f (len(rows), len(columns)) each, side by side as squares under their titles: the
+    darker the larger, in percent, and grey where there is none (nan). ``ylabel`` says what the rows are."""
+    cell = 0.36  # inches
     left, head, gap = 0.35 + 0.085 * max(map(len, rows)), 0.34, 0.3
     width, height = cell * len(columns), cell * len(rows)
     foot = 0.15 + 0.075 * max(map(len, columns))
@@ -169,9 +165,9 @@ def share_tables(tables: Mapping[str, np.ndarray], rows: Sequence[str], columns:
         axis.grid(which="minor", color="white", linewidth=1.2)
         axis.tick_params(which="both", length=0)
         axis.spines[:].set_visible(False)
-        for r, c in np.argwhere(np.nan_to_num(table) >= LEAST):
+        for r, c in np.argwhere(np.nan_to_num(table) >= 0.005):  # below, there is no number
             axis.text(c, r, f"{100 * table[r, c]:.0f}", ha="center", va="center", fontsize=7.5,
                       color="white" if table[r, c] > 0.6 else INK)
-        if number == 0 and ylabel:
+        if number == 0:
             axis.set_ylabel(ylabel, fontsize=8.5)
     return figure

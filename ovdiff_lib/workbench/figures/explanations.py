@@ -87,7 +87,7 @@ def innermost(region: np.ndarray) -> tuple[int, int]:
     return tuple(int(place) for place in np.unravel_index(depth.argmax(), depth.shape))
 
 
-def chosen_images(prototypes: Sequence[Activated], count: int) -> list[tuple[str, int]]:
+def source_images(prototypes: Sequence[Activated], count: int) -> list[tuple[str, int]]:
     """Support images, (category, number) each, at most ``count``, that show where the prototypes come from: first the
     image with most pixels of each prototype in turn, then those with most pixels of all of them."""
     total: Counter[tuple[str, int]] = Counter()
@@ -97,11 +97,11 @@ def chosen_images(prototypes: Sequence[Activated], count: int) -> list[tuple[str
     return [*chosen, *sorted(set(total) - set(chosen), key=lambda key: (-total[key], key))][:count]
 
 
-def prototype_figure(traces: Sequence[Trace], shown: int = 4, cell: float = 1.3) -> Figure:
+def prototype_figure(traces: Sequence[Trace], shown: int = 4) -> Figure:
     """Fig. 4: at the left each segmentation, in the middle the regions that its prototypes decided, each in its own
     colour, at the right ``shown`` support images with the regions that these prototypes were made from in the same
     colours."""
-    left, gap, head, row = 2.1, 0.14, 0.36, cell + 0.04
+    left, gap, head, cell, row = 2.1, 0.14, 0.36, 1.3, 1.34  # inches
     places = [left, left + cell + gap, *(left + (2 + i) * cell + 2 * gap for i in range(shown))]
     figure = Sheet((places[-1] + cell, head + len(traces) * row), 110)
     for trace, top in zip(traces, head + row * np.arange(len(traces)), strict=True):
@@ -125,7 +125,7 @@ def _pictures(trace: Trace, shown: int) -> list[np.ndarray]:
         row, column = (factor * place + factor // 2 for place in trace.pixel)
         _mark(pictures[0], row, column)
         _mark(pictures[1], row - top, column - left)
-    for category, number in chosen_images(trace.prototypes, shown):
+    for category, number in source_images(trace.prototypes, shown):
         here = [(p.masks[p.images.index(number)], colour)
                 for p, colour in zip(trace.prototypes, trace.colours, strict=True)
                 if p.category == category and number in p.images]

@@ -53,11 +53,11 @@ def selection_figure(supports: Sequence[SupportSet], masks: Sequence[ForegroundB
     return figure
 
 
-def divided(support: SupportSet, masks: ForegroundBackground, index: int, alpha: float = 0.5) -> np.ndarray:
+def divided(support: SupportSet, masks: ForegroundBackground, index: int) -> np.ndarray:
     """Support image ``index`` u8 (H, W, 3) with its foreground tinted orange and its background blue."""
     image = support.images[index].astype(np.float32)
     for mask, colour in ((masks.foreground[index], FOREGROUND), (masks.background[index], BACKGROUND)):
-        image[mask] = image[mask] * (1 - alpha) + np.array(colour, np.float32) * alpha
+        image[mask] = (image[mask] + np.array(colour, np.float32)) / 2
     return image.round().astype(np.uint8)
 
 

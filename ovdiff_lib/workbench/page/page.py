@@ -93,7 +93,7 @@ def build_report(folder: Path, profile: Profile, notebooks: Path) -> Path:
         panels=read(read_panel, *sorted(folder.glob("explain/*.json"))), problems=list(dict.fromkeys(problems)),
         parts=[*runs.values(), *([others] if others.tables or others.figures else [])],
         facts={"settings hash": profile.digest(), "page written": time.strftime("%Y-%m-%d %H:%M:%S"),
-               **{name: version(name) for name in ("torch", "diffusers", "transformers")}},
+               **{name: version(name) for name in ("ovdiff-lib", "torch", "diffusers", "transformers")}},
         settings=yaml.safe_dump(profile.to_dict(), sort_keys=False, allow_unicode=True))
     write_atomic(target / "index.html", page.encode())
     return target / "index.html"
