@@ -89,7 +89,7 @@ def forked(work: Callable[[], None]) -> multiprocessing.Process:
     return process
 
 
-def killed_builds(method: Callable[[Path], OVDiff], expected: dict[str, str], duration: float, root: Path, kills: int) -> dict:
+def killed_builds(method: Callable[[Path], OVDiff], expected: dict[str, str], duration: float, root: Path, kills: int) -> None:
     """Builds killed after random times, each going on where the last one was killed."""
     rng, killed, finished, halves, stages = random.Random(11), 0, 0, 0, set()
     while killed < kills:
@@ -109,12 +109,14 @@ def killed_builds(method: Callable[[Path], OVDiff], expected: dict[str, str], du
             assert process.exitcode == 0 and found == expected
             finished += 1
     method(folder).build(NAMES)
-    return {"killed": killed, "halves": halves, "stages": sorted(stages), "same": entries(folder) == expected, "entries": len(expected)}
+    assert entries(folder) == expected
+    assert len(stages) >= 2  # kills fell before and after entries were written
+    assert kills < 50 or halves  # and into the writing of some
 
 
-def interrupted_builds(settings: dict, expected: dict[str, str], duration: float, root: Path, count: int) -> dict:
-    """Builds by the command, each going on where the last was interrupted as ctrl-C does: exit code, what was said, what is not whole."""
-    told, rng, folder, log = [], random.Random(3), root / "interrupted-0", root / "said.txt"
+def interrupted_builds(settings: dict, expected: dict[str, str], duration: float, root: Path) -> None:
+    """Builds by the command, each going on where the last was interrupted as ctrl-C does, with one sentence."""
+    interrupted, finished, rng, log = 0, 0, random.Random(3), root / "said.txt"
 
     def build() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -122,23 +124,28 @@ def interrupted_builds(settings: dict, expected: dict[str, str], duration: float
             code = main(["build", "--classes", ", ".join(NAMES), "--library", str(folder), *assigned(settings)])
         sys.exit(code)
 
-    while sum(code == 130 for code, _, _ in told) < count and len(told) < 10 * count:
+    while interrupted < 4:
+        folder = root / f"interrupted-{finished}"
         log.write_text("")
         process = forked(build)
-        time.sleep(max(0.05, rng.uniform(0, 0.8) * duration))
+        time.sleep(max(0.05, rng.uniform(0, 0.8**(1 + finished)) * duration))
         os.kill(process.pid, signal.SIGINT)
         process.join()
-        told.append([process.exitcode, log.read_text(), len(Library(folder).verify()) + len(left(folder))])
-        if process.exitcode == 0:  # it had finished
-            folder = root / f"interrupted-{len(told)}"
-            duration *= 0.8
+        said = log.read_text()
+        assert Library(folder).verify() == [] and left(folder) == [] and "Traceback" not in said
+        if process.exitcode == 0:
+            finished += 1
+        else:
+            assert process.exitcode == 130
+            assert lines(said) == ["ovdiff: interrupted; what is finished is kept, run the same command again to go on."], said
+            interrupted += 1
     process = forked(build)
     process.join()
-    return {"interrupted": told, "code": process.exitcode, "same": entries(folder) == expected}
+    assert process.exitcode == 0 and entries(folder) == expected
 
 
-def two_builders(method: Callable[[Path], OVDiff], expected: dict[str, str], root: Path) -> dict:
-    """Two processes that build the same classes into one library at the same moment: what each drew and what each got."""
+def two_builders(method: Callable[[Path], OVDiff], expected: dict[str, str], root: Path) -> None:
+    """Two processes that build the same classes into one library at the same moment draw each class once."""
     from ovdiff_lib import pipeline
 
     fork, draw, folder = multiprocessing.get_context("fork"), pipeline.sample_support, root / "shared"
@@ -157,12 +164,14 @@ def two_builders(method: Callable[[Path], OVDiff], expected: dict[str, str], roo
     running = [forked(build) for _ in range(2)]
     for process in running:
         process.join()
-    return {"codes": [process.exitcode for process in running], "broken": len(Library(folder).verify()),
-            "same": entries(folder) == expected, "left": left(folder), "got": [got.get() for _ in running if not got.empty()],
-            "drawn": sorted(drawn.get() for _ in range(9) if not drawn.empty())}
+        assert process.exitcode == 0
+    assert sorted([drawn.get(), drawn.get()]) == sorted(NAMES) and drawn.empty()
+    first = got.get()
+    assert first == got.get() and len(set(first)) == 2 * len(NAMES)
+    assert entries(folder) == expected and Library(folder).verify() == [] and left(folder) == []
 
 
-def builds(models: str, root: str, kills: str) -> dict:
+def builds(models: str, root: str) -> None:
     """Tiny models, loaded and run once; then builds that are killed, interrupted, and two at a time, each beside an undisturbed one."""
     torch.set_num_threads(1)
     settings = {**tiny_overrides(Path(models)), "features.extractors": ["sd", "clip-keys"], "support.size": 2}
@@ -180,9 +189,9 @@ def builds(models: str, root: str, kills: str) -> dict:
     started = time.monotonic()
     forked(lambda: method(folder / "timed").build(NAMES)).join()
     expected, duration = entries(folder / "undisturbed"), time.monotonic() - started
-    return {"killed": killed_builds(method, expected, duration, folder, int(kills)),
-            "interrupted": interrupted_builds(settings, expected, duration, folder, 4),
-            "together": two_builders(method, expected, folder)}
+    killed_builds(method, expected, duration, folder, KILLS)
+    interrupted_builds(settings, expected, duration, folder)
+    two_builders(method, expected, folder)
 
 
 def mount(place: Path, options: str) -> None:
@@ -231,74 +240,80 @@ class Work:
 PLACES = {"build": ("library/support", "library/masks", "library/prototypes"), "segment": ("out",), "tables": ("tables", "figures")}
 """What writes, and where it does so the same bytes each time."""
 
-GROWING = {"bytes": (lambda n: f"size={4 * n}k,nr_inodes=10k", 1), "files": (lambda n: f"size=32m,nr_inodes={n}", 2)}
+GROWING = (lambda n: f"size={4 * n}k,nr_inodes=10k", 1), (lambda n: f"size=32m,nr_inodes={n}", 2)
 """How a disk grows: by a page of its space, or by one file or folder that it can hold; and what it begins with."""
 
 
-def filling_disk(work: Work, place: Path) -> dict:
-    """Everything that writes, on a disk that grows until it is large enough."""
-    told = {}
+def told(result: list, words: str) -> None:
+    """A command ended with one sentence that holds ``words``."""
+    code, text = result
+    assert code == 2 and "Traceback" not in text, result
+    said, = lines(text)
+    one_sentence(said)
+    assert words in said
+
+
+def filling_disk(work: Work, place: Path) -> None:
+    """Everything that writes, on a disk that grows until it is large enough: the same command finishes then."""
     for name in PLACES:
         assert getattr(work, name)(work.whole)[0] == 0
     expected = contents(work.whole)
-    for name, (what, (options, first)) in itertools.product(PLACES, GROWING.items()):
+    for name, (options, first) in itertools.product(PLACES, GROWING):
         mount(place, options(first))
-        failures = []
+        stored = []
         for n in range(first, 500):
             mount(place, f"remount,{options(n)}")
-            code, said = getattr(work, name)(place)
-            if code == 0:
+            result, found = getattr(work, name)(place), contents(place)
+            if result[0] == 0:
                 break
-            found, library = contents(place), Library(place / "library")
-            failures.append({"code": code, "said": said, "left": left(place),
-                             "differ": [f for f in found if f.startswith(PLACES[name]) and found[f] != expected[f]],
-                             "broken": len(library.verify()), "entries": len(library.entries())})
-        found = contents(place)
-        same = all(found.get(f) == expected[f] for f in expected if f.startswith(PLACES[name]))
-        told[f"{name}, {what}"] = {"code": code, "failures": failures, "same": same}
+            told(result, "cannot be written (No space left on device); free space")
+            library = Library(place / "library")
+            assert library.verify() == [] and left(place) == []
+            assert all(found[file] == expected[file] for file in found if file.startswith(PLACES[name]))
+            stored.append(len(library.entries()))
+        assert stored and result[0] == 0
+        assert name != "build" or {0, 1} <= set(stored)  # it filled before the first entry and after others
+        assert all(found.get(file) == expected[file] for file in expected if file.startswith(PLACES[name]))
         subprocess.run(["umount", str(place)], check=True)
-    return told
 
 
-def read_only_disk(work: Work, place: Path) -> dict:
+def read_only_disk(work: Work, place: Path) -> None:
     """What writes and what reads, on a disk that may only be read, though this process is root's."""
     mount(place, "size=32m")
     assert work.build(place)[0] == 0
     before = entries(place / "library")
     mount(place, "remount,ro")
-    told = {name: getattr(work, name)(place) for name in ("build", "segment", "tables", "notebook")}
-    told |= {"build more": work.build(place, "dog"), "use": work.segment(place.parent, place / "library")}
+    assert work.build(place)[0] == work.segment(place.parent, place / "library")[0] == 0
+    for result in (work.segment(place), work.tables(place), work.notebook(place), work.build(place, "dog")):
+        told(result, "Read-only file system")
     mount(place, "remount,rw")
     entry = next(entry for entry in Library(place / "library").entries() if entry.kind == "prototypes")
     flip(entry.path / "arrays.safetensors", 100)
     mount(place, "remount,ro")
-    told["damaged"] = work.build(place)
+    told(work.build(place), "Read-only file system")
     mount(place, "remount,rw")
-    told["mended"] = work.build(place)
-    return {**told, "same": entries(place / "library") == before}
+    assert work.build(place)[0] == 0 and entries(place / "library") == before
 
 
-def disks(models: str, root: str) -> dict:
+def disks(models: str, root: str) -> None:
     """Small disks, in a mount namespace that this process alone has."""
     torch.set_num_threads(1)
     work, place = Work(models, Path(root)), Path(root) / "disk"
-    return {"filling": filling_disk(work, place), "read-only": read_only_disk(work, place)}
+    filling_disk(work, place)
+    read_only_disk(work, place)
 
 
 PROGRAMS = {"builds": builds, "disks": disks}
 
 
-def program(tmp_path: Path, models: Path, name: str, *arguments: object, before: tuple[str, ...] = ()):
-    """What a program of :data:`PROGRAMS` returns, run with a folder of its own."""
-    root = tmp_path / name
-    root.mkdir()
+def program(root: Path, models: Path, name: str, before: tuple[str, ...] = ()) -> None:
+    """Run a program of :data:`PROGRAMS`, which asserts what it is about, in a folder of its own."""
     modules = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HOME": str(root / "home"),
                    "PYTHONPATH": modules}
-    run = subprocess.run([*before, sys.executable, __file__, name, str(models), str(root), *map(str, arguments)], capture_output=True,
-                         text=True, env=environment, timeout=900)
+    run = subprocess.run([*before, sys.executable, __file__, name, str(models), str(root)], capture_output=True, text=True,
+                         env=environment, timeout=900)
     assert run.returncode == 0, f"{run.stdout[-3000:]}\n{run.stderr[-6000:]}"
-    return json.loads(run.stdout.splitlines()[-1])
 
 
 def flip(path: Path, position: int, mask: int = 0x01) -> None:
@@ -307,77 +322,20 @@ def flip(path: Path, position: int, mask: int = 0x01) -> None:
     path.write_bytes(data)
 
 
-# ---------------------------------------------------------------------- processes that die, and that meet
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory, tiny_models) -> dict:
-    return program(tmp_path_factory.mktemp("built"), tiny_models, "builds", KILLS)
+def test_builds_that_are_killed_interrupted_or_meet_leave_whole_entries(tmp_path, tiny_models):
+    program(tmp_path, tiny_models, "builds")
 
 
-def test_builds_killed_at_random_moments_leave_whole_entries_and_go_on(built):
-    told = built["killed"]
-    assert told["killed"] == KILLS and told["same"] and told["entries"] >= 2 * len(NAMES)
-    assert len(told["stages"]) >= 2  # kills fell before and after entries were written
-    assert KILLS < 50 or told["halves"]  # and into the writing of some
-
-
-def test_ctrl_c_is_one_sentence_and_the_same_command_goes_on(built):
-    told = built["interrupted"]
-    assert sum(code == 130 for code, _, _ in told["interrupted"]) == 4, told
-    for code, text, broken in told["interrupted"]:
-        assert broken == 0 and code in (0, 130) and "Traceback" not in text
-        if code == 130:
-            assert lines(text) == ["ovdiff: interrupted; what is finished is kept, run the same command again to go on."], text
-    assert told["code"] == 0 and told["same"]
-
-
-def test_two_builders_of_one_vocabulary_draw_each_class_once(built):
-    told = built["together"]
-    assert told["codes"] == [0, 0] and told["drawn"] == sorted(NAMES)
-    assert told["got"][0] == told["got"][1] and len(set(told["got"][0])) == 2 * len(NAMES)
-    assert told["broken"] == 0 and told["left"] == [] and told["same"]
-
-
-# ---------------------------------------------------------------------- disks
-
-@pytest.fixture(scope="module")
-def disk(tmp_path_factory, tiny_models) -> dict:
-    """What the program :func:`disks` returns, with mounts of its own; skips where no small disk can be mounted."""
-    folder = tmp_path_factory.mktemp("disk")
+def test_a_disk_that_fills_or_may_only_be_read_is_one_sentence(tmp_path, tiny_models):
+    """With mounts of its own; skips where no small disk can be mounted."""
     unshare = shutil.which("unshare")
     if unshare is None:
         pytest.skip("there is no unshare command here, so no small disk can be mounted for one process alone")
-    script = f"mount -t tmpfs -o size=64k tmpfs '{folder}' && mount -o remount,ro '{folder}'"
+    script = f"mount -t tmpfs -o size=64k tmpfs '{tmp_path}' && mount -o remount,ro '{tmp_path}'"
     tried = subprocess.run([unshare, "-m", "sh", "-c", script], capture_output=True, text=True)
     if tried.returncode:
         pytest.skip(f"no small disk can be mounted here ({' '.join(tried.stderr.split())[:120]})")
-    return program(tmp_path_factory.mktemp("small"), tiny_models, "disks", before=(unshare, "-m"))
-
-
-@pytest.mark.parametrize("what", GROWING)
-@pytest.mark.parametrize("work", PLACES)
-def test_a_disk_that_fills_is_one_sentence_and_the_same_command_finishes_when_there_is_space(disk, work, what):
-    told = disk["filling"][f"{work}, {what}"]
-    assert told["code"] == 0 and told["same"] and told["failures"]
-    for failure in told["failures"]:
-        assert failure["code"] == 2, failure
-        said, = lines(failure["said"])
-        one_sentence(said)
-        assert "cannot be written (No space left on device)" in said and "free space" in said and "Traceback" not in failure["said"]
-        assert failure["left"] == [] and failure["broken"] == 0 and failure["differ"] == []
-    if work == "build":  # it filled before the first entry and after others
-        assert {0, 1} <= {failure["entries"] for failure in told["failures"]}
-
-
-def test_a_folder_that_may_only_be_read(disk):
-    told = disk["read-only"]
-    assert told["build"][0] == told["use"][0] == told["mended"][0] == 0 and told["same"], told
-    for what in ("segment", "tables", "notebook", "build more", "damaged"):
-        code, text = told[what]
-        assert code == 2 and "Traceback" not in text, told[what]
-        said, = lines(text)
-        one_sentence(said)
-        assert "Read-only file system" in said
+    program(tmp_path, tiny_models, "disks", (unshare, "-m"))
 
 
 # ---------------------------------------------------------------------- one byte
@@ -503,15 +461,6 @@ def test_malicious_file_names_are_names_and_steer_no_terminal(sandbox, capsys):
     assert new == {"out", "one"}
 
 
-def test_names_longer_than_the_networks_read_are_refused_or_built(sandbox, capsys):
-    """80 characters of four bytes each are more tokens than the text encoder takes."""
-    folder, run = sandbox
-    assert run("build", f"--classes={'🐈' * 80}") == 2
-    said = capsys.readouterr().err
-    one_sentence(lines(said)[-1])
-    assert "Traceback" not in said and entries(folder / "library") == {}
-
-
 # ---------------------------------------------------------------------- pickles
 
 class Payload:
@@ -610,4 +559,4 @@ def test_code_beside_the_weights_is_not_run(tiny_profile, models, tmp_path, comp
 
 
 if __name__ == "__main__":
-    print(json.dumps(PROGRAMS[sys.argv[1]](*sys.argv[2:])))
+    PROGRAMS[sys.argv[1]](*sys.argv[2:])
