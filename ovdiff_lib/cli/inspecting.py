@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 
 from ovdiff_lib.cli.options import argument, classes, ovdiff_of, profile_of, takes, vocabulary_of
-from ovdiff_lib.errors import InputError
 
 
 @takes(argument("--data", action="append", default=[], metavar="[NAME=]FOLDER",
@@ -43,9 +42,6 @@ def benchmark(options: argparse.Namespace) -> int:
     from ovdiff_lib.workbench.cost.instruments import machine
     from ovdiff_lib.workbench.cost.scenarios import run
 
-    if options.library:
-        raise InputError("The benchmark builds in a temporary library, so that nothing is read that was built before; "
-                         "leave out --library.")
     profile, missed = profile_of(options), False
     here = machine(resolve_device(profile))
     print(f"profile {profile.name}, {', '.join(f'{name} {value}' for name, value in here.items())}", flush=True)

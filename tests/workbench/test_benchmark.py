@@ -34,8 +34,8 @@ def ratio(ours=(1.0,), theirs=(2.0,), limit=None, check=None, added=(10, 20), na
 
 
 @pytest.fixture(scope="module")
-def small(tiny_profile, tmp_path_factory):
-    return Session(tiny_profile, tmp_path_factory.mktemp("library"), repeats=1)
+def small(tiny_profile):
+    return Session(tiny_profile, repeats=1)
 
 
 @pytest.fixture
@@ -199,8 +199,7 @@ def test_the_command(tiny_models, made_scenarios, capsys):
     code, shown, error = benchmark("--only", "good,bad")
     assert code == 2 and "met\n" in shown and "The scenario bad failed: RuntimeError('out of" in error and "Traceback" not in error
     assert benchmark("--only", "stopped")[0] == 130
-    for options, word in ((["--only", "god"], "good"), (["--only", "zzzz"], "good, missed"), (["--only", ""], "good, missed"),
-                          (["--library", "x"], "leave out --library")):
+    for options, word in ((["--only", "god"], "good"), (["--only", "zzzz"], "good, missed"), (["--only", ""], "good, missed")):
         code, _, error = benchmark(*options)
         assert code == 2 and word in error and "\n" not in error.strip()
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,12 +17,14 @@ import torch
 
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.files import size_text
-from ovdiff_lib.networks.loading import load_diffusion, resolve_device
+from ovdiff_lib.mini.world import load_world
+from ovdiff_lib.networks.loading import resolve_device
 from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.types import PrototypeBank, Prototypes
 from ovdiff_lib.workbench.cost.flops import prototype_rows
 from ovdiff_lib.workbench.cost.instruments import Measured, alternate
+from ovdiff_lib.workbench.data.datasets import load_dataset
 
 
 class Check(NamedTuple):
@@ -84,47 +85,34 @@ class Ratio:
 
 
 class Session:
-    """What the scenarios share: ``profile`` with the extractor sd alone, a ``library`` folder of its own (a new one, so
-    that nothing is read that an earlier run left), ``repeats`` rounds a ratio, images and made-up classes."""
+    """What the scenarios share: ``profile`` with the extractor sd alone, ``repeats`` rounds a ratio, images and made-up
+    classes. Nothing is built, so that no library is asked."""
 
-    def __init__(self, profile: Profile, library: str | Path, repeats: int = 3) -> None:
+    def __init__(self, profile: Profile, repeats: int = 3) -> None:
         self.profile, self.category = profile.override({"features.extractors": ["sd"]}), Category("dog")
         self.repeats, self.device = repeats, resolve_device(self.profile)
-        self.ovdiff = OVDiff(self.profile, library=library, progress=False)
-
-    @property
-    def pipe(self) -> Any:
-        """The text-to-image pipeline."""
-        return load_diffusion(self.profile)
+        self.ovdiff = OVDiff(self.profile, progress=False)
 
     def take_turns(self, *ways: Callable[[int], Any], rounds: int | None = None) -> list[Measured]:
         """Each way with the numbers of the rounds (see ``alternate``); a slow one is not repeated for long."""
         return alternate(ways, self.repeats if rounds is None else rounds, self.device, budget=45)
 
     @functools.cached_property
-    def _images(self) -> list[np.ndarray]:
-        from ovdiff_lib.workbench.data.datasets import load_dataset
-
-        data = load_dataset("mini-voc")  # ships with the package: at hand for every profile
-        return [data[i].image for i in range(min(64, len(data)))]
-
-    def image(self, number: int) -> np.ndarray:
-        """A validation image u8 (H, W, 3) of the mini world, from the first again after the last."""
-        return self._images[number % len(self._images)]
+    def images(self) -> Sequence[np.ndarray]:
+        """64 validation images u8 (H, W, 3) of the mini world, which ships: they are at hand for every profile."""
+        data = load_dataset("mini-voc")
+        return [data[i].image for i in range(64)]
 
     def made_up(self, count: int) -> PrototypeBank:
         """Classes "w0001", "w0002", ... of random prototypes, as many as a class may have. Their prompts are two or
         three words of the mini world, no two alike: as long as names of large vocabularies are."""
-        from ovdiff_lib.mini.world import load_world
-
         words, rows = load_world().names, prototype_rows(self.profile)
         pairs, triples = (itertools.product(words, repeat=length) for length in (2, 3))
         prompts = itertools.islice(itertools.chain(pairs, triples), count)
         vocabulary = Vocabulary(tuple(Category(f"w{i:04}", " ".join(prompt)) for i, prompt in enumerate(prompts, 1)))
         rng, channels = np.random.default_rng(0), self.ovdiff.extractors["sd"].channels
         none, nowhere = np.full(rows, -1, np.int32), np.zeros((1, 1, 1), np.int16)
-        kind, region = np.full(rows, "class"), np.arange(rows) % 2
-        region = np.where(region if self.profile.prototypes.background else 0, "background", "foreground")
+        kind, region = np.full(rows, "class"), np.where(np.arange(rows) % 2, "background", "foreground")
         made = (Prototypes(rng.standard_normal((rows, channels), np.float32), kind, region, none, none, nowhere)
                 for _ in range(count))
         return PrototypeBank(vocabulary, {"sd": tuple(made)})

@@ -5,15 +5,12 @@ from __future__ import annotations
 import difflib
 import functools
 import itertools
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from ovdiff_lib.errors import InputError, OVDiffError
-from ovdiff_lib.features import EXTRACTORS
-from ovdiff_lib.masks import build_segmenter
 from ovdiff_lib.masks.select import make_masks
 from ovdiff_lib.matching.matcher import Matcher
 from ovdiff_lib.matching.pamr import pamr
@@ -51,7 +48,7 @@ def same(what: str, ours: Measured, theirs: Measured, limit: float) -> Check:
 def sampling(session: Session, full: bool = False) -> list[Ratio]:
     """Drawing a support set with its attribution (Sec. 3.1) against the bare pipeline, which draws the same images.
     ``full``: at the size of Stable Diffusion v1.5, random weights, one image of 512 x 512 pixels in two steps."""
-    pipe, profile = session.pipe, session.profile
+    pipe, profile = session.ovdiff.diffusion, session.profile
     if full:
         torch.manual_seed(0)
         pipe = architectures.stable_diffusion().to(session.device)
@@ -70,8 +67,8 @@ def sampling(session: Session, full: bool = False) -> list[Ratio]:
 
 def building(session: Session) -> list[Ratio]:
     """All steps of a class with the extractor sd against the bare pipeline and one bare pass over each image."""
-    profile, pipe = session.profile, session.pipe
-    segmenter, extractor = build_segmenter(profile), EXTRACTORS["sd"](profile)
+    profile, pipe = session.profile, session.ovdiff.diffusion
+    segmenter, extractor = session.ovdiff.segmenter, session.ovdiff.extractors["sd"]
 
     def ours(_: int) -> None:
         support = sample_support(pipe, session.category, profile, progress=False)
@@ -94,8 +91,9 @@ def clusters(session: Session, full: bool = False) -> list[Ratio]:
     from sklearn.cluster import KMeans
 
     profile, found, other = session.profile, [], []
-    cells, k = (profile.features.sd_input_size // session.pipe.vae_scale_factor) ** 2, profile.prototypes.clusters
-    shape = max(k, profile.support.size * cells // 2), session.ovdiff.extractors["sd"].channels
+    extractor, k = session.ovdiff.extractors["sd"], profile.prototypes.clusters
+    cells = (profile.features.sd_input_size // extractor.pipe.vae_scale_factor) ** 2
+    shape = max(k, profile.support.size * cells // 2), extractor.channels
     array = overlapping_points(*(PAPER_POINTS if full else shape))
     points = torch.from_numpy(array).to(session.device)
 
@@ -145,10 +143,10 @@ def texts(session: Session, full: bool = False) -> list[Ratio]:
 
 def segmenting(session: Session) -> list[Ratio]:
     """Images against 20 classes, texts known, one by one and in one call, against the bare networks and each other."""
-    bank, images, profile = session.made_up(FEW), [session.image(i) for i in range(TOGETHER)], session.profile
+    bank, images, profile = session.made_up(FEW), session.images[:TOGETHER], session.profile
     crops, size = [plain.window_crops(image, profile) for image in images], profile.matching.batch_size
-    bare = [plain.bare_features(session.pipe, profile.features, part, size) for part in crops]
-    every = plain.bare_features(session.pipe, profile.features, list(itertools.chain(*crops)), size)
+    bare = [plain.bare_features(session.ovdiff.diffusion, profile.features, part, size) for part in crops]
+    every = plain.bare_features(session.ovdiff.diffusion, profile.features, list(itertools.chain(*crops)), size)
 
     def scores(found: Iterator) -> np.ndarray:
         return np.concatenate([one.kept_scores.ravel() for one in found])
@@ -171,8 +169,8 @@ def large_vocabulary(session: Session) -> list[Ratio]:
     bank, rows = session.made_up(MANY), []
 
     def segment(used: PrototypeBank, step: int, number: int) -> None:
-        for i in range(TOGETHER):
-            session.ovdiff.segment(session.image(number * step + i), used)
+        for i in range(number * step, number * step + TOGETHER):
+            session.ovdiff.segment(session.images[i % len(session.images)], used)
 
     for step, kind in ((0, "all prompts known"), (TOGETHER, "new images")):
         ways = [functools.partial(segment, used, step) for used in (bank, bank.restrict(range(FEW)))]
@@ -186,7 +184,7 @@ def large_vocabulary(session: Session) -> list[Ratio]:
 def attribution_memory(session: Session) -> list[Ratio]:
     """Attribution summed as it comes against attention that is stored."""
     count = session.profile.support.size
-    given = session.pipe, session.category, session.profile.override({"support.batch_size": count})
+    given = session.ovdiff.diffusion, session.category, session.profile.override({"support.batch_size": count})
     sides = session.take_turns(lambda number: sample_support(*given, count if number else 1, False).attribution,
                                lambda number: plain.stored_attribution(*given, count if number else 1))
     return [Ratio("attribution memory", "a support set drawn in one batch, attribution summed as it comes",
@@ -196,7 +194,7 @@ def attribution_memory(session: Session) -> list[Ratio]:
 
 def matching_memory(session: Session) -> list[Ratio]:
     """Matching class by class against all at once."""
-    bank, image, extractors = session.made_up(SOME), session.image(0), session.ovdiff.extractors
+    bank, image, extractors = session.made_up(SOME), session.images[0], session.ovdiff.extractors
     at_once = session.profile.override({"matching.batch_size": 64})  # all windows of an image
     ours, theirs = Matcher(extractors, session.profile), plain.AllAtOnce(extractors, at_once)
     sides = session.take_turns(lambda _: ours.scores(image, bank)[0], lambda _: theirs.scores(image, bank)[0])
@@ -236,10 +234,9 @@ def run(profile: Profile, only: Sequence[str] | None = None, repeats: int = 3) -
         if name not in SCENARIOS:
             near = difflib.get_close_matches(name.lower(), SCENARIOS, 1) or SCENARIOS
             raise InputError(f"There is no scenario {name!r}; choose from {', '.join(near)}.")
-    with tempfile.TemporaryDirectory(prefix="ovdiff-benchmark-") as library:
-        session = Session(profile, library, repeats)
-        for name in [name for name in SCENARIOS if (name in only if only else name not in BY_NAME)]:
-            try:
-                yield from SCENARIOS[name](session)
-            except (RuntimeError, MemoryError) as problem:
-                raise OVDiffError(f"The scenario {name} failed: {problem!r}".splitlines()[0]) from problem
+    session = Session(profile, repeats)
+    for name in [name for name in SCENARIOS if (name in only if only else name not in BY_NAME)]:
+        try:
+            yield from SCENARIOS[name](session)
+        except (RuntimeError, MemoryError) as problem:
+            raise OVDiffError(f"The scenario {name} failed: {problem!r}".splitlines()[0]) from problem
