@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 
     from ovdiff_lib.profiles.schema import Profile
 
-LIBRARIES = {"diffusers": "diffusers", "transformers": "transformers", "open_clip": "open-clip-torch",
-             "torchvision": "torchvision", "timm": "timm"}
-"""Module -> distribution of the libraries whose networks are read at layers whose names they do not promise to keep."""
+LIBRARIES = ("diffusers", "transformers", "open-clip-torch", "torchvision")
+"""Distributions whose networks are read at layers whose names they do not promise to keep."""
 
 MISFITS = (TypeError, AttributeError, KeyError, ImportError)
 """What libraries raise that do not fit each other."""
@@ -143,7 +142,7 @@ def check_libraries() -> None:
     except importlib.metadata.PackageNotFoundError:  # run from its sources, without an installation
         return
     for name, supported in ((canonicalize_name(one.name), one.specifier) for one in required):
-        installed = _version(name) if name in LIBRARIES.values() else ""
+        installed = _version(name) if name in LIBRARIES else ""
         if installed and not supported.contains(installed, prereleases=True):
             raise ModelNotAvailable(f"{name} {installed} is installed, and ovdiff_lib works with {name}{supported}; "
                                     f"get such a version with `pip install \"{name}{supported}\"`.")
@@ -228,16 +227,10 @@ def _loading(identifier: str, source: Path | str, download: bool) -> Iterator[No
 
 
 def _place(error: BaseException) -> str:
-    """Where an error comes from, as far as a user can tell it to somebody: type, module, line and model library."""
-    frames = [(frame.f_globals["__name__"], line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    text = f"{type(error).__name__} in {frames[-1][0]}, line {frames[-1][1]}"
-    # What lacks an attribute, or cannot be imported, is of a library that need not have been running.
-    lacking = getattr(error, "obj", None)
-    owners = [getattr(error, "name", ""), getattr(lacking, "__module__", ""), getattr(lacking, "__name__", "")]
-    for owner in (*owners, *(module for module, _ in reversed(frames))):
-        if distribution := LIBRARIES.get(str(owner).split(".")[0]):
-            return f"{text}, with {distribution} {_version(distribution) or 'not installed'}"
-    return text
+    """Where an error comes from, as far as a user can tell it to somebody: type, module, line and the libraries."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    versions = ", ".join(f"{name} {_version(name) or 'not installed'}" for name in LIBRARIES)
+    return f"{type(error).__name__} in {frame.f_globals['__name__']}, line {line}, with {versions}"
 
 
 def _version(distribution: str) -> str:
