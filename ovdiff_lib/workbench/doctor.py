@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +97,6 @@ class ProfileReport:
     machine: dict[str, Any]
     expected: dict[str, str]
     problems: tuple[str, ...] = ()
-
-    def to_json(self) -> str:
-        table = asdict(self)
-        for row, model in zip(table["models"], self.models, strict=True):
-            row |= {"here": model.here, "needed": model.needed}
-        return json.dumps({"ready": not self.problems, **table}, indent=1) + "\n"
 
     def __str__(self) -> str:
         machine = self.machine
