@@ -14,7 +14,7 @@ from typing import Any
 import pandas
 
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.files import write_atomic
+from ovdiff_lib.files import write_atomic, write_json
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.workbench.tables.paper import PaperCell
 
@@ -85,14 +85,13 @@ def write_table(path: str | Path, name: str, cells: list[Cell], profile: Profile
     notebook = max((p.stem for p in Path.cwd().glob("*.ipynb") if name.startswith(p.stem)), key=len, default="")
     record = {"name": name, "title": title, "caption": caption, "digits": digits, "notebook": notebook,
               "profile": profile.name, "settings": profile.digest(), "details": details}
-    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+    write_json(path.with_suffix(".json"), record)
     described = f"`{profile.name}`" + (f" ({profile.description.rstrip('.')})" if profile.description else "")
     head = f"**{caption}** {_amount(details)}Profile {described}, settings `{profile.digest()}`."
     grid = _grid(cells, digits)
     markdown = f"{head}{f' {STAMP}' if PAPER in grid else ''}\n\n{grid}\n"
-    numbers = rows.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    for suffix, content in ((".csv", numbers), (".json", text + "\n"), (".md", markdown)):
-        write_atomic(path.with_suffix(suffix), content.encode())
+    write_atomic(path, rows.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
+    write_atomic(path.with_suffix(".md"), markdown.encode())
     return markdown
 
 
@@ -103,9 +102,7 @@ def read_table(path: str | Path) -> list[Cell]:
         if tuple(read.columns) != COLUMNS:
             raise ValueError("its columns are others")
         return [_cell(row) for row in read.itertuples(index=False)]
-    except InputError:
-        raise
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (InputError, OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read as a table of this project ({str(error).splitlines()[0]}); run its "
                          "notebook again.") from None
 
