@@ -19,28 +19,27 @@ CUTLER_URL = "http://dl.fbaipublicfiles.com/cutler/checkpoints/cutler_cascade_fi
 @dataclass(frozen=True)
 class Published:
     """``size`` in bytes of what is fetched (four a parameter; None if not known); ``url`` of a single file; ``options``
-    of ``hf download``; ``channels`` of its features (Stable Diffusion: of its UNet's blocks, first to last)."""
+    of ``hf download``."""
 
     licence: str
     size: int | None = None
     url: str = ""
     options: str = HUB_SKIP
-    channels: tuple[int, ...] = ()
 
 
 PUBLISHED: dict[str, Published] = {
     # The repository also holds the whole model as single files, in other precisions and formats, ten times as much.
     "stable-diffusion-v1-5/stable-diffusion-v1-5": Published(
-        "CreativeML OpenRAIL-M: use restrictions, to be passed on", 4265 * MB, channels=(320, 640, 1280, 1280),
+        "CreativeML OpenRAIL-M: use restrictions, to be passed on", 4265 * MB,
         options=" ".join(f'--include "{name}"' for name in SD_FILES)),
-    "openai/clip-vit-base-patch16": Published("MIT", 599 * MB, channels=(768,)),
-    "facebook/dino-vitb8": Published("Apache-2.0", 343 * MB, channels=(768,)),
-    "facebook/vit-mae-large": Published(MAE_LICENCE, 1318 * MB, channels=(1024,)),
-    "facebook/vit-mae-base": Published(MAE_LICENCE, 448 * MB, channels=(768,)),
+    "openai/clip-vit-base-patch16": Published("MIT", 599 * MB),
+    "facebook/dino-vitb8": Published("Apache-2.0", 343 * MB),
+    "facebook/vit-mae-large": Published(MAE_LICENCE, 1318 * MB),
+    "facebook/vit-mae-base": Published(MAE_LICENCE, 448 * MB),
     "facebook/sam-vit-huge": Published("Apache-2.0", 2564 * MB),
     "IDEA-Research/grounding-dino-tiny": Published("Apache-2.0", 689 * MB),
     "nvidia/groupvit-gcc-yfcc": Published("NVIDIA Source Code License: research, not for commercial use", 223 * MB),
-    "timm/vit_base_patch16_clip_224.openai": Published("MIT", 599 * MB, options="", channels=(768,)),
+    "timm/vit_base_patch16_clip_224.openai": Published("MIT", 599 * MB, options=""),
     "cutler_cascade_final.pth": Published("CC BY-NC-SA 4.0: not for commercial use", 288 * MB, CUTLER_URL),
 }
 """By hub id, or by file name for what is no hub model."""
