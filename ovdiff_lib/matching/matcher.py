@@ -42,7 +42,6 @@ class _Opened:
     resized: np.ndarray
     rows: dict[str, _ClassRows]  # by extractor
     voters: int  # extractors that have background prototypes
-    shares: list[torch.Tensor]  # of each scale, what a window counts at each pixel: f32 (H, W)
     total: torch.Tensor  # f32 (C + 1, H, W)
     windows: list[_Window] = field(default_factory=list)
     seen: list[tuple[int, Box, np.ndarray, np.ndarray]] = field(default_factory=list)  # by the first extractor
@@ -50,12 +49,13 @@ class _Opened:
 
 @dataclass(frozen=True, eq=False)
 class _Window:
-    """One window of an image: where it lies, its pixels u8 (S, S, 3) and its noise seed."""
+    """One window of an image: where it lies, what it counts at each pixel there, its pixels u8 (S, S, 3) and its noise
+    seed."""
 
     image: _Opened
     number: int
-    scale: int
     box: Box
+    share: torch.Tensor  # f32 (height, width)
     crop: np.ndarray
     seed: int
 
@@ -100,19 +100,17 @@ class Matcher:
         settings, rows = self.settings, {name: self._class_rows(name, bank) for name in self.extractors}
         voters = sum(len(one.vectors[0]) > 0 for one in rows.values())
         resized = resize_short_side(image, settings.short_side, settings.resample, settings.long_side)
-        placed = scales(resized.shape[:2], settings)
-        shares = []
-        for _, boxes in placed:
-            cover = torch.zeros(resized.shape[:2], dtype=torch.float32, device=self.device)
+        total = torch.zeros(len(bank.vocabulary) + 1, *resized.shape[:2], dtype=torch.float32, device=self.device)
+        opened, placed = _Opened(image.shape[:2], resized, rows, voters, total), scales(resized.shape[:2], settings)
+        seeds = iter(window_seeds(self.profile.features.seed, image, sum(len(boxes) for _, boxes in placed)))
+        for side, boxes in placed:
+            cover = torch.zeros_like(total[0])  # how many windows of the scale lie over each pixel
             for box in boxes:
                 cover[_slices(box)] += 1
-            shares.append(1 / (cover * len(placed)))
-        total = torch.zeros(len(bank.vocabulary) + 1, *resized.shape[:2], dtype=torch.float32, device=self.device)
-        opened = _Opened(image.shape[:2], resized, rows, voters, shares, total)
-        every = [(scale, side, box) for scale, (side, boxes) in enumerate(placed) for box in boxes]
-        seeds = window_seeds(self.profile.features.seed, image, len(every))
-        opened.windows.extend(_Window(opened, n, scale, box, crop(resized, box, side), seeds[n])
-                              for n, (scale, side, box) in enumerate(every))
+            for box in boxes:
+                share = 1 / (cover[_slices(box)] * len(placed))
+                pixels = crop(resized, box, side)
+                opened.windows.append(_Window(opened, len(opened.windows), box, share, pixels, next(seeds)))
         return opened
 
     def _class_rows(self, name: str, bank: PrototypeBank) -> _ClassRows:
@@ -132,15 +130,14 @@ class Matcher:
         """Add the scores of windows to their images; note in ``seen`` what the first extractor saw in each."""
         for name, extractor in self.extractors.items():
             found = zip(part, _features(extractor, part), strict=True)
-            # Neighbours of one image and scale are matched in one product.
-            for _, run in itertools.groupby(found, lambda pair: (id(pair[0].image), pair[0].scale)):
+            # Neighbours of one image and size are matched in one product.
+            for _, run in itertools.groupby(found, lambda pair: (id(pair[0].image), pair[0].box[2:])):
                 of_run, features = zip(*run, strict=True)
                 image, (_, _, height, width) = of_run[0].image, of_run[0].box
                 values, arguments = self._match(torch.stack(features), image.rows[name])
                 enlarged = F.interpolate(values, size=(height, width), mode="bilinear", align_corners=False)
                 for window, scores in zip(of_run, enlarged, strict=True):
-                    y, x = _slices(window.box)
-                    image.total[:, y, x] += scores * image.shares[window.scale][y, x]
+                    image.total[:, *_slices(window.box)] += scores * window.share
                 if name == next(iter(self.extractors)):
                     kept = values.cpu().numpy(), arguments.int().cpu().numpy()
                     image.seen.extend((w.number, w.box, *both) for w, *both in zip(of_run, *kept, strict=True))
