@@ -178,7 +178,7 @@ def _check_type(name: str, source: Path | str, download: bool) -> None:
     if name not in MODEL_TYPES:
         return
     if isinstance(source, Path) and source.is_file():
-        raise ValueError("it is a file in a format of its own, and folders as transformers writes them are read alone")
+        raise ValueError("it is a single file, and only folders in the format of transformers are read")
     if not isinstance(source, Path):
         from transformers.utils import cached_file
 
