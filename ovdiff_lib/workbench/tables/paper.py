@@ -17,9 +17,9 @@ class PaperCell:
     """One cell of one of the paper's tables.
 
     ``table``, ``row`` and ``column`` are its key, as written in ``paper_results.csv``: "1", "A.4", "fig5", "timing",
-    ... ``value`` is in the table's unit (mIoU in percent for nearly all; ``note`` says it), ``std`` the spread over
-    seeds where the paper gives one. ``value`` is None where the paper prints none: a method that did not report the
-    data set, or a cell of our own (:meth:`own`).
+    ... ``value`` is in the table's unit (mIoU in percent for nearly all; the file's ``note`` says it), ``std`` the
+    spread over seeds where the paper gives one. ``value`` is None where the paper prints none: a method that did not
+    report the data set, or a cell of our own (:meth:`own`).
     """
 
     table: str
@@ -27,7 +27,6 @@ class PaperCell:
     column: str
     value: float | None = None
     std: float | None = None
-    note: str = ""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -37,7 +36,7 @@ class PaperCell:
     def own(cls, table: str, row: str, column: str) -> PaperCell:
         """The key of a measured cell that the paper does not have, so that claims find it: a rival it lists without a
         number, N = 4 in Fig. 5, ... Nothing is looked up."""
-        return cls(table, row, column, note="not in the paper")
+        return cls(table, row, column)
 
 
 def paper_cell(table: str, row: str, column: str) -> PaperCell:
@@ -66,6 +65,6 @@ def paper_table(table: str) -> tuple[PaperCell, ...]:
 def _cells() -> dict[tuple[str, str, str], PaperCell]:
     numbers = dict.fromkeys(("value", "std"), lambda text: None if text in ("", "n/a") else float(text))
     read = pandas.read_csv(Path(__file__).with_name("paper_results.csv"), dtype=dict.fromkeys(("table", "row"), str),
-                           converters=numbers, keep_default_na=False).astype(object)
+                           converters=numbers, keep_default_na=False).drop(columns="note").astype(object)
     cells = (PaperCell(**row) for row in read.where(read.notna(), None).to_dict("records"))
     return {cell.key: cell for cell in cells}
