@@ -45,11 +45,11 @@ def test_regions_are_tinted_and_outlined_in_their_colours():
     assert small.shape == (64, 256, 3)  # small images are enlarged
 
 
-def prototype(category, images, sizes, pixels=None, region="foreground"):
+def prototype(category, images, sizes):
     masks = np.zeros((len(images), 3, 4), bool)
     for mask, size in zip(masks, sizes, strict=True):
         mask.flat[:size] = True
-    return Activated(category, "part", region, 3, np.zeros((4, 7), bool) if pixels is None else pixels, images, masks)
+    return Activated(category, "part", "foreground", 3, np.zeros((4, 7), bool), images, masks)
 
 
 def test_support_images_show_every_prototype_first_and_then_what_is_left():

@@ -33,19 +33,16 @@ def profile():
     return load_profile("mini")
 
 
-def segmentation(names: str = "cat, dog, sofa", kept=(0, 2), shape=(HEIGHT, WIDTH)) -> Segmentation:
+def segmentation(names: str = "cat, dog, sofa", shape=(HEIGHT, WIDTH)) -> Segmentation:
     """Left third cat (1), lower right sofa (3), the rest background; dog was dropped by the filter."""
-    vocabulary = Vocabulary.of(names)
     rng = np.random.default_rng(0)
     labels = np.zeros(shape, np.int32)
     labels[:, : shape[1] // 3] = 1
     labels[shape[0] // 2 :, shape[1] // 3 :] = 3
-    scores = np.full((len(vocabulary) + 1, *shape), -np.inf, np.float32)
-    scores[[0, 1, 3]] = 0.25
-    scores[3][labels == 3] = 0.75
-    image = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
-    return Segmentation(image, labels, scores[[0, *(k + 1 for k in kept)]], np.zeros((2, *shape), np.int32), vocabulary, kept,
-                        np.array([0.6, 0.1, 0.3], np.float32), None)
+    scores = np.full((3, *shape), 0.25, np.float32)
+    scores[2][labels == 3] = 0.75
+    return Segmentation(rng.integers(0, 256, (*shape, 3), dtype=np.uint8), labels, scores, np.zeros((2, *shape), np.int32),
+                        Vocabulary.of(names), (0, 2), np.array([0.6, 0.1, 0.3], np.float32), None)
 
 
 # ---------------------------------------------------------------------- colours and pictures
@@ -308,10 +305,6 @@ def test_a_written_segmentation_decodes_to_itself(tmp_path, profile):
     assert rows["mean_score"] == [pytest.approx(0.25), pytest.approx(0.25), None, pytest.approx(0.75)]
     assert rows["filter_probability"] == [None, *map(pytest.approx, (0.6, 0.1, 0.3))]
     assert rows["colour"] == colours_of(result.class_names).tolist()
-
-
-def test_the_record_is_strict_json_without_a_filter(tmp_path, profile):
-    result = segmentation()
-    result.filter_scores[:] = np.nan
+    result.filter_scores[:] = np.nan  # without a filter the record is strict JSON, too
     text = write_segmentation(result, tmp_path, "x", profile)[2].read_text()
     assert "NaN" not in text and all(row["filter_probability"] is None for row in json.loads(text)["classes"])

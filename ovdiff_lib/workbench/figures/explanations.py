@@ -75,11 +75,6 @@ class Trace:
         """One for each prototype."""
         return [COLOURS[i % len(COLOURS)] for i in range(len(self.prototypes))]
 
-    def label(self, prototype: Activated) -> int:
-        """The label of the pixels that a prototype decides."""
-        names = self.segmentation.class_names
-        return names.index(prototype.category) if prototype.region == "foreground" else 0
-
 
 def innermost(region: np.ndarray) -> tuple[int, int]:
     """The pixel (row, column) of a region bool (H, W) farthest from its border and the image's; the first of equals."""
@@ -135,7 +130,8 @@ def _pictures(trace: Trace, shown: int) -> list[np.ndarray]:
 
 def _around(trace: Trace) -> tuple[int, int, int, int]:
     """A square (top, bottom, left, right), as far as the image has room for one, around the prototypes' classes."""
-    labels, own = trace.segmentation.labels, [trace.label(p) for p in trace.prototypes]
+    labels = trace.segmentation.labels
+    own = [labels[p.pixels][0] for p in trace.prototypes]
     found = np.nonzero(np.isin(labels, own) if own else np.ones_like(labels))
     side, spans = 1.15 * max(*map(np.ptp, found), 8) + 1, []
     for places, length in zip(found, labels.shape, strict=True):
@@ -157,7 +153,8 @@ def _row_names(figure: Sheet, trace: Trace, top: float) -> None:
     figure.write(0.08, top, trace.name, ha="left", va="top", fontsize=13, weight="bold")
     y = top + 0.22 * len(trace.name.split("\n")) + 0.12
     for prototype, colour in zip(trace.prototypes, trace.colours, strict=True):
-        share = 100 * prototype.pixels.sum() / max(1, (trace.segmentation.labels == trace.label(prototype)).sum())
+        labels = trace.segmentation.labels
+        share = 100 * prototype.pixels.sum() / (labels == labels[prototype.pixels][0]).sum()
         which = f"{prototype.kind} {prototype.index}" if prototype.kind != "class" else "class"
         figure.write(0.1, y, "■", ha="left", fontsize=13, color=np.array(colour) / 255)
         figure.write(0.31, y, f"{which}: {share:.0f} %", ha="left", fontsize=12)
