@@ -100,7 +100,7 @@ def engine_of(options: argparse.Namespace, profile: Profile) -> Engine | None:
     if options.engine == "ray":
         device = profile.models.device
         # "auto" takes the GPU that Ray gives, where there is one.
-        return RayEngine(options.workers, gpus=None if device == "auto" else int(device.startswith("cuda")))
+        return RayEngine(options.workers, None if device == "auto" else device.startswith("cuda"))
     engine = LocalEngine(1 if options.workers is None else options.workers)
     return engine if engine.workers > 1 else None
 

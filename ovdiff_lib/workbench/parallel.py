@@ -134,29 +134,24 @@ def _finish(index: int, task: Any) -> Finished:
 class RayEngine(Engine):
     """Workers on the machines of a Ray cluster, which find project, models, data and library under the same paths.
 
-    Args:
-        workers: how many (default: as many as there is room for, each with one CPU, or with its GPUs).
-        address: of a running cluster, "HOST:PORT" or "auto" for the one that this machine belongs to; default the
-            environment variable ``RAY_ADDRESS``, and without that a Ray on this machine alone, which ends with this
-            process. A Ray that this process is connected to already is used as it is.
-        gpus: those that a worker has for itself; None is one where the cluster has GPUs. Without any a worker computes
-            on the CPU.
+    The cluster is the one that this process is connected to already, else that of the environment variable
+    ``RAY_ADDRESS``, else a Ray on this machine alone, which ends with this process. ``workers`` defaults to as many as
+    there is room for, each with one CPU or, with ``gpu``, one GPU for itself; None is with one where there are any.
     """
 
-    def __init__(self, workers: int | None = None, address: str | None = None, gpus: int | None = 0) -> None:
+    def __init__(self, workers: int | None = None, gpu: bool | None = False) -> None:
         super().__init__(workers)
-        self.address, self.gpus = address, gpus
+        self.gpu = gpu
 
     def run(self, make: Make, tasks: Sequence[Any]) -> Iterator[Finished]:
         """As :meth:`Engine.run`; a task whose worker is lost 1 + :data:`RETRIES` times comes back with an error."""
         if not tasks:
             return
-        ray = connected(self.address)
+        ray = connected()
         from ray.util import ActorPool
 
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        workers, threads, gpus = divide(nodes, self.workers, self.gpus, len(tasks))
-        own = {"num_cpus": 0 if gpus else 1, "num_gpus": gpus}  # with a GPU it shares the CPUs that there are
+        workers, threads, gpu = divide(ray.cluster_resources(), self.workers, self.gpu, len(tasks))
+        own = {"num_cpus": 0, "num_gpus": 1} if gpu else {"num_cpus": 1, "num_gpus": 0}
         actor = ray.remote(**own, max_restarts=-1, max_task_retries=RETRIES, scheduling_strategy="SPREAD")(_Actor)
         made = ray.put(make)
         actors = [actor.remote(made, threads, os.getcwd()) for _ in range(workers)]
@@ -196,24 +191,20 @@ class _Actor(Worker):
         super().__init__(make)
 
 
-def divide(nodes: Sequence[Mapping[str, float]], workers: int | None, gpus: int | None,
-           tasks: int) -> tuple[int, int, int]:
-    """(workers, threads and GPUs of each): how machines with the resources ``nodes`` are shared by at most ``tasks``
-    workers. A worker needs its GPUs on one machine, or without any a CPU. Raises ``InputError`` when they do not fit,
-    for which Ray would wait for ever."""
-    total = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
-    gpus = int(total["GPU"] > 0) if gpus is None else gpus
-    kind, each = ("GPU", gpus) if gpus else ("CPU", 1)
-    most = sum(int(node.get(kind, 0) // each) for node in nodes)
+def divide(total: Mapping[str, float], workers: int | None, gpu: bool | None, tasks: int) -> tuple[int, int, bool]:
+    """(workers, threads of each, a GPU for each?): how a cluster that has ``total`` is shared by at most ``tasks``
+    workers. Raises ``InputError`` for more than fit, for which Ray would wait for ever."""
+    cpus, gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
+    gpu = gpus > 0 if gpu is None else gpu
+    most = gpus if gpu else cpus
     if most < (workers or 1):
-        raise InputError(f"Workers with {each} {kind} each: {workers or 1} do not fit the Ray cluster, which has "
-                         f"{total['CPU']:g} CPUs and {total['GPU']:g} GPUs on {len(nodes)} machines and room for "
-                         f"{most}; ask for fewer, or let more machines join it.")
+        raise InputError(f"{workers or 1} workers with a {'GPU' if gpu else 'CPU'} each do not fit the Ray cluster, "
+                         f"which has {cpus} CPUs and {gpus} GPUs; ask for fewer, or let more machines join it.")
     count = min(workers or most, tasks)
-    return count, max(1, int(total["CPU"] // count)), gpus
+    return count, max(1, cpus // count), gpu
 
 
-def connected(address: str | None) -> Any:
+def connected() -> Any:
     """The module ``ray``, this process connected to a cluster, or to one that is started here and ends with it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its remarks on actors that are restarted, as is meant
@@ -224,7 +215,7 @@ def connected(address: str | None) -> Any:
                           '"ovdiff-lib[ray]"` or use the engine local.') from None
     if ray.is_initialized():
         return ray
-    address, options = address or os.environ.get("RAY_ADDRESS") or "local", {}
+    address, options = os.environ.get("RAY_ADDRESS") or "local", {}
     if address == "local":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray writes one into the user's home
         usual = tempfile.gettempdir()  # if it is long, the names of Ray's sockets in it would be too long
@@ -237,6 +228,5 @@ def connected(address: str | None) -> Any:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         what = "could not be started on this machine" if options else f"is no cluster at {address}"
-        raise OVDiffError(f"Ray {what} ({described(error)}); check the address (RAY_ADDRESS), or use the "
-                          "engine local.") from None
+        raise OVDiffError(f"Ray {what} ({described(error)}); check RAY_ADDRESS, or use the engine local.") from None
     return ray

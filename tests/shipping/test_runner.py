@@ -214,23 +214,6 @@ def test_whatever_a_result_stands_on_makes_it_stale(notebook, tmp_path, small_pa
     assert run_notebook(notebook, target, {"count": 1}) is False
 
 
-def test_while_a_notebook_runs_no_failed_copy_is_there(notebook, tmp_path, monkeypatch):
-    """An earlier run's is gone, an interrupt leaves no copy, and nothing but a good run is noted."""
-    folder, seen = tmp_path / "out", []
-    folder.mkdir()
-    (folder / "00_counting.failed.ipynb").write_text("{}")
-
-    def execute(source, output, **options):
-        Path(output).write_text("{}")
-        seen.append(sorted(p.name for p in folder.glob("*.ipynb")))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(papermill, "execute_notebook", execute)
-    with pytest.raises(KeyboardInterrupt):
-        run_notebook(notebook, folder / "00_counting.ipynb", {}, progress=False)
-    assert seen == [["00_counting.partial.ipynb"]] and not list(folder.glob("*.ipynb")) and not (folder / runner.EXECUTED).exists()
-
-
 def test_folders_that_cannot_be_made_and_full_disks_are_one_sentence(notebook, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     assert str(tmp_path / "file" / "out") in refused(run_notebook, notebook, tmp_path / "file" / "out" / "00_counting.ipynb", {})
@@ -249,6 +232,7 @@ def test_a_kernel_that_dies_is_one_sentence_and_an_interrupt_in_it_an_interrupt(
     assert not target.exists()
     with pytest.raises(KeyboardInterrupt):
         run_notebook(counting(tmp_path, source="raise KeyboardInterrupt"), target, {}, progress=False)
+    assert not list(target.parent.iterdir())  # neither a partial copy nor the failed one of the run before
 
 
 # ---- all notebooks
@@ -266,13 +250,10 @@ def test_what_ran_is_noted(notebook, tmp_path, monkeypatch):
     noted.write_text("{torn")
     assert run_all([notebook], tmp_path / "out", {"count": 1}) == []
     assert json.loads(noted.read_text()) == {"00_counting": found["00_counting"]}
-    before, made = sum_of_code(notebook), nbformat.read(notebook, 4)
+    made = nbformat.read(notebook, 4)
     made.cells.append(new_markdown_cell("# Text"))
     nbformat.write(made, notebook)
-    assert runner.code_sum(notebook) == sum_of_code(notebook) == before
-    made.cells[1].source += "\nprint(1)"
-    nbformat.write(made, notebook)
-    assert runner.code_sum(notebook) == sum_of_code(notebook) != before
+    assert runner.code_sum(notebook) == sum_of_code(notebook) == found["00_counting"]["code"]
 
 
 def test_what_begins_next_is_the_longest_that_may_run_beside_the_others(tmp_path):
@@ -307,8 +288,7 @@ def test_the_time_to_expect_is_that_of_the_last_runs(tmp_path):
 
 def test_one_failure_stops_no_other(tmp_path, monkeypatch):
     """Whatever is raised becomes a sentence; an interrupt alone ends the run."""
-    raised = {"01_b": OVDiffError("The notebook 01_b.ipynb failed in cell 'x'."), "02_c": MemoryError("no room\nhere"),
-              "04_e": InputError("no."), "05_f": OSError(28, "No space left on device")}
+    raised = {"01_b": OVDiffError("The notebook 01_b.ipynb failed in cell 'x'."), "02_c": MemoryError("no room\nhere")}
     done, said = [], []
 
     def run(path, output, parameters, *, force, progress):
@@ -316,22 +296,18 @@ def test_one_failure_stops_no_other(tmp_path, monkeypatch):
         if path.stem in raised:
             raise raised[path.stem]
         done.append(path.stem)
-        return path.stem != "06_g"
+        return path.stem != "03_d"
 
     monkeypatch.setattr(runner, "run_notebook", run)
-    chosen = [Path(f"{i:02d}_{letter}.ipynb") for i, letter in enumerate("abcdefg")]
+    chosen = [Path(f"{i:02d}_{letter}.ipynb") for i, letter in enumerate("abcd")]
     failures = run_all(chosen, tmp_path / "out", {"a": 1}, force=True, say=said.append)
-    assert done == ["00_a", "03_d", "06_g"]
-    assert [failures[0], failures[2]] == ["The notebook 01_b.ipynb failed in cell 'x'.", "no."] and len(failures) == 4
-    assert "02_c.ipynb" in failures[1] and failures[1].endswith("MemoryError: no room") and "No space left" in failures[3]
-    words = [line.partition(": ")[2].split()[0].strip(",") for line in said]
-    assert words == ["executed", "FAILED", "FAILED", "executed", "FAILED", "FAILED", "fresh"]
-    assert [line.split(":")[0] for line in said] == [p.stem for p in chosen]
-    raised["02_c"] = KeyboardInterrupt()
-    done.clear()
+    assert done == ["00_a", "03_d"] and failures[0] == "The notebook 01_b.ipynb failed in cell 'x'." and len(failures) == 2
+    assert "02_c.ipynb" in failures[1] and failures[1].endswith("MemoryError: no room")
+    assert [line.split()[:2] for line in said] == [["00_a:", "executed"], ["01_b:", "FAILED"], ["02_c:", "FAILED"], ["03_d:", "fresh,"]]
+    raised["01_b"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         run_all(chosen, tmp_path / "out", {"a": 1}, force=True, say=said.append)
-    assert done == ["00_a"]
+    assert done == ["00_a", "03_d", "00_a"]
 
 
 def test_two_notebooks_at_a_time_and_one_that_fails(notebook, tmp_path):

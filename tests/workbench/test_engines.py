@@ -24,6 +24,7 @@ from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.cli.main import main
 from ovdiff_lib.cli.options import ENGINE, engine_of
 from ovdiff_lib.errors import InputError, OVDiffError
+from ovdiff_lib.library.store import Library
 from ovdiff_lib.workbench.evaluation import workers as working
 from ovdiff_lib.workbench.evaluation.measure import evaluate, label_predictor
 from ovdiff_lib.workbench.evaluation.workers import ClassBuilder, build_classes, evaluate_on, processors
@@ -118,24 +119,6 @@ def test_a_task_that_kills_every_time_is_given_up(tmp_path):
 
 # ---- building
 
-def test_two_workers_build_what_one_builds_though_one_is_killed(tiny_profile, tmp_path, monkeypatch):
-    monkeypatch.setattr(working, "ClassBuilder", FatalBuilder)
-    words = [Category("dog"), Category("boat"), Category("hound", "dog")]  # the last is the first by another name
-    assert build_classes(tiny_profile, words, [0, 1], tmp_path / "two", workers=2, progress=False) == []
-    assert (tmp_path / "two" / "killed").exists()
-    for seed in (0, 1):
-        settings = {"support.seed": seed, "prototypes.seed": seed}
-        made = OVDiff(tiny_profile, settings, library=tmp_path / "two", progress=False)
-        stored = {e.key for e in made.library.entries()}
-        bank = made.build(["dog", "boat"])
-        assert {e.key for e in made.library.entries()} == stored  # nothing was left to build
-        alone = OVDiff(tiny_profile, settings, library=tmp_path / "one", progress=False).build(["dog", "boat"])
-        for one, other in zip(bank.prototypes["sd"], alone.prototypes["sd"], strict=True):
-            assert np.allclose(one.vectors, other.vectors, atol=1e-4)
-    kinds = [e.kind for e in made.library.entries()]
-    assert kinds.count("support") == kinds.count("prototypes") == 4  # two classes, two seeds
-
-
 def check_library(profile, root, names):
     """``root`` holds whole entries of these classes and what one process builds, and nothing else was left."""
     made = OVDiff(profile, library=root, progress=False)
@@ -146,6 +129,17 @@ def check_library(profile, root, names):
         for one, other in zip(row, alone.prototypes[extractor], strict=True):
             np.testing.assert_allclose(one.vectors, other.vectors, atol=1e-4)
     assert not list(root.glob(".shared-*"))
+
+
+def test_two_workers_build_what_one_builds_though_one_is_killed(tiny_profile, tmp_path, monkeypatch):
+    monkeypatch.setattr(working, "ClassBuilder", FatalBuilder)
+    words = [Category("dog"), Category("boat"), Category("hound", "dog")]  # the last is the first by another name
+    assert build_classes(tiny_profile, words, [0, 1], tmp_path, workers=2, progress=False) == []
+    assert (tmp_path / "killed").exists()
+    kinds = [e.kind for e in Library(tmp_path).entries()]
+    assert kinds.count("support") == kinds.count("prototypes") == 4  # two classes, two seeds
+    for seed in (0, 1):
+        check_library(tiny_profile.override({"support.seed": seed, "prototypes.seed": seed}), tmp_path, ["dog", "boat"])
 
 
 def test_the_profile_says_the_seeds_and_what_cannot_be_built_is_said(tiny_profile, tmp_path):
@@ -187,25 +181,22 @@ def test_counts_of_workers_are_those_of_one_run(tiny_profile, tmp_path, workers,
 
 # ---- how a cluster is shared
 
-@pytest.mark.parametrize(("nodes", "workers", "gpus", "tasks", "expected"), [
-    ([{"CPU": 8.0}], None, 0, 99, (8, 1, 0)),
-    ([{"CPU": 8.0}], 3, 0, 99, (3, 2, 0)),
-    ([{"CPU": 8.0}], 8, 0, 2, (2, 4, 0)),  # fewer tasks than workers
-    ([{"memory": 1.0}, {"CPU": 2.0}], None, None, 99, (2, 1, 0)),  # a head without CPUs
-    ([{"CPU": 16.0, "GPU": 2.0}, {"CPU": 8.0}], None, None, 99, (2, 12, 1)),
-    ([{"CPU": 16.0, "GPU": 2.0}, {"CPU": 8.0}], None, 0, 99, (24, 1, 0)),
-    ([{"CPU": 1.0, "GPU": 4.0}], None, 1, 99, (4, 1, 1))])  # GPUs decide, CPUs are shared
-def test_a_cluster_is_divided(nodes, workers, gpus, tasks, expected):
-    assert divide(nodes, workers, gpus, tasks) == expected
+@pytest.mark.parametrize(("total", "workers", "gpu", "tasks", "expected"), [
+    ({"CPU": 8.0, "memory": 1.0}, None, None, 99, (8, 1, False)),
+    ({"CPU": 8.0}, 3, False, 99, (3, 2, False)),
+    ({"CPU": 8.0}, 8, False, 2, (2, 4, False)),  # fewer tasks than workers
+    ({"CPU": 24.0, "GPU": 2.0}, None, None, 99, (2, 12, True)),
+    ({"CPU": 24.0, "GPU": 2.0}, None, False, 99, (24, 1, False)),
+    ({"CPU": 1.0, "GPU": 4.0}, None, True, 99, (4, 1, True))])  # GPUs decide, CPUs are shared
+def test_a_cluster_is_divided(total, workers, gpu, tasks, expected):
+    assert divide(total, workers, gpu, tasks) == expected
 
 
-@pytest.mark.parametrize(("nodes", "workers", "gpus", "words"), [
-    ([{"CPU": 8.0}], 1, 1, ("1 GPU each", "8 CPUs", "0 GPUs", "room for 0")),
-    ([{"CPU": 8.0}, {"CPU": 1.0}], 10, 0, ("1 CPU each", "10 do not fit", "9 CPUs", "2 machines", "room for 9")),
-    ([{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}], 1, 2, ("2 GPU each", "room for 0")),  # never on one machine
-    ([{"memory": 1.0}], None, None, ("0 CPUs",))])
-def test_more_than_a_cluster_has_is_refused(nodes, workers, gpus, words):
-    refused(words, divide, nodes, workers, gpus, 99)
+@pytest.mark.parametrize(("total", "workers", "gpu", "words"), [
+    ({"CPU": 8.0}, 1, True, ("a GPU each", "8 CPUs and 0 GPUs")),
+    ({"CPU": 9.0, "GPU": 1.0}, 10, False, ("10 workers with a CPU each", "9 CPUs")), ({}, None, None, ("0 CPUs",))])
+def test_more_than_a_cluster_has_is_refused(total, workers, gpu, words):
+    refused(words, divide, total, workers, gpu, 99)
 
 
 # ---- Ray is a choice
@@ -235,9 +226,9 @@ def test_options_choose_the_engine(tiny_profile):
     assert chosen("") is None and chosen("--workers 1") is None
     two = chosen("--workers 2")
     assert isinstance(two, LocalEngine) and two.workers == 2
-    for device, gpus in (("auto", None), ("cpu", 0), ("cuda", 1), ("cuda:0", 1), ("mps", 0)):
+    for device, gpu in (("auto", None), ("cpu", False), ("cuda", True), ("cuda:0", True), ("mps", False)):
         ray = chosen("--engine ray --workers 3", device)
-        assert isinstance(ray, RayEngine) and (ray.workers, ray.gpus) == (3, gpus)
+        assert isinstance(ray, RayEngine) and (ray.workers, ray.gpu) == (3, gpu)
 
 
 @pytest.fixture

@@ -158,12 +158,9 @@ def _key(method: Method, dataset: Dataset, total: int) -> dict[str, Any]:
 # ------------------------------------------------------------------ OVDiff as a segmenter of a data set
 
 def for_dataset(ovdiff, dataset: Dataset):
-    """The OVDiff that builds and segments for ``dataset``: where background is no class none that demands its score,
-    but with a threshold that decides nothing, since row 0 of the scores is not read."""
-    profile = ovdiff.profile
-    if dataset.has_background or profile.prototypes.background or profile.matching.background_threshold is not None:
-        return ovdiff
-    return ovdiff.replaced({"matching.background_threshold": 0.0})
+    """The OVDiff that builds and segments for ``dataset``: where background is no class with a score for it that decides
+    nothing, since row 0 of the scores is not read, so that none is demanded."""
+    return ovdiff if dataset.has_background else ovdiff.replaced({"matching.background_threshold": 0.0})
 
 
 def label_predictor(ovdiff, bank: PrototypeBank, dataset: Dataset) -> Predict:
