@@ -59,16 +59,13 @@ def verify(options: argparse.Namespace) -> int:
 
 
 @takes(PLACE, CHOICE, argument("file", type=Path, help="a .tar, or .tar.gz or .tar.xz to compress it"),
-       argument("--overwrite", action="store_true", help="replace the file if it is there"),
        argument("--prototypes-only", action="store_true",
                 help="leave support images and masks out: enough to segment with"), profile=False)
 def export(options: argparse.Namespace) -> None:
-    """Write entries into one file that `import` reads."""
+    """Write entries into one file that `import` reads, in place of one that is there."""
     from ovdiff_lib.library.sharing import export_entries
 
     library = _there(options)
-    if options.file.exists() and not options.overwrite:
-        raise InputError(f"{options.file} is there already; give another name, or --overwrite to replace it.")
     found = [one for one in _chosen(library, options) if one[0].kind == "prototypes" or not options.prototypes_only]
     export_entries([entry for entry, _ in found], options.file, progress=True)
     print(f"{_amount(found)}, in {options.file}")

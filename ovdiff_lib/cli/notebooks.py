@@ -25,9 +25,6 @@ def run(options: argparse.Namespace) -> None:
     """Execute one notebook with parameters."""
     from ovdiff_lib.workbench.reproduce import note, run_notebook
 
-    if not options.notebook.exists():
-        raise InputError(f"The notebook {options.notebook} does not exist; the ones that ship are in the folder "
-                         "notebooks/.")
     parameters = {**_parameters(options), **parse_assignments(options.parameter, "--parameter")}
     # Meant from where the command is run; the notebook itself runs in its own folder.
     folder = Path(str(parameters["output"])).resolve()

@@ -14,7 +14,7 @@ import signal
 import struct
 import unicodedata
 import zlib
-from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -44,28 +44,25 @@ class Hang(BaseException):
     """No ``Exception``, which a reader could take for a damaged file."""
 
 
-@contextlib.contextmanager
-def no_longer_than(seconds: float):
+@pytest.fixture(scope="module", autouse=True)
+def alarm():
     def stop(*_):
-        raise Hang(f"still busy after {seconds} s")
+        raise Hang(f"still busy after {SECONDS} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    yield
+    signal.signal(signal.SIGALRM, before)
 
 
 def check_image(source) -> np.ndarray | None:
     """What :func:`read_image` makes of ``source``, checked; None where it refuses it, in one sentence."""
     try:
-        with no_longer_than(SECONDS):
-            pixels = read_image(source)
+        signal.alarm(SECONDS)
+        pixels = read_image(source)
     except InputError as error:
-        one_sentence(str(error))
-        return None
+        return one_sentence(str(error))
+    finally:
+        signal.alarm(0)
     assert type(pixels) is np.ndarray and pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
     assert 0 < pixels.shape[0] * pixels.shape[1] <= MAX_PIXELS and pixels.flags.writeable and pixels.flags.c_contiguous
     return pixels
@@ -105,11 +102,7 @@ def _samples() -> dict[str, bytes]:
         "tga": _written(rgb, "TGA"), "tga-rle": _written(rgba, "TGA", compression="tga_rle"), "pcx": _written(rgb, "PCX"),
         "mpo": _written(rgb, "MPO", save_all=True, append_images=frames), "dib": _written(rgb, "DIB"),
     }
-    if features.check("jpg_2000"):
-        made["jpeg2000"] = _written(rgb, "JPEG2000")
-    if features.check("avif"):
-        made["avif"] = _written(rgb, "AVIF")
-    return made
+    return made | {kind: _written(rgb, kind) for kind, name in (("JPEG2000", "jpg_2000"), ("AVIF", "avif")) if features.check(name)}
 
 
 SAMPLES = _samples()
@@ -145,14 +138,9 @@ def png_of(chunks) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("fuzz") / "offered.png"
-
-
-@pytest.fixture(scope="module")
-def offer(path):
+def offer(tmp_path_factory):
     """``offer(data)``: :func:`check_image` of a file with that content. All of them together may not take gigabytes."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before, path = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, tmp_path_factory.mktemp("fuzz") / "offered.png"
 
     def check(data: bytes) -> np.ndarray | None:
         path.write_bytes(data)
@@ -163,13 +151,11 @@ def offer(path):
 
 
 def test_the_samples_are_images_of_every_format(offer):
-    for name, data in SAMPLES.items():
-        pixels = offer(data)
-        if name == "tiff-float":  # of unknown range
-            assert pixels is None
-        else:
-            shape = {"pgm-text": (2, 3), "png": (37, 23), "jpeg": (37, 23), "webp": (37, 23), "tiff": (37, 23)}.get(name)
-            assert pixels is not None and (name == "ico" or pixels.shape[:2] == (shape or (23, 37))), name
+    assert offer(SAMPLES["tiff-float"]) is None  # of unknown range
+    shapes = {"pgm-text": (2, 3), **dict.fromkeys(("png", "jpeg", "webp", "tiff"), (37, 23))}  # the four are turned
+    for name in SAMPLES.keys() - {"tiff-float"}:
+        pixels = offer(SAMPLES[name])
+        assert pixels is not None and (name == "ico" or pixels.shape[:2] == shapes.get(name, (23, 37))), name
     kinds = {Image.open(io.BytesIO(data)).format for data in SAMPLES.values()}
     assert kinds - {"MPO"} == set(FORMATS) & set(Image.OPEN)  # which is how Pillow calls a JPEG of several pictures
 
@@ -249,14 +235,11 @@ def test_arrays_of_every_shape_and_type(shape, dtype):
 @pytest.mark.parametrize(("error", "words"), [
     (MemoryError(), "MemoryError"), (zlib.error("line 1\nline 2"), "line 1 line 2"), (OverflowError("y " * 5000), "y y y y"),
     (Image.DecompressionBombError("more"), "100 million"), (RecursionError("deep"), "deep")])
-def test_what_decoders_raise_is_one_sentence(monkeypatch, path, error, words):
-    def load(self):
-        raise error
-
-    path.write_bytes(SAMPLES["png-alpha"])
-    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+def test_what_decoders_raise_is_one_sentence(monkeypatch, tmp_path, error, words):
+    (tmp_path / "image.png").write_bytes(SAMPLES["png-alpha"])
+    monkeypatch.setattr(ImageFile.ImageFile, "load", mock.Mock(side_effect=error))
     with pytest.raises(InputError, match=re.escape(words)) as caught:
-        read_image(path)
+        read_image(tmp_path / "image.png")
     one_sentence(str(caught.value))
 
 
@@ -309,27 +292,19 @@ def test_vocabularies_of_anything(classes, stuff):
 @pytest.fixture(scope="module")
 def parse(tmp_path_factory):
     """``parse(*arguments)``: the vocabulary that ``ovdiff build`` would build, or its sentence on stderr."""
-    patch, built = pytest.MonkeyPatch(), []
-
-    def build(self, vocabulary, stuff=()):
-        built.append(vocabulary)
-        raise KeyboardInterrupt
-
-    patch.setattr(pipeline.OVDiff, "build", build)
     library = tmp_path_factory.mktemp("unused") / "library"
+    with mock.patch.object(pipeline.OVDiff, "build", side_effect=KeyboardInterrupt) as build:
+        def run(*arguments: str) -> Vocabulary | str:
+            build.reset_mock()
+            with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+                code = main(["build", *arguments, "--library", str(library)])
+            if build.called:
+                assert code == 130
+                return build.call_args.args[0]
+            assert code == 2 and said.getvalue().startswith("ovdiff: ") and said.getvalue().endswith("\n")
+            return said.getvalue()[:-1]
 
-    def run(*arguments: str) -> Vocabulary | str:
-        built.clear()
-        with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
-            code = main(["build", *arguments, "--library", str(library)])
-        if built:
-            assert code == 130
-            return built[0]
-        assert code == 2 and said.getvalue().startswith("ovdiff: ") and said.getvalue().endswith("\n")
-        return said.getvalue()[:-1]
-
-    yield run
-    patch.undo()
+        yield run
     assert not library.exists()
 
 
