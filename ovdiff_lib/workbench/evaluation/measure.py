@@ -158,8 +158,8 @@ def _key(method: Method, dataset: Dataset, total: int) -> dict[str, Any]:
 # ------------------------------------------------------------------ OVDiff as a segmenter of a data set
 
 def for_dataset(ovdiff, dataset: Dataset):
-    """The OVDiff that builds and segments for ``dataset``: where background is no class with a score for it that decides
-    nothing, since row 0 of the scores is not read, so that none is demanded."""
+    """The OVDiff that builds and segments for ``dataset``: where background is no class its score is a constant, which
+    decides nothing, since row 0 of the scores is not read."""
     return ovdiff if dataset.has_background else ovdiff.replaced({"matching.background_threshold": 0.0})
 
 
