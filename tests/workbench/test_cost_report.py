@@ -79,8 +79,6 @@ def test_segmenting_and_training_beside_the_papers():
     growth = {"OVDiff": [(5, step(1.0, 2.0)), (20, step(3.0))], "MaskCLIP": [(5, step(0.1)), (20, step(0.2))]}
     cells = by_place(cost_cells.growth_cells(growth, 20))
     assert cells["OVDiff", "20 classes"].paper.value == 0.6 and cells["OVDiff", "5 classes"].paper is None
-    windows = by_place(cost_cells.window_cells({"wide": (4.0, step(1.0, 3.0)), "fine": (10.0, step(5.0))}))
-    assert windows["wide", "seconds a window"].measured == 0.5 and windows["fine", "seconds a window"].measured == 0.5
     training = by_place(cost_cells.training_cells(0.002, 0.5))
     classes = {(row, how): training[f"{row} training", f"classes for the same, by {how}"].measured for row, how in (
         ("TCL", "the paper's time"), ("GroupViT", "operations of the paper's networks"), ("OVSegmentor", "the class built here"))}

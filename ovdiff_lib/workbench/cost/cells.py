@@ -116,12 +116,6 @@ def growth_cells(growth: Mapping[str, Sequence[tuple[int, Measured]]], paper_cla
                                      for name in ("TCL", "OVSegmentor")]
 
 
-def window_cells(windows: Mapping[str, tuple[float, Measured]]) -> list[Cell]:
-    """Windows an image, seconds an image and seconds a window, by what was set."""
-    return cells_of({row: {"windows an image": mean, "seconds an image": step, "seconds a window": step.median / mean}
-                     for row, (mean, step) in windows.items()})
-
-
 def operation_cells(column: str, table: Mapping[str, int], unit: float) -> list[Cell]:
     """FLOP in ``unit`` by step of a class."""
     return cells_of({f"class: {step}": {column: flop / unit} for step, flop in table.items()})

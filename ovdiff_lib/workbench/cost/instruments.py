@@ -119,11 +119,6 @@ def peak_rate(device: torch.device, size: int = 2048, repeats: int = 5) -> float
     return 2 * size**3 / min(measured(torch.mm, [(left, right)] * repeats, device=device).seconds)
 
 
-def teraflops_hours(seconds: float, rate: float) -> float:
-    """The paper's measure of compute (Sec. 4.2, footnote 1): time x peak FLOP/s of one device, in TFLOP/s-hours."""
-    return seconds / 3600 * rate / 1e12
-
-
 def machine(device: torch.device) -> dict[str, Any]:
     """Where times were measured, for a table's details."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

@@ -17,13 +17,11 @@ from ovdiff_lib.features import EXTRACTORS
 from ovdiff_lib.masks import build_segmenter
 from ovdiff_lib.masks.select import make_masks
 from ovdiff_lib.networks.loading import load_diffusion, resolve_device
-from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.prototypes.build import build_prototypes
 from ovdiff_lib.support.sampler import sample_support
 from ovdiff_lib.types import PrototypeBank, SupportSet
 from ovdiff_lib.workbench.cost.instruments import Measured, alternate, measured
-from ovdiff_lib.workbench.cost.plain import window_crops
 
 ClassTimes = dict[tuple[str, bool], dict[str, Measured]]
 """(extractor, with clustering or not) -> step -> what it took: drawing (result ``SupportSet``), masks
@@ -89,21 +87,4 @@ def measure_segmenting(methods: Mapping[str, Callable[[np.ndarray, PrototypeBank
         for name, method in methods.items():
             method(images[0], part)
             found[name].append((count, measured(method, [(image, part) for image in images[1:]], device=device)))
-    return found
-
-
-def measure_windows(profile: Profile, bank: PrototypeBank,
-                    images: Sequence[np.ndarray]) -> dict[str, tuple[float, Measured]]:
-    """Times against the number of windows, without the category filter: what was set -> (mean windows, Measured).
-
-    The profile's first scale alone, all its scales, and all with half and a quarter of its stride. The first image
-    warms up.
-    """
-    cut, found = profile.matching, {}
-    finer = [(cut.windows, max(1, cut.stride // part)) for part in (1, 2, 4)]
-    for sizes, stride in [(cut.windows[:1], cut.stride), *finer]:
-        ovdiff = OVDiff(profile, {"filters.category": False, "matching.windows": sizes, "matching.stride": stride})
-        mean = float(np.mean([len(window_crops(image, ovdiff.profile)) for image in images[1:]]))
-        times, = measure_segmenting({"": ovdiff.segment}, bank, [len(bank.vocabulary)], images, profile).values()
-        found[f"windows of {' and '.join(map(str, sizes))}, stride {stride}"] = mean, times[0][1]
     return found
