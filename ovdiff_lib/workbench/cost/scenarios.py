@@ -112,9 +112,8 @@ def clusters(session: Session, full: bool = False) -> list[Ratio]:
 
 
 def overlapping_points(count: int, channels: int) -> np.ndarray:
-    """Points f32 (count, channels) in 200 groups that overlap within 64 directions, whose variances fall off as 1 / rank,
-    plus white noise: features have few independent directions, and more groups than clusters leave no one right answer.
-    """
+    """Points f32 (count, channels) in 200 groups that overlap within 64 directions, whose variances fall off as
+    1 / rank, plus white noise: features have few independent directions, and there is no one right answer."""
     from sklearn.datasets import make_blobs
 
     rng = np.random.default_rng(0)
