@@ -7,9 +7,10 @@ products, convolutions and attention; activations, normalisation, resizing and s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import StableDiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ovdiff_lib.features.clip import ClipExtractor
@@ -18,11 +19,7 @@ from ovdiff_lib.features.self_supervised import DinoExtractor
 from ovdiff_lib.networks.instruments import captured
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.support.attribution import record_attribution
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
-
-    from ovdiff_lib.workbench.cost.architectures import Networks
+from ovdiff_lib.workbench.cost.architectures import Networks
 
 CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
 """Attention on a CPU, which PyTorch's counter passes over without a word."""

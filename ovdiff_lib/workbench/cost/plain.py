@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPModel, CLIPTokenizer
 
+from ovdiff_lib.categories import Category
 from ovdiff_lib.images import resize_short_side
 from ovdiff_lib.matching.matcher import Matcher
 from ovdiff_lib.matching.pamr import DILATIONS, affinity
 from ovdiff_lib.matching.windows import crop, scales
+from ovdiff_lib.profiles.schema import Features, Profile
 from ovdiff_lib.support import attribution
 from ovdiff_lib.support.attribution import AttributionRecorder, fill_template
 from ovdiff_lib.support.sampler import image_seed, initial_latents, sample_support
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
-    from transformers import CLIPModel, CLIPTokenizer
-
-    from ovdiff_lib.categories import Category
-    from ovdiff_lib.profiles.schema import Features, Profile
 
 
 def draw(pipe: StableDiffusionPipeline, category: Category, profile: Profile, count: int) -> np.ndarray:
