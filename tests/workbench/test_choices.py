@@ -20,6 +20,9 @@ def test_every_row_switches_one_choice(name):
         before, after = base.to_dict(), changed.to_dict()
         differing = {f"{s}.{f}" for s in before if isinstance(before[s], dict) for f in before[s] if before[s][f] != after[s][f]}
         assert differing <= set(choice.code[1]) and differing, row.label
+        # With proposals in every image thresholds could not act.
+        alone = {"masks.threshold_scope", "masks.fallback"} & differing
+        assert (choice.base == THRESHOLDS) == bool(alone) and (not alone or base.masks.segmenter == "threshold"), row.label
 
 
 def test_profiles_of_paper_and_code_take_opposite_ways():
@@ -49,14 +52,3 @@ def test_a_switch_that_changes_nothing_was_not_exercised():
     assert (idle.row, idle.column, idle.measured) == (label, "voc, change", None)
     assert idle.idle == "not exercised: no class of this data set is stuff" and silent.idle == "not exercised"
     assert acting.values == (0.0, -11.0) and not acting.idle
-
-
-def test_the_thresholds_of_a_set_act_where_every_mask_is_one_of_thresholds():
-    """Their rows differ from a base of the same segmenter; with proposals in every image they could not act."""
-    for name in ("mini", "official"):
-        rows = {row.label: row.settings for row in rows_of_choices(load_profile(name))}
-        for choice in CHOICES:
-            if {"masks.threshold_scope", "masks.fallback"} & set(choice.code[1]):
-                label, _ = choice.other(load_profile(name))
-                assert rows[label]["masks.segmenter"] == rows[THRESHOLDS]["masks.segmenter"] == "threshold" and choice.base == THRESHOLDS
-                assert rows[label] != rows[THRESHOLDS]

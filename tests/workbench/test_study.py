@@ -210,7 +210,7 @@ def vectors(bank, index=0):
 def test_sizes_pool_the_seeds(bench, tiny_profile):
     """Up to support.size a size is a prefix; above, the seeds' sets joined: prototypes of the joined set by hand."""
     size = bench.profile.support.size
-    rows = rows_of_sizes(bench, [1, size, 2 * size], SMALL)
+    rows = rows_of_sizes(bench, [1, size, 2 * size])
     assert [r.seeds for r in rows] == [2, 2, 1] and rows[0].settings["support.size"] == 1
     bank = rows[2].build(bench, 3, Vocabulary.of("dog"))
     one, two = (bench.ovdiff(SMALL, seed).support("dog") for seed in (3, 4))

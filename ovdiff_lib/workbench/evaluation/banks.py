@@ -19,42 +19,41 @@ from ovdiff_lib.workbench.evaluation.rows import Row
 Build = Callable[[Bench, int, Vocabulary], PrototypeBank]
 
 
-def rows_of_sizes(bench: Bench, sizes: Sequence[int], settings: Mapping | None = None) -> list[Row]:
+def rows_of_sizes(bench: Bench, sizes: Sequence[int]) -> list[Row]:
     """One row for each support size N (Fig. 5), measured on as many disjoint support sets as the bench's seeds hold.
 
     Up to ``support.size`` each seed gives one set, its first N images. A larger one joins those of several seeds: with
     5 seeds of 16 images N = 32 is measured twice and N = 64 once. Raises ``InputError`` for other sizes.
     """
-    drawn = bench.profile.override(dict(settings or {})).support.size
-    rows = []
+    rows, drawn = [], bench.profile.support.size
     for size in sizes:
         joined = -(-size // drawn)
         if size < 1 or joined > len(bench.seeds) or (joined > 1 and size % drawn):
             raise InputError(f"A support set of {size} images cannot be made of {len(bench.seeds)} seeds with {drawn}"
                              f" each; use 1 to {drawn}, or a multiple of it up to {drawn * len(bench.seeds)}.")
-        own = {**(settings or {}), "support.size": min(size, drawn)}
-        build = partial(_pooled, joined=joined, settings=own) if joined > 1 else None
-        rows.append(Row(f"N={size}", own, build=build, seeds=len(bench.seeds) // joined))
+        build = partial(_pooled, joined=joined) if joined > 1 else None
+        settings = {"support.size": min(size, drawn)}
+        rows.append(Row(f"N={size}", settings, build=build, seeds=len(bench.seeds) // joined))
     return rows
 
 
-def _pooled(bench: Bench, seed: int, vocabulary: Vocabulary, *, joined: int, settings: Mapping) -> PrototypeBank:
+def _pooled(bench: Bench, seed: int, vocabulary: Vocabulary, *, joined: int) -> PrototypeBank:
     """Of the support sets of ``joined`` seeds: the first ones for the bench's first seed, the next for its second."""
     first = bench.seeds.index(seed) * joined
-    parts = [bench.ovdiff(settings, s) for s in bench.seeds[first : first + joined]]
+    parts = [bench.ovdiff(seed=s) for s in bench.seeds[first : first + joined]]
     return _bank(parts[0], vocabulary, lambda category: [part.support(category) for part in parts])
 
 
-def of_kinds(kinds: Sequence[str], settings: Mapping | None = None) -> Build:
+def of_kinds(kinds: Sequence[str]) -> Build:
     """Prototypes of these kinds alone (Table A.6), from the full bank: what ``prototypes.kinds`` would build again."""
-    return lambda bench, seed, vocabulary: bench.ovdiff(settings, seed).build(vocabulary).map(
+    return lambda bench, seed, vocabulary: bench.ovdiff(seed=seed).build(vocabulary).map(
         lambda extractor, index, prototypes: prototypes.select(np.isin(prototypes.kind, list(kinds))))
 
 
-def of_labels(source: str, settings: Mapping | None = None) -> Build:
+def of_labels(source: str) -> Build:
     """The same classes as things and stuff by ``source`` (:func:`~ovdiff_lib.workbench.data.things.kinds`), what it
     does not name a thing; the data set's own labels have no say."""
-    return lambda bench, seed, vocabulary: bench.ovdiff(settings, seed).build(with_kinds(vocabulary, source, "thing"))
+    return lambda bench, seed, vocabulary: bench.ovdiff(seed=seed).build(with_kinds(vocabulary, source, "thing"))
 
 
 def with_words(words: Mapping[str, Sequence[str]], settings: Mapping | None = None) -> Build:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,7 @@ class Remembering:
         return self if name == self._name else getattr(self._part, name)
 
     def _key(self, *arguments: Any) -> tuple:
-        return self._number, *(_digest(a) if isinstance(a, (np.ndarray, list)) else a for a in arguments)
+        return self._number, hashlib.blake2b(pickle.dumps(arguments), digest_size=16).digest()
 
 
 class RememberingSegmenter(Remembering):
@@ -116,10 +117,3 @@ class SharedNetworks:
 
 def _machine(profile: Profile) -> list[Any]:
     return [value for name, value in profile.to_dict()["models"].items() if name in NOT_MODELS]
-
-
-def _digest(arrays: np.ndarray | list[np.ndarray]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for array in arrays if isinstance(arrays, list) else [arrays]:
-        digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-    return digest.digest()
