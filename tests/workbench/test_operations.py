@@ -61,7 +61,6 @@ def test_a_class_takes_what_the_counter_sees(tiny_profile, changes):
 def test_bytes_of_a_class(paper):
     assert flops.prototype_rows(paper) == 130 and flops.prototype_bytes(paper, 768) == 399_360
     assert flops.prototype_rows(paper.override({"prototypes.background": False, "prototypes.kinds": ["class", "part"]})) == 33
-    assert flops.support_bytes(paper, 64) == 32 * (512 * 512 * 3 + 64 * 64 * 4 + 8)
 
 
 def test_the_paper_counts(published, paper):

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ovdiff_lib.library.store import Library
-from ovdiff_lib.workbench.cost.flops import prototype_bytes, prototype_rows, support_bytes
+from ovdiff_lib.profiles.schema import Profile
+from ovdiff_lib.workbench.cost.benchmark import Ratio
+from ovdiff_lib.workbench.cost.flops import prototype_bytes, prototype_rows
 from ovdiff_lib.workbench.cost.instruments import Measured
 from ovdiff_lib.workbench.cost.steps import ClassTimes, seconds
 from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell, paper_table
 from ovdiff_lib.workbench.tables.tables import Cell
-
-if TYPE_CHECKING:
-    from ovdiff_lib.profiles.schema import Profile
-    from ovdiff_lib.workbench.cost.benchmark import Ratio
 
 CLASS_ROWS = {
     ("sd", True): "prototypes for one class (SD; N=32)",
@@ -93,8 +91,8 @@ def storage_cells(building: ClassTimes, profile: Profile, paper: Profile,
         rows[row] = {"channels D": width, "vectors": prototype_rows(paper),
                      formula: prototype_bytes(paper, width) / 1e6}
     support = steps["drawing"].result
-    rows["support set"] = {formula: support_bytes(profile, support.attribution.shape[1]) / 1e6,
-                           on_disk: bytes_on_disk("support", support) / 1e6}
+    arrays = support.images.nbytes + support.attribution.nbytes + support.seeds.nbytes
+    rows["support set"] = {formula: arrays / 1e6, on_disk: bytes_on_disk("support", support) / 1e6}
     return cells_of(rows, {(row, formula): cell for row, (_, cell) in widths.items()})
 
 

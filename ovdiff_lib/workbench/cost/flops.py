@@ -87,8 +87,3 @@ def prototype_rows(profile: Profile) -> int:
 def prototype_bytes(profile: Profile, width: int) -> int:
     """Bytes of one class's prototypes of ``width`` channels (App. C.5): 2 (1 + N + K) D x 4 with the paper's kinds."""
     return prototype_rows(profile) * width * 4
-
-
-def support_bytes(profile: Profile, latent: int) -> int:
-    """Bytes of one class's support set: u8 images, f32 attribution of ``latent`` x ``latent``, an i64 seed an image."""
-    return profile.support.size * (3 * profile.support.image_size**2 + 4 * latent**2 + 8)
