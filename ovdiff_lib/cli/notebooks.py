@@ -97,6 +97,7 @@ def _draw(profile: Profile, folder: Path, workers: int) -> None:
     """Build the classes that the notebooks share, on all processors; what cannot be built they will say."""
     from ovdiff_lib.workbench.evaluation.bench import Bench
     from ovdiff_lib.workbench.evaluation.workers import build_classes
+    from ovdiff_lib.workbench.parallel import LocalEngine
     from ovdiff_lib.workbench.reproduce import CLASSES, note
 
     started, anew, data = time.time(), not (folder / "cache").exists(), profile.evaluation
@@ -107,7 +108,7 @@ def _draw(profile: Profile, folder: Path, workers: int) -> None:
         print(f"Classes are built as the notebooks need them: {error}", flush=True)
         return
     categories = [category for dataset in sets for category in dataset.vocabulary]
-    build_classes(bench.profile, categories, bench.seeds, bench.library, workers)
+    build_classes(LocalEngine(workers), bench.profile, categories, bench.seeds, bench.library)
     if anew:
         note(folder, CLASSES, {"seconds": round(time.time() - started, 1)})
 

@@ -116,7 +116,7 @@ def build_with(engine: Engine, ovdiff: OVDiff, vocabulary: Vocabulary) -> None:
 
     check_profile(ovdiff.profile)
     root = ovdiff.library.root
-    failures = build_classes(ovdiff.profile, vocabulary, None, root, engine=engine, progress=ovdiff.progress)
+    failures = build_classes(engine, ovdiff.profile, vocabulary, None, root, ovdiff.progress)
     for sentence in failures:
         print(f"ovdiff: {sentence}", file=sys.stderr)
     if failures:

@@ -69,7 +69,7 @@ def test_workers_that_are_killed_lose_nothing(cluster, tmp_path):
 def test_classes_are_those_of_the_engine_local_though_a_worker_is_killed(cluster, tiny_profile, tmp_path, monkeypatch):
     words = [Category("dog"), Category("boat"), Category("long", "dog " * 60)]
     monkeypatch.setattr(working, "ClassBuilder", FatalBuilder)
-    (sentence,) = build_classes(tiny_profile, words, None, tmp_path, progress=False, engine=RayEngine(2))
+    (sentence,) = build_classes(RayEngine(2), tiny_profile, words, None, tmp_path, progress=False)
     assert "'long'" in sentence and "tokens" in sentence and "\n" not in sentence  # what cannot be built, and nothing else
     assert (tmp_path / "killed").exists()
     check_library(tiny_profile, tmp_path, ["dog", "boat"])

@@ -134,7 +134,7 @@ def check_library(profile, root, names):
 def test_two_workers_build_what_one_builds_though_one_is_killed(tiny_profile, tmp_path, monkeypatch):
     monkeypatch.setattr(working, "ClassBuilder", FatalBuilder)
     words = [Category("dog"), Category("boat"), Category("hound", "dog")]  # the last is the first by another name
-    assert build_classes(tiny_profile, words, [0, 1], tmp_path, workers=2, progress=False) == []
+    assert build_classes(LocalEngine(2), tiny_profile, words, [0, 1], tmp_path, progress=False) == []
     assert (tmp_path / "killed").exists()
     kinds = [e.kind for e in Library(tmp_path).entries()]
     assert kinds.count("support") == kinds.count("prototypes") == 4  # two classes, two seeds
@@ -146,7 +146,7 @@ def test_the_profile_says_the_seeds_and_what_cannot_be_built_is_said(tiny_profil
     profile = tiny_profile.override({"support.seed": 3, "prototypes.seed": 5})
     long = Category("a name that is far too long for the text encoder of this small model ", "dog " * 60)
     for seeds in (None, [3]):
-        (sentence,) = build_classes(profile, [Category("dog"), long], seeds, tmp_path, progress=False)
+        (sentence,) = build_classes(LocalEngine(1), profile, [Category("dog"), long], seeds, tmp_path, progress=False)
         assert "tokens" in sentence and ("seed 3" in sentence) == bool(seeds) and "\n" not in sentence
         if seeds is None:
             check_library(profile, tmp_path, ["dog"])

@@ -25,7 +25,7 @@ from ovdiff_lib.workbench.evaluation import measure
 from ovdiff_lib.workbench.evaluation.measure import EvaluationResult
 from ovdiff_lib.workbench.evaluation.results import Counts
 from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
-from ovdiff_lib.workbench.parallel import Engine, LocalEngine
+from ovdiff_lib.workbench.parallel import Engine
 
 
 def processors(profile: Profile) -> int:
@@ -33,18 +33,18 @@ def processors(profile: Profile) -> int:
     return 1 if resolve_device(profile).type != "cpu" else len(os.sched_getaffinity(0))
 
 
-def build_classes(profile: Profile, categories: Iterable[Category], seeds: Sequence[int] | None, library: str | Path,
-                  workers: int = 1, progress: bool = True, engine: Engine | None = None) -> list[str]:
+def build_classes(engine: Engine, profile: Profile, categories: Iterable[Category], seeds: Sequence[int] | None,
+                  library: str | Path, progress: bool = True) -> list[str]:
     """Build the prototypes of every category for every seed into ``library``; what is there is not built again.
 
-    Seeds replace ``support.seed`` and ``prototypes.seed``; None keeps the profile's. ``engine`` does the work (default:
-    ``workers`` processes of this machine); all its machines must see the folder ``library``. Returns one sentence for
-    each class that could not be built. Raises ``InputError`` where the library cannot be written, and as ``run``.
+    Seeds replace ``support.seed`` and ``prototypes.seed``; None keeps the profile's. All machines of ``engine`` must
+    see the folder ``library``. Returns one sentence for each class that could not be built. Raises ``InputError`` where
+    the library cannot be written, and as ``run``.
     """
     # The library knows a class by its words: two data sets may name one alike.
     words = list({category.prompt: category for category in categories}.values())
     tasks = [(category, seed) for seed in ([None] if seeds is None else seeds) for category in words]
-    engine, failures, root = engine or LocalEngine(workers), [], Path(library).expanduser().absolute()
+    failures, root = [], Path(library).expanduser().absolute()
     check_output(root)
     root.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(prefix=".shared-", dir=root) as mark:
