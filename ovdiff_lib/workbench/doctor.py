@@ -9,6 +9,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,12 +208,11 @@ def _machine(profile: Profile, library: Path | None) -> Iterator[Check]:
 
 def _settings(profile: Profile) -> Iterator[Check]:
     """Whether the settings go together."""
-    try:
-        check_profile(profile)
-    except ModelNotAvailable:  # of which the models' own lines say more
-        pass
-    except ProfileError as error:
-        yield Check("settings", profile.name, "wrong", problem=str(error))
+    with suppress(ModelNotAvailable):  # of which the models' own lines say more
+        try:
+            check_profile(profile)
+        except ProfileError as error:
+            yield Check("settings", profile.name, "wrong", problem=str(error))
 
 
 def _said(check: Callable[..., Any], *arguments: Any) -> str:
