@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import normalize
 
 from ovdiff_lib.masks.select import mean_attribution, upsample
 from ovdiff_lib.overlay import colours_of, paint
@@ -84,13 +86,8 @@ def feature_colours(features: torch.Tensor | np.ndarray) -> np.ndarray:
     percentile.
     """
     maps = np.asarray(features, np.float32)
-    flat = maps.reshape(-1, maps.shape[-1])
-    flat = flat / np.linalg.norm(flat, axis=1, keepdims=True).clip(1e-12)
-    flat = flat - flat.mean(0)
-    axes = np.linalg.eigh(flat.T @ flat)[1][:, ::-1][:, :3]  # eigenvalues ascend
-    # a sign that does not depend on the solver
-    axes = axes * np.sign(axes[np.abs(axes).argmax(0), range(axes.shape[1])])
-    scores = flat @ axes
+    flat = normalize(maps.reshape(-1, maps.shape[-1]))
+    scores = PCA(min(3, flat.shape[1]), svd_solver="covariance_eigh").fit_transform(flat)
     low, high = np.percentile(scores, [1, 99], axis=0)
     span = high - low
     span[span < 1e-4 * span.max()] = np.inf  # a direction without variance is rounding, and no colour
