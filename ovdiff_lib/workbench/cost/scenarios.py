@@ -140,7 +140,7 @@ def texts(session: Session, full: bool = False) -> list[Ratio]:
     return [Ratio("filter texts, ViT-B/16" if full else "filter texts, profile's CLIP",
                   f"embeddings of {len(texts):,} joined prompts of {len(NAMES)} names",
                   f"CLIPModel.get_text_features of each prompt, padded to {length} tokens, 64 at a time", *sides,
-                  0.1 if full else None, same("the embeddings", *sides, 1e-4))]
+                  0.1 if full else None, same("the embeddings", *sides, 1e-5))]
 
 
 def segmenting(session: Session) -> list[Ratio]:
