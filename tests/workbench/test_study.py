@@ -186,6 +186,9 @@ def test_rows_equal_what_evaluate_says(bench):
             matrix.update(np.concatenate([np.full((1, *labels.shape), threshold, np.float32), scores[1:]]).argmax(0), labels)
         tried.append(matrix.miou())
     assert found["search"][0].miou == max(tried) > min(tried)
+    for row in (rows[0], rows[2]):  # what pictures show is what was counted
+        shown = evaluate(bench.predictor(row, "mini-voc"), data, 2, progress=False)
+        assert (shown.confusion == found[row.label][0].confusion).all()
 
 
 def test_cells_carry_seeds_and_the_papers_place(bench):
