@@ -96,16 +96,6 @@ def test_files_that_are_no_image(tmp_path, content):
             read_image(tmp_path / name)
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "tif", "bmp"])
-def test_truncated_files(tmp_path, suffix):
-    noise = np.random.default_rng(1).integers(0, 256, (64, 80, 3), dtype=np.uint8)
-    whole = save(tmp_path / f"whole.{suffix}", noise).read_bytes()
-    for share in (0.05, 0.5, 0.9):
-        (tmp_path / f"cut.{suffix}").write_bytes(whole[: int(len(whole) * share)])
-        with refused(InputError, "cut"):
-            read_image(tmp_path / f"cut.{suffix}")
-
-
 def test_too_many_pixels(tmp_path, monkeypatch):
     for width, height in ((20_000, 20_000), (11_000, 10_000)):  # for the first Pillow's own limit is met before ours
         header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)

@@ -155,12 +155,6 @@ def test_a_second_build_draws_nothing(tiny_profile, folder, bank, no_drawing, mo
     assert all(equal(a, b) for a, b in zip(bank.prototypes["sd"], again.prototypes["sd"], strict=True))
 
 
-def test_support_sets_outlive_prototype_settings(tiny_profile, folder, bank, no_drawing):
-    """Other clusters need other prototypes, but no other drawings."""
-    other = method(tiny_profile, folder, {"prototypes.clusters": 2}).build("cat")
-    assert (other.prototypes["sd"][0].kind == "part").sum() == 4
-
-
 def test_a_support_set_grows_and_shrinks_without_drawing_again(tiny_profile, tmp_path, monkeypatch):
     """Two images, then five: three are drawn; then one: none is. What was there stays bit by bit."""
     drawn, real = [], pipeline.sample_support

@@ -93,32 +93,6 @@ def test_the_segmenter_keeps_the_contract(tiny_profile, registered):
     check_dependencies(SEGMENTERS["bright"])
 
 
-class Transposed(ColourAndPlace):
-    """Takes rows for columns."""
-
-    def __call__(self, images, seeds):
-        features = super().__call__(images, seeds)
-        return features.flatten(1, 2).unflatten(1, (features.shape[2], features.shape[1]))
-
-
-class Forgetful(Bright):
-    """Answers for the image it saw first."""
-
-    def propose(self, image, words):
-        self.first = getattr(self, "first", image)
-        return super().propose(self.first, words)
-
-
-def test_the_contracts_can_be_broken(tiny_profile, monkeypatch):
-    monkeypatch.setitem(EXTRACTORS, "colour", Part(Transposed))
-    with pytest.raises(AssertionError):
-        check_place(tiny_profile, "colour")
-    forgetful = Forgetful(tiny_profile)
-    check_proposals(forgetful, (36, 60))
-    with pytest.raises(AssertionError):
-        check_proposals(forgetful, (61, 33))
-
-
 # ---- the whole method
 
 def test_both_run_through_the_whole_method(ovdiff, tiny_profile, monkeypatch):
