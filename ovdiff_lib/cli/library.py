@@ -122,7 +122,7 @@ def _chosen(library: Library, options: argparse.Namespace) -> list[tuple[Entry, 
         if not any(_words(described) == words for _, described in found):
             raise InputError(f"No entry of the library {library.root} has the words {words!r}; `ovdiff library list` "
                              "shows what there is.")
-    return [one for one in found if not wanted or _words(one[1]) in wanted]
+    return [one for one in found if not options.classes or _words(one[1]) in wanted]
 
 
 def _there(options: argparse.Namespace) -> Library:

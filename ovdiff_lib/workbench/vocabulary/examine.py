@@ -64,8 +64,8 @@ def examine(ovdiff: OVDiff, classes: Vocabulary | Iterable[str | Category] | str
         bank = filter_stuff(bank, profile.filters) if profile.filters.stuff else bank
         for name, kept in bank.prototypes.items():
             if profile.prototypes.background and not any((p.region == "background").any() for p in kept):
-                notes.append(f"The stuff filter (filters.stuff_threshold) leaves no background prototypes of {name}: "
-                             "every pixel will get a class, so name everything that images show.")
+                notes.append(f"No background prototypes of {name} are left (filters.stuff_threshold): every pixel will "
+                             "get a class, so name everything that images show.")
             tables[name] = collide(kept, resolve_device(profile))
         _examine_collisions(drawn, tables, limits)
     return VocabularyReport(tuple(reports), limits, tuple(notes), tuple(c.name for c in built), tables)
