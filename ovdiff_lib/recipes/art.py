@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import subprocess
 import tarfile
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
@@ -75,13 +75,10 @@ def _normal(code: str) -> str:
     return "-".join(part for part in code.lower().replace("_", "-").split("-") if part != "fe0f")
 
 
-def _rasterise(svg: str, view_box: str | None = None) -> Image.Image:
-    """A picture of a whole SVG, or of what stands inside one with this view box."""
+def _rasterise(svg: str) -> Image.Image:
+    """A picture of a whole SVG."""
     import resvg_py  # needed for a rebuild of the world only
 
-    if view_box:
-        names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-        svg = f'<svg {names} viewBox="{view_box}">{svg}</svg>'
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=CANVAS, height=CANVAS))
     return Image.open(io.BytesIO(png)).convert("RGBA")
 
@@ -97,19 +94,19 @@ def load_style(folder: Path, style: str, keys: set[str]) -> dict[str, Image.Imag
         paths = {_normal(p.stem): p for p in root.glob("*.svg")}
         return {k: _rasterise(paths[k].read_text()) for k in keys & paths.keys()}
     if style == "noto":
-        icon = (r'<svg (?:[a-z:]+="[^"]*" )*?viewBox="([^"]+)" (?:xml:space="preserve" )?id="([^"]+)"[^>]*>'
-                r'(.*?)</svg>')
-        pieces = re.finditer(icon, (root / "sprites" / "all.svg").read_text(), re.S)
-        return {_normal(m[2]): _rasterise(m[3], m[1]) for m in pieces if _normal(m[2]) in keys}
+        icons = {_normal(icon.get("id")): icon for icon in ElementTree.parse(root / "sprites" / "all.svg").getroot()
+                 if icon.get("id")}
+        return {k: _rasterise(ElementTree.tostring(icons[k], "unicode")) for k in keys & icons.keys()}
     table = json.loads((root / "icons.json").read_text())
     # Only fluent-flat has code points; the keys of the others are names.
     names = {_normal(code): name for code, name in json.loads((root / "chars.json").read_text()).items()}
     aliases = {k: row["parent"] for k, row in table.get("aliases", {}).items()}
-    box, found = f"0 0 {table['width']} {table['height']}", {}
+    space = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    head, found = f'<svg {space} viewBox="0 0 {table["width"]} {table["height"]}">', {}
     for key in keys:
         name = names.get(key, key)
         if row := table["icons"].get(aliases.get(name, name)):
-            found[key] = _rasterise(row["body"], box)
+            found[key] = _rasterise(f"{head}{row['body']}</svg>")
     return found
 
 

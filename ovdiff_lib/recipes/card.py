@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
-from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: a notebook's state stays untouched
-from matplotlib.figure import Figure
-from PIL import Image
 from safetensors.torch import load_file
 
 from ovdiff_lib import mini
@@ -31,19 +28,10 @@ def read_log(path: Path) -> pd.DataFrame:
 
 def plot_log(rows: pd.DataFrame, path: Path, title: str) -> None:
     """Loss (logarithmic) over steps, and every metric in a panel of its own."""
-    names = ["loss", *rows.columns[4:]]
-    figure = Figure(figsize=(5 * len(names), 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        points = rows[["step", name]].dropna()
-        panel.plot(points["step"], points[name], marker="" if name == "loss" else ".")
-        panel.set(xlabel="step", ylabel=name.replace("_", " "), yscale="log" if name == "loss" else "linear")
-        panel.grid(alpha=0.3)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=90)
-    with Image.open(path) as drawn:  # lines and letters need few colours; a third of the bytes
-        few = drawn.convert("RGB").quantize(32)
-    few.save(path, optimize=True)
+    shown = rows.drop(columns=["elapsed_s", "lr"]).set_index("step").interpolate()
+    panels = shown.plot(subplots=True, layout=(1, -1), figsize=(5 * shown.shape[1], 3.2), grid=True, title=title)
+    panels[0, 0].set_yscale("log")
+    panels[0, 0].figure.savefig(path, dpi=90, bbox_inches="tight")
 
 
 def facts(kind: str, name: str, model: Path, rows: pd.DataFrame) -> str:

@@ -1,20 +1,26 @@
 """Measure the models of the mini world on images none of them was trained on; the numbers go on their model cards.
 
-``python -m ovdiff_lib.recipes.quality`` prints them and writes ``mini/weights/quality.json``. Scenes are those of the
-split ``tune``.
+    python -m ovdiff_lib.recipes.quality    # what ships: prints and writes mini/weights/quality.json and drawings.webp
+    python -m ovdiff_lib.recipes.quality --drawings-only --set models.diffusion=work/training/unet/pipeline --out DIR
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from PIL import Image
 from tqdm import tqdm
 
-from ovdiff_lib.categories import Vocabulary
+from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.features import build_extractors
 from ovdiff_lib.files import write_json
 from ovdiff_lib.filters.category import CategoryFilter
@@ -22,17 +28,19 @@ from ovdiff_lib.images import resize_short_side
 from ovdiff_lib.masks import SEGMENTERS, Segmenter
 from ovdiff_lib.mini.world import IGNORE, load_world
 from ovdiff_lib.networks.loading import load_diffusion
-from ovdiff_lib.profiles.reading import load_profile
+from ovdiff_lib.profiles.reading import load_profile, parse_assignments
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.recipes.card import WEIGHTS
-from ovdiff_lib.recipes.sheet import MaskedScene, attribution_iou, draw, object_mask, recognised, sheet
+from ovdiff_lib.recipes.train_dino import neighbour_accuracy
 from ovdiff_lib.recipes.train_vae import psnr
-from ovdiff_lib.workbench.baselines.groupvit import GroupViT, load_groupvit
+from ovdiff_lib.support.attribution import class_token_positions, fill_template, record_attribution
+from ovdiff_lib.support.sampler import sample_support
+from ovdiff_lib.workbench.baselines.groupvit import GroupViT
 from ovdiff_lib.workbench.data.datasets import load_dataset
-from ovdiff_lib.workbench.evaluation.measure import Method, above, evaluate, measure
+from ovdiff_lib.workbench.figures.base import image_grid
 
-FOLDERS = {"diffusion": "stable-diffusion"} | {name: name for name in ("clip", "dino", "mae", "detector", "groupvit")}
-"""Field of ``profile.models`` -> folder of a set of mini models."""
+MaskedScene = tuple[np.ndarray, np.ndarray, str]
+"""An image u8 (H, W, 3) of one object, its mask f32 (H, W), NaN where it is ignored, and its noun."""
 
 
 def labels_of(labels: np.ndarray) -> np.ndarray:
@@ -46,7 +54,7 @@ def single_object_scenes(split: str) -> list[MaskedScene]:
     for sample in data:
         shown = labels_of(sample.labels)
         if len(shown) == 1:
-            mask = object_mask(sample.labels, shown[0])
+            mask = np.where(sample.labels == IGNORE, np.nan, sample.labels == shown[0]).astype(np.float32)
             found.append((sample.image, mask, data.vocabulary.names[shown[0] - 1]))
     return found
 
@@ -63,32 +71,16 @@ def vae_psnr(profile: Profile, split: str) -> float:
     return float(np.mean(values))
 
 
-def clip_top1(profile: Profile, scenes: list[MaskedScene]) -> float:
-    """Share of single-object images whose noun, of all mini-object nouns, CLIP ranks first."""
-    judge = CategoryFilter.build(profile)
-    vocabulary = Vocabulary.of(load_world().vocabulary("mini-object"))
-    return float(np.mean([vocabulary.names[int(judge.scores(image, vocabulary).argmax())] == noun
-                          for image, _, noun in scenes]))
-
-
-def neighbour_top1(profile: Profile, scenes: list[MaskedScene], neighbours: int = 5) -> dict[str, float]:
-    """Leave-one-out k-nearest-neighbour accuracy of the noun on single-object images, for every extractor and for
-    chance.
-
-    An image's vector is the mean of its features; neighbours vote with their cosine. Chance is the share of the
-    commonest noun.
-    """
+def neighbour_top1(profile: Profile, scenes: list[MaskedScene]) -> dict[str, float]:
+    """Leave-one-out 5-nearest-neighbour accuracy of the noun on single-object images, for every extractor, an image's
+    vector being the mean of its features; and chance, the share of the commonest noun."""
     truth = torch.from_numpy(np.unique([noun for _, _, noun in scenes], return_inverse=True)[1])
-    counts, accuracy = torch.bincount(truth), {}
-    accuracy["chance"] = float(counts.max() / len(truth))
+    accuracy = {"chance": float(torch.bincount(truth).max() / len(truth))}
     names = ["sd", "dino", "mae", "clip-keys", "clip-tokens"]
     for name, extractor in build_extractors(profile.override({"features.extractors": names})).items():
         means = [extractor(resize_short_side(image, profile.matching.short_side)[None], np.array([i])).mean((1, 2))
                  for i, (image, _, _) in enumerate(tqdm(scenes, desc=name, unit="image"))]
-        unit = torch.nn.functional.normalize(torch.cat(means), dim=1)
-        value, index = (unit @ unit.T).fill_diagonal_(-1).topk(neighbours)
-        votes = torch.zeros(len(truth), len(counts)).scatter_add_(1, truth[index], value)
-        accuracy[name] = float((votes.argmax(1) == truth).float().mean())
+        accuracy[name] = neighbour_accuracy(torch.cat(means), truth)
     return accuracy
 
 
@@ -119,54 +111,95 @@ def object_ious(segmenter: Segmenter, split: str = "val", limit: int | None = No
     return rows
 
 
-def groupvit_quality(profile: Profile, split: str, scenes: list[MaskedScene]) -> dict[str, float]:
-    """Of the GroupViT: share of single-object images whose noun, of all mini-object nouns, it ranks first for the
-    whole image; its mean IoU on mini-voc with the background threshold that is best there, which is named too; and,
-    to show what its groups are worth, the mean IoU of the class it ranks first for the whole image as the label of
-    every pixel."""
-    dataset, vocabulary = load_dataset("mini-voc", split), Vocabulary.of(load_world().vocabulary("mini-object"))
-    groupvit = GroupViT(*load_groupvit(profile), profile.matching, profile.support.prompt)
-
-    def first(image: np.ndarray, texts: torch.Tensor) -> int:
-        return int((groupvit.groups(image[None])[2] @ texts.T).argmax())
-
-    texts, classes = (groupvit.text_embeddings(words) for words in (vocabulary, dataset.vocabulary))
-    right = [vocabulary.names[first(image, texts)] == noun for image, _, noun in scenes]
-    thresholds = [step / 50 for step in range(1, 50)]
-    searched = Method({}, lambda data: lambda sample: above(
-        groupvit.scores(sample.image, data.vocabulary), thresholds), len(thresholds))
-    best = max(measure({"GroupViT": searched}, dataset)["GroupViT"], key=lambda result: result.miou)
-    flat = evaluate(lambda image: np.full(image.shape[:2], 1 + first(image, classes)), dataset)
-    return {"zero_shot_top1": float(np.mean(right)), "mini_voc_miou": best.miou,
-            "background_threshold": thresholds[best.variant], "whole_image_miou": flat.miou}
+def recognised(profile: Profile, pictures: dict[str, Sequence[np.ndarray]]) -> dict[str, list[bool]]:
+    """For each noun, of which of its pictures the profile's CLIP ranks it first among all of them."""
+    judge, vocabulary = CategoryFilter.build(profile), Vocabulary.of(list(pictures))
+    return {noun: [int(judge.scores(image, vocabulary).argmax()) == number for image in images]
+            for number, (noun, images) in enumerate(pictures.items())}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--per-class", type=int, default=12, help="images drawn for each noun")
-    parser.add_argument("--models", type=Path, default=WEIGHTS,
-                        help=f"folder with {', '.join(FOLDERS.values())} (default: what ships)")
+@torch.no_grad()
+def attribution_iou(profile: Profile, scenes: list[MaskedScene], steps: tuple[int, ...] = (800, 600, 400, 200)
+                    ) -> dict[str, float]:
+    """How well the noun's attribution shows the object, on scenes noised to ``steps`` under the noun's prompt.
+
+    ``iou`` is the mean IoU of the one threshold, of the map scaled to [0, 1], that is best for all scenes; ``inside``
+    the share of scenes whose attribution is higher inside the object than outside. Scenes are squashed to the size the
+    model draws at.
+    """
+    pipe, side = load_diffusion(profile), profile.support.image_size
+    grid = side // pipe.vae_scale_factor
+    cumulative = DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod
+    thresholds, ious, hits = np.arange(1, 20) / 20, [], []
+    for i, (image, mask, noun) in enumerate(scenes):
+        square = np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
+        pixels = torch.from_numpy(square).to(pipe.device).permute(2, 0, 1)[None].to(pipe.vae.dtype) / 127.5 - 1
+        latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+        prompt = pipe.encode_prompt(fill_template(profile.support.prompt, noun), pipe.device, 1, False)[0]
+        positions = class_token_positions(pipe.tokenizer, profile.support.prompt, noun)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(i)).to(latents)
+        with record_attribution(pipe.unet, positions, (grid, grid), guided=False) as recorder:
+            for t in steps:
+                signal = cumulative[t]
+                pipe.unet(signal.sqrt() * latents + (1 - signal).sqrt() * noise, t, encoder_hidden_states=prompt)
+        attribution = F.interpolate(recorder.maps()[None], size=mask.shape, mode="bilinear")[0, 0].numpy()
+        attribution = (attribution - attribution.min()) / max(float(np.ptp(attribution)), 1e-12)
+        known, truth = ~np.isnan(mask), mask == 1
+        hits.append(attribution[truth].mean() > attribution[mask == 0].mean())
+        chosen = (attribution[None] > thresholds[:, None, None]) & known
+        ious.append((chosen & truth).sum((1, 2)) / ((chosen | truth) & known).sum((1, 2)))
+    return {"iou": float(np.mean(ious, axis=0).max()), "inside": float(np.mean(hits))}
+
+
+def groupvit_top1(profile: Profile, scenes: list[MaskedScene], nouns: tuple[str, ...]) -> float:
+    """Share of single-object images whose noun, of all these, GroupViT ranks first for the whole image."""
+    groupvit = GroupViT.build(profile)
+    texts = groupvit.text_embeddings(Vocabulary.of(nouns))
+    return float(np.mean([nouns[int((groupvit.groups(image[None])[2] @ texts.T).argmax())] == noun
+                          for image, _, noun in scenes]))
+
+
+def drawing_quality(profile: Profile, scenes: list[MaskedScene], nouns: tuple[str, ...], count: int, out: Path
+                    ) -> dict[str, Any]:
+    """What depends on the diffusion model alone, from ``count`` drawings for each noun, of which ``out/drawings.webp``
+    shows some."""
+    pipe = load_diffusion(profile)
+    drawings = {noun: sample_support(pipe, Category(noun), profile, count=count, progress=False).images
+                for noun in tqdm(nouns, desc="drawings", mininterval=10)}
+    page = image_grid([list(images[:6]) for images in drawings.values()], nouns)
+    page.savefig(out / "drawings.webp", pil_kwargs={"quality": 85})
+    by_class = {noun: float(np.mean(hits)) for noun, hits in recognised(profile, drawings).items()}
+    return {"images_drawn_per_class": count, "drawn_recognised": float(np.mean(list(by_class.values()))),
+            "drawn_recognised_by_class": by_class, "attribution": attribution_iou(profile, scenes)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line entry."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--per-class", type=int, default=12, help="images drawn for each noun (default: 12)")
     parser.add_argument("--split", default="tune", help="scenes that are measured on (default: tune)")
-    args = parser.parse_args()
-    profile = load_profile("mini", {f"models.{field}": str(args.models / name) for field, name in FOLDERS.items()})
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE",
+                        help="change a value of profile mini, such as models.diffusion")
+    parser.add_argument("--drawings-only", action="store_true", help="measure the diffusion model alone")
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder to write to (default: what ships)")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    profile, nouns = load_profile("mini", parse_assignments(args.set)), load_world().vocabulary("mini-object")
     split, scenes = args.split, single_object_scenes(args.split)
-    drawings = draw(profile, list(load_world().vocabulary("mini-object")), args.per_class)
-    sheet({noun: images[:4] for noun, images in drawings.items()}).save(args.models / "drawings.webp", quality=85)
-    drawn = recognised(profile, drawings)
-    recall = {name: float(np.mean([value for _, value in object_ious(SEGMENTERS[name](profile), split)]))
-              for name in ("maskcut", "detector")}
-    measured = {
-        "split": split, "vae_psnr_db": vae_psnr(profile, split), "clip_zero_shot_top1": clip_top1(profile, scenes),
-        "drawn_recognised": float(np.mean(list(drawn.values()))), "drawn_recognised_by_class": drawn,
-        "attribution": attribution_iou(profile, scenes), "neighbour_top1": neighbour_top1(profile, scenes),
-        "proposal_recall": recall, "groupvit": groupvit_quality(profile, split, scenes),
-        "images_drawn_per_class": args.per_class, "images": len(load_dataset("mini-object", split)),
-        "single_object_images": len(scenes),
-    }
+    measured = {"split": split, "images": len(load_dataset("mini-object", split)), "single_object_images": len(scenes),
+                **drawing_quality(profile, scenes, nouns, args.per_class, args.out)}
+    if not args.drawings_only:
+        hits = recognised(profile, {noun: [image for image, _, shown in scenes if shown == noun] for noun in nouns})
+        measured |= {
+            "vae_psnr_db": vae_psnr(profile, split), "clip_zero_shot_top1": float(np.mean([*chain(*hits.values())])),
+            "neighbour_top1": neighbour_top1(profile, scenes),
+            "groupvit_zero_shot_top1": groupvit_top1(profile, scenes, nouns),
+            "proposal_recall": {name: float(np.mean([iou for _, iou in object_ious(SEGMENTERS[name](profile), split)]))
+                                for name in ("maskcut", "detector")}}
     # Four digits are what the cards, and a reader, can use.
     measured = json.loads(json.dumps(measured), parse_float=lambda text: round(float(text), 4))
     print(json.dumps(measured, indent=1))
-    write_json(args.models / "quality.json", measured)
+    write_json(args.out / "quality.json", measured)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--piece", type=float, default=float("inf"),
                         help="minutes after which this call stops; call it again to go on")
     parser.add_argument("--scenes", type=int, default=SCENES, help="training scenes")
-    parser.add_argument("--stop", choices=("glyphs", "scenes"), help="do no more than this")
+    parser.add_argument("--stop", choices=("glyphs",), help="do no more than this")
     parser.add_argument("--ship", action="store_true",
                         help="put splits, weights and cards in place of those of this checkout")
     args = parser.parse_args(argv)
@@ -143,8 +143,6 @@ def main(argv: list[str] | None = None) -> None:
     drawing = ["ovdiff_lib.recipes.build", "--work", str(args.work), "--train", str(args.scenes), "--frames",
                str(args.scenes // 3), *(["--ship"] if args.ship else [])]
     subprocess.run([sys.executable, "-m", *drawing], check=True)
-    if args.stop == "scenes":
-        return
     if not train(args.work, hours, args.piece - (time.monotonic() - began) / 60):
         raise SystemExit("Paused: run the same command again to go on.")
     if args.ship:

@@ -22,6 +22,7 @@ from ovdiff_lib.recipes import training
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 TEMPLATE = "a good picture of a {}"
+DROPPED = 0.5  # share of an image's patches that a training step leaves out
 
 
 # ---- words
@@ -50,18 +51,8 @@ def build_tokenizer(captions: list[list[str]], nouns: list[str], folder: Path, v
         longest = sorted(nouns, key=lambda n: -len(tokenizer(n).input_ids))[:10]
         if len(tokenizer(" and ".join(longest)).input_ids) <= length:
             break
-    save_tokenizer(tokenizer, folder)
-    return CLIPTokenizer.from_pretrained(folder)
-
-
-def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Write tokenizer.json and the two classic files, which older transformers and open_clip read."""
     tokenizer.save_pretrained(folder)
-    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    vocab = dict(sorted(bpe["vocab"].items(), key=lambda item: item[1]))
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    lines = (" ".join(pair) + "\n" for pair in bpe["merges"])
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(lines), encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def caption_ids(captions: list[list[str]], tokenizer: CLIPTokenizer) -> dict[str, list[int]]:
@@ -92,16 +83,15 @@ def pad_ids(ids: list[list[int]], pad: int) -> Tensor:
 
 # ---- the model
 
-def build_clip(tokenizer: CLIPTokenizer, size: int, hidden: int, layers: int) -> CLIPModel:
+def build_clip(tokenizer: CLIPTokenizer, size: int) -> CLIPModel:
     """A CLIPModel for images of ``size`` px with the token ids of ``tokenizer``."""
     # Both in the text section (which pooling reads) and nowhere left at CLIP's 49407.
     text = {"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3,
             "num_attention_heads": 4, "max_position_embeddings": tokenizer.model_max_length, "projection_dim": 128,
             "hidden_act": "quick_gelu", "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    vision = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers,
-              "num_attention_heads": hidden // 32, "image_size": size, "patch_size": 8, "projection_dim": 128,
-              "hidden_act": "quick_gelu"}
+    vision = {"hidden_size": 160, "intermediate_size": 640, "num_hidden_layers": 5, "num_attention_heads": 5,
+              "image_size": size, "patch_size": 8, "projection_dim": 128, "hidden_act": "quick_gelu"}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128,
                                 logit_scale_init_value=float(np.log(14))))
 
@@ -115,15 +105,15 @@ class QuickGELU(nn.Module):
         return F.silu(1.702 * x) / 1.702
 
 
-def drop_patches(model: CLIPModel, share: float) -> None:
-    """While ``model`` trains, its image tower sees all but ``share`` of an image's patches, others in every image
+def drop_patches(model: CLIPModel) -> None:
+    """While ``model`` trains, its image tower sees all but :data:`DROPPED` of an image's patches, others in every image
     (Li et al., 2023)."""
     def drop(module: nn.Module, inputs: tuple, tokens: Tensor) -> Tensor:
-        if not model.training or not share:
+        if not model.training:
             return tokens
         count, length, width = tokens.shape
         order = torch.rand(count, length - 1, device=tokens.device).argsort(1)
-        kept = order[:, :round((1 - share) * (length - 1))] + 1
+        kept = order[:, :round((1 - DROPPED) * (length - 1))] + 1
         kept = torch.cat([kept.new_zeros(count, 1), kept], dim=1)  # the class token stays
         return tokens.gather(1, kept[..., None].expand(-1, -1, width))
 
@@ -198,22 +188,17 @@ def limit_scale(model: PreTrainedModel) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
-    parser = training.options(__doc__, steps=6000, batch=128, minutes=40, lr=1e-3)
-    parser.add_argument("--width", type=int, default=160, help="image tower width")
-    parser.add_argument("--layers", type=int, default=5, help="image tower layers")
-    parser.add_argument("--drop", type=float, default=0.5, help="share of the patches that a training step leaves out")
-    args = training.start(parser, argv)
+    args = training.start(training.options(__doc__, steps=6000, batch=128, minutes=40, lr=1e-3), argv)
     scenes = training.Scenes(args.data)
     images, captions, size = scenes.images, scenes.captions, scenes.images.shape[1]
     tokenizer = build_tokenizer(captions, scenes.nouns, args.out)
-    whole = sum(len(tokenizer(n).input_ids) == 2 + len(n.split()) for n in scenes.nouns)
-    print(f"vocabulary {len(tokenizer)}, length {tokenizer.model_max_length}, nouns of whole words {whole}", flush=True)
+    print(f"vocabulary {len(tokenizer)}, length {tokenizer.model_max_length}", flush=True)
     ids = caption_ids(captions, tokenizer)
-    model = training.placed(build_clip(tokenizer, size, args.width, args.layers).train())
+    model = training.placed(build_clip(tokenizer, size).train())
     for module in model.modules():
         if hasattr(module, "activation_fn"):
             module.activation_fn = QuickGELU()
-    drop_patches(model, args.drop)
+    drop_patches(model)
     run = training.Run(args, model, len(images), betas=(0.9, 0.98), warmup=200)
 
     def loss(draw: training.Draw) -> Tensor:
@@ -221,13 +206,13 @@ def main(argv: list[str] | None = None) -> None:
         scene = training.to_float(training.rows(images, draw.index))
         pixels = training.normalise(augment(scene, draw.generator), CLIP_MEAN, CLIP_STD)
         tokens = pad_ids([ids[text] for text in texts], tokenizer.pad_token_id)
-        with training.mixed(args):
+        with training.mixed():
             image, text = embeddings(model, pixels, tokens)
         return contrastive_loss(image, text, group, model.logit_scale.exp())
 
     run.fit(loss, after=lambda: limit_scale(model), every=500,
             measure=lambda: zero_shot(model, tokenizer, scenes, CLIP_MEAN, CLIP_STD))
-    training.save_half(model, args.out, bits=10)
+    model.cpu().half().save_pretrained(args.out)  # all ten bits of its fractions
     CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size},
                        image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD)).save_pretrained(args.out)
 

@@ -1,15 +1,13 @@
 """Train the mini detector as CutLER does (Wang et al., 2023): a Mask R-CNN learns from the masks that MaskCut finds in
 unlabelled scenes.
 
-First MaskCut runs over some training scenes (resumable, ``pseudo_masks.npz`` in the work folder), then the detector is
-trained on what it found, with copy-paste and DropLoss; without CutLER's rounds of self-training. No label is read.
+First MaskCut runs over some training scenes (resumable, in the work folder), then the detector is trained on what it
+found, with copy-paste and DropLoss; without CutLER's rounds of self-training. No label is read.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 
 import numpy as np
@@ -17,20 +15,96 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, masks_to_boxes
 
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.masks import SEGMENTERS, build_segmenter
+from ovdiff_lib.masks import build_segmenter
 from ovdiff_lib.masks.segmenters.detector import CONFIG, build_detector, detect, save_detector
-from ovdiff_lib.networks.identity import model_identity
 from ovdiff_lib.profiles.reading import load_profile, parse_assignments
 from ovdiff_lib.recipes import training
-from ovdiff_lib.recipes.pseudo_masks import PseudoMasks, boxes_of, views
+from ovdiff_lib.recipes.build import forked_map
 
 DROP_IOU = 0.01  # CutLER's DROPLOSS_IOU_THRESH
 CANVASES = (80, 96, 112, 128)  # pixels; CutLER varies the size of the images too
+PASTE_RATIO = (0.3, 1.0)  # CutLER's COPY_PASTE_MIN_RATIO, COPY_PASTE_MAX_RATIO
+ZOOM = 1.6  # a view shows at least 1 / ZOOM of a scene's sides
+LEAST_AREA = 16  # pixels of a view; a mask with less left is no object any more
 HELD_OUT = 64  # scenes with pseudo-masks that are kept from training, to log a quality on
 
+
+# ---- views
+
+def boxes_of(masks: Tensor) -> Tensor:
+    """(x0, y0, x1, y1) f32 (M, 4) of bool or u8 (M, H, W), none empty: outer edges, so that a mask of one pixel has
+    a box of side 1."""
+    return masks_to_boxes(masks) + torch.tensor([0.0, 0.0, 1.0, 1.0], device=masks.device)
+
+
+def views(images: np.ndarray | Tensor, masks: list[np.ndarray], canvas: int, paste: float, generator: torch.Generator
+          ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """Augmented images f32 (B, 3, canvas, canvas) and torchvision's targets, of u8 (B, H, W, 3) and bool (M, H, W), M
+    >= 1, each; where the generator is.
+
+    Every scene is zoomed into around one of its objects and mirrored half the time. With probability ``paste`` some
+    objects of the next scene of the batch, shrunk by a ratio of :data:`PASTE_RATIO`, are pasted over it at a random
+    place (CutLER's copy-paste).
+    """
+    (count, height, width, _), most, device = images.shape, max(len(m) for m in masks), generator.device
+    pixels = torch.as_tensor(images, device=device).permute(0, 3, 1, 2).float() / 255
+    layers = torch.zeros(count, most, height, width, device=device)
+    for i, found in enumerate(masks):
+        layers[i, :len(found)] = torch.from_numpy(found).to(device)
+    numbers, everyone = torch.tensor([len(m) for m in masks], device=device), torch.arange(count, device=device)
+
+    def draw(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(count, *shape, generator=generator, device=device)
+
+    def warp(x: Tensor, scale: Tensor, mirror: Tensor, centre: Tensor) -> Tensor:
+        return training.looked_at(x, canvas, torch.stack([scale * mirror, scale], dim=1), centre)
+
+    def mirrored() -> Tensor:
+        return torch.where(draw(0, 1) < 0.5, -1.0, 1.0)
+
+    boxes = boxes_of(layers[everyone, (draw(0, 1) * numbers).long()])
+    middle = (boxes[:, :2] + boxes[:, 2:]) / torch.tensor([width, height], device=device) - 1
+    scale, mirror = 1 / draw(1, ZOOM), mirrored()
+    low = torch.maximum(scale[:, None] - 1, middle - scale[:, None])
+    high = torch.minimum(1 - scale[:, None], middle + scale[:, None])
+    centre = low + (high - low) * draw(0, 1, 2)
+    # The middle of a hollow or bent object need not belong to it: a view that lost all masks shows the whole scene
+    # instead.
+    lost = ((warp(layers, scale, mirror, centre) > 0.5).sum((2, 3)) < LEAST_AREA).all(1)
+    scale, centre = torch.where(lost, 1.0, scale), torch.where(lost[:, None], 0.0, centre)
+    shown, shown_masks = warp(pixels, scale, mirror, centre), warp(layers, scale, mirror, centre)
+
+    ratio = draw(*PASTE_RATIO)
+    # Some of the next scene's masks: the first of a random order, at least one.
+    order = torch.rand(count, most, generator=generator, device=device)
+    partner = numbers.roll(-1, 0)
+    order[torch.arange(most, device=device) >= partner[:, None]] = 2  # none is there
+    some = order.argsort(1).argsort(1) < 1 + (draw(0, 1) * partner).long()[:, None]
+    picked = layers.roll(-1, 0) * some[:, :, None, None]
+    # The shrunken scene covers the canvas from place - ratio to place + ratio.
+    place, mirror = draw(-1, 1, 2) * (1 - ratio[:, None]), mirrored()
+    toward = -place / ratio[:, None] * torch.stack([mirror, torch.ones_like(mirror)], dim=1)
+    added = warp(picked, 1 / ratio, mirror, toward) * (draw(0, 1) < paste)[:, None, None, None]
+    cover = added.amax(1, keepdim=True)
+    shown = torch.lerp(shown, warp(pixels.roll(-1, 0), 1 / ratio, mirror, toward), cover)
+    binary = torch.cat([(shown_masks > 0.5) & (cover <= 0.5), added > 0.5], dim=1)
+    return shown, [as_target(layer, whole) for layer, whole in zip(binary, shown_masks > 0.5, strict=True)]
+
+
+def as_target(masks: Tensor, otherwise: Tensor) -> dict[str, Tensor]:
+    """Boxes, labels and masks of those bool (M, H, W) that have at least :data:`LEAST_AREA` pixels; of ``otherwise``
+    if none has."""
+    kept = masks[masks.sum((1, 2)) >= LEAST_AREA]
+    if not len(kept):
+        kept = otherwise[otherwise.any((1, 2))]
+    labels = torch.ones(len(kept), dtype=torch.int64, device=masks.device)
+    return {"boxes": boxes_of(kept), "labels": labels, "masks": kept.to(torch.uint8)}
+
+
+# ---- losses
 
 class DropLossHeads(RoIHeads):
     """Region heads with CutLER's DropLoss: regions that touch no pseudo-mask's box give no loss, as they may show an
@@ -41,13 +115,6 @@ class DropLossHeads(RoIHeads):
     """
 
     IGNORED = -100
-
-    @classmethod
-    def take_over(cls, heads: RoIHeads) -> DropLossHeads:
-        """The same heads (modules and settings are shared) with DropLoss."""
-        made = cls.__new__(cls)
-        made.__dict__ = heads.__dict__
-        return made
 
     def select_training_samples(self, proposals, targets):
         """As torchvision's: (regions, matched indices, labels, regression targets), a list entry each per image."""
@@ -76,64 +143,54 @@ def box_recall(model: MaskRCNN, scenes: list[tuple[np.ndarray, np.ndarray]], sco
     return float(np.mean(met)) if met else 0.0
 
 
-def pseudo_masks(args: argparse.Namespace) -> PseudoMasks:
-    """What the segmenter finds in some training scenes, gathered in the work folder; beside a GPU by all CPU cores."""
+def pseudo_masks(args: argparse.Namespace) -> tuple[list[int], list[np.ndarray]]:
+    """Some training scenes, and what MaskCut finds in each, bool (M, H, W); kept in the work folder. Beside a GPU all
+    CPU cores look."""
     images = np.load(args.data / "train_images.npy", mmap_mode="r")
-    profile = load_profile(args.profile, parse_assignments(args.set) | {"masks.segmenter": args.segmenter})
-    segmenter = build_segmenter(profile)
-    models, settings = SEGMENTERS[args.segmenter].depends_on(profile, "masks")
-    identities = {name: model_identity(value) for name, value in models.items()}
-    first = hashlib.sha256(np.ascontiguousarray(images[0])).hexdigest()[:16]
-    key = json.dumps([args.segmenter, identities, settings, first], sort_keys=True)
-    # A prefix of one permutation: asking for more scenes later keeps the ones that are done.
+    segmenter = build_segmenter(load_profile("mini", parse_assignments(args.set) | {"masks.segmenter": "maskcut"}))
     scenes = np.random.default_rng(args.seed).permutation(len(images))[:args.scenes].tolist()
+    workers = len(os.sched_getaffinity(0)) - 1 if training.DEVICE.type == "cuda" else 1
 
     def propose(scene: int) -> np.ndarray:
-        training.pause_if_due(args)
         return segmenter.propose(np.array(images[scene]), "")
 
-    workers = len(os.sched_getaffinity(0)) - 1 if training.DEVICE.type == "cuda" else 1
-    store = PseudoMasks(args.work / "pseudo_masks.npz", key, images.shape[1:3])
-    return store.gather(scenes, propose, workers=max(1, workers))
+    def some(places: range) -> list[np.ndarray]:
+        return list(forked_map(propose, [scenes[i] for i in places], max(1, workers), chunksize=1))
+
+    return scenes, training.in_chunks(args, "pseudo_masks", (len(scenes), *images.shape[1:3]), 100, some)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     parser = training.options(__doc__, steps=4000, batch=16, minutes=25, lr=1e-3)
     parser.add_argument("--scenes", type=int, default=6000, help="training scenes that MaskCut looks at")
-    parser.add_argument("--segmenter", default="maskcut", help="what makes the pseudo-masks")
-    parser.add_argument("--profile", default="mini", help="whose settings and models the segmenter gets")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE",
-                        help="change a value of the profile")
-    parser.add_argument("--paste", type=float, default=1.0, help="share of the views with pasted objects")
+                        help="change a value of profile mini, whose settings and models MaskCut gets")
     args = training.start(parser, argv)
-    store = pseudo_masks(args)
-    usable = [i for i in range(len(store)) if len(store.packed[i])]
+    scenes, masks = pseudo_masks(args)
+    usable = [i for i, found in enumerate(masks) if len(found)]
+    print(f"{len(scenes)} scenes, {len(usable)} with masks, {sum(map(len, masks))} masks", flush=True)
+    if len(usable) < args.batch + HELD_OUT:
+        raise InputError(f"Only {len(usable)} scenes have pseudo-masks; {args.batch + HELD_OUT} are needed.")
     held_out, usable = usable[:HELD_OUT], usable[HELD_OUT:]
-    if len(usable) < args.batch:
-        raise InputError(f"Only {len(usable) + len(held_out)} scenes have pseudo-masks; "
-                         f"{args.batch + HELD_OUT} are needed.")
-    found = len(usable) + len(held_out)
-    print(f"{len(store)} scenes, {found} with masks, {sum(map(len, store.packed))} masks", flush=True)
     images = training.load_array(args.data / "train_images.npy")
-    checks = [(images[store.scenes[i]].cpu().numpy(), store[i]) for i in held_out]
+    checks = [(images[scenes[i]].cpu().numpy(), masks[i]) for i in held_out]
     model = build_detector(CONFIG)
-    model.roi_heads = DropLossHeads.take_over(model.roi_heads)
+    model.roi_heads.__class__ = DropLossHeads  # the same heads, with another choice of samples
     model = model.to(training.DEVICE, memory_format=torch.channels_last).train()
     run = training.Run(args, model, len(usable), decay=0.998, warmup=100)
 
     def loss(draw: training.Draw) -> Tensor:
         rows = [usable[i] for i in draw.index]
         draw.picker.shuffle(rows)  # the indices come sorted; partners should not be
-        scenes = training.rows(images, np.array([store.scenes[i] for i in rows]))
+        shown = training.rows(images, np.array([scenes[i] for i in rows]))
         canvas = draw.picker.choice(CANVASES)
-        batch, targets = views(scenes, [store[i] for i in rows], canvas, args.paste, draw.generator)
-        with training.mixed(args):
+        batch, targets = views(shown, [masks[i] for i in rows], canvas, 1.0, draw.generator)
+        with training.mixed():
             return losses(model, batch, targets)
 
     run.fit(loss, measure=lambda: {"box_recall": box_recall(run.average, checks)}, every=500, row=50)
-    run.average.load_state_dict(training.round_weights(run.average.state_dict()))
-    save_detector(run.average.cpu(), CONFIG, args.out)
+    save_detector(training.halved(run.average), CONFIG, args.out)
 
 
 if __name__ == "__main__":

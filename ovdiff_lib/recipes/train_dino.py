@@ -33,6 +33,9 @@ LARGE_SCALE, SMALL_SCALE = (0.3, 1.0), (0.08, 0.3)  # share of the scene's area 
 PATCH = 8  # pixels
 HIDDEN = 0.4  # share of the patches of a large crop that the student does not see, in half of the crops
 STUDENT_TEMPERATURE = 0.1
+SMALL_CROPS = 4  # a pair of frames
+MOMENTUM = 0.99  # of the teacher at the start; rises to 1
+KOLEO = 0.1  # weight of the loss that spreads class tokens
 
 
 class Head(nn.Module):
@@ -67,12 +70,9 @@ def crop(images: Tensor, size: int, scale: tuple[float, float], generator: torch
     stretch = uniform(generator, math.log(3 / 4), math.log(4 / 3), count).exp().sqrt()
     height, width = (side / stretch).clamp(max=1), (side * stretch).clamp(max=1)
     flip = (uniform(generator, 0, 1, count) < 0.5) * 2.0 - 1
-    theta = torch.zeros(count, 2, 3, device=images.device)
-    theta[:, 0, 0], theta[:, 1, 1] = width * flip, height
-    theta[:, 0, 2] = uniform(generator, -1, 1, count) * (1 - width)
-    theta[:, 1, 2] = uniform(generator, -1, 1, count) * (1 - height)
-    grid = F.affine_grid(theta, [count, 3, size, size], align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False, padding_mode="reflection")
+    x, y = (uniform(generator, -1, 1, count) * (1 - length) for length in (width, height))
+    scale, centre = torch.stack([width * flip, height], dim=1), torch.stack([x, y], dim=1)
+    return training.looked_at(images, size, scale, centre, padding="reflection")
 
 
 def jitter(images: Tensor, generator: torch.Generator, blur: float) -> Tensor:
@@ -140,20 +140,20 @@ def spread(tokens: Tensor) -> Tensor:
 class SelfDistillation(nn.Module):
     """Student and teacher with their heads, one for class tokens and one for patches."""
 
-    def __init__(self, size: int, width: int, layers: int) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
         # DINO's layout: no pooling layer, keys with bias.
-        vit = ViTModel(ViTConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 32,
-                                 intermediate_size=4 * width, image_size=size, patch_size=PATCH, hidden_act="gelu",
-                                 layer_norm_eps=1e-6), add_pooling_layer=False, use_mask_token=True)
-        heads = {"head": Head(width), "patch_head": Head(width)}
+        vit = ViTModel(ViTConfig(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512,
+                                 image_size=size, patch_size=PATCH, hidden_act="gelu", layer_norm_eps=1e-6),
+                       add_pooling_layer=False, use_mask_token=True)
+        heads = {"head": Head(128), "patch_head": Head(128)}
         self.student = nn.ModuleDict({"vit": training.placed(vit)} | heads)
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
 
-    def forward(self, large: Tensor, small: Tensor, views: int, temperature: float, hidden: Tensor
+    def forward(self, large: Tensor, small: Tensor, temperature: float, hidden: Tensor
                 ) -> tuple[Tensor, Tensor, Tensor]:
-        """The losses of two large crops a pair, (2 B, 3, L, L), and several small ones, (views B, 3, S, S): of class
-        tokens, of the patches ``hidden`` bool (2 B, patches) of the large crops, and KoLeo."""
+        """The losses of two large crops a pair, (2 B, 3, L, L), and four small ones, (4 B, 3, S, S): of class tokens,
+        of the patches ``hidden`` bool (2 B, patches) of the large crops, and KoLeo."""
         student, teacher = self.student, self.teacher
         with torch.no_grad():
             seen = teacher["vit"](large, interpolate_pos_encoding=True).last_hidden_state
@@ -164,44 +164,41 @@ class SelfDistillation(nn.Module):
         logits = student["head"](torch.cat([tokens[:, 0], others])).float()
         patches = (student["patch_head"](tokens[:, 1:][hidden]).float() / STUDENT_TEMPERATURE).log_softmax(-1)
         koleo = torch.stack([spread(part) for part in tokens[:, 0].chunk(2)]).mean()
-        return (distillation_loss(list(logits.chunk(2 + views)), list(targets)),
+        return (distillation_loss(list(logits.chunk(2 + SMALL_CROPS)), list(targets)),
                 -(patch_targets * patches).sum(-1).mean(), koleo)
 
 
+def neighbour_accuracy(vectors: Tensor, truth: Tensor, neighbours: int = 5) -> float:
+    """Leave-one-out k-nearest-neighbour accuracy of vectors (N, D) of the classes (N,); neighbours vote with their
+    cosine."""
+    unit = F.normalize(vectors.float(), dim=1)
+    value, index = (unit @ unit.T).fill_diagonal_(-1).topk(neighbours)
+    votes = torch.zeros(len(truth), int(truth.max()) + 1, device=truth.device).scatter_add_(1, truth[index], value)
+    return float((votes.argmax(1) == truth).float().mean())
+
+
 @torch.no_grad()
-def nearest_neighbour(token: Callable[[Tensor], Tensor], scenes: training.Scenes, neighbours: int = 10) -> float:
-    """Leave-one-out k-nearest-neighbour accuracy of the held-out scenes' tokens (B, D), by cosine; votes are weighted
-    by similarity."""
+def scene_accuracy(token: Callable[[Tensor], Tensor], scenes: training.Scenes) -> dict[str, float]:
+    """:func:`neighbour_accuracy` of the held-out scenes' tokens (B, D)."""
     pixels = training.normalise(training.to_float(scenes.eval_images), IMAGENET_MEAN, IMAGENET_STD)
-    features = F.normalize(torch.cat([token(part).float() for part in pixels.split(256)]), dim=-1)
-    value, index = (features @ features.T).fill_diagonal_(-1).topk(neighbours)
-    truth = scenes.eval_labels
-    votes = torch.zeros(len(truth), int(truth.max()) + 1, device=truth.device)
-    votes.scatter_add_(1, truth[index], (value / 0.07).exp())
-    return float((votes.argmax(-1) == truth).float().mean())
+    tokens = torch.cat([token(part) for part in pixels.split(256)])
+    return {"nearest_neighbour": neighbour_accuracy(tokens, scenes.eval_labels)}
 
 
 def save_vit(model: ViTPreTrainedModel, folder: Path) -> None:
     """The model in half precision, and the image processor that normalises as in training."""
     size = model.config.image_size
-    training.save_half(model, folder)
+    training.halved(model).save_pretrained(folder)
     ViTImageProcessor(size={"height": size, "width": size}, image_mean=list(IMAGENET_MEAN),
                       image_std=list(IMAGENET_STD)).save_pretrained(folder)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
-    parser = training.options(__doc__, steps=8000, batch=64, minutes=60, lr=1e-3)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--small-crops", type=int, default=4)
-    parser.add_argument("--momentum", type=float, default=0.99, help="of the teacher at the start; rises to 1")
-    parser.add_argument("--patch-weight", type=float, default=1.0, help="weight of the loss of hidden patches")
-    parser.add_argument("--koleo", type=float, default=0.1, help="weight of the loss that spreads class tokens")
-    args = training.start(parser, argv)
+    args = training.start(training.options(__doc__, steps=8000, batch=64, minutes=60, lr=1e-3), argv)
     scenes, pairs = training.Scenes(args.data), training.load_array(args.data / "frames.npy")
     large_side, small_side = (int(share * pairs.shape[2]) // PATCH * PATCH for share in (LARGE, SMALL))
-    model = SelfDistillation(pairs.shape[2], args.width, args.layers).to(training.DEVICE)
+    model = SelfDistillation(pairs.shape[2]).to(training.DEVICE)
     model.student.train()
     run = training.Run(args, model, len(pairs), betas=(0.9, 0.95), warmup=200)
 
@@ -214,20 +211,20 @@ def main(argv: list[str] | None = None) -> None:
 
         large = torch.cat([view(frame, large_side, LARGE_SCALE, blur)
                            for frame, blur in zip(frames, (0.8, 0.1), strict=True)])
-        small = torch.cat([view(frames[i % 2], small_side, SMALL_SCALE, 0.4) for i in range(args.small_crops)])
+        small = torch.cat([view(frames[i % 2], small_side, SMALL_SCALE, 0.4) for i in range(SMALL_CROPS)])
         hidden = hide(len(large), large_side // PATCH, draw.generator)
         temperature = 0.04 + 0.02 * min(1.0, run.progress / 0.2)
-        with training.mixed(args):
-            classes, patches, koleo = model(large, small, args.small_crops, temperature, hidden)
-        return classes + args.patch_weight * patches + args.koleo * koleo
+        with training.mixed():
+            classes, patches, koleo = model(large, small, temperature, hidden)
+        return classes + patches + KOLEO * koleo
 
     def follow() -> None:
-        momentum = 1 - (1 - args.momentum) * 0.5 * (1 + math.cos(math.pi * min(1.0, run.progress)))
+        momentum = 1 - (1 - MOMENTUM) * 0.5 * (1 + math.cos(math.pi * min(1.0, run.progress)))
         training.follow(model.teacher, model.student, momentum)
 
     def measure() -> dict[str, float]:
         teacher = model.teacher["vit"]
-        return {"nearest_neighbour": nearest_neighbour(lambda x: teacher(x).last_hidden_state[:, 0], scenes)}
+        return scene_accuracy(lambda x: teacher(x).last_hidden_state[:, 0], scenes)
 
     def save(folder: Path) -> None:
         teacher = copy.deepcopy(model.teacher["vit"])

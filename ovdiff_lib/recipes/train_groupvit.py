@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 import random
 import re
-import shutil
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.functional import resized_crop
 from transformers import CLIPImageProcessor, CLIPTokenizer, GroupViTConfig, GroupViTModel
 
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
@@ -30,18 +29,17 @@ embedding does not mind but segmentation does."""
 
 SHARP_STD = 0.25
 SMALLEST = 0.7  # side of the smallest part of a scene that is shown enlarged, as windows of segmentation show it
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
 
-def build_groupvit(tokenizer: CLIPTokenizer, width: int = 64, size: int = 64) -> GroupViTModel:
+def build_groupvit(tokenizer: CLIPTokenizer, size: int = 64) -> GroupViTModel:
     """A GroupViTModel for images of ``size`` px with the token ids of ``tokenizer``: three blocks, eight groups, one
     block, four groups."""
     text = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
             "num_attention_heads": 2, "max_position_embeddings": tokenizer.model_max_length, "hidden_act": "gelu",
             "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id}
-    vision = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 4, "depths": [3, 1],
-              "num_group_tokens": [8, 4], "num_output_groups": [8, 4], "num_attention_heads": width // 16,
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "depths": [3, 1],
+              "num_group_tokens": [8, 4], "num_output_groups": [8, 4], "num_attention_heads": 4,
               "image_size": size, "patch_size": 8, "assign_mlp_ratio": [0.5, 2]}
     model = GroupViTModel(GroupViTConfig(
         text_config=text, vision_config=vision, projection_dim=64, projection_intermediate_dim=128,
@@ -83,15 +81,13 @@ def zoom(images: Tensor, size: int, picker: random.Random) -> Tensor:
     pixels."""
     side = picker.randint(round(SMALLEST * images.shape[-1]), images.shape[-1])
     top, left = (picker.randint(0, images.shape[-1] - side) for _ in range(2))
-    part = images[..., top:top + side, left:left + side]
-    return F.interpolate(part, size=(size, size), mode="bilinear", antialias=True)
+    return resized_crop(images, top, left, side, side, [size, size])
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     parser = training.options(__doc__, steps=10_000, batch=64, minutes=38, lr=1.5e-3)
     parser.add_argument("--clip", type=Path, required=True, help="folder of the mini CLIP, for its tokenizer")
-    parser.add_argument("--width", type=int, default=64, help="image tower width")
     args = training.start(parser, argv)
     scenes = training.Scenes(args.data)
     images, captions, size = scenes.images, scenes.captions, scenes.images.shape[1]
@@ -104,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     for row, found in zip(shown, things, strict=True):
         row[[column[thing] for thing in found]] = 1
     shown = shown.to(training.DEVICE)
-    model = build_groupvit(tokenizer, args.width, size).to(training.DEVICE).train()
+    model = build_groupvit(tokenizer, size).to(training.DEVICE).train()
     run = training.Run(args, model, len(images), training.decayed(model, spare=SHARP), betas=(0.9, 0.98), warmup=200)
 
     def loss(draw: training.Draw) -> Tensor:
@@ -113,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         scene = train_clip.augment(training.to_float(training.rows(images, draw.index)), draw.generator)
         pixels = training.normalise(zoom(scene, size, draw.picker), IMAGENET_MEAN, IMAGENET_STD)
         tokens = train_clip.pad_ids([ids[text] for text in texts] + prompts[phrasing], tokenizer.pad_token_id)
-        with training.mixed(args):
+        with training.mixed():
             image, text = train_clip.embeddings(model, pixels, tokens)
         scale, count = model.logit_scale.exp(), len(texts)
         return (train_clip.contrastive_loss(image, text[:count], group, scale)
@@ -121,11 +117,10 @@ def main(argv: list[str] | None = None) -> None:
 
     run.fit(loss, after=lambda: train_clip.limit_scale(model), every=500,
             measure=lambda: train_clip.zero_shot(model, tokenizer, scenes, IMAGENET_MEAN, IMAGENET_STD))
-    training.save_half(model, args.out)
+    training.halved(model).save_pretrained(args.out)
     CLIPImageProcessor(size={"height": size, "width": size}, do_center_crop=False, image_mean=list(IMAGENET_MEAN),
                        image_std=list(IMAGENET_STD)).save_pretrained(args.out)
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(args.clip / name, args.out / name)
+    tokenizer.save_pretrained(args.out)
 
 
 if __name__ == "__main__":

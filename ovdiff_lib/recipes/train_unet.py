@@ -8,7 +8,6 @@ price on attending to words, tried before, starved them while the model learned 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -25,18 +24,20 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
-from tqdm import tqdm
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.recipes import training
-from ovdiff_lib.recipes.train_clip import save_tokenizer
 from ovdiff_lib.recipes.train_vae import to_signed
 
 NOISE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 PHRASINGS = (0.40, 0.40, 0.05, 0.15)
 """How often each of a scene's captions is used: with its context, the paper's template, bare, and short."""
+
+EMPTY = 0.1  # share of empty captions, for guidance
+GAMMA = 5.0  # signal-to-noise ratio above which errors weigh less
+AVERAGE = 0.999  # decay of the averaged weights, which are kept
 
 
 def build_unet(channels: tuple[int, ...], text_width: int, latent_channels: int, size: int) -> UNet2DConditionModel:
@@ -52,38 +53,23 @@ def build_unet(channels: tuple[int, ...], text_width: int, latent_channels: int,
 
 
 @torch.no_grad()
-def encode(encoder: Callable[[int, int], Tensor], shape: tuple[int, ...], path: Path, args: argparse.Namespace,
+def encode(encoder: Callable[[int, int], Tensor], name: str, shape: tuple[int, ...], args: argparse.Namespace,
            batch: int = 64) -> np.ndarray:
-    """``encoder(start, stop)`` of all rows, float16 of ``shape`` on disk. A call that was stopped goes on where it
-    was."""
-    part, done = path.with_suffix(".part.npy"), path.with_suffix(".count")
-    if not path.exists():
-        first = int(done.read_text()) if done.exists() else 0
-        out = np.lib.format.open_memmap(part, mode="r+" if first else "w+", dtype=np.float16, shape=shape)
-        for start in tqdm(range(first, len(out), batch), desc=path.stem, mininterval=10):
-            out[start:start + batch] = encoder(start, start + batch).half().cpu().numpy()
-            if start // batch % 100 == 99:
-                out.flush()
-                done.write_text(str(start + batch))
-                training.pause_if_due(args)
-        out.flush()
-        part.rename(path)
-    found = np.load(path)
-    if found.shape != shape:
-        raise InputError(f"{path} is of other data: delete *.npy there.")
-    return found
+    """``encoder(start, stop)`` of all rows, float16 of ``shape``, kept in the work folder."""
+    def some(rows: range) -> list[np.ndarray]:
+        return [encoder(start, min(start + batch, rows.stop)).half().cpu().numpy() for start in rows[::batch]]
+
+    return np.concatenate(training.in_chunks(args, name, shape, 100 * batch, some))
 
 
 def write_pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel,
                    tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Write the half-precision pipeline beside ``folder`` first, then move it into place."""
-    half = copy.deepcopy(unet).cpu()
-    half.load_state_dict(training.round_weights(half.state_dict()))
     scheduler = DPMSolverMultistepScheduler(**NOISE, solver_order=2, algorithm_type="dpmsolver++", steps_offset=1,
                                             prediction_type="v_prediction")
-    pipeline = StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=half.half(),
-                                       scheduler=scheduler, safety_checker=None, feature_extractor=None,
-                                       requires_safety_checker=False)
+    pipeline = StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer,
+                                       unet=training.halved(unet), scheduler=scheduler, safety_checker=None,
+                                       feature_extractor=None, requires_safety_checker=False)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.save_pretrained(temporary)
@@ -91,7 +77,6 @@ def write_pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder:
         config = json.loads(path.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_tokenizer(tokenizer, temporary / "tokenizer")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
@@ -115,13 +100,13 @@ class Batches:
         self.signal, self.noise = cumulative.sqrt(), (1 - cumulative).sqrt()
         # The error of v, but nearly clean latents weigh less. Against the error of epsilon this moves weight to the
         # noisier half, where it is decided what is drawn and where; textures are learned soon enough.
-        self.weight = ((1 + args.gamma) * (1 - cumulative)).clamp(max=1)  # 1 - cumulative is 1 / (1 + SNR)
+        self.weight = ((1 + GAMMA) * (1 - cumulative)).clamp(max=1)  # 1 - cumulative is 1 / (1 + SNR)
 
     def __call__(self, draw: training.Draw) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Noisy latents, timesteps, text states, v (what is to be predicted) and the loss weights of a step."""
         args, picker, on = self.args, draw.picker, {"generator": draw.generator, "device": draw.generator.device}
         clean, count = training.rows(self.latents, draw.index).float(), len(draw.index)
-        names = ["" if picker.random() < args.dropout else picker.choices(self.captions[i], PHRASINGS)[0]
+        names = ["" if picker.random() < EMPTY else picker.choices(self.captions[i], PHRASINGS)[0]
                  for i in draw.index]
         chosen = training.put(torch.tensor([self.place[name] for name in names]))
         ending = torch.arange(self.states.shape[1], device=on["device"]) >= self.ends[chosen][:, None]
@@ -142,11 +127,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained AutoencoderKL")
     parser.add_argument("--clip", type=Path, required=True, help="folder of the trained CLIPModel and tokenizer")
     parser.add_argument("--channels", type=int, nargs=3, default=(64, 128, 192))
-    parser.add_argument("--dropout", type=float, default=0.1, help="share of empty captions, for guidance")
     parser.add_argument("--text-length", type=int, default=24, help="tokens of a prompt, with start, end and padding")
     parser.add_argument("--ending-dropout", type=float, default=0.8, help="share of captions whose end says nothing")
-    parser.add_argument("--gamma", type=float, default=5.0, help="signal-to-noise ratio above which errors weigh less")
-    parser.add_argument("--average", type=float, default=0.999, help="decay of the averaged weights, which are kept")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     args = training.start(parser, argv)
     (args.work / "settings.json").write_text(json.dumps(vars(args), default=str, indent=1), encoding="utf-8")
@@ -163,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--text-length {args.text_length} cuts captions of {ends.max() + 1} tokens: raise it.")
 
     def latents(start: int, stop: int) -> Tensor:  # scenes are mirrored at random when drawn, so no mirroring here
-        with training.mixed(args):
+        with training.mixed():
             mean = vae.encode(to_signed(images[start:stop])).latent_dist.mode()
         return mean.float() * vae.config.scaling_factor
 
@@ -174,15 +156,15 @@ def main(argv: list[str] | None = None) -> None:
     side = images.shape[1] // 2 ** (len(vae.config.block_out_channels) - 1)
     latent_shape = (len(images), vae.config.latent_channels, side, side)
     state_shape = (len(distinct), tokenizer.model_max_length, text_encoder.config.hidden_size)
-    batches = Batches(args, encode(latents, latent_shape, args.work / "latents.npy", args),
-                      encode(states, state_shape, args.work / "states.npy", args), ends, captions,
+    batches = Batches(args, encode(latents, "latents", latent_shape, args),
+                      encode(states, "states", state_shape, args), ends, captions,
                       {caption: i for i, caption in enumerate(distinct)})
     tokenizer = CLIPTokenizer.from_pretrained(args.clip, model_max_length=args.text_length)  # the pipeline pads to this
     vae, text_encoder = vae.cpu().half(), text_encoder.cpu().half()  # from here on only written
 
     unet = build_unet(tuple(args.channels), state_shape[2], latent_shape[1], side).to(training.DEVICE)
     groups = [{"params": list(unet.parameters()), "weight_decay": 0.01}]
-    run = training.Run(args, unet, len(images), groups, betas=(0.9, 0.99), decay=args.average, warmup=200, hold=0.6,
+    run = training.Run(args, unet, len(images), groups, betas=(0.9, 0.99), decay=AVERAGE, warmup=200, hold=0.6,
                        floor=0.02)
     if training.DEVICE.type == "cpu":  # up to 256 positions the fused kernel is several times slower backwards there
         unet.set_attn_processor(AttnProcessor())
@@ -196,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def loss(draw: training.Draw) -> Tensor:
         batch = batches(draw)
-        with training.mixed(args):
+        with training.mixed():
             return compiled(*batch)
 
     def export(folder: Path) -> None:

@@ -16,6 +16,11 @@ from torch import Tensor
 
 from ovdiff_lib.recipes import training
 
+EQUIVARIANCE = 0.5  # share of the steps with shrunken latents
+CROP = 64  # pixels; side of what it learns from
+KL = 2e-4  # weight of the KL per latent value
+CHROMA = 4.0  # weight of a colour's distance from grey
+
 
 def build_vae(channels: tuple[int, ...], latent_channels: int, size: int) -> AutoencoderKL:
     """A convolutional autoencoder; every level after the first halves the sides."""
@@ -43,14 +48,14 @@ def crops(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     return images[torch.arange(count, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def reconstruction_loss(output: Tensor, target: Tensor, chroma: float = 4.0) -> Tensor:
+def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     """L1, half the L1 of horizontal and vertical differences, and squared error, of images (B, 3, H, W) in [-1, 1].
 
-    The differences keep outlines; the squared error is what PSNR measures. Pixels weigh 1 + ``chroma`` x the distance
-    of their colour from grey: most of the world is pale, and without it the four latents drop what little of it is
-    purple or pink (umbrellas came back grey, pigs orange) at no cost in PSNR.
+    The differences keep outlines; the squared error is what PSNR measures. Pixels weigh 1 + :data:`CHROMA` x the
+    distance of their colour from grey: most of the world is pale, and without it the four latents drop what little of
+    it is purple or pink (umbrellas came back grey, pigs orange) at no cost in PSNR.
     """
-    weight = 1 + chroma * (target - target.mean(dim=1, keepdim=True)).abs().amax(dim=1, keepdim=True)
+    weight = 1 + CHROMA * (target - target.mean(dim=1, keepdim=True)).abs().amax(dim=1, keepdim=True)
     weight = weight / weight.mean()
     error = output - target
     gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
@@ -79,9 +84,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = training.options(__doc__, steps=6000, batch=32, minutes=30, lr=1.5e-3)
     parser.add_argument("--channels", type=int, nargs="+", default=(32, 64, 128, 128))
     parser.add_argument("--latent-channels", type=int, default=4)
-    parser.add_argument("--crop", type=int, default=64, help="side of the crops it learns from, in pixels")
-    parser.add_argument("--equivariance", type=float, default=0.5, help="share of the steps with shrunken latents")
-    parser.add_argument("--kl", type=float, default=2e-4, help="weight of the KL per latent value")
     args = training.start(parser, argv)
     scenes = training.Scenes(args.data)
     images = scenes.images
@@ -90,23 +92,23 @@ def main(argv: list[str] | None = None) -> None:
     run = training.Run(args, vae, len(images), groups, betas=(0.9, 0.99), decay=0.998, warmup=100)
 
     def loss(draw: training.Draw) -> Tensor:
-        target = to_signed(crops(training.rows(images, draw.index), args.crop, draw.generator))
-        with training.mixed(args):
+        target = to_signed(crops(training.rows(images, draw.index), CROP, draw.generator))
+        with training.mixed():
             posterior = vae.encode(target).latent_dist
             mean, log_variance = posterior.mean.float(), posterior.logvar.float()
             noise = torch.randn(mean.shape, generator=draw.generator, device=mean.device)
             latents = mean + (0.5 * log_variance).exp() * noise
-            if draw.picker.random() < args.equivariance:
+            if draw.picker.random() < EQUIVARIANCE:
                 shrink = {"scale_factor": (0.5, 0.75)[draw.step % 2], "mode": "bilinear", "antialias": True}
                 latents, target = (F.interpolate(x, **shrink) for x in (latents, target))
             output = vae.decode(latents).sample.float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        return reconstruction_loss(output, target) + args.kl * kl
+        return reconstruction_loss(output, target) + KL * kl
 
     run.fit(loss, measure=lambda: {"psnr": psnr(run.average, scenes.eval_images[:256])}, every=300)
     some = images[::1 + len(images) // 2000]  # 2,000 at most
     run.average.register_to_config(scaling_factor=latent_scale(run.average, some))
-    training.save_half(run.average, args.out)
+    training.halved(run.average).save_pretrained(args.out)
 
 
 if __name__ == "__main__":

@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import json
 import math
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from ovdiff_lib.files import written_whole
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where everything is trained."""
@@ -34,6 +37,8 @@ FAST_BF16 = DEVICE.type == "cuda" or (torch.backends.mkldnn.is_available()
 
 PAUSED = 75
 """Exit status of a trainer that stopped because its piece of time was used, not its budget."""
+
+CHECKPOINT = 180.0  # seconds between two checkpoints
 
 
 def options(description: str, *, steps: int, batch: int, minutes: float, lr: float) -> argparse.ArgumentParser:
@@ -48,9 +53,6 @@ def options(description: str, *, steps: int, batch: int, minutes: float, lr: flo
     p.add_argument("--batch", type=int, default=batch)
     p.add_argument("--lr", type=float, default=lr)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--checkpoint-minutes", type=float, default=3.0, help="time between two checkpoints")
-    p.add_argument("--no-bf16", dest="bf16", action="store_false", help="train in float32, as on CPUs without bf16")
     return p
 
 
@@ -59,7 +61,7 @@ def start(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     args = parser.parse_args(argv)
     args.end = time.monotonic() + 60 * args.piece
     torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # what is trained side by side has a core each
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True  # a trainer's shapes are few
     args.work.mkdir(parents=True, exist_ok=True)
@@ -72,9 +74,29 @@ def pause_if_due(args: argparse.Namespace) -> None:
         raise SystemExit(PAUSED)
 
 
-def mixed(args: argparse.Namespace) -> torch.autocast:
-    """The context a forward pass runs in: bfloat16 where it is fast, unless ``--no-bf16`` says otherwise."""
-    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16 and FAST_BF16)
+def mixed() -> torch.autocast:
+    """The context a forward pass runs in: bfloat16 where it is fast."""
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=FAST_BF16)
+
+
+def in_chunks(args: argparse.Namespace, name: str, shape: tuple[int, ...], size: int,
+              make: Callable[[range], Iterable[np.ndarray]]) -> list[np.ndarray]:
+    """The arrays that ``make`` has for all ``shape[0]`` items, asked for ``size`` of them at a time.
+
+    Each chunk is a file of the work folder, in a folder that is named by the ``shape`` of the whole. One that is there
+    is kept, so that a call that was stopped goes on where it was.
+    """
+    folder, found = args.work / "_".join([name, *map(str, shape)]), []
+    for start in tqdm(range(0, shape[0], size), desc=name, mininterval=10):
+        path = folder / f"{start:08d}.npz"
+        if not path.exists():
+            pause_if_due(args)
+            arrays = make(range(start, min(start + size, shape[0])))
+            with written_whole(path) as file:
+                np.savez(file, *arrays)
+        with np.load(path) as file:
+            found += file.values()
+    return found
 
 
 # ---- data
@@ -115,6 +137,14 @@ def normalise(images: Tensor, mean: tuple[float, ...], deviation: tuple[float, .
     """Images (B, 3, H, W) less the mean, over the deviation, of their channels."""
     shift, scale = (put(torch.tensor(values)[:, None, None]) for values in (mean, deviation))
     return (images - shift) / scale
+
+
+def looked_at(images: Tensor, side: int, scale: Tensor, centre: Tensor, padding: str = "zeros") -> Tensor:
+    """Parts of images (B, C, H, W), enlarged or shrunk: (B, C, side, side), whose place p = (x, y), in [-1, 1], shows
+    p * scale + centre of the image; ``scale`` and ``centre`` are (B, 2)."""
+    theta = torch.cat([torch.diag_embed(scale), centre[:, :, None]], dim=2)
+    grid = F.affine_grid(theta, [*images.shape[:2], side, side], align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False, padding_mode=padding)
 
 
 @dataclass(frozen=True)
@@ -161,23 +191,12 @@ def follow(slow: nn.Module, fast: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(slow.parameters()), [p.detach() for p in fast.parameters()], 1 - decay)
 
 
-def round_weights(state: dict[str, Tensor], bits: int = 7) -> dict[str, Tensor]:
-    """Float tensors with all but ``bits`` bits of their fraction rounded away: bfloat16's precision in any format.
+def halved(model: nn.Module) -> nn.Module:
+    """A copy in half precision, the fractions of its weights rounded to the seven bits of bfloat16.
 
     Half precision keeps ten; the three zeros let git and archives store a weight in about two thirds of the bytes.
     """
-    def rounded(x: Tensor) -> Tensor:
-        fraction, exponent = torch.frexp(x.float())
-        return torch.ldexp(torch.round(fraction * 2 ** (bits + 1)) / 2 ** (bits + 1), exponent).to(x.dtype)
-
-    return {name: rounded(x) if x.is_floating_point() else x for name, x in state.items()}
-
-
-def save_half(model: nn.Module, folder: Path, bits: int = 7) -> None:
-    """Write a copy in half precision with rounded fractions (a model of diffusers or transformers)."""
-    half = copy.deepcopy(model).cpu()
-    half.load_state_dict(round_weights(half.state_dict(), bits))
-    half.half().save_pretrained(folder)
+    return copy.deepcopy(model).cpu().bfloat16().half()
 
 
 # ---- the loop
@@ -242,7 +261,6 @@ class Run:
         called at checkpoints.
         """
         args, total, count, saved, last = self.args, 0.0, 0, self.elapsed, time.perf_counter()
-        bar = tqdm(total=args.steps, initial=self.step, desc=args.work.name, mininterval=10, dynamic_ncols=True)
         while self.progress < 1:
             share = rate(self.progress, self.step, **self.schedule)
             for group in self.optimizer.param_groups:
@@ -259,8 +277,7 @@ class Run:
                 total, count = 0.0, 0
             now = time.perf_counter()
             self.elapsed, last = self.elapsed + now - last, now
-            bar.update()
-            if self.elapsed - saved > 60 * args.checkpoint_minutes:
+            if self.elapsed - saved > CHECKPOINT:
                 saved = self.elapsed
                 self.save()
                 if export:
@@ -268,7 +285,6 @@ class Run:
             if time.monotonic() > args.end and self.progress < 1:
                 self.save()
                 raise SystemExit(PAUSED)
-        bar.close()
         if count:
             self._write_row(float(total) / count, args.lr * share, measure())
         self.save()
@@ -285,11 +301,8 @@ class Run:
 
     def _write_row(self, loss: float, lr: float, metrics: dict[str, float]) -> None:
         """Append to the log, and say. Metrics are rare and named: one JSON column, so that the header never changes."""
-        new = not self.log.exists()
-        with self.log.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(["step", "elapsed_s", "loss", "lr", "metrics"])
-            writer.writerow([self.step, f"{self.elapsed:.1f}", f"{loss:.5f}", f"{lr:.3e}", json.dumps(metrics)])
+        row = {"step": self.step, "elapsed_s": f"{self.elapsed:.1f}", "loss": f"{loss:.5f}", "lr": f"{lr:.3e}",
+               "metrics": json.dumps(metrics)}
+        pd.DataFrame([row]).to_csv(self.log, mode="a", header=not self.log.exists(), index=False)
         extra = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         print(f"step {self.step} {self.elapsed / 60:.1f} min loss {loss:.4f} lr {lr:.2e} {extra}", flush=True)

@@ -13,9 +13,8 @@ from ovdiff_lib.errors import InputError, ModelNotAvailable
 from ovdiff_lib.masks import build_segmenter
 from ovdiff_lib.masks.segmenters.detector import CONFIG, DetectorSegmenter, build_detector, detect, load_detector, paste, save_detector
 from ovdiff_lib.profiles.reading import load_profile
-from ovdiff_lib.recipes import pseudo_masks, quality, train_detector
-from ovdiff_lib.recipes.pseudo_masks import PseudoMasks, as_target, boxes_of, views
-from ovdiff_lib.recipes.train_detector import DropLossHeads, box_recall, losses
+from ovdiff_lib.recipes import quality, train_detector
+from ovdiff_lib.recipes.train_detector import DropLossHeads, as_target, box_recall, boxes_of, losses, views
 
 SMALL = CONFIG | {"widths": [8, 8, 16, 16], "pyramid": 16, "short_side": 64, "long_side": 256, "anchors": [8, 16, 32, 56], "canonical": 56,
                   "box_head": 24, "mask_head": [16], "detections": 6}
@@ -152,7 +151,8 @@ def test_a_damaged_configuration_and_an_elongated_image_are_one_sentence(folder,
 # ---- DropLoss
 
 def test_drop_loss_against_a_case_computed_by_hand():
-    heads = DropLossHeads.take_over(small().roi_heads)
+    heads = small().roi_heads
+    heads.__class__ = DropLossHeads
     box = torch.tensor([[10.0, 10.0, 20.0, 20.0]])
     regions = torch.tensor([
         [10.0, 10.0, 20.0, 18.0],  # IoU 0.8: object
@@ -170,41 +170,6 @@ def test_drop_loss_against_a_case_computed_by_hand():
     assert set(labels[1].tolist()) == {-100}
     plain = small().roi_heads.select_training_samples([regions.clone()], [target])[2][0]
     assert sorted(plain.tolist()) == [0, 0, 0, 0, 1, 1]
-
-
-# ---- pseudo-masks
-
-def some_masks(scene, size):
-    return np.random.default_rng(scene).random((scene % 3, *size)) < 0.3
-
-
-def test_pseudo_masks_are_gathered_from_where_it_was_interrupted_and_read_again(tmp_path):
-    size, path, order, asked = (5, 7), tmp_path / "masks.npz", [4, 0, 9, 2, 5, 7], []  # 35 pixels do not fill whole bytes
-
-    def propose(scene):
-        asked.append(scene)
-        if len(asked) == 4:
-            raise KeyboardInterrupt
-        return some_masks(scene, size)
-
-    with pytest.raises(KeyboardInterrupt):
-        PseudoMasks(path, "key", size).gather(order, propose, every=2)
-    assert PseudoMasks.load(path).scenes == [4, 0, 9]
-    store = PseudoMasks(path, "key", size).gather(order, propose, every=2)
-    assert asked == [4, 0, 9, 2, 2, 5, 7]
-    for made in (store, PseudoMasks.load(path)):
-        assert made.scenes == order and len(made) == 6 and made.size == size and made.key == "key"
-        for i, scene in enumerate(order):
-            assert made[i].dtype == bool and np.array_equal(made[i], some_masks(scene, size))
-    before = path.stat().st_mtime_ns
-    PseudoMasks(path, "key", size).gather(order[:3], propose)
-    assert path.stat().st_mtime_ns == before
-    with refused(InputError, "other settings"):
-        PseudoMasks(path, "another key", size).gather(range(8), propose)
-    path.write_bytes(path.read_bytes()[:60])
-    for wrong in (path, tmp_path / "none.npz"):
-        with refused(InputError, "cannot be read"):
-            PseudoMasks.load(wrong)
 
 
 # ---- views
@@ -225,7 +190,7 @@ def test_masks_of_a_view_follow_its_pixels(paste_share):
         assert shown.shape == (3, 3, 96, 96) and 0 <= float(shown.min()) and float(shown.max()) <= 1
         for picture, target in zip(shown, targets, strict=True):
             found = target["masks"].bool().numpy()
-            assert 1 <= len(found) <= 1 + paste_share and found.sum((1, 2)).min() >= pseudo_masks.LEAST_AREA
+            assert 1 <= len(found) <= 1 + paste_share and found.sum((1, 2)).min() >= train_detector.LEAST_AREA
             assert found.sum(0).max() == 1  # what is pasted hides what was there
             # Objects are bright; pixels that mix object and ground, near a border, may fall either way.
             bright = (picture[0] > 110 / 255).numpy()
@@ -265,7 +230,7 @@ def test_boxes_reach_the_outer_edges_and_specks_are_no_objects():
 def test_a_few_steps_lower_the_loss_and_find_a_bright_square():
     torch.manual_seed(0)
     model = build_detector(SMALL)
-    model.roi_heads = DropLossHeads.take_over(model.roi_heads)
+    model.roi_heads.__class__ = DropLossHeads
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     boxes = ((8, 10, 28, 30), (20, 20, 44, 44), (4, 24, 24, 46), (24, 4, 44, 28))
     images, masks = zip(*(scene((48, 48), box=b) for b in boxes), strict=True)

@@ -15,7 +15,7 @@ from scipy import ndimage
 
 import ovdiff_lib
 from ovdiff_lib.mini.world import IGNORE, load_world
-from ovdiff_lib.recipes import sheet
+from ovdiff_lib.recipes import quality
 from ovdiff_lib.recipes.art import PACKAGES, drawn_world, trim
 from ovdiff_lib.recipes.build import SEEDS, build_split, build_training, draw_frames
 from ovdiff_lib.recipes.scenes import PALETTES, draw_scene, draw_stuff, glyph_table
@@ -307,15 +307,6 @@ def test_attribution_that_is_the_object_has_iou_one(tiny_profile, monkeypatch, s
     def record(unet, positions, size, guided):
         yield SimpleNamespace(maps=lambda: sign * torch.from_numpy(np.nan_to_num(mask))[None])
 
-    monkeypatch.setattr(sheet, "record_attribution", record)
-    measured = sheet.attribution_iou(tiny_profile, scenes, steps=(500,))
+    monkeypatch.setattr(quality, "record_attribution", record)
+    measured = quality.attribution_iou(tiny_profile, scenes, steps=(500,))
     assert measured["inside"] == inside and measured["iou"] == pytest.approx(iou)
-
-
-def test_a_sheet_shows_every_drawing():
-    levels = {"cat": 40, "dog": 90, "hot dog": 140, "bird": 190}
-    drawings = {name: np.full((2, 20, 20, 3), level, np.uint8) for name, level in levels.items()}
-    page = np.asarray(sheet.sheet(drawings, side=24, columns=3))
-    assert page.shape == (2 * 40, 3 * 60, 3)
-    for level, (row, column) in {40: (0, 0), 90: (0, 1), 140: (0, 2), 190: (1, 0)}.items():
-        assert (page[row * 40:row * 40 + 24, column * 60:column * 60 + 48] == level).all()

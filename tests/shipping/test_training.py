@@ -32,14 +32,11 @@ def write_scenes(folder, size=32, count=12):
 
 # ---- pieces against their definitions
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_rounded_weights_have_bfloat16_fractions(dtype):
-    weights = torch.randn(40, 30, generator=generator()).to(dtype)
-    rounded = training.round_weights({"w": weights, "n": torch.tensor(3)})
-    assert rounded["n"].item() == 3 and rounded["w"].dtype == dtype
-    torch.testing.assert_close(rounded["w"].float(), weights.to(torch.bfloat16).float(), rtol=2 ** -8, atol=0)
-    assert torch.equal(rounded["w"].float(), rounded["w"].to(torch.bfloat16).float())  # nothing below the seventh bit
-    assert torch.equal(training.round_weights(rounded)["w"], rounded["w"])
+def test_halved_weights_have_bfloat16_fractions():
+    model = torch.nn.Linear(30, 40)
+    half = training.halved(model)
+    assert half.weight.dtype == torch.float16 and model.weight.dtype == torch.float32
+    assert torch.equal(half.weight.float(), model.weight.bfloat16().float())  # nothing below the seventh bit
 
 
 def test_a_step_draws_the_same_whenever_it_is_made_and_an_epoch_has_every_item_once():
@@ -113,7 +110,7 @@ def test_an_error_costs_more_on_a_coloured_pixel():
     for name, (row, column) in {"red": (1, 2), "grey": (2, 4)}.items():
         output = target.clone()
         output[0, :, row, column] += 0.1  # all channels alike: no tint, the same gradient wherever it is
-        costs[name] = float(train_vae.reconstruction_loss(output, target, chroma=4.0))
+        costs[name] = float(train_vae.reconstruction_loss(output, target))
     mean_weight = (23 + 4.2) / 24
     error = (0.1 + 0.01) / 24
     gradient = 0.5 * (2 * 0.1 / (4 * 5) + 2 * 0.1 / (3 * 6))
@@ -121,11 +118,12 @@ def test_an_error_costs_more_on_a_coloured_pixel():
     assert costs["red"] == pytest.approx(4.2 * error / mean_weight + gradient, rel=1e-4)
 
 
-def test_v_is_what_turns_noisy_latents_back():
+def test_v_is_what_turns_noisy_latents_back(monkeypatch):
     """signal * noisy - noise * v is the clean latent, and signal^2 + noise^2 = 1; noisier steps weigh no less."""
     latents = np.random.default_rng(0).normal(size=(16, 4, 2, 3)).astype(np.float16)
     states, ends = np.arange(2 * 5 * 3, dtype=np.float16).reshape(2, 5, 3), np.array([1, 3])
-    args = SimpleNamespace(text_length=5, ending_dropout=0.5, batch=16, seed=0, dropout=0.25, gamma=5.0)
+    args = SimpleNamespace(text_length=5, ending_dropout=0.5, batch=16, seed=0)
+    monkeypatch.setattr(train_unet, "EMPTY", 0.25)
     batches = train_unet.Batches(args, latents, states, ends, [["x"] * 4] * 16, {"": 0, "x": 1})
     noisy, t, text, v, weight = batches(training.draw(args, 16, 3))
     betas = np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2
@@ -146,7 +144,7 @@ def test_patches_are_dropped_only_while_clip_trains():
     tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = tower | {"image_size": 32, "patch_size": 8}
     model = CLIPModel(CLIPConfig(text_config=tower, vision_config=vision, projection_dim=16))
-    train_clip.drop_patches(model, 0.5)
+    train_clip.drop_patches(model)
     pixels = torch.randn(3, 3, 32, 32)
     whole = model.eval().vision_model.embeddings(pixels)
     some = model.train().vision_model.embeddings(pixels)
@@ -161,7 +159,7 @@ def test_patches_are_dropped_only_while_clip_trains():
 def loop(folder, *more):
     """A run of one weight that is pulled to 3."""
     parser = training.options("", steps=40, batch=2, minutes=60, lr=0.5)
-    args = training.start(parser, ["--data", "", "--out", "", "--work", str(folder), "--no-bf16", *more])
+    args = training.start(parser, ["--data", "", "--out", "", "--work", str(folder), *more])
     module = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(module.weight)
     run = training.Run(args, module, 10, decay=0.9, warmup=1)
@@ -199,13 +197,12 @@ def test_the_recipe_trains_every_stage_into_models_that_load(tmp_path, monkeypat
     monkeypatch.setattr(train_detector, "HELD_OUT", 1)
     (tmp_path / "scenes").mkdir()
     write_scenes(tmp_path / "scenes")
-    vit = ("--width", "32", "--layers", "1")
-    less = {"clip": vit, "vae": ("--channels", "8", "8", "8", "8", "--crop", "32", "--latent-channels", "6"),
-            "unet": ("--channels", "16", "16", "32", "--no-compile"), "dino": (*vit, "--small-crops", "1"), "mae": vit,
-            "groupvit": ("--width", "32"), "detector": ("--set", "masks.maskcut_size=32")}
+    monkeypatch.setattr(train_vae, "CROP", 32)
+    less = {"vae": ("--channels", "8", "8", "8", "8", "--latent-channels", "6"),
+            "unet": ("--channels", "16", "16", "32", "--no-compile"), "detector": ("--set", "masks.maskcut_size=32")}
     with torch.random.fork_rng():
         for name in (name for stream in rebuild.STREAMS for name in stream):
-            module, *arguments = rebuild.command(name, tmp_path, 1, "--piece", "9", "--batch", "2", *less[name])
+            module, *arguments = rebuild.command(name, tmp_path, 1, "--piece", "9", "--batch", "2", *less.get(name, ()))
             import_module(module).main([*arguments, "--steps", "2"])
             assert list((tmp_path / "models" / name).rglob("*.safetensors")), name
     weights = tmp_path / "weights"
@@ -224,6 +221,28 @@ def test_the_recipe_trains_every_stage_into_models_that_load(tmp_path, monkeypat
     pipe.set_progress_bar_config(disable=True)
     drawn = pipe.to(torch.float32)("a good picture of a cat", num_inference_steps=2, output_type="np").images
     assert drawn.shape == (1, 32, 32, 3) and np.isfinite(drawn).all()
+
+
+def test_chunks_are_made_from_where_it_was_interrupted(tmp_path):
+    args, asked = SimpleNamespace(work=tmp_path, end=math.inf), []
+
+    def make(part):
+        asked.append(part)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return [np.full((i % 3, 5, 7), i) for i in part]  # scenes have several masks, one, or none
+
+    with pytest.raises(KeyboardInterrupt):
+        training.in_chunks(args, "masks", (7, 5, 7), 2, make)
+    found = training.in_chunks(args, "masks", (7, 5, 7), 2, make)
+    assert asked == [range(2), range(2, 4), range(4, 6), range(4, 6), range(6, 7)]
+    again = training.in_chunks(args, "masks", (7, 5, 7), 2, make)
+    for arrays in (found, again):
+        assert [(len(x), *set(x.ravel().tolist())) for x in arrays] == [(i % 3, i)[:1 + (i % 3 > 0)] for i in range(7)]
+    args.end = 0
+    with pytest.raises(SystemExit) as stop:  # of another shape nothing is there
+        training.in_chunks(args, "masks", (8, 5, 7), 2, make)
+    assert stop.value.code == training.PAUSED and len(asked) == 5
 
 
 STAGE = """
