@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
-import tarfile
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -64,8 +64,7 @@ def fetch(folder: Path) -> None:
             reason = " ".join(run.stderr.strip().splitlines()[-1:])
             raise InputError(f"npm could not fetch {package}: {reason}. Check the network and try again.")
         archive = folder / run.stdout.strip().splitlines()[-1]
-        with tarfile.open(archive) as tar:
-            tar.extractall(target.with_suffix(".part"), filter="data")
+        shutil.unpack_archive(archive, target.with_suffix(".part"), filter="data")
         target.with_suffix(".part").rename(target)
         archive.unlink()
 

@@ -60,15 +60,9 @@ def single_object_scenes(split: str) -> list[MaskedScene]:
 
 
 def vae_psnr(profile: Profile, split: str) -> float:
-    """Mean PSNR in dB of the reconstruction of images whose short side is what the profile draws at."""
-    pipe, values = load_diffusion(profile), []
-    step = pipe.vae_scale_factor
-    for sample in load_dataset("mini-object", split):
-        image = resize_short_side(sample.image, profile.support.image_size)
-        height, width = (side // step * step for side in image.shape[:2])
-        pixels = torch.from_numpy(np.array(image[None, :height, :width])).to(pipe.device)
-        values.append(psnr(pipe.vae, pixels))
-    return float(np.mean(values))
+    """Mean PSNR in dB of the reconstruction of images."""
+    vae, data = load_diffusion(profile).vae, load_dataset("mini-object", split)
+    return float(np.mean([psnr(vae, torch.from_numpy(sample.image.copy())[None].to(vae.device)) for sample in data]))
 
 
 def neighbour_top1(profile: Profile, scenes: list[MaskedScene]) -> dict[str, float]:
@@ -84,31 +78,26 @@ def neighbour_top1(profile: Profile, scenes: list[MaskedScene]) -> dict[str, flo
     return accuracy
 
 
-def best_ious(proposals: np.ndarray, labels: np.ndarray) -> dict[int, float]:
+def best_ious(proposals: np.ndarray, labels: np.ndarray) -> list[float]:
     """For each label of an object in u8 (H, W), the highest IoU of a proposal, bool (M, H, W), with its pixels; 0
     without proposals.
 
     Ignored pixels count for nothing. Objects of one noun that share an image share a label and count as one.
     """
-    known, found = labels != IGNORE, {}
+    known, found = labels != IGNORE, []
     for label in labels_of(labels):
         truth = labels == label
         both = (proposals & truth).sum(axis=(1, 2))
         either = ((proposals | truth) & known).sum(axis=(1, 2))
-        found[int(label)] = float((both / either).max(initial=0))
+        found.append(float((both / either).max(initial=0)))
     return found
 
 
-def object_ious(segmenter: Segmenter, split: str = "val", limit: int | None = None) -> list[tuple[str, float]]:
-    """Noun and best IoU of a proposal, for every object of (the first ``limit``) images of mini-object; a segmenter
-    that reads words is given the nouns that an image shows."""
-    data = load_dataset("mini-object", split)
-    names, rows = data.vocabulary.names, []
-    for index in tqdm(range(min(limit or len(data), len(data))), desc=segmenter.name, unit="image"):
-        sample = data[index]
-        masks = segmenter.propose(sample.image, " and ".join(names[label - 1] for label in labels_of(sample.labels)))
-        rows += [(names[label - 1], value) for label, value in best_ious(masks, sample.labels).items()]
-    return rows
+def proposal_recall(segmenter: Segmenter, split: str) -> float:
+    """Mean over all objects of the images of mini-object of :func:`best_ious`."""
+    data = tqdm(load_dataset("mini-object", split), desc=segmenter.name, unit="image")
+    return float(np.mean([iou for sample in data
+                          for iou in best_ious(segmenter.propose(sample.image, ""), sample.labels)]))
 
 
 def recognised(profile: Profile, pictures: dict[str, Sequence[np.ndarray]]) -> dict[str, list[bool]]:
@@ -194,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
             "vae_psnr_db": vae_psnr(profile, split), "clip_zero_shot_top1": float(np.mean([*chain(*hits.values())])),
             "neighbour_top1": neighbour_top1(profile, scenes),
             "groupvit_zero_shot_top1": groupvit_top1(profile, scenes, nouns),
-            "proposal_recall": {name: float(np.mean([iou for _, iou in object_ious(SEGMENTERS[name](profile), split)]))
+            "proposal_recall": {name: proposal_recall(SEGMENTERS[name](profile), split)
                                 for name in ("maskcut", "detector")}}
     # Four digits are what the cards, and a reader, can use.
     measured = json.loads(json.dumps(measured), parse_float=lambda text: round(float(text), 4))

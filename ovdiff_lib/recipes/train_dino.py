@@ -200,6 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     large_side, small_side = (int(share * pairs.shape[2]) // PATCH * PATCH for share in (LARGE, SMALL))
     model = SelfDistillation(pairs.shape[2]).to(training.DEVICE)
     model.student.train()
+    teacher = model.teacher["vit"]
     run = training.Run(args, model, len(pairs), betas=(0.9, 0.95), warmup=200)
 
     def loss(draw: training.Draw) -> Tensor:
@@ -222,16 +223,13 @@ def main(argv: list[str] | None = None) -> None:
         momentum = 1 - (1 - MOMENTUM) * 0.5 * (1 + math.cos(math.pi * min(1.0, run.progress)))
         training.follow(model.teacher, model.student, momentum)
 
-    def measure() -> dict[str, float]:
-        teacher = model.teacher["vit"]
-        return scene_accuracy(lambda x: teacher(x).last_hidden_state[:, 0], scenes)
-
     def save(folder: Path) -> None:
-        teacher = copy.deepcopy(model.teacher["vit"])
-        teacher.embeddings.mask_token = None
-        save_vit(teacher, folder)
+        kept = copy.deepcopy(teacher)
+        kept.embeddings.mask_token = None
+        save_vit(kept, folder)
 
-    run.fit(loss, after=follow, measure=measure, every=250, export=lambda: save(args.work / "model"))
+    run.fit(loss, after=follow, every=250, export=lambda: save(args.work / "model"),
+            measure=lambda: scene_accuracy(lambda x: teacher(x).last_hidden_state[:, 0], scenes))
     save(args.out)
 
 

@@ -94,12 +94,9 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(args.clip)
     ids = train_clip.caption_ids(captions, tokenizer)
     things = [named_things(alternatives[0]) for alternatives in captions]
-    column = {thing: i for i, thing in enumerate(sorted({thing for row in things for thing in row}))}
+    column = sorted({thing for row in things for thing in row})
     prompts = [[tokenizer(template.format(thing)).input_ids for thing in column] for template in TEMPLATES]
-    shown = torch.zeros(len(things), len(column))
-    for row, found in zip(shown, things, strict=True):
-        row[[column[thing] for thing in found]] = 1
-    shown = shown.to(training.DEVICE)
+    shown = torch.tensor([[float(thing in row) for thing in column] for row in things], device=training.DEVICE)
     model = build_groupvit(tokenizer, size).to(training.DEVICE).train()
     run = training.Run(args, model, len(images), training.decayed(model, spare=SHARP), betas=(0.9, 0.98), warmup=200)
 

@@ -68,12 +68,6 @@ def start(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     return args
 
 
-def pause_if_due(args: argparse.Namespace) -> None:
-    """End the program, to be called again, where its piece is used; what comes before the first step asks this too."""
-    if time.monotonic() > args.end:
-        raise SystemExit(PAUSED)
-
-
 def mixed() -> torch.autocast:
     """The context a forward pass runs in: bfloat16 where it is fast."""
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=FAST_BF16)
@@ -90,7 +84,8 @@ def in_chunks(args: argparse.Namespace, name: str, shape: tuple[int, ...], size:
     for start in tqdm(range(0, shape[0], size), desc=name, mininterval=10):
         path = folder / f"{start:08d}.npz"
         if not path.exists():
-            pause_if_due(args)
+            if time.monotonic() > args.end:
+                raise SystemExit(PAUSED)
             arrays = make(range(start, min(start + size, shape[0])))
             with written_whole(path) as file:
                 np.savez(file, *arrays)
