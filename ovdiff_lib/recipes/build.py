@@ -168,13 +168,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train", type=int, default=100_000, help="training scenes")
     parser.add_argument("--frames", type=int, default=30_000, help="pairs of frames of one object")
     parser.add_argument("--evaluation", type=int, default=1_032, help="held-out scenes of one object")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that draw")
     parser.add_argument("--ship", action="store_true", help="also draw the splits and the archive, into mini/data")
     args = parser.parse_args(argv)
     world = drawn_world()
     arrays = build_glyphs(world, args.work)
     build_training(world, arrays, args.work / "scenes", args.size, args.train, args.frames, args.evaluation,
-                   args.workers)
+                   workers=len(os.sched_getaffinity(0)))
     if args.ship:
         # The ids in the label maps are places in this table.
         shutil.copyfile(Path(__file__).parent / "world.yaml", DATA.parent / "world.yaml")

@@ -4,7 +4,6 @@ words)."""
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -20,14 +19,9 @@ FOLDERS = {"unet": "stable-diffusion", "vae": "stable-diffusion/vae"}
 """Where a model ships, if not under its own name."""
 
 
-def read_log(path: Path) -> pd.DataFrame:
-    """Rows of a trainer's log.csv; the ``metrics`` column becomes columns of its own, empty in most rows."""
-    rows = pd.read_csv(path)
-    return rows.drop(columns="metrics").join(pd.DataFrame([json.loads(text) for text in rows["metrics"]]))
-
-
 def plot_log(rows: pd.DataFrame, path: Path, title: str) -> None:
-    """Loss (logarithmic) over steps, and every metric in a panel of its own."""
+    """Of a trainer's log: loss (logarithmic) over steps, and every metric, of which most rows have none, in a panel of
+    its own."""
     shown = rows.drop(columns=["elapsed_s", "lr"]).set_index("step").interpolate()
     panels = shown.plot(subplots=True, layout=(1, -1), figsize=(5 * shown.shape[1], 3.2), grid=True, title=title)
     panels[0, 0].set_yscale("log")
@@ -59,9 +53,9 @@ def write_cards(training: Path, weights: Path, scenes: int) -> None:
         "facet": load_profile("mini").masks.maskcut_facet, "nouns": len(by_class), "nouns_drawn": len(world.things),
         "styles": len(world.train_styles), "glyphs": glyphs - sum(len(t.held) for t in world.things), "scenes": scenes}
     for kind, card in words["kinds"].items():
-        model, log = weights / FOLDERS.get(kind, kind), training / kind / "log.csv"
-        rows = read_log(log)
-        shutil.copyfile(log, model / "training_log.csv")
+        model, log = weights / FOLDERS.get(kind, kind), training / kind / "log.jsonl"
+        rows = pd.read_json(log, lines=True)
+        rows.to_csv(model / "training_log.csv", index=False)
         plot_log(rows, model / "loss_curve.png", card["title"])
         table, quality = facts(kind, card["class"], model, rows), card["quality"].format(**known)
         text = words["card"].format(**known | card | {"table": table, "quality": quality})

@@ -1,7 +1,7 @@
 """Measure the models of the mini world on images none of them was trained on; the numbers go on their model cards.
 
     python -m ovdiff_lib.recipes.quality    # what ships: prints and writes mini/weights/quality.json and drawings.webp
-    python -m ovdiff_lib.recipes.quality --drawings-only --set models.diffusion=work/training/unet/pipeline --out DIR
+    python -m ovdiff_lib.recipes.quality --drawings-only --set models.diffusion=work/training/unet/model --out DIR
 """
 
 from __future__ import annotations

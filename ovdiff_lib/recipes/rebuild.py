@@ -32,9 +32,6 @@ latents, and what MaskCut finds for the detector to learn from."""
 STREAMS = (("clip", "vae", "unet"), ("dino", "mae", "detector", "groupvit"))
 """What is trained one after the other; the streams run side by side."""
 
-SCENES = 100_000
-"""Training scenes; there are a third as many pairs of frames."""
-
 RESERVE = 0.5
 """Minutes of a piece in which a trainer may still end its step and save; none is started in the last two of these."""
 
@@ -131,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hours", type=float, help="time for everything (default: 0.4 on a GPU, 30 without)")
     parser.add_argument("--piece", type=float, default=float("inf"),
                         help="minutes after which this call stops; call it again to go on")
-    parser.add_argument("--scenes", type=int, default=SCENES, help="training scenes")
+    parser.add_argument("--scenes", type=int, default=100_000, help="training scenes")
     parser.add_argument("--stop", choices=("glyphs",), help="do no more than this")
     parser.add_argument("--ship", action="store_true",
                         help="put splits, weights and cards in place of those of this checkout")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, PreTrainedModel
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, PreTrainedModel
 
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD
 from ovdiff_lib.recipes import training
@@ -96,13 +96,10 @@ def build_clip(tokenizer: CLIPTokenizer, size: int) -> CLIPModel:
                                 logit_scale_init_value=float(np.log(14))))
 
 
-class QuickGELU(nn.Module):
+def quick_gelu(x: Tensor) -> Tensor:
     """CLIP's ``x * sigmoid(1.702 x)`` by the fused SiLU kernel, which has a fused backward too: the stock one makes
     three passes over memory."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same values as ``quick_gelu``."""
-        return F.silu(1.702 * x) / 1.702
+    return F.silu(1.702 * x) / 1.702
 
 
 def drop_patches(model: CLIPModel) -> None:
@@ -197,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     model = training.placed(build_clip(tokenizer, size).train())
     for module in model.modules():
         if hasattr(module, "activation_fn"):
-            module.activation_fn = QuickGELU()
+            module.activation_fn.forward = quick_gelu
     drop_patches(model)
     run = training.Run(args, model, len(images), betas=(0.9, 0.98), warmup=200)
 
@@ -213,8 +210,6 @@ def main(argv: list[str] | None = None) -> None:
     run.fit(loss, after=lambda: limit_scale(model), every=500,
             measure=lambda: zero_shot(model, tokenizer, scenes, CLIP_MEAN, CLIP_STD))
     model.cpu().half().save_pretrained(args.out)  # all ten bits of its fractions
-    CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size},
-                       image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD)).save_pretrained(args.out)
 
 
 if __name__ == "__main__":

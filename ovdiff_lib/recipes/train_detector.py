@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -149,13 +150,11 @@ def pseudo_masks(args: argparse.Namespace) -> tuple[list[int], list[np.ndarray]]
     images = np.load(args.data / "train_images.npy", mmap_mode="r")
     segmenter = build_segmenter(load_profile("mini", parse_assignments(args.set) | {"masks.segmenter": "maskcut"}))
     scenes = np.random.default_rng(args.seed).permutation(len(images))[:args.scenes].tolist()
-    workers = len(os.sched_getaffinity(0)) - 1 if training.DEVICE.type == "cuda" else 1
+    workers = len(os.sched_getaffinity(0)) if training.DEVICE.type == "cuda" else 1
 
-    def propose(scene: int) -> np.ndarray:
-        return segmenter.propose(np.array(images[scene]), "")
-
-    def some(places: range) -> list[np.ndarray]:
-        return list(forked_map(propose, [scenes[i] for i in places], max(1, workers), chunksize=1))
+    def some(places: range) -> Iterator[np.ndarray]:
+        chosen = (np.array(images[scenes[i]]) for i in places)
+        return forked_map(lambda image: segmenter.propose(image, ""), chosen, workers, chunksize=1)
 
     return scenes, training.in_chunks(args, "pseudo_masks", (len(scenes), *images.shape[1:3]), 100, some)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTImageProcessor, ViTModel, ViTPreTrainedModel
+from transformers import ViTConfig, ViTModel
 
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.recipes import training
@@ -185,14 +185,6 @@ def scene_accuracy(token: Callable[[Tensor], Tensor], scenes: training.Scenes) -
     return {"nearest_neighbour": neighbour_accuracy(tokens, scenes.eval_labels)}
 
 
-def save_vit(model: ViTPreTrainedModel, folder: Path) -> None:
-    """The model in half precision, and the image processor that normalises as in training."""
-    size = model.config.image_size
-    training.halved(model).save_pretrained(folder)
-    ViTImageProcessor(size={"height": size, "width": size}, image_mean=list(IMAGENET_MEAN),
-                      image_std=list(IMAGENET_STD)).save_pretrained(folder)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     args = training.start(training.options(__doc__, steps=8000, batch=64, minutes=60, lr=1e-3), argv)
@@ -226,11 +218,10 @@ def main(argv: list[str] | None = None) -> None:
     def save(folder: Path) -> None:
         kept = copy.deepcopy(teacher)
         kept.embeddings.mask_token = None
-        save_vit(kept, folder)
+        training.halved(kept).save_pretrained(folder)
 
-    run.fit(loss, after=follow, every=250, export=lambda: save(args.work / "model"),
+    run.fit(loss, after=follow, every=250, export=save,
             measure=lambda: scene_accuracy(lambda x: teacher(x).last_hidden_state[:, 0], scenes))
-    save(args.out)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torchvision.transforms.functional import resized_crop
-from transformers import CLIPImageProcessor, CLIPTokenizer, GroupViTConfig, GroupViTModel
+from transformers import CLIPTokenizer, GroupViTConfig, GroupViTModel
 
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.recipes import train_clip, training
@@ -115,8 +115,6 @@ def main(argv: list[str] | None = None) -> None:
     run.fit(loss, after=lambda: train_clip.limit_scale(model), every=500,
             measure=lambda: train_clip.zero_shot(model, tokenizer, scenes, IMAGENET_MEAN, IMAGENET_STD))
     training.halved(model).save_pretrained(args.out)
-    CLIPImageProcessor(size={"height": size, "width": size}, do_center_crop=False, image_mean=list(IMAGENET_MEAN),
-                       image_std=list(IMAGENET_STD)).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
 
 

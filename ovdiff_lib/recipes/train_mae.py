@@ -15,7 +15,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.recipes import training
-from ovdiff_lib.recipes.train_dino import PATCH, crop, save_vit, scene_accuracy
+from ovdiff_lib.recipes.train_dino import PATCH, crop, scene_accuracy
 
 SCALE = (0.25, 1.0)  # share of the scene's area that a crop shows
 
@@ -59,8 +59,7 @@ def main(argv: list[str] | None = None) -> None:
             return model(pixels, noise=noise).loss
 
     run.fit(loss, measure=lambda: accuracy(model, scenes), every=1000,
-            export=lambda: save_vit(model.vit, args.work / "model"))
-    save_vit(model.vit, args.out)
+            export=lambda folder: training.halved(model.vit).save_pretrained(folder))
 
 
 if __name__ == "__main__":

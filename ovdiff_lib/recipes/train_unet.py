@@ -129,9 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--channels", type=int, nargs=3, default=(64, 128, 192))
     parser.add_argument("--text-length", type=int, default=24, help="tokens of a prompt, with start, end and padding")
     parser.add_argument("--ending-dropout", type=float, default=0.8, help="share of captions whose end says nothing")
-    parser.add_argument("--no-compile", dest="compile", action="store_false")
     args = training.start(parser, argv)
-    (args.work / "settings.json").write_text(json.dumps(vars(args), default=str, indent=1), encoding="utf-8")
     scenes = training.Scenes(args.data)
     images, captions = scenes.images, scenes.captions
     vae = AutoencoderKL.from_pretrained(args.vae).float().eval().to(training.DEVICE)
@@ -163,9 +161,8 @@ def main(argv: list[str] | None = None) -> None:
     vae, text_encoder = vae.cpu().half(), text_encoder.cpu().half()  # from here on only written
 
     unet = build_unet(tuple(args.channels), state_shape[2], latent_shape[1], side).to(training.DEVICE)
-    groups = [{"params": list(unet.parameters()), "weight_decay": 0.01}]
-    run = training.Run(args, unet, len(images), groups, betas=(0.9, 0.99), decay=AVERAGE, warmup=200, hold=0.6,
-                       floor=0.02)
+    run = training.Run(args, unet, len(images), list(unet.parameters()), betas=(0.9, 0.99), decay=AVERAGE, warmup=200,
+                       hold=0.6, floor=0.02)
     if training.DEVICE.type == "cpu":  # up to 256 positions the fused kernel is several times slower backwards there
         unet.set_attn_processor(AttnProcessor())
 
@@ -174,18 +171,14 @@ def main(argv: list[str] | None = None) -> None:
         return ((predicted - target).square().mean(dim=(1, 2, 3)) * weight).mean()
 
     torch._dynamo.config.suppress_errors = True  # where nothing can be compiled, training is slower, not over
-    compiled = torch.compile(objective) if args.compile else objective
+    compiled = torch.compile(objective)
 
     def loss(draw: training.Draw) -> Tensor:
         batch = batches(draw)
         with training.mixed():
             return compiled(*batch)
 
-    def export(folder: Path) -> None:
-        write_pipeline(run.average, vae, text_encoder, tokenizer, folder)
-
-    run.fit(loss, export=lambda: export(args.work / "pipeline"))
-    export(args.out)
+    run.fit(loss, export=lambda folder: write_pipeline(run.average, vae, text_encoder, tokenizer, folder))
 
 
 if __name__ == "__main__":

@@ -88,8 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     scenes = training.Scenes(args.data)
     images = scenes.images
     vae = build_vae(tuple(args.channels), args.latent_channels, images.shape[1]).to(training.DEVICE)
-    groups = [{"params": list(vae.parameters()), "weight_decay": 0.01}]
-    run = training.Run(args, vae, len(images), groups, betas=(0.9, 0.99), decay=0.998, warmup=100)
+    run = training.Run(args, vae, len(images), list(vae.parameters()), betas=(0.9, 0.99), decay=0.998, warmup=100)
 
     def loss(draw: training.Draw) -> Tensor:
         target = to_signed(crops(training.rows(images, draw.index), CROP, draw.generator))

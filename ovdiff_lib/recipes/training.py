@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,7 +45,7 @@ def options(description: str, *, steps: int, batch: int, minutes: float, lr: flo
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", type=Path, required=True, help="folder with train_images.npy and friends")
     p.add_argument("--out", type=Path, required=True, help="folder that receives the finished model")
-    p.add_argument("--work", type=Path, required=True, help="folder for checkpoint.pt and log.csv")
+    p.add_argument("--work", type=Path, required=True, help="folder for checkpoint.pt and log.jsonl")
     p.add_argument("--steps", type=int, default=steps, help="stop after this many steps")
     p.add_argument("--minutes", type=float, default=minutes, help="stop after this much training time")
     p.add_argument("--piece", type=float, default=math.inf, help="minutes after which this call stops; call it again")
@@ -86,7 +85,7 @@ def in_chunks(args: argparse.Namespace, name: str, shape: tuple[int, ...], size:
         if not path.exists():
             if time.monotonic() > args.end:
                 raise SystemExit(PAUSED)
-            arrays = make(range(start, min(start + size, shape[0])))
+            arrays = list(make(range(start, min(start + size, shape[0]))))
             with written_whole(path) as file:
                 np.savez(file, *arrays)
         with np.load(path) as file:
@@ -210,13 +209,13 @@ class Run:
     up as min(decay, (1 + s) / (10 + s)), so that the average forgets the random initialisation quickly.
     """
 
-    def __init__(self, args: argparse.Namespace, module: nn.Module, count: int, groups: list[dict] | None = None, *,
+    def __init__(self, args: argparse.Namespace, module: nn.Module, count: int, groups: list | None = None, *,
                  betas: tuple[float, float] = (0.9, 0.999), decay: float | None = None, **schedule: float) -> None:
         self.args, self.module, self.count, self.decay, self.schedule = args, module, count, decay, schedule
         self.optimizer = torch.optim.AdamW(groups or decayed(module), lr=args.lr, betas=betas, fused=True)
         self.average = copy.deepcopy(module).eval().requires_grad_(False) if decay else None
         self.step, self.elapsed = 0, 0.0
-        self.checkpoint, self.log = args.work / "checkpoint.pt", args.work / "log.csv"
+        self.checkpoint, self.log = args.work / "checkpoint.pt", args.work / "log.jsonl"
         if self.checkpoint.exists():
             self._load()
 
@@ -234,9 +233,8 @@ class Run:
         self.step, self.elapsed = state["step"], state["elapsed"]
         torch.set_rng_state(state["rng"].cpu())
         if self.log.exists():  # steps after the checkpoint are made, and written, again
-            header, *rows = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [row for row in rows if int(row.split(",", 1)[0]) <= self.step]
-            self.log.write_text("".join([header, *kept]), encoding="utf-8")
+            rows = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
+            self.log.write_text("".join(row for row in rows if json.loads(row)["step"] <= self.step), encoding="utf-8")
         print(f"resumed at step {self.step}, {self.elapsed / 60:.1f} min", flush=True)
 
     def save(self) -> None:
@@ -248,12 +246,12 @@ class Run:
         os.replace(self.checkpoint.with_suffix(".tmp"), self.checkpoint)
 
     def fit(self, loss: Callable[[Draw], Tensor], *, after: Callable[[], None] | None = None,
-            measure: Callable[[], dict[str, float]] = dict, every: int = 0, export: Callable[[], None] | None = None,
-            row: int = 100) -> None:
+            measure: Callable[[], dict[str, float]] = dict, every: int = 0,
+            export: Callable[[Path], None] | None = None, row: int = 100) -> None:
         """Train on ``loss(draw)`` until the budget is used; ``after()`` follows each step.
 
-        ``measure()`` is logged every so many steps and at the end, the mean loss every ``row`` steps; ``export()`` is
-        called at checkpoints.
+        ``measure()`` is logged every so many steps and at the end, the mean loss every ``row`` steps;
+        ``export(folder)`` writes the model, at checkpoints to the work folder and at the end to where it is wanted.
         """
         args, total, count, saved, last = self.args, 0.0, 0, self.elapsed, time.perf_counter()
         while self.progress < 1:
@@ -276,13 +274,15 @@ class Run:
                 saved = self.elapsed
                 self.save()
                 if export:
-                    export()
+                    export(args.work / "model")
             if time.monotonic() > args.end and self.progress < 1:
                 self.save()
                 raise SystemExit(PAUSED)
         if count:
             self._write_row(float(total) / count, args.lr * share, measure())
         self.save()
+        if export:
+            export(args.out)
         print(f"done: {self.step} steps of {args.batch}, {self.elapsed / 60:.1f} min", flush=True)
 
     def _descend(self, loss: Tensor) -> None:
@@ -295,9 +295,9 @@ class Run:
             follow(self.average, self.module, min(self.decay, (1 + self.step) / (10 + self.step)))
 
     def _write_row(self, loss: float, lr: float, metrics: dict[str, float]) -> None:
-        """Append to the log, and say. Metrics are rare and named: one JSON column, so that the header never changes."""
-        row = {"step": self.step, "elapsed_s": f"{self.elapsed:.1f}", "loss": f"{loss:.5f}", "lr": f"{lr:.3e}",
-               "metrics": json.dumps(metrics)}
-        pd.DataFrame([row]).to_csv(self.log, mode="a", header=not self.log.exists(), index=False)
+        """Append to the log, and say. Metrics are in a few rows only."""
+        row = {"step": self.step, "elapsed_s": round(self.elapsed, 1), "loss": round(loss, 5), "lr": lr, **metrics}
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
         extra = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         print(f"step {self.step} {self.elapsed / 60:.1f} min loss {loss:.4f} lr {lr:.2e} {extra}", flush=True)
