@@ -62,6 +62,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any) -> Any:
     """The result of OVDiff on the data set, its classes built first; on an engine's workers if the options say so."""
+    from ovdiff_lib.keys import of_labels
     from ovdiff_lib.workbench.evaluation import measure
     from ovdiff_lib.workbench.evaluation.workers import evaluate_on
 
@@ -69,7 +70,10 @@ def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any) -
     measure.image_count(dataset, options.limit)  # a limit of no images is reported before classes are built
     if engine is None:
         predictor = measure.label_predictor(ovdiff, builder.build(dataset.vocabulary), dataset)
-        return measure.evaluate(predictor, dataset, limit=options.limit)
+        key = {"OVDiff": of_labels(ovdiff.profile)}
+        # Beside the library's entries, so that the same command goes on where it was interrupted.
+        folder = ovdiff.library.root / "counts"
+        return measure.evaluate(predictor, dataset, limit=options.limit, folder=folder, key=key)
     build_with(engine, builder, dataset.vocabulary)
     return evaluate_on(engine, ovdiff.profile, builder.build(dataset.vocabulary), dataset, options.limit)
 

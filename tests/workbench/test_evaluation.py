@@ -346,12 +346,17 @@ def write_cityscapes(root):
             Image.fromarray(array.astype(np.uint8)).save(root / place)
 
 
-def test_commands_on_a_data_set_without_background(cli, tmp_path, capsys, monkeypatch):
-    """Cityscapes cut to its first two classes, so that a tiny pipeline can build them."""
+@pytest.fixture
+def two_classes(tmp_path, monkeypatch):
+    """A folder of Cityscapes, which is cut to its first two classes, so that a tiny pipeline can build them."""
     original = classes.vocabulary_of
     monkeypatch.setattr(samples, "vocabulary_of", lambda *a: Vocabulary(original(*a).categories[:2]))
-    data, target, bare = tmp_path / "data", tmp_path / "result.json", tmp_path / "bare.json"
-    write_cityscapes(data)
+    write_cityscapes(tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_commands_on_a_data_set_without_background(cli, two_classes, tmp_path, capsys):
+    data, target, bare = two_classes, tmp_path / "result.json", tmp_path / "bare.json"
     assert cli("evaluate", "cityscapes", "--data", data, "--json", target) == 0
     said = capsys.readouterr().out
     table = json.loads(target.read_text())
@@ -368,6 +373,26 @@ def test_commands_on_a_data_set_without_background(cli, tmp_path, capsys, monkey
     scored = "evaluate", "cityscapes", "--data", data, "--predictions", predictions
     assert cli(*scored, "--zero-based", "--json", target) == 0
     assert json.loads(target.read_text())["miou"] == 1 and "background" in cli(*scored)
+
+
+def test_an_interrupted_evaluation_goes_on(cli, two_classes, tmp_path, monkeypatch):
+    """The second of two images is interrupted; the same command then segments that one alone."""
+    segment, seen, target = OVDiff.segment, [], tmp_path / "result.json"
+
+    def interrupted(self, image, bank):
+        seen.append(image)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return segment(self, image, bank)
+
+    command = "evaluate", "cityscapes", "--data", two_classes, "--json", target
+    monkeypatch.setattr(OVDiff, "segment", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cli(*command)
+    assert cli(*command) == 0 and len(seen) == 3
+    in_parts = target.read_text()
+    shutil.rmtree(tmp_path / "library" / "counts")
+    assert cli(*command) == 0 and len(seen) == 5 and target.read_text() == in_parts
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

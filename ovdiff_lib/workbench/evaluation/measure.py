@@ -102,18 +102,19 @@ def measure(methods: Mapping[str, Method], dataset: Dataset, *, folder: str | Pa
     return {name: results_of(dataset, counts[name]) for name in methods}
 
 
-def evaluate(predict: Predict | SavedPredictions, dataset: Dataset, limit: int | None = None,
-             progress: bool = True) -> EvaluationResult:
+def evaluate(predict: Predict | SavedPredictions, dataset: Dataset, limit: int | None = None, progress: bool = True, *,
+             folder: str | Path | None = None, key: dict[str, Any] | None = None) -> EvaluationResult:
     """Segment every image of ``dataset`` (the first ``limit`` of them) and compare with its label maps.
 
     ``predict`` is any segmenter's method, or predictions on disk. Where the data set has no background, no pixel that
-    counts may be 0. Raises as :func:`measure`.
+    counts may be 0. With ``folder`` and ``key``, all that the labels depend on beside data set and code, an evaluation
+    that was interrupted goes on where it stopped. Raises as :func:`measure`.
     """
     saved = isinstance(predict, SavedPredictions)
     if saved:
         predict.check(dataset.ids[:image_count(dataset, limit)])
-    method = Method({}, lambda _: lambda sample: np.stack([predict(sample if saved else sample.image)]))
-    return measure({"": method}, dataset, limit=limit, progress=progress)[""][0]
+    method = Method(key or {}, lambda _: lambda sample: np.stack([predict(sample if saved else sample.image)]))
+    return measure({"": method}, dataset, folder=folder, limit=limit, progress=progress)[""][0]
 
 
 # ------------------------------------------------------------------ what one image counts
