@@ -1,21 +1,17 @@
 """What a result depends on: its words, settings, models and code. The library, shared networks and stored measurements
 all ask here.
 
-Code counts by its statements, not by comments, docstrings and layout: those of the modules that a step begins in
-(:data:`STEPS`) and of all that they import of the package, but for :data:`NOT_CODE`. The registries are among those: of
-their many parts only the chosen one counts, by the module that defines it.
+Code counts by the statements (:mod:`~ovdiff_lib.code`) of the modules that a step begins in (:data:`STEPS`) and of all
+that they import of the package. Registries do not count: of their many parts only the chosen one does, by the module
+that defines it.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import functools
-import hashlib
-import sys
-from pathlib import Path
 from typing import Any
 
+from ovdiff_lib.code import NAME, code_digest, parsed
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
 from ovdiff_lib.features import EXTRACTORS, check_extractors
 from ovdiff_lib.library.codec import identify
@@ -24,9 +20,6 @@ from ovdiff_lib.networks.identity import model_identity, resolve_model
 from ovdiff_lib.profiles.schema import UNUSED_BY_THE_METHOD, Profile
 from ovdiff_lib.registry import NOT_MODELS, Part, chosen_settings
 
-NAME = __name__.partition(".")[0]
-PACKAGE = Path(__file__).parent
-
 STEPS = {"support": (f"{NAME}.support.sampler", f"{NAME}.networks.loading"), "masks": (f"{NAME}.masks.select",),
          "prototypes": (f"{NAME}.prototypes.build",)}
 """The modules that a step begins in."""
@@ -34,14 +27,6 @@ STEPS = {"support": (f"{NAME}.support.sampler", f"{NAME}.networks.loading"), "ma
 SPEED_ONLY = {"batch_size"}
 """Fields that change how fast a result comes, not the result."""
 
-NOT_CODE = ("errors.py", "files.py", "profiles", "registry.py", "features/__init__.py", "masks/__init__.py")
-"""Sentences, places, registries, and values that are in the keys themselves."""
-
-DATA = (".csv", ".json", ".yaml")
-"""Tables beside a module count with it."""
-
-
-# ------------------------------------------------------------------ what is asked for
 
 def check_profile(profile: Profile) -> None:
     """Before any work: ``ProfileError`` for a part that no registry has and a background that nothing scores,
@@ -131,35 +116,6 @@ def _identity(source: str) -> str:
         return f"not here: {source}"
 
 
-# ------------------------------------------------------------------ code
-
-_texts: dict[Path, tuple[Any, str]] = {path: (None, path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
-"""Of each file the spec with which Python loaded it and its text then; at first the package as this module found it."""
-
-
-def code_digest(*modules: str, texts: tuple[str, ...] = ()) -> str:
-    """Hash (16 hex digits) of the statements of these modules of the package and of all that they import of it, of the
-    tables beside them, and of ``texts``."""
-    found: dict[str, str] = {}
-    waiting, folders = list(modules), set()
-    while waiting:
-        module = waiting.pop()
-        path = _file(module)
-        if path is None or module in found or any(path.is_relative_to(PACKAGE / name) for name in NOT_CODE):
-            continue
-        found[module], imported = _parsed(_text(module, path))
-        waiting += imported
-        folders.add(path.parent)
-    for path in (path for folder in folders for path in folder.iterdir() if path.suffix in DATA):
-        found[str(path.relative_to(PACKAGE))] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return hashlib.sha256(repr([*texts, *sorted(found.items())]).encode()).hexdigest()[:16]
-
-
-def statements(source: str) -> str:
-    """What a module does: its text without comments, docstrings and layout."""
-    return _parsed(source)[0]
-
-
 def _code_of(part: Part) -> str:
     if part.version is not None:
         return f"version:{part.version}"
@@ -168,44 +124,7 @@ def _code_of(part: Part) -> str:
     if module.partition(".")[0] == NAME:
         return code_digest(module, texts=(own,))
     try:
-        text, imported = _parsed(source)
+        text, imported = parsed(source)
     except SyntaxError:  # the lines of a lambda are no statement of their own
         text, imported = source, ()
     return code_digest(*imported, texts=(own, text))
-
-
-def _file(module: str) -> Path | None:
-    """The file of a module of this package, None of another."""
-    first, *rest = module.split(".")
-    path = PACKAGE.joinpath(*rest)
-    files = (path / "__init__.py", path.with_suffix(".py")) if first == NAME else ()
-    return next((file for file in files if file.is_file()), None)
-
-
-def _text(module: str, path: Path) -> str:
-    """The text that runs: a loaded module's is that with which it was loaded, whatever was written since."""
-    spec = getattr(sys.modules.get(module), "__spec__", None)
-    if spec is None or spec.origin != str(path):
-        return path.read_text(encoding="utf-8")
-    known, text = _texts.get(path, (None, ""))
-    if known is not spec:  # loading a module again gives it another spec
-        _texts[path] = spec, text if text and known is None else path.read_text(encoding="utf-8")
-    return _texts[path][1]
-
-
-@functools.cache
-def _parsed(source: str) -> tuple[str, tuple[str, ...]]:
-    """The statements of a module and the modules of this package that it imports, but for annotations alone."""
-    tree, imported = ast.parse(source), set()
-    for node in ast.walk(tree):
-        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-        if documented and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    body = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
-    for node in (node for statement in body for node in ast.walk(statement)):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            imported |= {name if _file(name) else node.module for name in names}
-        elif isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-    return ast.unparse(tree), tuple(name for name in imported if name.partition(".")[0] == NAME)

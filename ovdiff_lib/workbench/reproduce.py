@@ -22,7 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ovdiff_lib import keys
+from ovdiff_lib.code import PACKAGE, statements
 from ovdiff_lib.errors import InputError, OVDiffError, described, legal
 from ovdiff_lib.files import check_output, write_atomic
 
@@ -272,10 +272,10 @@ def _state(notebook: Path, parameters: dict[str, Any]) -> dict[str, str]:
 def _package() -> str:
     """Sum of the package's statements and data, but for :data:`NOT_READ`."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in keys.PACKAGE.rglob("*") if p.suffix in (".py", *DATA)):
-        name = path.relative_to(keys.PACKAGE)
+    for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in (".py", *DATA)):
+        name = path.relative_to(PACKAGE)
         if not any(name.is_relative_to(folder) for folder in NOT_READ):
-            code = keys.statements(path.read_text(encoding="utf-8")).encode() if path.suffix == ".py" else b""
+            code = statements(path.read_text(encoding="utf-8")).encode() if path.suffix == ".py" else b""
             digest.update(name.as_posix().encode() + b"\0" + (code or path.read_bytes()) + b"\0")
     return digest.hexdigest()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ovdiff_lib import OVDiff, keys
+from ovdiff_lib import OVDiff, code, keys
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.workbench.evaluation.results import code_digest
 
@@ -22,8 +22,8 @@ ALL = {"support", *BUILT}
 def copy(tmp_path, monkeypatch) -> Path:
     """A copy of the package whose code the keys are of, to be edited."""
     folder = tmp_path / "ovdiff_lib"
-    shutil.copytree(keys.PACKAGE, folder, ignore=shutil.ignore_patterns("__pycache__", "weights", "*.webp", "*.png", "*.npz"))
-    monkeypatch.setattr(keys, "PACKAGE", folder)
+    shutil.copytree(code.PACKAGE, folder, ignore=shutil.ignore_patterns("__pycache__", "weights", "*.webp", "*.png", "*.npz"))
+    monkeypatch.setattr(code, "PACKAGE", folder)
     return folder
 
 
@@ -122,9 +122,9 @@ def test_what_runs_is_what_was_loaded(tmp_path, monkeypatch):
     path.write_text("X = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module("loaded_once")
-    assert keys._text("loaded_once", path) == "X = 1\n"
+    assert code._text("loaded_once", path) == "X = 1\n"
     path.write_text("X = 22\n")
-    assert keys._text("loaded_once", path) == "X = 1\n"
+    assert code._text("loaded_once", path) == "X = 1\n"
     importlib.reload(module)
-    assert keys._text("loaded_once", path) == "X = 22\n" and module.X == 22
+    assert code._text("loaded_once", path) == "X = 22\n" and module.X == 22
     sys.modules.pop("loaded_once")

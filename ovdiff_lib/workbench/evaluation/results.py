@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array, load_npz, save_npz, vstack
 
-from ovdiff_lib import keys
+from ovdiff_lib import code
 from ovdiff_lib.files import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -84,5 +84,5 @@ def stored(folder: str | Path, name: str, key: dict[str, Any], shape: tuple[int,
 
 def code_digest() -> str:
     """Hash (16 hex digits) of the package's code that can change a count."""
-    return keys.code_digest(*(f"ovdiff_lib.workbench.{name}" for name in (
+    return code.code_digest(*(f"ovdiff_lib.workbench.{name}" for name in (
         "evaluation.rows", "evaluation.measure", "evaluation.banks", "data.datasets")))

@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ovdiff_lib.keys import PACKAGE
+from ovdiff_lib.code import PACKAGE
 from ovdiff_lib.workbench.reproduce import cells_of, read_json
 
 
