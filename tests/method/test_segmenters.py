@@ -288,6 +288,11 @@ def test_sam_prompts_a_grid_and_keeps_what_passes_every_filter(models, built):
     assert found.shape == expected.shape and (found == expected).mean((1, 2)).min() > 0.99
 
 
+def test_sam_computes_in_float32_whatever_the_profile_says(models, built):
+    found = SEGMENTERS["sam"](profile(models, "sam", **{"models.dtype": "float16"})).propose(picture((40, 60)), "")
+    assert len(found) and np.array_equal(found, built("sam").propose(picture((40, 60)), ""))
+
+
 def test_grounded_sam_reads_the_words(built, monkeypatch):
     segmenter, image, given = built("grounded-sam"), picture((40, 60)), []
     reader = type(segmenter.read)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ovdiff_lib.errors import InputError
@@ -105,7 +106,8 @@ class GroundedSam:
 
 def load_sam(profile: Profile) -> tuple[SamModel, SamProcessor]:
     """The network and the processor of ``models.sam``, which both segmenters share."""
-    return load_transformers(profile, "sam", "SamModel", "SamProcessor")
+    # Whatever models.dtype says: the suppression of overlapping boxes refuses scores in half precision.
+    return load_transformers(profile, "sam", "SamModel", "SamProcessor", dtype=torch.float32)
 
 
 def _check_elongation(image: np.ndarray, image_processor) -> None:
