@@ -106,7 +106,7 @@ class OVDiff:
         return {name: self._prototypes(name, support, masks) for name in self.profile.features.extractors}
 
     def _prototypes(self, extractor: str, support: SupportSet, masks: ForegroundBackground) -> Prototypes:
-        with undisturbed():  # an extractor of the user's own may not see to it
+        with undisturbed("features.batch_size"):  # an extractor of the user's own may not see to it
             features = self.extractors[extractor](support.images, support.seeds)  # (N, h, w, D)
         return build_prototypes(features, masks, self.profile.prototypes, self.profile.masks.resize)
 

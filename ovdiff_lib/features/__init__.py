@@ -29,7 +29,7 @@ class Extractor(Protocol):
     channels: int
 
     def __call__(self, images: np.ndarray, seeds: np.ndarray) -> torch.Tensor:
-        """Images u8 (n, H, W, 3) of any size, i64 (n,) seeds for what is drawn: f32 (n, h, w, D), raw, on the CPU."""
+        """Images u8 (n, H, W, 3) of any size, i64 (n,) seeds of what is drawn: f32 (n, h, w, D), raw, on any device."""
         ...
 
 

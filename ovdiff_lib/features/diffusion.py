@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ovdiff_lib.errors import OVDiffError, ProfileError
-from ovdiff_lib.networks.instruments import all_finite, attention_grid, batches, captured, undisturbed
+from ovdiff_lib.errors import ProfileError
+from ovdiff_lib.networks.instruments import attention_grid, captured, gathered, undisturbed
 from ovdiff_lib.networks.loading import load_diffusion
 from ovdiff_lib.profiles.schema import Features, Profile
 
@@ -57,22 +57,17 @@ class DiffusionExtractor:
         """The extractor of a profile. Raises ``ModelNotAvailable`` and ``ProfileError``."""
         return cls(load_diffusion(profile), profile.features)
 
-    @undisturbed()
+    @undisturbed("features.batch_size")
     def __call__(self, images: np.ndarray | Sequence[np.ndarray], seeds: np.ndarray) -> torch.Tensor:
-        """Images u8 (n, H, W, 3), or n images u8 (H, W, 3) of any sizes, and one i64 seed an image: f32 (n, h, w, D) on
-        the CPU, (h, w) the latent grid."""
+        """Images u8 (n, H, W, 3), or n images u8 (H, W, 3) of any sizes, and one i64 seed an image: f32 (n, h, w, D),
+        (h, w) the latent grid."""
         wrong = [i for i in images if i.ndim != 3 or i.shape[-1] != 3 or i.dtype != np.uint8]
         if wrong or len(images) != len(seeds):
             found = f"{wrong[0].dtype} {wrong[0].shape}" if wrong else f"{len(images)} images"
             raise ValueError(f"expected u8 (H, W, 3) images and as many seeds, got {found} and {len(seeds)} seeds")
         side = self.settings.sd_input_size // self.pipe.vae_scale_factor
-        features = torch.empty(len(images), side, side, self.channels)
-        for start, stop in batches(len(images), self.settings.batch_size):
-            features[start:stop] = self._extract(images[start:stop], seeds[start:stop])
-        if not all_finite(features):
-            raise OVDiffError("The diffusion model gave features that are not finite; use models.dtype float32 or "
-                              "check its weights.")
-        return features
+        return gathered(lambda part: self._extract(images[part], seeds[part]),
+                        (len(images), side, side, self.channels), self.settings.batch_size, "The diffusion model")
 
     def _extract(self, images: Sequence[np.ndarray], seeds: np.ndarray) -> torch.Tensor:
         vae, settings = self.pipe.vae, self.settings

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ovdiff_lib.errors import InputError, OVDiffError
+from ovdiff_lib.errors import InputError
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
-from ovdiff_lib.networks.instruments import all_finite, batches, captured, undisturbed
+from ovdiff_lib.networks.instruments import captured, gathered, undisturbed
 from ovdiff_lib.profiles.schema import Features, Profile
 
 MOST_PATCHES = 16_384
@@ -42,20 +42,15 @@ class ViTExtractor(ABC):
         """The extractor of a profile. Raises ``ModelNotAvailable`` and ``ProfileError``."""
         return cls(cls.load(profile), profile.features, **kind)
 
-    @undisturbed()
+    @undisturbed("features.batch_size")
     def __call__(self, images: np.ndarray, seeds: np.ndarray) -> torch.Tensor:
-        """Images u8 (n, H, W, 3) to features f32 (n, h, w, D) on the CPU, one a patch."""
+        """Images u8 (n, H, W, 3) to features f32 (n, h, w, D), one a patch."""
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) != len(seeds):
             raise ValueError(f"expected u8 (n, H, W, 3) images and n seeds, got {images.dtype} {images.shape} and "
                              f"{len(seeds)} seeds")
         size = self.input_size(*images.shape[1:3])
-        features = torch.empty(len(images), size[0] // self.patch, size[1] // self.patch, self.channels)
-        for start, stop in batches(len(images), self.settings.batch_size):
-            features[start:stop] = self._extract(images[start:stop], size)
-        if not all_finite(features):
-            raise OVDiffError(f"{self.title} gave features that are not finite; use models.dtype float32 or check its "
-                              "weights.")
-        return features
+        shape = (len(images), size[0] // self.patch, size[1] // self.patch, self.channels)
+        return gathered(lambda part: self._extract(images[part], size), shape, self.settings.batch_size, self.title)
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in pixels at which the model sees an image of that size.

@@ -83,7 +83,7 @@ class Matcher:
         """
         return next(self.scores_many([(image, bank)]))
 
-    @undisturbed()
+    @undisturbed("matching.batch_size")
     def scores_many(self, pairs: Sequence[tuple[np.ndarray, PrototypeBank]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """:meth:`scores` of each image against its own bank; windows of all of them share batches, and memory."""
         images = [self._open(image, bank) for image, bank in pairs]

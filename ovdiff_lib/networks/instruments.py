@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
+import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+
+from ovdiff_lib.errors import OVDiffError
 
 _lock = threading.RLock()
 
@@ -17,13 +21,14 @@ PRECISION = ((torch.backends.cuda.matmul, "ieee"), (torch.backends.cudnn.conv, "
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
+def undisturbed(batch: str = "") -> Iterator[None]:
     """One thread at a time, with PyTorch as it comes: results depend on no other thread and on nothing the caller set.
 
     Whoever loads or runs a network does it in here (as a block or a decorator), because networks are shared by all
     objects of a process, and their hooks, schedulers and tokenizers change while they run. Inside there are no
     gradients, inference mode or autocast; defaults are float32, computed as such, and the CPU. Afterwards all is as
     before. May be nested; never ``yield`` from inside. Whether algorithms are deterministic stays the caller's choice.
+    ``OVDiffError`` for a device that runs out of memory; it names the profile field ``batch``, if any, to be lowered.
     """
     with _lock, contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():  # its tensors could not be changed later, outside of it
@@ -41,12 +46,41 @@ def undisturbed() -> Iterator[None]:
             if (found := backend.fp32_precision) != shipped:
                 stack.callback(setattr, backend, "fp32_precision", found)
                 backend.fp32_precision = shipped
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, OVDiffError) or not out_of_memory(error):
+                raise
+            said = textwrap.shorten(str(error), 100, placeholder=" ...").rstrip(". ")
+            lower = f"lower {batch}, or " if batch else ""
+            raise OVDiffError(f"The device ran out of memory ({said}); {lower}use a device with more.") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says so: CUDA has a type for it, its libraries, Apple's GPUs and the CPU have words."""
+    said = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
+    return bool(said) or isinstance(error, torch.OutOfMemoryError)
 
 
 def batches(count: int, size: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of consecutive batches of ``count`` items, ``size`` items each, the last perhaps fewer."""
     return ((start, min(count, start + size)) for start in range(0, count, size))
+
+
+def gathered(run: Callable[[slice], torch.Tensor], shape: tuple[int, ...], size: int, title: str) -> torch.Tensor:
+    """Features f32 ``shape`` that ``run`` makes of slices of at most ``size`` images: those of one slice stay on the
+    device, where matching needs them; of several each goes to its place on the CPU, where a support set has room once.
+    ``OVDiffError``, which calls the network ``title``, unless all are finite."""
+    if 0 < shape[0] <= size:
+        features = run(slice(None)).float().contiguous()
+    else:
+        features = torch.empty(shape)
+        for start, stop in batches(shape[0], size):
+            features[start:stop] = run(slice(start, stop))
+    # NaN and infinity show in the sum; looking at each value, many times as long, is left to sums that overflow.
+    if not (features.sum().isfinite() or features.isfinite().all()):
+        raise OVDiffError(f"{title} gave features that are not finite; use models.dtype float32 or check its weights.")
+    return features
 
 
 def attention_grid(tokens: int, latent: tuple[int, int]) -> tuple[int, int]:
@@ -58,12 +92,6 @@ def attention_grid(tokens: int, latent: tuple[int, int]) -> tuple[int, int]:
     if h * w != tokens:
         raise ValueError(f"{tokens} attention positions do not come from halving latents of {latent[0]} x {latent[1]}")
     return h, w
-
-
-def all_finite(values: torch.Tensor) -> bool:
-    """Whether none of the values is NaN or infinite."""
-    # Either would make the sum one of them; looking at each value, many times as long, is left to sums that overflow.
-    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
 class _Enough(Exception):

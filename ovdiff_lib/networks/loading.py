@@ -25,7 +25,7 @@ from packaging.utils import canonicalize_name
 
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
 from ovdiff_lib.networks.identity import resolve_model
-from ovdiff_lib.networks.instruments import undisturbed
+from ovdiff_lib.networks.instruments import out_of_memory, undisturbed
 from ovdiff_lib.networks.published import MODEL_TYPES, how_to_get
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def load_diffusion(profile: Profile) -> StableDiffusionPipeline:
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(
             pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="linspace")
         pipe.set_progress_bar_config(disable=True)
+        if device.type != "cpu":  # an image at a time: at 512 pixels each takes 0.8 GB while it is decoded
+            pipe.vae.enable_slicing()
         return pipe.to(device)
 
     return load_network(profile, "diffusion", build)
@@ -149,16 +151,18 @@ def check_libraries() -> None:
 
 
 def resolve_device(profile: Profile) -> torch.device:
-    """``models.device`` as a device that is here ("auto": the GPU if there is one); ``ProfileError`` if it is not."""
+    """``models.device`` as a device that is here ("auto": a GPU if there is one); ``ProfileError`` if it is not."""
     name = profile.models.device
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError):  # no device, or one that this torch or machine lacks
         raise ProfileError(f"models.device is {name!r}, which is not usable on this machine, where "
-                           f"{torch.cuda.device_count()} GPUs are; use 'auto', 'cpu', 'cuda' or 'cuda:0'.") from None
+                           f"{torch.cuda.device_count()} CUDA GPUs are; use auto, cpu, cuda, cuda:0 or mps.") from None
     return device
 
 
@@ -206,6 +210,8 @@ def _loading(identifier: str, source: Path | str, download: bool) -> Iterator[No
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError, *MISFITS) as error:
+        if out_of_memory(error):  # nothing is wrong with the model
+            raise
         said = str(error).strip().replace(":\n\t", ": ")  # as torch says which weights do not fit
         first_line = (said.splitlines() or [type(error).__name__])[0]
         if isinstance(error, pickle.UnpicklingError):  # of which torch says at length how to have it run

@@ -59,7 +59,7 @@ class Models:
     sam: str = ""  # SamModel with its processor
     grounding: str = ""  # GroundingDinoForObjectDetection with its processor
     groupvit: str = ""  # GroupViTModel with its tokenizer (baseline of Table 1)
-    device: str = "auto"  # "auto" = cuda if there is one, else cpu
+    device: str = "auto"  # "auto" = cuda if there is one, else mps, else cpu
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     download: Flag = False  # may the hub be asked for a model that is not on disk
 

@@ -23,7 +23,7 @@ def build_prototypes(features: torch.Tensor | np.ndarray, masks: ForegroundBackg
     features (fewer where there are fewer features). A cell of both regions counts for both and is recorded as
     foreground. ``OVDiffError`` for an empty foreground.
     """
-    features = torch.as_tensor(features)
+    features = torch.as_tensor(features).cpu()  # which has float64, and memory for a set
     if features.ndim != 4 or len(features) != len(masks.foreground):
         raise InputError(f"Support features of shape {tuple(features.shape)} do not go with {len(masks.foreground)} "
                          "masks; give features (N, h, w, D) and masks (N, H, W) of the same images.")

@@ -74,7 +74,7 @@ def neighbour_top1(profile: Profile, scenes: list[MaskedScene]) -> dict[str, flo
     for name, extractor in build_extractors(profile.override({"features.extractors": names})).items():
         means = [extractor(resize_short_side(image, profile.matching.short_side)[None], np.array([i])).mean((1, 2))
                  for i, (image, _, _) in enumerate(tqdm(scenes, desc=name, unit="image"))]
-        accuracy[name] = neighbour_accuracy(torch.cat(means), truth)
+        accuracy[name] = neighbour_accuracy(torch.cat(means).cpu(), truth)
     return accuracy
 
 

@@ -33,6 +33,16 @@ def sd(profile, **fields):
 
 # ---- the contract
 
+@pytest.mark.parametrize("name", ["sd", "dino"])
+def test_one_batch_stays_on_the_device(tiny_profile, monkeypatch, name):
+    extractor, images, seeds = EXTRACTORS[name](tiny_profile), pictures(6, 64, 64), np.arange(6)  # batches of 4
+    extract, together = extractor._extract, extractor(images, seeds)
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda values: torch.tensor(True))
+    monkeypatch.setattr(extractor, "_extract", lambda *given: extract(*given).to("meta", torch.bfloat16))
+    one = extractor(images[:4], seeds[:4])
+    assert one.device.type == "meta" and one.dtype == torch.float32 and one.shape == together[:4].shape
+
+
 SHAPES = [(64, 64), (48, 48), (50, 90)]
 EXTREMES = [(1, 1), (2, 1000), (3, 2)]
 

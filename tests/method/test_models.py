@@ -9,14 +9,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from ovdiff_lib.errors import ModelNotAvailable, ProfileError
+from ovdiff_lib.errors import ModelNotAvailable, OVDiffError, ProfileError
 from ovdiff_lib.features.open_clip import OpenClipExtractor
 from ovdiff_lib.features.self_supervised import DinoExtractor
 from ovdiff_lib.masks.segmenters.maskcut import MaskCut
 from ovdiff_lib.networks import identity
 from ovdiff_lib.networks import loading as models
 from ovdiff_lib.networks.identity import model_identity, resolve_model
-from ovdiff_lib.networks.instruments import all_finite, attention_grid, captured
+from ovdiff_lib.networks.instruments import attention_grid, captured, gathered
 from ovdiff_lib.networks.loading import load_clip, load_diffusion, load_dino, load_mae
 from ovdiff_lib.networks.published import MODEL_TYPES
 
@@ -210,6 +210,27 @@ def test_impossible_device(tiny_profile, value):
         load_clip(tiny_profile.override({"models.device": value}))
 
 
+@pytest.mark.parametrize(("here", "expected"), [({"cuda", "mps"}, "cuda"), ({"mps"}, "mps"), (set(), "cpu")])
+def test_auto_is_the_gpu_that_is_here(tiny_profile, monkeypatch, here, expected):
+    for kind, place in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
+        monkeypatch.setattr(place, "is_available", lambda kind=kind: kind in here)
+    assert models.resolve_device(tiny_profile.override({"models.device": "auto"})).type == expected
+
+
+def test_on_a_gpu_the_vae_takes_an_image_at_a_time(tiny_profile):
+    sliced = [load_diffusion(tiny_profile.override({"models.device": device})).vae.use_slicing for device in ("cpu", "meta")]
+    assert sliced == [False, True]
+
+
+def test_a_device_too_small_for_a_model_is_not_the_models_fault(tiny_profile):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.44 GiB.\nGPU 0 has none")
+
+    with pytest.raises(OVDiffError, match=r"ran out of memory .*3\.44 GiB.*a device with more") as caught:
+        models.load_network(tiny_profile.override({"models.device": "meta"}), "detector", full)
+    assert not isinstance(caught.value, ModelNotAvailable)
+
+
 def test_attention_grid_is_that_of_strided_convolutions():
     down = torch.nn.Conv2d(1, 1, 3, stride=2, padding=1)  # diffusers' Downsample2D
     for latent in [(16, 16), (64, 64), (56, 56), (9, 13), (10, 14), (7, 64), (42, 30)]:
@@ -236,8 +257,10 @@ def test_captured_hands_out_outputs_may_stop_at_the_last_and_removes_its_hooks()
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_one_value_that_is_not_finite_is_found(value):
     values = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
-    assert all_finite(values) and all_finite(torch.full((4,), 3e38)) and all_finite(torch.zeros(0))  # a sum that overflows is no proof
-    values[1, 2, 3] = value
-    assert not all_finite(values)
-    values[2, 0, 0] = -value
-    assert not all_finite(values)
+    for fine in (values, torch.full((4,), 3e38), torch.zeros(0)):  # a sum that overflows is no proof
+        assert torch.equal(gathered(lambda part, fine=fine: fine[part], fine.shape, 2, "It"), fine)
+    for place, wrong in (((1, 2, 3), value), ((2, 0, 0), -value)):
+        values[place] = wrong
+        for size in (2, 3):
+            with pytest.raises(OVDiffError, match="It gave features that are not finite"):
+                gathered(lambda part: values[part], values.shape, size, "It")

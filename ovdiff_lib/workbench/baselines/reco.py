@@ -70,7 +70,7 @@ class ReCo(Windowed):
     def window_scores(self, crops: np.ndarray, vocabulary: Vocabulary) -> Tensor:
         """(n, C, S, S) in (0, 1): sigmoid(cosine to the class's reference) times sigmoid(10 x dense CLIP cosine)."""
         references = torch.stack([self.reference(category.prompt) for category in vocabulary])
-        features = F.normalize(self.extractor(crops, np.zeros(len(crops), np.int64)), dim=-1)
+        features = F.normalize(self.extractor(crops, np.zeros(len(crops), np.int64)).cpu(), dim=-1)
         alike = torch.sigmoid(features @ references.T).permute(0, 3, 1, 2)
         named = torch.sigmoid(SHARPNESS * self.maskclip.window_scores(crops, vocabulary))
         return resize_maps(alike, crops.shape[1:3]) * resize_maps(named, crops.shape[1:3])
@@ -96,7 +96,7 @@ class ReCo(Windowed):
     @undisturbed()
     def _cosegment(self, prompt: str, avoided: Sequence[str]) -> Tensor:
         images, device = self.archive.squares(self.retrieve(prompt), self.settings.reco_size), self.maskclip.clip.device
-        features = self.extractor(images, np.zeros(len(images), np.int64))
+        features = self.extractor(images, np.zeros(len(images), np.int64)).cpu()
         cosine = self.maskclip.dense_embeddings(images) @ self.texts([prompt])[0]
         weights = resize_maps(torch.sigmoid(SHARPNESS * cosine)[:, None], features.shape[1:3])[:, 0]
         unit = F.normalize(features, dim=-1)

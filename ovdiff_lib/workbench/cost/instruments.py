@@ -100,8 +100,8 @@ def _further(before: Measured | None, function: Callable[..., Any], given: tuple
         torch.cuda.reset_peak_memory_stats(device)
     held, started = _memory("VmRSS"), time.perf_counter()
     result = function(*given)
-    if gpu:
-        torch.cuda.synchronize(device)
+    if device is not None and device.type != "cpu":
+        torch.accelerator.synchronize(device)
     seconds = time.perf_counter() - started
     on_gpu = torch.cuda.max_memory_allocated(device) if gpu else None
     run = Measured((seconds,), result, held, max(held, _memory("VmHWM")), on_gpu)

@@ -95,7 +95,7 @@ def clusters(session: Session, full: bool = False) -> list[Ratio]:
     cells = (profile.features.sd_input_size // extractor.pipe.vae_scale_factor) ** 2
     shape = max(k, profile.support.size * cells // 2), extractor.channels
     array = overlapping_points(*(PAPER_POINTS if full else shape))
-    points = torch.from_numpy(array).to(session.device)
+    points = torch.from_numpy(array)
 
     def ours(seed: int) -> None:
         found.append(kmeans(points if seed else points[: 4 * k], k, seed=seed))

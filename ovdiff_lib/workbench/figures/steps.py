@@ -85,7 +85,7 @@ def feature_colours(features: torch.Tensor | np.ndarray) -> np.ndarray:
     Alike features have alike colours; the colours themselves mean nothing. Values are cut at the 1st and 99th
     percentile.
     """
-    maps = np.asarray(features, np.float32)
+    maps = torch.as_tensor(features).float().cpu().numpy()
     flat = normalize(maps.reshape(-1, maps.shape[-1]))
     scores = PCA(min(3, flat.shape[1]), svd_solver="covariance_eigh").fit_transform(flat)
     low, high = np.percentile(scores, [1, 99], axis=0)
