@@ -127,14 +127,14 @@ def _sharpen(model):
     return model.eval()
 
 
-def make_unet(text_width: int = 32):
+def make_unet(text_width: int = 32, **fields):
     """A random UNet: grids 16, 8, 4 with 16, 16, 32 channels and two heads; attention made sharp enough to differ between pixels."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(
         sample_size=16, in_channels=4, out_channels=4, block_out_channels=(16, 16, 32), layers_per_block=1, norm_num_groups=8,
         down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
-        cross_attention_dim=text_width, attention_head_dim=2)
+        cross_attention_dim=text_width, attention_head_dim=2, **fields)
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             if name.endswith(("attn2.to_q.weight", "attn2.to_k.weight")):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ovdiff_lib.categories import Category
 from ovdiff_lib.errors import OVDiffError, ProfileError
 from ovdiff_lib.networks.instruments import batches, undisturbed
-from ovdiff_lib.support.attribution import class_token_positions, fill_template, record_attribution
+from ovdiff_lib.support.attribution import class_token_positions, fill_template, is_guided, record_attribution
 from ovdiff_lib.types import SupportSet
 
 if TYPE_CHECKING:
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     from ovdiff_lib.profiles.schema import Profile
 
 
-@undisturbed()
+@undisturbed("support.batch_size")
 def sample_support(pipe: StableDiffusionPipeline, category: Category, profile: Profile, count: int | None = None,
                    progress: bool = True, start: int = 0) -> SupportSet:
     """Draw ``count`` (default ``support.size``) images of ``category``, from number ``start`` on, and their
     attribution, in one pass.
 
-    Image i depends on (support settings, prompt, ``support.seed``, i) alone. Images are u8 (N, S, S, 3), S =
-    ``support.image_size``; attribution is f32 (N, S/f, S/f), f the VAE's factor, each map min-max scaled to [0, 1].
+    Image i depends on (support settings, prompt, ``support.seed``, i) alone, but for rounding: batches of another size
+    are computed otherwise, on a GPU most of all. Images are u8 (N, S, S, 3), S = ``support.image_size``; attribution is
+    f32 (N, S/f, S/f), f the VAE's factor, each map min-max scaled to [0, 1].
     """
     settings, size = profile.support, profile.support.image_size
     count = settings.size if count is None else count
@@ -37,7 +38,7 @@ def sample_support(pipe: StableDiffusionPipeline, category: Category, profile: P
         raise ProfileError(f"support.image_size is {size}; it must be a positive multiple of {multiple}.")
     prompt = fill_template(settings.prompt, category.prompt)
     positions = class_token_positions(pipe.tokenizer, settings.prompt, category.prompt)
-    guided = settings.guidance_scale > 1  # the rule of StableDiffusionPipeline
+    guided = is_guided(pipe.unet, settings.guidance_scale)
     side = size // pipe.vae_scale_factor
     seeds = np.array([image_seed(settings.seed, prompt, i) for i in range(start, start + count)], dtype=np.int64)
     positive, negative = pipe.encode_prompt(prompt, pipe.device, 1, guided, settings.negative_prompt)
@@ -46,12 +47,13 @@ def sample_support(pipe: StableDiffusionPipeline, category: Category, profile: P
     with tqdm(total=count, desc=f"drawing {category.name}", unit="image", disable=not progress) as bar:
         for first, last in batches(count, settings.batch_size):
             n = last - first
-            latents = initial_latents(seeds[first:last], (pipe.unet.config.in_channels, side, side))
+            latents, generators = initial_latents(seeds[first:last], (pipe.unet.config.in_channels, side, side))
             with record_attribution(pipe.unet, positions, (side, side), settings.mid_block, guided) as recorder:
                 drawn = pipe(
                     prompt_embeds=positive.expand(n, -1, -1),
                     negative_prompt_embeds=negative.expand(n, -1, -1) if guided else None,
                     latents=latents.to(pipe.device, positive.dtype), height=size, width=size,
+                    generator=generators,  # for schedulers that add noise in their steps
                     num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale, output_type="np").images
             maps = recorder.maps().numpy()
             if not (np.isfinite(drawn).all() and np.isfinite(maps).all()):
@@ -69,10 +71,12 @@ def image_seed(seed: int, prompt: str, index: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def initial_latents(seeds: np.ndarray, shape: tuple[int, int, int]) -> torch.Tensor:
-    """Standard normal f32 (n, c, h, w); drawn on the CPU, so that every device starts from the same noise."""
+def initial_latents(seeds: np.ndarray, shape: tuple[int, int, int]) -> tuple[torch.Tensor, list[torch.Generator]]:
+    """Standard normal f32 (n, c, h, w), and the generators that drew it, one an image, which can go on; all on the CPU,
+    so that every device starts from the same noise."""
     generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
-    return torch.stack([torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators])
+    drawn = [torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators]
+    return torch.stack(drawn), generators
 
 
 def min_max(maps: np.ndarray) -> np.ndarray:

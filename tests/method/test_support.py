@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import EulerAncestralDiscreteScheduler, LCMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
+from tiny import make_unet
 
 from ovdiff_lib.categories import Category
 from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
@@ -15,6 +17,8 @@ from ovdiff_lib.support.sampler import image_seed, initial_latents, min_max, sam
 
 TEMPLATE = "A good picture of a {name}"
 CAT = Category("cat")
+PNDM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+        "steps_offset": 1}
 
 
 class ExplicitAttention(AttnProcessor):
@@ -166,8 +170,9 @@ def test_support_set_equals_the_plain_pipeline(pipe, tiny_profile, guidance):
     support = sample_support(pipe, Category("pet", prompt="chest of drawers"), profile, progress=False)
     prompt = "A good picture of a chest of drawers"
     with Oracle(pipe.unet) as oracle:
-        images = pipe([prompt] * 3, negative_prompt=["water"] * 3, latents=initial_latents(support.seeds, (4, 16, 16)), height=64, width=64,
-                      num_inference_steps=2, guidance_scale=guidance, output_type="np").images
+        latents, _ = initial_latents(support.seeds, (4, 16, 16))
+        images = pipe([prompt] * 3, negative_prompt=["water"] * 3, latents=latents, height=64, width=64, num_inference_steps=2,
+                      guidance_scale=guidance, output_type="np").images
     assert support.images.shape == (3, 64, 64, 3) and support.images.dtype == np.uint8
     assert np.abs(support.images - images * 255).max() <= 0.51  # rounded to the nearest level
     expected = oracle.maps([6, 7, 8], (16, 16), guided=guidance > 1).numpy()
@@ -184,6 +189,28 @@ def test_an_image_depends_on_its_own_index_alone(pipe, tiny_profile):
         np.testing.assert_allclose(part.attribution, whole.attribution[:count], atol=1e-3)
         assert np.abs(part.images.astype(int) - whole.images[:count]).max() <= 1
     assert np.abs(whole.images[0].astype(int) - whole.images[1]).mean() > 5  # and the images do differ
+
+
+@pytest.mark.parametrize(("scheduler", "fields", "guided"), [
+    (LCMScheduler, {"time_cond_proj_dim": 8}, False), (EulerAncestralDiscreteScheduler, {}, True)])
+def test_schedulers_that_add_noise_and_unets_that_are_told_the_guidance(pipe, tiny_profile, scheduler, fields, guided):
+    """Drawn again they are the same, in batches of another size too, and no half of the images is taken for the negative one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = make_unet(**fields)
+    other = StableDiffusionPipeline(**{**pipe.components, "unet": unet, "scheduler": scheduler.from_config(PNDM)},
+                                    requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    profile = tiny_profile.override({"support.guidance_scale": 8.0, "support.steps": 3})
+    support = draw(other, profile, 4)
+    latents, generators = initial_latents(support.seeds, (4, 16, 16))
+    with Oracle(unet) as oracle:
+        images = other(["A good picture of a cat"] * 4, negative_prompt=[""] * 4, latents=latents, generator=generators, height=64,
+                        width=64, num_inference_steps=3, guidance_scale=8.0, output_type="np").images
+    assert np.abs(support.images - images * 255).max() <= 0.6
+    np.testing.assert_allclose(support.attribution, min_max(oracle.maps([6], (16, 16), guided=guided).numpy()), atol=1e-3)
+    assert (draw(other, profile, 4).images == support.images).all()
+    assert np.abs(draw(other, profile.override({"support.batch_size": 1}), 4).images.astype(int) - support.images).max() <= 1
 
 
 def test_categories_with_one_prompt_share_their_images_and_others_do_not(pipe, tiny_profile):

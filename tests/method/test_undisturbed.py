@@ -9,8 +9,10 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from sentences import refused
 
 from ovdiff_lib import OVDiff, pipeline
+from ovdiff_lib.errors import ModelNotAvailable, OVDiffError
 from ovdiff_lib.matching.pamr import pamr
 from ovdiff_lib.networks import loading
 from ovdiff_lib.networks.instruments import undisturbed
@@ -185,3 +187,29 @@ def test_it_is_entered_by_one_thread_at_a_time():
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(12)))
     assert most == [1] * 12
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 10.75 GiB, none free"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 17.5 GB, max allowed: 18.1 GB)"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+def test_a_full_device_is_one_sentence_that_names_what_to_lower(make, alone, monkeypatch, error):
+    def full(*_, **__):
+        raise error
+
+    ovdiff, image, bank = make(), IMAGES[0], alone[0]
+    for place, name, run, field in [
+            (ovdiff.diffusion.unet, "forward", lambda: ovdiff.support("dog"), "lower support.batch_size, or use"),
+            (ovdiff.extractors["sd"], "_extract", lambda: ovdiff.segment(image, bank), "lower features.batch_size, or use"),
+            (ovdiff.matcher, "_match", lambda: ovdiff.segment(image, bank), "lower matching.batch_size, or use"),
+            (ovdiff.category_filter.clip, "get_image_features", lambda: ovdiff.segment(image, bank), "; use")]:
+        with monkeypatch.context() as patched, refused(OVDiffError, "The device ran out of memory (", f"{field} a device with more."):
+            patched.setattr(place, name, full)
+            run()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ModelNotAvailable("It ran out of memory.")])
+def test_other_errors_stay_what_they_are(error):
+    with pytest.raises(type(error)) as caught, undisturbed("support.batch_size"):
+        raise error
+    assert caught.value is error

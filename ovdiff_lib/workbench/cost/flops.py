@@ -18,7 +18,7 @@ from ovdiff_lib.features.diffusion import QUERY
 from ovdiff_lib.features.self_supervised import DinoExtractor
 from ovdiff_lib.networks.instruments import captured
 from ovdiff_lib.profiles.schema import Profile
-from ovdiff_lib.support.attribution import record_attribution
+from ovdiff_lib.support.attribution import is_guided, record_attribution
 from ovdiff_lib.workbench.cost.architectures import Networks
 
 CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
@@ -35,7 +35,8 @@ def flop_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 def class_operations(networks: Networks, profile: Profile) -> dict[str, int]:
     """FLOP of drawing one class and of its features in each extractor of Table 1 (Sec. 3.1, App. C.2), by step. Not
     counted are masks and k-means, whose work depends on the images."""
-    pipe, support, halves = networks.pipe, profile.support, 1 + (profile.support.guidance_scale > 1)
+    pipe, support = networks.pipe, profile.support
+    halves = 1 + is_guided(pipe.unet, support.guidance_scale)
     side, tokens = support.image_size // pipe.vae_scale_factor, pipe.text_encoder.config.max_position_embeddings
     unet = unet_operations(pipe, side, halves)
     with record_attribution(pipe.unet, [1], (side, side), support.mid_block, halves == 2):

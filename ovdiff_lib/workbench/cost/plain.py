@@ -31,9 +31,10 @@ def draw(pipe: StableDiffusionPipeline, category: Category, profile: Profile, co
     seeds = np.array([image_seed(settings.seed, prompt, i) for i in range(count)], np.int64)
     size, drawn = settings.batch_size, []
     for batch in np.split(seeds, range(size, count, size)):
-        latents = initial_latents(batch, (pipe.unet.config.in_channels, side, side)).to(pipe.device, pipe.unet.dtype)
+        latents, generators = initial_latents(batch, (pipe.unet.config.in_channels, side, side))
         drawn.append(pipe(
-            prompt, num_images_per_prompt=len(batch), negative_prompt=settings.negative_prompt, latents=latents,
+            prompt, num_images_per_prompt=len(batch), negative_prompt=settings.negative_prompt,
+            latents=latents.to(pipe.device, pipe.unet.dtype), generator=generators,
             height=settings.image_size, width=settings.image_size, num_inference_steps=settings.steps,
             guidance_scale=settings.guidance_scale, output_type="np").images)
     return (np.concatenate(drawn) * 255).round().astype(np.uint8)
@@ -49,7 +50,8 @@ def bare_features(pipe: StableDiffusionPipeline, settings: Features, images: Seq
     planes = [torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None] / 127.5 - 1 for image in images]
     squares = [F.interpolate(one, size=(side, side), mode="bilinear", antialias=True) for one in planes]
     pixels, latent = torch.cat(squares).to(pipe.device, pipe.vae.dtype), side // pipe.vae_scale_factor
-    noise = initial_latents(np.arange(len(images)), (pipe.unet.config.in_channels, latent, latent)).to(pipe.device)
+    shape = (pipe.unet.config.in_channels, latent, latent)
+    noise = initial_latents(np.arange(len(images)), shape)[0].to(pipe.device)
     signal = float(pipe.scheduler.alphas_cumprod[settings.sd_timestep])
     with torch.no_grad():
         prompt = pipe.encode_prompt("", pipe.device, 1, False)[0]
