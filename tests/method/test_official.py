@@ -41,7 +41,7 @@ ROWS = {  # what the released code does, topic by topic
 
 AS_PUBLISHED = {  # the paper's value, or the default where it is silent
     "models.dtype": "float32", "models.mae": "facebook/vit-mae-large",
-    "support.seed": 0, "masks.threshold_scope": "image",
+    "support.batch_size": 4, "support.seed": 0, "masks.threshold_scope": "image",
     "masks.overlaps": "keep", "masks.background_below": 1.0, "masks.erosion": 0, "masks.fallback": "otsu", "masks.resize": "area",
     "features.sd_latent": "mean", "features.sd_noise": "seeded", "features.clip_normalisation": "clip", "features.clip_input_size": 448,
     "features.dino_input_size": 448, "features.mae_input_size": 448, "filters.category_prompt": "{names}",
