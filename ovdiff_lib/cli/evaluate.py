@@ -35,7 +35,7 @@ def evaluate(options: argparse.Namespace) -> None:
     # Workers on other machines are elsewhere: they are told the whole path.
     folder = options.data and options.data.expanduser().absolute()
     dataset = load_dataset(options.dataset, split=options.split, folder=folder, names=options.names)
-    record: dict[str, Any] = {"dataset": dataset.name, "split": options.split, "names": options.names}
+    record: dict[str, Any] = {"dataset": dataset.name, "split": dataset.split, "names": options.names}
     if options.predictions:
         saved = SavedPredictions(options.predictions, options.zero_based)
         result = measure.evaluate(saved, dataset, limit=options.limit)
@@ -53,7 +53,7 @@ def evaluate(options: argparse.Namespace) -> None:
     standard = dataset.standard_images
     if standard is not None and not options.limit and result.images != standard:
         print(f"The literature evaluates on {standard} images of this split; here there are {result.images}.")
-    print(f"{last}   {dataset.name} {options.split}, {result.images} images, {by}")
+    print(f"{last}   {dataset.name} {dataset.split}, {result.images} images, {by}")
     if options.json:
         miou, *iou = (None if v != v else float(v) for v in (result.miou, *result.iou))  # NaN where a class is nowhere
         write_json(options.json, {**record, "images": result.images, "background": dataset.has_background, "miou": miou,

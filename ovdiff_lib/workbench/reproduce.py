@@ -25,6 +25,7 @@ from typing import Any
 from ovdiff_lib.code import PACKAGE, statements
 from ovdiff_lib.errors import InputError, OVDiffError, described, legal
 from ovdiff_lib.files import check_output, write_atomic
+from ovdiff_lib.profiles.reading import load_profile
 
 NOT_READ = ("cli", "recipes", "workbench/parallel.py")
 """Folders of the package that no notebook reads: a change in them leaves every result what it is."""
@@ -95,6 +96,13 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
             said = kind.__name__ if type(kind) is type else kind
             raise InputError(f"The parameter {name!r} of {notebook.name} must be {said} like its default {default!r}, "
                              f"not {value!r}.") from None
+
+
+def own_data(notebook: Path, parameters: dict[str, Any]) -> dict[str, str]:
+    """The profile's data set for a notebook whose own is the mini world's, unless ``parameters`` name one."""
+    if "dataset" not in parameters_of(notebook) or "dataset" in parameters or "profile" not in parameters:
+        return {}
+    return {"dataset": load_profile(parameters["profile"], parameters.get("overrides")).evaluation.voc}
 
 
 def run_all(chosen: Sequence[Path], folder: Path, parameters: dict[str, Any], *, force: bool = False,
@@ -201,6 +209,7 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
     from traitlets.config import Config
 
     check_parameters(notebook, parameters)
+    given = parameters | own_data(notebook, parameters)
     # papermill does not know `int | None`, and would warn of parameters so annotated.
     logging.getLogger("papermill").setLevel(logging.ERROR)
     failed, running = output.with_suffix(".failed.ipynb"), output.with_suffix(".partial.ipynb")
@@ -217,7 +226,7 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
             # interrupted only to be closed says nothing: an "ERROR" after a run that went well frightens people.
             quiet = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"},
                             "NotebookClient": {"extra_arguments": ["--log-level=CRITICAL"]}})
-            papermill.execute_notebook(_literal(notebook), _literal(running), parameters=parameters, config=quiet,
+            papermill.execute_notebook(_literal(notebook), _literal(running), parameters=given, config=quiet,
                                        cwd=str(notebook.parent), progress_bar=progress, kernel_name="python3")
         os.replace(running, output)
     except (papermill.PapermillExecutionError, DeadKernelError) as error:

@@ -12,7 +12,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from ovdiff_lib import keys
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.workbench import reproduce as runner
-from ovdiff_lib.workbench.reproduce import check_parameters, notebooks, run_all, run_notebook
+from ovdiff_lib.workbench.reproduce import check_parameters, notebooks, own_data, run_all, run_notebook
 
 COUNTING = """
 from pathlib import Path
@@ -112,6 +112,13 @@ def test_parameters_have_the_type_of_their_annotation_or_default(tmp_path, name,
     for value in bad:
         said = refused(check_parameters, path, {name: value})
         assert f"{name!r} of 00_typed.ipynb" in said and kind in said and repr(value) in said
+
+
+def test_a_profile_brings_its_own_images_to_a_notebook_that_takes_one_data_set(tmp_path):
+    path, plain = written(tmp_path, "00_one", source='dataset = "mini-voc"'), written(tmp_path, "01_none")
+    given = {"profile": "paper", "overrides": {"evaluation.voc": "voc:/data"}}
+    assert own_data(path, given) == {"dataset": "voc:/data"} and own_data(path, {"profile": "mini"}) == {"dataset": "mini-voc"}
+    assert own_data(path, {**given, "dataset": "context"}) == own_data(path, {}) == own_data(plain, given) == {}
 
 
 def test_unknown_parameters_are_refused_before_anything_runs(notebook, tmp_path):

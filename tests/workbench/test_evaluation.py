@@ -134,6 +134,12 @@ def test_unknown_names(arguments):
     refused("choose", load_dataset, *arguments)
 
 
+def test_a_source_may_name_the_split_or_the_folder():
+    elsewhere = load_dataset(f"mini-voc:{MINI_DATA}")
+    assert elsewhere.folder == MINI_DATA and elsewhere.ids == load_dataset("mini-voc").ids
+    assert load_dataset("mini-voc/wild").ids == load_dataset("mini-voc", "wild").ids != elsewhere.ids
+
+
 @pytest.fixture
 def copied(tmp_path):
     """The first three scenes of val in a folder of their own."""

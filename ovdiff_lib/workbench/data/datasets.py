@@ -127,13 +127,15 @@ DATASETS: dict[str, tuple[str, Callable[[], Layout], bool]] = {
 """Name -> (its classes, how it lies on disk, whether background is a class)."""
 
 
-def load_dataset(name: str, split: str = "val", folder: str | Path | None = None, names: str = "fixed") -> Dataset:
-    """The data set called ``name``, read from ``folder`` (those of the mini world ship), with the class names ``names``
-    (:data:`~ovdiff_lib.workbench.data.classes.NAMES`).
+def load_dataset(source: str, split: str = "val", folder: str | Path | None = None, names: str = "fixed") -> Dataset:
+    """The data set of ``source`` = "name", "name/split" or, with its folder (those of the mini world ship),
+    "name:folder", with the class names ``names`` (:data:`~ovdiff_lib.workbench.data.classes.NAMES`).
 
     Raises ``InputError`` for an unknown name, split or selection of names, and for files that are missing.
     """
+    name, _, within = source.partition(":")
+    name, _, part = name.partition("/")
     if name not in DATASETS:
         raise InputError(f"There is no data set {name!r}; choose one of {', '.join(DATASETS)}.")
     classes, layout, has_background = DATASETS[name]
-    return Dataset(name, classes, layout(), has_background, split, folder, names)
+    return Dataset(name, classes, layout(), has_background, part or split, within or folder, names)

@@ -77,7 +77,7 @@ class Dataset:
         self.vocabulary = vocabulary_of(classes, names)
         self.name, self.split, self.has_background = name, split, has_background
         if folder is None and not layout.shipped:
-            raise InputError(f"The data set {name} is not shipped; say where it lies with --data FOLDER.")
+            raise InputError(f"The data set {name} is not shipped; say where: --data FOLDER, or {name}:FOLDER.")
         self.folder = root = layout.shipped if folder is None else Path(folder).expanduser()
         if not root.is_dir():
             raise InputError(f"The folder {root} of the data set {name} does not exist; give the one it lies in.")

@@ -63,11 +63,9 @@ class Bench:
         return OVDiff(profile, library=self.library, progress=self.progress, networks=self.parts)
 
     def dataset(self, source: str, names: str = "fixed") -> Dataset:
-        """The data set of ``source`` = "name", "name/split" or, with its folder, "name:folder"."""
+        """The data set of a source, as for :func:`load_dataset`."""
         if (source, names) not in self._datasets:
-            name, _, folder = source.partition(":")
-            name, _, split = name.partition("/")
-            self._datasets[source, names] = load_dataset(name, split or "val", folder or None, names)
+            self._datasets[source, names] = load_dataset(source, names=names)
         return self._datasets[source, names]
 
     def measure(self, rows: Sequence[Row], source: str) -> dict[str, tuple[EvaluationResult, ...]]:
