@@ -9,7 +9,6 @@ import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from ovdiff_lib import keys
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.workbench import reproduce as runner
 from ovdiff_lib.workbench.reproduce import check_parameters, notebooks, own_data, run_all, run_notebook
@@ -52,7 +51,7 @@ def small_package(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "package"
     folder.mkdir()
     (folder / "code.py").write_text("x = 1\n")
-    monkeypatch.setattr(keys, "PACKAGE", folder)
+    monkeypatch.setattr(runner, "PACKAGE", folder)
     monkeypatch.setattr(runner, "_package", runner._package.__wrapped__)  # what a process asks once, a test asks again
     return folder
 
