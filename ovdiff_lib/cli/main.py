@@ -11,6 +11,8 @@ import argparse
 import inspect
 import sys
 
+from tqdm import tqdm
+
 from ovdiff_lib.cli import evaluate, inspecting, library, notebooks, segment
 from ovdiff_lib.errors import OVDiffError
 
@@ -30,10 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
         options = parser().parse_args(arguments)
         return options.run(options) or 0
     except OVDiffError as error:
-        print(f"ovdiff: {error}", file=sys.stderr)
+        tqdm.write(f"ovdiff: {error}", file=sys.stderr)  # a bar that is still there gets a line of its own
         return 2
     except KeyboardInterrupt:
-        print("ovdiff: interrupted; what is finished is kept, run the same command again to go on.", file=sys.stderr)
+        said = "ovdiff: interrupted; what is finished is kept, run the same command again to go on."
+        tqdm.write(said, file=sys.stderr)
         return 130
 
 
