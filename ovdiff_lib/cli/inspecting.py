@@ -36,7 +36,7 @@ def vocabulary(options: argparse.Namespace) -> int:
                      "`kmeans-full-size`, which need 7 GB of memory and some minutes)"),
        argument("--repeats", type=int, default=3, help="rounds of a scenario; ratios are of medians (default: 3)"))
 def benchmark(options: argparse.Namespace) -> int:
-    """Time and memory as ratios against a named alternative that runs in the same session. Exit code 1 if a bound is
+    """Times as ratios against a named alternative that runs in the same session. Exit code 1 if a bound is
     missed, else 0."""
     from ovdiff_lib.networks.loading import resolve_device
     from ovdiff_lib.workbench.cost.instruments import machine

@@ -1,4 +1,4 @@
-"""What ``ovdiff benchmark`` measures with: ratios of time and memory against a named alternative, taken in turns.
+"""What ``ovdiff benchmark`` measures with: ratios of time against a named alternative, taken in turns.
 
 A ratio of two ways of doing the same thing says the same on a slow and on a fast machine, which seconds do not.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -37,10 +36,10 @@ class Check(NamedTuple):
 
 @dataclass(frozen=True)
 class Ratio:
-    """OVDiff's way against a named alternative, of seconds or (``memory``) of memory.
+    """Seconds of OVDiff's way against a named alternative's.
 
     ``measures`` and ``alternative`` say in words what was done. ``limit``: at most so many times the alternative's
-    cost; None: the row reports only.
+    time; None: the row reports only.
     """
 
     name: str
@@ -50,19 +49,17 @@ class Ratio:
     theirs: Measured
     limit: float | None = None
     check: Check | None = None
-    memory: bool = False
 
     @property
     def value(self) -> float:
-        """Of the medians, or of the memory added: ours by theirs."""
-        ours, theirs = (side.added if self.memory else side.median for side in (self.ours, self.theirs))
-        return ours / theirs if theirs else math.inf
+        """Of the medians: ours by theirs."""
+        return self.ours.median / self.theirs.median
 
     @property
     def spread(self) -> tuple[float, float] | None:
-        """Lowest and highest ratio of one round of both; None for a single round and for memory."""
+        """Lowest and highest ratio of one round of both; None for a single round."""
         rounds = [ours / theirs for ours, theirs in zip(self.ours.seconds, self.theirs.seconds, strict=False)]
-        return None if self.memory or len(rounds) < 2 else (min(rounds), max(rounds))
+        return None if len(rounds) < 2 else (min(rounds), max(rounds))
 
     @property
     def met(self) -> bool | None:
@@ -76,7 +73,7 @@ class Ratio:
         spread = f" ({self.spread[0]:.3g}-{self.spread[1]:.3g})" if self.spread else ""
         bound = "" if self.limit is None else f", at most {self.limit:g}"
         result = {True: "met", False: "MISSED", None: "no bound"}[self.met]
-        lines = [f"{self.name}: {self.value:.3g}x the {'memory' if self.memory else 'time'}{spread}{bound}: {result}"]
+        lines = [f"{self.name}: {self.value:.3g}x the time{spread}{bound}: {result}"]
         lines += [f"{what}: {side.median:.3g} s, {size_text(side.added)} added" for what, side in (
             (self.measures, self.ours), (f"against {self.alternative}", self.theirs))]
         if self.check:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -15,13 +12,10 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from ovdiff_lib.categories import Category
 from ovdiff_lib.images import resize_short_side
-from ovdiff_lib.matching.matcher import Matcher
-from ovdiff_lib.matching.pamr import DILATIONS, affinity
 from ovdiff_lib.matching.windows import crop, scales
 from ovdiff_lib.profiles.schema import Features, Profile
-from ovdiff_lib.support import attribution
-from ovdiff_lib.support.attribution import AttributionRecorder, fill_template
-from ovdiff_lib.support.sampler import image_seed, initial_latents, sample_support
+from ovdiff_lib.support.attribution import fill_template
+from ovdiff_lib.support.sampler import image_seed, initial_latents
 
 
 def draw(pipe: StableDiffusionPipeline, category: Category, profile: Profile, count: int) -> np.ndarray:
@@ -75,29 +69,6 @@ def window_crops(image: np.ndarray, profile: Profile) -> list[np.ndarray]:
     return [crop(resized, box, side) for side, boxes in scales(resized.shape[:2], settings) for box in boxes]
 
 
-class StoredAttention(AttributionRecorder):
-    """Keeps the attention of every layer and step, all heads and tokens, until the drawings are finished."""
-
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self.stored: dict[str, list[torch.Tensor]] = defaultdict(list)
-
-    def add(self, layer: str, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
-        query, key = (x.chunk(1 + self.guided)[-1].float() for x in (query, key))  # of the conditional half
-        self.stored[layer].append(((query * scale) @ key.transpose(-1, -2)).softmax(dim=-1))
-
-    def maps(self) -> torch.Tensor:
-        summed = {layer: torch.stack(steps).sum(0) for layer, steps in self.stored.items()}
-        self.sums = {layer: one[..., self.token_positions].mean(dim=(1, 3)) for layer, one in summed.items()}
-        return super().maps()
-
-
-def stored_attribution(pipe: StableDiffusionPipeline, category: Category, profile: Profile, count: int) -> np.ndarray:
-    """Attribution f32 (count, h, w) in [0, 1] of ``count`` drawings by :class:`StoredAttention`."""
-    with mock.patch.object(attribution, "AttributionRecorder", StoredAttention):
-        return sample_support(pipe, category, profile, count, progress=False).attribution
-
-
 @torch.no_grad()
 def padded_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str], batch: int = 64) -> torch.Tensor:
     """Unit CLIP embeddings f32 (n, E) on the CPU by ``CLIPModel.get_text_features``, texts padded to full length."""
@@ -107,26 +78,3 @@ def padded_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str]
                            return_tensors="pt", max_length=clip.config.text_config.max_position_embeddings)
         found.append(F.normalize(clip.get_text_features(**tokens.to(device)).pooler_output.float(), dim=-1).cpu())
     return torch.cat(found)
-
-
-class AllAtOnce(Matcher):
-    """Compares all pixels of its windows with all prototypes of all classes in one matrix product."""
-
-    def _match(self, features: torch.Tensor, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        unit = F.normalize(features.flatten(0, 2).to(self.device), dim=1)
-        cosines = (unit @ torch.cat(rows.vectors).T).split([len(vectors) for vectors in rows.vectors], dim=1)
-        values = torch.stack([cosine.amax(1) for cosine in cosines]).unflatten(1, features.shape[:3]).transpose(0, 1)
-        return values, torch.zeros_like(values, dtype=torch.long)  # which prototype it was, nobody asks here
-
-
-@torch.no_grad()
-def pamr_unfolded(image: np.ndarray, scores: torch.Tensor, iterations: int = 10,
-                  dilations: Sequence[int] = DILATIONS) -> torch.Tensor:
-    """PAMR with all neighbours of all classes laid out at once, (C, 8 x dilations, H, W), like the published code."""
-    weights = affinity(image, dilations, scores.device)
-    for _ in range(iterations):
-        padded = [F.pad(scores[:, None], (d,) * 4, mode="replicate") for d in dilations]
-        patches = [F.unfold(one, 3, dilation=d) for one, d in zip(padded, dilations, strict=True)]
-        around = torch.cat([patch[:, [0, 1, 2, 3, 5, 6, 7, 8]] for patch in patches], 1)  # without the centre
-        scores = (around.unflatten(2, tuple(scores.shape[1:])) * weights).sum(1)
-    return scores

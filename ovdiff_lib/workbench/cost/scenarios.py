@@ -12,8 +12,6 @@ import torch
 
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.masks.select import make_masks
-from ovdiff_lib.matching.matcher import Matcher
-from ovdiff_lib.matching.pamr import pamr
 from ovdiff_lib.networks.clip_text import TextEncoder
 from ovdiff_lib.networks.loading import load_clip
 from ovdiff_lib.profiles.schema import Profile
@@ -25,11 +23,8 @@ from ovdiff_lib.workbench.cost import architectures, plain
 from ovdiff_lib.workbench.cost.benchmark import Check, Ratio, Session, difference
 from ovdiff_lib.workbench.cost.instruments import Measured
 
-FEW, SOME, MANY, TOGETHER = 20, 500, 2000, 8
-"""Classes of PASCAL VOC and of the paper's times, of larger vocabularies; images of a round."""
-
-PIXELS = (448, 600)
-"""An image of PASCAL VOC as matching sees it."""
+FEW, MANY, TOGETHER = 20, 2000, 8
+"""Classes of PASCAL VOC and of the paper's times, of a large vocabulary; images of a round."""
 
 PAPER_POINTS = (65_536, 7_680)
 """Half of the 32 x 64 x 64 support features of a class, and Stable Diffusion's channels (App. C.2)."""
@@ -181,45 +176,12 @@ def large_vocabulary(session: Session) -> list[Ratio]:
     return rows
 
 
-# ---- memory
-
-def attribution_memory(session: Session) -> list[Ratio]:
-    """Attribution summed as it comes against attention that is stored."""
-    count = session.profile.support.size
-    given = session.ovdiff.diffusion, session.category, session.profile.override({"support.batch_size": count})
-    sides = session.take_turns(lambda number: sample_support(*given, count if number else 1, False).attribution,
-                               lambda number: plain.stored_attribution(*given, count if number else 1))
-    return [Ratio("attribution memory", "a support set drawn in one batch, attribution summed as it comes",
-                  "the attention of every layer and step kept until the end, then summed", *sides, None,
-                  same("the maps", *sides, 1e-5), memory=True)]
-
-
-def matching_memory(session: Session) -> list[Ratio]:
-    """Matching class by class against all at once."""
-    bank, image, extractors = session.made_up(SOME), session.images[0], session.ovdiff.extractors
-    at_once = session.profile.override({"matching.batch_size": 64})  # all windows of an image
-    ours, theirs = Matcher(extractors, session.profile), plain.AllAtOnce(extractors, at_once)
-    sides = session.take_turns(lambda _: ours.scores(image, bank)[0], lambda _: theirs.scores(image, bank)[0])
-    return [Ratio("matching memory", f"an image against {SOME} classes, class by class, category filter off",
-                  "all pixels x all prototypes at once", *sides, None, same("a score", *sides, 1e-4), memory=True)]
-
-
-def pamr_memory(session: Session) -> list[Ratio]:
-    """PAMR in blocks of rows against all neighbours at once."""
-    image = np.random.default_rng(0).integers(0, 256, (*PIXELS, 3), dtype=np.uint8)
-    scores = torch.rand(21, *PIXELS, generator=torch.Generator().manual_seed(0)).to(session.device)
-    sides = session.take_turns(lambda _: pamr(image, scores, 1), lambda _: plain.pamr_unfolded(image, scores, 1))
-    return [Ratio("PAMR", f"scores of 21 classes at {PIXELS[0]} x {PIXELS[1]} pixels refined once, in blocks of rows",
-                  "all neighbours of all classes unfolded at once", *sides, None, same("a score", *sides, 1e-5),
-                  memory=True)]
-
-
 # ---- running them
 
 SCENARIOS: dict[str, Callable[[Session], list[Ratio]]] = {
-    "sampling": sampling, "building": building, "attribution-memory": attribution_memory, "kmeans": clusters,
+    "sampling": sampling, "building": building, "kmeans": clusters,
     "texts": texts, "texts-vit-b16": functools.partial(texts, full=True), "segmenting": segmenting,
-    "vocabulary-2000": large_vocabulary, "matching-memory": matching_memory, "pamr": pamr_memory,
+    "vocabulary-2000": large_vocabulary,
     "sampling-full-size": functools.partial(sampling, full=True),
     "kmeans-full-size": functools.partial(clusters, full=True),
 }
