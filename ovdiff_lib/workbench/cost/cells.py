@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -155,6 +154,6 @@ def ratio_cells(ratios: Iterable[Ratio]) -> list[Cell]:
         rows[f"{ratio.name}, against {ratio.alternative}"] = {
             "ovdiff, s": ours, "alternative, s": theirs, "ovdiff, added MB": ours.added / 1e6,
             "alternative, added MB": theirs.added / 1e6, "ovdiff, peak MB": ours.peak / 1e6,
-            "alternative, peak MB": theirs.peak / 1e6, "ratio": ratio.value if math.isfinite(ratio.value) else None,
+            "alternative, peak MB": theirs.peak / 1e6, "ratio": ratio.value,
             "lowest": spread[0], "highest": spread[1], "bound": ratio.limit, "met (1) or missed (0)": ratio.met}
     return cells_of(rows)
