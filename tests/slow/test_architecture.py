@@ -12,7 +12,7 @@ import pytest
 import torch
 from real_size import NARROW, save_pipeline
 from test_support import Oracle
-from transformers import ViTMAEConfig, ViTMAEModel
+from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTMAEConfig, ViTMAEModel, ViTModel
 
 from ovdiff_lib.categories import Category
 from ovdiff_lib.errors import InputError
@@ -22,7 +22,7 @@ from ovdiff_lib.networks.loading import load_diffusion
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.support.attribution import class_token_positions, fill_template
 from ovdiff_lib.support.sampler import min_max, sample_support
-from ovdiff_lib.workbench.cost.architectures import clip_tokenizer, published_networks, sharpen, stable_diffusion
+from ovdiff_lib.workbench.cost.architectures import CLIP_B16, clip_tokenizer, sharpen, stable_diffusion
 from ovdiff_lib.workbench.data.classes import NAMES, class_table, vocabulary_of
 
 LEVELS = {f"{block}.attentions.{i}": (channels, halvings) for block, count, channels, halvings in (
@@ -79,12 +79,13 @@ def pictures(n):
 
 # ---- sizes
 
-def test_networks_have_the_published_numbers_of_parameters():
+def test_networks_have_the_published_numbers_of_parameters(published):
     """Stable Diffusion v1.5's three, CLIP ViT-B/16, DINO ViT-B/8, MAE ViT-L/16."""
     with torch.device("meta"):
         mae = ViTMAEModel(ViTMAEConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16))
-    pipe, clip, dino = published_networks()
-    assert [sum(p.numel() for p in network.parameters()) for network in (pipe.unet, pipe.vae, pipe.text_encoder, clip, dino, mae)] == [
+        others = CLIPModel(CLIPConfig(**CLIP_B16)), ViTModel(ViTConfig(patch_size=8), add_pooling_layer=False), mae
+    networks = published.unet, published.vae, published.text_encoder, *others
+    assert [sum(p.numel() for p in network.parameters()) for network in networks] == [
         859_520_964, 83_653_863, 123_060_480, 149_620_737, 85_807_872, 303_301_632]
 
 
@@ -103,7 +104,7 @@ def test_published_vae_and_text_encoder(published):
         latents = published.vae.encode(torch.zeros(1, 3, 512, 448)).latent_dist.mean
     assert latents.shape == (1, 4, 64, 56) and published.vae_scale_factor == 8 and published.vae.config.scaling_factor == 0.18215
     assert published.encode_prompt("", published.device, 1, False)[0].shape == (1, 77, 768)
-    config = published_networks().clip.config
+    config = CLIPConfig(**CLIP_B16)
     assert config.vision_config.hidden_act == config.text_config.hidden_act == published.text_encoder.config.hidden_act == "quick_gelu"
 
 

@@ -17,7 +17,7 @@ from ovdiff_lib.networks.loading import load_clip, load_diffusion
 from ovdiff_lib.prototypes.kmeans import kmeans
 from ovdiff_lib.support.sampler import sample_support
 from ovdiff_lib.workbench.cost import plain, scenarios
-from ovdiff_lib.workbench.cost.benchmark import Check, Ratio, Session, difference
+from ovdiff_lib.workbench.cost.benchmark import Check, Ratio, Session, difference, prototype_rows
 from ovdiff_lib.workbench.cost.cells import DIGITS, ratio_cells
 from ovdiff_lib.workbench.cost.instruments import Measured
 from ovdiff_lib.workbench.cost.scenarios import SCENARIOS
@@ -69,6 +69,7 @@ def test_made_up_classes_have_prompts_of_their_own_and_all_prototypes_of_a_class
     for made in bank.prototypes["sd"][:3]:
         assert made.vectors.dtype == np.float32 and np.sum(made.region == "foreground") == 1 + support + clusters == len(made) / 2
     assert not np.array_equal(bank.prototypes["sd"][0].vectors, bank.prototypes["sd"][1].vectors)
+    assert prototype_rows(small.profile.override({"prototypes.background": False, "prototypes.kinds": ["class", "part"]})) == 1 + clusters
 
 
 def test_overlapping_points_have_few_directions_and_no_right_answer():

@@ -1,1 +1,1 @@
-"""What OVDiff costs: operations counted (flops), steps timed (steps), ratios against alternatives (benchmark)."""
+"""What OVDiff costs: steps timed (steps), ratios against alternatives (benchmark)."""

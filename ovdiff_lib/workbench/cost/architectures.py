@@ -1,16 +1,12 @@
-"""Networks of the published sizes without their weights: shapes alone to count operations, random weights to run."""
+"""Networks of the published sizes with random weights: the weights are not needed to time them, nor to test."""
 
 from __future__ import annotations
 
-import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ViTConfig, ViTModel
-
-from ovdiff_lib.networks.loading import load_clip, load_diffusion, load_dino
-from ovdiff_lib.profiles.schema import Profile
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 # The classes' own defaults are the published sizes, but for these.
 SD_UNET = {"sample_size": 64, "cross_attention_dim": 768}
@@ -21,28 +17,6 @@ CLIP_L14_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_h
 """The text tower that Stable Diffusion v1.5 reads its prompts with."""
 
 CLIP_B16 = {"text_config": {"eos_token_id": 2}, "vision_config": {"patch_size": 16}}
-
-
-class Networks(NamedTuple):
-    """The networks of one profile on the meta device, where they have layers and sizes but no values: Stable Diffusion,
-    the CLIP of extractor and category filter, DINO."""
-
-    pipe: StableDiffusionPipeline
-    clip: CLIPModel
-    dino: ViTModel
-
-
-def published_networks() -> Networks:
-    """Stable Diffusion v1.5, CLIP ViT-B/16 and DINO ViT-B/8, which the paper's main table uses (Sec. 4.1, App. C.2)."""
-    with torch.device("meta"):
-        return Networks(stable_diffusion(), CLIPModel(CLIPConfig(**CLIP_B16)).eval(),
-                        ViTModel(ViTConfig(patch_size=8), add_pooling_layer=False).eval())
-
-
-def networks_of(profile: Profile) -> Networks:
-    """Shapes of the networks that ``profile`` names, which are loaded to read them. Raises ``ModelNotAvailable``."""
-    loaded = load_diffusion(profile), load_clip(profile)[0], load_dino(profile)
-    return Networks(*(copy.deepcopy(one).to("meta") for one in loaded))
 
 
 def stable_diffusion(**thinner: dict[str, Any]) -> StableDiffusionPipeline:

@@ -21,7 +21,6 @@ from ovdiff_lib.networks.loading import resolve_device
 from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.types import PrototypeBank, Prototypes
-from ovdiff_lib.workbench.cost.flops import prototype_rows
 from ovdiff_lib.workbench.cost.instruments import Measured, alternate
 from ovdiff_lib.workbench.data.datasets import load_dataset
 
@@ -113,6 +112,13 @@ class Session:
         made = (Prototypes(rng.standard_normal((rows, channels), np.float32), kind, region, none, none, nowhere)
                 for _ in range(count))
         return PrototypeBank(vocabulary, {"sd": tuple(made)})
+
+
+def prototype_rows(profile: Profile) -> int:
+    """Most prototypes of one class (Eq. 2, 3): of each region one of the class, N of the drawings, K of the parts."""
+    settings = profile.prototypes
+    count = {"class": 1, "instance": profile.support.size, "part": settings.clusters}
+    return (1 + settings.background) * sum(count[kind] for kind in settings.kinds)
 
 
 def difference(left: np.ndarray | torch.Tensor, right: np.ndarray | torch.Tensor) -> float:

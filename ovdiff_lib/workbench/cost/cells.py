@@ -1,4 +1,4 @@
-"""Cells of the tables of costs (Sec. 4.2, App. C.5): what was measured or counted, each with its place in the paper."""
+"""Cells of the tables of costs (Sec. 4.2, App. C.5): what was measured, each with its place in the paper."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 from ovdiff_lib.library.store import Library
 from ovdiff_lib.profiles.schema import Profile
-from ovdiff_lib.workbench.cost.benchmark import Ratio
-from ovdiff_lib.workbench.cost.flops import prototype_bytes, prototype_rows
+from ovdiff_lib.workbench.cost.benchmark import Ratio, prototype_rows
 from ovdiff_lib.workbench.cost.instruments import Measured
 from ovdiff_lib.workbench.cost.steps import ClassTimes, seconds
 from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell, paper_table
@@ -73,7 +72,8 @@ def drawing_cells(drawing: Mapping[int, Measured], fit: Any) -> list[Cell]:
 
 def storage_cells(building: ClassTimes, profile: Profile, paper: Profile,
                   widths: Mapping[str, tuple[int, PaperCell]]) -> list[Cell]:
-    """Bytes of one class, in 10^6: by the formula of C.5, of the vectors themselves, and of the library's files.
+    """Bytes of one class, in 10^6: by the formula of C.5 (2 (1 + N + K) D x 4 with the paper's kinds), of the vectors
+    themselves, and of the library's files.
 
     ``widths`` adds rows of the sizes of ``paper``, which nothing is measured for: row -> (channels D, the paper's
     cell).
@@ -84,11 +84,11 @@ def storage_cells(building: ClassTimes, profile: Profile, paper: Profile,
         if clustering:
             width = made.vectors.shape[1]
             rows[f"prototypes per class ({name})"] = {
-                "channels D": width, "vectors": len(made), formula: prototype_bytes(profile, width) / 1e6,
+                "channels D": width, "vectors": len(made), formula: 4 * width * prototype_rows(profile) / 1e6,
                 "vectors, MB": made.vectors.nbytes / 1e6, on_disk: bytes_on_disk("prototypes", made) / 1e6}
     for row, (width, _) in widths.items():
-        rows[row] = {"channels D": width, "vectors": prototype_rows(paper),
-                     formula: prototype_bytes(paper, width) / 1e6}
+        vectors = prototype_rows(paper)
+        rows[row] = {"channels D": width, "vectors": vectors, formula: 4 * width * vectors / 1e6}
     support = steps["drawing"].result
     arrays = support.images.nbytes + support.attribution.nbytes + support.seeds.nbytes
     rows["support set"] = {formula: arrays / 1e6, on_disk: bytes_on_disk("support", support) / 1e6}
@@ -113,22 +113,12 @@ def growth_cells(growth: Mapping[str, Sequence[tuple[int, Measured]]], paper_cla
                                      for name in ("TCL", "OVSegmentor")]
 
 
-def operation_cells(column: str, table: Mapping[str, int], unit: float) -> list[Cell]:
-    """FLOP in ``unit`` by step of a class."""
-    return cells_of({f"class: {step}": {column: flop / unit} for step, flop in table.items()})
-
-
-def training_cells(measured: float, counted: float) -> list[Cell]:
-    """Compute in TFLOP/s-hours (footnote 1 of the paper), and how many classes cost as much as training another method.
-
-    ``measured`` is that of a class built here, ``counted`` the operations of a class of the paper's networks over
-    3.6e15: what it would take at the peak rate all the time.
-    """
+def training_cells(measured: float) -> list[Cell]:
+    """Compute in TFLOP/s-hours (footnote 1 of the paper), ``measured`` that of a class built here, and how many classes
+    cost as much as training another method."""
     published, one = paper_cell("timing", CLASS, COMPUTE), f"{COMPUTE}, one class"
-    costs = {"the paper's time": published.value, "operations of the paper's networks": counted,
-             "the class built here": measured}
-    cells = cells_of({CLASS: {one: measured}, f"{CLASS}: operations of the paper's networks": {one: counted}},
-                     {(CLASS, one): published})
+    costs = {"the paper's time": published.value, "the class built here": measured}
+    cells = cells_of({CLASS: {one: measured}}, {(CLASS, one): published})
     for row in TRAINED:
         training = paper_cell("timing", row, COMPUTE)
         cells.append(Cell(row, f"{COMPUTE}, training", paper=training, source="published"))
