@@ -13,7 +13,7 @@ from ovdiff_lib.files import check_output, write_json
 @takes(argument("dataset", help="mini-voc, mini-object, mini-context; or, with --data, voc, context, coco-object, and "
                                 "without background voc20, context59, coco-stuff, ade20k, cityscapes"),
        argument("--data", type=Path, metavar="FOLDER", help="where the data set is, for example VOCdevkit"),
-       argument("--split", default="val", help="val, train, or wild of the mini world (default: val)"),
+       argument("--split", default="val", help="val, train, or tune and wild of the mini world (default: val)"),
        argument("--names", default="fixed",
                 help="names given to the networks: fixed (the paper's corrections, default), raw, fourteen"),
        argument("--limit", type=int, help="use the first LIMIT images only"),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.networks.instruments import undisturbed
-from ovdiff_lib.profiles.schema import Filters
+from ovdiff_lib.profiles.schema import Filters, of_extractor
 from ovdiff_lib.types import PrototypeBank, Prototypes
 
 
@@ -19,7 +19,7 @@ def filter_stuff(bank: PrototypeBank, settings: Filters) -> PrototypeBank:
     prototypes stay.
 
     As published (``stuff_against`` "stuff"): a thing category loses each whose cosine to any foreground prototype of
-    any stuff category exceeds ``stuff_threshold``; stuff categories lose all of them, or none with
+    any stuff category exceeds the extractor's ``stuff_threshold``; stuff categories lose all of them, or none with
     ``stuff_background``. With "all" every category loses each that is so similar to any foreground prototype of another
     category, whatever its kind.
 
@@ -45,7 +45,8 @@ def filter_stuff(bank: PrototypeBank, settings: Filters) -> PrototypeBank:
         # App. A.2 (all background by all foreground prototypes) leaves open whether a category judges itself. It does
         # not here: the filter's reason (Sec. 3.4) is background of one class that is the foreground of another.
         vectors, owners = judged_by[extractor]
-        alike, dropped = _unit(prototypes, "background") @ vectors.T > settings.stuff_threshold, background.copy()
+        threshold = of_extractor("filters.stuff_threshold", settings.stuff_threshold, extractor)
+        alike, dropped = _unit(prototypes, "background") @ vectors.T > threshold, background.copy()
         dropped[background] = alike[:, torch.from_numpy(owners != index)].any(1)
         return prototypes.select(~dropped)
 

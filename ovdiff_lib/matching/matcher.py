@@ -3,6 +3,10 @@
 Per extractor and window: cosine of every feature with every prototype, the maximum over each class's prototypes,
 bilinear to the window. Then the mean over extractors, over the windows of a scale that cover a pixel, and over scales;
 last, PAMR where the profile asks for it.
+
+The mean is over the same extractors for every class and for the background, because their cosines differ in level. An
+extractor whose background prototypes were all filtered away votes for the background with its constant
+``matching.background_threshold``; without constants it has no vote in that image, for no class, unless all are so.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from ovdiff_lib.matching.pamr import pamr
 from ovdiff_lib.matching.windows import Box, check_image, crop, scales, window_seeds
 from ovdiff_lib.networks.instruments import batches, undisturbed
 from ovdiff_lib.networks.loading import resolve_device
-from ovdiff_lib.profiles.schema import Profile
+from ovdiff_lib.profiles.schema import Profile, of_extractor
 from ovdiff_lib.types import PrototypeBank
 
 
@@ -41,7 +45,9 @@ class _Opened:
     shape: tuple[int, int]  # of the image as given
     resized: np.ndarray
     rows: dict[str, _ClassRows]  # by extractor
-    voters: int  # extractors that have background prototypes
+    voters: list[str]  # the extractors that the mean is over
+    constant: float  # what constants contribute to the mean of the background
+    scored: bool  # whether prototypes contribute to it too
     total: torch.Tensor  # f32 (C + 1, H, W)
     windows: list[_Window] = field(default_factory=list)
     seen: list[tuple[int, Box, np.ndarray, np.ndarray]] = field(default_factory=list)  # by the first extractor
@@ -74,9 +80,9 @@ class Matcher:
     def scores(self, image: np.ndarray, bank: PrototypeBank) -> tuple[np.ndarray, np.ndarray]:
         """Scores f32 (C + 1, H, W) of an image u8 (H, W, 3) against C categories, and what decided each pixel.
 
-        Class 0 is background, by the background prototypes of all categories; without any it scores the constant
-        ``matching.background_threshold``, or -inf. Where no score exceeds ``matching.minimum_score`` background gets
-        the highest, and so the pixel.
+        Class 0 is background, by the background prototypes of all categories; without any it scores the mean of the
+        extractors' constants ``matching.background_threshold``, or -inf. Where no score exceeds
+        ``matching.minimum_score`` background gets the highest, and so the pixel.
 
         What decided is a (category, row) of the first extractor's prototypes in the bank, i32 (2, H, W): of the winning
         class the one with the highest cosine in any window over the pixel; -1 where a constant decided.
@@ -98,10 +104,16 @@ class Matcher:
     def _open(self, image: np.ndarray, bank: PrototypeBank) -> _Opened:
         check_image(image)
         settings, rows = self.settings, {name: self._class_rows(name, bank) for name in self.extractors}
-        voters = sum(len(one.vectors[0]) > 0 for one in rows.values())
+        given = settings.background_threshold
+        bare = [name for name, one in rows.items() if not len(one.vectors[0])]
+        scored = len(bare) < len(rows)
+        voters = [name for name in rows if given is not None or name not in bare] or [*rows]
+        constants = [of_extractor("matching.background_threshold", given, name) for name in bare if name in voters]
+        constant = -np.inf if None in constants else sum(constants) / len(voters)
         resized = resize_short_side(image, settings.short_side, settings.resample, settings.long_side)
         total = torch.zeros(len(bank.vocabulary) + 1, *resized.shape[:2], dtype=torch.float32, device=self.device)
-        opened, placed = _Opened(image.shape[:2], resized, rows, voters, total), scales(resized.shape[:2], settings)
+        opened = _Opened(image.shape[:2], resized, rows, voters, constant, scored, total)
+        placed = scales(resized.shape[:2], settings)
         seeds = iter(window_seeds(self.profile.features.seed, image, sum(len(boxes) for _, boxes in placed)))
         for side, boxes in placed:
             cover = torch.zeros_like(total[0])  # how many windows of the scale lie over each pixel
@@ -137,7 +149,7 @@ class Matcher:
                 values, arguments = self._match(torch.stack(features), image.rows[name])
                 enlarged = F.interpolate(values, size=(height, width), mode="bilinear", align_corners=False)
                 for window, scores in zip(of_run, enlarged, strict=True):
-                    image.total[:, *_slices(window.box)] += scores * window.share
+                    image.total[:, *_slices(window.box)] += scores * window.share * (name in image.voters)
                 if name == next(iter(self.extractors)):
                     kept = values.cpu().numpy(), arguments.int().cpu().numpy()
                     image.seen.extend((w.number, w.box, *both) for w, *both in zip(of_run, *kept, strict=True))
@@ -163,16 +175,16 @@ class Matcher:
     @undisturbed()
     def _close(self, opened: _Opened) -> tuple[np.ndarray, np.ndarray]:
         """Scores and winner of an image all of whose windows have been scored."""
-        total, settings = opened.total / len(self.extractors), self.settings
-        total[0] = opened.total[0] / max(1, opened.voters)  # a background is the mean of those that have one
+        total, settings = opened.total / len(opened.voters), self.settings
+        total[0] += opened.constant if opened.scored else 0
         if settings.refine == "pamr":
             total = pamr(opened.resized, total, settings.pamr_iterations, settings.pamr_dilations)
         # Bilinear weights times -inf are NaN, so a background without prototypes is filled in after the last resizing.
         scores = F.interpolate(total[None], size=opened.shape, mode="bilinear", align_corners=False)[0].cpu().numpy()
         if not np.isfinite(scores).all():
             raise InputError("The image features are not finite; check the extractor's weights, or use dtype float32.")
-        if not opened.voters:
-            scores[0] = -np.inf if settings.background_threshold is None else settings.background_threshold
+        if not opened.scored:
+            scores[0] = opened.constant
         winner = _winner(scores.argmax(0), opened)
         if settings.minimum_score is not None:
             best = scores.max(0)

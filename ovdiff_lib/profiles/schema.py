@@ -11,6 +11,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
+import pydantic
 from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
@@ -42,6 +43,12 @@ Positive = Annotated[float, Strict(), Field(gt=0)]
 Share = Annotated[float, Strict(), Field(ge=0, le=1)]
 Cosine = Annotated[float, Strict(), Field(ge=-1, le=1)]
 Names = Annotated[list[str], Field(min_length=1), AfterValidator(_each_once)]
+# One value for all feature spaces, or a mapping from the name of an extractor: see of_extractor. A tag is what pydantic
+# calls the form that is there.
+ONE, EACH = pydantic.Tag("<number>"), pydantic.Tag("<mapping>")
+FORM = pydantic.Discriminator(lambda value: (EACH if isinstance(value, dict) else ONE).tag)
+Cosines = Annotated[Annotated[Cosine, ONE] | Annotated[dict[str, Cosine], EACH], FORM]
+Numbers = Annotated[Annotated[Number | None, ONE] | Annotated[dict[str, Number], EACH], FORM]
 Kinds = Annotated[list[Literal["class", "instance", "part"]], Field(min_length=1), AfterValidator(_each_once)]
 
 
@@ -158,7 +165,7 @@ class Filters:
     category_crop: Literal["squash", "centre"] = "squash"  # how an image becomes CLIP's square input
     category_keep_stuff: Flag = False  # stuff categories pass the pre-filter always (released code)
     stuff: Flag = True
-    stuff_threshold: Cosine = 0.85
+    stuff_threshold: Cosines = 0.85  # of all extractors, or a mapping: a cosine means something else in each space
     stuff_against: Literal["stuff", "all"] = "stuff"  # whose foreground rejects background prototypes (App. A.2)
     stuff_background: Flag = False  # stuff classes keep their background prototypes (App. A.2)
     stuff_parts: Flag = True  # stuff classes keep their part prototypes (App. A.2)
@@ -173,7 +180,7 @@ class Matching:
     windows: list[Count] = Field([448, 336])
     stride: Count = 224
     whole_image: Flag = False  # the squashed whole image as one more window (released code), or the only one
-    background_threshold: Number | None = None  # constant score of a background without prototypes
+    background_threshold: Numbers = None  # score of a background without prototypes, as stuff_threshold; null: no score
     resample: Literal["bilinear", "lanczos"] = "bilinear"  # how the image comes to short_side (released code: lanczos)
     minimum_score: Number | None = None  # a pixel whose best score is not above this is background (released code: 0)
     refine: Literal["none", "pamr"] = "none"  # post-processing of the scores
@@ -267,6 +274,17 @@ def field_names() -> list[str]:
     return [f"{name}.{f.name}" for name, kind in SECTIONS.items() for f in dataclasses.fields(kind)]
 
 
+def of_extractor(field: str, value: Any, extractor: str) -> Any:
+    """What the ``value`` of ``field`` is for one extractor: itself, or its entry if it is a mapping. ``ProfileError``
+    for a mapping without it."""
+    if not isinstance(value, dict):
+        return value
+    if extractor not in value:
+        raise ProfileError(f"{field} names {', '.join(value) or 'no extractor'} but not {extractor!r}, which the profile "
+                           "matches with; add it, or give one number for all.")
+    return value[extractor]
+
+
 def _beside(field: str) -> list[str]:
     """The fields of the section of ``field``; where there is no such section, the sections."""
     return [name for name in field_names() if name.startswith(f"{field.partition('.')[0]}.")] or [*SECTIONS]
@@ -282,7 +300,8 @@ def from_dict(table: Any, origin: str) -> Profile:
 
 
 def _sentence(wrong: dict[str, Any]) -> str:
-    name, said = ".".join(map(str, wrong["loc"])), wrong["msg"].removeprefix("Value error, ")
+    name = ".".join(str(part) for part in wrong["loc"] if part not in (ONE.tag, EACH.tag))
+    said = wrong["msg"].removeprefix("Value error, ")
     if wrong["type"] in ("unexpected_keyword_argument", "invalid_key"):
         return f"there is no field {name!r}; {legal(name, _beside(name))}"
     if wrong["type"] == "missing":

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
 from ovdiff_lib.categories import Category, Vocabulary
-from ovdiff_lib.errors import InputError
+from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.filters.category import CLIP_MEAN, CLIP_STD, CategoryFilter, square_image
 from ovdiff_lib.filters.stuff import filter_stuff
 from ovdiff_lib.networks import clip_text
@@ -228,7 +228,7 @@ def make_bank(kinds, seed=0):
 
 
 def settings(**fields):
-    return load_profile("mini", {f"filters.{k}": v for k, v in fields.items()}).filters
+    return load_profile("mini", {f"filters.{k}": v for k, v in {"stuff_threshold": 0.85, **fields}.items()}).filters
 
 
 def slow_filter(bank, judges, threshold):
@@ -254,6 +254,14 @@ def test_stuff_filter_drops_what_the_definition_says():
     expected |= {(name, i): [1, 2, 3, 4] for name in bank.extractors for i in (1, 3)}
     assert clusters(filter_stuff(bank, settings())) == expected
     assert {4 < len(kept) < 10 for (_, i), kept in expected.items() if i in (0, 2)} == {True}
+
+
+def test_each_extractor_has_its_own_threshold():
+    bank = make_bank(["thing", "stuff"])
+    found = clusters(filter_stuff(bank, settings(stuff_threshold={"sd": 1.0, "clip": -1.0})))
+    assert [len(found[name, 0]) for name in ("sd", "clip")] == [10, 4]
+    with pytest.raises(ProfileError, match=r"filters\.stuff_threshold names sd but not 'clip'"):
+        filter_stuff(bank, settings(stuff_threshold={"sd": 0.5}))
 
 
 @pytest.mark.parametrize("kinds", [["thing", "stuff", "thing", "stuff"], ["thing"] * 4])

@@ -90,7 +90,8 @@ def changed(profile, field, other_weights):
     if section == "models" and name in MODELS:
         return other_weights(old if old.startswith("package:") else profile.models.dino)
     by_kind = {bool: lambda: not old, int: lambda: old + 1, float: lambda: old / 2, str: lambda: f"another {old}",
-               list: lambda: [*old, old[-1]], dict: lambda: {**old, "x": "mini-voc"}, type(None): lambda: 700}
+               list: lambda: [*old, old[-1]], type(None): lambda: 700,
+               dict: lambda: {"sd": 0.125} if field.endswith("threshold") else {**old, "x": "mini-voc"}}
     new = OTHER[field] if field in OTHER else by_kind[type(old)]()
     assert new != old
     return new

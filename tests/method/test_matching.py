@@ -54,7 +54,7 @@ def make_bank(names="abc", extractors=("one",), background=4, seed=0):
 
 
 def make_profile(**matching):
-    settings = {"short_side": 24, "windows": [24, 16], "stride": 8, "batch_size": 3, **matching}
+    settings = {"short_side": 24, "windows": [24, 16], "stride": 8, "batch_size": 3, "background_threshold": None, **matching}
     return load_profile("mini", {f"matching.{k}": v for k, v in settings.items()})
 
 
@@ -204,15 +204,39 @@ def test_without_background_prototypes():
         assert (scores[0] == value).all() and np.isfinite(scores[1:]).all() and (winner[:, scores.argmax(0) == 0] == -1).all()
 
 
-def test_background_is_voted_by_the_extractors_that_have_it():
-    image, both = picture(), make_bank(extractors=("one", "two"))
-    partly = PrototypeBank(both.vocabulary, {**both.without_background().prototypes, "two": both.prototypes["two"]})
-    extractors = {"one": Pixels(), "two": Pixels(mix=1)}
-    scores, winner = match(image, partly, extractors)
-    alone, _ = match(image, both, {"two": extractors["two"]})
-    full, _ = match(image, both, extractors)
-    assert np.allclose(scores[0], alone[0], atol=1e-6) and np.allclose(scores[1:], full[1:], atol=1e-6)
-    assert (winner[:, scores.argmax(0) == 0] == -1).all()  # the first extractor has none to show
+def one_without_background():
+    """A bank of two extractors, the first without background prototypes; the whole bank; the extractors."""
+    both = make_bank(extractors=("one", "two"))
+    bank = PrototypeBank(both.vocabulary, {**both.without_background().prototypes, "two": both.prototypes["two"]})
+    return bank, both, {"one": Pixels(), "two": Pixels(mix=1)}
+
+
+@pytest.mark.parametrize("given", [0.7, {"one": 0.7, "two": -0.4}])
+def test_an_extractor_without_background_prototypes_votes_with_its_constant(given):
+    image, (bank, both, extractors) = picture(), one_without_background()
+    scores, winner = match(image, bank, extractors, background_threshold=given)
+    alone, full = (match(image, both, chosen)[0] for chosen in ({"two": extractors["two"]}, extractors))
+    assert np.allclose(scores[0], (alone[0] + 0.7) / 2, atol=1e-6) and np.allclose(scores[1:], full[1:], atol=1e-6)
+    background = scores.argmax(0) == 0
+    assert background.any() and (winner[:, background] == -1).all()  # the first extractor has no prototype to show
+    none = match(image, both.without_background(), extractors, background_threshold=given)[0]
+    assert (none[0] == np.float32(0.7 if given == 0.7 else 0.15)).all() and np.allclose(none[1:], full[1:], atol=1e-6)
+
+
+def test_without_a_constant_it_has_no_vote_for_any_class():
+    image, (bank, both, extractors) = picture(), one_without_background()
+    scores, winner = match(image, bank, extractors)
+    alone = match(image, both, {"two": extractors["two"]})[0]
+    assert np.allclose(scores, alone, atol=1e-6) and (winner[:, scores.argmax(0) == 0] == -1).all()
+    never, full = (match(image, one, extractors)[0] for one in (both.without_background(), both))
+    assert (never[0] == -np.inf).all() and np.allclose(never[1:], full[1:], atol=1e-6)
+
+
+def test_a_mapping_without_the_extractor_is_refused():
+    bank, both, extractors = one_without_background()
+    with pytest.raises(ProfileError, match=r"matching\.background_threshold names two but not 'one'"):
+        match(picture(), bank, extractors, background_threshold={"two": 0.5})
+    match(picture(), both, extractors, background_threshold={"two": 0.5})  # nobody asks for it
 
 
 def test_whole_image_is_one_more_scale():

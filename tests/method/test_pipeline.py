@@ -281,7 +281,9 @@ def test_mistakes_are_one_sentence(tiny_profile, folder, bank, make, error, word
 @pytest.mark.parametrize("overrides, word", [
     ({"models.clip": "/nowhere"}, "/nowhere"), ({"features.extractors": ["dino"], "models.dino": "/nowhere"}, "/nowhere"),
     ({"masks.segmenter": "sam", "models.sam": "/nowhere"}, "/nowhere"),
-    ({"prototypes.background": False}, "matching.background_threshold")])
+    ({"prototypes.background": False, "matching.background_threshold": None}, "matching.background_threshold"),
+    ({"filters.stuff_threshold": {"dino": 0.5}}, "filters.stuff_threshold names dino but not 'sd'"),
+    ({"matching.background_threshold": {"sd": 0.5, "dinno": 0.5}}, "Did you mean 'dino'?")])
 def test_what_a_later_step_needs_is_asked_for_before_anything_is_drawn(tiny_profile, tmp_path, no_drawing, overrides, word):
     own = method(tiny_profile, tmp_path, overrides)
     for start in (lambda: own.build(NAMES), lambda: own.build_class("cat"), lambda: own.segment(picture(), "cat, dog"),

@@ -112,7 +112,9 @@ VALUES = {  # field: legal values, and others
     "features.extractors": ([["sd"]], [[], ["sd", "sd"], "sd", ["sd", 1], None]),
     "prototypes.kinds": ([["part"]], [["parts"], ["class", "class"], []]),
     "filters.category_logit_scale": ([None, 1e-6, 100], [0, -1.0, True]), "filters.category_top": ([1, 16], [0, 17]),
-    "filters.category_prompt": (["{names}!"], ["a {name}", ""]), "filters.stuff_threshold": ([-1, 1, 0.5], [7, 1.01, -1.01]),
+    "filters.category_prompt": (["{names}!"], ["a {name}", ""]),
+    "filters.stuff_threshold": ([-1, 1, 0.5, {"sd": 0.5, "dino": 1}], [7, 1.01, None, "0.5", [0.5], {"sd": 2}, {"sd": None}, {3: 0.5}]),
+    "matching.background_threshold": ([None, 2, {"sd": 0.5}], ["0.5", True, NAN, {"sd": None}]),
     "matching.long_side": ([None, 64], [0, -5, 63]), "matching.windows": ([[3], [64, 48]], [[0], [3, -1], [64, True], [64, 4.5], [65]]),
     "matching.pamr_dilations": ([[1]], [[], [1, 0]]), "baselines.clip_diy_seed_cosine": ([0.5], [0, 0.6]),
     "evaluation.images": ([None, 1], [0]), "evaluation.without_background": ([{}, {"VOC": "voc"}], [{"VOC": 3}, {3: "voc"}])}
@@ -167,7 +169,7 @@ def test_every_field_counts_in_the_digest():
         elif value is None:
             new = 64  # legal for whole and for real numbers
         elif isinstance(value, dict):
-            new = {**value, "x": "y"}
+            new = {"voc": "voc"} if section == "evaluation" else 0.125
         else:
             other = value + "x" if isinstance(value, str) else value[:-1] or ["x"]
             new = next(word for word in WORDS[key].split() if word != value) if key in WORDS else other

@@ -23,7 +23,7 @@ from ovdiff_lib.workbench.data.readers import MINI_DATA
 from ovdiff_lib.workbench.data.samples import SavedPredictions
 from ovdiff_lib.workbench.evaluation.measure import evaluate, for_dataset, foreground_labels, label_predictor
 
-SPLITS = ("val", "wild")
+SPLITS = ("tune", "val", "wild")
 MINI = ("mini-voc", "mini-object", "mini-context")
 
 
