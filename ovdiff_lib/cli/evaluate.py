@@ -15,7 +15,7 @@ from ovdiff_lib.files import check_output, write_json
        argument("--data", type=Path, metavar="FOLDER", help="where the data set is, for example VOCdevkit"),
        argument("--split", default="val", help="val, train, or tune and wild of the mini world (default: val)"),
        argument("--names", default="fixed",
-                help="names given to the networks: fixed (the paper's corrections, default), raw, fourteen"),
+                help="names given to the networks: fixed (the paper's corrections, default) or raw"),
        argument("--limit", type=int, help="use the first LIMIT images only"),
        argument("--predictions", type=Path, metavar="FOLDER",
                 help="score label maps in this folder, named by image id, instead of segmenting"),

@@ -403,7 +403,7 @@ def test_an_interrupted_evaluation_goes_on(cli, two_classes, tmp_path, monkeypat
 
 @pytest.mark.parametrize(("arguments", "words"), [
     ("evaluate cityscapes", "--data"), ("evaluate coco", "choose one of"),
-    ("evaluate mini-voc --names x", "fourteen"),
+    ("evaluate mini-voc --names x", "fixed, raw"),
     ("evaluate mini-voc --predictions none", "does not exist"), ("convert context --data x --json y", "x does not hold")])
 def test_mistakes_on_the_command_line(cli, arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -13,13 +13,8 @@ from ovdiff_lib.mini.world import load_world
 
 FILE = Path(__file__).with_name("classes.json")
 
-NAMES: dict[str, tuple[str, ...]] = {
-    "fixed": ("given", "high", "convention"),
-    "raw": (),
-    "fourteen": ("given", "high", "medium", "low", "convention"),
-}
-"""Which prompt fixes a selection takes, by their confidence in ``classes.json``; the paper (App. C.3) made 14 and
-printed three."""
+NAMES = ("fixed", "raw")
+"""Selections of prompts: with or without the fixes of ``classes.json`` (App. C.3 made 14 and printed three)."""
 
 
 @cache
@@ -31,8 +26,8 @@ def class_table() -> dict[str, Any]:
 def vocabulary_of(data_set: str, names: str = "fixed") -> Vocabulary:
     """The categories of a data set of ``classes.json``, or of the mini world, in evaluation order.
 
-    Names are those of the data set, prompts follow ``names``: "fixed" (what the paper says or shows it replaced), "raw"
-    (the names themselves) or "fourteen" ("fixed" and guesses, up to the paper's count). Raises ``InputError``.
+    Names are those of the data set, prompts follow ``names``: "fixed" (what the paper says or shows it replaced) or
+    "raw" (the names themselves). Raises ``InputError``.
     """
     if names not in NAMES:
         raise InputError(f"There is no selection of class names {names!r}; choose {', '.join(NAMES)}.")
@@ -40,9 +35,8 @@ def vocabulary_of(data_set: str, names: str = "fixed") -> Vocabulary:
         world = load_world()
         return Vocabulary.of(world.vocabulary(data_set), stuff=world.stuff)
     table = class_table()
-    entry, kinds = table["data_sets"][data_set], NAMES[names]
-    prompts = {fix["name"]: fix["prompt"] for fix in table["fixes"]
-               if fix["data_set"] == data_set and fix["confidence"] in kinds}
+    entry, fixes = table["data_sets"][data_set], table["fixes"] if names == "fixed" else ()
+    prompts = {fix["name"]: fix["prompt"] for fix in fixes if fix["data_set"] == data_set}
     return Vocabulary(tuple(Category(name, prompts.get(name, ""), "stuff" if name in entry["stuff"] else "thing")
                             for name in entry["classes"]))
 
