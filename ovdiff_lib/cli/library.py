@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
-import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,6 @@ def show(options: argparse.Namespace) -> None:
         "prototypes of": ", ".join(sorted({described.get("made_from", {}).get("step", "?") for entry, described in group
                                            if entry.kind == "prototypes"})),
         "entries": len(group), "size": size_text(sum(entry.bytes for entry, _ in group)),
-        "last used": time.strftime("%Y-%m-%d", time.localtime(max(entry.used for entry, _ in group))),
     } for words, group in sorted(by_words.items())}
     if rows:
         print(pd.DataFrame.from_dict(rows, "index").rename_axis(columns="words").to_string())
@@ -80,23 +77,16 @@ def add(options: argparse.Namespace) -> None:
     print(f"{new} in {library.root}; {kept} were here already.")
 
 
-@takes(LIBRARY, CHOICE,
-       argument("--unused-for", type=float, default=0, metavar="DAYS", help="those that nobody read for so many days"),
-       argument("--all", action="store_true", help="every entry"),
+@takes(LIBRARY, CHOICE, argument("--all", action="store_true", help="every entry"),
        argument("--leftovers", action="store_true",
                 help="what killed runs left and entries that were set aside as broken"),
        argument("--dry-run", action="store_true", help="say what would go, and delete nothing"), profile=False)
 def remove(options: argparse.Namespace) -> None:
     """Delete entries, or what interrupted runs left."""
-    library, days = _there(options), options.unused_for
-    some = bool(options.classes or days)
-    if (some and options.all) or not (some or options.all or options.leftovers):
-        raise InputError("Say what to remove: --classes and --unused-for DAYS, or --all, or --leftovers; --dry-run "
-                         "shows it first.")
-    if not 0 <= days < math.inf:
-        raise InputError(f"--unused-for is {days:g}; give a number of days above 0.")
-    latest = time.time() - days * 86400 if days else math.inf
-    found = [one for one in _chosen(library, options) if one[0].used < latest] if some or options.all else []
+    library = _there(options)
+    if (options.classes and options.all) or not (options.classes or options.all or options.leftovers):
+        raise InputError("Say what to remove: --classes, or --all, or --leftovers; --dry-run shows it first.")
+    found = _chosen(library, options) if options.classes or options.all else []
     left = library.leftovers() if options.leftovers else []
     for entry, described in found:
         print(f"{entry.kind} {entry.key}  {_words(described)}")

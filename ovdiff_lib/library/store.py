@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import fsync_folder
-from ovdiff_lib.library.codec import KEY, LAYOUTS, META, Broken, Described, Files, encode, read, read_meta
+from ovdiff_lib.library.codec import KEY, LAYOUTS, Broken, Described, Files, encode, read, read_meta
 from ovdiff_lib.types import SupportSet
 
 HOST = re.sub(r"\W", "", platform.node()) or "host"
@@ -48,14 +48,12 @@ def default_root() -> Path:
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored entry: its ``kind`` (support, masks or prototypes), ``key``, folder ``path``, size in ``bytes``, and
-    when it was last read or written (``used``, seconds since 1970)."""
+    """One stored entry: its ``kind`` (support, masks or prototypes), ``key``, folder ``path`` and size in ``bytes``."""
 
     kind: str
     key: str
     path: Path
     bytes: int
-    used: float
 
 
 class Library:
@@ -71,20 +69,16 @@ class Library:
 
     # ------------------------------------------------------------------ entries
 
-    def get(self, kind: str, key: str, touch: bool = True) -> Any:
-        """What is stored under ``key``, or None if there is nothing that is whole; ``touch`` notes that it was used."""
+    def get(self, kind: str, key: str) -> Any:
+        """What is stored under ``key``, or None if there is nothing that is whole."""
         path = self._path(kind, key)
         try:
-            found = read(path, kind, key)
+            return read(path, kind, key)
         except FileNotFoundError:
             return None
         except Broken as broken:
             logger.warning("The library entry %s is broken (%s); it is set aside and built again.", path, broken)
             return self._set_aside(kind, key)
-        if touch:
-            with suppress(OSError):  # of a library that may only be read, nobody removes what is not used
-                os.utime(path / META)
-        return found
 
     def put(self, kind: str, key: str, value: Any, made_from: Described | None = None, replace: bool = False) -> None:
         """Store a support set, masks or prototypes; what is there already stays, unless ``replace``."""
@@ -123,9 +117,7 @@ class Library:
         for kind in LAYOUTS:
             for path in sorted(p for p in (self.root / kind).glob("*") if KEY.fullmatch(p.name)):
                 with suppress(FileNotFoundError, NotADirectoryError):  # removed by another process meanwhile
-                    files = [f.stat() for f in path.iterdir()]
-                    used = max((f.st_mtime for f in files), default=path.stat().st_mtime)
-                    found.append(Entry(kind, path.name, path, sum(f.st_size for f in files), used))
+                    found.append(Entry(kind, path.name, path, sum(f.stat().st_size for f in path.iterdir())))
         return found
 
     def described(self) -> list[tuple[Entry, Described]]:
@@ -140,7 +132,7 @@ class Library:
     def verify(self, progress: bool = False) -> list[Entry]:
         """Check every entry's sums and that its files can be read; sets aside and returns those that are broken."""
         return [entry for entry in tqdm(self.entries(), desc="verifying", unit="entry", disable=not progress)
-                if self.get(entry.kind, entry.key, touch=False) is None]
+                if self.get(entry.kind, entry.key) is None]
 
     def remove(self, key: str, kind: str | None = None) -> int:
         """Delete the entries under ``key``, of one kind or of all; returns how many there were."""
@@ -196,7 +188,7 @@ class Library:
         ``replace``."""
         path = self._path(kind, key)
         with self.lock(key):
-            if not replace and self.get(kind, key, touch=False) is not None:
+            if not replace and self.get(kind, key) is not None:
                 return False
             temporary = beside(path)
             try:
