@@ -38,9 +38,9 @@ def assert_parallel(x, y):
 
 
 @pytest.mark.parametrize(("n", "blocks", "noise"), [
-    (2, 2, 0), (6, 2, 0.1), (20, 2, 0.1), (21, 2, 0.1), (150, 3, 0.1), (400, 5, 0.1), (900, 4, 0.3)])
+    (6, 2, 0.1), (20, 2, 0.1), (150, 3, 0.1), (400, 5, 0.1), (900, 4, 0.3)])
 def test_cut_vector_is_the_second_generalised_eigenvector(n, blocks, noise):
-    joined = blurred_blocks(n, blocks, noise=noise) if n > 2 else np.eye(2, dtype=bool)
+    joined = blurred_blocks(n, blocks, noise=noise)
     x = cut_vector(joined)
     assert_parallel(x, generalised(joined))
     assert x[np.abs(x).argmax()] > 0 and np.array_equal(x, cut_vector(joined))

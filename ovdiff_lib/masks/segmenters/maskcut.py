@@ -19,7 +19,6 @@ from ovdiff_lib.profiles.schema import Masks, Profile
 
 FACETS = {"keys": "k_proj", "queries": "q_proj", "values": "v_proj"}
 WEAK = 1e-5  # affinity of two patches whose cosine is not above tau: small, but the graph stays connected
-LANCZOS_VECTORS = 20  # that the eigen-solver keeps; an affinity of no more patches is decomposed whole
 LARGEST_OVERLAP, SMALLEST_AREA = 0.5, 0.01
 """A later cut counts only up to this IoU with the one before and above this share of the patches."""
 
@@ -98,36 +97,21 @@ def cut_vector(joined: np.ndarray) -> np.ndarray:
     """Second smallest generalised eigenvector x, f64 (n,), of (D - A) x = lambda D x; its entry of largest size is
     positive.
 
-    ``joined`` bool (n, n), symmetric, says which pairs have affinity 1 in A, all others have :data:`WEAK`; D =
+    ``joined`` bool (n, n), n >= 3, symmetric, says which pairs have affinity 1 in A, all others have :data:`WEAK`; D =
     diag(sums of the rows of A). With y = sqrt(D) x this is the second largest eigenvector of the normalised affinity
-    D^-1/2 A D^-1/2. The largest is known, sqrt(D): it is moved to the bottom of the spectrum, so that Lanczos
-    iterations look for the one vector at the top.
+    D^-1/2 A D^-1/2.
     """
     from scipy.linalg import eigh
-    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+    from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
-    n = len(joined)
-    strong = joined.astype(np.float64)
-    degree = WEAK * n + (1 - WEAK) * strong.sum(axis=1)
-    scale, first = 1 / np.sqrt(degree), np.sqrt(degree / degree.sum())
-
-    def multiply(y: np.ndarray) -> np.ndarray:
-        y = y.reshape(-1)
-        x = scale * y
-        return scale * (WEAK * x.sum() + (1 - WEAK) * (strong @ x)) - 2 * first * (first @ y)
-
-    def dense() -> np.ndarray:
-        return eigh(np.column_stack([multiply(column) for column in np.eye(n)]), subset_by_index=(n - 1, n - 1))[1]
-
-    if n <= LANCZOS_VECTORS:
-        y = dense()
-    else:
-        start = np.random.default_rng(0).standard_normal(n)
-        try:
-            y = eigsh(LinearOperator((n, n), multiply, np.float64), k=1, which="LA", v0=start, ncv=LANCZOS_VECTORS)[1]
-        except ArpackNoConvergence:  # several eigenvalues at the top that nearly agree
-            y = dense()
-    x = scale * y[:, 0]
+    n, affinity = len(joined), np.where(joined, 1.0, WEAK)
+    scale = 1 / np.sqrt(affinity.sum(axis=1))
+    normalised = scale[:, None] * affinity * scale
+    try:
+        _, vectors = eigsh(normalised, k=2, which="LA", v0=np.random.default_rng(0).standard_normal(n))
+    except ArpackNoConvergence:  # several eigenvalues at the top that nearly agree
+        _, vectors = eigh(normalised, subset_by_index=(n - 2, n - 1))
+    x = scale * vectors[:, 0]
     return x if x[np.abs(x).argmax()] > 0 else -x
 
 
