@@ -49,7 +49,7 @@ def reproduce(options: argparse.Namespace) -> int:
     folder, shown = Path(parameters["output"]), options.out / profile.name
     chosen = notebooks(options.notebooks, options.only.split(",") if options.only else ())
     stale = [n for n in chosen if options.force or not is_fresh(n, folder / n.name, parameters)]
-    print(expected_time(stale, folder, workers) or f"{len(stale)} to run.", flush=True)
+    print(expected_time(stale, folder, workers), flush=True)
     if workers > 1 and any(has_tag(notebook, "long") for notebook in stale):  # those measure on all data sets and seeds
         _draw(profile, folder, workers)
     failures = run_all(chosen, folder, parameters, force=options.force, workers=workers,

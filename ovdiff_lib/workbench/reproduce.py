@@ -150,19 +150,12 @@ def next_of(waiting: Sequence[Path], running: Sequence[Path], known: dict[str, A
 
 
 def expected_time(chosen: Sequence[Path], folder: Path, workers: int) -> str:
-    """How long notebooks take, ``workers`` at a time, by their last runs into ``folder``, as a sentence; "" where
-    nothing is known. The classes that they share are counted too where the folder has no library yet."""
-    known, waiting, ends, total = read_json(folder / EXECUTED), list(chosen), {}, 0.0
-    while waiting or ends:  # as they will run
-        if notebook := next_of(waiting, list(ends), known, workers):
-            waiting.remove(notebook)
-            ends[notebook] = total + _seconds(notebook, known)
-        else:
-            total = ends.pop(min(ends, key=ends.get))
+    """How many notebooks there are to run and, as a sentence, how long they take about, ``workers`` at a time, by their
+    last runs into ``folder``. The classes that they share are counted too where the folder has no library yet."""
+    known = read_json(folder / EXECUTED)
+    total = sum(_seconds(notebook, known) for notebook in chosen) / workers
     total += 0 if (folder / "cache").exists() else _seconds(Path(CLASSES), known)
-    unknown = [n.stem for n in chosen if n.stem not in known]
-    without = f", without {', '.join(unknown)}, which did not run there yet" if unknown else ""
-    return f"{len(chosen)} to run, about {max(1, round(total / 60))} min as measured last{without}." if total else ""
+    return f"{len(chosen)} to run" + (f", about {max(1, round(total / 60))} min as measured last." if total else ".")
 
 
 def has_tag(notebook: Path, tag: str) -> bool:
