@@ -117,6 +117,10 @@ class PrototypeBank:
     def extractors(self) -> tuple[str, ...]:
         return tuple(self.prototypes)
 
+    def counts(self, region: str) -> dict[str, tuple[int, ...]]:
+        """How many prototypes of a region each category has here, by extractor: what filters left of them."""
+        return {name: tuple(int((p.region == region).sum()) for p in rows) for name, rows in self.prototypes.items()}
+
     def restrict(self, kept: Iterable[int]) -> PrototypeBank:
         """The bank of the categories at the indices ``kept`` alone, in vocabulary order (pre-filter, Sec. 3.4)."""
         order = sorted(set(kept))

@@ -3,6 +3,8 @@ of App. A.2."""
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,8 @@ from ovdiff_lib.errors import InputError
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.profiles.schema import Filters, of_extractor
 from ovdiff_lib.types import PrototypeBank, Prototypes
+
+logger = logging.getLogger(__name__)
 
 
 @undisturbed()
@@ -23,8 +27,8 @@ def filter_stuff(bank: PrototypeBank, settings: Filters) -> PrototypeBank:
     ``stuff_background``. With "all" every category loses each that is so similar to any foreground prototype of another
     category, whatever its kind.
 
-    Without ``stuff_parts`` the part prototypes of stuff categories are taken away before. Raises ``InputError`` for
-    a category that would be left without foreground prototypes.
+    Without ``stuff_parts`` the part prototypes of stuff categories are taken away before. What :func:`bare` says of the
+    result is logged. Raises ``InputError`` for a category that would be left without foreground prototypes.
     """
     stuff = [i for i, category in enumerate(bank.vocabulary) if category.kind == "stuff"]
     everyone = settings.stuff_against == "all"
@@ -50,7 +54,28 @@ def filter_stuff(bank: PrototypeBank, settings: Filters) -> PrototypeBank:
         dropped[background] = alike[:, torch.from_numpy(owners != index)].any(1)
         return prototypes.select(~dropped)
 
-    return bank.map(keep)
+    left = bank.map(keep)
+    for sentence in bare(bank, left):
+        logger.warning(sentence)
+    return left
+
+
+def bare(bank: PrototypeBank, left: PrototypeBank) -> list[str]:
+    """A sentence for each extractor in which a filter left nothing of the background prototypes of ``bank``, or of
+    those of some things; stuff is meant to lose them."""
+    said = []
+    for name, counts in left.counts("background").items():
+        had = bank.counts("background")[name]
+        lost = [category.name for category, before, after in zip(bank.vocabulary, had, counts, strict=True)
+                if category.kind == "thing" and before and not after]
+        if any(had) and not any(counts):
+            said.append(f'The "stuff" filter left none of the {sum(had)} background prototypes of {name}: raise '
+                        "filters.stuff_threshold, or name everything that images show.")
+        elif lost:
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            said.append(f'The "stuff" filter left {sum(counts)} of {sum(had)} background prototypes of {name}; without '
+                        f"any: {', '.join(lost[:3])}{more}.")
+    return said
 
 
 def _without_parts(prototypes: Prototypes, name: str) -> Prototypes:

@@ -280,8 +280,9 @@ def of_extractor(field: str, value: Any, extractor: str) -> Any:
     if not isinstance(value, dict):
         return value
     if extractor not in value:
-        raise ProfileError(f"{field} names {', '.join(value) or 'no extractor'} but not {extractor!r}, which the profile "
-                           "matches with; add it, or give one number for all.")
+        named = ", ".join(value) or "no extractor"
+        raise ProfileError(f"{field} names {named} but not {extractor!r}, which the profile matches with; add it, or "
+                           "give one number for all.")
     return value[extractor]
 
 

@@ -6,6 +6,7 @@ Nothing is loaded or downloaded.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,7 +23,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from ovdiff_lib.errors import InputError, ModelNotAvailable, ProfileError
 from ovdiff_lib.features import EXTRACTORS, check_extractors
 from ovdiff_lib.files import size_text
-from ovdiff_lib.keys import check_profile
+from ovdiff_lib.filters.stuff import filter_stuff
+from ovdiff_lib.keys import check_profile, for_words, made_from
 from ovdiff_lib.library.store import Library
 from ovdiff_lib.masks import SEGMENTERS, check_segmenter
 from ovdiff_lib.networks.identity import PACKAGE, resolve_model
@@ -30,6 +32,7 @@ from ovdiff_lib.networks.loading import check_libraries, resolve_device, wrong_t
 from ovdiff_lib.networks.published import FILES, MODEL_TYPES, how_to_get, lacking, published
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.registry import NOT_MODELS
+from ovdiff_lib.types import PrototypeBank
 from ovdiff_lib.workbench.data.datasets import DATASETS, load_dataset
 
 HERE = ("package", "folder", "file", "hub cache")
@@ -94,7 +97,7 @@ def inspect(profile: Profile, data: list[str] | None = None, library: Path | Non
     """
     used = uses(profile)
     checks = [*_models(profile, used), *_libraries(used), *(c for root in data or () for c in _data(root)),
-              *_machine(profile, library), *_settings(profile)]
+              *_machine(profile, library), *_settings(profile), *_banks(profile, library)]
     return ProfileReport(profile.name, tuple(checks))
 
 
@@ -213,6 +216,24 @@ def _settings(profile: Profile) -> Iterator[Check]:
             check_profile(profile)
         except ProfileError as error:
             yield Check("settings", profile.name, "wrong", problem=str(error))
+
+
+def _banks(profile: Profile, library: Path | None) -> Iterator[Check]:
+    """What the "stuff" filter leaves of the background prototypes of those of the evaluation's vocabularies that have
+    stuff and are in the library as a whole."""
+    kept, data = Library(library), profile.evaluation
+    sources = dict.fromkeys((data.voc, data.context, data.object))
+    for source in sources if profile.filters.stuff and kept.root.exists() else ():
+        with suppress(InputError, ModelNotAvailable, ProfileError):  # data that lie elsewhere; the rest has own lines
+            words = load_dataset(source).vocabulary
+            tables = {name: made_from(profile, name) for name in profile.features.extractors}
+            rows = {name: tuple(kept.get("prototypes", for_words(table, one.prompt)[0], touch=False) for one in words)
+                    for name, table in tables.items()}
+            if any(one.kind == "stuff" for one in words) and None not in itertools.chain(*rows.values()):
+                bank = PrototypeBank(words, rows)
+                had, left = (one.counts("background") for one in (bank, filter_stuff(bank, profile.filters)))
+                for name in rows:
+                    yield Check(f"background of {source}", name, f"{sum(left[name])} of {sum(had[name])} left")
 
 
 def _said(check: Callable[..., Any], *arguments: Any) -> str:

@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.filters.category import CLIP_MEAN, CLIP_STD, CategoryFilter, square_image
-from ovdiff_lib.filters.stuff import filter_stuff
+from ovdiff_lib.filters.stuff import bare, filter_stuff
 from ovdiff_lib.networks import clip_text
 from ovdiff_lib.networks.clip_text import TextEncoder, pack
 from ovdiff_lib.networks.loading import load_clip
@@ -320,6 +320,24 @@ def test_filtered_prototypes_can_still_be_traced():
                 assert origin["images"] == (0,) and np.array_equal(origin["masks"], CODES == cluster if kind == "part" else cells[region])
                 seen.add((kind, region))
     assert len(seen) == 4
+
+
+def test_what_a_filter_left_is_counted_and_a_loss_is_said_once(caplog):
+    bank = make_bank(["thing", "stuff", "thing", "thing"])
+    assert bank.counts("background") == {"sd": (6,) * 4, "clip": (6,) * 4} and bank.counts("foreground")["sd"] == (4,) * 4
+    expected = slow_filter(bank, lambda i: (1,) if i != 1 else (), 0.5)
+    left = filter_stuff(bank, settings(stuff_threshold={"sd": 0.5, "clip": -1.0}))
+    counts = {(name, i): n for name, row in left.counts("background").items() for i, n in enumerate(row)}
+    assert all(counts["sd", i] == len(expected["sd", i]) - 4 for i in (0, 2, 3)) and counts["sd", 1] == 0
+    lost = [f"c{i}" for i in (0, 2, 3) if not counts["sd", i]]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == bare(bank, left) and len(said) == 1 + bool(lost)
+    assert "left none of the 24 background prototypes of clip" in said[-1]
+    caplog.clear()
+    whole = filter_stuff(bank, settings(stuff_threshold=1.0))
+    assert not caplog.records and bare(bank, whole) == []  # that stuff has none is meant
+    one = whole.map(lambda name, i, p: p.select(p.region == "foreground") if (name, i) == ("sd", 2) else p)
+    assert bare(bank, one) == ['The "stuff" filter left 12 of 24 background prototypes of sd; without any: c2.']
 
 
 def test_stuff_filter_limits():

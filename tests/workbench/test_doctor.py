@@ -9,11 +9,13 @@ import subprocess
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ovdiff_lib import features, masks
+from ovdiff_lib import OVDiff, features, masks
+from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.cli.main import main
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
 from ovdiff_lib.files import size_text
@@ -21,6 +23,7 @@ from ovdiff_lib.networks import loading
 from ovdiff_lib.networks.published import FILES, PUBLISHED, how_to_get, published
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.registry import Part
+from ovdiff_lib.workbench import doctor
 from ovdiff_lib.workbench.data.datasets import DATASETS, load_dataset
 from ovdiff_lib.workbench.data.readers import MINI_DATA
 from ovdiff_lib.workbench.doctor import inspect, uses
@@ -74,6 +77,19 @@ def test_the_mini_profile_is_ready(capsys, tmp_path):
         assert any(line.startswith(name) and line.endswith(str(folder)) for line in said.out.splitlines())
     assert rows["memory"].size > 10**9 and rows["library"].size > 0
     assert not (tmp_path / "home").exists() and not (tmp_path / "hub").exists()  # looking leaves no trace
+
+
+def test_a_vocabulary_that_the_library_has_shows_what_the_filter_leaves_of_its_background(tiny_profile, tmp_path, monkeypatch):
+    words = Vocabulary.of("cat, water", ["water"])
+    monkeypatch.setattr(doctor, "load_dataset", lambda source: SimpleNamespace(vocabulary=words))
+    profile = tiny_profile.override({"evaluation.voc": "a", "evaluation.context": "a", "filters.stuff_threshold": -1.0})
+    ovdiff, line = OVDiff(profile, library=tmp_path / "library", progress=False), "background of a"
+    ovdiff.build_class(words.categories[0])
+    assert line not in found(inspect(profile, library=ovdiff.library.root))
+    bank = ovdiff.build(words)
+    check = found(inspect(profile, library=ovdiff.library.root))[line]
+    assert (check.named, check.state) == ("sd", f"0 of {sum(bank.counts('background')['sd'])} left") and not check.problem
+    assert line not in found(inspect(profile.override({"filters.stuff": False}), library=ovdiff.library.root))
 
 
 def test_the_paper_profile_on_a_machine_with_none_of_the_weights(tmp_path):

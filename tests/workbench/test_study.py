@@ -22,6 +22,7 @@ from ovdiff_lib.workbench.evaluation.bench import Bench
 from ovdiff_lib.workbench.evaluation.measure import Method, above, evaluate, measure
 from ovdiff_lib.workbench.evaluation.results import code_digest
 from ovdiff_lib.workbench.evaluation.rows import THRESHOLDS, Rival, Row, Searched
+from ovdiff_lib.workbench.tables.tables import write_table
 
 
 class Shift(Method):
@@ -189,6 +190,20 @@ def test_rows_equal_what_evaluate_says(bench):
     for row in (rows[0], rows[2]):  # what pictures show is what was counted
         shown = evaluate(bench.predictor(row, "mini-voc"), data, 2, progress=False)
         assert (shown.confusion == found[row.label][0].confusion).all()
+
+
+def test_a_bank_without_background_is_a_footnote_of_its_row(tiny_profile, tmp_path):
+    """Also where the counts are read again; and no other row's."""
+    bench = Bench(tiny_profile, library=tmp_path, seeds=[3], images=1, progress=False)
+    data = bench.dataset("mini-context")
+    data.vocabulary = Vocabulary(data.vocabulary.categories[:2] + data.vocabulary.categories[-1:])
+    data.table[data.table > 2] = 255
+    rows = [Row("all", {"filters.stuff_threshold": 1.0}), Row("none", {"filters.stuff_threshold": -1.0})]
+    for _ in range(2):
+        whole, bare = bench.cells(rows, {"Context": "mini-context"})
+        assert whole.note == "" and bare.note.startswith('The "stuff" filter left none of the ')
+    text = write_table(tmp_path / "t.csv", "t", [whole, bare], tiny_profile, "Rows.")
+    assert text.endswith(f"|\n\nmini-context, none: {bare.note}\n")
 
 
 def test_cells_carry_seeds_and_the_papers_place(bench):

@@ -13,7 +13,7 @@ from tiny import tiny_overrides
 
 from ovdiff_lib import InputError, OVDiff, OVDiffError, ProfileError
 from ovdiff_lib.cli.main import main
-from ovdiff_lib.filters.stuff import filter_stuff
+from ovdiff_lib.filters.stuff import bare, filter_stuff
 from ovdiff_lib.mini.world import load_world
 from ovdiff_lib.profiles.schema import PrototypeSettings
 from ovdiff_lib.prototypes.build import build_prototypes
@@ -184,7 +184,9 @@ def report(ovdiff):
 
 def test_every_value_is_that_of_its_own_step(ovdiff, report):
     assert [c.name for c in report.classes] == NAMES.split(", ") and report.classes[3].kind == "stuff"
-    assert report.built == tuple(NAMES.split(", ")) and set(report.tables) == {"sd"} and report.notes == ()
+    assert report.built == tuple(NAMES.split(", ")) and set(report.tables) == {"sd"} 
+    bank = ovdiff.build(NAMES, ["water"])
+    assert report.notes == tuple(bare(bank, filter_stuff(bank, ovdiff.profile.filters)))
     for c in report.classes:
         masks = ovdiff.masks(ovdiff.support(c.name))
         assert c.values["with_foreground"] == pytest.approx(np.mean([m.any() for m in masks.foreground]))
@@ -305,7 +307,7 @@ def test_a_vocabulary_that_leaves_no_background_says_so(ovdiff):
     everything, nothing = (examine(ovdiff.replaced({"filters.stuff_threshold": t, "filters.stuff_background": False}),
                                    "cat, dog, water", ["water"], LOOSE) for t in (-1.0, 1.0))
     note, = everything.notes
-    assert "every pixel will get a class" in note and note in str(everything) and nothing.notes == ()
+    assert "left none of the" in note and note in str(everything) and nothing.notes == ()
 
 
 # ---------------------------------------------------------------------- evidence and figures

@@ -87,9 +87,12 @@ class Bench:
         Cells carry their place in the paper's table ``table`` and, where it has one, its value.
         """
         measured = {column: self.measure(rows, source) for column, source in columns.items()}
-        return [Cell.of(row.label, self.dataset(source).name, [100 * r.miou for r in measured[column][row.label]],
-                        _published(table, row.paper or row.label, column) if table else None)
-                for row in rows for column, source in columns.items()]
+        cells = [Cell.of(row.label, self.dataset(source).name, [100 * r.miou for r in measured[column][row.label]],
+                         _published(table, row.paper or row.label, column) if table else None)
+                 for row in rows for column, source in columns.items()]
+        notes = [" ".join(dict.fromkeys(result.note for result in measured[column][row.label] if result.note))
+                 for row in rows for column in columns]
+        return [dataclasses.replace(cell, note=note) for cell, note in zip(cells, notes, strict=True)]
 
     def predictor(self, row: Row, source: str) -> Callable[[np.ndarray], np.ndarray]:
         """Image u8 (H, W, 3) -> labels int (H, W) of a row on the data set ``source``, with the first seed; of a

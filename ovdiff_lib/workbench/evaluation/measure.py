@@ -42,6 +42,7 @@ class EvaluationResult:
     variant: int = 0
 
     images = property(lambda self: len(self.counts))
+    note = property(lambda self: self.counts.note)
     iou = cached_property(lambda self: ConfusionMatrix(len(self.confusion), counts=self.confusion).iou())
     """f64 (K,) in [0, 1]; nan for a class that occurs nowhere."""
     miou = cached_property(lambda self: ConfusionMatrix(len(self.confusion), counts=self.confusion).miou())
@@ -57,13 +58,15 @@ class Method:
 
     ``key`` holds, as plain data, everything the labels depend on beside the data set and the code. ``prepare(dataset)``
     gives sample -> labels int (T, H, W) for the data set's vocabulary. ``build(dataset, category)`` builds one class in
-    advance: methods build class by class, so that they can share what they have in common of it.
+    advance: methods build class by class, so that they can share what they have in common of it. ``prepare`` appends
+    to ``notes`` what a footnote should say of the result.
     """
 
     key: dict[str, Any]
     prepare: Callable[[Dataset], Callable[[Sample], np.ndarray]]
     variants: int = 1
     build: Callable[[Dataset, Category], Any] | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def measure(methods: Mapping[str, Method], dataset: Dataset, *, folder: str | Path | None = None,
@@ -86,6 +89,8 @@ def measure(methods: Mapping[str, Method], dataset: Dataset, *, folder: str | Pa
             for build in builders:
                 build(dataset, category)
         predictors = {name: method.prepare(dataset) for name, method in pending.items()}
+        for name, method in pending.items():
+            counts[name].note = " ".join(method.notes)
         label = dataset.name + f", {len(pending)} methods" * (len(pending) > 1)
         left, due = range(min(known.values(), default=total), total), time.monotonic() + SAVE_EVERY
         for index in tqdm(left, label, total, initial=left.start, unit="image", disable=not progress or not pending):

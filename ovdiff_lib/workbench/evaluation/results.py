@@ -23,15 +23,20 @@ from scipy.sparse import csr_array, load_npz, save_npz, vstack
 from ovdiff_lib import code
 from ovdiff_lib.files import write_atomic
 
+NOTE = "note.txt"
+"""Where a file of counts has its note."""
+
 logger = logging.getLogger(__name__)
 
 
 class Counts:
-    """Confusion matrices of T label maps, i64 (T, K, K) for each image that was counted; what is zero is not kept."""
+    """Confusion matrices of T label maps, i64 (T, K, K) for each image that was counted; what is zero is not kept.
+    ``note`` is what a footnote should say of them."""
 
     def __init__(self, shape: tuple[int, int, int], path: Path | None = None) -> None:
         """``path``, if there is one, is the file that :meth:`save` writes."""
         self.shape, self.path = tuple(shape), path
+        self.note = ""
         self.rows = [csr_array((0, math.prod(shape)), dtype=np.int32)]
 
     def __len__(self) -> int:
@@ -61,6 +66,8 @@ class Counts:
         if self.path is not None and len(self):
             buffer = io.BytesIO()
             save_npz(buffer, self.images())
+            with zipfile.ZipFile(buffer, "a") as whole:
+                whole.writestr(NOTE, self.note)
             write_atomic(self.path, buffer.getvalue())
 
 
@@ -76,6 +83,8 @@ def stored(folder: str | Path, name: str, key: dict[str, Any], shape: tuple[int,
         rows.check_format(full_check=True)
         if rows.shape[1] != math.prod(shape) or rows.shape[0] > images or (rows.data <= 0).any():
             raise ValueError("it is not of this evaluation")
+        with zipfile.ZipFile(found.path) as whole:
+            found.note = whole.read(NOTE).decode()
         found.rows = [rows]
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         logger.warning("The stored result %s cannot be used (%s); it is measured again.", found.path, error)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ovdiff_lib.categories import Vocabulary
+from ovdiff_lib.filters.stuff import bare
 from ovdiff_lib.keys import of_labels
 from ovdiff_lib.types import PrototypeBank
 from ovdiff_lib.workbench.data.samples import Dataset, Sample
@@ -59,12 +60,15 @@ class Row:
             if searched:
                 bank = bank.without_background()
                 return lambda sample: at_thresholds(ovdiff.segment(sample.image, bank).scores, dataset)
+            if ovdiff.profile.filters.stuff and dataset.has_background:
+                notes.extend(bare(bank, ovdiff.stuff_filter(bank)))
             predict = label_predictor(ovdiff, bank, dataset)
             return lambda sample: predict(sample.image)[None]
 
+        notes: list[str] = []
         return Method({"method": "ovdiff", **own, **of_labels(ovdiff.profile), **tried}, prepare,
                       len(THRESHOLDS) if searched else 1,
-                      None if self.build else lambda dataset, one: for_dataset(ovdiff, dataset).build_class(one))
+                      None if self.build else lambda dataset, one: for_dataset(ovdiff, dataset).build_class(one), notes)
 
 
 class Searched(Row):

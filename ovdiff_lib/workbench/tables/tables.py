@@ -34,6 +34,7 @@ class Cell:
     "published": taken from the paper; "idle: WORDS": what the cell is about does not act here, so that a number would
     only repeat another; the words stand in its place. Raises ``InputError`` for a measured cell without a number, for
     another cell with one, and for numbers that are not finite.
+    ``note`` is a footnote of the table's Markdown.
     """
 
     row: str
@@ -44,6 +45,7 @@ class Cell:
     paper: PaperCell | None = None
     values: tuple[float, ...] = ()
     source: str = "measured"
+    note: str = ""
 
     def __post_init__(self) -> None:
         known = self.source in ("measured", "published") or self.idle
@@ -89,7 +91,7 @@ def write_table(path: str | Path, name: str, cells: list[Cell], profile: Profile
     described = f"`{profile.name}`" + (f" ({profile.description.rstrip('.')})" if profile.description else "")
     head = f"**{caption}** {_amount(details)}Profile {described}, settings `{profile.digest()}`."
     grid = _grid(cells, digits)
-    markdown = f"{head}{f' {STAMP}' if PAPER in grid else ''}\n\n{grid}\n"
+    markdown = f"{head}{f' {STAMP}' if PAPER in grid else ''}\n\n{grid}\n{_footnotes(cells)}"
     write_atomic(path, rows.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
     write_atomic(path.with_suffix(".md"), markdown.encode())
     return markdown
@@ -157,6 +159,19 @@ def _grid(cells: list[Cell], digits: int | dict[str, int]) -> str:
     table = pandas.DataFrame(texts, index=list(dict.fromkeys(c.row for c in cells))).fillna("")
     head = [f"| | {' | '.join(map(escape, table.columns))} |", "|---|" + "---:|" * len(table.columns)]
     return "\n".join(head + [f"| {escape(row)} | {' | '.join(line)} |" for row, *line in table.itertuples(name=None)])
+
+
+def _footnotes(cells: list[Cell]) -> str:
+    """A paragraph for each note, with the rows that it is about by column."""
+    rows: dict[str, dict[str, list[str]]] = {}
+    for c in cells:
+        if c.note:
+            rows.setdefault(c.note, {}).setdefault(c.column, []).append(c.row)
+    said = ""
+    for note, where in rows.items():
+        places = (f"{column}, {', '.join(of)}" for column, of in where.items())
+        said += f"\n{'; '.join(places)}: {note}\n"
+    return said
 
 
 def _text(value: float | None, std: float | None, places: int, otherwise: str) -> str:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError, OVDiffError
-from ovdiff_lib.filters.stuff import filter_stuff
+from ovdiff_lib.filters.stuff import bare, filter_stuff
 from ovdiff_lib.networks.loading import resolve_device
 from ovdiff_lib.support.attribution import class_token_positions
 from ovdiff_lib.types import ForegroundBackground, PrototypeBank, Prototypes
@@ -61,12 +61,9 @@ def examine(ovdiff: OVDiff, classes: Vocabulary | Iterable[str | Category] | str
     if len(built) > 1:
         rows = {name: tuple(made[name] for made in prototypes.values()) for name in profile.features.extractors}
         bank = PrototypeBank(Vocabulary(tuple(built)), rows)
-        bank = filter_stuff(bank, profile.filters) if profile.filters.stuff else bank
-        for name, kept in bank.prototypes.items():
-            if profile.prototypes.background and not any((p.region == "background").any() for p in kept):
-                notes.append(f"No background prototypes of {name} are left (filters.stuff_threshold): every pixel will "
-                             "get a class, so name everything that images show.")
-            tables[name] = collide(kept, resolve_device(profile))
+        left = filter_stuff(bank, profile.filters) if profile.filters.stuff else bank
+        notes += bare(bank, left)
+        tables = {name: collide(kept, resolve_device(profile)) for name, kept in left.prototypes.items()}
         _examine_collisions(drawn, tables, limits)
     return VocabularyReport(tuple(reports), limits, tuple(notes), tuple(c.name for c in built), tables)
 
