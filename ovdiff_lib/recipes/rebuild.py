@@ -1,13 +1,13 @@
 """Make the mini world anew, from nothing: art, scenes, models (``make mini-world``); ``--ship`` puts the result in
 place of what ships.
 
-Two streams of stages run side by side, on one GPU if there is one, else on one CPU core each. Every stage resumes where
-it stopped, so the command can be interrupted, or told to stop after some ``--piece`` minutes, and run again with the
-same arguments. ``--hours`` is what all of it may take; each stage gets its share and its learning rate anneals over
-that. With ``glyphs.npz`` in the work folder (``--stop glyphs`` writes it) nothing is fetched.
+Two streams of stages run side by side, on one GPU if there is one, else on one CPU core each. Every stage resumes at
+its last checkpoint, so the command can be interrupted and run again with the same arguments. ``--hours`` is what all of
+it may take; each stage gets its share and its learning rate anneals over that. With ``glyphs.npz`` in the work folder
+(``--stop glyphs`` writes it) nothing is fetched.
 
     python -m ovdiff_lib.recipes.rebuild --work DIR --hours 30             # two CPU cores
-    python -m ovdiff_lib.recipes.rebuild --work DIR --hours 0.4 --piece 9  # a GPU machine without network, three times
+    python -m ovdiff_lib.recipes.rebuild --work DIR --hours 0.4            # a GPU
     python -m ovdiff_lib.recipes.rebuild --work DIR --hours 30 --ship      # draw what ships, measure, write the cards
 """
 
@@ -18,12 +18,13 @@ import os
 import shutil
 import subprocess
 import sys
-import time
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ovdiff_lib.recipes.art import build_glyphs, drawn_world
 from ovdiff_lib.recipes.card import FOLDERS, WEIGHTS, write_cards
-from ovdiff_lib.recipes.training import DEVICE, PAUSED
+from ovdiff_lib.recipes.training import DEVICE
 
 SHARES = {"clip": 0.12, "vae": 0.18, "unet": 0.60, "dino": 0.45, "mae": 0.16, "detector": 0.14, "groupvit": 0.15}
 """Part of the time that each model is trained for. A stream adds up to 0.9: the rest is for drawing scenes and their
@@ -31,9 +32,6 @@ latents, and what MaskCut finds for the detector to learn from."""
 
 STREAMS = (("clip", "vae", "unet"), ("dino", "mae", "detector", "groupvit"))
 """What is trained one after the other; the streams run side by side."""
-
-RESERVE = 0.5
-"""Minutes of a piece in which a trainer may still end its step and save; none is started in the last two of these."""
 
 # A GPU is fed larger batches, with learning rates that grow less than they do.
 LARGE = {
@@ -47,7 +45,7 @@ LARGE = {
 }
 
 
-def command(name: str, work: Path, hours: float, *more: str) -> list[str]:
+def command(name: str, work: Path, hours: float) -> list[str]:
     """The trainer of a model as arguments of ``python -m``."""
     out = work / "models"
     needs = {"unet": ("--vae", str(out / "vae"), "--clip", str(out / "clip")),
@@ -55,60 +53,46 @@ def command(name: str, work: Path, hours: float, *more: str) -> list[str]:
     large = LARGE[name] if DEVICE.type == "cuda" else ()
     return [f"ovdiff_lib.recipes.train_{name}", "--data", str(work / "scenes"), "--out", str(out / name), "--work",
             str(work / "training" / name), "--steps", "1000000000", "--minutes", f"{60 * hours * SHARES[name]:.2f}",
-            *needs.get(name, ()), *large, *more]
+            *needs.get(name, ()), *large]
 
 
-def train(work: Path, hours: float, piece: float) -> bool:
-    """Run both streams of stages for at most ``piece`` minutes; whether all of them are finished.
+def train(work: Path, hours: float) -> None:
+    """Run both streams of stages; one that was finished before is not run again.
 
     Where a stage fails, those that can do without it are still trained; then the command ends.
     """
-    end, running, failed = time.monotonic() + 60 * piece, {}, set()
-    waiting = [list(stream) for stream in STREAMS]
+    ended, interrupted, running = threading.Event(), threading.Event(), set()
     (work / "logs").mkdir(parents=True, exist_ok=True)
 
-    def done(name: str) -> Path:
-        return work / "training" / name / "finished"
+    def finished(name: str) -> bool:
+        done = work / "training" / name / "finished"
+        if name == "groupvit":  # shares CLIP's tokenizer
+            ended.wait()
+        if not done.exists() and not interrupted.is_set():
+            arguments = command(name, work, hours)
+            print("python -m " + " ".join(arguments), flush=True)
+            with (work / "logs" / f"{name}.log").open("a") as log:
+                process = subprocess.Popen([sys.executable, "-m", *arguments], stdout=log, stderr=log,
+                                           env={"OMP_NUM_THREADS": "1"} | os.environ)
+                running.add(process)
+                if process.wait() == 0:
+                    done.touch()
+        if name == "clip":
+            ended.set()
+        return done.exists()
 
-    def start(name: str) -> subprocess.Popen:
-        left = (end - time.monotonic()) / 60
-        arguments = command(name, work, hours, "--piece", f"{left - RESERVE:.2f}")
-        print("python -m " + " ".join(arguments), flush=True)
-        with (work / "logs" / f"{name}.log").open("a") as log:
-            return subprocess.Popen([sys.executable, "-m", *arguments], stdout=log, stderr=log,
-                                    env={"OMP_NUM_THREADS": "1"} | os.environ)
-
-    try:
-        while True:
-            for number, stream in enumerate(waiting):
-                if number in running:
-                    status = running[number].poll()
-                    if status is None:
-                        continue
-                    del running[number]
-                    if status == 0:
-                        done(stream[0]).touch()
-                    elif status != PAUSED:
-                        failed.add(stream[0])
-                while stream and (done(stream[0]).exists() or stream[0] in failed):
-                    stream.pop(0)
-                # GroupViT shares CLIP's tokenizer.
-                if stream and (stream[0] != "groupvit" or done("clip").exists() or "clip" in failed):
-                    if end - time.monotonic() > 60 * 2 * RESERVE:
-                        running[number] = start(stream[0])
-            if not running:
-                break
-            time.sleep(1)
-    except KeyboardInterrupt:
-        raise SystemExit("Interrupted: run the same command again to go on from the last checkpoints.") from None
-    finally:  # nothing goes on unseen
-        for process in running.values():
-            process.terminate()
-            process.wait()
+    with ThreadPoolExecutor(len(STREAMS)) as pool:
+        try:
+            found = pool.map(lambda stream: [name for name in stream if not finished(name)], STREAMS)
+            failed = sorted(name for names in found for name in names)
+        except KeyboardInterrupt:  # nothing goes on unseen
+            interrupted.set()
+            for process in running:
+                process.terminate()
+            raise SystemExit("Interrupted: run the same command again to go on from the last checkpoints.") from None
     if failed:
-        logs = ", ".join(str(work / "logs" / f"{name}.log") for name in sorted(failed))
-        raise SystemExit(f"Training of {', '.join(sorted(failed))} failed; the last words are in {logs}.")
-    return not any(waiting)
+        logs = ", ".join(str(work / "logs" / f"{name}.log") for name in failed)
+        raise SystemExit(f"Training of {', '.join(failed)} failed; the last words are in {logs}.")
 
 
 def assemble(work: Path, weights: Path = WEIGHTS) -> None:
@@ -126,22 +110,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("work"),
                         help="folder for art, scenes and checkpoints (default: work)")
     parser.add_argument("--hours", type=float, help="time for everything (default: 0.4 on a GPU, 30 without)")
-    parser.add_argument("--piece", type=float, default=float("inf"),
-                        help="minutes after which this call stops; call it again to go on")
     parser.add_argument("--scenes", type=int, default=100_000, help="training scenes")
     parser.add_argument("--stop", choices=("glyphs",), help="do no more than this")
     parser.add_argument("--ship", action="store_true",
                         help="put splits, weights and cards in place of those of this checkout")
     args = parser.parse_args(argv)
-    began, hours = time.monotonic(), args.hours or (0.4 if DEVICE.type == "cuda" else 30)
+    hours = args.hours or (0.4 if DEVICE.type == "cuda" else 30)
     build_glyphs(drawn_world(), args.work)
     if args.stop == "glyphs":
         return
     drawing = ["ovdiff_lib.recipes.build", "--work", str(args.work), "--train", str(args.scenes), "--frames",
                str(args.scenes // 3), *(["--ship"] if args.ship else [])]
     subprocess.run([sys.executable, "-m", *drawing], check=True)
-    if not train(args.work, hours, args.piece - (time.monotonic() - began) / 60):
-        raise SystemExit("Paused: run the same command again to go on.")
+    train(args.work, hours)
     if args.ship:
         assemble(args.work)
         subprocess.run([sys.executable, "-m", "ovdiff_lib.recipes.quality"], check=True)

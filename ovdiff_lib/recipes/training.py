@@ -2,8 +2,8 @@
 
 A trainer is called as ``python -m ovdiff_lib.recipes.train_vae --data DIR --out DIR --work DIR``; ``--help`` says more.
 A run stops at a number of steps or a number of minutes, whichever comes first, and the learning rate follows the
-*fraction of the budget used*, so that it anneals to its floor in both cases. It runs on a GPU where there is one. A
-call can be told to do a piece of the budget only; the same call again goes on from there.
+*fraction of the budget used*, so that it anneals to its floor in both cases. It runs on a GPU where there is one. The
+same call again, after an interrupt or kill, goes on from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -34,10 +34,7 @@ FAST_BF16 = DEVICE.type == "cuda" or (torch.backends.mkldnn.is_available()
                                       and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 """Whether bfloat16 is worth while: CPUs that lack its instructions take thirty times as long as in float32."""
 
-PAUSED = 75
-"""Exit status of a trainer that stopped because its piece of time was used, not its budget."""
-
-CHECKPOINT = 180.0  # seconds between two checkpoints
+CHECKPOINT = 60.0  # seconds between two checkpoints
 
 
 def options(description: str, *, steps: int, batch: int, minutes: float, lr: float) -> argparse.ArgumentParser:
@@ -48,7 +45,6 @@ def options(description: str, *, steps: int, batch: int, minutes: float, lr: flo
     p.add_argument("--work", type=Path, required=True, help="folder for checkpoint.pt and log.jsonl")
     p.add_argument("--steps", type=int, default=steps, help="stop after this many steps")
     p.add_argument("--minutes", type=float, default=minutes, help="stop after this much training time")
-    p.add_argument("--piece", type=float, default=math.inf, help="minutes after which this call stops; call it again")
     p.add_argument("--batch", type=int, default=batch)
     p.add_argument("--lr", type=float, default=lr)
     p.add_argument("--seed", type=int, default=0)
@@ -56,9 +52,8 @@ def options(description: str, *, steps: int, batch: int, minutes: float, lr: flo
 
 
 def start(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parse the options, seed torch and make the work folder; ``end`` is the moment at which the piece is used."""
+    """Parse the options, seed torch and make the work folder."""
     args = parser.parse_args(argv)
-    args.end = time.monotonic() + 60 * args.piece
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # what is trained side by side has a core each
     torch.set_float32_matmul_precision("high")
@@ -83,8 +78,6 @@ def in_chunks(args: argparse.Namespace, name: str, shape: tuple[int, ...], size:
     for start in tqdm(range(0, shape[0], size), desc=name, mininterval=10):
         path = folder / f"{start:08d}.npz"
         if not path.exists():
-            if time.monotonic() > args.end:
-                raise SystemExit(PAUSED)
             arrays = list(make(range(start, min(start + size, shape[0]))))
             with written_whole(path) as file:
                 np.savez(file, *arrays)
@@ -275,9 +268,6 @@ class Run:
                 self.save()
                 if export:
                     export(args.work / "model")
-            if time.monotonic() > args.end and self.progress < 1:
-                self.save()
-                raise SystemExit(PAUSED)
         if count:
             self._write_row(float(total) / count, args.lr * share, measure())
         self.save()
