@@ -10,7 +10,7 @@ from ovdiff_lib.errors import InputError
 from ovdiff_lib.networks.loading import load_diffusion
 from ovdiff_lib.support.sampler import sample_support
 from ovdiff_lib.workbench.cost import instruments, steps
-from ovdiff_lib.workbench.cost.instruments import alternate, measured, peak_rate
+from ovdiff_lib.workbench.cost.instruments import alternate, measured
 
 CPU = torch.device("cpu")
 
@@ -79,12 +79,6 @@ def test_without_the_systems_files_memory_is_that_of_the_process(monkeypatch, tm
     monkeypatch.setattr(instruments, "CLEAR", tmp_path / "none" / "clear_refs")
     found = measured(lambda: None)
     assert not instruments.reset_peak() and found.peak >= found.held > 50 * 2**20
-
-
-def test_the_peak_rate(monkeypatch):
-    ticks = iter([0.0, 0.5, 1.0, 1.25, 2.0, 3.0])
-    monkeypatch.setattr(instruments.time, "perf_counter", lambda: next(ticks))
-    assert peak_rate(CPU, size=32, repeats=3) == 2 * 32**3 / 0.25  # of the fastest product
 
 
 # ---- steps

@@ -22,10 +22,6 @@ CLASS_ROWS = {
 }
 """(extractor, clustering) -> the row of App. C.5, all of 32 drawings."""
 
-TRAINED = ("TCL training", "GroupViT training", "OVSegmentor training")
-CLASS, COMPUTE = "prototype compute per class", "TFLOP/s-hours"
-"""Rows of Sec. 4.2's comparison with training, and their column in the paper's data."""
-
 DIGITS = {"ovdiff, s": 4, "alternative, s": 4, "ovdiff, added MB": 1, "alternative, added MB": 1, "ovdiff, peak MB": 0,
           "alternative, peak MB": 0, "ratio": 2, "lowest": 2, "highest": 2, "bound": 2, "met (1) or missed (0)": 0}
 """Decimals of the columns of :func:`ratio_cells`."""
@@ -111,20 +107,6 @@ def growth_cells(growth: Mapping[str, Sequence[tuple[int, Measured]]], paper_cla
               for name in ("OVDiff", "TCL", "OVSegmentor")}
     return cells_of(rows, papers) + [Cell(name, beside, paper=papers[name, beside], source="published")
                                      for name in ("TCL", "OVSegmentor")]
-
-
-def training_cells(measured: float) -> list[Cell]:
-    """Compute in TFLOP/s-hours (footnote 1 of the paper), ``measured`` that of a class built here, and how many classes
-    cost as much as training another method."""
-    published, one = paper_cell("timing", CLASS, COMPUTE), f"{COMPUTE}, one class"
-    costs = {"the paper's time": published.value, "the class built here": measured}
-    cells = cells_of({CLASS: {one: measured}}, {(CLASS, one): published})
-    for row in TRAINED:
-        training = paper_cell("timing", row, COMPUTE)
-        cells.append(Cell(row, f"{COMPUTE}, training", paper=training, source="published"))
-        cells += cells_of({row: {f"classes for the same, by {how}": training.value / cost
-                                 for how, cost in costs.items()}})
-    return cells
 
 
 def memory_cells(steps: Mapping[str, Measured]) -> list[Cell]:

@@ -1,4 +1,4 @@
-"""Instruments: seconds and memory of a call and of several that take turns; the machine and its peak rate."""
+"""Instruments: seconds and memory of a call and of several that take turns; the machine."""
 
 from __future__ import annotations
 
@@ -109,14 +109,6 @@ def _further(before: Measured | None, function: Callable[..., Any], given: tuple
         return run
     most = max(before, run, key=lambda step: step.added)
     return Measured(before.seconds + run.seconds, result, most.held, most.peak, most.device)
-
-
-def peak_rate(device: torch.device, size: int = 2048, repeats: int = 5) -> float:
-    """FLOP/s of the fastest of ``repeats`` float32 matrix products (size, size) x (size, size), after one that warms
-    up: it stands where the paper's formula has the theoretical peak of a GPU."""
-    left, right = (torch.rand(size, size, generator=torch.Generator().manual_seed(i)).to(device) for i in (0, 1))
-    torch.mm(left, right)
-    return 2 * size**3 / min(measured(torch.mm, [(left, right)] * repeats, device=device).seconds)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
