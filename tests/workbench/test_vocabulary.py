@@ -184,7 +184,7 @@ def report(ovdiff):
 
 def test_every_value_is_that_of_its_own_step(ovdiff, report):
     assert [c.name for c in report.classes] == NAMES.split(", ") and report.classes[3].kind == "stuff"
-    assert report.built == tuple(NAMES.split(", ")) and set(report.tables) == {"sd"} 
+    assert report.built == tuple(NAMES.split(", ")) and set(report.tables) == {"sd"}
     bank = ovdiff.build(NAMES, ["water"])
     assert report.notes == tuple(bare(bank, filter_stuff(bank, ovdiff.profile.filters)))
     for c in report.classes:
