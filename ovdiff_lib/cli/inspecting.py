@@ -8,8 +8,8 @@ import argparse
 from ovdiff_lib.cli.options import argument, classes, ovdiff_of, profile_of, takes, vocabulary_of
 
 
-@takes(argument("--data", action="append", default=[], metavar="[NAME=]FOLDER",
-                help="a data set's folder; may be repeated"))
+@takes(argument("--data", action="append", default=[], metavar="NAME=FOLDER",
+                help="a data set and its folder; may be repeated"))
 def doctor(options: argparse.Namespace) -> int:
     """Say which models, libraries and data a profile needs, what is here, and how to get the rest; exit code 1 if
     something is missing."""

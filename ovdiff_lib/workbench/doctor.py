@@ -91,12 +91,12 @@ class ProfileReport:
 
 
 def inspect(profile: Profile, data: list[str] | None = None, library: Path | None = None) -> ProfileReport:
-    """Look for everything that ``profile`` needs; ``data`` holds data set roots, FOLDER or NAME=FOLDER.
+    """Look for everything that ``profile`` needs; ``data`` holds data sets, NAME=FOLDER.
 
     Raises ``ProfileError`` for a part that does not exist; whatever is merely absent is in the report.
     """
     used = uses(profile)
-    checks = [*_models(profile, used), *_libraries(used), *(c for root in data or () for c in _data(root)),
+    checks = [*_models(profile, used), *_libraries(used), *map(_data, data or ()),
               *_machine(profile, library), *_settings(profile), *_banks(profile, library)]
     return ProfileReport(profile.name, tuple(checks))
 
@@ -176,22 +176,16 @@ def _libraries(used: dict[str, list[str]]) -> Iterator[Check]:
     yield Check("library versions", state="wrong" if problem else "as declared", problem=problem)
 
 
-def _data(root: str) -> list[Check]:
-    """What FOLDER holds, or whether it holds NAME. ``InputError`` for an unknown NAME."""
-    name, equals, folder = root.partition("=")
-    if not equals or Path(root).expanduser().is_dir():
-        name, folder = "", root
-    elif name not in DATASETS:
-        raise InputError(f"--data {root!r} names no data set; use FOLDER or NAME=FOLDER with a name of "
-                         f"{', '.join(DATASETS)}.")
-    found, problem = [], f"The folder {folder} holds no whole data set; name one: --data NAME={folder}."
-    for candidate in [name] if name else DATASETS:
-        try:
-            images = len(load_dataset(candidate, folder=Path(folder).expanduser()))
-            found.append(Check(f"data {candidate}", state=f"{images} images", where=folder))
-        except InputError as error:
-            problem = str(error) if name else problem
-    return found or [Check(f"data {name}", state="missing", where=folder, problem=problem)]
+def _data(root: str) -> Check:
+    """Whether the data set of NAME=FOLDER is there, whole. ``InputError`` for an unknown NAME."""
+    name, _, folder = root.partition("=")
+    if name not in DATASETS:
+        raise InputError(f"--data {root!r} names no data set; use NAME=FOLDER with a name of {', '.join(DATASETS)}.")
+    try:
+        images = len(load_dataset(name, folder=Path(folder).expanduser()))
+    except InputError as error:
+        return Check(f"data {name}", state="missing", where=folder, problem=str(error))
+    return Check(f"data {name}", state=f"{images} images", where=folder)
 
 
 def _machine(profile: Profile, library: Path | None) -> Iterator[Check]:
