@@ -1,4 +1,4 @@
-"""``ovdiff evaluate | convert``."""
+"""``ovdiff evaluate | ladder | convert``."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ovdiff_lib.cli.options import ENGINE, argument, build_with, engine_of, ovdiff_of, takes
+from ovdiff_lib.cli.options import ENGINE, argument, build_with, engine_of, ovdiff_of, profile_of, takes
 from ovdiff_lib.files import check_output, write_json
 
+DATA_SET = (
+    argument("dataset", help="mini-voc, mini-object, mini-context; or, with --data, voc, context, coco-object, and "
+                             "without background voc20, context59, coco-stuff, ade20k, cityscapes"),
+    argument("--data", type=Path, metavar="FOLDER", help="where the data set is, for example VOCdevkit"),
+    argument("--split", default="val", help="val, train, or tune and wild of the mini world (default: val)"),
+    argument("--names", default="fixed",
+             help="names given to the networks: fixed (the paper's corrections, default) or raw"))
 
-@takes(argument("dataset", help="mini-voc, mini-object, mini-context; or, with --data, voc, context, coco-object, and "
-                                "without background voc20, context59, coco-stuff, ade20k, cityscapes"),
-       argument("--data", type=Path, metavar="FOLDER", help="where the data set is, for example VOCdevkit"),
-       argument("--split", default="val", help="val, train, or tune and wild of the mini world (default: val)"),
-       argument("--names", default="fixed",
-                help="names given to the networks: fixed (the paper's corrections, default) or raw"),
+
+@takes(*DATA_SET,
        argument("--limit", type=int, help="use the first LIMIT images only"),
        argument("--predictions", type=Path, metavar="FOLDER",
                 help="score label maps in this folder, named by image id, instead of segmenting"),
@@ -26,15 +29,12 @@ def evaluate(options: argparse.Namespace) -> None:
     """Measure mIoU on a data set."""
     import pandas as pd
 
-    from ovdiff_lib.workbench.data.datasets import load_dataset
     from ovdiff_lib.workbench.data.samples import SavedPredictions
     from ovdiff_lib.workbench.evaluation import measure
 
     if options.json:
         check_output(options.json.parent)
-    # Workers on other machines are elsewhere: they are told the whole path.
-    folder = options.data and options.data.expanduser().absolute()
-    dataset = load_dataset(options.dataset, split=options.split, folder=folder, names=options.names)
+    dataset = _dataset_of(options)
     record: dict[str, Any] = {"dataset": dataset.name, "split": dataset.split, "names": options.names}
     if options.predictions:
         saved = SavedPredictions(options.predictions, options.zero_based)
@@ -60,6 +60,15 @@ def evaluate(options: argparse.Namespace) -> None:
                                   "iou": dict(zip(result.class_names, iou, strict=True))})
 
 
+def _dataset_of(options: argparse.Namespace) -> Any:
+    """The data set that the options name."""
+    from ovdiff_lib.workbench.data.datasets import load_dataset
+
+    # Workers on other machines are elsewhere: they are told the whole path.
+    folder = options.data and options.data.expanduser().absolute()
+    return load_dataset(options.dataset, split=options.split, folder=folder, names=options.names)
+
+
 def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any) -> Any:
     """The result of OVDiff on the data set, its classes built first; on an engine's workers if the options say so."""
     from ovdiff_lib.keys import of_labels
@@ -76,6 +85,35 @@ def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any) -
         return measure.evaluate(predictor, dataset, limit=options.limit, folder=folder, key=key)
     build_with(engine, builder, dataset.vocabulary)
     return evaluate_on(engine, ovdiff.profile, builder.build(dataset.vocabulary), dataset, options.limit)
+
+
+@takes(*DATA_SET,
+       argument("--support-split", metavar="SPLIT",
+                help="scenes that stand for drawings (default: train, tune or val, the first that is not measured)"),
+       argument("--images", type=int, help="use the first IMAGES images only"),
+       argument("--json", type=Path, help="write the result to this file too"))
+def ladder(options: argparse.Namespace) -> None:
+    """Measure where points are lost: the truth in place of the drawings, the category filter and the feature grid."""
+    import pandas as pd
+
+    from ovdiff_lib.pipeline import OVDiff
+    from ovdiff_lib.workbench.evaluation import ladder as rungs
+    from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
+
+    if options.json:
+        check_output(options.json.parent)
+    dataset = _dataset_of(options)
+    training = rungs.training_of(dataset, options.support_split)
+    ovdiff = OVDiff(profile_of(options), library=options.library, networks=SharedNetworks())
+    found = rungs.ladder(ovdiff, dataset, training, folder=ovdiff.library.root / "counts", limit=options.images)
+    print(pd.DataFrame(found.table()).to_string(float_format="{:.1f}".format))
+    print(f"{dataset.name} {dataset.split}, {found.images} images, support from {training.split}, profile "
+          f"{ovdiff.profile.name}, settings {ovdiff.profile.digest()}")
+    print(found)
+    if options.json:
+        write_json(options.json, {"dataset": dataset.name, "split": dataset.split, "names": options.names,
+                                  "support_split": training.split, "images": found.images, "scenes": found.scenes,
+                                  "percent": found.table(), "profile": ovdiff.profile.to_dict()})
 
 
 @takes(argument("dataset", choices=["context"]),

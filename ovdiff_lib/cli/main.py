@@ -17,7 +17,8 @@ from ovdiff_lib.cli import evaluate, inspecting, library, notebooks, segment
 from ovdiff_lib.errors import OVDiffError
 
 COMMANDS = {
-    "segment": segment.segment, "build": segment.build, "evaluate": evaluate.evaluate, "convert": evaluate.convert,
+    "segment": segment.segment, "build": segment.build, "evaluate": evaluate.evaluate, "ladder": evaluate.ladder,
+    "convert": evaluate.convert,
     "run": notebooks.run, "reproduce": notebooks.reproduce, "report": notebooks.report,
     "compare-tables": notebooks.compare_tables, "benchmark": inspecting.benchmark, "doctor": inspecting.doctor,
     "vocabulary": inspecting.vocabulary,
