@@ -2,7 +2,7 @@
 
 Latents and text states never change, so both are computed once into WORK. Nothing in the loss shapes the attention: a
 price on attending to words, tried before, starved them while the model learned to draw. The one trick is
-``--ending-dropout``.
+``--ending-dropout``. ``--init`` goes on from the UNet of a finished pipeline.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def encode(encoder: Callable[[int, int], Tensor], name: str, shape: tuple[int, .
 
 
 def write_pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel,
-                   tokenizer: CLIPTokenizer, folder: Path) -> None:
+                   tokenizer: CLIPTokenizer, predicts: str, folder: Path) -> None:
     """Write the half-precision pipeline beside ``folder`` first, then move it into place."""
     scheduler = DPMSolverMultistepScheduler(**NOISE, solver_order=2, algorithm_type="dpmsolver++", steps_offset=1,
-                                            prediction_type="v_prediction")
+                                            prediction_type=predicts)
     pipeline = StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer,
                                        unet=training.halved(unet), scheduler=scheduler, safety_checker=None,
                                        feature_extractor=None, requires_safety_checker=False)
@@ -85,9 +85,9 @@ class Batches:
     """Training batches as a function of the step, so that a resumed run sees the same ones."""
 
     def __init__(self, args: argparse.Namespace, latents: np.ndarray, states: np.ndarray, ends: np.ndarray,
-                 captions: list[list[str]], place: dict[str, int]) -> None:
+                 captions: list[list[str]], place: dict[str, int], predicts: str = "v_prediction") -> None:
         """Latents (N, C, h, w), text states (P, L, D) with the position of each caption's end token (P,), captions of
-        the latents, and the row of a caption among the states."""
+        the latents, the row of a caption among the states, and what is predicted, "v_prediction" or "epsilon"."""
         # In memory: reading rows scattered over a file is slower than the training step.
         self.latents = torch.from_numpy(latents).to(training.DEVICE)
         self.states = torch.from_numpy(states[:, :args.text_length]).to(training.DEVICE)
@@ -98,12 +98,13 @@ class Batches:
         self.args, self.captions, self.place = args, captions, place
         cumulative = DDPMScheduler(**NOISE).alphas_cumprod.to(training.DEVICE)
         self.signal, self.noise = cumulative.sqrt(), (1 - cumulative).sqrt()
-        # The error of v, but nearly clean latents weigh less. Against the error of epsilon this moves weight to the
-        # noisier half, where it is decided what is drawn and where; textures are learned soon enough.
-        self.weight = ((1 + GAMMA) * (1 - cumulative)).clamp(max=1)  # 1 - cumulative is 1 / (1 + SNR)
+        # Nearly clean latents weigh less (min-SNR). The error of v against that of epsilon moves weight to the noisier
+        # half, where it is decided what is drawn and where; textures are learned soon enough.
+        self.epsilon, snr = predicts == "epsilon", cumulative / (1 - cumulative)
+        self.weight = (GAMMA / snr).clamp(max=1) if self.epsilon else ((1 + GAMMA) / (1 + snr)).clamp(max=1)
 
     def __call__(self, draw: training.Draw) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Noisy latents, timesteps, text states, v (what is to be predicted) and the loss weights of a step."""
+        """Noisy latents, timesteps, text states, what is to be predicted and the loss weights of a step."""
         args, picker, on = self.args, draw.picker, {"generator": draw.generator, "device": draw.generator.device}
         clean, count = training.rows(self.latents, draw.index).float(), len(draw.index)
         names = ["" if picker.random() < EMPTY else picker.choices(self.captions[i], PHRASINGS)[0]
@@ -118,7 +119,8 @@ class Batches:
         t = strata.long().clamp(max=len(self.weight) - 1)[torch.randperm(count, **on)]
         noise = torch.randn(clean.shape, **on)
         signal, amount = (table[t].view(-1, 1, 1, 1) for table in (self.signal, self.noise))
-        return signal * clean + amount * noise, t, text, signal * noise - amount * clean, self.weight[t]
+        target = noise if self.epsilon else signal * noise - amount * clean
+        return signal * clean + amount * noise, t, text, target, self.weight[t]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -126,6 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = training.options(__doc__, steps=40_000, batch=32, minutes=120, lr=1e-3)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained AutoencoderKL")
     parser.add_argument("--clip", type=Path, required=True, help="folder of the trained CLIPModel and tokenizer")
+    parser.add_argument("--init", type=Path, help="folder of a pipeline to go on from: its UNet, and what that predicts")
     parser.add_argument("--channels", type=int, nargs=3, default=(64, 128, 192))
     parser.add_argument("--text-length", type=int, default=24, help="tokens of a prompt, with start, end and padding")
     parser.add_argument("--ending-dropout", type=float, default=0.8, help="share of captions whose end says nothing")
@@ -154,13 +157,17 @@ def main(argv: list[str] | None = None) -> None:
     side = images.shape[1] // 2 ** (len(vae.config.block_out_channels) - 1)
     latent_shape = (len(images), vae.config.latent_channels, side, side)
     state_shape = (len(distinct), tokenizer.model_max_length, text_encoder.config.hidden_size)
+    predicts = "v_prediction"
+    if args.init:
+        predicts = DDPMScheduler.from_pretrained(args.init, subfolder="scheduler").config.prediction_type
     batches = Batches(args, encode(latents, "latents", latent_shape, args),
                       encode(states, "states", state_shape, args), ends, captions,
-                      {caption: i for i, caption in enumerate(distinct)})
+                      {caption: i for i, caption in enumerate(distinct)}, predicts)
     tokenizer = CLIPTokenizer.from_pretrained(args.clip, model_max_length=args.text_length)  # the pipeline pads to this
     vae, text_encoder = vae.cpu().half(), text_encoder.cpu().half()  # from here on only written
 
-    unet = build_unet(tuple(args.channels), state_shape[2], latent_shape[1], side).to(training.DEVICE)
+    unet = (UNet2DConditionModel.from_pretrained(args.init, subfolder="unet").float() if args.init else
+            build_unet(tuple(args.channels), state_shape[2], latent_shape[1], side)).to(training.DEVICE)
     run = training.Run(args, unet, len(images), list(unet.parameters()), betas=(0.9, 0.99), decay=AVERAGE, warmup=200,
                        hold=0.6, floor=0.02)
     if training.DEVICE.type == "cpu":  # up to 256 positions the fused kernel is several times slower backwards there
@@ -178,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
         with training.mixed():
             return compiled(*batch)
 
-    run.fit(loss, export=lambda folder: write_pipeline(run.average, vae, text_encoder, tokenizer, folder))
+    run.fit(loss, export=lambda folder: write_pipeline(run.average, vae, text_encoder, tokenizer, predicts, folder))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import math
 from importlib import import_module
+from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
@@ -117,17 +118,20 @@ def test_an_error_costs_more_on_a_coloured_pixel():
     assert costs["red"] == pytest.approx(4.2 * error / mean_weight + gradient, rel=1e-4)
 
 
-def test_v_is_what_turns_noisy_latents_back(monkeypatch):
-    """signal * noisy - noise * v is the clean latent, and signal^2 + noise^2 = 1; noisier steps weigh no less."""
+@pytest.mark.parametrize("predicts", ["v_prediction", "epsilon"])
+def test_what_is_predicted_turns_noisy_latents_back(monkeypatch, predicts):
+    """signal * noisy - noise * v is the clean latent, and (noisy - noise * epsilon) / signal, where signal^2 + noise^2
+    = 1; noisier steps weigh no less."""
     latents = np.random.default_rng(0).normal(size=(16, 4, 2, 3)).astype(np.float16)
     states, ends = np.arange(2 * 5 * 3, dtype=np.float16).reshape(2, 5, 3), np.array([1, 3])
     args = SimpleNamespace(text_length=5, ending_dropout=0.5, batch=16, seed=0)
     monkeypatch.setattr(train_unet, "EMPTY", 0.25)
-    batches = train_unet.Batches(args, latents, states, ends, [["x"] * 4] * 16, {"": 0, "x": 1})
-    noisy, t, text, v, weight = batches(training.draw(args, 16, 3))
+    batches = train_unet.Batches(args, latents, states, ends, [["x"] * 4] * 16, {"": 0, "x": 1}, predicts)
+    noisy, t, text, target, weight = batches(training.draw(args, 16, 3))
     betas = np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2
     alpha = torch.tensor(np.cumprod(1 - betas)[t.numpy()], dtype=torch.float32).view(-1, 1, 1, 1)
-    clean = alpha.sqrt() * noisy - (1 - alpha).sqrt() * v
+    clean = (alpha.sqrt() * noisy - (1 - alpha).sqrt() * target if predicts == "v_prediction" else
+             (noisy - (1 - alpha).sqrt() * target) / alpha.sqrt())
     assert torch.allclose(clean, torch.from_numpy(latents).float(), atol=2e-3)
     by_time = weight[t.argsort()]
     assert (by_time.diff() >= 0).all() and float(by_time[-1]) == 1 and len(set(t.tolist())) == 16
@@ -225,6 +229,11 @@ def test_the_recipe_trains_every_stage_into_models_that_load(tmp_path, monkeypat
     pipe.set_progress_bar_config(disable=True)
     drawn = pipe.to(torch.float32)("a good picture of a cat", num_inference_steps=2, output_type="np").images
     assert drawn.shape == (1, 32, 32, 3) and np.isfinite(drawn).all()
+    module, *arguments = rebuild.command("unet", tmp_path, 1)
+    again = {"--init": weights / "stable-diffusion", "--out": tmp_path / "again", "--work": tmp_path / "further"}
+    import_module(module).main([*arguments, *map(str, chain(*again.items())), "--steps", "1", "--lr", "0"])
+    further = StableDiffusionPipeline.from_pretrained(tmp_path / "again")
+    assert all(torch.equal(a, b) for a, b in zip(pipe.unet.parameters(), further.unet.float().parameters(), strict=True))
 
 
 def test_chunks_are_made_from_where_it_was_interrupted(tmp_path):
