@@ -170,4 +170,5 @@ def test_what_each_part_costs_by_hand():
     assert found.lost("mIoU") == {"drawings and masks": (10 + 14) / 2, "category filter": (6 + 10) / 2,
                                   "features and matching": 18, "feature grid": 12}
     assert "50.0 points" in str(found) and "drawings and masks 12.0" in str(found) and "2 to 3 scenes" in str(found)
+    assert Ladder({}, 7, (4, 4)).amount == "4"
     assert [(c.row, c.measured) for c in found.cells()][-1] == ("lost by feature grid", 12) and len(found.cells()) == 11

@@ -64,6 +64,11 @@ class Ladder:
     images: int
     scenes: tuple[int, ...]
 
+    @property
+    def amount(self) -> str:
+        """How many true scenes a class has: "4 to 9", or "5"."""
+        return " to ".join(map(str, sorted({min(self.scenes), max(self.scenes)})))
+
     def lost(self, column: str) -> dict[str, float]:
         """The points that each part costs; they sum to what "as shipped" lacks to 100.
 
@@ -89,9 +94,8 @@ class Ladder:
         """What each part costs, in a sentence."""
         lost = self.lost("mIoU")
         costs = ", ".join(f"{part} {points:.1f}" for part, points in lost.items())
-        least, most = min(self.scenes), max(self.scenes)
         return (f"Of the {sum(lost.values()):.1f} points that OVDiff without PAMR lacks to 100, these parts cost: {costs}"
-                f" (true support: {least if least == most else f'{least} to {most}'} scenes a class).")
+                f" (true support: {self.amount} scenes a class).")
 
 
 def ladder(ovdiff: OVDiff, dataset: Dataset, training: Dataset, *, folder: str | Path | None = None,
