@@ -17,6 +17,8 @@ from ovdiff_lib.cli.main import COMMANDS, main
 from ovdiff_lib.errors import OVDiffError
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.workbench import reproduce as runner
+from ovdiff_lib.workbench.data import datasets
+from ovdiff_lib.workbench.evaluation import ladder
 from ovdiff_lib.workbench.tables.paper import paper_cell
 from ovdiff_lib.workbench.tables.tables import Cell, write_table
 
@@ -207,6 +209,22 @@ def test_evaluate_prints_and_writes_the_same_numbers(tiny, tmp_path, capsys, mon
     assert 0 <= table["miou"] <= 1 and table["profile"]["support"]["size"] == 2
     assert main(["evaluate", "mini-voc", "--limit", "0", *tiny]) == 2
     assert "limit" in capsys.readouterr().err
+
+
+def test_ladder_prints_and_writes_the_same_numbers(tiny, tmp_path, capsys, monkeypatch):
+    small_dataset(monkeypatch)
+    monkeypatch.setattr(ladder, "load_dataset", datasets.load_dataset)
+    path = tmp_path / "deep" / "result.json"
+    assert main(["ladder", "mini-voc", "--split", "tune", "--images", "2", "--json", str(path), *tiny]) == 0
+    head, *lines, last = capsys.readouterr().out.splitlines()
+    table = json.loads(path.read_text())
+    assert (table["split"], table["support_split"], table["images"], table["scenes"]) == ("tune", "val", 2, [2, 2])
+    assert head.split() == ["mIoU", "mIoU,", "PAMR"]
+    for line, (row, plain), refined in zip(lines, table["percent"]["mIoU"].items(), table["percent"]["mIoU, PAMR"].values(), strict=False):
+        assert line.startswith(row) and line.split()[-2:] == [f"{plain:.1f}", f"{refined:.1f}"]
+    assert "2 images, support from val" in lines[-1] and "true support: 2 scenes" in last and len(lines) == 12
+    assert main(["ladder", "mini-voc", "--support-split", "val", *tiny]) == 2 and "'val' is measured" in capsys.readouterr().err
+    assert main(["ladder", "mini-voc", "--images", "0", *tiny]) == 2 and "limit" in capsys.readouterr().err
 
 
 def test_a_notebook_runs_with_parameters(tmp_path, capsys, monkeypatch):

@@ -277,4 +277,4 @@ def training_of(dataset: Dataset, split: str | None = None) -> Dataset:
     it has and that is not measured. Raises as :func:`~ovdiff_lib.workbench.data.datasets.load_dataset`."""
     splits = DATASETS[dataset.name][1]().splits or ("train", "val")  # lists of a folder: what published archives have
     fitting = (one for one in ("train", "tune", "val") if one in splits and one != dataset.split)
-    return load_dataset(dataset.name, split or next(fitting), dataset.folder)
+    return load_dataset(dataset.name, split=split or next(fitting), folder=dataset.folder)
