@@ -26,7 +26,8 @@ def tiny_overrides(models: Path) -> dict:
     """Overrides that turn the mini profile into one of the tiny models in ``models``."""
     return {"models.diffusion": str(models / "stable-diffusion"), "models.clip": str(models / "clip"), "models.dino": str(models / "dino"),
             "models.mae": str(models / "mae"), "models.open_clip": str(models / "open_clip"), "features.dino_input_size": 64,
-            "features.mae_input_size": 64, "features.vit_scale": 1.0, **SMALL}
+            "features.mae_input_size": 64, "features.vit_scale": 1.0,
+            "filters.stuff_threshold": 0.85, "matching.background_threshold": None, **SMALL}
 
 
 def make_tiny_models(folder: Path, seed: int = 0) -> Path:

@@ -1,11 +1,12 @@
-"""``ovdiff doctor | vocabulary | benchmark``: is what a profile needs here, are these classes a good choice, and what
-does it cost?"""
+"""``ovdiff doctor | vocabulary | tune | benchmark``: is what a profile needs here, are these classes a good choice, and
+these thresholds, and what does it cost?"""
 
 from __future__ import annotations
 
 import argparse
 
 from ovdiff_lib.cli.options import argument, classes, ovdiff_of, profile_of, takes, vocabulary_of
+from ovdiff_lib.errors import InputError
 
 
 @takes(argument("--data", action="append", default=[], metavar="NAME=FOLDER",
@@ -29,6 +30,27 @@ def vocabulary(options: argparse.Namespace) -> int:
     report = examine(ovdiff_of(options), vocabulary_of(options))
     print(report)
     return int(any(c.verdict != "fine" for c in report.classes))
+
+
+@takes(argument("--images", type=int, default=48, help="images of each data set to choose by (default: 48)"),
+       argument("--seed", type=int, default=0, help="of the drawings (default: 0)"))
+def tune(options: argparse.Namespace) -> None:
+    """Choose the thresholds on cosines of each extractor that the profile names, on its split for that; print what was
+    tried and the lines for the profile."""
+    from ovdiff_lib.library.store import Library
+    from ovdiff_lib.workbench.evaluation import tuning
+    from ovdiff_lib.workbench.evaluation.bench import Bench
+
+    library = Library(options.library).root
+    bench = Bench(profile_of(options), library=library, seeds=[options.seed], images=options.images)
+    if not bench.profile.evaluation.tune:
+        raise InputError("The profile names no split to choose settings on; set evaluation.tune.")
+    tried = tuning.tune(bench)
+    for one in tried:
+        print(one.field, one.extractor, f"({options.images} images of {bench.profile.evaluation.tune})")
+        for i, (label, value, miou) in enumerate(zip(one.labels, one.values, one.miou, strict=True)):
+            print(f"  {value:9.5f}  {label:32}  mIoU {miou:5.1f}{'  chosen' * (i == one.best)}")
+    print("", tuning.lines_of(tried), sep="\n", end="")
 
 
 @takes(argument("--only", metavar="NAME,...", type=lambda names: [name.strip() for name in names.split(",")],

@@ -21,7 +21,7 @@ COMMANDS = {
     "convert": evaluate.convert,
     "run": notebooks.run, "reproduce": notebooks.reproduce, "report": notebooks.report,
     "compare-tables": notebooks.compare_tables, "benchmark": inspecting.benchmark, "doctor": inspecting.doctor,
-    "vocabulary": inspecting.vocabulary,
+    "vocabulary": inspecting.vocabulary, "tune": inspecting.tune,
     "library": {"list": library.show, "verify": library.verify, "export": library.export, "import": library.add,
                 "remove": library.remove}}
 GROUPS = {"library": "Show, check, share and clear the prototype library."}

@@ -208,6 +208,7 @@ class Evaluation:
     context: str = "context"
     object: str = "coco-object"
     without_background: dict[str, str] = Field({})  # columns of Table A.7: paper's name -> data set
+    tune: str = ""  # split of the same data sets on which constants are chosen; "" = they have none
     extractors: Names = Field(["sd", "dino", "clip-keys"])  # the ensemble of the main tables
     images: Count | None = None  # the first so many images of each data set; null = all
     seeds: list[Seed] = Field([0, 1, 2, 3, 4])

@@ -49,6 +49,9 @@ def test_the_smallest_proposal_owns_a_pixel_and_votes_are_counted(seed, dtype):
         assert owner[place] == (min(over)[1] if over else -1)
         inside = labels[masks[owner[place]]].tolist() if over else [labels[place]]
         assert found[place] == max(sorted(set(inside)), key=inside.count)  # max keeps the first of equals: the lowest
+    others = (labels + 1) % 4
+    both = majority_vote(np.stack([labels, others]), masks)  # each map votes by itself
+    assert (both == [found, majority_vote(others, masks)]).all() and both.dtype == dtype
 
 
 @pytest.mark.parametrize("count", [0, 2])

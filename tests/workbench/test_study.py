@@ -1,5 +1,6 @@
 """Many methods on the same images: the same numbers as one by one, kept, resumed, never another's."""
 
+import itertools
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ from sklearn.metrics import confusion_matrix
 from ovdiff_lib import InputError, OVDiff, ProfileError, keys
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.registry import Part
-from ovdiff_lib.workbench.baselines import BASELINES
+from ovdiff_lib.workbench.baselines import BASELINES, OWN_BACKGROUND
 from ovdiff_lib.workbench.data.classes import synonyms
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.data.metrics import ConfusionMatrix
@@ -21,7 +22,7 @@ from ovdiff_lib.workbench.evaluation.banks import of_kinds, of_labels, rows_of_s
 from ovdiff_lib.workbench.evaluation.bench import Bench
 from ovdiff_lib.workbench.evaluation.measure import Method, above, evaluate, measure
 from ovdiff_lib.workbench.evaluation.results import code_digest
-from ovdiff_lib.workbench.evaluation.rows import THRESHOLDS, Rival, Row, Searched
+from ovdiff_lib.workbench.evaluation.rows import LEVELS, SAMPLED, Rival, Row, Searched, both_readings
 from ovdiff_lib.workbench.tables.tables import write_table
 
 
@@ -161,7 +162,7 @@ SMALL = {"filters.category_top": 2}
 def bench(tiny_profile, tmp_path_factory):
     """Its data sets have their first four classes alone, to save the time of drawing all."""
     bench = Bench(tiny_profile, library=tmp_path_factory.mktemp("bench"), seeds=[3, 4], images=2, progress=False)
-    for dataset in map(bench.dataset, ("mini-voc", "mini-voc20")):
+    for dataset in map(bench.dataset, ("mini-voc", "mini-voc20", "mini-voc/tune")):
         dataset.vocabulary = Vocabulary(dataset.vocabulary.categories[:4])
         dataset.table[(dataset.table > 4) & (dataset.table < 255)] = 0 if dataset.has_background else 255
     return bench
@@ -169,7 +170,7 @@ def bench(tiny_profile, tmp_path_factory):
 
 def test_rows_equal_what_evaluate_says(bench):
     rows = [Row("full", SMALL), Row("no filter", {"filters.category": False}), Searched("search", SMALL),
-            Row("parts", {**SMALL, "prototypes.kinds": ["part"]})]
+            Row("parts", {**SMALL, "prototypes.kinds": ["part"]}), Searched("tuned", SMALL, tuned=True)]
     found, data = bench.measure(rows, "mini-voc"), bench.dataset("mini-voc")
     for row in (rows[0], rows[1], rows[3]):
         for seed, result in zip((3, 4), found[row.label], strict=True):
@@ -180,14 +181,20 @@ def test_rows_equal_what_evaluate_says(bench):
             assert (alone.confusion == result.confusion).all(), (row.label, seed)
     ovdiff = bench.ovdiff({**SMALL, "matching.background_threshold": 0.0}, 3)
     bare = ovdiff.build(data.vocabulary).without_background()
-    scored, tried = [(data[i].labels, ovdiff.segment(data[i].image, bare).scores) for i in range(2)], []
-    for threshold in THRESHOLDS:
+    scored, tune = {}, load_dataset("mini-voc/tune")
+    for split, some in {"val": data, "tune": bench.dataset("mini-voc/tune")}.items():
+        scored[split] = [(some[i].labels, ovdiff.segment(some[i].image, bare).scores[1:]) for i in range(2)]
+    best = np.sort(np.concatenate([ovdiff.segment(tune[i].image, bare).scores[1:].max(0).ravel() for i in range(SAMPLED)]))
+    tried = [-np.inf, *(best[-(-len(best) * i // LEVELS) - 1] for i in range(1, LEVELS))]
+    miou = {split: [] for split in scored}
+    for split, threshold in itertools.product(scored, tried):
         matrix = ConfusionMatrix(5)
-        for labels, scores in scored:
-            matrix.update(np.concatenate([np.full((1, *labels.shape), threshold, np.float32), scores[1:]]).argmax(0), labels)
-        tried.append(matrix.miou())
-    assert found["search"][0].miou == max(tried) > min(tried)
-    for row in (rows[0], rows[2]):  # what pictures show is what was counted
+        for labels, scores in scored[split]:
+            matrix.update(np.concatenate([np.full((1, *labels.shape), threshold, np.float32), scores]).argmax(0), labels)
+        miou[split].append(matrix.miou())
+    assert found["search"][0].miou == max(miou["val"]) > min(miou["val"])
+    assert found["tuned"][0].miou == miou["val"][int(np.argmax(miou["tune"]))] and len(set(miou["val"])) > LEVELS / 4
+    for row in (rows[0], rows[2], rows[4]):  # what pictures show is what was counted
         shown = evaluate(bench.predictor(row, "mini-voc"), data, 2, progress=False)
         assert (shown.confusion == found[row.label][0].confusion).all()
 
@@ -204,6 +211,46 @@ def test_a_bank_without_background_is_a_footnote_of_its_row(tiny_profile, tmp_pa
         assert whole.note == "" and bare.note.startswith('The "stuff" filter left none of the ')
     text = write_table(tmp_path / "t.csv", "t", [whole, bare], tiny_profile, "Rows.")
     assert text.endswith(f"|\n\nmini-context, none: {bare.note}\n")
+
+
+def test_both_readings_are_there_where_the_profile_has_a_split(tiny_profile, tmp_path):
+    rows = [Row("full"), Searched("search", paper="x"), Rival("own", baseline="clip-diy"), Rival("other", baseline="maskclip")]
+    labels = [row.label for row in both_readings(rows, tiny_profile)]
+    assert labels == ["full", "search", "search, constant from tune", "own", "other", "other, constant from tune"]
+    bare = tiny_profile.override({"evaluation.tune": ""})
+    assert both_readings(rows, bare) == rows
+    bench = Bench(bare, library=tmp_path, seeds=[0], images=1, progress=False)
+    with pytest.raises(InputError, match=r"evaluation\.tune"):
+        bench.measure([Rival("other", baseline="maskclip", tuned=True)], "mini-voc")
+    assert [bench.tune(source) for source in ("mini-voc", "voc/train:/data")] == ["", ""]
+    bench.profile = tiny_profile
+    assert [bench.tune(source) for source in ("mini-voc", "voc/train:/data")] == ["mini-voc/tune", "voc/tune:/data"]
+
+
+def test_a_search_tries_quantiles_of_its_own_scores_on_both_splits_alike(tiny_profile, tmp_path, monkeypatch):
+    """Whatever scale they have; a baseline without background words here searches, and says so."""
+    class Large:
+        def __init__(self, profile):
+            pass
+
+        def scores(self, image, vocabulary):
+            grey = image.mean(-1, dtype=np.float32)
+            return np.stack([grey * 0 - np.inf, *(1000 + grey + k for k in range(len(vocabulary)))])
+
+    monkeypatch.setitem(BASELINES, "large", Part(Large))
+    monkeypatch.setitem(OWN_BACKGROUND, "large", lambda settings, vocabulary: len(vocabulary) == 20)
+    bench = Bench(tiny_profile, library=tmp_path, seeds=[0], images=2, progress=False)
+    row = Rival("large", baseline="large")
+    on = {source: row.method(bench, 0, source) for source in ("mini-object", "mini-object/tune", "mini-voc", "mini-object42")}
+    assert [method.variants for method in on.values()] == [LEVELS, LEVELS, 1, 1]
+    assert on["mini-object"].key == on["mini-object/tune"].key and "constants" not in on["mini-voc"].key
+    sample = bench.dataset("mini-object")[0]
+    maps = [on[source].prepare(bench.dataset(source))(sample) for source in list(on)[:2]]
+    assert np.array_equal(*maps) and (maps[0][0] == 42).all()
+    shares = (maps[0] == 0).mean((1, 2))
+    assert (np.diff(shares) >= 0).all() and shares[-1] > 0.9 and len(np.unique(shares)) > LEVELS / 2
+    (cell,) = bench.cells([row], {"Object": "mini-object"})
+    assert "a constant stands for it" in cell.note and not bench.cells([row], {"VOC": "mini-voc"})[0].note
 
 
 def test_cells_carry_seeds_and_the_papers_place(bench):
@@ -240,8 +287,8 @@ def test_sizes_pool_the_seeds(bench, tiny_profile):
         with pytest.raises(InputError):
             rows_of_sizes(bench, [wrong])
     other = Bench(tiny_profile, library=bench.library, seeds=[3, 5], progress=False)  # other sets are pooled
-    assert rows[2].method(other, 3).key != rows[2].method(bench, 3).key
-    assert rows[1].method(other, 3).key == rows[1].method(bench, 3).key
+    assert rows[2].method(other, 3, "mini-voc").key != rows[2].method(bench, 3, "mini-voc").key
+    assert rows[1].method(other, 3, "mini-voc").key == rows[1].method(bench, 3, "mini-voc").key
 
 
 def test_banks_that_no_profile_describes(bench):
@@ -329,7 +376,7 @@ def test_rows_of_one_baseline_share_it_and_its_scores(tiny_profile, tmp_path, mo
     rows = [Rival("alone", baseline="counting"), Rival("filtered", baseline="counting", filtered=True),
             Rival("voted", baseline="counting", voted=True)]
     found = measured("all", rows)
-    assert calls == ["built", "scored", "scored"]
+    assert calls == ["built"] + ["scored"] * (SAMPLED + 2)  # quantiles, then counts
     for row in rows:  # a filter or a vote changed nothing for the others
         assert measured(row.label, [row]) == {row.label: found[row.label]}
 

@@ -6,10 +6,13 @@ add one, write a class with the method ``scores`` of :class:`Baseline` and one l
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.errors import ProfileError
-from ovdiff_lib.profiles.schema import Profile
+from ovdiff_lib.profiles.schema import Baselines, Profile
 from ovdiff_lib.registry import Part
-from ovdiff_lib.workbench.baselines.clip_diy import ClipDIY
+from ovdiff_lib.workbench.baselines.clip_diy import ClipDIY, background_words
 from ovdiff_lib.workbench.baselines.common import Baseline
 from ovdiff_lib.workbench.baselines.groupvit import GroupViT
 from ovdiff_lib.workbench.baselines.maskclip import MaskCLIP
@@ -26,9 +29,13 @@ BASELINES: dict[str, Part] = {
 """Name -> how the baseline is built, and which models and fields of ``baselines`` are its own (None: it depends on the
 segmenter)."""
 
-OWN_BACKGROUND = frozenset({"clip-diy", "clip-segmenter"})
-"""Baselines that model the background themselves. Row 0 of the others is -inf as built, and a constant threshold stands
-for the background (:func:`~ovdiff_lib.workbench.evaluation.measure.above`)."""
+OWN_BACKGROUND: dict[str, Callable[[Baselines, Vocabulary], bool]] = {
+    "clip-diy": lambda settings, vocabulary: bool(background_words(settings, vocabulary)),
+    "clip-segmenter": lambda settings, vocabulary: True,
+}
+"""Baselines that model the background themselves, and whether they do with a vocabulary. Row 0 of others is -inf as
+built, and a constant threshold stands for the background
+(:func:`~ovdiff_lib.workbench.evaluation.measure.above`)."""
 
 
 def build_baseline(name: str, profile: Profile) -> Baseline:

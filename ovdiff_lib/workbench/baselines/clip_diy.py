@@ -58,17 +58,17 @@ class ClipDIY(Baseline):
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """Probabilities f32 (C + 1, H, W) of an image u8 (H, W, 3), row 0 the background.
 
-        Background words that the vocabulary names are classes and not background; where none is left, row 0 is -inf.
+        Without :func:`background_words` row 0 is -inf, and the others are the cosines by saliency, which a constant
+        can be compared with.
         """
-        named = {word.casefold() for c in vocabulary for word in (c.name, c.prompt)}
-        words = [word for word in self.settings.clip_diy_background if word.casefold() not in named]
+        words = background_words(self.settings, vocabulary)
         texts = self.texts((*words, *(c.prompt for c in vocabulary)))
         # A negative score would win where it is multiplied by a small number.
         cosines = resize_maps(self.cosines(image, texts), image.shape[:2]).clamp(min=0)
         salient = resize_maps(self.saliency(image)[None], image.shape[:2])
         foreground = cosines[len(words):] * salient
         if not words:
-            return torch.cat([torch.full_like(salient, -torch.inf), foreground.softmax(0)]).numpy()
+            return torch.cat([torch.full_like(salient, -torch.inf), foreground]).numpy()
         background = cosines[:len(words)].amax(0, keepdim=True) * (1 - salient)
         return torch.cat([background, foreground]).softmax(0).numpy()
 
@@ -97,6 +97,12 @@ class ClipDIY(Baseline):
             patches = F.interpolate(patches.float(), (wanted, wanted), mode="bicubic", antialias=True)
             patches = patches.clamp(0, 255).round().byte()
         return patches.permute(0, 2, 3, 1).numpy(), len(views)
+
+
+def background_words(settings: Baselines, vocabulary: Vocabulary) -> list[str]:
+    """Those of ``clip_diy_background`` that the vocabulary does not name: a class is not background."""
+    named = {word.casefold() for c in vocabulary for word in (c.name, c.prompt)}
+    return [word for word in settings.clip_diy_background if word.casefold() not in named]
 
 
 class BackgroundSeed:

@@ -82,15 +82,21 @@ class ClipSegmenter(Baseline):
 
 
 def majority_vote(labels: np.ndarray, proposals: np.ndarray) -> np.ndarray:
-    """Labels (H, W), whole numbers from 0, with every proposal bool (M, H, W) given the label of most of its pixels.
+    """Labels (..., H, W), whole numbers from 0, with every proposal bool (M, H, W) given the label of most of its
+    pixels in each map.
 
     All pixels of a proposal vote, by their label before any vote, background like any other; of equal counts the lowest
     label wins. Pixels of no proposal keep theirs.
     """
     proposals = np.asarray(proposals, bool)
-    winner = np.array([np.bincount(labels[mask]).argmax() if mask.any() else 0 for mask in proposals] or [0])
+    maps = labels.reshape(-1, *labels.shape[-2:])
+    count, classes = len(maps), int(maps.max(initial=0)) + 1
+    places = np.arange(count)[:, None] * classes  # the votes of all maps are counted together
+    votes = [np.bincount((maps[:, mask] + places).ravel(), minlength=count * classes) for mask in proposals]
+    winner = np.zeros((count, len(proposals) + 1), labels.dtype)  # one more, so that there is one
+    winner[:, :-1] = np.reshape(votes, (-1, count, classes)).argmax(2).T
     owner = smallest(proposals)
-    return np.where(owner >= 0, winner.astype(labels.dtype)[owner], labels)
+    return np.where(owner >= 0, winner[:, owner], maps).reshape(labels.shape)
 
 
 def smallest(proposals: np.ndarray) -> np.ndarray:

@@ -11,21 +11,26 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ovdiff_lib.errors import InputError, ModelNotAvailable, ProfileError
+from ovdiff_lib.files import write_json
 from ovdiff_lib.keys import check_profile
 from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.data.samples import Dataset, Sample
-from ovdiff_lib.workbench.evaluation.measure import EvaluationResult, Method, measure
-from ovdiff_lib.workbench.evaluation.rows import Rival, Row
+from ovdiff_lib.workbench.evaluation.measure import EvaluationResult, measure
+from ovdiff_lib.workbench.evaluation.results import code_digest
+from ovdiff_lib.workbench.evaluation.rows import LEVELS, SAMPLED, Rival, Row, quantiles
 from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
 from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell, paper_table
 from ovdiff_lib.workbench.tables.tables import Cell
@@ -55,6 +60,7 @@ class Bench:
         self.images = self.profile.evaluation.images if images is None else images
         self.library, self.progress, self.parts = Path(library), progress, SharedNetworks()
         self._datasets: dict[tuple[str, str], Dataset] = {}
+        self._quantiles: dict[str, np.ndarray] = {}
 
     def ovdiff(self, settings: Mapping[str, Any] | None = None, seed: int | None = None) -> OVDiff:
         """OVDiff with the bench's profile, ``settings`` replaced and ``seed`` (default: the first)."""
@@ -68,17 +74,50 @@ class Bench:
             self._datasets[source, names] = load_dataset(source, names=names)
         return self._datasets[source, names]
 
+    def tune(self, source: str) -> str:
+        """The split of the data set ``source`` on which constants are chosen, as a source; "" if there is none."""
+        head, colon, within = source.partition(":")
+        split = self.profile.evaluation.tune
+        return f"{head.partition('/')[0]}/{split}{colon}{within}" if split else ""
+
+    def quantiles_of(self, source: str, names: str) -> dict[str, Any]:
+        """Of what the constants of a search on the data set ``source`` are the quantiles, as plain data."""
+        data = self.dataset(self.tune(source) or source)
+        return {"levels": LEVELS, "data set": data.name, "split": data.split, "folder": str(data.folder),
+                "ids": list(data.ids[:SAMPLED]), "words": [c.prompt for c in self.dataset(source, names).vocabulary]}
+
+    def quantiles(self, key: Mapping[str, Any], source: str, score: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """The constants f32 (LEVELS,) that a search on ``source`` tries for the method ``key``, which scores images by
+        ``score``; kept beside the counts."""
+        data, place = self.dataset(self.tune(source) or source), _place(key)
+        path = self.library / "results" / f"constants-{place}.json"
+        with suppress(OSError, ValueError):
+            self._quantiles[place] = np.array(json.loads(path.read_text()), np.float32)
+        if place not in self._quantiles:
+            images = (data[i].image for i in range(min(SAMPLED, len(data))))
+            self._quantiles[place] = quantiles(map(score, images))
+            write_json(path, self._quantiles[place].tolist())
+        return self._quantiles[place]
+
+    def search(self, row: Row, source: str) -> tuple[np.ndarray, tuple[EvaluationResult, ...]]:
+        """The constants f32 (LEVELS,) that a row's search on the data set ``source`` tries, and what each gives; with
+        the first seed."""
+        (results, _), = self._measure([(row, self.seeds[0])], source, row.names)
+        method = row.method(self, self.seeds[0], source)
+        method.prepare(self.dataset(source, row.names))  # which finds the constants
+        return self._quantiles[_place(method.key)], results
+
     def measure(self, rows: Sequence[Row], source: str) -> dict[str, tuple[EvaluationResult, ...]]:
-        """For each row by label its results on the data set ``source``, one a seed; of a search the best."""
+        """For each row by label its results on the data set ``source``, one a seed; of a search the best, or of a
+        ``tuned`` row the one whose constant is best on the split ``evaluation.tune``."""
         if len({row.label for row in rows}) < len(rows):
             raise InputError("Two rows of the table have the same label; give each its own.")
         gc.collect()  # the OVDiffs of earlier rows hold themselves in a circle, and with them their prototypes
         found: dict[str, tuple[EvaluationResult, ...]] = {}
         for names in dict.fromkeys(row.names for row in rows):
-            methods = {(row.label, seed): row.method(self, seed)
-                       for row in rows if row.names == names for seed in self._seeds(row)}
-            for (label, _), results in self._measure(methods, self.dataset(source, names)).items():
-                found[label] = (*found.get(label, ()), max(results, key=lambda result: result.miou))
+            pairs = [(row, seed) for row in rows if row.names == names for seed in self._seeds(row)]
+            for (row, _), (results, best) in zip(pairs, self._measure(pairs, source, names), strict=True):
+                found[row.label] = (*found.get(row.label, ()), results[best])
         return {row.label: found[row.label] for row in rows}
 
     def cells(self, rows: Sequence[Row], columns: Mapping[str, str], table: str = "") -> list[Cell]:
@@ -96,11 +135,11 @@ class Bench:
 
     def predictor(self, row: Row, source: str) -> Callable[[np.ndarray], np.ndarray]:
         """Image u8 (H, W, 3) -> labels int (H, W) of a row on the data set ``source``, with the first seed; of a
-        search, with the constant that was measured to be best."""
-        method, dataset, chosen = row.method(self, self.seeds[0]), self.dataset(source, row.names), 0
-        predict = method.prepare(dataset)
+        search, with the constant that counts in :meth:`measure`."""
+        dataset, method = self.dataset(source, row.names), row.method(self, self.seeds[0], source)
+        predict, chosen = method.prepare(dataset), 0
         if method.variants > 1:
-            chosen = int(np.argmax([r.miou for r in self._measure({row.label: method}, dataset)[row.label]]))
+            (_, chosen), = self._measure([(row, self.seeds[0])], source, row.names)
         return lambda image: predict(Sample("", image, np.zeros(image.shape[:2], np.uint8)))[chosen]
 
     @staticmethod
@@ -125,11 +164,32 @@ class Bench:
                 reasons[row.label] = str(error)
         return reasons
 
-    def _measure(self, methods: Mapping[Any, Method], dataset: Dataset) -> dict[Any, tuple[EvaluationResult, ...]]:
-        return measure(methods, dataset, folder=self.library / "results", limit=self.images, progress=self.progress)
+    def _measure(self, pairs: Sequence[tuple[Row, int]], source: str,
+                 names: str) -> list[tuple[tuple[EvaluationResult, ...], int]]:
+        """For each row and seed its results on the data set ``source``, one a constant, and which of them counts."""
+        results = self._results(pairs, source, names)
+        tuned = [i for i, (row, _) in enumerate(pairs) if row.tuned and len(results[i]) > 1]
+        if tuned and not self.tune(source):
+            raise InputError("A row takes its constant from the split evaluation.tune, which is empty; name one.")
+        judges = dict(enumerate(results))
+        judges |= zip(tuned, self._results([pairs[i] for i in tuned], self.tune(source), names), strict=True)
+        return [(own, int(np.argmax([one.miou for one in judges[i]]))) for i, own in enumerate(results)]
+
+    def _results(self, pairs: Sequence[tuple[Row, int]], source: str,
+                 names: str) -> list[tuple[EvaluationResult, ...]]:
+        """Rows that read one search in two ways share its counts."""
+        methods = [row.method(self, seed, source) for row, seed in pairs]
+        keys = [json.dumps(method.key, sort_keys=True) for method in methods]
+        found = measure(dict(zip(keys, methods, strict=True)), self.dataset(source, names),
+                        folder=self.library / "results", limit=self.images, progress=self.progress) if pairs else {}
+        return [found[key] for key in keys]
 
     def _seeds(self, row: Row) -> tuple[int, ...]:
         return self.seeds[:1] if isinstance(row, Rival) else self.seeds[: row.seeds]
+
+
+def _place(key: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([key, code_digest()], sort_keys=True).encode()).hexdigest()[:20]
 
 
 def _published(table: str, row: str, column: str) -> PaperCell:

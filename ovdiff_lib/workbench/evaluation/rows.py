@@ -1,13 +1,18 @@
-"""Rows of a table: OVDiff with other settings, without background prototypes at every threshold, and rivals.
+"""Rows of a table: OVDiff with other settings, without background prototypes at every constant, and rivals.
+
+A constant background score belongs to the scores of a method, so a search tries quantiles of them: of the highest
+foreground score at the pixels of the first images of the data set's split ``evaluation.tune``, or where the profile
+names none, of the data set itself. The same constants are tried on both. What is reported is the best on the images
+measured, as the paper does, which flatters, and of a ``tuned`` row what the constant gives that is best on the split.
 
 A row needs of its bench (:class:`~ovdiff_lib.workbench.evaluation.bench.Bench`) the ``ovdiff(settings, seed)``, the
-``seeds`` and the shared ``parts``.
+``seeds``, the shared ``parts`` and ``dataset``, ``quantiles_of`` and ``quantiles``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,12 +20,13 @@ import numpy as np
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.filters.stuff import bare
 from ovdiff_lib.keys import of_labels
+from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.types import PrototypeBank
 from ovdiff_lib.workbench.data.samples import Dataset, Sample
 from ovdiff_lib.workbench.evaluation.measure import Method, above, for_dataset, foreground_labels, label_predictor
 
-THRESHOLDS = tuple(round(0.01 * i, 2) for i in range(100))
-"""Constant background scores that a search tries."""
+LEVELS, SAMPLED = 100, 24
+"""How many constant background scores a search tries, and the quantiles of how many images they are."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,8 @@ class Row:
     ``paper`` is the row's name in the paper's table ("" = ``label``). ``build(bench, seed, vocabulary)`` gives a bank
     in place of ``OVDiff.build`` (:mod:`~ovdiff_lib.workbench.evaluation.banks`); ``label``, ``settings`` and the
     bench's seeds tell it apart. ``names`` selects the class names given to the networks
-    (:data:`~ovdiff_lib.workbench.data.classes.NAMES`). ``seeds`` limits how many seeds are measured.
+    (:data:`~ovdiff_lib.workbench.data.classes.NAMES`). ``seeds`` limits how many seeds are measured. ``tuned``: of a
+    search the constant that is best on the split ``evaluation.tune``, not on the images measured.
     """
 
     label: str
@@ -39,41 +46,45 @@ class Row:
     build: Callable[[Any, int, Vocabulary], PrototypeBank] | None = None
     names: str = "fixed"
     seeds: int | None = None
+    tuned: bool = False
+
+    searches = False  # whether the row may stand for a search
 
     def needs(self, bench: Any) -> None:
         """``ModelNotAvailable`` or ``ProfileError`` where the row cannot be measured here."""
         ovdiff = bench.ovdiff(self.settings)
         ovdiff.extractors, ovdiff.segmenter  # noqa: B018
 
-    def method(self, bench: Any, seed: int) -> Method:
-        """The method that the row stands for."""
-        searched = isinstance(self, Searched)
+    def method(self, bench: Any, seed: int, source: str) -> Method:
+        """The method that the row stands for on the data set ``source``."""
+        searched = self.searches and bench.dataset(source, self.names).has_background
         # Any constant will do for a search: the background's row of the scores is not read.
         constant = {"matching.background_threshold": 0.0} if searched else {}
         ovdiff = bench.ovdiff({**self.settings, **constant}, seed)
         own = {"build": [self.label, seed, list(bench.seeds)]} if self.build else {}
-        tried = {"thresholds": list(THRESHOLDS)} if searched else {}
+        tried = {"constants": bench.quantiles_of(source, self.names)} if searched else {}
+        key = {"method": "ovdiff", **own, **of_labels(ovdiff.profile), **tried}
+        notes: list[str] = []
 
         def prepare(dataset: Dataset) -> Callable[[Sample], np.ndarray]:
             words = dataset.vocabulary
             bank = self.build(bench, seed, words) if self.build else for_dataset(ovdiff, dataset).build(words)
             if searched:
                 bank = bank.without_background()
-                return lambda sample: at_thresholds(ovdiff.segment(sample.image, bank).scores, dataset)
+                return searching(bench, key, source, lambda image: ovdiff.segment(image, bank).scores)
             if ovdiff.profile.filters.stuff and dataset.has_background:
                 notes.extend(bare(bank, ovdiff.stuff_filter(bank)))
             predict = label_predictor(ovdiff, bank, dataset)
             return lambda sample: predict(sample.image)[None]
 
-        notes: list[str] = []
-        return Method({"method": "ovdiff", **own, **of_labels(ovdiff.profile), **tried}, prepare,
-                      len(THRESHOLDS) if searched else 1,
+        return Method(key, prepare, LEVELS if searched else 1,
                       None if self.build else lambda dataset, one: for_dataset(ovdiff, dataset).build_class(one), notes)
 
 
 class Searched(Row):
-    """OVDiff without background prototypes: the best of :data:`THRESHOLDS` as constant background score, searched on
-    the images it is measured on."""
+    """OVDiff without background prototypes, at the best constant background score."""
+
+    searches = True
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,12 @@ class Rival(Row):
     filtered: bool = False
     voted: bool = False
 
+    @property
+    def searches(self) -> bool:
+        from ovdiff_lib.workbench.baselines import OWN_BACKGROUND
+
+        return self.baseline not in OWN_BACKGROUND
+
     def needs(self, bench: Any) -> Any:
         """The baseline. Raises ``ModelNotAvailable`` or ``ProfileError`` where it cannot be measured here."""
         from ovdiff_lib.workbench.baselines.common import Filtered
@@ -96,43 +113,57 @@ class Rival(Row):
         baseline = bench.parts.baseline(self.baseline, ovdiff.profile)
         return Filtered(baseline, ovdiff.category_filter) if self.filtered else baseline
 
-    def method(self, bench: Any, seed: int) -> Method:
+    def method(self, bench: Any, seed: int, source: str) -> Method:
         from ovdiff_lib.workbench.baselines import OWN_BACKGROUND
 
-        ovdiff, own = bench.ovdiff(self.settings), self.baseline in OWN_BACKGROUND
+        ovdiff, dataset = bench.ovdiff(self.settings), bench.dataset(source, self.names)
+        models = OWN_BACKGROUND.get(self.baseline, lambda *_: False)(ovdiff.profile.baselines, dataset.vocabulary)
+        searched = dataset.has_background and not models
         key = {"method": self.baseline, "filtered": self.filtered, "voted": self.voted,
                **of_labels(ovdiff.profile, True), "baselines": ovdiff.profile.to_dict()["baselines"],
-               **({} if own else {"thresholds": list(THRESHOLDS)})}
+               **({"constants": bench.quantiles_of(source, self.names)} if searched else {})}
+        said = ["All of its words for the background are classes here, so a constant stands for it."]
+        notes = said if searched and self.baseline in OWN_BACKGROUND else []
 
         def prepare(dataset: Dataset) -> Callable[[Sample], np.ndarray]:
+            from ovdiff_lib.workbench.baselines.segmenter import majority_vote
+
             baseline = self.needs(bench)
 
+            def score(image: np.ndarray) -> np.ndarray:
+                return baseline.scores(image, dataset.vocabulary)
+
             def label(sample: Sample) -> np.ndarray:
-                scores = baseline.scores(sample.image, dataset.vocabulary)
-                if own:
-                    made = (scores.argmax(0) if dataset.has_background else foreground_labels(scores))[None]
-                else:
-                    made = at_thresholds(scores, dataset)
-                return _voted(made, ovdiff.segmenter.propose(sample.image, "")) if self.voted else made
+                scores = score(sample.image)
+                return (scores.argmax(0) if dataset.has_background else foreground_labels(scores))[None]
 
-            return label
+            if searched:
+                label = searching(bench, key, source, score)
+            if not self.voted:
+                return label
+            return lambda sample: majority_vote(label(sample), ovdiff.segmenter.propose(sample.image, ""))
 
-        return Method(key, prepare, 1 if own else len(THRESHOLDS))
-
-
-def at_thresholds(scores: np.ndarray, dataset: Dataset) -> np.ndarray:
-    """Label maps i16 (T, H, W) at each of :data:`THRESHOLDS`; where background is no class all are the same."""
-    if not dataset.has_background:
-        return np.repeat(foreground_labels(scores)[None], len(THRESHOLDS), 0)
-    return above(scores, THRESHOLDS)
+        return Method(key, prepare, LEVELS if searched else 1, notes=notes)
 
 
-def _voted(made: np.ndarray, proposals: np.ndarray) -> np.ndarray:
-    """Label maps (T, H, W) after a vote in each of a segmenter's proposals bool (M, H, W)."""
-    from ovdiff_lib.workbench.baselines.segmenter import majority_vote
+def both_readings(rows: Sequence[Row], profile: Profile) -> list[Row]:
+    """The rows, and after each that searches a constant the ``tuned`` one, where the profile names a split for it."""
+    twice = ([row, replace(row, label=f"{row.label}, constant from {profile.evaluation.tune}", paper="", tuned=True)]
+             if row.searches and profile.evaluation.tune else [row] for row in rows)
+    return [row for readings in twice for row in readings]
 
-    voted = []
-    for index, one in enumerate(made):  # neighbouring thresholds often make the same map
-        same = index and (one == made[index - 1]).all()
-        voted.append(voted[-1] if same else majority_vote(one, proposals))
-    return np.stack(voted)
+
+def searching(bench: Any, key: dict[str, Any], source: str,
+              score: Callable[[np.ndarray], np.ndarray]) -> Callable[[Sample], np.ndarray]:
+    """Label maps i16 (LEVELS, H, W) of a sample, one for each constant that a search tries; ``score`` gives the scores
+    of an image, ``key`` tells the method."""
+    constants = bench.quantiles(key, source, score)
+    return lambda sample: above(score(sample.image), constants)
+
+
+def quantiles(scores: Iterable[np.ndarray]) -> np.ndarray:
+    """f32 (LEVELS,): a constant below every highest foreground score of some images f32 (C + 1, H, W), then quantiles
+    of these at equal distances."""
+    best = np.concatenate([one[1:].max(0).ravel() for one in scores])
+    levels = np.arange(1, LEVELS) / LEVELS
+    return np.concatenate([[-np.inf], np.quantile(best, levels, method="inverted_cdf")]).astype(np.float32)
