@@ -77,7 +77,7 @@ def _stuff(bench: Bench, name: str, constant: float) -> Tried:
     source = bench.tune(bench.profile.evaluation.context)
     bank = bench.ovdiff({**settings, STUFF: 1.0}).build(bench.dataset(source).vocabulary)
     found = np.quantile(likeness(bank, name), KEPT, method="inverted_cdf")
-    values = [min(1.0, round(float(value), DIGITS) + 10.0 ** -DIGITS) for value in found]  # rounded up: it stays
+    values = [min(1.0, round(float(value) + 10.0 ** -DIGITS, DIGITS)) for value in found]  # rounded up: it stays
     rows = [Row(f"{share}", {**settings, STUFF: value}, seeds=1) for share, value in zip(KEPT, values, strict=True)]
     results = bench.measure(rows, source)
     labels = tuple(f"keeps {share:.0%} of the prototypes" for share in KEPT)
