@@ -11,9 +11,11 @@ from oracles import PETS, averaged, blocks, enlarged, refused
 
 from ovdiff_lib import OVDiff
 from ovdiff_lib.categories import Category
+from ovdiff_lib.filters.stuff import filter_stuff
 from ovdiff_lib.workbench.data.samples import Sample
 from ovdiff_lib.workbench.evaluation import ladder as module
 from ovdiff_lib.workbench.evaluation.ladder import RUNGS, Ladder, among_shown, fullest_square, ladder, own_support, scenes_of, true_cells
+from ovdiff_lib.workbench.evaluation.measure import evaluate, label_predictor
 from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
 
 
@@ -93,17 +95,19 @@ def test_the_grid_is_the_extractors_own(tiny):
 
 
 def test_true_labels_leave_the_classes_that_are_shown(tiny):
-    dataset = Scenes()
-    open_filter = tiny.replaced({"filters.category": False})
-    bank = tiny.build(PETS)
-    label = among_shown(open_filter, bank, dataset)
+    """The "stuff" filter still judges by the whole vocabulary, whatever an image shows."""
+    dataset, open_filter = Scenes(), tiny.replaced({"filters.category": False, "filters.stuff": False})
+    whole = tiny.build(PETS.names, stuff=["chest of drawers"])
+    bank = filter_stuff(whole, tiny.profile.filters)
+    assert len(bank.prototypes["sd"][0]) < len(whole.prototypes["sd"][0])
+    label = among_shown(tiny, whole, dataset)
     for sample in dataset:
         shown = sorted(set(np.unique(sample.labels)) - {0, 255})
         restricted = open_filter.segment(sample.image, bank.restrict(c - 1 for c in shown)).labels
         assert (label(sample) == np.array([0, *shown])[restricted]).all()
     bare = Scenes(has_background=False)
     for sample in bare:
-        assert set(np.unique(among_shown(open_filter, bank, bare)(sample))) <= set(np.unique(sample.labels)) - {255}
+        assert set(np.unique(among_shown(tiny, whole, bare)(sample))) <= set(np.unique(sample.labels)) - {255}
 
 
 def test_scenes_are_the_first_that_show_a_class_well_enough():
@@ -140,7 +144,7 @@ def test_prototypes_of_own_pictures_are_means_under_the_true_masks(tiny):
     square, labels = sample.image[5:69], sample.labels[5:69]
     features = tiny.extractors["sd"](square[None], np.zeros(1, np.int64))[0].reshape(256, -1).double()
     cells = labels.reshape(16, 4, 16, 4).swapaxes(1, 2).reshape(256, 16)
-    (drawers,) = [p for p in bank.prototypes["sd"][2:]]
+    drawers = bank.prototypes["sd"][2]
     for region, inside in (("foreground", cells == 3), ("background", np.isin(cells, (0, 1, 2)))):
         row = np.flatnonzero((drawers.kind == "instance") & (drawers.region == region) & (drawers.image == 0))
         mean = features[torch.from_numpy(inside.mean(1) > 0.5)].mean(0)
@@ -156,7 +160,6 @@ def test_the_whole_ladder(tiny, tmp_path, monkeypatch):
         assert max(rungs, key=rungs.get) == "true cells" and len(set(rungs.values())) > 3
         assert sum(found.lost(column).values()) == pytest.approx(100 - rungs["as shipped"])
     plain = tiny.replaced({"filters.category": False})
-    from ovdiff_lib.workbench.evaluation.measure import evaluate, label_predictor
     again = evaluate(label_predictor(plain, plain.build(PETS), dataset), dataset, 2, progress=False)
     assert 100 * again.miou == found.miou["mIoU"]["no category filter"]
     monkeypatch.setattr(OVDiff, "segment", None)  # all is counted already
