@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sentences import assigned
 from test_engines import small_dataset
 from tiny import tiny_overrides
 
@@ -35,7 +36,7 @@ def library(tmp_path_factory) -> Path:
 def tiny(tiny_models, library) -> list[str]:
     """Options that select the tiny models and this file's library."""
     settings = {**tiny_overrides(tiny_models), "support.size": 2, "prototypes.clusters": 3, "filters.category": False}
-    return [*(o for key, value in settings.items() for o in ("--set", f"{key}={json.dumps(value)}")), "--library", str(library)]
+    return [*assigned(settings), "--library", str(library)]
 
 
 @pytest.fixture

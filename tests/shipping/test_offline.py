@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sentences import assigned
 from tiny import tiny_overrides
 
 GUARD = """
@@ -105,10 +106,6 @@ def commands(guarded: Guarded, *each: list[str]) -> list[tuple[int, str, str]]:
     run = guarded.run("-c", COMMANDS, json.dumps(each))
     assert run.returncode == 0, run.stderr
     return [tuple(row) for row in json.loads(run.stdout.splitlines()[-1])]
-
-
-def assigned(settings: dict) -> list[str]:
-    return [option for key, value in settings.items() for option in ("--set", f"{key}={json.dumps(value)}")]
 
 
 HUB = {"models.diffusion": "nobody/diffusion", "models.clip": "nobody/clip", "models.dino": "nobody/dino", "models.mae": "nobody/mae",

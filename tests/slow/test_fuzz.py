@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, features
 from PIL.PngImagePlugin import PngInfo
+from sentences import one_sentence
 
 from ovdiff_lib import pipeline
 from ovdiff_lib.categories import MAX_NAME, Vocabulary
@@ -34,10 +35,6 @@ FUZZ = settings(max_examples=int(COUNT or 500), deadline=None, derandomize=not C
                 suppress_health_check=list(HealthCheck))
 SECONDS = 60
 """No image may take longer; the machine may be busy, and the largest image allowed takes seconds."""
-
-
-def one_sentence(text: str) -> None:
-    assert "\n" not in text and text.rstrip().endswith(".") and len(text) < 600, repr(text)
 
 
 class Hang(BaseException):

@@ -1,12 +1,12 @@
 """The benchmark: its arithmetic by hand, the alternatives against OVDiff's own results, scenarios and command. No times."""
 
 import functools
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from sentences import assigned
 from tiny import tiny_overrides
 
 from ovdiff_lib.categories import Category
@@ -163,8 +163,7 @@ def made_scenarios(monkeypatch):
 
 def test_the_command(tiny_models, made_scenarios, capsys):
     def benchmark(*options):
-        tiny = [o for key, value in tiny_overrides(tiny_models).items() for o in ("--set", f"{key}={json.dumps(value)}")]
-        return main(["benchmark", *options, *tiny]), *capsys.readouterr()
+        return main(["benchmark", *options, *assigned(tiny_overrides(tiny_models))]), *capsys.readouterr()
 
     code, shown, _ = benchmark("--only", "good")
     assert code == 0 and "profile mini" in shown and "a: 0.5x the time, at most 1: met" in shown and "against other" in shown

@@ -1,7 +1,6 @@
 """The vocabulary doctor: collisions against brute force and against rebuilt prototypes, words, masks, readings, and the command."""
 
 import itertools
-import json
 import re
 from dataclasses import fields, replace
 
@@ -9,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sentences import assigned
 from tiny import tiny_overrides
 
 from ovdiff_lib import InputError, OVDiff, OVDiffError, ProfileError
@@ -354,8 +354,7 @@ def test_the_figure_shows_every_share_and_greys_what_is_missing():
 
 @pytest.fixture
 def tiny(tiny_models, folder) -> list[str]:
-    return [*(o for key, value in tiny_overrides(tiny_models).items() for o in ("--set", f"{key}={json.dumps(value)}")),
-            "--library", str(folder)]
+    return [*assigned(tiny_overrides(tiny_models)), "--library", str(folder)]
 
 
 def test_the_command(tiny, tmp_path, capsys):
