@@ -44,11 +44,6 @@ def code_digest(*modules: str, texts: tuple[str, ...] = ()) -> str:
     return hashlib.sha256(repr([*texts, *sorted(found.items())]).encode()).hexdigest()[:16]
 
 
-def statements(source: str) -> str:
-    """What a module does: its text without comments, docstrings and layout."""
-    return parsed(source)[0]
-
-
 def _file(module: str) -> Path | None:
     """The file of a module of this package, None of another."""
     first, *rest = module.split(".")
@@ -70,7 +65,8 @@ def _text(module: str, path: Path) -> str:
 
 @functools.cache
 def parsed(source: str) -> tuple[str, tuple[str, ...]]:
-    """The statements of a module and the modules of this package that it imports, but for annotations alone."""
+    """What a module does, its text without comments, docstrings and layout, and the modules of this package that it
+    imports, but for annotations alone."""
     tree, imported = ast.parse(source), set()
     for node in ast.walk(tree):
         documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))

@@ -15,14 +15,14 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ovdiff_lib.code import PACKAGE, statements
+from ovdiff_lib.code import PACKAGE, parsed
 from ovdiff_lib.errors import InputError, OVDiffError, described, legal
 from ovdiff_lib.files import check_output, write_atomic
 from ovdiff_lib.profiles.reading import load_profile
@@ -54,24 +54,20 @@ def notebooks(folder: Path, only: Sequence[str] = ()) -> list[Path]:
     return sorted({called.get(name) or called[name.zfill(2)] for name in names}) if only else found
 
 
-def assigned(cells: Iterable[dict[str, Any]], *tags: str) -> Iterator[tuple[str, ast.expr | None, Any]]:
-    """Name, annotation and literal value of each assignment in the cells that bear one of the tags."""
-    for cell in cells:
-        if set(tags) & set(cell.get("metadata", {}).get("tags", [])):
-            for statement in ast.parse("".join(cell["source"])).body:
-                target = getattr(statement, "target", None) or statement.targets[0]
-                yield ast.unparse(target), getattr(statement, "annotation", None), ast.literal_eval(statement.value)
-
-
 def parameters_of(notebook: Path) -> dict[str, tuple[Any, Any]]:
     """Name -> (type, default) of the cell tagged ``parameters``. The type is the annotation (``images: int | None``),
     else that of the default."""
     kinds = {"__builtins__": {}, **{kind.__name__: kind for kind in (bool, int, float, str, list, dict)}}
     found: dict[str, tuple[Any, Any]] = {}
     try:
-        for name, annotation, default in assigned(json.loads(notebook.read_bytes())["cells"], "parameters"):
+        cells = json.loads(notebook.read_bytes())["cells"]
+        tagged = ["".join(c["source"]) for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
+        for statement in ast.parse("\n".join(tagged)).body:
+            target = getattr(statement, "target", None) or statement.targets[0]
+            annotation, default = getattr(statement, "annotation", None), ast.literal_eval(statement.value)
             # The code that is evaluated is about to be run.
-            found[name] = eval(ast.unparse(annotation), kinds) if annotation else type(default), default
+            kind = eval(ast.unparse(annotation), kinds) if annotation else type(default)
+            found[ast.unparse(target)] = kind, default
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError, NameError) as error:
         raise InputError(f"{notebook} cannot be read as a notebook with literal parameters ({described(error)}); name "
                          "a .ipynb file.") from None
@@ -277,7 +273,7 @@ def _package() -> str:
     for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in (".py", *DATA)):
         name = path.relative_to(PACKAGE)
         if not any(name.is_relative_to(folder) for folder in NOT_READ):
-            code = statements(path.read_text(encoding="utf-8")).encode() if path.suffix == ".py" else b""
+            code = parsed(path.read_text(encoding="utf-8"))[0].encode() if path.suffix == ".py" else b""
             digest.update(name.as_posix().encode() + b"\0" + (code or path.read_bytes()) + b"\0")
     return digest.hexdigest()
 
