@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = training.options(__doc__, steps=40_000, batch=32, minutes=120, lr=1e-3)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained AutoencoderKL")
     parser.add_argument("--clip", type=Path, required=True, help="folder of the trained CLIPModel and tokenizer")
-    parser.add_argument("--init", type=Path, help="folder of a pipeline to go on from: its UNet, and what that predicts")
+    parser.add_argument("--init", type=Path, help="folder of a pipeline to go on from: its UNet, and what it predicts")
     parser.add_argument("--channels", type=int, nargs=3, default=(64, 128, 192))
     parser.add_argument("--text-length", type=int, default=24, help="tokens of a prompt, with start, end and padding")
     parser.add_argument("--ending-dropout", type=float, default=0.8, help="share of captions whose end says nothing")

@@ -94,8 +94,8 @@ class Ladder:
         """What each part costs, in a sentence."""
         lost = self.lost("mIoU")
         costs = ", ".join(f"{part} {points:.1f}" for part, points in lost.items())
-        return (f"Of the {sum(lost.values()):.1f} points that OVDiff without PAMR lacks to 100, these parts cost: {costs}"
-                f" (true support: {self.amount} scenes a class).")
+        return (f"Of the {sum(lost.values()):.1f} points that OVDiff without PAMR lacks to 100, these parts cost: "
+                f"{costs} (true support: {self.amount} scenes a class).")
 
 
 def ladder(ovdiff: OVDiff, dataset: Dataset, training: Dataset, *, folder: str | Path | None = None,
