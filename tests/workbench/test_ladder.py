@@ -14,7 +14,7 @@ from ovdiff_lib.categories import Category
 from ovdiff_lib.filters.stuff import filter_stuff
 from ovdiff_lib.workbench.data.samples import Sample
 from ovdiff_lib.workbench.evaluation import ladder as module
-from ovdiff_lib.workbench.evaluation.ladder import RUNGS, Ladder, among_shown, fullest_square, ladder, own_support, scenes_of, true_cells
+from ovdiff_lib.workbench.evaluation.ladder import RUNGS, Ladder, among_shown, ladder, own_support, scenes_of, square_around, true_cells
 from ovdiff_lib.workbench.evaluation.measure import evaluate, label_predictor
 from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
 
@@ -117,15 +117,18 @@ def test_scenes_are_the_first_that_show_a_class_well_enough():
 
 
 def test_own_pictures_become_a_support_set():
-    """The square that holds the object, of pictures of any sizes; what is neither stays neither."""
+    """The square around the object, of pictures of any sizes; what is neither stays neither."""
     images, objects = [blocks(40, 90), blocks(70, 32, 1)], [np.zeros((40, 90), bool), np.zeros((70, 32), bool)]
     objects[0][10:20, 60:84], objects[1][30:60, 4:20] = True, True
     around = [~mask for mask in objects]
     around[0][:, 70:] = False
-    assert fullest_square(objects[0]) == (0, 47, 40, 40) and fullest_square(objects[1]) == (29, 0, 32, 32)
+    assert square_around(objects[0]) == (2, 51, 36, 36) and square_around(objects[1]) == (29, 0, 32, 32)
+    apart = np.zeros((20, 60), bool)
+    apart[2:4, :3] = apart[15:18, 50:] = True  # no square holds both: the one that holds the larger
+    assert square_around(apart)[:1] + square_around(apart)[2:] == (0, 20, 20) and square_around(apart)[1] == 40
     support, masks = own_support(Category("cat"), images, objects, around, 64)
     assert support.images.shape == (2, 64, 64, 3) and support.attribution.shape == masks.foreground.shape == (2, 64, 64)
-    for n, (top, left, side) in enumerate(((0, 47, 40), (29, 0, 32))):
+    for n, (top, left, side) in enumerate(((2, 51, 36), (29, 0, 32))):
         places = (np.arange(64) + 0.5) * side / 64
         rows, columns = top + places[:, None].astype(int), left + places[None].astype(int)
         assert (masks.foreground[n] == objects[n][rows, columns]).mean() > 0.95
@@ -139,15 +142,15 @@ def test_prototypes_of_own_pictures_are_means_under_the_true_masks(tiny):
     training = Scenes(split="tune")
     bank = module.true_bank(tiny, PETS, training, scenes_of(training, 2))
     assert bank.vocabulary == PETS and all(set(p.region) == {"foreground", "background"} for p in bank.prototypes["sd"])
-    sample, box = training[2], fullest_square(training.labels(2) == 3)
-    assert box == (5, 0, 64, 64)
-    square, labels = sample.image[5:69], sample.labels[5:69]
-    features = tiny.extractors["sd"](square[None], np.zeros(1, np.int64))[0].reshape(256, -1).double()
-    cells = labels.reshape(16, 4, 16, 4).swapaxes(1, 2).reshape(256, 16)
+    sample = training[2]  # the first that shows the third class
+    masks = sample.labels == 3, np.isin(sample.labels, (0, 1, 2))
+    support, _ = given = own_support(PETS.categories[2], [sample.image], *([mask] for mask in masks), 64)
+    features = tiny.extractors["sd"](support.images, np.zeros(1, np.int64))[0].double()
     drawers = bank.prototypes["sd"][2]
-    for region, inside in (("foreground", cells == 3), ("background", np.isin(cells, (0, 1, 2)))):
+    for region in ("foreground", "background"):
+        inside = getattr(given[1], region)[0].reshape(16, 4, 16, 4).mean((1, 3)) > 0.5
         row = np.flatnonzero((drawers.kind == "instance") & (drawers.region == region) & (drawers.image == 0))
-        mean = features[torch.from_numpy(inside.mean(1) > 0.5)].mean(0)
+        mean = features[torch.from_numpy(inside)].mean(0)
         np.testing.assert_allclose(drawers.vectors[row[0]], mean, rtol=1e-4, atol=1e-5)
 
 

@@ -194,14 +194,14 @@ def true_bank(ovdiff: OVDiff, vocabulary: Vocabulary, training: Dataset, chosen:
 
 def own_support(category: Category, images: Sequence[np.ndarray], foreground: Sequence[np.ndarray],
                 background: Sequence[np.ndarray], side: int) -> tuple[SupportSet, ForegroundBackground]:
-    """Pictures u8 (H, W, 3) of any sizes and their masks bool (H, W), as if drawn: of each the square that holds most
-    of the object, ``side`` pixels wide. :meth:`~ovdiff_lib.pipeline.OVDiff.prototypes` takes both.
+    """Pictures u8 (H, W, 3) of any sizes and their masks bool (H, W), as if drawn: of each the square around the
+    object, ``side`` pixels wide. :meth:`~ovdiff_lib.pipeline.OVDiff.prototypes` takes both.
 
     Attribution, which nothing after the masks reads, is the foreground.
     """
     squares = []
     for image, *masks in zip(images, foreground, background, strict=True):
-        box = fullest_square(masks[0])
+        box = square_around(masks[0])
         top, left, height, width = box
         small = resize_masks(np.stack(masks)[:, top : top + height, left : left + width], (side, side)).numpy()
         squares.append((crop(image, box, side), small[0], small[1] & ~small[0]))
@@ -210,10 +210,11 @@ def own_support(category: Category, images: Sequence[np.ndarray], foreground: Se
     return support, ForegroundBackground(front, behind, ("given",) * len(pixels))
 
 
-def fullest_square(mask: np.ndarray) -> Box:
-    """The square, as large as fits, that holds the most of a mask bool (H, W); of equal ones the middle one."""
-    side = min(mask.shape)
-    starts = []
+def square_around(mask: np.ndarray) -> Box:
+    """The square that shows a mask bool (H, W) as drawings show their object: half as wide again as it, or as wide as
+    fits, and there where it holds the most of it, of equal places the middle one."""
+    extent = max(int(np.ptp(np.flatnonzero(mask.any(axis)))) + 1 for axis in (0, 1))
+    side, starts = min(*mask.shape, -(-3 * extent // 2)), []
     for axis in (1, 0):
         held = np.convolve(mask.sum(axis), np.ones(side, int), "valid")
         best = np.flatnonzero(held == held.max())
