@@ -12,7 +12,9 @@ from ovdiff_lib import OVDiff
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.workbench.evaluation.bench import Bench
 from ovdiff_lib.workbench.evaluation.rows import Rival
+from ovdiff_lib.workbench.tables import claims
 from ovdiff_lib.workbench.tables.claims import judge
+from ovdiff_lib.workbench.tables.intervals import interval, read_runs
 from ovdiff_lib.workbench.tables.tables import read_table
 
 OUTPUTS = Path(__file__).parents[2] / "outputs" / "mini"
@@ -43,8 +45,23 @@ def test_every_table_is_whole_and_of_one_notebook():
     assert {stem for stem in stems if any(p.stem.startswith(stem) for p in TABLES)} == stems
     for figure in (OUTPUTS / "figures").glob("*.png"):
         assert len(json.loads(figure.with_suffix(".json").read_text(encoding="utf-8"))["caption"]) > 20
-    # History is not to grow by pictures.
+    # History is not to grow by pictures and counts.
     assert sum(p.stat().st_size for p in (OUTPUTS / "figures").iterdir()) < 2_500_000
+    assert sum(p.stat().st_size for p in (OUTPUTS / "tables").glob("*.npz")) < 2_000_000
+
+
+def test_every_miou_has_its_interval_and_the_counts_that_it_is_from():
+    """Drawn again from the counts beside the tables."""
+    found = 0
+    for path in TABLES:
+        runs = read_runs(path)
+        for one in read_table(path):
+            if one.low is not None and (one.row, one.column) in runs:
+                assert (one.low, one.high) == pytest.approx(interval(runs[one.row, one.column].draws), abs=1e-3)
+                found += 1
+            elif one.paper and one.paper.table not in ("timing", "storage", "hyperparameters"):
+                assert one.source != "measured", (path.stem, one)
+    assert found > 150
 
 
 def test_the_tables_are_of_todays_notebooks():
@@ -93,3 +110,13 @@ def test_the_claims_are_judged_as_committed():
     assert len(results) == len(committed) == 33 and len({r.verdict for r in results}) >= 3
     for result in results:
         assert (committed[str(result.id)]["verdict"], committed[str(result.id)]["measured"]) == (result.verdict, result.measured)
+
+
+def test_every_failed_claim_is_explained_and_no_explanation_is_of_another_verdict():
+    """The texts of ``explanations.csv`` on this profile against the committed claims: with new tables both change."""
+    verdicts = {int(row["id"]): row["verdict"] for row in rows(OUTPUTS / "tables" / "claims.csv")}
+    explained = {number: verdict for profile, number, verdict in claims._explanations() if profile == "mini"}
+    missing = sorted(number for number, verdict in verdicts.items() if verdict == "fails" and explained.get(number) != "fails")
+    assert not missing, f"explanations.csv says nothing of why the claims {missing} fail"
+    dead = sorted(number for number, verdict in explained.items() if verdicts[number] != verdict)
+    assert not dead, f"explanations.csv explains verdicts that the claims {dead} no longer have; take the texts out or rewrite them"

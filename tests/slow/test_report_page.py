@@ -30,6 +30,7 @@ from ovdiff_lib.workbench.page.page import STAMP, build_report, html_of
 from ovdiff_lib.workbench.page.panel import panel_data, write_panel
 from ovdiff_lib.workbench.page.runs import find_runs, hidden
 from ovdiff_lib.workbench.tables import claims
+from ovdiff_lib.workbench.tables.intervals import Runs
 from ovdiff_lib.workbench.tables.paper import paper_cell
 from ovdiff_lib.workbench.tables.tables import Cell, write_table
 
@@ -64,9 +65,9 @@ def display(**data):
 def fill(folder: Path) -> Path:
     """An outputs folder as a run leaves it, and the stripped notebooks beside it; returns the latter's folder."""
     profile = load_profile("mini")
-    cells = [Cell.of("OVDiff", VOC, [50.0, 52.0, 51.0], paper_cell("1", "OVDiff", "VOC")),
-             Cell.of("MaskCLIP", VOC, [10.0, 11.0, 12.0], paper_cell("1", "MaskCLIP", "VOC")),
-             Cell("TCL", VOC, paper=paper_cell("1", "TCL", "VOC"), source="published")]
+    cells = [Cell.of(row, VOC, values, paper_cell("1", row, "VOC"), Runs(VOC, np.array([[[[v], [100]]] * 9 for v in values])))
+             for row, values in {"OVDiff": [50.0, 52.0, 51.0], "MaskCLIP": [10.0, 11.0, 12.0]}.items()]
+    cells = [*cells, Cell("TCL", VOC, paper=paper_cell("1", "TCL", "VOC"), source="published")]
     write_table(folder / "tables" / "05_main_results.csv", "05_main_results", cells, profile, "mIoU of $\\frac{a}{b}$.", title="Table 1",
                 details={"images": 211, "seeds": [0, 1, 2]})
     hostile = [Cell(name, column, float(i)) for i, name in enumerate(NAMES) for column in (SCRIPT, "images")]
@@ -121,7 +122,7 @@ def built(tmp_path_factory):
 
 def test_every_table_and_figure_is_there_whole_with_its_caption_and_source(built):
     folder, _, page = built
-    assert page.row("table-05_main_results", "OVDiff") == ["51.0 ± 1.0", "66.3 ± 0.2"]
+    assert page.row("table-05_main_results", "OVDiff") == ["51.0 [48.8, 53.2]", "66.3 ± 0.2"]
     assert page.row("table-05_main_results", "TCL") == ["published", "51.2"]
     assert page.row("table-05_main_results_names", QUOTED) == ["1.0", "1"]  # no column for a paper; digits as the notebook asked
     assert "<mfrac>" in page.file and "These numbers vary from run to run" in page.said("table-05_main_results_names")

@@ -151,7 +151,7 @@ def test_every_method_is_asked_every_trial():
     tests = absent_tests({"last": last, "none": lambda image, asked: np.zeros(image.shape[:2], int)}, askings, 3, progress=False)
     assert set(tests) == {(a, m) for a in askings for m in ("last", "none")}
     assert calls == [(1, 2, 3), (1, 2), (1, 2, 3), (1, 3)]  # image by image
-    matrix, absent = tests["two", "last"]
-    assert matrix.counts.tolist() == [[0, 0, 1, 2], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 2]]
+    matrices, absent = tests["two", "last"]
+    assert matrices.tolist() == [[[0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]], [[0, 0, 0, 2], [0] * 4, [0] * 4, [0, 0, 0, 2]]]
     assert (absent.absent, absent.segmented, absent.shown, absent.missed) == (1, 0, 3, 1)
     assert tests["all", "last"][1].segmented == 1 and tests["all", "none"][1].missed == 3

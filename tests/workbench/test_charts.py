@@ -11,6 +11,7 @@ from ovdiff_lib.types import ForegroundBackground, SupportSet
 from ovdiff_lib.workbench.figures.base import BACKGROUND, FOREGROUND, Sheet, square
 from ovdiff_lib.workbench.figures.charts import difference_chart, growth_chart
 from ovdiff_lib.workbench.figures.steps import comparison_figure, divided, divided_figure, feature_colours, selection_figure
+from ovdiff_lib.workbench.tables.tables import Cell
 
 
 def pixels(figure) -> np.ndarray:
@@ -28,23 +29,27 @@ def test_a_figure_shows_itself_in_a_notebook_with_what_is_put_on_it():
     assert PNGFormatter()(figure)[:4] == b"\x89PNG"
 
 
-def test_growth_has_means_and_spreads():
-    figure = growth_chart([1, 2, 4], [[10.0, 14.0], [20.0], [30.0, 31.0, 32.0]], "N", "mIoU", mark=2)
-    axis = figure.axes[0]
+def test_growth_has_means_and_intervals():
+    cells = [Cell("N=1", "mIoU", 12.0, n=2, low=9.0, high=14.0), Cell("N=2", "mIoU", 20.0),
+             Cell("N=4", "mIoU", 31.0, n=3, low=30.0, high=33.0)]
+    axis = growth_chart([1, 2, 4], cells, "N", "mIoU", mark=2).axes[0]
     line = axis.containers[0].lines[0]
     assert line.get_ydata().tolist() == [12, 20, 31] and line.get_xdata().tolist() == [1, 2, 4]
-    low, high = axis.containers[0].lines[2][0].get_segments()[0][:, 1]
-    assert (high - low) / 2 == pytest.approx(np.std([10, 14], ddof=1))
+    bars = axis.containers[0].lines[2][0].get_segments()
+    assert [bar[:, 1].tolist() for bar in bars] == [[9, 14], [20, 20], [30, 33]]
     assert [t.get_text() for t in axis.texts] == ["n = 2", "n = 1", "n = 3"]
-    assert np.array([t.xy for t in axis.texts]) == pytest.approx(np.array([(1, 12 - np.sqrt(8)), (2, 20), (4, 30)]))  # below their bars
-    assert pixels(figure).std() > 5
+    assert [t.xy for t in axis.texts] == [(1, 9), (2, 20), (4, 30)]  # below their bars
+    assert pixels(axis.figure).std() > 5
 
 
 def test_differences_point_both_ways_and_a_switch_that_was_not_exercised_has_no_bar():
-    figure = difference_chart(["with a very long name indeed", "idle", "b"], [-3.25, None, 1.5], "mIoU", noise=0.5)
+    cells = [Cell("a", "mIoU, change", -3.25, low=-5.0, high=0.5), Cell("b", "mIoU, change", source="idle: not exercised"),
+             Cell("c", "mIoU, change", 1.5, low=1.0, high=2.5)]
+    figure = difference_chart(["with a very long name indeed", "idle", "b"], cells, "mIoU")
     axis = figure.axes[0]
     assert [bar.get_width() for bar in axis.patches if bar.get_height() == pytest.approx(0.62)] == [-3.25, 1.5]
-    assert [t.get_text() for t in axis.texts] == ["-3.2", "not exercised here", "+1.5"]
+    assert [bar.get_segments()[0][:, 0].tolist() for bar in axis.collections] == [[-5, 0.5], [1, 2.5]]
+    assert [(t.get_text(), t.xy[0]) for t in axis.texts] == [("-3.2", -5), ("not exercised here", 0), ("+1.5", 2.5)]
     (marker,) = [line for line in axis.lines if line.get_marker() == "o"]
     assert (marker.get_xdata(), marker.get_ydata(), marker.get_markerfacecolor()) == ([0], [1], "white")
     edge = pixels(figure)  # labels lie within the picture: its margin is white

@@ -17,7 +17,7 @@ CELLS = {
     "mIoU": Cell.of("OVDiff", "VOC", [49.0, 51.0], paper_cell("1", "OVDiff", "VOC")),
     "images": Cell("OVDiff", "images", 211),
     "published": Cell("TCL", "VOC", paper=paper_cell("1", "TCL", "VOC"), source="published"),
-    "other": Cell("MaskCLIP", "VOC", 6.0),
+    "other": Cell("MaskCLIP", "VOC", 6.0, low=5.0, high=7.0),
 }
 
 
@@ -32,10 +32,12 @@ CHANGES = [  # name, changed cells (None = removed), what is said
     ("a count", {"images": Cell("OVDiff", "images", 210)}, ["OVDiff / images: measured: 211.0 against 210.0"]),
     ("the spread", {"mIoU": Cell.of("OVDiff", "VOC", [48.0, 52.0], paper_cell("1", "OVDiff", "VOC"))},
      ["OVDiff / VOC: std: 1.41421 against 2.82843"]),
+    ("an end of the interval", {"other": dataclasses.replace(CELLS["other"], low=5.6)}, ["MaskCLIP / VOC: low: 5.0 against 5.6"]),
     ("one run", {"mIoU": Cell("OVDiff", "VOC", 50.0, paper=paper_cell("1", "OVDiff", "VOC"))},
      ["OVDiff / VOC: n: 2 against 1", "OVDiff / VOC: std: 1.41421 against None"]),
     ("where it is from", {"other": Cell("MaskCLIP", "VOC", source="idle: so")},
-     ["MaskCLIP / VOC: source: measured against idle: so", "MaskCLIP / VOC: measured: 6.0 against None"]),
+     ["MaskCLIP / VOC: source: measured against idle: so", "MaskCLIP / VOC: measured: 6.0 against None",
+      "MaskCLIP / VOC: low: 5.0 against None", "MaskCLIP / VOC: high: 7.0 against None"]),
     ("the paper's key", {"images": dataclasses.replace(CELLS["images"], paper=PaperCell.own("1", "a", "b"))},
      [f"OVDiff / images: paper: None against {PaperCell('1', 'a', 'b')}"]),
     ("a name", {"other": Cell("MaskClip", "VOC", 6.0)},

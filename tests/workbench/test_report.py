@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from oracles import runs_of
 from PIL import Image
 from skimage.color import rgb2lab
 
@@ -22,8 +23,9 @@ from ovdiff_lib.types import ForegroundBackground, Prototypes
 from ovdiff_lib.workbench.data.classes import vocabulary_of
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.figures import base as figures
+from ovdiff_lib.workbench.tables.intervals import Runs, read_runs
 from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell, paper_table
-from ovdiff_lib.workbench.tables.tables import COLUMNS, STAMP, Cell, read_record, read_table, write_table
+from ovdiff_lib.workbench.tables.tables import BRACKETS, COLUMNS, STAMP, Cell, read_record, read_table, write_table
 
 HEIGHT, WIDTH = 20, 33
 
@@ -170,9 +172,9 @@ def test_a_table_is_csv_and_markdown_with_the_paper_apart(tmp_path, profile):
     text = write_table(tmp_path / "tables" / "t.csv", "t", cells, profile, "What was run.", {"images": 0})
     rows = csv_rows(tmp_path / "tables" / "t.csv")
     assert tuple(rows[0]) == COLUMNS and len(rows) == 4
-    assert rows[0] == {"table": "t", "row": "OVDiff", "column": "mIoU", "measured": "41.256", "std": "0.5", "n": "3", "values": "",
-                       "source": "measured", "paper": "66.3", "paper_std": "0.2", "paper_table": "1", "paper_row": "OVDiff",
-                       "paper_column": "VOC", "profile": "mini", "settings": profile.digest()}
+    assert rows[0] == {"table": "t", "row": "OVDiff", "column": "mIoU", "measured": "41.256", "std": "0.5", "low": "", "high": "",
+                       "n": "3", "values": "", "source": "measured", "paper": "66.3", "paper_std": "0.2", "paper_table": "1",
+                       "paper_row": "OVDiff", "paper_column": "VOC", "profile": "mini", "settings": profile.digest()}
     assert rows[1]["paper"] == rows[1]["std"] == rows[1]["paper_table"] == "" and rows[2]["row"] == "a | b, c"
     assert (rows[2]["paper"], rows[2]["paper_table"], rows[2]["paper_row"]) == ("", "1", "abc")
     assert (tmp_path / "tables" / "t.md").read_text(encoding="utf-8") == text
@@ -210,7 +212,22 @@ def test_a_table_reads_back_as_it_was_written(tmp_path, profile):
     assert (Cell.of("r", "c", [7]).std, Cell.of("r", "c", [7]).n) == (None, 1)
 
 
-@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", ",".join(COLUMNS) + "\nt,r,c,x" + "," * 11 + "\n", ",".join(COLUMNS) + "\nt,r\n",
+def test_an_miou_has_its_interval_and_its_counts_beside_the_table(tmp_path, profile):
+    """Cells of one run and of two, of two data sets, under names that no file could have; and none is left of an older table."""
+    runs = {"w/o \"x\" | \n": runs_of([50.0], 2.0, "a"), "b": Runs("other", runs_of([40.0, 44.0], 1.0, "b").counts)}
+    cells = [Cell.of(row, "c", [40.0, 44.0], runs=one) for row, one in runs.items()] + [Cell("d", "c", 1.0)]
+    text = write_table(tmp_path / "t.csv", "t", cells, profile, "x")
+    low, high = np.quantile(runs["b"].draws, [0.025, 0.975])
+    assert f"| b | 42.0 [{low:.1f}, {high:.1f}] |" in text and text.splitlines()[0].endswith(BRACKETS) and "| d | 1.0 |" in text
+    assert read_table(tmp_path / "t.csv")[1].low == pytest.approx(low, rel=1e-5)
+    read = read_runs(tmp_path / "t.csv")
+    assert list(read) == [(row, "c") for row in runs] and [one.dataset for one in read.values()] == ["made", "other"]
+    assert all(np.array_equal(a.counts, b.counts) for a, b in zip(read.values(), runs.values(), strict=True))
+    assert BRACKETS not in write_table(tmp_path / "t.csv", "t", cells[2:], profile, "x")
+    assert read_runs(tmp_path / "t.csv") == {} and not (tmp_path / "t.npz").exists()
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", ",".join(COLUMNS) + "\nt,r,c,x" + "," * 13 + "\n", ",".join(COLUMNS) + "\nt,r\n",
                                      None])
 def test_a_file_that_is_no_table_is_one_sentence(tmp_path, content):
     if content is not None:

@@ -82,22 +82,25 @@ def one_absent_word(samples: Iterable[Sample], classes: int, seed: int = 0) -> l
 
 def absent_tests(methods: Mapping[str, Callable[[np.ndarray, tuple[int, ...]], np.ndarray]],
                  askings: Mapping[str, Sequence[Trial]], classes: int,
-                 progress: bool = True) -> dict[tuple[str, str], tuple[ConfusionMatrix, AbsentTest]]:
-    """Every method on every trial: (asking, method) -> what it got right, and what became of absent words.
+                 progress: bool = True) -> dict[tuple[str, str], tuple[np.ndarray, AbsentTest]]:
+    """Every method on every trial: (asking, method) -> the confusion matrix of each image, i64 (images, K, K), and what
+    became of absent words.
 
     ``methods[name](image, asked)`` labels an image: 0 = background, i + 1 = ``asked[i]``. Trials at one place of the
     askings are done one after the other, so that methods that remember an image's features pay once.
     """
-    tests = {(asking, name): (ConfusionMatrix(classes + 1), AbsentTest()) for asking in askings for name in methods}
+    tests = {(asking, name): ([], AbsentTest()) for asking in askings for name in methods}
     places = list(zip(*askings.values(), strict=True))
     for place in tqdm(places, unit="image", mininterval=5, disable=not progress):
         for asking, (sample, asked) in zip(askings, place, strict=True):
             for name, method in methods.items():
                 labels = np.array([0, *asked])[method(sample.image, asked)]
-                matrix, absent = tests[asking, name]
-                matrix.update(labels, sample.labels)
+                matrices, absent = tests[asking, name]
+                matrices.append(ConfusionMatrix(classes + 1))
+                matrices[-1].update(labels, sample.labels)
                 absent.update(labels, sample.labels, asked)
-    return tests
+    return {key: (np.stack([matrix.counts for matrix in matrices]), absent)
+            for key, (matrices, absent) in tests.items()}
 
 
 def search_threshold(score: Callable[[np.ndarray, tuple[int, ...]], np.ndarray], trials: Sequence[Trial], classes: int,

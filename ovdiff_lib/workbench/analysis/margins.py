@@ -64,8 +64,9 @@ class MarginStatistics:
 
 
 def confusions(ovdiff: OVDiff, bank: PrototypeBank, samples: Iterable[Sample], names: Sequence[str],
-               progress: bool = True) -> ConfusionMatrix:
-    """Pixel counts over ``samples`` of background and the classes of ``bank``, i64 (C + 1, C + 1), rows true.
+               progress: bool = True) -> np.ndarray:
+    """Pixel counts of each of ``samples``, background and the classes of ``bank``, i64 (images, C + 1, C + 1), rows
+    true.
 
     ``names`` are the classes of the samples' labels 1, 2, ..., compared without case. Those that the bank does not have
     are background; a class of the bank that ``names`` lacks has an empty row. Ignored pixels do not count.
@@ -74,7 +75,8 @@ def confusions(ovdiff: OVDiff, bank: PrototypeBank, samples: Iterable[Sample], n
     table = np.zeros(256, np.int32)
     table[1:len(names) + 1] = [place.get(name.casefold(), 0) for name in names]
     table[IGNORE] = -1  # a vocabulary of one's own may have more than 255 classes
-    matrix = ConfusionMatrix(len(bank.vocabulary) + 1, ignore=-1)
+    matrices = []
     for sample in tqdm(list(samples), unit="image", mininterval=5, disable=not progress):
-        matrix.update(ovdiff.segment(sample.image, bank).labels, table[sample.labels])
-    return matrix
+        matrices.append(ConfusionMatrix(len(bank.vocabulary) + 1, ignore=-1))
+        matrices[-1].update(ovdiff.segment(sample.image, bank).labels, table[sample.labels])
+    return np.stack([matrix.counts for matrix in matrices])

@@ -32,6 +32,7 @@ from ovdiff_lib.workbench.evaluation.measure import EvaluationResult, measure
 from ovdiff_lib.workbench.evaluation.results import code_digest
 from ovdiff_lib.workbench.evaluation.rows import LEVELS, SAMPLED, Rival, Row, quantiles
 from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
+from ovdiff_lib.workbench.tables.intervals import Runs
 from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell, paper_table
 from ovdiff_lib.workbench.tables.tables import Cell
 
@@ -126,12 +127,17 @@ class Bench:
         Cells carry their place in the paper's table ``table`` and, where it has one, its value.
         """
         measured = {column: self.measure(rows, source) for column, source in columns.items()}
-        cells = [Cell.of(row.label, self.dataset(source).name, [100 * r.miou for r in measured[column][row.label]],
-                         _published(table, row.paper or row.label, column) if table else None)
-                 for row in rows for column, source in columns.items()]
-        notes = [" ".join(dict.fromkeys(result.note for result in measured[column][row.label] if result.note))
-                 for row in rows for column in columns]
-        return [dataclasses.replace(cell, note=note) for cell, note in zip(cells, notes, strict=True)]
+        return [self.cell(row.label, measured[column][row.label],
+                          _published(table, row.paper or row.label, column) if table else None)
+                for row in rows for column in columns]
+
+    @staticmethod
+    def cell(row: str, results: Sequence[EvaluationResult], paper: PaperCell | None = None) -> Cell:
+        """The cell of mIoU in percent, with its interval, of a row's ``results`` on a data set, one a seed."""
+        runs = Runs.of(results[0].dataset, [result.by_image() for result in results])
+        note = " ".join(dict.fromkeys(result.note for result in results if result.note))
+        cell = Cell.of(row, runs.dataset, [100 * result.miou for result in results], paper, runs)
+        return dataclasses.replace(cell, note=note)
 
     def predictor(self, row: Row, source: str) -> Callable[[np.ndarray], np.ndarray]:
         """Image u8 (H, W, 3) -> labels int (H, W) of a row on the data set ``source``, with the first seed; of a

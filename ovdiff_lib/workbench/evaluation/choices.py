@@ -16,7 +16,7 @@ import yaml
 
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.workbench.evaluation.rows import Row
-from ovdiff_lib.workbench.tables.tables import IDLE, Cell
+from ovdiff_lib.workbench.tables.tables import Cell
 
 FULL, CLIP, THRESHOLDS = "full", "full, CLIP keys", "full, thresholds alone"
 """Labels of the rows that changes are measured against."""
@@ -62,23 +62,9 @@ def rows_of_choices(profile: Profile) -> list[Row]:
 
 
 def changes(cells: Sequence[Cell]) -> list[Cell]:
-    """For each measured cell of :func:`rows_of_choices` but the bases, the difference to its base in the same column.
-
-    n and values follow the pairs of seeds; columns become "<column>, change". Where every run has exactly the mIoU of
-    its base the cell is idle, "not exercised", with the reason where one is known: a mean over classes that agrees to
-    the last bit is one of the same counts.
-    """
+    """For each measured cell of :func:`rows_of_choices` but the bases, the difference to its base in the same column
+    (:meth:`Cell.against`), with the reason why a switch is not exercised where one is known."""
     of = {label: choice for choice in CHOICES for label, _ in (choice.paper, choice.code)}
-    values = {(cell.row, cell.column): cell.values for cell in cells}
-    made = []
-    for cell in cells:
-        if cell.row not in of:
-            continue
-        choice, column = of[cell.row], f"{cell.column}, change"
-        differences = [a - b for a, b in zip(cell.values, values[choice.base, cell.column], strict=True)]
-        if any(differences):
-            made.append(Cell.of(cell.row, column, differences))
-        else:
-            why = f"not exercised: {choice.idle}" if choice.idle else "not exercised"
-            made.append(Cell(cell.row, column, source=IDLE + why))
-    return made
+    measured = {(cell.row, cell.column): cell for cell in cells}
+    return [cell.against(measured[choice.base, cell.column], choice.idle)
+            for cell in cells if (choice := of.get(cell.row))]

@@ -17,24 +17,22 @@ from ovdiff_lib.workbench.figures.base import Sheet
 
 if TYPE_CHECKING:
     from ovdiff_lib.workbench.cost.instruments import Measured
+    from ovdiff_lib.workbench.tables.tables import Cell
 
 INK, GREY, RISE, FALL = "#1f3b57", "#9aa5b1", "#2e86c1", "#e4572e"
 COLOURS, MARKERS = ("#2e86c1", "#e4572e", "#3a9d5d", "#8e5ea2", "#c79a00", "#555555"), "osD^vP"
 """Of lines and of parts of a bar, in order; the first two are those of background and foreground in other figures."""
 
 
-def growth_chart(x: Sequence[float], values: Sequence[Sequence[float]], xlabel: str, ylabel: str,
-                 mark: float) -> Figure:
-    """Mean and standard deviation over ``x``, which counts doublings, of the values measured at each ``x[i]``, whose
-    number n stands at the point: a spread of two says less than one of four, and one value has none. ``mark`` is a
-    vertical line, for a setting in use."""
+def growth_chart(x: Sequence[float], cells: Sequence[Cell], xlabel: str, ylabel: str, mark: float) -> Figure:
+    """The numbers of ``cells`` with their intervals over ``x``, which counts doublings; of how many runs n each is the
+    mean stands at the point. ``mark`` is a vertical line, for a setting in use."""
     figure, (axis,) = _axes(1, 5.2, 3.2, labelsize=9)
     axis.grid(False, axis="x")
-    mean = [float(np.mean(v)) for v in values]
-    spread = [float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for v in values]
+    mean, spread = [cell.measured for cell in cells], _bars(cells)
     axis.errorbar(x, mean, spread, marker="o", markersize=4, capsize=3, linewidth=1.6, color=INK)
-    for place, low, measured in zip(x, np.subtract(mean, spread), values, strict=True):
-        axis.annotate(f"n = {len(measured)}", (place, low), xytext=(0, -5), textcoords="offset points", ha="center",
+    for place, low, cell in zip(x, mean - spread[0], cells, strict=True):
+        axis.annotate(f"n = {cell.n}", (place, low), xytext=(0, -5), textcoords="offset points", ha="center",
                       va="top", fontsize=8, color=INK)
     axis.margins(x=0.07, y=0.16)  # room for n below the lowest point
     axis.axvline(mark, color=GREY, linewidth=1, linestyle="--", zorder=0)
@@ -45,30 +43,36 @@ def growth_chart(x: Sequence[float], values: Sequence[Sequence[float]], xlabel: 
     return figure
 
 
-def difference_chart(names: Sequence[str], differences: Sequence[float | None], xlabel: str,
-                     noise: float | None) -> Figure:
-    """Horizontal bars of differences, in the order given from the top; ``noise`` shades what a change of seed alone
-    does (+-). None is a switch that was not exercised: a hollow marker and words, no bar."""
+def difference_chart(names: Sequence[str], cells: Sequence[Cell], xlabel: str) -> Figure:
+    """Horizontal bars of differences (:meth:`Cell.against`) with their intervals, in the order given from the top. One
+    that was not exercised has a hollow marker and words, no bar."""
     figure, (axis,) = _axes(1, 6.4, 0.9 + 0.25 * len(names), labelsize=9)
     axis.grid(False, axis="y")
-    if noise:
-        axis.axvspan(-noise, noise, color="#edf0f3", zorder=0)
     axis.axvline(0, color=INK, linewidth=0.8)
     places = np.arange(len(names))[::-1]
-    for place, value in zip(places, differences, strict=True):
-        style = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+    for place, cell in zip(places, cells, strict=True):
+        value, style = cell.measured, {"textcoords": "offset points", "va": "center", "fontsize": 8}
         if value is None:
             axis.plot(0, place, "o", markersize=5, markerfacecolor="white", markeredgecolor=GREY, zorder=3)
             axis.annotate("not exercised here", (0, place), xytext=(7, 0), color=GREY, **style)
         else:
-            axis.barh(place, value, height=0.62, color=RISE if value >= 0 else FALL)
-            axis.annotate(f"{value:+.1f}", (value, place), xytext=(3 if value >= 0 else -3, 0),
-                          ha="left" if value >= 0 else "right", **style)
+            spread, right = _bars([cell]), value >= 0
+            end = float(value + spread[1, 0] if right else value - spread[0, 0])
+            axis.barh(place, value, height=0.62, color=RISE if right else FALL)
+            axis.errorbar(value, place, xerr=spread, color=INK, capsize=2, elinewidth=0.9)
+            axis.annotate(f"{value:+.1f}", (end, place), xytext=(3 if right else -3, 0),
+                          ha="left" if right else "right", **style)
     axis.set_yticks(places, names)
     axis.set(xlabel=xlabel, ylim=(-0.7, len(names) - 0.3))
     low, high = axis.get_xlim()
     axis.set_xlim(low - 0.09 * (high - low), high + 0.09 * (high - low))
     return figure
+
+
+def _bars(cells: Sequence[Cell]) -> np.ndarray:
+    """How far intervals reach below and above the numbers, f (2, len(cells)); 0 where there is none."""
+    reach = [(0, 0) if c.low is None else (c.measured - c.low, c.high - c.measured) for c in cells]
+    return np.array(reach).T.clip(0)
 
 
 def _axes(count: int, width: float, height: float, labelsize: float = 8) -> tuple[Figure, list[Axes]]:

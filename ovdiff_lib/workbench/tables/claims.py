@@ -10,7 +10,6 @@ cell is written ``table|row|column``, the key that tables carry; ``{set}`` runs 
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -20,28 +19,23 @@ from typing import Any
 import pandas
 
 from ovdiff_lib.files import write_atomic
+from ovdiff_lib.workbench.tables.intervals import holm, read_runs
 from ovdiff_lib.workbench.tables.relations import LEGEND, ORDER, Part, Sample, outcome
-from ovdiff_lib.workbench.tables.tables import STAMP, escape, read_record, read_table
+from ovdiff_lib.workbench.tables.tables import NOT_EXERCISED, STAMP, escape, read_record, read_table
 
 FOLDER = Path(__file__).parent
 NAME = "claims"
-VERDICTS = ("holds", "fails", "within noise", "not measured", "paper only")
+VERDICTS = ("holds", "fails", "within noise", NOT_EXERCISED, "not measured", "paper only")
 RIVALS = {"{rival}": ("MaskCLIP", "ReCo", "CLIP-DIY", "GroupViT"),
           "{training-free rival}": ("MaskCLIP", "ReCo", "CLIP-DIY")}
 NOT_COUNTED = ("00_", "01_")
 """Tables of these notebooks are introductions on one seed; other notebooks measure the same cells with care."""
 
-SD_TABLES = ("3", "A.2sec-text", "A.4", "A.5", "A.6", "chatgpt", "fig5")
-"""Tables of the paper, by the keys of cells, whose rows have SD features alone."""
-
-REFERENCES = {False: ("OVDiff",), True: ("OVDiff, SD features", "OVDiff")}
-"""Rows of Table 1 whose spread is the reference, the first that was measured, by whether a claim is about SD alone."""
-
 
 @dataclass(frozen=True)
 class ClaimResult:
     """A tested claim: ``verdict`` is one of :data:`VERDICTS`, ``measured`` the numbers that were compared (mIoU in
-    percent, or times), ``how`` the noise they were held against, ``note`` what a reader should know."""
+    percent, or times), ``how`` what the verdict stands on, ``note`` what a reader should know."""
 
     id: int
     claim: str
@@ -59,15 +53,6 @@ class Evidence:
 
     samples: dict[str, Sample]
     profile: str = ""
-
-    def reference(self, name: str, sd: bool) -> Sample:
-        """The row whose spread counts on a data set; without background (VOC-20) that of the data set itself."""
-        for row in REFERENCES[sd]:
-            for key, sample in self.samples.items():
-                place, _, column = key.rpartition("|")
-                if place == f"1|{row}" and name.startswith(column) and sample.std is not None:
-                    return replace(sample, label=f"{row} in Table 1")
-        return Sample("unknown", math.nan)
 
     def find(self, pattern: str) -> list[Sample]:
         """The cells of a pattern, of the first of its alternatives that was measured."""
@@ -93,7 +78,11 @@ def claims() -> tuple[Any, ...]:
 def judge(folder: str | Path) -> list[ClaimResult]:
     """Test every claim on the tables of ``folder``/tables. Raises ``InputError`` for one that cannot be read."""
     evidence = gather(Path(folder))
-    return [_test(claim, evidence) for claim in claims()]
+    tested = [_Test(claim, evidence) for claim in claims()]
+    compared = [one for test in tested for part in test.parts.values() for one in part.comparisons if one.exercised]
+    for one, corrected in zip(compared, holm([one.p for one in compared]), strict=True):
+        one.corrected = corrected
+    return [test.result(evidence.profile) for test in tested]
 
 
 def gather(folder: Path) -> Evidence:
@@ -101,15 +90,14 @@ def gather(folder: Path) -> Evidence:
     sets, found, profile = {name for claim in claims() for name in claim.sets}, [], ""
     for path in sorted((folder / "tables").glob("*.csv")):
         if path.stem != NAME and not path.stem.startswith(NOT_COUNTED):
-            record = read_record(path)
-            profile = profile or str(record.get("profile", ""))
-            seeds = tuple((record.get("details") or {}).get("seeds") or ())
-            found += [(cell, seeds) for cell in read_table(path) if cell.paper and cell.source == "measured"]
+            profile, runs = profile or str(read_record(path).get("profile", "")), read_runs(path)
+            found += [(cell, runs.get((cell.row, cell.column))) for cell in read_table(path)
+                      if cell.paper and cell.source == "measured"]
     samples = {}
-    for cell, seeds in sorted(found, key=lambda pair: -pair[0].n):
-        label = ", ".join(part for part in cell.paper.key[1:] if part not in sets)
-        known = seeds if len(seeds) == len(cell.values) else ()
-        samples.setdefault("|".join(cell.paper.key), Sample(label, cell.measured, cell.values, known, std=cell.std))
+    for cell, runs in sorted(found, key=lambda pair: -pair[0].n):
+        key, label = "|".join(cell.paper.key), ", ".join(part for part in cell.paper.key[1:] if part not in sets)
+        if key not in samples:
+            samples[key] = Sample(label, cell.measured, runs.draws if runs and runs.images > 1 else None)
     return Evidence(samples, profile)
 
 
@@ -126,29 +114,32 @@ def counts(results: list[ClaimResult]) -> dict[str, int]:
     return {verdict: sum(r.verdict == verdict for r in results) for verdict in VERDICTS}
 
 
-def _test(claim: Any, evidence: Evidence) -> ClaimResult:
-    parts: dict[str, Part] = {}
-    notes, absent, several = [claim.note], [], len(claim.sets) > 1
-    for name in claim.sets:
-        left, right, unmeasured, missing = _cells(claim, name, evidence)
-        if claim.missing == "paper only" and {(s.mean, s.values) for s in left} == {(s.mean, s.values) for s in right}:
-            missing = missing or f"a difference on {name}, where both sides are the same runs"
-        reference = evidence.reference(name, sd=claim.left[0].split("|")[0] in SD_TABLES)
-        part = None if missing else outcome(claim.relation, left, right, reference, name)
-        if part is None:
-            absent.append(missing or f"too few of {claim.left[0].replace('{set}', name)}")
-        else:
-            parts[name] = part
-            notes += [f"Rivals not measured: {', '.join(unmeasured)}."] if unmeasured else []
-    verdict = _verdict(claim, [part.verdict for part in parts.values()])
-    if several and any(part.verdict != "holds" for part in parts.values()):
-        notes.append(_each(parts, claim.relation))
-    if absent and verdict != "paper only":
-        notes.append("Not measured: " + "; ".join(absent) + ".")
-    notes.append(_explanations().get((evidence.profile, claim.id, verdict), ""))
-    measured = _join((f"{name}: " if several else "") + part.measured for name, part in parts.items())
-    how = _join(how for part in parts.values() for how in part.how)
-    return ClaimResult(claim.id, claim.claim, claim.source, claim.paper, measured, verdict, _join(notes, " "), how)
+class _Test:
+    """A claim on the data sets for which there is what it compares."""
+
+    def __init__(self, claim: Any, evidence: Evidence) -> None:
+        self.claim, self.parts, self.notes, self.absent = claim, {}, [claim.note], []
+        for name in claim.sets:
+            left, right, unmeasured, missing = _cells(claim, name, evidence)
+            part = None if missing else outcome(claim.relation, left, right)
+            if part is None:
+                self.absent.append(missing or f"too few of {claim.left[0].replace('{set}', name)}")
+            else:
+                self.parts[name] = part
+                self.notes += [f"Rivals not measured: {', '.join(unmeasured)}."] if unmeasured else []
+
+    def result(self, profile: str) -> ClaimResult:
+        """The claim as it was found, once the comparisons know their corrected p-values."""
+        claim, parts, notes, several = self.claim, self.parts, self.notes, len(self.claim.sets) > 1
+        verdict = _verdict(claim, [part.verdict for part in parts.values()])
+        if several and any(part.verdict != "holds" for part in parts.values()):
+            notes.append(_each(parts, claim.relation))
+        if self.absent and verdict != "paper only":
+            notes.append("Not measured: " + "; ".join(self.absent) + ".")
+        notes.append(_explanations().get((profile, claim.id, verdict), ""))
+        measured = _join((f"{name}: " if several else "") + part.measured for name, part in parts.items())
+        how = _join(part.how for part in parts.values())
+        return ClaimResult(claim.id, claim.claim, claim.source, claim.paper, measured, verdict, _join(notes, " "), how)
 
 
 def _verdict(claim: Any, verdicts: list[str]) -> str:
@@ -185,6 +176,9 @@ def _cells(claim: Any, name: str, evidence: Evidence) -> tuple[list[Sample], lis
         sides = [dict.fromkeys(p.replace(holder, rival) for rival in rivals for p in side) for side in sides]
     missing = next((pattern for side in sides for pattern in side if not evidence.find(pattern)), "")
     left, right = ([sample for pattern in side for sample in evidence.find(pattern)] for side in sides)
+    if claim.relation != "linear" and not missing:
+        missing = next((f"the counts by image of {sample.label} on {name}"
+                        for sample in (*left, *right) if sample.draws is None), "")
     return left, right, unmeasured, missing
 
 

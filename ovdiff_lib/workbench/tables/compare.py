@@ -14,9 +14,10 @@ def compare_tables(a: str | Path, b: str | Path, tolerance: float) -> list[str]:
     """What differs between the tables of two folders (or of their folders ``tables``), one sentence each; [] = nothing.
 
     Compared are which tables there are, their profile and settings, their cells by row and column, and of each cell its
-    source, runs, the paper's value, and the measured value and its standard deviation: equal within ``tolerance``, in
-    the table's unit. Numbers of a table that calls itself volatile are not, nor are claims, which follow from the
-    tables. Raises ``InputError`` for a tolerance that is no number from 0 on, a folder without tables, a broken table.
+    source, runs, the paper's value, and the measured value, its standard deviation and interval: equal within
+    ``tolerance``, in the table's unit. Numbers of a table that calls itself volatile are not, nor are claims, which
+    follow from the tables. Raises ``InputError`` for a tolerance that is no number from 0 on, a folder without tables,
+    a broken table.
     """
     if not 0 <= tolerance < math.inf:
         raise InputError(f"The tolerance must be a number from 0 on, not {tolerance}.")
@@ -53,7 +54,8 @@ def _differences(first: Path, second: Path, tolerance: float) -> list[str]:
 
 def _cell_differences(a: Cell, b: Cell, tolerance: float) -> list[str]:
     found = [name for name in ("source", "n", "paper") if getattr(a, name) != getattr(b, name)]
-    for name, x, y in (("measured", a.measured, b.measured), ("std", a.std, b.std)):
+    for name in ("measured", "std", "low", "high"):
+        x, y = getattr(a, name), getattr(b, name)
         near = x == y or (None not in (x, y) and abs(x - y) <= tolerance)
         found += [] if near or tolerance == math.inf else [name]
     return [f"{name}: {getattr(a, name)} against {getattr(b, name)}" for name in found]

@@ -1,110 +1,126 @@
 """What the claims about results say, as comparisons of numbers: greater, about equal, largest drop, linear, and so on.
 
-:data:`LEGEND` says what counts as noise. No one spread alone would do: a cell of one run or two may vary more than its
-own runs show, and rows with SD features alone spread more than the ensemble.
+:data:`LEGEND` says when a comparison decides something.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from operator import attrgetter
 
 import numpy as np
 from scipy import stats
 
+from ovdiff_lib.workbench.tables.intervals import LEVEL, interval, p_value
+from ovdiff_lib.workbench.tables.tables import NOT_EXERCISED
+
 TOLERANCE = 1.0
-"""Percent of mIoU: differences up to it are "little" in a claim of equality, and noise where no spread is known."""
+"""Percent of mIoU: differences up to it are "little"."""
+
+WITHIN = {">": (0.0, np.inf), ">=": (-TOLERANCE, np.inf), "<=": (-np.inf, TOLERANCE), "~": (-TOLERANCE, TOLERANCE)}
+"""Between which edges a difference left - right has to lie: more; not less but for a little; more by a little at most;
+about equal."""
 
 LINEAR_R2, LINEAR_RATIO = 0.98, (0.5, 2.0)
 """For times to grow linearly: least R^2 of the straight line, and range of (growth in time) / (growth in N)."""
 
-PAIRS = 3
-"""Fewest pairs of runs whose spread is believed: with two, both differences are often alike by chance."""
-
-ORDER = ("fails", "within noise", "holds")
+ORDER = ("fails", NOT_EXERCISED, "within noise", "holds")
 """Verdicts on numbers, worst first: of several comparisons the worst counts."""
 
 MEAN = attrgetter("mean")
 
 LEGEND = (
-    "A difference up to the noise decides nothing (within noise). The noise is twice the standard error of paired "
-    "differences where both cells have runs of the same three or more seeds, else twice the largest of the standard "
-    "deviations over seeds that are known: of the two cells, where they have two or more runs, and of OVDiff's own row "
-    "of Table 1 with the same extractors on the same data set (also for rivals, which have no seeds); "
-    f"{TOLERANCE} where none is known. A claim that something changes little holds up to a difference of {TOLERANCE} % "
-    "of mIoU, and fails beyond that and the noise. A claim about several data sets holds if it holds on each and fails "
-    "if it fails on one; one about most of them fails where even the undecided ones would make no majority.")
+    "In brackets 95 % intervals of differences: images and seeds were drawn again 10,000 times, the same ones for both "
+    "sides (a rival without seeds is the same for each; what was measured with one seed says nothing of others). A "
+    "comparison decides where at most 5 % of the draws disagree, after Holm's correction for the number of comparisons "
+    f"of all claims; else it is within noise. Little is up to {TOLERANCE} % of mIoU: that something changes little "
+    "holds where the draws lie within that, and fails where they lie beyond. Where two rows have the same counts in "
+    "every image, nothing acted: not exercised. A claim about several data sets holds if it holds on each and fails if "
+    "it fails on one; one about most of them fails where even the undecided ones would make no majority.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
-    """A measured cell: ``mean`` in the table's unit, ``values`` of single runs with their ``seeds`` (() = not known),
-    ``count`` the N in the name of a cell found by a pattern, ``std`` over its runs (None: one run, or not known)."""
+    """A measured cell: ``mean`` in the table's unit, of an mIoU its ``draws`` f64 (DRAWS,), which cells of a data set
+    share, and ``count``, the N in the name of a cell found by a pattern."""
 
     label: str
     mean: float
-    values: tuple[float, ...] = ()
-    seeds: tuple[int, ...] = ()
+    draws: np.ndarray | None = None
     count: int = 0
-    std: float | None = None
+
+    def minus(self, other: Sample, label: str = "") -> Sample:
+        """The difference, as a sample called ``label``."""
+        return Sample(label, self.mean - other.mean, self.draws - other.draws)
 
 
-@dataclass(frozen=True)
+@dataclass
+class Comparison:
+    """Whether the difference ``left`` - ``right`` lies within the edges of ``sign`` (:data:`WITHIN`); ``corrected`` is
+    its p-value after Holm, which all comparisons of all claims together make."""
+
+    left: Sample
+    sign: str
+    right: Sample
+    corrected: float = 1.0
+
+    difference = cached_property(lambda self: self.left.minus(self.right))
+    exercised = cached_property(lambda self: bool(self.difference.draws.any()))
+    p = cached_property(lambda self: p_value(self.difference.draws, *WITHIN[self.sign]))
+
+    @property
+    def verdict(self) -> str:
+        """Of :data:`ORDER`."""
+        low, high = WITHIN[self.sign]
+        if not self.exercised:
+            return NOT_EXERCISED
+        return "within noise" if self.corrected >= LEVEL else "holds" if low < self.difference.mean < high else "fails"
+
+    def __str__(self) -> str:
+        low, high = interval(self.difference.draws)
+        found = f"{self.difference.mean:+.2f} [{low:+.2f}, {high:+.2f}]" if self.exercised else NOT_EXERCISED
+        return f"{self.right.label} {self.right.mean:.1f} ({found})"
+
+
+@dataclass
 class Part:
-    """The outcome on one data set: a verdict of :data:`ORDER`, the numbers, and which noise was used."""
+    """The outcome on one data set: its comparisons, and a text with {} for their numbers. What compares nothing has its
+    verdict by another ``rule``."""
 
-    verdict: str
-    measured: str
-    how: tuple[str, ...] = ()
+    comparisons: list[Comparison]
+    text: str
+    fixed: str = ""
+    rule: str = ""
 
+    @property
+    def verdict(self) -> str:
+        """Of :data:`ORDER`."""
+        return self.fixed or min((c.verdict for c in self.comparisons), key=ORDER.index)
 
-def difference(left: Sample, right: Sample, reference: Sample, name: str) -> tuple[float, float, str]:
-    """``left`` minus ``right`` on the data set ``name``: mean, noise (:data:`LEGEND`) and where the noise is from."""
-    if values := paired(left, right):
-        error = statistics.stdev(values) / math.sqrt(len(values))
-        return statistics.fmean(values), 2 * error, f"paired differences of {len(values)} seeds, 2 standard errors"
-    mean, known = left.mean - right.mean, [(s.std, s.label) for s in (left, right, reference) if s.std is not None]
-    if not known:
-        return mean, TOLERANCE, f"no spread over seeds known on {name}: {TOLERANCE} assumed"
-    std, whose = max(known)
-    return mean, 2 * std, f"no pairs of runs: 2 standard deviations over seeds of {whose} on {name} ({std:.2f})"
+    @property
+    def measured(self) -> str:
+        """The numbers."""
+        numbers: dict[str, list[str]] = {}
+        for one in self.comparisons:
+            numbers.setdefault(f"{one.left.label} {one.left.mean:.1f} against ", []).append(str(one))
+        return self.text.replace("{}", "; ".join(first + ", ".join(others) for first, others in numbers.items()))
 
-
-def paired(left: Sample, right: Sample) -> tuple[float, ...]:
-    """Differences run by run, () where the cells have no pairs."""
-    alike = len(left.values) == len(right.values) >= PAIRS
-    if not alike or (left.seeds and right.seeds and left.seeds != right.seeds):
-        return ()
-    return tuple(a - b for a, b in zip(left.values, right.values, strict=True))
-
-
-def verdict_of(sign: str, mean: float, noise: float) -> str:
-    """Of :data:`ORDER`: whether a difference says left ">", ">=" or "~" (about equal) right."""
-    if sign == "~":
-        return "holds" if abs(mean) <= TOLERANCE else "within noise" if abs(mean) <= noise else "fails"
-    return "holds" if mean > noise or (sign == ">=" and mean >= 0) else "fails" if mean < -noise else "within noise"
+    @property
+    def how(self) -> str:
+        """What the verdict stands on."""
+        found = ", ".join(f"{one.corrected:.2g}" for one in self.comparisons if one.exercised)
+        return self.rule or (f"p after Holm {found}" if found else "")
 
 
-def outcome(relation: str, left: list[Sample], right: list[Sample], reference: Sample, name: str) -> Part | None:
-    """What becomes of a relation of claims.csv on the data set ``name``; None where it needs more cells than these."""
+def outcome(relation: str, left: list[Sample], right: list[Sample]) -> Part | None:
+    """What a relation of claims.csv compares on a data set; None where it needs more cells than these."""
     if relation == "linear":
         return linear(left)
     pairs, text = RELATIONS[relation](left, right)
-    if not pairs:
-        return None
-    verdicts, hows, numbers = [], [], {}
-    for a, sign, b in pairs:
-        mean, noise, how = difference(a, b, reference, name)
-        verdicts.append(verdict_of(sign, mean, noise))
-        hows.append(how)
-        against = f"{b.label} {b.mean:.1f} ({mean:+.2f}, noise {noise:.2f})"
-        numbers.setdefault(f"{a.label} {a.mean:.1f} against ", []).append(against)
-    shown = "; ".join(first + ", ".join(others) for first, others in numbers.items())
-    return Part(min(verdicts, key=ORDER.index), text.replace("{}", shown), tuple(hows))
+    return Part([Comparison(*pair) for pair in pairs], text) if pairs else None
 
 
 Pairs = tuple[list[tuple[Sample, str, Sample]], str]
@@ -136,21 +152,16 @@ def _drops(left: list[Sample], right: list[Sample]) -> Pairs:
     whole, *named = left
     least, rival = max(named, key=MEAN), min(right, key=MEAN)  # of the named parts the one that costs least
     drops = ", ".join(f"{s.label} {s.mean - whole.mean:+.2f}" for s in sorted([*named, *right], key=MEAN))
-    return [(whole, ">", least), (rival, ">", least)], f"{whole.label} {whole.mean:.1f}; {drops}"
+    return [(whole, ">", least), (rival, ">", least)], f"{whole.label} {whole.mean:.1f}; {drops}; {{}}"
 
 
 def _gains(left: list[Sample], right: list[Sample]) -> Pairs:
-    """Cells come in twos, with and without: each gain on the right exceeds every gain on the left."""
-    small, large = ([_gain(*two) for two in zip(side[::2], side[1::2], strict=True)] for side in (left, right))
-    return _every(">")(large, small)
-
-
-def _gain(with_it: Sample, without: Sample) -> Sample:
-    values = paired(with_it, without)
-    known = [s.std for s in (with_it, without) if s.std is not None]
-    std = statistics.stdev(values) if values else max(known, default=None)
-    label = f"gain of {with_it.label.split(',')[0]}"
-    return Sample(label, with_it.mean - without.mean, values, with_it.seeds, std=std)
+    """Cells come in twos, with and without: each gain on the left is little, and less than every gain on the right."""
+    small, large = ([a.minus(b, f"gain of {a.label.split(',')[0]}") for a, b in zip(side[::2], side[1::2], strict=True)]
+                    for side in (left, right))
+    nothing = Sample("none", 0.0, np.zeros_like(left[0].draws))
+    more = [(gain, ">", other) for other, gain in itertools.product(small, large)]
+    return [*((gain, "<=", nothing) for gain in small), *more], "{}"
 
 
 def _grows_then_flat(left: list[Sample], _: list[Sample]) -> Pairs:
@@ -166,7 +177,7 @@ def _grows_then_flat(left: list[Sample], _: list[Sample]) -> Pairs:
 
 RELATIONS: dict[str, Callable[[list[Sample], list[Sample]], Pairs]] = {
     ">": _every(">"), ">=": _every(">="), "~": _every("~"), "> best": _best, "> best on most": _best,
-    "> pairwise": _pairwise, "spread": _spread, "largest drops": _drops, "smaller gains": _gains,
+    "> pairwise": _pairwise, "spread": _spread, "largest drops": _drops, "little gains": _gains,
     "grows then flat": _grows_then_flat}
 """Column ``relation`` of claims.csv: what is compared with what; beside these there is "linear"."""
 
@@ -183,4 +194,4 @@ def linear(left: list[Sample]) -> Part | None:
     verdict = "holds" if r2 >= LINEAR_R2 and LINEAR_RATIO[0] <= ratio <= LINEAR_RATIO[1] else "fails"
     shown = ", ".join(f"N={s.count}: {s.mean:.3g}" for s in points)
     measured = f"{shown} (R^2 {r2:.4f}; growth in time / growth in N {ratio:.2f})"
-    return Part(verdict, measured, ("least squares, one run a point",))
+    return Part([], measured, verdict, "least squares, one run a point")

@@ -1,5 +1,5 @@
-"""Tables as data: one CSV row a cell, and beside it Markdown with the paper's value in its own column, and JSON with
-what was run."""
+"""Tables as data: one CSV row a cell, and beside it Markdown with the paper's value in its own column, JSON with what
+was run, and the counts that intervals and comparisons need."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ import pandas
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import write_atomic, write_json
 from ovdiff_lib.profiles.schema import Profile
+from ovdiff_lib.workbench.tables.intervals import Runs, interval, write_runs
 from ovdiff_lib.workbench.tables.paper import PaperCell
 
-COLUMNS = ("table", "row", "column", "measured", "std", "n", "values", "source", "paper", "paper_std", "paper_table",
-           "paper_row", "paper_column", "profile", "settings")
-IDLE, PAPER = "idle: ", " (paper, its own data)"
+COLUMNS = ("table", "row", "column", "measured", "std", "low", "high", "n", "values", "source", "paper", "paper_std",
+           "paper_table", "paper_row", "paper_column", "profile", "settings")
+IDLE, PAPER, NOT_EXERCISED = "idle: ", " (paper, its own data)", "not exercised"
+BRACKETS = "In brackets 95 % intervals: other images, and other seeds where there are several."
 STAMP = "The paper's column is from its own data sets and models."
 
 
@@ -29,12 +31,12 @@ class Cell:
     """One number of a table.
 
     ``measured`` is the mean of ``n`` runs with sample standard deviation ``std`` (None when n = 1) and ``values`` those
-    runs in the order of their seeds, where they were kept: paired comparisons need them. ``paper`` is the published
-    cell it is set beside, or with ``PaperCell.own`` only its key. ``source``: "measured" here by this code;
-    "published": taken from the paper; "idle: WORDS": what the cell is about does not act here, so that a number would
-    only repeat another; the words stand in its place. Raises ``InputError`` for a measured cell without a number, for
-    another cell with one, and for numbers that are not finite.
-    ``note`` is a footnote of the table's Markdown.
+    runs in the order of their seeds, where they were kept. An mIoU has ``runs``, which comparisons need, and from them
+    its 95 % interval ``low`` to ``high``. ``paper`` is the published cell it is set beside, or with ``PaperCell.own``
+    only its key. ``source``: "measured" here by this code; "published": taken from the paper; "idle: WORDS": what the
+    cell is about does not act here, so that a number would only repeat another; the words stand in its place. ``note``
+    is a footnote of the table's Markdown. Raises ``InputError`` for a measured cell without a number, for another cell
+    with one, and for numbers that are not finite.
     """
 
     row: str
@@ -46,6 +48,9 @@ class Cell:
     values: tuple[float, ...] = ()
     source: str = "measured"
     note: str = ""
+    low: float | None = None
+    high: float | None = None
+    runs: Runs | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         known = self.source in ("measured", "published") or self.idle
@@ -53,7 +58,8 @@ class Cell:
             raise InputError(f"The cell {self.row!r}, {self.column!r} has the source {self.source!r} and the number "
                              f"{self.measured}; measured cells have one, published ones and those with '{IDLE}why' "
                              "none.")
-        if any(x is not None and not math.isfinite(x) for x in (self.measured, self.std, *self.values)):
+        numbers = self.measured, self.std, self.low, self.high, *self.values
+        if any(x is not None and not math.isfinite(x) for x in numbers):
             raise InputError(f"The cell {self.row!r}, {self.column!r} holds a number that is not finite; leave the cell"
                              " out and say why in the text.")
 
@@ -63,16 +69,30 @@ class Cell:
         return self.source.removeprefix(IDLE) if self.source.startswith(IDLE) else ""
 
     @classmethod
-    def of(cls, row: str, column: str, values: Iterable[float], paper: PaperCell | None = None) -> Cell:
+    def of(cls, row: str, column: str, values: Iterable[float], paper: PaperCell | None = None,
+           runs: Runs | None = None) -> Cell:
         """The cell of several runs: mean, sample standard deviation (n - 1 in the denominator; None for one run)."""
         values = tuple(map(float, values))
         std = statistics.stdev(values) if len(values) > 1 else None
-        return cls(row, column, statistics.fmean(values), std, len(values), paper, values)
+        low, high = interval(runs.draws) if runs and runs.images > 1 else (None, None)
+        mean = statistics.fmean(values)
+        return cls(row, column, mean, std, len(values), paper, values, low=low, high=high, runs=runs)
+
+    def against(self, base: Cell, why: str = "") -> Cell:
+        """The difference to the mIoU ``base`` of as many seeds in "<column>, change", its interval from the same draws
+        for both. Idle, "not exercised" and ``why``, where the two agree in every draw: their counts are the same."""
+        column, draws = f"{self.column}, change", self.runs.draws - base.runs.draws
+        if not draws.any():
+            return Cell(self.row, column, source=IDLE + NOT_EXERCISED + (f": {why}" if why else ""))
+        made = Cell.of(self.row, column, [a - b for a, b in zip(self.values, base.values, strict=True)])
+        low, high = interval(draws) if self.runs.images > 1 else (None, None)
+        return replace(made, low=low, high=high)
 
 
 def write_table(path: str | Path, name: str, cells: list[Cell], profile: Profile, caption: str,
                 digits: int | dict[str, int] = 1, *, title: str = "", details: dict[str, Any] | None = None) -> str:
-    """Write ``path`` (.csv), and beside it the Markdown (.md), which is returned, and what was run (.json).
+    """Write ``path`` (.csv), and beside it the Markdown (.md), which is returned, what was run (.json), and the counts
+    of cells that have some (.npz, :mod:`~ovdiff_lib.workbench.tables.intervals`).
 
     ``digits``: decimals shown in the Markdown, for all columns or by column ({"images": 0}; others get 1); the CSV
     keeps six significant digits. ``title``: what it corresponds to ("Table 1"). ``details``: further facts for the
@@ -91,9 +111,11 @@ def write_table(path: str | Path, name: str, cells: list[Cell], profile: Profile
     described = f"`{profile.name}`" + (f" ({profile.description.rstrip('.')})" if profile.description else "")
     head = f"**{caption}** {_amount(details)}Profile {described}, settings `{profile.digest()}`."
     grid = _grid(cells, digits)
-    markdown = f"{head}{f' {STAMP}' if PAPER in grid else ''}\n\n{grid}\n{_footnotes(cells)}"
+    head += f" {BRACKETS}" * any(c.low is not None for c in cells) + f" {STAMP}" * (PAPER in grid)
+    markdown = f"{head}\n\n{grid}\n{_footnotes(cells)}"
     write_atomic(path, rows.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
     write_atomic(path.with_suffix(".md"), markdown.encode())
+    write_runs(path, {(c.row, c.column): c.runs for c in cells if c.runs})
     return markdown
 
 
@@ -130,19 +152,19 @@ def _frame(name: str, cells: list[Cell], profile: Profile) -> pandas.DataFrame:
     rows = []
     for c in cells:
         paper, values = c.paper or PaperCell("", "", ""), " ".join(f"{v:.6g}" for v in c.values)
-        rows.append((name, c.row, c.column, c.measured, c.std, c.n, values, c.source, paper.value, paper.std,
-                     *paper.key, profile.name, profile.digest()))
-    numbers = dict.fromkeys(("measured", "std", "paper", "paper_std"), float)
+        rows.append((name, c.row, c.column, c.measured, c.std, c.low, c.high, c.n, values, c.source, paper.value,
+                     paper.std, *paper.key, profile.name, profile.digest()))
+    numbers = dict.fromkeys(("measured", "std", "low", "high", "paper", "paper_std"), float)
     return pandas.DataFrame(rows, columns=COLUMNS).astype(numbers)
 
 
 def _cell(row: Any) -> Cell:
     key = row.paper_table, row.paper_row, row.paper_column
-    measured, std, value, spread = (float(text) if text else None
-                                    for text in (row.measured, row.std, row.paper, row.paper_std))
+    read = row.measured, row.std, row.low, row.high, row.paper, row.paper_std
+    measured, std, low, high, value, spread = (float(text) if text else None for text in read)
     paper = PaperCell(*key, value, spread) if any(key) else None
     values = tuple(map(float, row.values.split()))
-    return Cell(row.row, row.column, measured, std, int(row.n), paper, values, row.source)
+    return Cell(row.row, row.column, measured, std, int(row.n), paper, values, row.source, low=low, high=high)
 
 
 def _grid(cells: list[Cell], digits: int | dict[str, int]) -> str:
@@ -151,7 +173,7 @@ def _grid(cells: list[Cell], digits: int | dict[str, int]) -> str:
     for column in dict.fromkeys(c.column for c in cells):
         here = [c for c in cells if c.column == column]
         places = digits.get(column, 1) if isinstance(digits, dict) else digits
-        texts[column] = {c.row: _text(c.measured, c.std, places, escape(c.idle) or "published") for c in here}
+        texts[column] = {c.row: _measured(c, places) for c in here}
         paper = {c.row: _text(c.paper.value, c.paper.std, places, "not reported" * (c.source == "published"))
                  for c in here if c.paper}
         if any(paper.values()):
@@ -172,6 +194,13 @@ def _footnotes(cells: list[Cell]) -> str:
         places = (f"{column}, {', '.join(of)}" for column, of in where.items())
         said += f"\n{'; '.join(places)}: {note}\n"
     return said
+
+
+def _measured(cell: Cell, places: int) -> str:
+    """The number with its interval, where there is none with its deviation, or what stands in its place."""
+    if cell.low is None:
+        return _text(cell.measured, cell.std, places, escape(cell.idle) or "published")
+    return f"{cell.measured:.{places}f} [{cell.low:.{places}f}, {cell.high:.{places}f}]"
 
 
 def _text(value: float | None, std: float | None, places: int, otherwise: str) -> str:

@@ -1,0 +1,130 @@
+"""How far a measured mIoU, or a difference of two, can be trusted: images and seeds are drawn again, many times.
+
+A draw takes as many images as there are, with replacement. mIoU needs of an image only in how many pixels a class is
+both true and predicted, and in how many either, so that a draw is a product of these counts with how often each image
+was taken. Seeds are few: of S a draw takes S - 1, which spreads as a mean of S does (all S would spread too little),
+and that spread is widened as Student's t is wider than the normal distribution, for four seeds by 1.6. All cells of a
+data set share the draws, which makes every difference of two of them a paired one.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from ovdiff_lib.errors import InputError
+from ovdiff_lib.files import write_atomic
+
+DRAWS, BLOCK = 10_000, 1_000
+"""Draws, and how many of them are in memory at a time."""
+
+LEVEL = 0.05
+"""What lies outside of an interval, and the largest p-value of a verdict."""
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """What a mean over seeds of mIoU was counted from: ``counts`` i32 (seeds, images, 2, K), of each image the pixels
+    in which a class is both true and predicted, and those in which it is either. A method without seeds is one run; a
+    constant that was searched on the images is not searched anew in each draw."""
+
+    dataset: str
+    counts: np.ndarray
+
+    images = property(lambda self: self.counts.shape[1])
+    """Of a single one no other can be drawn: it has no interval."""
+
+    @classmethod
+    def of(cls, dataset: str, confusions: Sequence[np.ndarray]) -> Runs:
+        """``confusions``: for each seed the confusion matrices of the images, i64 (images, K, K)."""
+        pairs = []
+        for matrices in confusions:
+            both = np.diagonal(matrices, axis1=1, axis2=2)
+            pairs.append(np.stack([both, matrices.sum(1) + matrices.sum(2) - both], 1))
+        return cls(dataset, np.stack(pairs).astype(np.int32))
+
+    @cached_property
+    def draws(self) -> np.ndarray:
+        """mIoU in percent, mean over seeds, of each draw, f64 (DRAWS,)."""
+        return resampled(self)
+
+
+def resampled(runs: Runs, draws: int = DRAWS) -> np.ndarray:
+    """mIoU in percent of ``draws`` draws, f64 (draws,), the same draws for all runs with one data set, number of images
+    and number of seeds. A class that no image of a draw shows does not count there, as in ``ConfusionMatrix.miou``."""
+    seeds, images, _, classes = runs.counts.shape
+    taken = _multiplicities(zlib.crc32(runs.dataset.encode()), draws, images, images)
+    counts = np.moveaxis(runs.counts, 0, 1).reshape(images, -1).astype(np.float32)
+    made = []
+    for first in range(0, draws, BLOCK):
+        summed = taken[first:first + BLOCK].astype(np.float32) @ counts
+        both, either = np.moveaxis(summed.astype(np.float64).reshape(-1, seeds, 2, classes), 2, 0)
+        made.append((both / np.maximum(either, 1)).sum(-1) / np.maximum((either > 0).sum(-1), 1))
+    miou = 100 * np.concatenate(made)
+    if seeds == 1:
+        return miou[:, 0]
+    shares = _multiplicities(0, draws, seeds, seeds - 1) / (seeds - 1)
+    wider = stats.t.ppf(1 - LEVEL / 2, seeds - 1) / stats.norm.ppf(1 - LEVEL / 2)
+    return (miou * (1 / seeds + wider * (shares - 1 / seeds))).sum(1)
+
+
+@lru_cache(maxsize=8)
+def _multiplicities(key: int, draws: int, things: int, taken: int) -> np.ndarray:
+    """How often each of ``things`` is among ``taken`` drawn with replacement, u8 (draws, things)."""
+    places = np.random.default_rng([key, things]).integers(things, size=(draws, taken))
+    return np.stack([np.bincount(row, minlength=things) for row in places]).astype(np.uint8)
+
+
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of draws."""
+    low, high = np.quantile(draws, [LEVEL / 2, 1 - LEVEL / 2])
+    return float(low), float(high)
+
+
+def p_value(draws: np.ndarray, low: float, high: float) -> float:
+    """Two-sided, from the draws of a difference: how surely it lies between ``low`` and ``high``, or surely not, as the
+    draws on the wrong side of each of the two say."""
+    sides = [min((draws <= edge).sum(), (draws >= edge).sum()) for edge in (low, high)]
+    return min(1.0, 2 * (1 + max(sides)) / (1 + len(draws)))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values corrected for their number by Holm's method: where all below a level are believed, the chance that any
+    of them is wrong is at most that level."""
+    order = np.argsort(p)
+    corrected = np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1))
+    return np.minimum(corrected, 1)[np.argsort(order)].tolist()
+
+
+# ------------------------------------------------------------------ beside a table
+
+def write_runs(table: Path, runs: Mapping[tuple[str, str], Runs]) -> None:
+    """Write the counts of a table's cells by row and column beside it (.npz); without any, remove what lies there."""
+    path = table.with_suffix(".npz")
+    if not runs:
+        return path.unlink(missing_ok=True)
+    cells = np.array([(*place, one.dataset) for place, one in runs.items()])
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, cells=cells, **{str(n): one.counts for n, one in enumerate(runs.values())})
+    write_atomic(path, buffer.getvalue())
+
+
+def read_runs(table: Path) -> dict[tuple[str, str], Runs]:
+    """What :func:`write_runs` wrote beside a table, {} where nothing lies there. Raises ``InputError`` if broken."""
+    path = table.with_suffix(".npz")
+    try:
+        with np.load(path) as read:
+            return {(row, column): Runs(dataset, read[str(n)])
+                    for n, (row, column, dataset) in enumerate(read["cells"].tolist())}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        raise InputError(f"The counts in {path} cannot be read; run their notebook again.") from None
