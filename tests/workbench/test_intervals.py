@@ -110,7 +110,6 @@ def test_holm_by_hand():
 
 
 def test_a_cell_of_the_bench_is_the_mean_over_seeds_of_the_miou_of_each():
-    """And its counts give that mean again: all images, all seeds once."""
     results, counts = [], confusions()
     for matrices in counts:
         kept = Counts((1, 4, 4))
@@ -120,5 +119,4 @@ def test_a_cell_of_the_bench_is_the_mean_over_seeds_of_the_miou_of_each():
     cell = Bench.cell("OVDiff", results)
     assert (cell.row, cell.column, cell.n) == ("OVDiff", "mini-voc", 3) and cell.runs.dataset == "mini-voc"
     assert cell.measured == pytest.approx(np.mean([100 * ConfusionMatrix(4, counts=c.sum(0)).miou() for c in counts]))
-    assert mean_iou(cell.runs.counts) == pytest.approx(cell.measured)
     assert cell.low < cell.measured < cell.high and (cell.low, cell.high) == interval(cell.runs.draws)

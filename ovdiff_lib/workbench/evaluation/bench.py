@@ -136,8 +136,7 @@ class Bench:
         """The cell of mIoU in percent, with its interval, of a row's ``results`` on a data set, one a seed."""
         runs = Runs.of(results[0].dataset, [result.by_image() for result in results])
         note = " ".join(dict.fromkeys(result.note for result in results if result.note))
-        cell = Cell.of(row, runs.dataset, [100 * result.miou for result in results], paper, runs)
-        return dataclasses.replace(cell, note=note)
+        return dataclasses.replace(Cell.miou(row, runs.dataset, runs, paper), note=note)
 
     def predictor(self, row: Row, source: str) -> Callable[[np.ndarray], np.ndarray]:
         """Image u8 (H, W, 3) -> labels int (H, W) of a row on the data set ``source``, with the first seed; of a

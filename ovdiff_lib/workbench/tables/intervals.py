@@ -51,6 +51,9 @@ class Runs:
             pairs.append(np.stack([both, matrices.sum(1) + matrices.sum(2) - both], 1))
         return cls(dataset, np.stack(pairs).astype(np.int32))
 
+    values = property(lambda self: 100 * _miou(self.counts.sum(1, dtype=np.int64)))
+    """mIoU in percent of each seed on all images, f64 (seeds,)."""
+
     @cached_property
     def draws(self) -> np.ndarray:
         """mIoU in percent, mean over seeds, of each draw, f64 (DRAWS,)."""
@@ -66,14 +69,19 @@ def resampled(runs: Runs, draws: int = DRAWS) -> np.ndarray:
     made = []
     for first in range(0, draws, BLOCK):
         summed = taken[first:first + BLOCK].astype(np.float32) @ counts
-        both, either = np.moveaxis(summed.astype(np.float64).reshape(-1, seeds, 2, classes), 2, 0)
-        made.append((both / np.maximum(either, 1)).sum(-1) / np.maximum((either > 0).sum(-1), 1))
+        made.append(_miou(summed.astype(np.float64).reshape(-1, seeds, 2, classes)))
     miou = 100 * np.concatenate(made)
     if seeds == 1:
         return miou[:, 0]
     shares = _multiplicities(0, draws, seeds, seeds - 1) / (seeds - 1)
     wider = stats.t.ppf(1 - LEVEL / 2, seeds - 1) / stats.norm.ppf(1 - LEVEL / 2)
     return (miou * (1 / seeds + wider * (shares - 1 / seeds))).sum(1)
+
+
+def _miou(counts: np.ndarray) -> np.ndarray:
+    """Of counts (..., 2, K), in [0, 1]; 0 where no class is shown."""
+    both, either = counts[..., 0, :], counts[..., 1, :]
+    return (both / np.maximum(either, 1)).sum(-1) / np.maximum((either > 0).sum(-1), 1)
 
 
 @lru_cache(maxsize=8)

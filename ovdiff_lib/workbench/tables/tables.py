@@ -78,6 +78,11 @@ class Cell:
         mean = statistics.fmean(values)
         return cls(row, column, mean, std, len(values), paper, values, low=low, high=high, runs=runs)
 
+    @classmethod
+    def miou(cls, row: str, column: str, runs: Runs, paper: PaperCell | None = None) -> Cell:
+        """The cell of an mIoU in percent, with its interval."""
+        return cls.of(row, column, runs.values, paper, runs)
+
     def against(self, base: Cell, why: str = "") -> Cell:
         """The difference to the mIoU ``base`` of as many seeds in "<column>, change", its interval from the same draws
         for both. Idle, "not exercised" and ``why``, where the two agree in every draw: their counts are the same."""
