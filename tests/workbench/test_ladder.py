@@ -162,6 +162,8 @@ def test_the_whole_ladder(tiny, tmp_path, monkeypatch):
         assert list(rungs) == list(RUNGS) and all(0 <= value <= 100 for value in rungs.values())
         assert max(rungs, key=rungs.get) == "true cells" and len(set(rungs.values())) > 3
         assert sum(found.lost(column).values()) == pytest.approx(100 - rungs["as shipped"])
+        cells = {c.row: c for c in found.cells() if c.column == column}
+        assert all(cells[rung].low is not None and cells[rung].runs.values[0] == pytest.approx(rungs[rung]) for rung in RUNGS)
     plain = tiny.replaced({"filters.category": False})
     again = evaluate(label_predictor(plain, plain.build(PETS), dataset), dataset, 2, progress=False)
     assert 100 * again.miou == found.miou["mIoU"]["no category filter"]

@@ -7,7 +7,7 @@ masks in place of drawings, and a classifier that is right in every cell of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from ovdiff_lib.workbench.evaluation.measure import (
     label_predictor,
     measure,
 )
+from ovdiff_lib.workbench.tables.intervals import Runs
 from ovdiff_lib.workbench.tables.tables import Cell
 
 Label = Callable[[Sample], np.ndarray]
@@ -57,12 +58,13 @@ LEAST = 0.01
 
 @dataclass(frozen=True)
 class Ladder:
-    """What was measured: ``miou[column][rung]`` in percent, on ``images`` images, and how many true scenes the support
-    set of each class holds."""
+    """What was measured: ``miou[column][rung]`` in percent, on ``images`` images, how many true scenes the support set
+    of each class holds, and what each mIoU was counted from."""
 
     miou: dict[str, dict[str, float]]
     images: int
     scenes: tuple[int, ...]
+    runs: dict[str, dict[str, Runs]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def amount(self) -> str:
@@ -87,8 +89,9 @@ class Ladder:
                 for column, rungs in self.miou.items()}
 
     def cells(self) -> list[Cell]:
-        """:meth:`table` as cells."""
-        return [Cell.of(row, column, [value]) for column, rows in self.table().items() for row, value in rows.items()]
+        """:meth:`table` as cells; rungs have their intervals."""
+        return [Cell.of(row, column, [value], runs=self.runs.get(column, {}).get(row))
+                for column, rows in self.table().items() for row, value in rows.items()]
 
     def __str__(self) -> str:
         """What each part costs, in a sentence."""
@@ -125,7 +128,9 @@ def ladder(ovdiff: OVDiff, dataset: Dataset, training: Dataset, *, folder: str |
             methods[column, rung] = Method(key, prepare)
     found = measure(methods, dataset, folder=folder, limit=limit, progress=progress)
     miou = {column: {rung: 100 * found[column, rung][0].miou for rung in RUNGS} for column in COLUMNS}
-    return Ladder(miou, images, tuple(map(len, chosen)))
+    runs = {column: {rung: Runs.of(dataset.name, [found[column, rung][0].by_image()]) for rung in RUNGS}
+            for column in COLUMNS}
+    return Ladder(miou, images, tuple(map(len, chosen)), runs)
 
 
 def _prepare(ovdiff: OVDiff, bank: Callable[[], PrototypeBank] | None, classes: str, dataset: Dataset) -> Label:
