@@ -14,10 +14,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ovdiff_lib.features.clip import ClipExtractor
 from ovdiff_lib.features.diffusion import DiffusionExtractor
 from ovdiff_lib.features.open_clip import OpenClipExtractor
-from ovdiff_lib.features.self_supervised import DinoExtractor, MaeExtractor
+from ovdiff_lib.features.vit import ClipExtractor, DinoExtractor, MaeExtractor
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.registry import Part, check_choice

@@ -61,13 +61,9 @@ class DiffusionExtractor:
     def __call__(self, images: np.ndarray | Sequence[np.ndarray], seeds: np.ndarray) -> torch.Tensor:
         """Images u8 (n, H, W, 3), or n images u8 (H, W, 3) of any sizes, and one i64 seed an image: f32 (n, h, w, D),
         (h, w) the latent grid."""
-        wrong = [i for i in images if i.ndim != 3 or i.shape[-1] != 3 or i.dtype != np.uint8]
-        if wrong or len(images) != len(seeds):
-            found = f"{wrong[0].dtype} {wrong[0].shape}" if wrong else f"{len(images)} images"
-            raise ValueError(f"expected u8 (H, W, 3) images and as many seeds, got {found} and {len(seeds)} seeds")
         side = self.settings.sd_input_size // self.pipe.vae_scale_factor
-        return gathered(lambda part: self._extract(images[part], seeds[part]),
-                        (len(images), side, side, self.channels), self.settings.batch_size, "The diffusion model")
+        return gathered(self._extract, images, seeds, (side, side, self.channels), self.settings.batch_size,
+                        "The diffusion model")
 
     def _extract(self, images: Sequence[np.ndarray], seeds: np.ndarray) -> torch.Tensor:
         vae, settings = self.pipe.vae, self.settings

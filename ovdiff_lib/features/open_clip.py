@@ -1,6 +1,6 @@
 """CLIP of the open_clip library as a feature extractor (Table 2): the keys or the tokens of one of its layers.
 
-As :mod:`~ovdiff_lib.features.clip`, for what open_clip's authors and others published in that library's own format.
+As :mod:`~ovdiff_lib.features.vit`, for what open_clip's authors and others published in that library's own format.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from ovdiff_lib.features.clip import NORMALISATIONS, clip_layer
-from ovdiff_lib.features.vit import ViTExtractor
+from ovdiff_lib.features.vit import NORMALISATIONS, ViTExtractor, clip_layer
 from ovdiff_lib.networks.loading import complete, load_network
 from ovdiff_lib.profiles.schema import Features
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class OpenClipExtractor(ViTExtractor):
-    """``kind``, layer, short side and pixel statistics as :class:`~ovdiff_lib.features.clip.ClipExtractor` has them."""
+    """``kind``, layer, short side and pixel statistics as :class:`~ovdiff_lib.features.vit.ClipExtractor` has them."""
 
     title, load = "CLIP of open_clip", staticmethod(lambda profile: load_network(profile, "open_clip", _build))
 
@@ -34,7 +33,7 @@ class OpenClipExtractor(ViTExtractor):
         self.kind, self.attention = kind, layer.attn
         # Attention is one fused operation and no module puts the keys out: they are projected again from its input.
         self.source = {"keys": layer.ln_1, "tokens": layer}[kind]
-        self.mean, self.std = NORMALISATIONS[settings.clip_normalisation]
+        self.statistics = NORMALISATIONS[settings.clip_normalisation]
 
     def run(self, pixels: torch.Tensor) -> None:
         """The tower's position embeddings have the length of one input size: those of this size take their place."""

@@ -1,4 +1,4 @@
-"""What extractors that are vision transformers share: input size, pixel statistics, batches, the patch grid."""
+"""Vision transformers as feature extractors (Table 2): the keys of DINO and MAE, the keys or the tokens of CLIP."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from ovdiff_lib.errors import InputError
-from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
-from ovdiff_lib.networks.instruments import captured, gathered, undisturbed
+from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from ovdiff_lib.networks.instruments import captured, gathered, normalised, undisturbed
+from ovdiff_lib.networks.loading import last_projection, load_clip, load_dino, load_mae
 from ovdiff_lib.profiles.schema import Features, Profile
 
 MOST_PATCHES = 16_384
 """Attention goes by the square of their number: 128 x 128 of them is the most that an image may make."""
+
+NORMALISATIONS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}
 
 
 class ViTExtractor(ABC):
@@ -31,7 +33,7 @@ class ViTExtractor(ABC):
     title: str  # what error messages call the model
     load: Callable[[Profile], Any]  # the model of a profile
     source: torch.nn.Module  # the module whose output is read
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    statistics = NORMALISATIONS["imagenet"]  # of the pixels
 
     def __init__(self, name: str, model: Any, settings: Features, short: int, patch: int, channels: int) -> None:
         self.name, self.model, self.settings = name, model, settings
@@ -45,12 +47,10 @@ class ViTExtractor(ABC):
     @undisturbed("features.batch_size")
     def __call__(self, images: np.ndarray, seeds: np.ndarray) -> torch.Tensor:
         """Images u8 (n, H, W, 3) to features f32 (n, h, w, D), one a patch."""
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) != len(seeds):
-            raise ValueError(f"expected u8 (n, H, W, 3) images and n seeds, got {images.dtype} {images.shape} and "
-                             f"{len(seeds)} seeds")
         size = self.input_size(*images.shape[1:3])
-        shape = (len(images), size[0] // self.patch, size[1] // self.patch, self.channels)
-        return gathered(lambda part: self._extract(images[part], size), shape, self.settings.batch_size, self.title)
+        shape = size[0] // self.patch, size[1] // self.patch, self.channels
+        return gathered(lambda part, _: self._extract(part, size), images, seeds, shape, self.settings.batch_size,
+                        self.title)
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in pixels at which the model sees an image of that size.
@@ -78,12 +78,72 @@ class ViTExtractor(ABC):
         return output
 
     def _extract(self, images: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
-        like = next(self.model.parameters())
-        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).to(like.device, torch.float32) / 255
-        if pixels.shape[-2:] != size:
-            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
-        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        pixels = normalised(images, next(self.model.parameters()), self.statistics, size)
         with captured({"source": self.source}) as outputs:
-            self.run(((pixels - mean) / std).to(like.dtype))
+            self.run(pixels)
         patches = self.features_of(outputs["source"])[:, 1:]  # without the class token
         return patches.unflatten(1, (size[0] // self.patch, size[1] // self.patch))
+
+
+class LastKeys(ViTExtractor):
+    """Output of ``k_proj`` of the last layer of a ViT of transformers, heads side by side.
+
+    The short side is ``features.dino_input_size`` or ``features.mae_input_size``.
+    """
+
+    def __init__(self, model: torch.nn.Module, settings: Features) -> None:
+        short, config = getattr(settings, f"{self.name}_input_size"), model.config
+        super().__init__(self.name, model, settings, short, config.patch_size, config.hidden_size)
+        # The key projection reads the layer-normed stream (pre-norm), so its output needs no further care.
+        self.source = last_projection(model, "k_proj")
+
+
+class DinoExtractor(LastKeys):
+    """Of transformers' ``ViTModel``."""
+
+    name, title, load = "dino", "DINO", staticmethod(load_dino)
+
+    def run(self, pixels: torch.Tensor) -> None:
+        self.model(pixels, interpolate_pos_encoding=True)
+
+
+class MaeExtractor(LastKeys):
+    """Of transformers' ``ViTMAEModel``, no patch hidden. The paper's checkpoint, pre-trained at 448 pixels
+    ("long_seq_mae"), is published in a format of its own, which is not read."""
+
+    name, title, load = "mae", "MAE", staticmethod(load_mae)
+
+    def run(self, pixels: torch.Tensor) -> None:
+        """Patches are sorted by their "noise" even if none is hidden: rising noise keeps them row by row."""
+        count = pixels.shape[-2] // self.patch * (pixels.shape[-1] // self.patch)
+        noise = torch.arange(count, dtype=torch.float32, device=pixels.device).expand(len(pixels), -1)
+        self.model(pixels, noise=noise, interpolate_pos_encoding=True)
+
+
+class ClipExtractor(ViTExtractor):
+    """Of transformers' ``CLIPModel``. ``kind`` "keys": output of ``k_proj`` of layer ``features.clip_layer``; "tokens":
+    output of that whole layer.
+
+    The short side is ``features.clip_input_size``, the pixel statistics those of ``features.clip_normalisation``.
+    """
+
+    title, load = "CLIP", staticmethod(lambda profile: load_clip(profile)[0])
+
+    def __init__(self, model: torch.nn.Module, settings: Features, kind: str) -> None:
+        """Raises ``ProfileError`` for a layer the model does not have."""
+        patch, channels = model.config.vision_config.patch_size, model.config.vision_config.hidden_size
+        super().__init__(f"clip-{kind}", model, settings, settings.clip_input_size, patch, channels)
+        layer = clip_layer(model.vision_model.encoder.layers, settings)
+        self.source = {"keys": layer.self_attn.k_proj, "tokens": layer}[kind]  # the keys as in LastKeys
+        self.statistics = NORMALISATIONS[settings.clip_normalisation]
+
+    def run(self, pixels: torch.Tensor) -> None:
+        self.model.vision_model(pixel_values=pixels, interpolate_pos_encoding=True)
+
+
+def clip_layer(layers: torch.nn.ModuleList, settings: Features) -> torch.nn.Module:
+    """Layer ``features.clip_layer`` of CLIP's image tower. Raises ``ProfileError`` if there is none."""
+    if not -len(layers) <= settings.clip_layer < len(layers):
+        raise ProfileError(f"features.clip_layer is {settings.clip_layer}; CLIP has {len(layers)} layers, 0 to "
+                           f"{len(layers) - 1} or -1 to {-len(layers)} from the end.")
+    return layers[settings.clip_layer]

@@ -20,7 +20,7 @@ from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD
 from ovdiff_lib.networks.clip_text import TextEncoder, unit
-from ovdiff_lib.networks.instruments import undisturbed
+from ovdiff_lib.networks.instruments import normalised, undisturbed
 from ovdiff_lib.networks.loading import load_clip
 from ovdiff_lib.profiles.schema import Profile
 
@@ -83,11 +83,8 @@ class CategoryFilter:
     def embed_image(self, image: np.ndarray) -> torch.Tensor:
         """L2-normalised CLIP embedding f32 (E,), on the CPU, of an image u8 (H, W, 3)."""
         square = square_image(image, self.clip.config.vision_config.image_size, self.settings.category_crop)
-        mean, std = (torch.tensor(values, dtype=torch.float32, device="cpu") for values in (CLIP_MEAN, CLIP_STD))
-        pixels = ((torch.from_numpy(square).float() / 255 - mean) / std).permute(2, 0, 1)[None]
-        weight = self.clip.visual_projection.weight
-        features = self.clip.get_image_features(pixel_values=pixels.to(weight.device, weight.dtype)).pooler_output
-        return unit(features)[0]
+        pixels = normalised(square[None], self.clip.visual_projection.weight, (CLIP_MEAN, CLIP_STD))
+        return unit(self.clip.get_image_features(pixel_values=pixels).pooler_output)[0]
 
     def _judged(self, vocabulary: Vocabulary) -> list[int]:
         return [i for i, c in enumerate(vocabulary) if not (self.settings.category_keep_stuff and c.kind == "stuff")]

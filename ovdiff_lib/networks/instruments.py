@@ -7,9 +7,11 @@ import math
 import re
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ovdiff_lib.errors import OVDiffError
 
@@ -67,16 +69,33 @@ def batches(count: int, size: int) -> Iterator[tuple[int, int]]:
     return ((start, min(count, start + size)) for start in range(0, count, size))
 
 
-def gathered(run: Callable[[slice], torch.Tensor], shape: tuple[int, ...], size: int, title: str) -> torch.Tensor:
-    """Features f32 ``shape`` that ``run`` makes of slices of at most ``size`` images: those of one slice stay on the
-    device, where matching needs them; of several each goes to its place on the CPU, where a support set has room once.
-    ``OVDiffError``, which calls the network ``title``, unless all are finite."""
-    if 0 < shape[0] <= size:
-        features = run(slice(None)).float().contiguous()
+def normalised(images: np.ndarray, like: torch.Tensor, statistics: tuple[Sequence[float], Sequence[float]],
+               size: tuple[int, int] | None = None) -> torch.Tensor:
+    """Images u8 (n, H, W, 3) as pixels (n, 3, H, W), or resized (n, 3, *size): RGB in [0, 1] less the mean, over the
+    deviation, on the device and in the dtype of ``like``."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).to(like.device, torch.float32) / 255
+    if size is not None and pixels.shape[-2:] != tuple(size):
+        pixels = F.interpolate(pixels, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
+    mean, deviation = (pixels.new_tensor(values)[:, None, None] for values in statistics)
+    return ((pixels - mean) / deviation).to(like.dtype)
+
+
+def gathered(extract: Callable[[Sequence[np.ndarray], np.ndarray], torch.Tensor], images: Sequence[np.ndarray],
+             seeds: np.ndarray, shape: tuple[int, int, int], size: int, title: str) -> torch.Tensor:
+    """Features f32 (n, *shape) that ``extract(images, seeds)`` makes of images u8 (H, W, 3) and a seed each, at most
+    ``size`` at a time: those of one batch stay on the device, where matching needs them; of several each goes to its
+    place on the CPU, where a support set has room once. ``OVDiffError``, which calls the network ``title``, unless all
+    are finite."""
+    wrong = [i for i in images if i.ndim != 3 or i.shape[-1] != 3 or i.dtype != np.uint8]
+    if wrong or len(images) != len(seeds):
+        found = f"{wrong[0].dtype} {wrong[0].shape}" if wrong else f"{len(images)} images"
+        raise ValueError(f"expected u8 (H, W, 3) images and as many seeds, got {found} and {len(seeds)} seeds")
+    if 0 < len(images) <= size:
+        features = extract(images, seeds).float().contiguous()
     else:
-        features = torch.empty(shape)
-        for start, stop in batches(shape[0], size):
-            features[start:stop] = run(slice(start, stop))
+        features = torch.empty(len(images), *shape)
+        for start, stop in batches(len(images), size):
+            features[start:stop] = extract(images[start:stop], seeds[start:stop])
     # NaN and infinity show in the sum; looking at each value, many times as long, is left to sums that overflow.
     if not (features.sum().isfinite() or features.isfinite().all()):
         raise OVDiffError(f"{title} gave features that are not finite; use models.dtype float32 or check its weights.")

@@ -1,4 +1,4 @@
-"""The published weights that profiles name: licence, size, how to get them; and which files of a model are read."""
+"""The published weights that profiles name: licence, size, how to get them; and of which architecture each is."""
 
 from __future__ import annotations
 
@@ -57,37 +57,10 @@ def how_to_get(identifier: str) -> str:
     return f"hf download {identifier} {(known.options if known else HUB_SKIP)}".rstrip()
 
 
-def _weights(stem: str, pickled: str) -> tuple[str, ...]:
-    return f"{stem}.safetensors", f"{stem}.safetensors.index.json", pickled, f"{pickled}.index.json"
-
-
-_TRANSFORMER = (("config.json",), _weights("model", "pytorch_model.bin"))
-_DIFFUSER = _weights("diffusion_pytorch_model", "diffusion_pytorch_model.bin")
-_TOKENIZER = ("tokenizer.json", "vocab.json", "vocab.txt")
-
-FILES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "diffusion": (
-        ("model_index.json",), ("scheduler/scheduler_config.json",), tuple(f"tokenizer/{name}" for name in _TOKENIZER),
-        *((f"{part}/config.json",) for part in ("unet", "vae", "text_encoder")),
-        *(tuple(f"{part}/{name}" for name in _DIFFUSER) for part in ("unet", "vae")),
-        tuple(f"text_encoder/{name}" for name in _TRANSFORMER[1])),
-    **dict.fromkeys(("dino", "mae", "detector"), _TRANSFORMER),
-    **dict.fromkeys(("clip", "groupvit"), (*_TRANSFORMER, _TOKENIZER)),
-    "open_clip": (("open_clip_config.json",), ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")),
-    "sam": (*_TRANSFORMER, ("preprocessor_config.json",)),
-    "grounding": (*_TRANSFORMER, ("preprocessor_config.json",), _TOKENIZER),
-}
-"""Field of ``profile.models`` -> what a folder must hold: of each tuple one file."""
-
 MODEL_TYPES = {"clip": "clip", "dino": "vit", "mae": "vit_mae", "sam": "sam",
                "grounding": "grounding-dino", "groupvit": "groupvit"}
 """Field of ``profile.models`` -> ``model_type`` in that folder's config.json. Weights of another architecture often
 load, in part or in whole, and give features of something else."""
-
-
-def lacking(folder: Path, wanted: tuple[tuple[str, ...], ...]) -> list[str]:
-    """The first name of each tuple of which ``folder`` holds no file."""
-    return [names[0] for names in wanted if not any((folder / name).is_file() for name in names)]
 
 
 def published(source: str) -> Published | None:

@@ -14,8 +14,8 @@ from sentences import refused
 import ovdiff_lib
 from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
 from ovdiff_lib.features import EXTRACTORS, build_extractors
-from ovdiff_lib.features.clip import CLIP_MEAN, CLIP_STD
 from ovdiff_lib.features.diffusion import QUERY
+from ovdiff_lib.images import CLIP_MEAN, CLIP_STD
 from ovdiff_lib.networks.loading import load_clip, load_diffusion
 from ovdiff_lib.profiles.reading import load_profile
 

@@ -48,8 +48,7 @@ CHANGES = {  # written from what each module does, not from what it imports
     "support/sampler.py": ALL, "support/attribution.py": ALL, "networks/instruments.py": ALL, "networks/loading.py": ALL,
     "masks/select.py": BUILT, "masks/threshold.py": BUILT, "masks/segmenters/maskcut.py": BUILT, "masks/segmenters/refine.py": BUILT,
     "prototypes/build.py": EXTRACTORS, "prototypes/kmeans.py": EXTRACTORS,
-    "features/diffusion.py": SD, "features/vit.py": VITS, "features/clip.py": {*CLIP, "open-clip-keys"},
-    "features/self_supervised.py": {"dino", "mae"}, "features/open_clip.py": {"open-clip-keys"},
+    "features/diffusion.py": SD, "features/vit.py": VITS, "features/open_clip.py": {"open-clip-keys"},
     **dict.fromkeys(("masks/segmenters/detector.py", "masks/segmenters/sam.py", "features/__init__.py", "pipeline.py",
                      "filters/category.py", "matching/matcher.py", "explain.py", "errors.py", "profiles/schema.py",
                      "library/store.py", "cli/main.py"), NOTHING)}

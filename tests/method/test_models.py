@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 import sentences
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ovdiff_lib.errors import ModelNotAvailable, OVDiffError, ProfileError
 from ovdiff_lib.features.open_clip import OpenClipExtractor
-from ovdiff_lib.features.self_supervised import DinoExtractor
+from ovdiff_lib.features.vit import DinoExtractor
 from ovdiff_lib.masks.segmenters.maskcut import MaskCut
 from ovdiff_lib.networks import identity
 from ovdiff_lib.networks import loading as models
@@ -255,11 +256,15 @@ def test_captured_hands_out_outputs_may_stop_at_the_last_and_removes_its_hooks()
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_one_value_that_is_not_finite_is_found(value):
+    def gather(values, size):
+        images = np.zeros((len(values), 2, 4, 3), np.uint8)
+        return gathered(lambda _, seeds: values[seeds], images, np.arange(len(values)), values.shape[1:], size, "It")
+
     values = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
     for fine in (values, torch.full((4,), 3e38), torch.zeros(0)):  # a sum that overflows is no proof
-        assert torch.equal(gathered(lambda part, fine=fine: fine[part], fine.shape, 2, "It"), fine)
+        assert torch.equal(gather(fine, 2), fine)
     for place, wrong in (((1, 2, 3), value), ((2, 0, 0), -value)):
         values[place] = wrong
         for size in (2, 3):
             with pytest.raises(OVDiffError, match="It gave features that are not finite"):
-                gathered(lambda part: values[part], values.shape, size, "It")
+                gather(values, size)

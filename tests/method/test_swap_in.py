@@ -180,7 +180,7 @@ def test_entries_that_cannot_be_are_refused(profile, registered, monkeypatch, tm
 # ---- the code of a part is in the keys
 
 MODULE = """
-from ovdiff_lib.features.clip import ClipExtractor
+from ovdiff_lib.features.vit import ClipExtractor
 
 LEVEL = 1
 

@@ -14,9 +14,8 @@ from tiny import VIT, make_dino, make_mae, make_open_clip
 
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
 from ovdiff_lib.features import EXTRACTORS
-from ovdiff_lib.features.clip import ClipExtractor
 from ovdiff_lib.features.open_clip import OpenClipExtractor
-from ovdiff_lib.features.self_supervised import DinoExtractor, MaeExtractor
+from ovdiff_lib.features.vit import ClipExtractor, DinoExtractor, MaeExtractor
 from ovdiff_lib.networks.instruments import captured
 from ovdiff_lib.networks.loading import load_mae
 from ovdiff_lib.profiles.reading import load_profile

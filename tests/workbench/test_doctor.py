@@ -20,13 +20,13 @@ from ovdiff_lib.cli.main import main
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
 from ovdiff_lib.files import size_text
 from ovdiff_lib.networks import loading
-from ovdiff_lib.networks.published import FILES, PUBLISHED, how_to_get, published
+from ovdiff_lib.networks.published import PUBLISHED, how_to_get, published
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.registry import Part
 from ovdiff_lib.workbench import doctor
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.data.readers import MINI_DATA
-from ovdiff_lib.workbench.doctor import inspect, uses
+from ovdiff_lib.workbench.doctor import FILES, inspect, uses
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 CLIP = "openai/clip-vit-base-patch16"

@@ -15,7 +15,7 @@ from PIL import Image
 
 import ovdiff_lib
 from ovdiff_lib.categories import Vocabulary
-from ovdiff_lib.features.self_supervised import DinoExtractor
+from ovdiff_lib.features.vit import DinoExtractor
 from ovdiff_lib.filters.category import square_image
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD, read_image
 from ovdiff_lib.networks.loading import load_clip

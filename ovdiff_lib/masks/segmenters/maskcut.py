@@ -13,7 +13,7 @@ from PIL import Image
 from ovdiff_lib.errors import OVDiffError, ProfileError
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.masks.segmenters.refine import iou, refine, resize_mask
-from ovdiff_lib.networks.instruments import captured, undisturbed
+from ovdiff_lib.networks.instruments import captured, normalised, undisturbed
 from ovdiff_lib.networks.loading import last_projection, load_dino
 from ovdiff_lib.profiles.schema import Masks, Profile
 
@@ -59,10 +59,9 @@ class MaskCut:
     @undisturbed()
     def features(self, square: np.ndarray) -> np.ndarray:
         """The facet f32 (h, w, D) of an image u8 (side, side, 3), one a patch, heads side by side."""
-        pixels = torch.from_numpy(square).permute(2, 0, 1)[None].to(self.model.device, torch.float32) / 255
-        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        pixels = normalised(square[None], next(self.model.parameters()), (IMAGENET_MEAN, IMAGENET_STD))
         with captured({"facet": self.source}) as outputs:
-            self.model(((pixels - mean) / std).to(self.model.dtype), interpolate_pos_encoding=True)
+            self.model(pixels, interpolate_pos_encoding=True)
         facet = outputs["facet"][0, 1:].float()  # without the class token
         if not torch.isfinite(facet).all():
             raise OVDiffError("DINO gave features that are not finite; use models.dtype float32 or check its weights.")

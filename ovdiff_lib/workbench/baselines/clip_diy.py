@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.errors import ProfileError
-from ovdiff_lib.features.self_supervised import DinoExtractor
+from ovdiff_lib.features.vit import DinoExtractor
 from ovdiff_lib.networks.instruments import captured, undisturbed
 from ovdiff_lib.networks.loading import last_projection
 from ovdiff_lib.profiles.schema import Baselines, Profile

@@ -14,7 +14,7 @@ from torch import Tensor
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD, resize_short_side
 from ovdiff_lib.matching.windows import crop, scales
-from ovdiff_lib.networks.instruments import batches, undisturbed
+from ovdiff_lib.networks.instruments import batches, normalised, undisturbed
 from ovdiff_lib.networks.loading import load_clip
 from ovdiff_lib.profiles.schema import Matching, Profile
 from ovdiff_lib.support.attribution import fill_template
@@ -109,20 +109,10 @@ class TextEmbeddings:
         return self._known[prompts]
 
 
-def normalised_pixels(model: Any, images: np.ndarray, size: Sequence[int] | None = None,
-                      statistics: tuple[Sequence[float], Sequence[float]] = (CLIP_MEAN, CLIP_STD)) -> Tensor:
-    """Images u8 (n, H, W, 3) as a model's pixels (n, 3, H, W), or resized (n, 3, *size), on its device."""
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
-    if size is not None and tuple(size) != images.shape[1:3]:
-        pixels = F.interpolate(pixels, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
-    mean, std = (torch.tensor(values, dtype=torch.float32, device="cpu")[:, None, None] for values in statistics)
-    return ((pixels - mean) / std).to(model.device, model.dtype)
-
-
 @undisturbed()
 def embed_images(clip: Any, images: np.ndarray) -> Tensor:
     """Image embeddings f32 (n, D) on the CPU, unit length, of squares u8 (n, S, S, 3) of CLIP's own input size."""
-    pixels = normalised_pixels(clip, images)
+    pixels = normalised(images, clip.visual_projection.weight, (CLIP_MEAN, CLIP_STD))
     return F.normalize(clip.get_image_features(pixel_values=pixels).pooler_output.float().cpu(), dim=-1)
 
 

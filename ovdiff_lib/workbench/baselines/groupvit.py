@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
-from ovdiff_lib.networks.instruments import undisturbed
+from ovdiff_lib.networks.instruments import normalised, undisturbed
 from ovdiff_lib.networks.loading import load_transformers
 from ovdiff_lib.profiles.schema import Matching, Profile
-from ovdiff_lib.workbench.baselines.common import TextEmbeddings, Windowed, normalised_pixels, resize_maps
+from ovdiff_lib.workbench.baselines.common import TextEmbeddings, Windowed, resize_maps
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer, GroupViTModel
@@ -59,7 +59,7 @@ class GroupViT(Windowed):
         model, vision = self.model, self.model.vision_model
         patches = vision.embeddings.patch_embeddings
         # Trained with ImageNet's statistics, though its texts are CLIP's.
-        pixels = normalised_pixels(model, images, patches.image_size, (IMAGENET_MEAN, IMAGENET_STD))
+        pixels = normalised(images, patches.projection.weight, (IMAGENET_MEAN, IMAGENET_STD), patches.image_size)
         out = vision(pixels, output_attentions=True, return_dict=True)
         # Of a GroupViT these "attentions" are the soft assignments of the grouping stages, (n, groups, those before).
         assigned, *later = (stage.float() for stage in out.attentions)

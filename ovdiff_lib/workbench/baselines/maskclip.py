@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovdiff_lib.categories import Vocabulary
-from ovdiff_lib.networks.instruments import undisturbed
+from ovdiff_lib.images import CLIP_MEAN, CLIP_STD
+from ovdiff_lib.networks.instruments import normalised, undisturbed
 from ovdiff_lib.profiles.schema import Matching, Profile
-from ovdiff_lib.workbench.baselines.common import TextEmbeddings, Windowed, normalised_pixels
+from ovdiff_lib.workbench.baselines.common import TextEmbeddings, Windowed
 
 
 class MaskCLIP(Windowed):
@@ -38,7 +39,8 @@ class MaskCLIP(Windowed):
         vision = self.clip.vision_model
         patch = vision.config.patch_size
         grid = [math.ceil(side * self.scale / patch) for side in images.shape[1:3]]
-        pixels = normalised_pixels(self.clip, images, (grid[0] * patch, grid[1] * patch))
+        size, weight = (grid[0] * patch, grid[1] * patch), self.clip.visual_projection.weight
+        pixels = normalised(images, weight, (CLIP_MEAN, CLIP_STD), size)
         x = vision.pre_layrnorm(vision.embeddings(pixels, interpolate_pos_encoding=True))
         *blocks, last = vision.encoder.layers
         for block in blocks:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovdiff_lib.categories import Vocabulary
-from ovdiff_lib.features.self_supervised import DinoExtractor
+from ovdiff_lib.features.vit import DinoExtractor
 from ovdiff_lib.library.store import default_root
 from ovdiff_lib.networks.identity import model_identity
 from ovdiff_lib.networks.instruments import undisturbed

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.errors import ProfileError
-from ovdiff_lib.images import resize_short_side
+from ovdiff_lib.images import CLIP_MEAN, CLIP_STD, resize_short_side
 from ovdiff_lib.masks import SEGMENTERS, Segmenter, ThresholdOnly, build_segmenter
-from ovdiff_lib.networks.instruments import undisturbed
+from ovdiff_lib.networks.instruments import normalised, undisturbed
 from ovdiff_lib.profiles.schema import Matching, Profile
-from ovdiff_lib.workbench.baselines.common import Baseline, TextEmbeddings, normalised_pixels
+from ovdiff_lib.workbench.baselines.common import Baseline, TextEmbeddings
 
 
 class ClipSegmenter(Baseline):
@@ -76,7 +76,8 @@ class ClipSegmenter(Baseline):
         patch = vision.config.patch_size
         resized = resize_short_side(image, self.matching.short_side, self.matching.resample, self.matching.long_side)
         grid = [-(-side // patch) for side in resized.shape[:2]]
-        pixels = normalised_pixels(self.clip, resized[None], (grid[0] * patch, grid[1] * patch))
+        size, weight = (grid[0] * patch, grid[1] * patch), self.clip.visual_projection.weight
+        pixels = normalised(resized[None], weight, (CLIP_MEAN, CLIP_STD), size)
         states = vision(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state[0, 1:]
         return self.clip.visual_projection(vision.post_layernorm(states)).float().cpu().unflatten(0, tuple(grid))
 
