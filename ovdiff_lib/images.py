@@ -1,8 +1,7 @@
-"""Reading, resizing and writing images: any file a user may have becomes u8 RGB (H, W, 3), or one clear sentence."""
+"""Reading and resizing images: any file a user may have becomes u8 RGB (H, W, 3), or one clear sentence."""
 
 from __future__ import annotations
 
-import io
 import textwrap
 import warnings
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.files import shown, write_atomic
+from ovdiff_lib.files import shown
 
 MAX_PIXELS = 100_000_000
 """Largest image that is read, in pixels."""
@@ -104,16 +103,3 @@ def resize_short_side(image: np.ndarray, short: int, resample: str = "bilinear",
         return image
     new_height, new_width = (max(1, int(side * scale + 0.5)) for side in (height, width))
     return np.array(Image.fromarray(image).resize((new_width, new_height), Image.Resampling[resample.upper()]))
-
-
-def save_label_png(path: str | Path, labels: np.ndarray, colours: np.ndarray) -> None:
-    """Write labels (H, W) in [0, n) as a PNG whose pixel values are the labels: with a palette of their ``colours`` u8
-    (n, 3) up to 256 classes, else 16-bit grey. ``InputError`` if it cannot be written or there are too many classes."""
-    if len(colours) > 65536:
-        raise InputError(f"A PNG holds labels of 65,536 classes, background included, and these are {len(colours)}.")
-    image = Image.fromarray(labels.astype(np.uint16 if len(colours) > 256 else np.uint8))
-    if len(colours) <= 256:
-        image.putpalette(np.ascontiguousarray(colours, np.uint8).tobytes())
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    write_atomic(path, buffer.getvalue())

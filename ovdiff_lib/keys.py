@@ -13,12 +13,12 @@ from typing import Any
 
 from ovdiff_lib.code import NAME, code_digest, parsed
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
-from ovdiff_lib.features import EXTRACTORS, check_extractors
+from ovdiff_lib.features import EXTRACTORS
 from ovdiff_lib.library.codec import identify
-from ovdiff_lib.masks import COMMON_SETTINGS, SEGMENTERS, check_segmenter
+from ovdiff_lib.masks import COMMON_SETTINGS, SEGMENTERS
 from ovdiff_lib.networks.identity import model_identity, resolve_model
 from ovdiff_lib.profiles.schema import UNUSED_BY_THE_METHOD, Profile, of_extractor
-from ovdiff_lib.registry import NOT_MODELS, Part, check_choice, chosen_settings
+from ovdiff_lib.registry import NOT_MODELS, Part, chosen_part, chosen_settings
 
 STEPS = {"support": (f"{NAME}.support.sampler", f"{NAME}.networks.loading"), "masks": (f"{NAME}.masks.select",),
          "prototypes": (f"{NAME}.prototypes.build",)}
@@ -32,21 +32,20 @@ def check_profile(profile: Profile) -> None:
     """Before any work: ``ProfileError`` for a part that no registry has, a threshold that lacks an extractor and a
     background that nothing scores, ``ModelNotAvailable`` for a missing folder of a model that some step loads. Loads no
     model."""
-    check_extractors(profile)
-    check_segmenter(profile)
+    parts = [(chosen_part("features.extractors", name, EXTRACTORS), "features") for name in profile.features.extractors]
+    parts += [(chosen_part("masks.segmenter", profile.masks.segmenter, SEGMENTERS), "masks")]
     thresholds = {"filters.stuff_threshold": profile.filters.stuff_threshold,
                   "matching.background_threshold": profile.matching.background_threshold}
     for field, value in thresholds.items():
         for name in value if isinstance(value, dict) else ():
-            check_choice(field, name, EXTRACTORS)
+            chosen_part(field, name, EXTRACTORS)
         for name in profile.features.extractors:
             of_extractor(field, value, name)
     if not profile.prototypes.background and profile.matching.background_threshold is None:
         raise ProfileError("prototypes.background is false and nothing else scores the background; set it to true, or "
                            "matching.background_threshold (0.72 in the paper).")
     models = {"clip": profile.models.clip} if profile.filters.category else {}
-    parts = [(EXTRACTORS[name], "features") for name in profile.features.extractors]
-    for part, section in [*parts, (SEGMENTERS[profile.masks.segmenter], "masks")]:
+    for part, section in parts:
         models |= part.depends_on(profile, section)[0] if part.models else {}
     for source in filter(None, models.values()):  # of an empty field the part itself says what it is for
         resolve_model(source)

@@ -118,11 +118,7 @@ class OVDiff:
     # ------------------------------------------------------------------ step 3: image and prototypes to labels
     def segment(self, image: Any, classes: Classes) -> Segmentation:
         """Label every pixel of an image (a path, PIL image or array) with a class or background (Sec. 3.4, Eq. 4)."""
-        image, bank = read_image(image), self._bank(classes)
-        kept, probabilities = self._keep(image, bank.vocabulary)
-        matched = bank.restrict(kept)
-        scores, winner = self.matcher.scores(image, matched)  # (1 + kept, H, W): background first
-        return Segmentation(image, _labels(scores, kept), scores, winner, bank.vocabulary, kept, probabilities, matched)
+        return next(self.segment_many([read_image(image)], classes))  # a broken one is told of before classes are built
 
     def segment_many(self, images: Iterable[Any], classes: Classes, together: int = 8) -> Iterator[Segmentation]:
         """:meth:`segment` of each image, in order, up to rounding; windows of ``together`` images share the networks'
@@ -131,9 +127,11 @@ class OVDiff:
         while chosen := [read_image(image) for image in itertools.islice(waiting, max(1, together))]:
             found = [self._keep(image, bank.vocabulary) for image in chosen]
             matched = [bank.restrict(kept) for kept, _ in found]
-            scored = self.matcher.scores_many(list(zip(chosen, matched, strict=True)))
+            scored = self.matcher.scores(list(zip(chosen, matched, strict=True)))  # (1 + kept, H, W): background first
             for image, (kept, chances), own, (scores, winner) in zip(chosen, found, matched, scored, strict=True):
-                yield Segmentation(image, _labels(scores, kept), scores, winner, bank.vocabulary, kept, chances, own)
+                # Eq. 4: a pixel is of the class with its highest score; 1 + c is category c of the vocabulary.
+                labels = np.array([0, *(1 + c for c in kept)], np.int32)[scores.argmax(0)]
+                yield Segmentation(image, labels, scores, winner, bank.vocabulary, kept, chances, own)
 
     def _bank(self, classes: Classes) -> PrototypeBank:
         """The prototypes to match with: built if they are words, then through the "stuff" filter."""
@@ -155,8 +153,3 @@ class OVDiff:
     # One bank segments many images.
     stuff_filter = cached_property(lambda self: lru_cache(1)(lambda bank: filter_stuff(bank, self.profile.filters)))
     matcher = cached_property(lambda self: Matcher(self.extractors, self.profile))
-
-
-def _labels(scores: np.ndarray, kept: tuple[int, ...]) -> np.ndarray:
-    """Eq. 4: a pixel is of the class with its highest score; 0 is background, 1 + c is category c of the vocabulary."""
-    return np.array([0, *(1 + c for c in kept)], np.int32)[scores.argmax(0)]

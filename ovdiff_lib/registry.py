@@ -72,13 +72,14 @@ def _chosen(table: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return chosen
 
 
-def check_choice(field: str, name: str, registry: dict[str, Part]) -> None:
-    """``ProfileError`` unless ``name``, the value of a profile's ``field``, is a part in ``registry``."""
+def chosen_part(field: str, name: str, registry: dict[str, Part]) -> Part:
+    """The part in ``registry`` that a profile's ``field`` calls ``name``. ``ProfileError`` if none, or no ``Part``."""
     if name not in registry:
         raise ProfileError(f"{field} names {name!r}; {legal(name, registry)}")
     if not isinstance(part := registry[name], Part):
         shown = getattr(part, "__name__", None) or type(part).__name__
         raise ProfileError(f"{field} names {name!r}, which is {shown} and not a Part; register Part({shown}).")
+    return part
 
 
 def _defined(build: Any) -> tuple[str, str]:

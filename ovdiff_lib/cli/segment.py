@@ -12,12 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from ovdiff_lib.cli.options import ENGINE, argument, build_with, classes, engine_of, ovdiff_of, takes, vocabulary_of
 from ovdiff_lib.errors import InputError, counted
 from ovdiff_lib.files import check_output, shown, write_atomic, write_json
-from ovdiff_lib.images import list_images, read_image, save_label_png
+from ovdiff_lib.images import list_images, read_image
 from ovdiff_lib.overlay import colours_of
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.segmentation import Segmentation
@@ -84,10 +85,8 @@ def write_segmentation(result: Segmentation, folder: str | Path, stem: str, prof
     """Write ``stem_labels.png``, ``stem_overlay.png`` and ``stem.json`` into ``folder``; returns the three paths."""
     labels, overlay, table = paths = [Path(folder, f"{stem}{end}") for end in ("_labels.png", "_overlay.png", ".json")]
     colours, kept = colours_of(result.class_names), [0, *(k + 1 for k in result.kept)]
-    save_label_png(labels, result.labels, colours)
-    buffer = io.BytesIO()
-    result.overlay().save(buffer, "PNG")
-    write_atomic(overlay, buffer.getvalue())
+    write_png(labels, label_image(result.labels, colours))
+    write_png(overlay, result.overlay())
     rows = []
     for index, name in enumerate(result.class_names):
         inside = result.labels == index
@@ -100,3 +99,20 @@ def write_segmentation(result: Segmentation, folder: str | Path, stem: str, prof
     write_json(table, {"image": image, "size": list(result.labels.shape), "classes": rows, "profile": profile.name,
                        "settings": profile.digest(), "version": version("ovdiff-lib")})
     return paths
+
+
+def label_image(labels: np.ndarray, colours: np.ndarray) -> Image.Image:
+    """An image whose pixel values are labels (H, W) in [0, n): with a palette of their ``colours`` u8 (n, 3) up to 256
+    classes, else 16-bit grey. ``InputError`` for more classes than a PNG holds."""
+    if len(colours) > 65536:
+        raise InputError(f"A PNG holds labels of 65,536 classes, background included, and these are {len(colours)}.")
+    image = Image.fromarray(labels.astype(np.uint16 if len(colours) > 256 else np.uint8))
+    if len(colours) <= 256:
+        image.putpalette(np.ascontiguousarray(colours, np.uint8).tobytes())
+    return image
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    write_atomic(path, buffer.getvalue())

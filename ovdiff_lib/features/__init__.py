@@ -19,7 +19,7 @@ from ovdiff_lib.features.open_clip import OpenClipExtractor
 from ovdiff_lib.features.vit import ClipExtractor, DinoExtractor, MaeExtractor
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.profiles.schema import Profile
-from ovdiff_lib.registry import Part, check_choice
+from ovdiff_lib.registry import Part, chosen_part
 
 
 class Extractor(Protocol):
@@ -47,14 +47,8 @@ EXTRACTORS: dict[str, Part] = {
 """Name -> how the extractor is built and what its features depend on."""
 
 
-def check_extractors(profile: Profile) -> None:
-    """``ProfileError`` for the first of ``features.extractors`` that is no ``Part`` in :data:`EXTRACTORS`."""
-    for name in profile.features.extractors:
-        check_choice("features.extractors", name, EXTRACTORS)
-
-
 @undisturbed()
 def build_extractors(profile: Profile) -> dict[str, Extractor]:
     """The extractors of ``features.extractors`` by name, in order. ``ProfileError``, ``ModelNotAvailable``."""
-    check_extractors(profile)
-    return {name: EXTRACTORS[name](profile) for name in profile.features.extractors}
+    parts = {name: chosen_part("features.extractors", name, EXTRACTORS) for name in profile.features.extractors}
+    return {name: part(profile) for name, part in parts.items()}

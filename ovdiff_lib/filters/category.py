@@ -46,18 +46,22 @@ class CategoryFilter:
 
     @undisturbed()
     def __call__(self, image: np.ndarray, vocabulary: Vocabulary) -> tuple[tuple[int, ...], np.ndarray]:
-        """Indices of the kept categories in vocabulary order (never empty), and the class probabilities f32 (C,).
+        """Indices of the kept categories in vocabulary order (never empty), and the class probabilities f32 (C,):
+        softmax of logit scale x cosine over the vocabulary.
 
         ``image`` is u8 (H, W, 3). Categories above 1/C stay, at most ``category_top``; of their subsets the one whose
         joined prompt is most like the image is kept. With ``category_keep_stuff`` things alone are judged, and stuff
         stays, with probability 1. Raises ``InputError`` for a name that is too long for CLIP.
         """
-        embedding = self.embed_image(image)
-        probabilities = self._probabilities(embedding, vocabulary)
-        judged = self._judged(vocabulary)
-        always = set(range(len(vocabulary))).difference(judged)
+        always = {i for i, c in enumerate(vocabulary) if self.settings.category_keep_stuff and c.kind == "stuff"}
+        judged = [i for i in range(len(vocabulary)) if i not in always]
+        probabilities = np.ones(len(vocabulary), dtype=np.float32)
         if not judged:
             return tuple(sorted(always)), probabilities
+        embedding, scale = self.embed_image(image), self.settings.category_logit_scale
+        cosine = self._names(vocabulary)[judged] @ embedding.double()
+        scale = float(self.clip.logit_scale.detach().exp()) if scale is None else scale
+        probabilities[judged] = torch.softmax(scale * cosine, 0).numpy()
         order = sorted(judged, key=lambda i: (-probabilities[i], i))
         # The slack is for rounding: equal probabilities are each exactly 1/C, and one class alone has probability 1.
         bar = (1 - 1e-5) / len(judged)
@@ -74,28 +78,11 @@ class CategoryFilter:
         return tuple(sorted(always.union(best))), probabilities
 
     @undisturbed()
-    def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-        """Class probabilities f32 (C,) of an image u8 (H, W, 3): softmax of logit scale x cosine over the
-        vocabulary."""
-        return self._probabilities(self.embed_image(image), vocabulary)
-
-    @undisturbed()
     def embed_image(self, image: np.ndarray) -> torch.Tensor:
         """L2-normalised CLIP embedding f32 (E,), on the CPU, of an image u8 (H, W, 3)."""
         square = square_image(image, self.clip.config.vision_config.image_size, self.settings.category_crop)
         pixels = normalised(square[None], self.clip.visual_projection.weight, (CLIP_MEAN, CLIP_STD))
         return unit(self.clip.get_image_features(pixel_values=pixels).pooler_output)[0]
-
-    def _judged(self, vocabulary: Vocabulary) -> list[int]:
-        return [i for i, c in enumerate(vocabulary) if not (self.settings.category_keep_stuff and c.kind == "stuff")]
-
-    def _probabilities(self, embedding: torch.Tensor, vocabulary: Vocabulary) -> np.ndarray:
-        judged, scale = self._judged(vocabulary), self.settings.category_logit_scale
-        cosine = self._names(vocabulary)[judged] @ embedding.double()
-        scale = float(self.clip.logit_scale.detach().exp()) if scale is None else scale
-        probabilities = np.ones(len(vocabulary), dtype=np.float32)
-        probabilities[judged] = torch.softmax(scale * cosine, 0).numpy()
-        return probabilities
 
     def _names_of(self, vocabulary: Vocabulary) -> torch.Tensor:
         """Embeddings f64 (C, E) of the single names."""

@@ -19,7 +19,7 @@ from ovdiff_lib.masks.segmenters.sam import GroundedSam, SegmentAnything
 from ovdiff_lib.masks.threshold import ThresholdOnly
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.profiles.schema import Profile
-from ovdiff_lib.registry import Part, check_choice
+from ovdiff_lib.registry import Part, chosen_part
 
 
 class Segmenter(Protocol):
@@ -54,13 +54,7 @@ COMMON_SETTINGS = ("segmenter", "threshold_", "background_below", "erosion", "ov
 """Fields of ``profile.masks`` that matter with any segmenter."""
 
 
-def check_segmenter(profile: Profile) -> None:
-    """``ProfileError`` unless ``masks.segmenter`` names a ``Part`` in :data:`SEGMENTERS`."""
-    check_choice("masks.segmenter", profile.masks.segmenter, SEGMENTERS)
-
-
 @undisturbed()
 def build_segmenter(profile: Profile) -> Segmenter:
     """The segmenter that ``profile.masks.segmenter`` names. Raises ``ProfileError`` and ``ModelNotAvailable``."""
-    check_segmenter(profile)
-    return SEGMENTERS[profile.masks.segmenter](profile)
+    return chosen_part("masks.segmenter", profile.masks.segmenter, SEGMENTERS)(profile)

@@ -77,8 +77,10 @@ class Matcher:
         self.extractors, self.profile, self.settings = extractors, profile, profile.matching
         self.device = resolve_device(profile)
 
-    def scores(self, image: np.ndarray, bank: PrototypeBank) -> tuple[np.ndarray, np.ndarray]:
-        """Scores f32 (C + 1, H, W) of an image u8 (H, W, 3) against C categories, and what decided each pixel.
+    @undisturbed("matching.batch_size")
+    def scores(self, pairs: Sequence[tuple[np.ndarray, PrototypeBank]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Of each image u8 (H, W, 3) with a bank of C categories the scores f32 (C + 1, H, W), and what decided each
+        pixel; windows of all images share batches, and memory.
 
         Class 0 is background, by the background prototypes of all categories; without any it scores the mean of the
         extractors' constants ``matching.background_threshold``, or -inf. Where no score exceeds
@@ -87,11 +89,6 @@ class Matcher:
         What decided is a (category, row) of the first extractor's prototypes in the bank, i32 (2, H, W): of the winning
         class the one with the highest cosine in any window over the pixel; -1 where a constant decided.
         """
-        return next(self.scores_many([(image, bank)]))
-
-    @undisturbed("matching.batch_size")
-    def scores_many(self, pairs: Sequence[tuple[np.ndarray, PrototypeBank]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """:meth:`scores` of each image against its own bank; windows of all of them share batches, and memory."""
         images = [self._open(image, bank) for image, bank in pairs]
         windows = [window for opened in images for window in opened.windows]
         # Extractors that take one size at a time get whole batches of it; the others do not mind.

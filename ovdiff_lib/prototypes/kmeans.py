@@ -63,12 +63,6 @@ def kmeans(x: torch.Tensor | np.ndarray, k: int, seed: int = 0,
     return centroids + mean, assignment
 
 
-def inertia(x: torch.Tensor, centroids: torch.Tensor, assignment: torch.Tensor) -> float:
-    """Sum of squared distances of the points (M, D) to the centroids they are assigned to."""
-    return sum(float((points - centroids[index]).square().sum(dtype=torch.float64))
-               for points, index in zip(_blocks(x), assignment.split(_rows(x)), strict=True))
-
-
 def _rows(x: torch.Tensor) -> int:
     return max(1, BLOCK // x.shape[1])
 

@@ -103,7 +103,7 @@ def proposal_recall(segmenter: Segmenter, split: str) -> float:
 def recognised(profile: Profile, pictures: dict[str, Sequence[np.ndarray]]) -> dict[str, list[bool]]:
     """For each noun, of which of its pictures the profile's CLIP ranks it first among all of them."""
     judge, vocabulary = CategoryFilter.build(profile), Vocabulary.of(list(pictures))
-    return {noun: [int(judge.scores(image, vocabulary).argmax()) == number for image in images]
+    return {noun: [int(judge(image, vocabulary)[1].argmax()) == number for image in images]
             for number, (noun, images) in enumerate(pictures.items())}
 
 

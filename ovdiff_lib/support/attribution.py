@@ -50,11 +50,6 @@ def class_token_positions(tokenizer: CLIPTokenizer, template: str, name: str) ->
     return positions
 
 
-def is_guided(unet: torch.nn.Module, guidance_scale: float) -> bool:
-    """Whether StableDiffusionPipeline doubles its batches: not for a UNet that was distilled to be told the scale."""
-    return guidance_scale > 1 and unet.config.time_cond_proj_dim is None
-
-
 @contextlib.contextmanager
 def record_attribution(unet: torch.nn.Module, token_positions: list[int], size: tuple[int, int],
                        mid_block: bool = False, guided: bool = True) -> Iterator[AttributionRecorder]:

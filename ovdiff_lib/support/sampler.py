@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ovdiff_lib.categories import Category
 from ovdiff_lib.errors import OVDiffError, ProfileError
 from ovdiff_lib.networks.instruments import batches, undisturbed
-from ovdiff_lib.support.attribution import class_token_positions, fill_template, is_guided, record_attribution
+from ovdiff_lib.support.attribution import class_token_positions, fill_template, record_attribution
 from ovdiff_lib.types import SupportSet
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def sample_support(pipe: StableDiffusionPipeline, category: Category, profile: P
         raise ProfileError(f"support.image_size is {size}; it must be a positive multiple of {multiple}.")
     prompt = fill_template(settings.prompt, category.prompt)
     positions = class_token_positions(pipe.tokenizer, settings.prompt, category.prompt)
-    guided = is_guided(pipe.unet, settings.guidance_scale)
+    # Whether the pipeline doubles its batches: not for a UNet that was distilled to be told the scale.
+    guided = settings.guidance_scale > 1 and pipe.unet.config.time_cond_proj_dim is None
     side = size // pipe.vae_scale_factor
     seeds = np.array([image_seed(settings.seed, prompt, i) for i in range(start, start + count)], dtype=np.int64)
     positive, negative = pipe.encode_prompt(prompt, pipe.device, 1, guided, settings.negative_prompt)

@@ -21,17 +21,17 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ovdiff_lib.errors import InputError, ModelNotAvailable, ProfileError
-from ovdiff_lib.features import EXTRACTORS, check_extractors
+from ovdiff_lib.features import EXTRACTORS
 from ovdiff_lib.files import size_text
 from ovdiff_lib.filters.stuff import filter_stuff
 from ovdiff_lib.keys import check_profile, for_words, made_from
 from ovdiff_lib.library.store import Library
-from ovdiff_lib.masks import SEGMENTERS, check_segmenter
+from ovdiff_lib.masks import SEGMENTERS
 from ovdiff_lib.networks.identity import PACKAGE, resolve_model
 from ovdiff_lib.networks.loading import check_libraries, resolve_device, wrong_type
 from ovdiff_lib.networks.published import MODEL_TYPES, how_to_get, published
 from ovdiff_lib.profiles.schema import Profile
-from ovdiff_lib.registry import NOT_MODELS
+from ovdiff_lib.registry import NOT_MODELS, chosen_part
 from ovdiff_lib.types import PrototypeBank
 from ovdiff_lib.workbench.data.datasets import DATASETS, load_dataset
 
@@ -126,11 +126,11 @@ def inspect(profile: Profile, data: list[str] | None = None, library: Path | Non
 
 def uses(profile: Profile) -> dict[str, list[str]]:
     """Field of ``profile.models`` -> the parts that declare to load it. Raises ``ProfileError`` for an unknown part."""
-    check_extractors(profile)
-    check_segmenter(profile)
     segmenter, parts = profile.masks.segmenter, {"support images": ["diffusion"]}
-    named = {f"extractor {name}": (EXTRACTORS[name], "features") for name in profile.features.extractors}
-    for label, (part, section) in {**named, f"segmenter {segmenter}": (SEGMENTERS[segmenter], "masks")}.items():
+    named = {f"extractor {name}": (chosen_part("features.extractors", name, EXTRACTORS), "features")
+             for name in profile.features.extractors}
+    named[f"segmenter {segmenter}"] = chosen_part("masks.segmenter", segmenter, SEGMENTERS), "masks"
+    for label, (part, section) in named.items():
         models, _ = part.depends_on(profile, section)  # a declaration of what no profile has is an error
         parts[label] = [] if part.models is None else list(models)  # of a part that declares nothing nothing is known
     if profile.filters.category:

@@ -74,9 +74,9 @@ def test_labels_and_the_filter_in_half_precision(images, dtype):
     for d in ("float32", dtype):
         chosen = profile(d)
         matcher = Matcher({"sd": EXTRACTORS["sd"](chosen)}, chosen)
-        labels[d] = [matcher.scores(image, bank)[0].argmax(0) for image in images]
+        labels[d] = [scores.argmax(0) for scores, _ in matcher.scores([(image, bank) for image in images])]
         judge = CategoryFilter(*load_clip(chosen), chosen)
-        kept[d] = [judge.scores(image, load_dataset("mini-voc").vocabulary) for image in images]
+        kept[d] = [judge(image, load_dataset("mini-voc").vocabulary)[1] for image in images]
     agreement = np.mean([(a == b).mean() for a, b in zip(labels["float32"], labels[dtype], strict=True)])
     assert agreement > 0.97
     for plain, half in zip(kept["float32"], kept[dtype], strict=True):

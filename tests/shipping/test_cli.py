@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sentences import assigned
+from sentences import assigned, refused
 from test_engines import small_dataset
 from tiny import tiny_overrides
 
 import ovdiff_lib.pipeline as pipeline
 from ovdiff_lib.cli.main import COMMANDS, main
-from ovdiff_lib.errors import OVDiffError
+from ovdiff_lib.cli.segment import label_image, write_png
+from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.workbench import reproduce as runner
 from ovdiff_lib.workbench.data import datasets
@@ -58,6 +59,23 @@ def files(folder: Path) -> list[str]:
 
 def outputs(*stems: str) -> list[str]:
     return sorted(f"{stem}{end}" for stem in stems for end in (".json", "_labels.png", "_overlay.png"))
+
+
+@pytest.mark.parametrize(("n", "mode"), [(1, "P"), (21, "P"), (256, "P"), (257, "I;16"), (2001, "I;16")])
+def test_label_png_holds_the_labels(tmp_path, n, mode):
+    labels = np.random.default_rng(0).integers(0, n, (9, 13))
+    labels[0, 0] = n - 1
+    colours = np.random.default_rng(1).integers(0, 256, (n, 3), dtype=np.uint8)
+    write_png(tmp_path / "l.png", label_image(labels, colours))
+    with Image.open(tmp_path / "l.png") as image:
+        assert image.mode == mode and (np.asarray(image) == labels).all()
+        if mode == "P":
+            assert (np.asarray(image.convert("RGB")) == colours[labels]).all()
+
+
+def test_labels_of_too_many_classes_are_refused():
+    with refused(InputError, "65,536"):
+        label_image(np.zeros((2, 3), int), np.zeros((65_537, 3)))
 
 
 def test_one_image(images, tiny, tmp_path, capsys):

@@ -16,7 +16,7 @@ from ovdiff_lib.networks.clip_text import TextEncoder
 from ovdiff_lib.networks.loading import load_clip
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.prototypes.build import build_prototypes
-from ovdiff_lib.prototypes.kmeans import inertia, kmeans
+from ovdiff_lib.prototypes.kmeans import kmeans
 from ovdiff_lib.support.sampler import sample_support
 from ovdiff_lib.types import PrototypeBank
 from ovdiff_lib.workbench.cost import architectures, plain
@@ -104,6 +104,12 @@ def clusters(session: Session, full: bool = False) -> list[Ratio]:
                   f"k-means of {len(points):,} x {points.shape[1]:,} points in {k} clusters",
                   f'sklearn.cluster.KMeans({k}, n_init="auto")', *sides, 0.1 if full else None,
                   Check("share of mean inertia above the alternative's", float(worse), 0.01))]
+
+
+def inertia(points: torch.Tensor, centroids: torch.Tensor, assignment: torch.Tensor) -> float:
+    """Sum of squared distances of the points (M, D) to the centroids they are assigned to."""
+    parts = zip(points.split(4096), assignment.split(4096), strict=True)  # not all differences at a time
+    return sum(float((part - centroids[index]).square().sum(dtype=torch.float64)) for part, index in parts)
 
 
 def overlapping_points(count: int, channels: int) -> np.ndarray:

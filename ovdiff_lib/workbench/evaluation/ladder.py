@@ -158,7 +158,7 @@ def _matched(matcher: Matcher, sample: Sample, bank: Callable[[list[int]], Proto
     shown = shown_labels(sample)
     if not shown:
         return np.zeros(sample.labels.shape, np.int64)
-    scores, _ = matcher.scores(sample.image, bank(shown))
+    scores, _ = next(matcher.scores([(sample.image, bank(shown))]))
     return np.array([0, *shown])[scores.argmax(0) if dataset.has_background else foreground_labels(scores)]
 
 

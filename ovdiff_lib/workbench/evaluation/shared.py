@@ -14,12 +14,12 @@ import numpy as np
 from cachetools import LRUCache, cached
 
 from ovdiff_lib import keys
-from ovdiff_lib.features import EXTRACTORS, check_extractors
+from ovdiff_lib.features import EXTRACTORS
 from ovdiff_lib.filters.category import CategoryFilter
-from ovdiff_lib.masks import SEGMENTERS, check_segmenter
+from ovdiff_lib.masks import SEGMENTERS
 from ovdiff_lib.masks.select import proposals
 from ovdiff_lib.profiles.schema import Profile
-from ovdiff_lib.registry import NOT_MODELS
+from ovdiff_lib.registry import NOT_MODELS, chosen_part
 
 MEMORY = 2**27
 """Bytes of results remembered in a process: what the methods of a table need of one class or image several times."""
@@ -81,15 +81,14 @@ class SharedNetworks:
 
     def extractors(self, profile: Profile) -> dict[str, Any]:
         """The extractors of ``features.extractors`` by name."""
-        check_extractors(profile)
-        return {name: self._part("features", name, EXTRACTORS[name], profile, Remembering)
-                for name in profile.features.extractors}
+        parts = {name: chosen_part("features.extractors", name, EXTRACTORS) for name in profile.features.extractors}
+        return {name: self._part("features", name, part, profile, Remembering) for name, part in parts.items()}
 
     def segmenter(self, profile: Profile) -> Any:
         """The segmenter of ``masks.segmenter``."""
-        check_segmenter(profile)
         name = profile.masks.segmenter
-        return self._part("masks", name, SEGMENTERS[name], profile, RememberingSegmenter)
+        part = chosen_part("masks.segmenter", name, SEGMENTERS)
+        return self._part("masks", name, part, profile, RememberingSegmenter)
 
     def category_filter(self, profile: Profile) -> Any:
         """The category filter of the profile."""
