@@ -20,18 +20,7 @@ class ModelNotAvailable(OVDiffError, RuntimeError):
     """Weights that are not on this machine; the message names the model, where it was looked for, and how to get it."""
 
 
-def counted(number: int, one: str, many: str = "") -> str:
-    """"1 entry", "2 entries"; ``many`` defaults to ``one`` with an s."""
-    return f"{number} {one if number == 1 else many or one + 's'}"
-
-
 def legal(word: str, words: Iterable[str]) -> str:
     """The end of a sentence about a ``word`` that is none of ``words``: those, and which of them may be meant."""
     near = difflib.get_close_matches(word.lower(), words, 1)
     return f"the legal ones are {', '.join(words)}.{f' Did you mean {near[0]!r}?' if near else ''}"
-
-
-def described(error: BaseException) -> str:
-    """What an error says: the project's own as it is, of others the kind and the first line."""
-    lines = str(error).strip().splitlines() or [""]
-    return str(error) if isinstance(error, OVDiffError) else f"{type(error).__name__}: {lines[0]}".removesuffix(": ")

@@ -1,38 +1,15 @@
-"""Files that are whole or not there, and paths that can be written."""
+"""Files that are whole or not there."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from ovdiff_lib.errors import InputError
-
-
-def check_output(folder: str | Path) -> None:
-    """``InputError`` if ``folder``, which need not exist yet, cannot be written to; nothing is left behind."""
-    folder = Path(folder)
-    try:
-        nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise _unwritable(folder, error) from None
-
-
-def size_text(size: int | None) -> str:
-    """Bytes as a person reads them, in decimal units; "?" for None."""
-    if size is None:
-        return "?"
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.{2 if size < 10 * scale else 1 if size < 100 * scale else 0}f} {unit}"
-    return f"{size} B"
 
 
 def shown(path: str | Path) -> str:
@@ -60,7 +37,7 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
         fsync_folder(path.parent)
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise unwritable(path, error) from None
     finally:
         with contextlib.suppress(OSError):  # gone already after the rename
             temporary.unlink()
@@ -72,11 +49,6 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         file.write(data)
 
 
-def write_json(path: Path, table: Any) -> None:
-    """A table as readable JSON, whole or not at all."""
-    write_atomic(path, (json.dumps(table, ensure_ascii=False, indent=1) + "\n").encode())
-
-
 def fsync_folder(folder: Path) -> None:
     """Flush a folder's entries to disk, so that a rename in it survives a power cut."""
     handle = os.open(folder, os.O_RDONLY)
@@ -86,6 +58,7 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _unwritable(path: Path, error: OSError) -> InputError:
+def unwritable(path: Path, error: OSError) -> InputError:
+    """What a user is told of a path that cannot be written."""
     return InputError(f"{shown(path)} cannot be written ({error.strerror or error}); free space or choose a folder "
                       "that you may write to.")

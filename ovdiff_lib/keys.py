@@ -18,7 +18,7 @@ from ovdiff_lib.library.codec import identify
 from ovdiff_lib.masks import COMMON_SETTINGS, SEGMENTERS
 from ovdiff_lib.networks.identity import model_identity, resolve_model
 from ovdiff_lib.profiles.schema import UNUSED_BY_THE_METHOD, Profile, of_extractor
-from ovdiff_lib.registry import NOT_MODELS, Part, chosen_part, chosen_settings
+from ovdiff_lib.registry import NOT_MODELS, Part, chosen_fields, chosen_part
 
 STEPS = {"support": (f"{NAME}.support.sampler", f"{NAME}.networks.loading"), "masks": (f"{NAME}.masks.select",),
          "prototypes": (f"{NAME}.prototypes.build",)}
@@ -68,7 +68,7 @@ def made_from(profile: Profile, step: str) -> dict[str, Any]:
         settings["support"].pop("size")  # a support set grows; what it holds does not change
     else:
         part = of_part(profile, "masks", profile.masks.segmenter)
-        settings["masks"] = chosen_settings(profile, "masks", COMMON_SETTINGS) | part["settings"]
+        settings["masks"] = chosen_fields(dataclasses.asdict(profile.masks), COMMON_SETTINGS) | part["settings"]
         models |= part["models"]
         code |= {"masks": code_digest(*STEPS["masks"]), "segmenter": part["code"]}
     if step == "masks":

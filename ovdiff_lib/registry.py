@@ -52,17 +52,13 @@ class Part:
         Raises ``ProfileError`` if the part declares a model or a setting that no profile has.
         """
         models = {k: v for k, v in dataclasses.asdict(profile.models).items() if k not in NOT_MODELS}
-        used = {k: v for k, v in models.items() if v} if self.models is None else _chosen(models, self.models)
-        return used, chosen_settings(profile, section, self.settings)
+        used = {k: v for k, v in models.items() if v} if self.models is None else chosen_fields(models, self.models)
+        settings = dataclasses.asdict(getattr(profile, section))
+        return used, settings if self.settings is None else chosen_fields(settings, self.settings)
 
 
-def chosen_settings(profile: Profile, section: str, names: tuple[str, ...] | None) -> dict[str, Any]:
-    """The fields of a section that ``names`` stand for, as in :class:`Part`, with their values."""
-    table = dataclasses.asdict(getattr(profile, section))
-    return table if names is None else _chosen(table, names)
-
-
-def _chosen(table: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+def chosen_fields(table: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of a section's ``table`` that ``names`` stand for, as in :class:`Part`, with their values."""
     chosen = {}
     for name in names:
         found = {k: v for k, v in table.items() if k == name or (name.endswith("_") and k.startswith(name))}

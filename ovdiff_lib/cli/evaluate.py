@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ovdiff_lib.cli.options import ENGINE, argument, build_with, engine_of, ovdiff_of, profile_of, takes
-from ovdiff_lib.files import check_output, write_json
+from ovdiff_lib.workbench.console import check_output, write_json
 
 DATA_SET = (
     argument("dataset", help="mini-voc, mini-object, mini-context; or, with --data, voc, context, coco-object, and "

@@ -9,9 +9,9 @@ from typing import Any
 
 from ovdiff_lib.categories import Category
 from ovdiff_lib.cli.options import LIBRARY, argument, takes
-from ovdiff_lib.errors import InputError, counted
-from ovdiff_lib.files import size_text
+from ovdiff_lib.errors import InputError
 from ovdiff_lib.library.store import Entry, Library
+from ovdiff_lib.workbench.console import counted, size_text
 
 CHOICE = argument("--classes", default="", help='entries of these words alone, for example "cat, sofa"')
 

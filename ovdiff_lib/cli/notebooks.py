@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ovdiff_lib.cli.options import argument, profile_of, takes
-from ovdiff_lib.errors import InputError, OVDiffError, described
-from ovdiff_lib.profiles.reading import parse_assignments
+from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.profiles.schema import Profile
+from ovdiff_lib.workbench.console import described, parse_assignments
 
 NOTEBOOKS = argument("--notebooks", type=Path, default=Path("notebooks"),
                      help="folder of the notebooks (default: notebooks)")

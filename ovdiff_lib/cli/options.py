@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError, OVDiffError
-from ovdiff_lib.profiles.reading import load_profile, parse_assignments
+from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.profiles.schema import Profile
+from ovdiff_lib.workbench.console import parse_assignments
 
 if TYPE_CHECKING:
     from ovdiff_lib.pipeline import OVDiff

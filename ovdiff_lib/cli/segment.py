@@ -16,12 +16,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from ovdiff_lib.cli.options import ENGINE, argument, build_with, classes, engine_of, ovdiff_of, takes, vocabulary_of
-from ovdiff_lib.errors import InputError, counted
-from ovdiff_lib.files import check_output, shown, write_atomic, write_json
+from ovdiff_lib.errors import InputError
+from ovdiff_lib.files import shown, write_atomic
 from ovdiff_lib.images import list_images, read_image
 from ovdiff_lib.overlay import colours_of
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.segmentation import Segmentation
+from ovdiff_lib.workbench.console import check_output, counted, write_json
 
 
 @takes(argument("image", type=Path, help="an image (PNG, JPEG, WebP) or a folder of them"), *classes(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ MOST_PATCHES = 16_384
 NORMALISATIONS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}
 
 
-class ViTExtractor(ABC):
+class ViTExtractor:
     """Features of a frozen ViT, one a patch, raw.
 
     The short side becomes ``short`` pixels, but a smaller square (a small window) keeps its size; then both sides are
@@ -69,9 +68,9 @@ class ViTExtractor(ABC):
                              f"{MOST_PATCHES:,}; crop it, or lower the input size or features.vit_scale.")
         return h * self.patch, w * self.patch
 
-    @abstractmethod
     def run(self, pixels: torch.Tensor) -> None:
         """One forward pass of normalised pixels (n, 3, H, W), H and W multiples of the patch, in the model's dtype."""
+        self.model(pixels, interpolate_pos_encoding=True)
 
     def features_of(self, output: torch.Tensor) -> torch.Tensor:
         """(n, 1 + hw, D) of what the source put out, class token first, patches row by row; here the output itself."""
@@ -103,9 +102,6 @@ class DinoExtractor(LastKeys):
 
     name, title, load = "dino", "DINO", staticmethod(load_dino)
 
-    def run(self, pixels: torch.Tensor) -> None:
-        self.model(pixels, interpolate_pos_encoding=True)
-
 
 class MaeExtractor(LastKeys):
     """Of transformers' ``ViTMAEModel``, no patch hidden. The paper's checkpoint, pre-trained at 448 pixels
@@ -121,24 +117,21 @@ class MaeExtractor(LastKeys):
 
 
 class ClipExtractor(ViTExtractor):
-    """Of transformers' ``CLIPModel``. ``kind`` "keys": output of ``k_proj`` of layer ``features.clip_layer``; "tokens":
-    output of that whole layer.
+    """Of the image tower of transformers' ``CLIPModel``. ``kind`` "keys": output of ``k_proj`` of layer
+    ``features.clip_layer``; "tokens": output of that whole layer.
 
     The short side is ``features.clip_input_size``, the pixel statistics those of ``features.clip_normalisation``.
     """
 
-    title, load = "CLIP", staticmethod(lambda profile: load_clip(profile)[0])
+    title, load = "CLIP", staticmethod(lambda profile: load_clip(profile)[0].vision_model)
 
     def __init__(self, model: torch.nn.Module, settings: Features, kind: str) -> None:
         """Raises ``ProfileError`` for a layer the model does not have."""
-        patch, channels = model.config.vision_config.patch_size, model.config.vision_config.hidden_size
+        patch, channels = model.config.patch_size, model.config.hidden_size
         super().__init__(f"clip-{kind}", model, settings, settings.clip_input_size, patch, channels)
-        layer = clip_layer(model.vision_model.encoder.layers, settings)
+        layer = clip_layer(model.encoder.layers, settings)
         self.source = {"keys": layer.self_attn.k_proj, "tokens": layer}[kind]  # the keys as in LastKeys
         self.statistics = NORMALISATIONS[settings.clip_normalisation]
-
-    def run(self, pixels: torch.Tensor) -> None:
-        self.model.vision_model(pixel_values=pixels, interpolate_pos_encoding=True)
 
 
 def clip_layer(layers: torch.nn.ModuleList, settings: Features) -> torch.nn.Module:

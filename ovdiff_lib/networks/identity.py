@@ -1,4 +1,4 @@
-"""Where a model's weights are, and what tells one set of weights from another."""
+"""Where a model's weights are or can be had, and what tells one set of weights from another."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ PACKAGE = "package:"
 SHIPPED = Path(__file__).parent.parent / "mini" / "weights"
 WEIGHT_FILES = (".pth", ".pt", ".pkl", ".bin", ".safetensors")
 IDENTITY_SUFFIXES = (".json", ".txt", ".safetensors", ".bin")
+
+HUB_SKIP = '--exclude "*.h5" --exclude "*.msgpack"'  # the same weights for other frameworks
+HUB_OPTIONS = {
+    # The repository also holds the whole model as single files, in other precisions and formats, ten times as much.
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": " ".join(f'--include "{name}"' for name in (
+        "model_index.json", "scheduler/*", "tokenizer/*", "feature_extractor/*", "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/config.json", "text_encoder/model.safetensors")),
+    "timm/vit_base_patch16_clip_224.openai": ""}
+"""Of ``hf download``, by hub id; of all others :data:`HUB_SKIP`."""
 
 
 def resolve_model(identifier: str) -> Path | str:
@@ -33,6 +43,11 @@ def resolve_model(identifier: str) -> Path | str:
         raise ModelNotAvailable(f"The model folder {identifier!r} does not exist; correct models.* in the profile, or "
                                 "give a hub id.")
     return identifier
+
+
+def hub_command(identifier: str) -> str:
+    """The shell command that fetches the model of a hub id."""
+    return f"hf download {identifier} {HUB_OPTIONS.get(identifier, HUB_SKIP)}".rstrip()
 
 
 def model_identity(identifier: str) -> str:

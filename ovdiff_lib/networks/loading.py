@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
-import json
 import pickle
 import textwrap
 import traceback
@@ -24,9 +23,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
-from ovdiff_lib.networks.identity import resolve_model
+from ovdiff_lib.networks.identity import hub_command, resolve_model
 from ovdiff_lib.networks.instruments import out_of_memory, undisturbed
-from ovdiff_lib.networks.published import MODEL_TYPES, how_to_get
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -91,8 +89,16 @@ def load_transformers(profile: Profile, name: str, network: str, reader: str = "
     def build(source, device, dtype, options):
         import transformers
 
+        kind = getattr(transformers, network)
+        if isinstance(source, Path) and source.is_file():
+            raise ValueError("it is a single file, and only folders in the format of transformers are read")
+        # Weights of another architecture often load, in part or in whole, and give features of something else.
+        wanted = kind.config_class.model_type
+        found = kind.config_class.get_config_dict(source, **options)[0].get("model_type")
+        if found != wanted:
+            raise ValueError(f"its config.json names the model_type {found!r}, and {wanted!r} is wanted")
         given = {"dtype": dtype, "output_loading_info": True, **options, **fields}
-        model, info = getattr(transformers, network).from_pretrained(source, **given)
+        model, info = kind.from_pretrained(source, **given)
         model = complete(model, info["missing_keys"]).to(device)
         return (model, getattr(transformers, reader).from_pretrained(source, **options)) if reader else model
 
@@ -106,8 +112,7 @@ def load_network(profile: Profile, name: str,
     weights, device and dtype, in eval mode, on the device.
 
     ``build`` gets a folder, a file or a hub id, and keyword arguments for ``from_pretrained``. Raises ``ProfileError``
-    if the field is empty and ``ModelNotAvailable`` for whatever the libraries raise, and for a model of another
-    architecture than the field's.
+    if the field is empty and ``ModelNotAvailable`` for whatever ``build`` and the libraries raise.
     """
     identifier = getattr(profile.models, name)
     if not identifier:
@@ -121,7 +126,6 @@ def load_network(profile: Profile, name: str,
         quiet = contextlib.nullcontext() if download else _from_disk_alone()
         # Some networks are made with random weights first, for which the caller's random numbers are not used up.
         with torch.random.fork_rng(devices=()), _loading(identifier, found, download), quiet:
-            _check_type(name, found, download)
             _loaded[key] = build(found, device, dtype, {"local_files_only": not download})
     return _loaded[key]
 
@@ -166,31 +170,6 @@ def resolve_device(profile: Profile) -> torch.device:
     return device
 
 
-def wrong_type(folder: Path, wanted: str) -> str:
-    """What is wrong with the ``model_type`` in the config.json of a folder, "" if it is ``wanted``; a folder without
-    one is not judged."""
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # missing or damaged, of which the loaders say more
-        return ""
-    found = found.get("model_type") if isinstance(found, dict) else None
-    return "" if found == wanted else f"its config.json names the model_type {found!r}, and {wanted!r} is wanted"
-
-
-def _check_type(name: str, source: Path | str, download: bool) -> None:
-    """``ValueError`` if ``source`` holds another architecture than ``models.<name>`` is for; the hub may be asked."""
-    if name not in MODEL_TYPES:
-        return
-    if isinstance(source, Path) and source.is_file():
-        raise ValueError("it is a single file, and only folders in the format of transformers are read")
-    if not isinstance(source, Path):
-        from transformers.utils import cached_file
-
-        source = Path(cached_file(source, "config.json", local_files_only=not download)).parent
-    if wrong := wrong_type(source, MODEL_TYPES[name]):
-        raise ValueError(wrong)
-
-
 def complete(model: torch.nn.Module, missing: Iterable[str] = ()) -> torch.nn.Module:
     """The loaded network in eval mode; ``ValueError`` if weights of it were ``missing`` in the file or are not
     finite."""
@@ -224,7 +203,7 @@ def _loading(identifier: str, source: Path | str, download: bool) -> Iterator[No
             looked, remedy = "from the hub", "check the id and the network, or give a folder that holds the model"
         else:
             looked = "from the hub cache on this machine"
-            remedy = f"fetch it with `{how_to_get(source)}`, set models.download to true, or give a folder with it"
+            remedy = f"fetch it with `{hub_command(source)}`, set models.download to true, or give a folder with it"
         if isinstance(error, MISFITS):
             reason = f"{reason}: {_place(error)}"
             remedy = "`pip check` tells whether the installed libraries fit each other; if they do, " + remedy

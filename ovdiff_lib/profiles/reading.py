@@ -1,4 +1,4 @@
-"""Profiles from YAML files and NAME=VALUE words."""
+"""Profiles from YAML files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.profiles.schema import Profile, from_dict
 
 FOLDER = Path(__file__).parent
@@ -40,18 +40,3 @@ def load_profile(source: str | Path | Profile = "mini", overrides: dict[str, Any
         raise ProfileError(f"The profile file {path} cannot be read as YAML ({reason}); correct it, or choose one of "
                            f"{', '.join(available())}.") from None
     return from_dict(table, f"profile file {path.name}").override(overrides)
-
-
-def parse_assignments(pairs: list[str], option: str = "--set") -> dict[str, Any]:
-    """Overrides (or notebook parameters) from NAME=VALUE words, values read as YAML. Raises ``InputError``."""
-    table = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise InputError(f"{option} {pair!r} is not of the form NAME=VALUE, for example support.size=8.")
-        try:
-            table[name] = yaml.safe_load(value) if value else ""
-        except UNREADABLE:
-            raise InputError(f"The value of {option} {pair!r} cannot be read; write a number, true, "
-                             "a [list, of, values] or text.") from None
-    return table

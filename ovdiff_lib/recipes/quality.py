@@ -22,13 +22,12 @@ from tqdm import tqdm
 
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.features import build_extractors
-from ovdiff_lib.files import write_json
 from ovdiff_lib.filters.category import CategoryFilter
 from ovdiff_lib.images import resize_short_side
 from ovdiff_lib.masks import SEGMENTERS, Segmenter
 from ovdiff_lib.mini.world import IGNORE, load_world
 from ovdiff_lib.networks.loading import load_diffusion
-from ovdiff_lib.profiles.reading import load_profile, parse_assignments
+from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.recipes.card import WEIGHTS
 from ovdiff_lib.recipes.train_dino import neighbour_accuracy
@@ -36,6 +35,7 @@ from ovdiff_lib.recipes.train_vae import psnr
 from ovdiff_lib.support.attribution import class_token_positions, fill_template, record_attribution
 from ovdiff_lib.support.sampler import sample_support
 from ovdiff_lib.workbench.baselines.groupvit import GroupViT
+from ovdiff_lib.workbench.console import parse_assignments, write_json
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.figures.base import image_grid
 

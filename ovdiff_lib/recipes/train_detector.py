@@ -21,9 +21,10 @@ from torchvision.ops import box_iou, masks_to_boxes
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.masks import build_segmenter
 from ovdiff_lib.masks.segmenters.detector import CONFIG, build_detector, detect, save_detector
-from ovdiff_lib.profiles.reading import load_profile, parse_assignments
+from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.recipes import training
 from ovdiff_lib.recipes.build import forked_map
+from ovdiff_lib.workbench.console import parse_assignments
 
 DROP_IOU = 0.01  # CutLER's DROPLOSS_IOU_THRESH
 CANVASES = (80, 96, 112, 128)  # pixels; CutLER varies the size of the images too

@@ -22,18 +22,18 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ovdiff_lib.errors import InputError, ModelNotAvailable, ProfileError
 from ovdiff_lib.features import EXTRACTORS
-from ovdiff_lib.files import size_text
 from ovdiff_lib.filters.stuff import filter_stuff
 from ovdiff_lib.keys import check_profile, for_words, made_from
 from ovdiff_lib.library.store import Library
 from ovdiff_lib.masks import SEGMENTERS
 from ovdiff_lib.networks.identity import PACKAGE, resolve_model
-from ovdiff_lib.networks.loading import check_libraries, resolve_device, wrong_type
-from ovdiff_lib.networks.published import MODEL_TYPES, how_to_get, published
+from ovdiff_lib.networks.loading import check_libraries, resolve_device
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.registry import NOT_MODELS, chosen_part
 from ovdiff_lib.types import PrototypeBank
+from ovdiff_lib.workbench.console import size_text
 from ovdiff_lib.workbench.data.datasets import DATASETS, load_dataset
+from ovdiff_lib.workbench.published import how_to_get, lacking, published, wrong_type
 
 HERE = ("package", "folder", "file", "hub cache")
 
@@ -43,29 +43,6 @@ LIBRARIES = {
     "ray": ("", 'pip install "ray[data]"'),
 }
 """Optional libraries by module: the model that cannot do without, and how to get them."""
-
-
-def _weights(stem: str, pickled: str) -> tuple[str, ...]:
-    return f"{stem}.safetensors", f"{stem}.safetensors.index.json", pickled, f"{pickled}.index.json"
-
-
-_TRANSFORMER = (("config.json",), _weights("model", "pytorch_model.bin"))
-_DIFFUSER = _weights("diffusion_pytorch_model", "diffusion_pytorch_model.bin")
-_TOKENIZER = ("tokenizer.json", "vocab.json", "vocab.txt")
-
-FILES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "diffusion": (
-        ("model_index.json",), ("scheduler/scheduler_config.json",), tuple(f"tokenizer/{name}" for name in _TOKENIZER),
-        *((f"{part}/config.json",) for part in ("unet", "vae", "text_encoder")),
-        *(tuple(f"{part}/{name}" for name in _DIFFUSER) for part in ("unet", "vae")),
-        tuple(f"text_encoder/{name}" for name in _TRANSFORMER[1])),
-    **dict.fromkeys(("dino", "mae", "detector"), _TRANSFORMER),
-    **dict.fromkeys(("clip", "groupvit"), (*_TRANSFORMER, _TOKENIZER)),
-    "open_clip": (("open_clip_config.json",), ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")),
-    "sam": (*_TRANSFORMER, ("preprocessor_config.json",)),
-    "grounding": (*_TRANSFORMER, ("preprocessor_config.json",), _TOKENIZER),
-}
-"""Field of ``profile.models`` -> what a folder must hold: of each tuple one file."""
 
 
 @dataclass(frozen=True)
@@ -177,10 +154,9 @@ def _located(name: str, identifier: str) -> tuple[str, str, str]:
         wanted = "file" if name == "cutler" else "folder"
         here = source.is_file() and name == "cutler"
         return ("file", str(source), "") if here else ("incomplete", str(source), f"a {wanted} of the model is wanted")
-    if wrong := name in MODEL_TYPES and wrong_type(source, MODEL_TYPES[name]):
+    if wrong := wrong_type(name, source):
         return "wrong model", str(source), wrong
-    # Of each tuple the first name, where the folder holds none of them.
-    lacks = ", ".join(names[0] for names in FILES.get(name, ()) if not any((source / one).is_file() for one in names))
+    lacks = ", ".join(lacking(name, source))
     return "incomplete" if lacks else kind, str(source), f"lacks {lacks}"
 
 

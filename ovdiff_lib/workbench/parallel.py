@@ -23,7 +23,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ovdiff_lib.errors import InputError, OVDiffError, described
+from ovdiff_lib.errors import InputError, OVDiffError
+from ovdiff_lib.workbench.console import described
 
 Make = Callable[[], Callable[[Any], Any]]
 """Makes a worker. Can be pickled, as tasks and results can."""

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from ovdiff_lib.code import PACKAGE, parsed
-from ovdiff_lib.errors import InputError, OVDiffError, described, legal
-from ovdiff_lib.files import check_output, write_atomic
+from ovdiff_lib.errors import InputError, OVDiffError, legal
+from ovdiff_lib.files import write_atomic
 from ovdiff_lib.profiles.reading import load_profile
+from ovdiff_lib.workbench.console import check_output, described
 
 NOT_READ = ("cli", "recipes", "workbench/parallel.py")
 """Folders of the package that no notebook reads: a change in them leaves every result what it is."""

@@ -17,10 +17,9 @@ from ovdiff_lib.features.vit import DinoExtractor
 from ovdiff_lib.masks.segmenters.maskcut import MaskCut
 from ovdiff_lib.networks import identity
 from ovdiff_lib.networks import loading as models
-from ovdiff_lib.networks.identity import model_identity, resolve_model
+from ovdiff_lib.networks.identity import model_identity
 from ovdiff_lib.networks.instruments import attention_grid, captured, gathered
 from ovdiff_lib.networks.loading import load_clip, load_diffusion, load_dino, load_mae
-from ovdiff_lib.networks.published import MODEL_TYPES
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
@@ -80,14 +79,6 @@ def test_weights_of_another_architecture_are_refused(tiny_profile, tiny_models, 
     capfd.readouterr()
     refused(load, with_model(tiny_profile, **{field: tiny_models / wrong}), told)
     assert "".join(capfd.readouterr()) == ""  # no report of the library
-
-
-def test_expected_types_are_those_of_the_classes_and_of_what_ships():
-    kinds = {"clip": "CLIP", "dino": "ViT", "mae": "ViTMAE", "sam": "Sam", "grounding": "GroundingDino",
-             "groupvit": "GroupViT"}
-    assert {name: getattr(transformers, f"{kind}Config").model_type for name, kind in kinds.items()} == MODEL_TYPES
-    for name in ("clip", "dino", "mae", "groupvit"):
-        assert models.wrong_type(resolve_model(f"package:{name}"), MODEL_TYPES[name]) == ""
 
 
 QUERY = "mid_block.attentions.0.transformer_blocks.0.attn2.to_q.weight"

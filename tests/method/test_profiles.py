@@ -10,8 +10,9 @@ from sentences import refused
 
 import ovdiff_lib
 from ovdiff_lib.errors import InputError, ProfileError
-from ovdiff_lib.profiles.reading import FOLDER, available, load_profile, parse_assignments
+from ovdiff_lib.profiles.reading import FOLDER, available, load_profile
 from ovdiff_lib.profiles.schema import UNUSED_BY_THE_METHOD, Profile, field_names, from_dict
+from ovdiff_lib.workbench.console import parse_assignments
 
 PACKAGE = Path(ovdiff_lib.__file__).parent
 

@@ -114,13 +114,13 @@ def published(kind, settings):
         return MaeExtractor(ViTMAEModel(ViTMAEConfig(**large, image_size=448, mask_ratio=0.0)), settings)
     if kind == "clip":
         config = CLIPConfig(vision_config={"patch_size": 16}, text_config={"num_hidden_layers": 1})
-        return ClipExtractor(CLIPModel(config), settings, "keys")
+        return ClipExtractor(CLIPModel(config).vision_model, settings, "keys")
     return OpenClipExtractor(open_clip.CLIP(**open_clip.get_model_config("ViT-B-16-quickgelu")).visual, settings, "keys")
 
 
 @pytest.mark.parametrize(("kind", "channels", "patch", "source"), [
     ("dino", 768, 8, "layers.11.attention.k_proj"), ("mae", 1024, 16, "layers.23.attention.k_proj"),
-    ("clip", 768, 16, "vision_model.encoder.layers.10.self_attn.k_proj"), ("open_clip", 768, 16, "transformer.resblocks.10.ln_1")])
+    ("clip", 768, 16, "encoder.layers.10.self_attn.k_proj"), ("open_clip", 768, 16, "transformer.resblocks.10.ln_1")])
 def test_published_networks_have_their_layers_and_run_at_every_size(kind, channels, patch, source):
     """At full depth on the device that computes shapes alone."""
     with torch.device("meta"), torch.no_grad():
@@ -178,11 +178,11 @@ def test_clip_normalisation(tiny_profile, name):
     """Colours brought to the statistics of the other choice give the features of the other choice."""
     images = np.full((2, 64, 64, 3), [[[[80, 120, 90]]], [[[150, 60, 200]]]], np.uint8)
     clip, imagenet = (EXTRACTORS[name](tiny_profile.override({"features.clip_normalisation": n})) for n in ("clip", "imagenet"))
-    assert (clip.mean, clip.std, imagenet.mean, imagenet.std) == (*OPENAI, *IMAGENET)
+    assert (clip.statistics, imagenet.statistics) == (OPENAI, IMAGENET)
     found = features(clip, images)
     assert torch.equal(found, features(EXTRACTORS[name](tiny_profile), images))  # the default
     assert not torch.equal(found, features(imagenet, images))
-    clip.mean, clip.std = IMAGENET
+    clip.statistics = IMAGENET
     assert torch.equal(features(clip, images), features(imagenet, images))
 
 

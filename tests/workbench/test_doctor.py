@@ -13,20 +13,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 from ovdiff_lib import OVDiff, features, masks
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.cli.main import main
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
-from ovdiff_lib.files import size_text
 from ovdiff_lib.networks import loading
-from ovdiff_lib.networks.published import PUBLISHED, how_to_get, published
+from ovdiff_lib.networks.identity import resolve_model
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.registry import Part
 from ovdiff_lib.workbench import doctor
+from ovdiff_lib.workbench.console import size_text
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.data.readers import MINI_DATA
-from ovdiff_lib.workbench.doctor import FILES, inspect, uses
+from ovdiff_lib.workbench.doctor import inspect, uses
+from ovdiff_lib.workbench.published import FILES, MODEL_TYPES, PUBLISHED, how_to_get, published, wrong_type
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 CLIP = "openai/clip-vit-base-patch16"
@@ -263,6 +265,14 @@ def test_commands_fetch_what_the_loaders_read():
         table = load_profile(name).to_dict()["models"]
         for field in ("diffusion", "clip", "dino", "mae", "cutler", "sam", "grounding", "groupvit"):
             assert published(table[field]) is not None, field
+
+
+def test_expected_types_are_those_of_the_classes_and_of_what_ships():
+    kinds = {"clip": "CLIP", "dino": "ViT", "mae": "ViTMAE", "sam": "Sam", "grounding": "GroundingDino",
+             "groupvit": "GroupViT"}
+    assert {name: getattr(transformers, f"{kind}Config").model_type for name, kind in kinds.items()} == MODEL_TYPES
+    for name in ("clip", "dino", "mae", "groupvit"):
+        assert wrong_type(name, resolve_model(f"package:{name}")) == ""
 
 
 def test_sizes_as_text():

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from ovdiff_lib.categories import Category, Vocabulary
-from ovdiff_lib.files import size_text
 from ovdiff_lib.mini.world import load_world
 from ovdiff_lib.networks.loading import resolve_device
 from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.types import PrototypeBank, Prototypes
+from ovdiff_lib.workbench.console import size_text
 from ovdiff_lib.workbench.cost.instruments import Measured, alternate
 from ovdiff_lib.workbench.data.datasets import load_dataset
 

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from ovdiff_lib.errors import InputError, ModelNotAvailable, ProfileError
-from ovdiff_lib.files import write_json
 from ovdiff_lib.keys import check_profile
 from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.profiles.schema import Profile
+from ovdiff_lib.workbench.console import write_json
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.data.samples import Dataset, Sample
 from ovdiff_lib.workbench.evaluation.measure import EvaluationResult, measure

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from ovdiff_lib.categories import Category
 from ovdiff_lib.errors import InputError, OVDiffError
-from ovdiff_lib.files import check_output
 from ovdiff_lib.networks.loading import resolve_device
 from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.types import PrototypeBank
+from ovdiff_lib.workbench.console import check_output
 from ovdiff_lib.workbench.data.samples import Dataset
 from ovdiff_lib.workbench.evaluation import measure
 from ovdiff_lib.workbench.evaluation.measure import EvaluationResult

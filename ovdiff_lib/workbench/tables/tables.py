@@ -14,8 +14,9 @@ from typing import Any
 import pandas
 
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.files import write_atomic, write_json
+from ovdiff_lib.files import write_atomic
 from ovdiff_lib.profiles.schema import Profile
+from ovdiff_lib.workbench.console import write_json
 from ovdiff_lib.workbench.tables.intervals import Runs, interval, write_runs
 from ovdiff_lib.workbench.tables.paper import PaperCell
 
