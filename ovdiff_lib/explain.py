@@ -23,9 +23,8 @@ def decided_by(segmentation: Segmentation) -> dict[tuple[str, str], int]:
     are in none."""
     (category, row), counts = segmentation.winner, Counter()
     for i, prototypes in enumerate(segmentation.prototypes):
-        rows, pixels = np.unique(row[category == i], return_counts=True)
-        for region, kind, number in zip(prototypes.region[rows], prototypes.kind[rows], pixels, strict=True):
-            counts[str(region), str(kind)] += int(number)
+        deciding = row[category == i]
+        counts.update(zip(prototypes.region[deciding].tolist(), prototypes.kind[deciding].tolist(), strict=True))
     return {(region, kind): counts[region, kind] for region in REGIONS for kind in KINDS}
 
 

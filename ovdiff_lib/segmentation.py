@@ -8,6 +8,7 @@ import numpy as np
 
 from ovdiff_lib.categories import BACKGROUND, Vocabulary
 from ovdiff_lib.errors import InputError
+from ovdiff_lib.overlay import draw_overlay
 from ovdiff_lib.types import PrototypeBank, Prototypes
 
 
@@ -74,11 +75,8 @@ class Segmentation:
     def scores(self) -> np.ndarray:
         """Scores of the whole vocabulary, f32 (C + 1, H, W), -inf for categories that the pre-filter dropped; made at
         each call, as large as the vocabulary."""
-        return self._of_all(self.kept_scores)
-
-    def _of_all(self, kept_scores: np.ndarray) -> np.ndarray:
-        full = np.full((len(self.vocabulary) + 1, *kept_scores.shape[1:]), -np.inf, np.float32)
-        full[[0, *(k + 1 for k in self.kept)]] = kept_scores
+        full = np.full((len(self.vocabulary) + 1, *self.labels.shape), -np.inf, np.float32)
+        full[[0, *(k + 1 for k in self.kept)]] = self.kept_scores
         return full
 
     @property
@@ -88,8 +86,6 @@ class Segmentation:
 
     def overlay(self):
         """The image with its labels painted over it and a legend, as a PIL image."""
-        from ovdiff_lib.overlay import draw_overlay
-
         return draw_overlay(self.image, self.labels, self.class_names)
 
     def explain(self, row: int, column: int) -> Explanation:
@@ -99,13 +95,12 @@ class Segmentation:
             raise InputError(f"The pixel ({row}, {column}) is outside the image; give a row from 0 to {height - 1} and "
                              f"a column from 0 to {width - 1}.")
         prototypes, label = self.prototypes, int(self.labels[row, column])
-        scores = self._of_all(self.kept_scores[:, row, column])
-        score = float(scores[label])
-        scores[label] = -np.inf
-        second = int(scores.argmax())
-        runner_up = (self.class_names[second], score - float(scores[second]))
-        told = (row, column, self.class_names[label], score,
-                *(runner_up if np.isfinite(scores[second]) else (None, None)), self.bank.extractors[0])
+        scores = dict(zip((0, *(k + 1 for k in self.kept)), self.kept_scores[:, row, column].tolist(), strict=True))
+        score = scores.pop(label)
+        second = max(scores, key=scores.get, default=label)
+        others = second != label and np.isfinite(scores[second])
+        runner_up = (self.class_names[second], score - scores[second]) if others else (None, None)
+        told = row, column, self.class_names[label], score, *runner_up, self.bank.extractors[0]
         category, index = map(int, self.winner[:, row, column])
         if category < 0:
             return Explanation(*told)

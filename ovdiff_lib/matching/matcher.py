@@ -30,21 +30,13 @@ from ovdiff_lib.profiles.schema import Profile, of_extractor
 from ovdiff_lib.types import PrototypeBank
 
 
-@dataclass(frozen=True)
-class _ClassRows:
-    """The prototypes that a bank has in one extractor, class by class: first the background, that of all categories."""
-
-    vectors: list[torch.Tensor]  # of each class f32 (p, D), L2-normalised
-    places: np.ndarray  # i32 (P + 1, 2), category and row there of each; the last is (-1, -1): no prototype
-
-
 @dataclass(frozen=True, eq=False)
 class _Opened:
     """An image on its way: what its windows are scored with, and what they add to."""
 
     shape: tuple[int, int]  # of the image as given
     resized: np.ndarray
-    rows: dict[str, _ClassRows]  # by extractor
+    classes: dict[str, tuple[list[torch.Tensor], np.ndarray]]  # by extractor, its prototypes class by class
     voters: list[str]  # the extractors that the mean is over
     constant: float  # what constants contribute to the mean of the background
     scored: bool  # whether prototypes contribute to it too
@@ -100,16 +92,16 @@ class Matcher:
 
     def _open(self, image: np.ndarray, bank: PrototypeBank) -> _Opened:
         check_image(image)
-        settings, rows = self.settings, {name: self._class_rows(name, bank) for name in self.extractors}
+        settings, classes = self.settings, {name: self._by_class(name, bank) for name in self.extractors}
         given = settings.background_threshold
-        bare = [name for name, one in rows.items() if not len(one.vectors[0])]
-        scored = len(bare) < len(rows)
-        voters = [name for name in rows if given is not None or name not in bare] or [*rows]
+        bare = [name for name, (vectors, _) in classes.items() if not len(vectors[0])]
+        scored = len(bare) < len(classes)
+        voters = [name for name in classes if given is not None or name not in bare] or [*classes]
         constants = [of_extractor("matching.background_threshold", given, name) for name in bare if name in voters]
         constant = -np.inf if None in constants else sum(constants) / len(voters)
         resized = resize_short_side(image, settings.short_side, settings.resample, settings.long_side)
         total = torch.zeros(len(bank.vocabulary) + 1, *resized.shape[:2], dtype=torch.float32, device=self.device)
-        opened = _Opened(image.shape[:2], resized, rows, voters, constant, scored, total)
+        opened = _Opened(image.shape[:2], resized, classes, voters, constant, scored, total)
         placed = scales(resized.shape[:2], settings)
         seeds = iter(window_seeds(self.profile.features.seed, image, sum(len(boxes) for _, boxes in placed)))
         for side, boxes in placed:
@@ -122,7 +114,9 @@ class Matcher:
                 opened.windows.append(_Window(opened, len(opened.windows), box, share, pixels, next(seeds)))
         return opened
 
-    def _class_rows(self, name: str, bank: PrototypeBank) -> _ClassRows:
+    def _by_class(self, name: str, bank: PrototypeBank) -> tuple[list[torch.Tensor], np.ndarray]:
+        """The prototypes of an extractor, class by class, first the background, that of all categories: of each class
+        the vectors f32 (p, D), L2-normalised; of each prototype category and row, i32 (2, P + 1), the last -1: none."""
         if name not in bank.prototypes:
             raise InputError(f"The prototypes are for {', '.join(bank.extractors) or 'no extractor'} but the profile "
                              f"matches with {name!r}; build them again with this profile.")
@@ -131,9 +125,9 @@ class Matcher:
         vectors = [np.concatenate([p.vectors[b] for p, b in zip(rows, behind, strict=True)]),
                    *(p.vectors[own] for p, own in zip(rows, front, strict=True))]
         numbers = np.repeat([*range(len(rows))] * 2, [len(chosen) for chosen in (*behind, *front)])
-        places = np.stack([np.append(numbers, -1), np.concatenate([*behind, *front, [-1]])], 1).astype(np.int32)
+        places = np.stack([np.append(numbers, -1), np.concatenate([*behind, *front, [-1]])]).astype(np.int32)
         tensors = (torch.from_numpy(np.ascontiguousarray(v, np.float32)).to(self.device) for v in vectors)
-        return _ClassRows([F.normalize(tensor, dim=1) for tensor in tensors], places)
+        return [F.normalize(tensor, dim=1) for tensor in tensors], places
 
     def _score(self, part: Sequence[_Window]) -> None:
         """Add the scores of windows to their images; note in ``seen`` what the first extractor saw in each."""
@@ -143,7 +137,7 @@ class Matcher:
             for _, run in itertools.groupby(found, lambda pair: (id(pair[0].image), pair[0].box[2:])):
                 of_run, features = zip(*run, strict=True)
                 image, (_, _, height, width) = of_run[0].image, of_run[0].box
-                values, arguments = self._match(torch.stack(features), image.rows[name])
+                values, arguments = self._match(torch.stack(features), image.classes[name][0])
                 enlarged = F.interpolate(values, size=(height, width), mode="bilinear", align_corners=False)
                 for window, scores in zip(of_run, enlarged, strict=True):
                     image.total[:, *_slices(window.box)] += scores * window.share * (name in image.voters)
@@ -151,18 +145,18 @@ class Matcher:
                     kept = values.cpu().numpy(), arguments.int().cpu().numpy()
                     image.seen.extend((w.number, w.box, *both) for w, *both in zip(of_run, *kept, strict=True))
 
-    def _match(self, features: torch.Tensor, rows: _ClassRows) -> tuple[torch.Tensor, torch.Tensor]:
+    def _match(self, features: torch.Tensor, classes: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Highest cosine f32 (n, C + 1, h, w) of every feature (n, h, w, D) to each class, and which prototype of all
         that is, i64; 0 and -1 for a class without prototypes."""
         n, h, w, channels = features.shape
-        if channels != rows.vectors[0].shape[1]:
-            raise InputError(f"The prototypes have {rows.vectors[0].shape[1]} channels but the image features "
-                             f"{channels}; build the prototypes again with this profile.")
+        if channels != classes[0].shape[1]:
+            raise InputError(f"The prototypes have {classes[0].shape[1]} channels but the image features {channels}; "
+                             "build the prototypes again with this profile.")
         unit = F.normalize(features.to(self.device, torch.float32).reshape(-1, channels), dim=1)
-        values = unit.new_zeros(len(rows.vectors), len(unit))
+        values = unit.new_zeros(len(classes), len(unit))
         arguments = torch.full(values.shape, -1, dtype=torch.long, device=self.device)
         first = 0
-        for c, vectors in enumerate(rows.vectors):
+        for c, vectors in enumerate(classes):
             if len(vectors):
                 values[c], argument = (unit @ vectors.T).max(1)
                 arguments[c] = first + argument
@@ -206,8 +200,8 @@ def _winner(labels: np.ndarray, opened: _Opened) -> np.ndarray:
         better = values[cell] > best[y, x]
         best[y, x] = np.where(better, values[cell], best[y, x])
         argument[y, x] = np.where(better, arguments[cell], argument[y, x])
-    places = next(iter(opened.rows.values())).places
-    return np.ascontiguousarray(np.moveaxis(places[argument], -1, 0))
+    _, places = next(iter(opened.classes.values()))
+    return places[:, argument]
 
 
 def _slices(box: Box) -> tuple[slice, slice]:

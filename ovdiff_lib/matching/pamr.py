@@ -24,20 +24,16 @@ BLOCK_VALUES = 2**20
 @undisturbed()
 def pamr(image: np.ndarray, scores: torch.Tensor, iterations: int = 10,
          dilations: Sequence[int] = DILATIONS) -> torch.Tensor:
-    """Scores f32 (C, H, W) refined by an image (H, W, 3), u8 or f32 of any range: convex combinations of a class's
-    scores, whatever the image's brightness and contrast; a class that is -inf everywhere stays so."""
-    weights = affinity(image, dilations, scores.device)
-    alive = ~torch.isneginf(scores).flatten(1).all(1)  # 0 x -inf is NaN
-    refined = scores[alive].float()
+    """Finite scores f32 (C, H, W) refined by an image (H, W, 3), u8 or f32 of any range: convex combinations of a
+    class's scores, whatever the image's brightness and contrast."""
+    weights, refined = affinity(image, dilations, scores.device), scores.float()
     for _ in range(iterations):
         shifted = _neighbours(refined, dilations)
         refined = torch.zeros_like(refined)
         for rows in _row_blocks(weights):
             for weight, neighbour in zip(weights, shifted, strict=True):
                 refined[:, rows].addcmul_(weight[rows], neighbour[:, rows])
-    result = scores.to(torch.float32, copy=True)
-    result[alive] = refined
-    return result
+    return refined
 
 
 @undisturbed()

@@ -53,8 +53,12 @@ def kmeans(x: torch.Tensor | np.ndarray, k: int, seed: int = 0,
     if sampled:
         order = torch.randperm(len(x), generator=generator, dtype=torch.long, device="cpu")
         whole = x[order[: k * SAMPLE].sort().values.to(x.device)]
-    projected = sampled and x.shape[1] > PROJECTED
-    sample = _projected(whole, mean, generator) if projected else whole.float() - mean
+    if sampled and x.shape[1] > PROJECTED:
+        directions = torch.randn(x.shape[1], PROJECTED, generator=generator, dtype=torch.float32, device="cpu")
+        directions = directions.to(x.device) / PROJECTED ** 0.5
+        sample = torch.cat([points @ directions for points in _blocks(whole, mean)])
+    else:
+        sample = whole.float() - mean
     seedings = (_seed_centroids(sample, k, generator) for _ in range(restarts or (RESTARTS if sampled else 1)))
     centroids, assignment, _ = min((_lloyd(sample, None, seeds) for seeds in seedings), key=lambda found: found[2])
     if sampled:
@@ -75,13 +79,6 @@ def _blocks(x: torch.Tensor, mean: torch.Tensor | None = None) -> Iterator[torch
     for part in x.split(_rows(x)):
         points = buffer[: len(part)].copy_(part) if copied else part
         yield points if mean is None else points.sub_(mean)
-
-
-def _projected(x: torch.Tensor, mean: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The points less ``mean`` in :data:`PROJECTED` random directions, f32 (M, d)."""
-    directions = torch.randn(x.shape[1], PROJECTED, generator=generator, dtype=torch.float32, device="cpu")
-    directions = directions.to(x.device) / PROJECTED ** 0.5
-    return torch.cat([points @ directions for points in _blocks(x, mean)])
 
 
 def _means(x: torch.Tensor, mean: torch.Tensor, assignment: torch.Tensor, k: int) -> torch.Tensor:

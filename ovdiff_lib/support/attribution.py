@@ -20,15 +20,12 @@ from ovdiff_lib.networks.instruments import attention_grid, undisturbed
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-PLACEHOLDER = "{name}"
-
-
 def fill_template(template: str, name: str) -> str:
     """``template`` with its one ``{name}`` replaced. Raises ``ProfileError`` if it is not there exactly once."""
-    if template.count(PLACEHOLDER) != 1:
-        raise ProfileError(f"support.prompt is {template!r}; it must hold {PLACEHOLDER} exactly once, "
-                           f"as in 'A good picture of a {PLACEHOLDER}'.")
-    return template.replace(PLACEHOLDER, name)
+    if template.count("{name}") != 1:
+        raise ProfileError(f"support.prompt is {template!r}; it must hold {{name}} exactly once, as in 'A good picture "
+                           "of a {name}'.")
+    return template.replace("{name}", name)
 
 
 @undisturbed()
@@ -39,7 +36,7 @@ def class_token_positions(tokenizer: CLIPTokenizer, template: str, name: str) ->
     ``ProfileError`` for a bad template and ``InputError`` for a prompt longer than the text encoder reads.
     """
     prompt = fill_template(template, name)
-    start = template.index(PLACEHOLDER)
+    start = template.index("{name}")
     spans = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
     if len(spans) > tokenizer.model_max_length:
         raise InputError(f"The prompt {prompt!r} has {len(spans)} tokens and the text encoder reads "
@@ -78,26 +75,21 @@ class AttributionRecorder:
 
     def attend(self, layer: str, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor,
                **_: Any) -> torch.Tensor:
-        """An attention processor of diffusers for the cross-attention of Stable Diffusion, which adds what it sees:
-        (B, hw, C) attending to (B, tokens, E), to (B, hw, C)."""
+        """An attention processor of diffusers for the cross-attention of Stable Diffusion, (B, hw, C) attending to (B,
+        tokens, E) to (B, hw, C), which adds softmax(scale q k^T) to the sums, its mean over heads and class tokens."""
         def heads(x: torch.Tensor) -> torch.Tensor:
             return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
         query = heads(attn.to_q(hidden_states))
         key, value = heads(attn.to_k(encoder_hidden_states)), heads(attn.to_v(encoder_hidden_states))
-        self.add(layer, query, key, attn.scale)
+        with torch.no_grad():
+            half = slice(len(query) // 2 if self.guided else 0, None)
+            # In float32 whatever the model's precision: half-precision probabilities lose the small ones over 30 steps.
+            scores = (query[half].float() * attn.scale) @ key[half].float().transpose(-1, -2)
+            attention = scores.softmax(dim=-1)[..., self.token_positions].mean(dim=(1, 3))
+            self.sums[layer] = self.sums.get(layer, 0) + attention
         output = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
         return attn.to_out[1](attn.to_out[0](output.transpose(1, 2).flatten(2)))
-
-    @torch.no_grad()
-    def add(self, layer: str, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
-        """Add softmax(scale q k^T) of q (B, heads, hw, d), k (B, heads, tokens, d), its mean over heads and tokens."""
-        if self.guided:
-            query, key = query[len(query) // 2:], key[len(key) // 2:]
-        # In float32 whatever the model's precision: half-precision probabilities lose the small ones over 30 steps.
-        scores = (query.float() * scale) @ key.float().transpose(-1, -2)
-        attention = scores.softmax(dim=-1)[..., self.token_positions].mean(dim=(1, 3))
-        self.sums[layer] = self.sums.get(layer, 0) + attention
 
     def maps(self) -> torch.Tensor:
         """Attribution f32 (n, h, w) of the conditional images on the CPU, >= 0: the sum over layers and steps.
