@@ -32,7 +32,7 @@ def vocabulary(options: argparse.Namespace) -> int:
     return int(any(c.verdict != "fine" for c in report.classes))
 
 
-@takes(argument("--images", type=int, default=48, help="images of each data set to choose by (default: 48)"),
+@takes(argument("--images", type=int, help="images of each data set to choose by (default: 48)"),
        argument("--seed", type=int, default=0, help="of the drawings (default: 0)"))
 def tune(options: argparse.Namespace) -> None:
     """Choose the thresholds on cosines of each extractor that the profile names, on its split for that; print what was
@@ -42,12 +42,13 @@ def tune(options: argparse.Namespace) -> None:
     from ovdiff_lib.workbench.evaluation.bench import Bench
 
     library = Library(options.library).root
-    bench = Bench(profile_of(options), library=library, seeds=[options.seed], images=options.images)
+    images = tuning.IMAGES if options.images is None else options.images
+    bench = Bench(profile_of(options), library=library, seeds=[options.seed], images=images)
     if not bench.profile.evaluation.tune:
         raise InputError("The profile names no split to choose settings on; set evaluation.tune.")
     tried = tuning.tune(bench)
     for one in tried:
-        print(one.field, one.extractor, f"({options.images} images of {bench.profile.evaluation.tune})")
+        print(one.field, one.extractor, f"({images} images of {bench.profile.evaluation.tune})")
         for i, (label, value, miou) in enumerate(zip(one.labels, one.values, one.miou, strict=True)):
             print(f"  {value:9.5f}  {label:32}  mIoU {miou:5.1f}{'  chosen' * (i == one.best)}")
     print("", tuning.lines_of(tried), sep="\n", end="")

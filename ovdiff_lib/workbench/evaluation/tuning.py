@@ -26,6 +26,9 @@ KEPT = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
 """Shares of the background prototypes of things that the candidates for the "stuff" filter keep. None keeps nothing: a
 filter that leaves no background would be another method."""
 
+IMAGES = 48
+"""Of each data set, to choose by."""
+
 DIGITS = 5
 """Decimals of a candidate."""
 
