@@ -1,7 +1,7 @@
 """The command line: every command by name.
 
 Errors a user can cause end in one sentence on stderr and exit code 2; what was carried out with a bad result (a
-notebook that failed, a class that is not fine) ends with exit code 1; ctrl-C ends with exit code 130 and leaves no
+notebook that failed, tables that differ) ends with exit code 1; ctrl-C ends with exit code 130 and leaves no
 half-written file.
 """
 
@@ -18,9 +18,10 @@ from ovdiff_lib.errors import OVDiffError
 
 COMMANDS = {
     "segment": segment.segment, "build": segment.build, "evaluate": evaluate.evaluate, "ladder": evaluate.ladder,
-    "convert": evaluate.convert, "run": notebooks.run, "reproduce": notebooks.reproduce, "report": notebooks.report,
-    "benchmark": inspecting.benchmark, "doctor": inspecting.doctor, "vocabulary": inspecting.vocabulary,
-    "tune": inspecting.tune,
+    "convert": evaluate.convert,
+    "run": notebooks.run, "reproduce": notebooks.reproduce, "report": notebooks.report,
+    "compare-tables": notebooks.compare_tables, "benchmark": inspecting.benchmark, "doctor": inspecting.doctor,
+    "vocabulary": inspecting.vocabulary, "tune": inspecting.tune,
     "library": {"list": library.show, "verify": library.verify, "export": library.export, "import": library.add,
                 "remove": library.remove}}
 GROUPS = {"library": "Show, check, share and clear the prototype library."}

@@ -1,4 +1,4 @@
-"""``ovdiff run | reproduce | report``: notebooks, and what becomes of their tables."""
+"""``ovdiff run | reproduce | report | compare-tables``: notebooks, and what becomes of their tables."""
 
 from __future__ import annotations
 
@@ -71,6 +71,20 @@ def reproduce(options: argparse.Namespace) -> int:
 def report(options: argparse.Namespace) -> None:
     """Gather tables, figures, claims and notebooks of a profile on one page."""
     print(f"report: {_report(options.out / profile_of(options).name, options)}")
+
+
+@takes(argument("first", type=Path, help="a folder of tables, or an outputs folder such as outputs/mini"),
+       argument("second", type=Path, help="the folder it is compared with"),
+       argument("--tolerance", type=float, default=0.5, help="largest difference of a measured number (default: 0.5)"),
+       profile=False)
+def compare_tables(options: argparse.Namespace) -> int:
+    """Say where two sets of tables differ; exit code 1 if they do."""
+    from ovdiff_lib.workbench.tables import compare
+
+    differences = compare.compare_tables(options.first, options.second, options.tolerance)
+    same = f"The tables are the same (tolerance {options.tolerance:g})."
+    print(*differences, f"{len(differences)} differences" if differences else same, sep="\n")
+    return int(bool(differences))
 
 
 def _parameters(options: argparse.Namespace) -> dict[str, Any]:

@@ -308,6 +308,17 @@ def test_reproduce_ends_with_claims_and_report_whatever_fails(tmp_path, capsys, 
     assert report == "ovdiff: The report could not be written: ZeroDivisionError: division by zero"
 
 
+def test_compare_tables(tmp_path, capsys):
+    for name, value in (("a", 50.0), ("b", 50.4), ("c", 51.0)):
+        write_table(tmp_path / name / "tables" / "05_t.csv", "05_t", [Cell("OVDiff", "VOC", value)], load_profile("mini"), "x")
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    assert main(["compare-tables", a, b]) == 0 and "same (tolerance 0.5)" in capsys.readouterr().out
+    assert main(["compare-tables", a, f"{c}/tables"]) == 1
+    assert capsys.readouterr().out.splitlines() == ["05_t: OVDiff / VOC: measured: 50.0 against 51.0", "1 differences"]
+    assert main(["compare-tables", a, b, "--tolerance", "0.1"]) == 1 and main(["compare-tables", a, c, "--tolerance", "1"]) == 0
+    assert main(["compare-tables", a, str(tmp_path / "none")]) == 2 and "holds no tables" in capsys.readouterr().err
+
+
 def test_the_installed_command(images, tmp_path):
     """In a process of its own: exit code, one line, no traceback."""
     arguments = ["segment", str(images / "none.png"), "--classes", "cat", "--out", str(tmp_path / "out")]
