@@ -162,8 +162,11 @@ def test_the_whole_ladder(tiny, tmp_path, monkeypatch):
         assert list(rungs) == list(RUNGS) and all(0 <= value <= 100 for value in rungs.values())
         assert max(rungs, key=rungs.get) == "true cells" and len(set(rungs.values())) > 3
         assert sum(found.lost(column).values()) == pytest.approx(100 - rungs["as shipped"])
-        cells = {c.row: c for c in found.cells() if c.column == column}
-        assert all(cells[rung].low is not None and cells[rung].runs.values[0] == pytest.approx(rungs[rung]) for rung in RUNGS)
+    cells = {(c.column, c.row): c for c in found.cells()}
+    assert {column: {row: cells[column, row].measured for row in rows} for column, rows in found.table().items()} == {
+        column: pytest.approx(rows) for column, rows in found.table().items()} and len(cells) == 22
+    whole, grid = cells["mIoU", "true cells"], cells["mIoU", "lost by feature grid"]
+    assert whole.low < whole.high and (grid.low, grid.high) == pytest.approx((100 - whole.high, 100 - whole.low))
     plain = tiny.replaced({"filters.category": False})
     again = evaluate(label_predictor(plain, plain.build(PETS), dataset), dataset, 2, progress=False)
     assert 100 * again.miou == found.miou["mIoU"]["no category filter"]
@@ -179,4 +182,4 @@ def test_what_each_part_costs_by_hand():
                                   "features and matching": 18, "feature grid": 12}
     assert "50.0 points" in str(found) and "drawings and masks 12.0" in str(found) and "2 to 3 scenes" in str(found)
     assert Ladder({}, 7, (4, 4)).amount == "4"
-    assert [(c.row, c.measured) for c in found.cells()][-1] == ("lost by feature grid", 12) and len(found.cells()) == 11
+    assert found.table() == {"mIoU": rungs | {f"lost by {part}": points for part, points in found.lost("mIoU").items()}}

@@ -6,10 +6,11 @@ masks in place of drawings, and a classifier that is right in every cell of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ from ovdiff_lib.workbench.evaluation.measure import (
     label_predictor,
     measure,
 )
-from ovdiff_lib.workbench.tables.intervals import Runs
+from ovdiff_lib.workbench.tables.intervals import Runs, interval
 from ovdiff_lib.workbench.tables.tables import Cell
 
 Label = Callable[[Sample], np.ndarray]
@@ -78,10 +79,7 @@ class Ladder:
         "features and matching" is what is left when both are true, to a classifier that errs in no cell; "feature grid"
         is what that one lacks: cells and windows are coarser than the label maps.
         """
-        base, labels, support, both, *_, cells = self.miou[column].values()
-        return {"drawings and masks": (support - base + both - labels) / 2,
-                "category filter": (labels - base + both - support) / 2,
-                "features and matching": cells - both, "feature grid": 100 - cells}
+        return _lost(self.miou[column])
 
     def table(self) -> dict[str, dict[str, float]]:
         """By column and row: the rungs, and below them what each part costs."""
@@ -89,9 +87,15 @@ class Ladder:
                 for column, rungs in self.miou.items()}
 
     def cells(self) -> list[Cell]:
-        """:meth:`table` as cells; rungs have their intervals."""
-        return [Cell.of(row, column, [value], runs=self.runs.get(column, {}).get(row))
-                for column, rows in self.table().items() for row, value in rows.items()]
+        """:meth:`table` as cells, with their intervals."""
+        made = []
+        for column, runs in self.runs.items():
+            made += [Cell.miou(rung, column, one) for rung, one in runs.items()]
+            draws = _lost({rung: one.draws for rung, one in runs.items()})
+            for part, points in self.lost(column).items():
+                low, high = interval(draws[part]) if self.images > 1 else (None, None)
+                made.append(Cell(f"lost by {part}", column, points, low=low, high=high))
+        return made
 
     def __str__(self) -> str:
         """What each part costs, in a sentence."""
@@ -99,6 +103,14 @@ class Ladder:
         costs = ", ".join(f"{part} {points:.1f}" for part, points in lost.items())
         return (f"Of the {sum(lost.values()):.1f} points that OVDiff without PAMR lacks to 100, these parts cost: "
                 f"{costs} (true support: {self.amount} scenes a class).")
+
+
+def _lost(miou: Mapping[str, Any]) -> dict[str, Any]:
+    """:meth:`Ladder.lost` of mIoU by rung, numbers or arrays."""
+    base, labels, support, both, *_, cells = miou.values()
+    return {"drawings and masks": (support - base + both - labels) / 2,
+            "category filter": (labels - base + both - support) / 2,
+            "features and matching": cells - both, "feature grid": 100 - cells}
 
 
 def ladder(ovdiff: OVDiff, dataset: Dataset, training: Dataset, *, folder: str | Path | None = None,
