@@ -1,5 +1,4 @@
-"""Label maps as pictures: one colour a class, by its name, in every figure, overlay, label map and page. Arrays and
-names only."""
+"""Label maps as pictures: one colour a class, by its name, in every figure, overlay, label map and page."""
 
 from __future__ import annotations
 

@@ -65,8 +65,7 @@ class OVDiff:
 
     def replaced(self, overrides: dict[str, Any]) -> OVDiff:
         """Another object with profile fields replaced and the same library, progress and networks."""
-        return OVDiff(self.profile, overrides, library=self.library.root, progress=self.progress,
-                      networks=self.networks)
+        return OVDiff(self.profile, overrides, library=self.library.root, progress=self.progress, networks=self.networks)
 
     # ------------------------------------------------------------------ steps 1 and 2: words to prototypes
     def build(self, classes: Vocabulary | Iterable[str | Category] | str, stuff: Iterable[str] = ()) -> PrototypeBank:
@@ -118,7 +117,14 @@ class OVDiff:
     # ------------------------------------------------------------------ step 3: image and prototypes to labels
     def segment(self, image: Any, classes: Classes) -> Segmentation:
         """Label every pixel of an image (a path, PIL image or array) with a class or background (Sec. 3.4, Eq. 4)."""
-        return next(self.segment_many([read_image(image)], classes))  # a broken one is told of before classes are built
+        image = read_image(image)  # a broken one is told of before classes are built
+        bank = self._bank(classes)
+        kept, chances = self._keep(image, bank.vocabulary)
+        matched = bank.restrict(kept)
+        [(scores, winner)] = self.matcher.scores([(image, matched)])  # (1 + kept, H, W): background first
+        # Eq. 4: a pixel is of the class with its highest score; 1 + c is category c of the vocabulary.
+        labels = np.array([0, *(1 + c for c in kept)], np.int32)[scores.argmax(0)]
+        return Segmentation(image, labels, scores, winner, bank.vocabulary, kept, chances, matched)
 
     def segment_many(self, images: Iterable[Any], classes: Classes, together: int = 8) -> Iterator[Segmentation]:
         """:meth:`segment` of each image, in order, up to rounding; windows of ``together`` images share the networks'
@@ -127,9 +133,8 @@ class OVDiff:
         while chosen := [read_image(image) for image in itertools.islice(waiting, max(1, together))]:
             found = [self._keep(image, bank.vocabulary) for image in chosen]
             matched = [bank.restrict(kept) for kept, _ in found]
-            scored = self.matcher.scores(list(zip(chosen, matched, strict=True)))  # (1 + kept, H, W): background first
+            scored = self.matcher.scores(list(zip(chosen, matched, strict=True)))
             for image, (kept, chances), own, (scores, winner) in zip(chosen, found, matched, scored, strict=True):
-                # Eq. 4: a pixel is of the class with its highest score; 1 + c is category c of the vocabulary.
                 labels = np.array([0, *(1 + c for c in kept)], np.int32)[scores.argmax(0)]
                 yield Segmentation(image, labels, scores, winner, bank.vocabulary, kept, chances, own)
 
