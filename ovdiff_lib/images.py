@@ -71,7 +71,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
 
 
 def list_images(path: str | Path) -> list[Path]:
-    """A file itself, or the images directly in a folder, by name (:data:`SUFFIXES`); ``InputError`` if there is none."""
+    """A file itself, or a folder's images by name (:data:`SUFFIXES`); ``InputError`` if there is none."""
     path = Path(path)
     if not path.exists():
         raise InputError(f"{shown(path)} does not exist; name an image file or a folder of images.")

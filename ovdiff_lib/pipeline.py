@@ -65,7 +65,8 @@ class OVDiff:
 
     def replaced(self, overrides: dict[str, Any]) -> OVDiff:
         """Another object with profile fields replaced and the same library, progress and networks."""
-        return OVDiff(self.profile, overrides, library=self.library.root, progress=self.progress, networks=self.networks)
+        return OVDiff(self.profile, overrides, library=self.library.root, progress=self.progress,
+                      networks=self.networks)
 
     # ------------------------------------------------------------------ steps 1 and 2: words to prototypes
     def build(self, classes: Vocabulary | Iterable[str | Category] | str, stuff: Iterable[str] = ()) -> PrototypeBank:
@@ -117,8 +118,7 @@ class OVDiff:
     # ------------------------------------------------------------------ step 3: image and prototypes to labels
     def segment(self, image: Any, classes: Classes) -> Segmentation:
         """Label every pixel of an image (a path, PIL image or array) with a class or background (Sec. 3.4, Eq. 4)."""
-        image = read_image(image)  # a broken one is told of before classes are built
-        bank = self._bank(classes)
+        image, bank = read_image(image), self._bank(classes)  # a broken image is told of before classes are built
         kept, chances = self._keep(image, bank.vocabulary)
         matched = bank.restrict(kept)
         [(scores, winner)] = self.matcher.scores([(image, matched)])  # (1 + kept, H, W): background first
