@@ -24,7 +24,7 @@ def parse_assignments(pairs: list[str], option: str = "--set") -> dict[str, Any]
         try:
             table[name] = yaml.safe_load(value) if value else ""
         except UNREADABLE:
-            raise InputError(f"The value of {option} {pair!r} cannot be read; write a number, true, "
+            raise InputError(f"The value of {option} {pair[:200]!r} cannot be read; write a number, true, "
                              "a [list, of, values] or text.") from None
     return table
 
