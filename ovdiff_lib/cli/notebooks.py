@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +42,18 @@ def run(options: argparse.Namespace) -> None:
                 help="classes and notebooks at a time (default: the processors, or 1 on a GPU)"), NOTEBOOKS, OUT)
 def reproduce(options: argparse.Namespace) -> int:
     """Execute the notebooks, judge the paper's claims on their tables and write the report."""
-    from ovdiff_lib.workbench.evaluation.workers import processors
     from ovdiff_lib.workbench.reproduce import expected_time, has_tag, is_fresh, notebooks, run_all
 
     if options.workers is not None and options.workers < 1:
         raise InputError(f"--workers is {options.workers}; give at least 1.")
     profile, parameters = profile_of(options), _parameters(options)
-    workers = options.workers or processors(profile)
+    workers = options.workers or _apart(_processors, profile)
     folder, shown = Path(parameters["output"]), options.out / profile.name
     chosen = notebooks(options.notebooks, options.only.split(",") if options.only else ())
     stale = [n for n in chosen if options.force or not is_fresh(n, folder / n.name, parameters)]
     print(expected_time(stale, folder, workers), flush=True)
     if workers > 1 and any(has_tag(notebook, "long") for notebook in stale):  # those measure on all data sets and seeds
-        _draw(profile, folder, workers)
+        _apart(_draw, profile, folder, workers)
     failures = run_all(chosen, folder, parameters, force=options.force, workers=workers,
                        say=lambda text: print(text, flush=True))
     # Also after a failure: what is there is worth seeing, and the report says what is not.
@@ -91,6 +93,18 @@ def _parameters(options: argparse.Namespace) -> dict[str, Any]:
     source = options.profile if not Path(options.profile).suffix else str(Path(options.profile).resolve())
     output = (options.out / profile_of(options).name).resolve()
     return {"profile": source, "overrides": parse_assignments(options.set), "output": str(output)}
+
+
+def _apart(act: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``act`` returns, from a process of its own: PyTorch would stay in this one's memory beside all notebooks."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(act, *arguments).result()
+
+
+def _processors(profile: Profile) -> int:
+    from ovdiff_lib.workbench.evaluation.workers import processors
+
+    return processors(profile)
 
 
 def _draw(profile: Profile, folder: Path, workers: int) -> None:

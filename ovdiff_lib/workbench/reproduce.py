@@ -135,12 +135,10 @@ def _side_by_side(run: Callable[..., Any], chosen: Sequence[Path], folder: Path,
 
 def next_of(waiting: Sequence[Path], running: Sequence[Path], known: dict[str, Any], workers: int) -> Path | None:
     """The notebook that begins next beside those that run, None while none may: the longest, so that no processor waits
-    at the end. Those tagged "alone" (they measure time) come last, one by one; of those tagged "large" two would hold
-    more memory than a run may."""
+    at the end. Those tagged "alone" (they measure time) come last, one by one."""
     def fits(notebook: Path) -> bool:
         alone = any(has_tag(one, "alone") for one in (notebook, *running))
-        large = has_tag(notebook, "large") and any(has_tag(one, "large") for one in running)
-        return not running or (len(running) < workers and not alone and not large)
+        return not running or (len(running) < workers and not alone)
 
     fitting = filter(fits, waiting)
     return min(fitting, key=lambda n: (has_tag(n, "alone"), -_seconds(n, known, 1e9)), default=None)

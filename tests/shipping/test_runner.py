@@ -263,20 +263,18 @@ def test_what_ran_is_noted(notebook, tmp_path, monkeypatch):
 
 
 def test_what_begins_next_is_the_longest_that_may_run_beside_the_others(tmp_path):
-    """Those that measure time come last and alone; two large ones do not meet."""
-    tags = {"01_long": ["large"], "02_alone": ["alone"], "04_large": ["large"]}
-    paths = {name: written(tmp_path, name, tags=tags.get(name, ()))
-             for name in ("00_short", "01_long", "02_alone", "03_new", "04_large")}
-    known = {"00_short": {"seconds": 10}, "01_long": {"seconds": 90}, "02_alone": {"seconds": 900}, "04_large": {"seconds": 60}}
+    """Those that measure time come last and alone."""
+    paths = {name: written(tmp_path, name, tags=["alone"] if name == "02_alone" else ())
+             for name in ("00_short", "01_long", "02_alone", "03_new", "04_middle")}
+    known = {"00_short": {"seconds": 10}, "01_long": {"seconds": 90}, "02_alone": {"seconds": 900}, "04_middle": {"seconds": 60}}
 
     def following(waiting, *running, workers=2):
         found = runner.next_of([paths[n] for n in waiting], [paths[n] for n in running], known, workers)
         return found and found.stem
 
     assert following(paths) == "03_new"  # it may be the longest of all
-    assert following(["00_short", "01_long", "04_large"]) == "01_long"
-    assert following(["00_short", "04_large"], "01_long") == "00_short" and following(["04_large"], "01_long") is None
-    assert following(["04_large"], "00_short") == "04_large" and following(["04_large"], "00_short", "03_new") is None
+    assert following(["00_short", "01_long", "04_middle"]) == "01_long"
+    assert following(["00_short", "04_middle"], "01_long") == "04_middle" and following(["04_middle"], "00_short", "03_new") is None
     assert following(["02_alone"], "00_short") is None and following(["00_short"], "02_alone") is None
     assert following(["02_alone"]) == "02_alone" and following([]) is None
 

@@ -335,6 +335,17 @@ def test_a_setting_that_cannot_be_is_refused_before_anything_is_measured(tiny_pr
 
 # ---- shared parts
 
+def test_prototypes_are_in_memory_once_and_no_longer_than_somebody_holds_them(bench):
+    bench.ovdiff().build("dog")
+    first, second = (bench.ovdiff(settings).build("dog") for settings in ({}, {"filters.category": False}))
+    assert first.prototypes["sd"][0] is second.prototypes["sd"][0]
+    other = bench.ovdiff({"prototypes.clusters": 2}).build("dog")
+    assert other.prototypes["sd"][0] is not first.prototypes["sd"][0]
+    vectors, held = first.prototypes["sd"][0].vectors.copy(), len(bench.shelf._held)
+    del first, second, other
+    assert len(bench.shelf._held) < held and np.array_equal(bench.ovdiff().build("dog").prototypes["sd"][0].vectors, vectors)
+
+
 def test_parts_are_shared_and_remember(bench):
     first, second = (bench.ovdiff(o) for o in ({}, {"prototypes.clusters": 2}))
     assert first.extractors["sd"] is second.extractors["sd"] and first.segmenter is second.segmenter

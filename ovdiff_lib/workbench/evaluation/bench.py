@@ -31,7 +31,7 @@ from ovdiff_lib.workbench.data.samples import Dataset, Sample
 from ovdiff_lib.workbench.evaluation.measure import EvaluationResult, measure
 from ovdiff_lib.workbench.evaluation.results import code_digest
 from ovdiff_lib.workbench.evaluation.rows import LEVELS, SAMPLED, Rival, Row, quantiles
-from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
+from ovdiff_lib.workbench.evaluation.shared import SharedLibrary, SharedNetworks
 from ovdiff_lib.workbench.tables.intervals import Runs
 from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell, paper_table
 from ovdiff_lib.workbench.tables.tables import Cell
@@ -60,6 +60,7 @@ class Bench:
             raise InputError("The list of seeds is empty; give at least one.")
         self.images = self.profile.evaluation.images if images is None else images
         self.library, self.progress, self.parts = Path(library), progress, SharedNetworks()
+        self.shelf = SharedLibrary(self.library)
         self._datasets: dict[tuple[str, str], Dataset] = {}
         self._quantiles: dict[str, np.ndarray] = {}
 
@@ -67,7 +68,9 @@ class Bench:
         """OVDiff with the bench's profile, ``settings`` replaced and ``seed`` (default: the first)."""
         seed = self.seeds[0] if seed is None else seed
         profile = self.profile.override({"support.seed": seed, "prototypes.seed": seed, **(settings or {})})
-        return OVDiff(profile, library=self.library, progress=self.progress, networks=self.parts)
+        ovdiff = OVDiff(profile, library=self.library, progress=self.progress, networks=self.parts)
+        ovdiff.library = self.shelf
+        return ovdiff
 
     def dataset(self, source: str, names: str = "fixed") -> Dataset:
         """The data set of a source, as for :func:`load_dataset`."""

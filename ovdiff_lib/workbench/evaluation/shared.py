@@ -1,5 +1,6 @@
-"""Networks that several OVDiff objects share: settings that differ in one field mostly run the same ones on the same
-pixels. Each is built once and remembers its latest results, so that a second setting pays for what differs alone."""
+"""What several OVDiff objects share: settings that differ in one field mostly run the same networks on the same pixels
+and match with the same prototypes. Networks are built once and remember their latest results, so that a second setting
+pays for what differs alone; prototypes are in memory once."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ import itertools
 import json
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from cachetools import LRUCache, cached
@@ -16,6 +19,7 @@ from cachetools import LRUCache, cached
 from ovdiff_lib import keys
 from ovdiff_lib.features import EXTRACTORS
 from ovdiff_lib.filters.category import CategoryFilter
+from ovdiff_lib.library.store import Library
 from ovdiff_lib.masks import SEGMENTERS
 from ovdiff_lib.masks.select import proposals
 from ovdiff_lib.profiles.schema import Profile
@@ -67,6 +71,22 @@ class RememberingSegmenter(Remembering):
         for n, masks in zip(new, proposals(self._part, images[new], words) if new else [], strict=True):
             found[n] = remember(places[n], lambda masks=masks: np.asarray(masks))
         return [found[n] for n in range(len(images))]
+
+
+class SharedLibrary(Library):
+    """A library that gives prototypes which somebody holds as the same object again. Nobody may change them in place.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        super().__init__(root)
+        self._held: WeakValueDictionary[str, Any] = WeakValueDictionary()
+
+    def get(self, kind: str, key: str) -> Any:
+        found = self._held.get(key) if kind == "prototypes" else None
+        found = super().get(kind, key) if found is None else found
+        if found is not None and kind == "prototypes":
+            self._held[key] = found
+        return found
 
 
 class SharedNetworks:
