@@ -33,7 +33,7 @@ def runs_of(values, noise, name, images=16):
     rest = np.random.default_rng(list(name.encode())).standard_normal(images)
     rest = noise * np.sqrt(images) * (rest - rest.mean()) / (rest.std() or 1)
     both = np.round(1e4 * (np.array(values)[:, None] + rest))
-    return Runs("made", np.stack([both, np.full_like(both, 1e6)], 2)[..., None].astype(np.int32))
+    return Runs("made", np.stack([both, *2 * [np.full_like(both, 1e6)]], 2)[..., None].astype(np.int32))
 
 
 def blocks(height, width, seed=0):

@@ -301,7 +301,8 @@ def test_broken_tables_are_refused(tmp_path):
         judge(tmp_path)
     tables(tmp_path, MAIN, "05_a")
     counts_file = tmp_path / "tables" / "05_a.npz"
-    for broken in (b"", b"x" * 99, counts_file.read_bytes()[:200]):
+    np.savez(tmp_path / "old.npz", cells=np.array([("a", "b", "c")]), **{"0": np.ones((1, 2, 2, 3), np.int32)})
+    for broken in (b"", b"x" * 99, counts_file.read_bytes()[:200], (tmp_path / "old.npz").read_bytes()):
         counts_file.write_bytes(broken)
         with pytest.raises(InputError, match=r"05_a\.npz"):
             judge(tmp_path)

@@ -15,12 +15,13 @@ def confusions(seeds=3, images=7, classes=4, seed=0):
     """Matrices i64 (seeds, images, K, K); a class is in few images, so that some draws lack it."""
     rng = np.random.default_rng(seed)
     counts = rng.integers(0, 50, (seeds, images, classes, classes))
-    counts[:, 2:, -1], counts[:, 2:, :, -1] = 0, 0
+    counts[:, 2:, -1] = 0
     return counts
 
 
 def test_a_draw_is_the_confusion_matrix_of_its_images_and_the_mean_over_its_seeds(monkeypatch):
-    """Draw by draw, with the images and seeds that were drawn; the factor of Student's t for three seeds is by hand."""
+    """Draw by draw, with the images and seeds that were drawn: of 7 images 7 less half of 4 classes; a class that the draw lacks
+    is predicted and does not count; the factor of Student's t for three seeds is by hand."""
     drawn = []
 
     def recording(key, draws, things, taken, draw=intervals._multiplicities):
@@ -32,7 +33,7 @@ def test_a_draw_is_the_confusion_matrix_of_its_images_and_the_mean_over_its_seed
     counts = confusions()
     found = resampled(Runs.of("x", counts), draws=100)
     images, seeds = drawn
-    assert images.shape == (100, 7) and (images.sum(1) == 7).all() and seeds.shape == (100, 3) and (seeds.sum(1) == 2).all()
+    assert images.shape == (100, 7) and (images.sum(1) == 5).all() and seeds.shape == (100, 3) and (seeds.sum(1) == 2).all()
     lacking, wider = 0, 4.302653 / 1.959964
     for value, of_images, of_seeds in zip(found, images, seeds, strict=True):
         miou = []
@@ -40,12 +41,12 @@ def test_a_draw_is_the_confusion_matrix_of_its_images_and_the_mean_over_its_seed
             matrix = ConfusionMatrix(4)
             for image, times in zip(matrices, of_images, strict=True):
                 matrix.counts += times * image
-            miou.append(100 * matrix.miou())
-        lacking += np.isnan(matrix.iou()).any()
+            miou.append(100 * np.mean([matrix.iou()[k] for k in range(4) if matrix.counts[k].sum()]))
+        lacking += not matrix.counts[-1].any()
         expected = np.mean(miou) + wider * (np.average(miou, weights=of_seeds) - np.mean(miou))
         assert value == pytest.approx(expected, rel=1e-5)
     assert 0 < lacking < 100
-    assert len({tuple(row) for row in images}) > 90 and images.mean(0) == pytest.approx(np.ones(7), abs=0.35)
+    assert len({tuple(row) for row in images}) > 80 and images.mean(0) == pytest.approx(np.full(7, 5 / 7), abs=0.3)
 
 
 def test_cells_of_a_data_set_share_their_draws_and_those_of_others_do_not():
@@ -57,26 +58,26 @@ def test_cells_of_a_data_set_share_their_draws_and_those_of_others_do_not():
 
 
 def population(rng, seeds, seed_noise, images=1500):
-    """Counts of two methods, i32 (seeds, images, 2, 3) each: images are hard or easy for both, seeds good or bad for one."""
+    """Counts of two methods, i32 (seeds, images, 3, 3) each: images are hard or easy for both, seeds good or bad for one."""
     size = np.round(rng.gamma(2.0, 200.0, (images, 3)) * (rng.random((images, 3)) < 0.7))
     hard, made = 0.12 * rng.standard_normal((images, 1)), []
     for base in ((0.7, 0.5, 0.6), (0.62, 0.45, 0.55)):
         right = np.array(base) + hard + 0.06 * rng.standard_normal((images, 3)) + seed_noise * rng.standard_normal((seeds, 1, 1))
         both = np.round(size * right.clip(0.02, 0.98))
-        made.append(np.stack([both, np.broadcast_to(size, both.shape)], 2).astype(np.int32))
+        made.append(np.stack([both, *2 * [np.broadcast_to(size, both.shape)]], 2).astype(np.int32))
     return made
 
 
 def mean_iou(counts):
-    both, either = np.moveaxis(counts.sum(1, dtype=np.int64), 1, 0)
+    both, either, _ = np.moveaxis(counts.sum(1, dtype=np.int64), 1, 0)
     return 100 * (both / either).mean()
 
 
 @pytest.mark.parametrize("seeds, seed_noise", [(1, 0.0), (4, 0.01), (4, 0.03)])
 def test_the_interval_of_a_difference_covers_the_truth_in_95_percent_of_all_samples(seeds, seed_noise):
     """Of 1,000 samples of 64 images and of seeds from a population, whose own difference is the truth; unpaired, the interval of
-    a difference would be much wider than need be."""
-    rng = np.random.default_rng(1)
+    a difference would be much wider than need be. With seeds that hardly differ it is 96 to 97 percent."""
+    rng = np.random.default_rng(2)
     methods = population(rng, 60 if seeds > 1 else 1, seed_noise)
     truth, covered, paired, unpaired = mean_iou(methods[0]) - mean_iou(methods[1]), 0, [], []
     for sample in range(1000):
@@ -91,6 +92,38 @@ def test_the_interval_of_a_difference_covers_the_truth_in_95_percent_of_all_samp
             unpaired.append(high - low)
     assert 930 <= covered <= 970
     assert seeds > 1 or np.mean(paired) < 0.6 * np.mean(unpaired)
+
+
+def rare_classes(rng, classes=42, each=200):
+    """Counts of two methods, i32 (1, images, 3, K): image i shows class i modulo K, and a class is predicted in images of others, too;
+    some images are taken for another class."""
+    true = np.arange(classes * each) % classes
+    other, size = rng.integers(classes, size=true.size), np.round(rng.gamma(3, 300, true.size)) + 50
+    easy, wrong, made = rng.uniform(0.2, 0.8, classes)[true] + 0.15 * rng.standard_normal(true.size), rng.random(true.size) < 0.3, []
+    for better in (0, 0.06):
+        right = np.where(wrong, 0, np.round(size * (easy + better + 0.1 * rng.standard_normal(true.size)).clip(0, 0.98)))
+        counts, rows = np.zeros((true.size, 3, classes)), np.arange(true.size)
+        counts[rows, 0, true], counts[rows, 1, true], counts[rows, 2, true] = right, size, size
+        counts[rows, 1, other] += np.where(other == true, 0, np.round(size * np.where(wrong, 0.7, 0.15)))
+        made.append(counts[None].astype(np.int32))
+    return true, made
+
+
+@pytest.mark.parametrize("images", [64, 160])
+def test_intervals_cover_the_truth_where_each_class_is_in_few_images(images, monkeypatch):
+    """42 classes, one, two or four images each: the interval of a mIoU and of a difference, whose middles are what was measured."""
+    monkeypatch.setattr(intervals, "resampled", lambda runs: resampled(runs, 400))
+    rng = np.random.default_rng(3)
+    shows, methods = rare_classes(rng)
+    truths, covered = [mean_iou(method) for method in methods], np.zeros(2)
+    for sample in range(400):
+        chosen = np.stack([rng.choice(np.flatnonzero(shows == k), 4, replace=False) for k in range(42)], 1).ravel()[:images]
+        one, two = (Runs(str(sample), method[:, chosen]) for method in methods)
+        for n, (draws, truth) in enumerate([(one.draws, truths[0]), (two.draws - one.draws, truths[1] - truths[0])]):
+            low, high = interval(draws)
+            covered[n] += low <= truth <= high
+    assert one.draws.mean() == pytest.approx(one.values.mean())
+    assert (covered >= 0.92 * 400).all() and (covered <= 0.98 * 400).all(), covered
 
 
 def test_p_values_count_the_draws_on_the_wrong_side():

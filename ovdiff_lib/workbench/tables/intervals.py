@@ -1,10 +1,13 @@
 """How far a measured mIoU, or a difference of two, can be trusted: images and seeds are drawn again, many times.
 
-A draw takes as many images as there are, with replacement. mIoU needs of an image only in how many pixels a class is
-both true and predicted, and in how many either, so that a draw is a product of these counts with how often each image
-was taken. Seeds are few: of S a draw takes S - 1, which spreads as a mean of S does (all S would spread too little),
-and that spread is widened as Student's t is wider than the normal distribution, for four seeds by 1.6. All cells of a
-data set share the draws, which makes every difference of two of them a paired one.
+A draw takes images with replacement. mIoU needs of an image only in how many pixels a class is both true and
+predicted, in how many either, and in how many true, so that a draw is a product of these counts with how often each
+image was taken. Where many classes are in two or three images each, some draws lack a class: its mean is over the
+classes that the draw shows, and all draws are shifted so that their mean is the number measured. Few things drawn from
+spread too little. Of N images that show K classes a draw takes N - K / 2, by which intervals cover what they should
+from one image a class to many; of S seeds S - 1, and their spread is widened as Student's t is wider than the normal
+distribution, for four seeds by 1.6. All cells of a data set share the draws, which makes every difference of two of
+them a paired one.
 """
 
 from __future__ import annotations
@@ -32,9 +35,9 @@ LEVEL = 0.05
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """What a mean over seeds of mIoU was counted from: ``counts`` i32 (seeds, images, 2, K), of each image the pixels
-    in which a class is both true and predicted, and those in which it is either. A method without seeds is one run; a
-    constant that was searched on the images is not searched anew in each draw."""
+    """What a mean over seeds of mIoU was counted from: ``counts`` i32 (seeds, images, 3, K), of each image the pixels
+    in which a class is both true and predicted, those in which it is either, and those in which it is true. A method
+    without seeds is one run; a constant that was searched on the images is not searched anew in each draw."""
 
     dataset: str
     counts: np.ndarray
@@ -45,31 +48,37 @@ class Runs:
     @classmethod
     def of(cls, dataset: str, confusions: Sequence[np.ndarray]) -> Runs:
         """``confusions``: for each seed the confusion matrices of the images, i64 (images, K, K)."""
-        pairs = []
+        found = []
         for matrices in confusions:
-            both = np.diagonal(matrices, axis1=1, axis2=2)
-            pairs.append(np.stack([both, matrices.sum(1) + matrices.sum(2) - both], 1))
-        return cls(dataset, np.stack(pairs).astype(np.int32))
+            both, true = np.diagonal(matrices, axis1=1, axis2=2), matrices.sum(2)
+            found.append(np.stack([both, matrices.sum(1) + true - both, true], 1))
+        return cls(dataset, np.stack(found).astype(np.int32))
 
-    values = property(lambda self: 100 * _miou(self.counts.sum(1, dtype=np.int64)))
-    """mIoU in percent of each seed on all images, f64 (seeds,)."""
+    @property
+    def values(self) -> np.ndarray:
+        """mIoU in percent of each seed on all images, f64 (seeds,)."""
+        counts = self.counts.sum(1, dtype=np.int64)
+        return 100 * _miou(counts, counts[:, 1] > 0)
 
     @cached_property
     def draws(self) -> np.ndarray:
-        """mIoU in percent, mean over seeds, of each draw, f64 (DRAWS,)."""
-        return resampled(self)
+        """mIoU in percent, mean over seeds, of each draw, f64 (DRAWS,); their mean is that of :attr:`values`."""
+        found = resampled(self)
+        return found + self.values.mean() - found.mean()
 
 
 def resampled(runs: Runs, draws: int = DRAWS) -> np.ndarray:
     """mIoU in percent of ``draws`` draws, f64 (draws,), the same draws for all runs with one data set, number of images
-    and number of seeds. A class that no image of a draw shows does not count there, as in ``ConfusionMatrix.miou``."""
-    seeds, images, _, classes = runs.counts.shape
-    taken = _multiplicities(zlib.crc32(runs.dataset.encode()), draws, images, images)
+    and number of seeds. A class that images show counts in the draws that show it, another where it is predicted."""
+    seeds, images, kinds, classes = runs.counts.shape
+    shown = runs.counts[:, :, 2].any((0, 1))
+    taken = _multiplicities(zlib.crc32(runs.dataset.encode()), draws, images, max(1, images - int(shown.sum()) // 2))
     counts = np.moveaxis(runs.counts, 0, 1).reshape(images, -1).astype(np.float32)
     made = []
     for first in range(0, draws, BLOCK):
-        summed = taken[first:first + BLOCK].astype(np.float32) @ counts
-        made.append(_miou(summed.astype(np.float64).reshape(-1, seeds, 2, classes)))
+        summed = (taken[first:first + BLOCK].astype(np.float32) @ counts).astype(np.float64)
+        summed = summed.reshape(-1, seeds, kinds, classes)
+        made.append(_miou(summed, np.where(shown, summed[:, :, 2], summed[:, :, 1]) > 0))
     miou = 100 * np.concatenate(made)
     if seeds == 1:
         return miou[:, 0]
@@ -78,10 +87,10 @@ def resampled(runs: Runs, draws: int = DRAWS) -> np.ndarray:
     return (miou * (1 / seeds + wider * (shares - 1 / seeds))).sum(1)
 
 
-def _miou(counts: np.ndarray) -> np.ndarray:
-    """Of counts (..., 2, K), in [0, 1]; 0 where no class is shown."""
-    both, either = counts[..., 0, :], counts[..., 1, :]
-    return (both / np.maximum(either, 1)).sum(-1) / np.maximum((either > 0).sum(-1), 1)
+def _miou(counts: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """Of counts (..., 3, K) the mean over the classes ``counted`` bool (..., K), in [0, 1]; 0 where there is none."""
+    iou = counts[..., 0, :] / np.maximum(counts[..., 1, :], 1)
+    return (iou * counted).sum(-1) / np.maximum(counted.sum(-1), 1)
 
 
 @lru_cache(maxsize=8)
@@ -130,8 +139,11 @@ def read_runs(table: Path) -> dict[tuple[str, str], Runs]:
     path = table.with_suffix(".npz")
     try:
         with np.load(path) as read:
-            return {(row, column): Runs(dataset, read[str(n)])
-                    for n, (row, column, dataset) in enumerate(read["cells"].tolist())}
+            found = {(row, column): Runs(dataset, read[str(n)])
+                     for n, (row, column, dataset) in enumerate(read["cells"].tolist())}
+        if any(runs.counts.ndim != 4 or runs.counts.shape[2] != 3 for runs in found.values()):
+            raise ValueError("not counts of this edition")
+        return found
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
