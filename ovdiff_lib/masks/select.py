@@ -57,7 +57,7 @@ def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter) -> F
     """Masks of every support image, bool (N, H, W) at the images' size, by Eq. 1 among what the segmenter proposes.
 
     Where it proposes nothing, thresholds on the attribution decide (``masks.fallback``; App. C.5: multi-Otsu), and the
-    image's ``source`` is "threshold".
+    image's ``source`` is "threshold". Of the segmenter "threshold" they are always multi-Otsu's, as in released code.
     """
     settings, images = profile.masks, support.images
     attribution = upsample(support.attribution, images.shape[1:3])
@@ -75,7 +75,8 @@ def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter) -> F
         source.append(segmenter.name if masks.any() else "threshold")
     bare = [n for n, made_by in enumerate(source) if made_by == "threshold"]
     if bare:  # searching thresholds costs as much as a network
-        foreground[bare], background[bare] = _thresholds(attribution, bare, settings)
+        fixed = settings.fallback == "fixed" and segmenter.name != "threshold"
+        foreground[bare], background[bare] = _thresholds(attribution, bare, settings, fixed)
     return ForegroundBackground(foreground, _tighten(background, attribution, settings), tuple(source))
 
 
@@ -89,9 +90,9 @@ def proposals(segmenter: Segmenter, images: np.ndarray, words: str) -> Iterator[
         yield from found
 
 
-def _thresholds(attribution: np.ndarray, chosen: list[int], settings: Masks) -> tuple[np.ndarray, ...]:
-    """Foreground and background of the maps at the indices ``chosen``."""
-    if settings.fallback == "fixed":
+def _thresholds(attribution: np.ndarray, chosen: list[int], settings: Masks, fixed: bool) -> tuple[np.ndarray, ...]:
+    """Foreground and background of the maps at the indices ``chosen``, by ``fixed`` thresholds or multi-Otsu's."""
+    if fixed:
         return fixed_thresholds(attribution[chosen], settings.fallback_foreground, settings.fallback_background)
     levels = settings.threshold_classes, settings.threshold_foreground
     if settings.threshold_scope == "set":  # the levels of all maps, not of the chosen ones alone

@@ -97,7 +97,7 @@ class Masks:
     background_below: Positive = 1.0  # of the attribution of background pixels (released: 0.2)
     erosion: Annotated[Whole, Field(ge=0)] = 0  # binary erosion of the background, pixels (released code: 1)
     overlaps: Literal["keep", "attribution"] = "keep"  # attribution: a pixel stays with one proposal, of highest mean
-    fallback: Literal["otsu", "fixed"] = "otsu"  # what divides an image without proposals
+    fallback: Literal["otsu", "fixed"] = "otsu"  # what divides an image in which the segmenter finds nothing
     fallback_foreground: Share = 0.5  # fixed: foreground is attribution above this
     fallback_background: Share = 0.2  # fixed: background is attribution below this
     maskcut_rounds: Count = 3  # MaskCut: masks an image at most
@@ -111,11 +111,12 @@ class Masks:
     sam_stability: Share = 0.95  # lowest stability score
     grounding_box: Share = 0.25  # Grounded SAM: lowest box score
     grounding_text: Share = 0.25  # lowest text score
-    resize: Literal["area", "any"] = "area"  # a cell is inside if half of it is, or any pixel
+    resize: Literal["area", "bilinear"] = "area"  # a cell is inside if half of it is, or what is interpolated is not 0
 
     @model_validator(mode="after")
     def _fallback_divides(self):
-        if self.fallback == "otsu" and self.threshold_foreground >= self.threshold_classes:
+        divided = self.fallback == "otsu" or self.segmenter == "threshold"
+        if divided and self.threshold_foreground >= self.threshold_classes:
             raise _crossed("masks", self, "threshold_foreground", "below", "threshold_classes")
         if self.fallback == "fixed" and self.fallback_background > self.fallback_foreground:
             raise _crossed("masks", self, "fallback_background", "at most", "fallback_foreground")

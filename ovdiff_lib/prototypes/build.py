@@ -70,11 +70,12 @@ def _region(features: torch.Tensor, inside: torch.Tensor, region: str, settings:
 
 def resize_masks(masks: np.ndarray, size: tuple[int, int], how: str = "area") -> torch.Tensor:
     """Masks bool (N, H, W) on the feature grid, bool (N, *size). "area": a cell is inside if more than half of it is;
-    a mask too thin for that keeps its fullest cells, so no mask vanishes. "any": if any pixel of it is."""
+    a mask too thin for that keeps its fullest cells, so no mask vanishes. "bilinear", as the released code: if the mask
+    interpolated at the middle of the cell is above 0, which dilates a little."""
     tensor = torch.from_numpy(np.ascontiguousarray(masks))[:, None].float()
+    if how == "bilinear":
+        return F.interpolate(tensor, size, mode="bilinear", align_corners=False)[:, 0] > 0
     covered = F.adaptive_avg_pool2d(tensor, size)[:, 0]
-    if how == "any":
-        return covered > 0
     inside = covered > 0.5
     fullest = covered.amax((1, 2), keepdim=True)
     return inside | ((fullest <= 0.5) & (fullest > 0) & (covered == fullest))

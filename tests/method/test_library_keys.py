@@ -48,7 +48,7 @@ MATTERS = {
 SECTIONS_THAT_DO_NOT = ("filters", "matching", "evaluation", "baselines")  # they act on prototypes that are there
 
 OTHER = {"masks.segmenter": "detector", "masks.threshold_scope": "set", "masks.overlaps": "attribution", "masks.fallback": "fixed",
-         "masks.maskcut_facet": "queries", "masks.resize": "any", "features.sd_latent": "sample",
+         "masks.maskcut_facet": "queries", "masks.resize": "bilinear", "features.sd_latent": "sample",
          "features.sd_noise": "fixed", "features.clip_normalisation": "imagenet", "models.dtype": "bfloat16", "models.device": "auto",
          "features.extractors": ["dino"], "prototypes.kinds": ["class"], "matching.resample": "lanczos",
          "matching.refine": "pamr", "filters.category_crop": "centre", "filters.stuff_against": "all", "filters.category_logit_scale": 50.0,

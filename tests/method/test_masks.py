@@ -133,7 +133,7 @@ class Fixed:
     name = "fixed"
 
     def __init__(self, *masks):
-        self.masks = np.array(masks)
+        self.masks = np.array(masks) if masks else np.zeros((0, 6, 10), bool)
 
     def propose(self, image, words):
         assert words == "the words"
@@ -216,9 +216,12 @@ def test_overlaps_and_fallback_as_the_profile_says():
             expected = select(proposals, attribution[n])
             assert (found.foreground[n] == expected[0]).all() and (found.background[n] == expected[1]).all()
     assert (kept.background == top).all() and (apart.background == region(0, slice(6, 10))).all()
-    fixed = masks_of(support, fallback="fixed", fallback_foreground=0.6)
+    fixed = masks_of(support, Fixed(), fallback="fixed", fallback_foreground=0.6)
     expected = fixed_thresholds(attribution, 0.6, 0.2)
     assert np.array_equal(fixed.foreground, expected[0]) and np.array_equal(fixed.background, expected[1])
+    alone = [masks_of(support, threshold_scope="set", fallback=how) for how in ("fixed", "otsu")]  # "-CutLER" of the released code
+    assert np.array_equal(alone[0].foreground, alone[1].foreground)
+    assert np.array_equal(alone[0].foreground, multi_otsu(attribution, 4, 2)[0])
 
 
 def test_background_can_be_tightened():

@@ -17,7 +17,7 @@ ROWS = {  # what the released code does, topic by topic
     "background mask": {"masks.background_below": 0.2, "masks.erosion": 1},
     "CutLER finds nothing": {"masks.fallback": "fixed", "masks.fallback_foreground": 0.5, "masks.fallback_background": 0.2},
     "without CutLER": {"masks.threshold_classes": 3, "masks.threshold_scope": "set"},
-    "mask resize": {"masks.resize": "any"},
+    "mask resize": {"masks.resize": "bilinear"},
     "SD features": {"features.sd_layers": SD_LAYERS, "features.sd_timestep": 200, "features.sd_latent": "sample",
                     "features.sd_input_size": 512},
     "noise": {"features.sd_noise": "fixed", "features.sd_noise_samples": 1},

@@ -105,7 +105,7 @@ def test_fewer_features_than_clusters_give_fewer_parts():
     assert np.allclose(sorted(built.vectors.tolist()), sorted(features[0, 0, :2].tolist()), atol=1e-5)
 
 
-def test_masks_on_the_feature_grid_by_area_and_by_any_pixel():
+def test_masks_on_the_feature_grid_by_area_and_interpolated():
     mask = np.zeros((3, 4, 6), bool)
     mask[0, :2, :3] = mask[0, 2, :3] = True  # fills the first cell of a (2, 2) grid, and half of the one below
     mask[1, 0, 0:5] = True  # a line: 3 of 6 and 2 of 6 pixels, never more than half
@@ -116,7 +116,12 @@ def test_masks_on_the_feature_grid_by_area_and_by_any_pixel():
     assert resize_masks(mask, (4, 6)).numpy().tolist() == mask.tolist()
     mask = np.zeros((1, 4, 6), bool)
     mask[0, 3, 5] = mask[0, 0, 0] = True
-    assert resize_masks(mask, (2, 3), "any").tolist() == [[[True, False, False], [False, False, True]]]
+    assert resize_masks(mask, (2, 3), "bilinear").tolist() == [[[True, False, False], [False, False, True]]]
+    mask = np.zeros((1, 16, 24), bool)
+    mask[0, 3:5, 3:5] = True  # at a scale of 8 the middle of a cell is between its pixels 3 and 4
+    assert resize_masks(mask, (2, 3), "bilinear").tolist() == [[[True, False, False], [False, False, False]]]
+    mask = np.roll(mask, 2, axis=2)
+    assert not resize_masks(mask, (2, 3), "bilinear").any()
 
 
 def test_features_and_masks_that_give_no_prototypes():

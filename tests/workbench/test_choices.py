@@ -28,7 +28,7 @@ def test_every_row_switches_one_choice(name):
         differing = {f"{s}.{f}" for s in before if isinstance(before[s], dict) for f in before[s] if before[s][f] != after[s][f]}
         assert differing <= set(choice.code[1]) and differing, row.label
         # With proposals in every image thresholds could not act.
-        alone = {"masks.threshold_scope", "masks.fallback"} & differing
+        alone = {"masks.threshold_scope"} & differing
         assert (choice.base == THRESHOLDS) == bool(alone) and (not alone or base.masks.segmenter == "threshold"), row.label
 
 

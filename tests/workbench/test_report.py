@@ -22,6 +22,7 @@ from ovdiff_lib.segmentation import Segmentation
 from ovdiff_lib.types import ForegroundBackground, Prototypes
 from ovdiff_lib.workbench.data.classes import vocabulary_of
 from ovdiff_lib.workbench.data.datasets import load_dataset
+from ovdiff_lib.workbench.evaluation.bench import Bench
 from ovdiff_lib.workbench.figures import base as figures
 from ovdiff_lib.workbench.tables.intervals import Runs, read_runs
 from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell, paper_table
@@ -325,3 +326,19 @@ def test_a_written_segmentation_decodes_to_itself(tmp_path, profile):
     result.filter_scores[:] = np.nan  # without a filter the record is strict JSON, too
     text = write_segmentation(result, tmp_path, "x", profile)[2].read_text()
     assert "NaN" not in text and all(row["filter_probability"] is None for row in json.loads(text)["classes"])
+
+
+def test_what_the_paper_has_beside_what_was_measured_stands_as_published():
+    own = [Cell.of("ours", "mini-voc20", [70.0], paper_cell("A.7", "OVDiff", "VOC-20"))]
+    added = {(cell.row, cell.column): cell for cell in Bench.published(own, "A.7")[1:]}
+    assert all(cell.source == "published" and cell.measured is None for cell in added.values())
+    assert ("ours", "mini-voc20") not in added and added["ours", "City"].paper.value == 23.4
+    assert added["TCL", "mini-voc20"].paper.value == 77.5 and ("CLIPpy", "City") not in added  # which reported none
+    assert len(added) == sum(cell.value is not None for cell in paper_table("A.7")) - 1
+
+
+def test_a_change_stands_beside_the_papers_own():
+    full, less = (Cell.miou(row, "x", runs_of([value], 2.0, "a"), paper_cell("3", name, "VOC"))
+                  for row, value, name in (("full", 50.0, "Full"), ("less", 45.0, "w/o CutLER")))
+    assert less.against(full).paper.value == -4.0 and less.against(full).measured == pytest.approx(-5)
+    assert Cell.miou("y", "x", less.runs).against(full).paper is None

@@ -155,12 +155,14 @@ class Bench:
         """The cells with another label of their column; their place in the paper's table stays."""
         return [dataclasses.replace(cell, column=column) for cell in cells]
 
-    def published(self, cells: Sequence[Cell], columns: Mapping[str, str], table: str) -> list[Cell]:
-        """``cells`` and, after them, the rows of the paper's table that are not among them, with its numbers alone."""
-        here = {cell.paper.row for cell in cells if cell.paper}
-        return [*cells, *(Cell(p.row, self.dataset(columns[p.column]).name, paper=p, source="published")
-                          for p in paper_table(table)
-                          if p.row not in here and p.column in columns and p.value is not None)]
+    @staticmethod
+    def published(cells: Sequence[Cell], table: str) -> list[Cell]:
+        """``cells`` and, after them, all that the paper's table has beside, rows and columns, with its numbers alone."""
+        places = {cell.paper.key: cell for cell in cells if cell.paper}
+        rows, columns = ({getattr(cell.paper, name): getattr(cell, name) for cell in places.values()}
+                         for name in ("row", "column"))
+        return [*cells, *(Cell(rows.get(p.row, p.row), columns.get(p.column, p.column), paper=p, source="published")
+                          for p in paper_table(table) if p.key not in places and p.value is not None)]
 
     def missing(self, rows: Sequence[Row]) -> dict[str, str]:
         """Why rows cannot be measured here, by label: a model that the profile does not name or that is not here."""

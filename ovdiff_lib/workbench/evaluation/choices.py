@@ -24,7 +24,7 @@ FULL, CLIP, THRESHOLDS = "full", "full, CLIP keys", "full, thresholds alone"
 BASES: dict[str, dict[str, Any]] = {
     FULL: {},
     CLIP: {"features.extractors": ["clip-keys"]},
-    THRESHOLDS: {"masks.segmenter": "threshold", "masks.fallback": "otsu"},  # every image is one without proposals
+    THRESHOLDS: {"masks.segmenter": "threshold"},
 }
 """Settings of those rows."""
 

@@ -53,6 +53,11 @@ def paper_cell(table: str, row: str, column: str) -> PaperCell:
     return cells[given]
 
 
+def paper_change(cell: PaperCell | None) -> PaperCell | None:
+    """The published difference of a cell to the full method (Table 3), if the paper prints one."""
+    return _cells().get((cell.table, cell.row, f"{cell.column} delta")) if cell else None
+
+
 def paper_table(table: str) -> tuple[PaperCell, ...]:
     """All published cells of a table in the paper's order, those without a value too; ``InputError`` if unknown."""
     tables = dict.fromkeys(key[0] for key in _cells())

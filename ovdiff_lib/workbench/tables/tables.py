@@ -18,7 +18,7 @@ from ovdiff_lib.files import write_atomic
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.workbench.console import write_json
 from ovdiff_lib.workbench.tables.intervals import Runs, interval, write_runs
-from ovdiff_lib.workbench.tables.paper import PaperCell
+from ovdiff_lib.workbench.tables.paper import PaperCell, paper_change
 
 COLUMNS = ("table", "row", "column", "measured", "std", "low", "high", "n", "values", "source", "paper", "paper_std",
            "paper_table", "paper_row", "paper_column", "profile", "settings")
@@ -88,9 +88,10 @@ class Cell:
         """The difference to the mIoU ``base`` of as many seeds in "<column>, change", its interval from the same draws
         for both. Idle, "not exercised" and ``why``, where the two agree in every draw: their counts are the same."""
         column, draws = f"{self.column}, change", self.runs.draws - base.runs.draws
+        paper = paper_change(self.paper)
         if not draws.any():
-            return Cell(self.row, column, source=IDLE + NOT_EXERCISED + (f": {why}" if why else ""))
-        made = Cell.of(self.row, column, [a - b for a, b in zip(self.values, base.values, strict=True)])
+            return Cell(self.row, column, paper=paper, source=IDLE + NOT_EXERCISED + (f": {why}" if why else ""))
+        made = Cell.of(self.row, column, [a - b for a, b in zip(self.values, base.values, strict=True)], paper)
         low, high = interval(draws) if self.runs.images > 1 else (None, None)
         return replace(made, low=low, high=high)
 
