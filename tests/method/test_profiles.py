@@ -86,7 +86,7 @@ def test_unknown_fields_get_the_legal_ones(key, word):
 WORDS = {  # every field of a few words, as the steps' docstrings tell them
     "models.dtype": "float32 float16 bfloat16", "masks.threshold_scope": "image set", "masks.overlaps": "keep attribution",
     "masks.fallback": "otsu fixed", "masks.maskcut_facet": "keys queries values",
-    "masks.resize": "area any", "features.sd_latent": "mean sample", "features.sd_noise": "seeded fixed",
+    "masks.resize": "area bilinear", "features.sd_latent": "mean sample", "features.sd_noise": "seeded fixed",
     "features.clip_normalisation": "clip imagenet", "filters.category_crop": "squash centre", "filters.stuff_against": "stuff all",
     "matching.resample": "bilinear lanczos", "matching.refine": "none pamr"}
 NAN, INFINITY, SEED = float("nan"), float("inf"), 2**63
