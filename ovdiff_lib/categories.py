@@ -21,12 +21,14 @@ class Category:
     """One class of a vocabulary.
 
     ``name`` is what the user calls it, ``prompt`` the words given to the networks (default: the name), ``kind`` whether
-    it is a countable "thing" or a region of "stuff" (Sec. 3.4, "stuff" filtering).
+    it is a countable "thing" or a region of "stuff" (Sec. 3.4, "stuff" filtering). ``pictures`` is the library's key of
+    one's own pictures of it (:meth:`~ovdiff_lib.pipeline.OVDiff.build_from`); without any it is drawn.
     """
 
     name: str
     prompt: str = ""
     kind: str = "thing"
+    pictures: str = ""
 
     def __post_init__(self) -> None:
         name = unicodedata.normalize("NFC", _readable(self.name))
@@ -39,6 +41,7 @@ class Category:
             raise InputError(f"The kind of class {name!r} is {self.kind!r}; it must be 'thing' or 'stuff'.")
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "prompt", _readable(self.prompt) or name)
+        object.__setattr__(self, "pictures", _readable(self.pictures))
 
     @classmethod
     def of(cls, words: Category | str) -> Category:

@@ -11,17 +11,19 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ovdiff_lib.categories import Category
 from ovdiff_lib.code import NAME, code_digest, parsed
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
 from ovdiff_lib.features import EXTRACTORS
 from ovdiff_lib.library.codec import identify
+from ovdiff_lib.library.own import OwnPictures
 from ovdiff_lib.masks import COMMON_SETTINGS, SEGMENTERS
 from ovdiff_lib.networks.identity import model_identity, resolve_model
 from ovdiff_lib.profiles.schema import UNUSED_BY_THE_METHOD, Profile, of_extractor
 from ovdiff_lib.registry import NOT_MODELS, Part, chosen_fields, chosen_part
 
 STEPS = {"support": (f"{NAME}.support.sampler", f"{NAME}.networks.loading"), "masks": (f"{NAME}.masks.select",),
-         "prototypes": (f"{NAME}.prototypes.build",)}
+         "prototypes": (f"{NAME}.prototypes.build",), "pictures": (f"{NAME}.library.own",)}
 """The modules that a step begins in."""
 
 SPEED_ONLY = {"batch_size"}
@@ -51,22 +53,40 @@ def check_profile(profile: Profile) -> None:
         resolve_model(source)
 
 
-def for_words(table: dict[str, Any], prompt: str) -> tuple[str, dict[str, Any]]:
+def for_words(table: dict[str, Any], words: Category | str) -> tuple[str, dict[str, Any]]:
     """The library's key for one category, and what it is the hash of: ``table`` of :func:`made_from` with the
-    category's words."""
-    table = {**table, "prompt": prompt}
+    category's words. The masks of one's own pictures have the key of these."""
+    category = Category.of(words)
+    table = {**table, "prompt": category.prompt, **({"pictures": category.pictures} if category.pictures else {})}
+    return category.pictures if category.pictures and table["step"] == "masks" else identify(table), table
+
+
+def for_pictures(profile: Profile, own: OwnPictures) -> tuple[str, dict[str, Any]]:
+    """The library's key for one's own pictures of a category and their masks, and what it is the hash of. How masks are
+    chosen counts where they are."""
+    table = {"step": "pictures", "prompt": own.category.prompt, "digest": own.digest(),
+             "image_size": profile.support.image_size, "code": code_digest(*STEPS["pictures"])}
+    if own.masks is None:
+        judge = [_identity(profile.models.clip), profile.filters.category_prompt, profile.filters.category_crop]
+        table |= {"segmenter": of_part(profile, "masks", profile.masks.segmenter), "judge": judge,
+                  "dtype": profile.models.dtype}
     return identify(table), table
 
 
-def made_from(profile: Profile, step: str) -> dict[str, Any]:
+def made_from(profile: Profile, step: str, own: bool = False) -> dict[str, Any]:
     """What the result of a step ("support", "masks" or the name of an extractor, for its prototypes) is made from, but
     for the words: the settings that the step and those before it stand on, and the identity of the models and of the
-    code that they run. Fields of parts that are not used do not count."""
-    models, code = {"diffusion": model_identity(profile.models.diffusion)}, {"support": code_digest(*STEPS["support"])}
-    settings = {"support": dataclasses.asdict(profile.support)}
+    code that they run. Fields of parts that are not used do not count. Of one's ``own`` pictures it is what prototypes
+    are made from, but for the pictures, whose key tells the rest."""
+    models, code, settings = {}, {}, {}
+    if own:
+        settings["masks"] = {"resize": profile.masks.resize}
+    else:
+        models["diffusion"] = model_identity(profile.models.diffusion)
+        code["support"], settings["support"] = code_digest(*STEPS["support"]), dataclasses.asdict(profile.support)
     if step == "support":
         settings["support"].pop("size")  # a support set grows; what it holds does not change
-    else:
+    elif not own:
         part = of_part(profile, "masks", profile.masks.segmenter)
         settings["masks"] = chosen_fields(dataclasses.asdict(profile.masks), COMMON_SETTINGS) | part["settings"]
         models |= part["models"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ from ovdiff_lib.features import build_extractors
 from ovdiff_lib.filters.category import CategoryFilter
 from ovdiff_lib.filters.stuff import filter_stuff
 from ovdiff_lib.images import read_image
+from ovdiff_lib.library.own import with_pictures
 from ovdiff_lib.library.store import Library
 from ovdiff_lib.masks import build_segmenter
 from ovdiff_lib.masks.select import make_masks
@@ -77,6 +78,12 @@ class OVDiff:
         built = [self.build_class(one) for one in tqdm(vocabulary, "building classes", unit="class", disable=hidden)]
         return PrototypeBank(vocabulary, {name: tuple(p[name] for p in built) for name in built[0]})
 
+    def build_from(self, classes: dict[str, Any], masks: dict[str, Any] | None = None,
+                   stuff: Iterable[str] = ()) -> PrototypeBank:
+        """:meth:`build` of classes by name, of which each is words, to be drawn, or a list or folder of one's own
+        pictures, with their ``masks``, if any, by name (:class:`~ovdiff_lib.library.own.OwnPictures`)."""
+        return self.build(with_pictures(self, classes, masks or {}, stuff, keys.for_pictures))
+
     def build_class(self, category: Category | str) -> dict[str, Prototypes]:
         """Steps 1 and 2 for one category: its prototypes by extractor; what the library holds is taken from there."""
         keys.check_profile(self.profile)
@@ -88,6 +95,8 @@ class OVDiff:
     def support(self, category: Category | str) -> SupportSet:
         """Step 1: support images drawn for a category, with the attribution of its words (Sec. 3.1, 3.2)."""
         category = Category.of(category)
+        if category.pictures:
+            return self.library.given(category)
         key, made_from = keys.for_words(self._made_from("support"), category.prompt)
         found = self.library.get_or_grow(key, self.profile.support.size, lambda start, count: sample_support(
             self.diffusion, category, self.profile, count, self.progress, start), made_from)
@@ -112,7 +121,8 @@ class OVDiff:
 
     def _kept(self, step: str, category: Category | str, make: Callable[[], Any]) -> Any:
         """A category's masks, or its prototypes of the extractor ``step``: from the library, or made and kept there."""
-        key, made_from = keys.for_words(self._made_from(step), Category.of(category).prompt)
+        category = Category.of(category)
+        key, made_from = keys.for_words(self._made_from(step, bool(category.pictures)), category)
         return self.library.get_or_make("masks" if step == "masks" else "prototypes", key, make, made_from)
 
     # ------------------------------------------------------------------ step 3: image and prototypes to labels
@@ -150,7 +160,7 @@ class OVDiff:
         return tuple(range(len(vocabulary))), np.full(len(vocabulary), np.nan, np.float32)
 
     # ------------------------------------------------------------------ what is made when first used
-    _made_from = cached_property(lambda self: cache(lambda step: keys.made_from(self.profile, step)))
+    _made_from = cached_property(lambda self: cache(partial(keys.made_from, self.profile)))
     diffusion = cached_property(lambda self: load_diffusion(self.profile))
     extractors = cached_property(lambda self: self.networks.extractors(self.profile))
     segmenter = cached_property(lambda self: self.networks.segmenter(self.profile))

@@ -19,8 +19,9 @@ class Explanation:
     ``class_name`` won with ``score``; ``runner_up`` came second, ``margin`` behind (None if no other class was
     considered). The deciding prototype is row ``index`` of ``extractor``'s prototypes of ``category`` (for background:
     the category whose support images it comes from), of a ``kind`` and ``region``. It was made from the support images
-    ``images`` (most pixels first), within ``masks`` bool (len(images), h, w) on the extractor's feature grid. A
-    constant background score has no prototype: these fields are None, ``images`` and ``masks`` empty.
+    ``images`` (most pixels first; ``own``: the user's pictures), within ``masks`` bool (len(images), h, w) on the
+    extractor's feature grid. A constant background score has no prototype: these fields are None, ``images`` and
+    ``masks`` empty.
     """
 
     row: int
@@ -35,14 +36,15 @@ class Explanation:
     region: str | None = None
     index: int | None = None
     images: tuple[int, ...] = ()
+    own: bool = False
     masks: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0), bool))
 
     def __str__(self) -> str:
         second = "" if self.runner_up is None else f", {self.margin:.3f} above {self.runner_up}"
         origin = "a constant background score"
         if self.kind is not None:
-            images = ", ".join(map(str, self.images))
-            origin = f"a {self.region} {self.kind} prototype of {self.category}, from support images {images}"
+            images = f"{'own pictures' if self.own else 'support images'} {', '.join(map(str, self.images))}"
+            origin = f"a {self.region} {self.kind} prototype of {self.category}, from {images}"
         return f"pixel ({self.row}, {self.column}) is {self.class_name} (score {self.score:.3f}{second}): {origin}"
 
 
@@ -104,4 +106,5 @@ class Segmentation:
         category, index = map(int, self.winner[:, row, column])
         if category < 0:
             return Explanation(*told)
-        return Explanation(*told, category=self.bank.vocabulary.names[category], **prototypes[category].origin(index))
+        of = self.bank.vocabulary.categories[category]
+        return Explanation(*told, category=of.name, own=bool(of.pictures), **prototypes[category].origin(index))

@@ -22,12 +22,13 @@ REGIONS = ("foreground", "background")
 class SupportSet:
     """Support images of one category (Sec. 3.1) with the attribution of its class tokens (Sec. 3.2).
 
-    ``images`` u8 (N, H, W, 3); ``attribution`` f32 (N, h, w), each map min-max scaled to [0, 1]; ``seeds`` i64 (N,).
+    ``images`` u8 (N, H, W, 3); ``attribution`` f32 (N, h, w), each map min-max scaled to [0, 1], or None of one's own
+    pictures, which no words drew; ``seeds`` i64 (N,).
     """
 
     category: Category
     images: np.ndarray
-    attribution: np.ndarray
+    attribution: np.ndarray | None
     seeds: np.ndarray
 
     def __len__(self) -> int:
@@ -36,7 +37,8 @@ class SupportSet:
     def take(self, chosen: Iterable[int]) -> SupportSet:
         """The support set of the images at the indices ``chosen`` alone, in that order."""
         index = list(chosen)
-        return replace(self, images=self.images[index], attribution=self.attribution[index], seeds=self.seeds[index])
+        attribution = None if self.attribution is None else self.attribution[index]
+        return replace(self, images=self.images[index], attribution=attribution, seeds=self.seeds[index])
 
     def joined(self, other: SupportSet) -> SupportSet:
         """This support set followed by the images of another, of the same sizes; the category is this one's."""

@@ -98,9 +98,12 @@ def remove(options: argparse.Namespace) -> None:
     print(f"{_amount(found)} and {counted(len(left), 'leftover')}, {gone} from {library.root}")
 
 
-def _words(described: dict[str, Any]) -> str:
-    """The words an entry was made for."""
-    return described.get("made_from", {}).get("prompt") or described.get("category", {}).get("prompt") or "(not said)"
+def _words(described: dict[str, Any], alone: bool = False) -> str:
+    """The words an entry was made for; of own pictures, unless ``alone``, with their key, as ``--class`` takes both."""
+    origin = described.get("made_from", {})
+    pictures = described["key"] if origin.get("step") == "pictures" else origin.get("pictures")
+    words = origin.get("prompt") or described.get("category", {}).get("prompt") or "(not said)"
+    return words if alone or not pictures else f"{words}={pictures}"
 
 
 def _chosen(library: Library, options: argparse.Namespace) -> list[tuple[Entry, dict[str, Any]]]:
@@ -109,10 +112,10 @@ def _chosen(library: Library, options: argparse.Namespace) -> list[tuple[Entry, 
     found = library.described()
     wanted = [Category(name).prompt for name in options.classes.split(",") if name.strip()]
     for words in wanted:
-        if not any(_words(described) == words for _, described in found):
+        if not any(_words(described, alone=True) == words for _, described in found):
             raise InputError(f"No entry of the library {library.root} has the words {words!r}; `ovdiff library list` "
                              "shows what there is.")
-    return [one for one in found if not options.classes or _words(one[1]) in wanted]
+    return [one for one in found if not options.classes or _words(one[1], alone=True) in wanted]
 
 
 def _there(options: argparse.Namespace) -> Library:

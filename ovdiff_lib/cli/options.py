@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError, OVDiffError
+from ovdiff_lib.library.codec import KEY
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.workbench.console import parse_assignments
@@ -56,12 +58,18 @@ ENGINE = (
              help="processes that work side by side (default: local 1, ray as many as there is room for)"))
 
 
-def classes(name: str = "--classes", **settings: Any) -> tuple[Argument, Argument]:
-    """The class names, as the argument ``name`` or in a file, and which of them are stuff."""
+def classes(name: str = "--classes", own: bool = False, **settings: Any) -> tuple[Argument, Argument]:
+    """The class names, as the argument ``name`` or in a file, and which of them are stuff; ``own``: or one by one, with
+    pictures of one's own."""
     def add(parser: argparse.ArgumentParser) -> None:
         source = parser.add_mutually_exclusive_group(required=True)
         source.add_argument(name, help='class names, for example "cat, sofa"', **settings)
         source.add_argument("--classes-file", type=Path, help="text file with one class name a line")
+        if own:
+            source.add_argument("--class", dest="own", action="append", metavar="NAME[=FOLDER]",
+                                help="a class by itself, drawn, or with the pictures in FOLDER in place of drawings "
+                                     "(room_mask.png: the mask of room.jpg; or none has one), or those that "
+                                     "`ovdiff library list` shows with this key; may be repeated")
 
     stuff = argument("--stuff", default="", help='which of them are stuff regions, for example "grass, sky"')
     return add, stuff
@@ -79,9 +87,11 @@ def ovdiff_of(options: argparse.Namespace) -> OVDiff:
     return OVDiff(profile_of(options), library=options.library)
 
 
-def vocabulary_of(options: argparse.Namespace) -> Vocabulary:
-    """The classes with their kinds."""
-    names = options.classes or ()
+def vocabulary_of(options: argparse.Namespace, ovdiff: OVDiff | None = None) -> Vocabulary:
+    """The classes with their kinds and, given the ``ovdiff`` that keeps them, with the pictures that ``--class`` names
+    by their folder, or by their key, which ``library list`` shows."""
+    given = [one.partition("=")[::2] for one in getattr(options, "own", None) or ()]
+    names = options.classes or [name for name, _ in given]
     if options.classes_file:
         try:
             lines = options.classes_file.read_text(encoding="utf-8-sig").splitlines()
@@ -94,7 +104,17 @@ def vocabulary_of(options: argparse.Namespace) -> Vocabulary:
     for name in options.stuff.split(","):
         if name.strip() and Category(name).name.casefold() not in known:
             raise InputError(f"--stuff names {name!r}, which is not among the classes; add it there or remove it.")
-    return vocabulary
+    if ovdiff is None or not given:
+        return vocabulary
+    from ovdiff_lib.keys import for_pictures
+    from ovdiff_lib.library.own import with_pictures
+
+    sources: dict[str, str | Category | Path] = {}
+    for category, (_, source) in zip(vocabulary, given, strict=True):
+        stored = KEY.fullmatch(source) and not Path(source).exists()
+        sources[category.name] = (replace(category, pictures=source) if stored else Path(source) if source
+                                  else category.prompt)
+    return with_pictures(ovdiff, sources, {}, options.stuff, for_pictures)
 
 
 def engine_of(options: argparse.Namespace, profile: Profile) -> Engine | None:

@@ -25,7 +25,7 @@ from ovdiff_lib.segmentation import Segmentation
 from ovdiff_lib.workbench.console import check_output, counted, write_json
 
 
-@takes(argument("image", type=Path, help="an image (PNG, JPEG, WebP) or a folder of them"), *classes(),
+@takes(argument("image", type=Path, help="an image (PNG, JPEG, WebP) or a folder of them"), *classes(own=True),
        argument("--out", type=Path, default=Path("out"),
                 help="folder for label maps, overlays and JSON (default: out)"))
 def segment(options: argparse.Namespace) -> None:
@@ -37,7 +37,7 @@ def segment(options: argparse.Namespace) -> None:
         check_image(read_image(paths[0]))  # a broken image is reported before classes are built
     ovdiff = ovdiff_of(options)
     check_output(options.out)
-    bank = ovdiff.build(vocabulary)
+    bank = ovdiff.build(vocabulary_of(options, ovdiff) if options.own else vocabulary)
     broken, read = [], []
 
     def images():
@@ -62,11 +62,11 @@ def segment(options: argparse.Namespace) -> None:
     print(f"{counted(len(paths), 'image')} segmented; results in {shown(options.out)}")
 
 
-@takes(*classes(), *ENGINE)
+@takes(*classes(own=True), *ENGINE)
 def build(options: argparse.Namespace) -> None:
     """Build the prototypes of classes into the library."""
-    vocabulary, ovdiff = vocabulary_of(options), ovdiff_of(options)
-    engine, started = engine_of(options, ovdiff.profile), time.time()
+    ovdiff, started = ovdiff_of(options), time.time()
+    vocabulary, engine = vocabulary_of(options, ovdiff), engine_of(options, ovdiff.profile)
     if engine:
         build_with(engine, ovdiff, vocabulary)
     bank = ovdiff.build(vocabulary)

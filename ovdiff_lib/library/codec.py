@@ -70,7 +70,9 @@ def encode(kind: str, key: str, value: Any, made_from: Described | None = None) 
     files, arrays, described = {}, {}, {}
     layouts = LAYOUTS[kind][1]
     for name, content in vars(value).items():
-        if layouts.get(name) in PICTURES:
+        if content is None:  # attribution of own pictures
+            described[name] = None
+        elif layouts.get(name) in PICTURES:
             described[name] = list(content.shape)
             files |= {strip: _png(content[start:stop]) for strip, start, stop in _strips(name, content.shape)}
         elif name in layouts:
@@ -108,7 +110,8 @@ def read_meta(path: Path, kind: str, key: str) -> Described:
             if identify(body["made_from"]) != key:
                 raise Broken("its key is not the hash of what it says it was made from")
             # Shown to users: text, and nothing that steers a terminal.
-            Category(body["made_from"]["step"], body["made_from"]["prompt"])
+            origin = body["made_from"]
+            Category(origin["step"], origin["prompt"], pictures=origin.get("pictures", ""))
         if bad := [name for name, _ in body["sha256"].items() if not FILE.fullmatch(name)]:
             raise Broken(f"{META} names a file {bad[0][:40]!r}")
         return body
@@ -139,6 +142,9 @@ def _decode(kind: str, files: Files, described: Described) -> Any:
     made_of, layouts = LAYOUTS[kind]
     arrays, sizes, made = load(files[ARRAYS]) if ARRAYS in files else {}, {"3": 3}, {}
     for name, layout in layouts.items():
+        if name == "attribution" and described.get(name, ...) is None:
+            made[name] = None
+            continue
         dtype, *axes = layout.split()
         array = _pictures(name, files, described[name], PICTURES[layout]) if layout in PICTURES else arrays[name]
         sides = zip(axes, array.shape, strict=True)  # ValueError if there are more of one

@@ -21,13 +21,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from tqdm import tqdm
 
+from ovdiff_lib.categories import Category
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import fsync_folder
 from ovdiff_lib.library.codec import KEY, LAYOUTS, Broken, Described, Files, encode, read, read_meta
@@ -100,6 +101,13 @@ class Library:
 
         found = self._get_or("support", key, lambda have: have and len(have) >= count, grow, made_from)
         return found.take(range(count))
+
+    def given(self, category: Category) -> SupportSet:
+        """The support set of a category with pictures of one's own; ``InputError`` if it is not here."""
+        if (found := self.get("support", category.pictures)) is None:
+            raise InputError(f"The library {self.root} lacks the pictures {category.pictures} of {category.name!r}; "
+                             "give them again, or import what was exported with them.")
+        return replace(found, category=category)
 
     def _get_or(self, kind: str, key: str, enough: Callable[[Any], bool], make: Callable[[Any], Any],
                 made_from: Described | None) -> Any:

@@ -60,6 +60,8 @@ def make_masks(support: SupportSet, profile: Profile, segmenter: Segmenter) -> F
     image's ``source`` is "threshold". Of the segmenter "threshold" they are always multi-Otsu's, as in released code.
     """
     settings, images = profile.masks, support.images
+    if support.attribution is None:
+        raise InputError("Own pictures have no attribution to choose masks by; masks_of has what build_from made.")
     attribution = upsample(support.attribution, images.shape[1:3])
     foreground, background = np.zeros((2, *attribution.shape), dtype=bool)
     source, found = [], proposals(segmenter, images, support.category.prompt)

@@ -11,7 +11,7 @@ from ovdiff_lib.workbench.reproduce import NOT_READ
 PACKAGE = Path(ovdiff_lib.__file__).parent
 
 FLOORS = ["errors overlay mini code", "profiles categories files", "networks registry images types",
-          "support masks features prototypes filters matching segmentation library", "keys explain", "pipeline", "workbench",
+          "support masks features prototypes filters matching segmentation", "library", "keys explain", "pipeline", "workbench",
           "cli recipes"]
 """Rooms (folders and single modules), the ground floor first. A room imports from itself and from the floors below."""
 

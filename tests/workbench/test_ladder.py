@@ -12,9 +12,10 @@ from oracles import PETS, averaged, blocks, enlarged, refused
 from ovdiff_lib import OVDiff
 from ovdiff_lib.categories import Category
 from ovdiff_lib.filters.stuff import filter_stuff
+from ovdiff_lib.library.own import own_support, square_around
 from ovdiff_lib.workbench.data.samples import Sample
 from ovdiff_lib.workbench.evaluation import ladder as module
-from ovdiff_lib.workbench.evaluation.ladder import RUNGS, Ladder, among_shown, ladder, own_support, scenes_of, square_around, true_cells
+from ovdiff_lib.workbench.evaluation.ladder import RUNGS, Ladder, among_shown, ladder, scenes_of, true_cells
 from ovdiff_lib.workbench.evaluation.measure import evaluate, label_predictor
 from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
 
@@ -116,7 +117,7 @@ def test_scenes_are_the_first_that_show_a_class_well_enough():
     refused(["cat, chest of drawers", "tune", "--support-split"], scenes_of, Scenes(((2,), (2,)), "tune"), 2)
 
 
-def test_own_pictures_become_a_support_set():
+def test_own_pictures_become_a_support_set(tiny):
     """The square around the object, of pictures of any sizes; what is neither stays neither."""
     images, objects = [blocks(40, 90), blocks(70, 32, 1)], [np.zeros((40, 90), bool), np.zeros((70, 32), bool)]
     objects[0][10:20, 60:84], objects[1][30:60, 4:20] = True, True
@@ -126,8 +127,8 @@ def test_own_pictures_become_a_support_set():
     apart = np.zeros((20, 60), bool)
     apart[2:4, :3] = apart[15:18, 50:] = True  # no square holds both: the one that holds the larger
     assert square_around(apart)[:1] + square_around(apart)[2:] == (0, 20, 20) and square_around(apart)[1] == 40
-    support, masks = own_support(Category("cat"), images, objects, around, 64)
-    assert support.images.shape == (2, 64, 64, 3) and support.attribution.shape == masks.foreground.shape == (2, 64, 64)
+    support, masks = own_support(Category("cat"), zip(images, objects, around, strict=True), tiny)
+    assert support.images.shape == (2, 64, 64, 3) and support.attribution is None and masks.foreground.shape == (2, 64, 64)
     for n, (top, left, side) in enumerate(((2, 51, 36), (29, 0, 32))):
         places = (np.arange(64) + 0.5) * side / 64
         rows, columns = top + places[:, None].astype(int), left + places[None].astype(int)
@@ -144,7 +145,7 @@ def test_prototypes_of_own_pictures_are_means_under_the_true_masks(tiny):
     assert bank.vocabulary == PETS and all(set(p.region) == {"foreground", "background"} for p in bank.prototypes["sd"])
     sample = training[2]  # the first that shows the third class
     masks = sample.labels == 3, np.isin(sample.labels, (0, 1, 2))
-    support, _ = given = own_support(PETS.categories[2], [sample.image], *([mask] for mask in masks), 64)
+    support, _ = given = own_support(PETS.categories[2], [(sample.image, *masks)], tiny)
     features = tiny.extractors["sd"](support.images, np.zeros(1, np.int64))[0].double()
     drawers = bank.prototypes["sd"][2]
     for region in ("foreground", "background"):

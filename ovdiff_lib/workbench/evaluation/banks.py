@@ -13,6 +13,7 @@ from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.types import PrototypeBank, SupportSet
+from ovdiff_lib.workbench.data.samples import Dataset
 from ovdiff_lib.workbench.data.things import with_kinds
 from ovdiff_lib.workbench.evaluation.rows import Row
 
@@ -74,6 +75,19 @@ def with_words(words: Mapping[str, Sequence[str]], settings: Mapping | None = No
                     for prompt, count in zip(prompts, share, strict=True) if count]
 
         return _bank(ovdiff, vocabulary, supports)
+
+    return build
+
+
+def of_scenes(scenes: Dataset, chosen: Sequence[Sequence[int]], masked: bool) -> Build:
+    """Own pictures in place of drawings: of each class its ``chosen`` images of ``scenes``, with their true masks, or
+    without any."""
+
+    def build(bench: Bench, seed: int, vocabulary: Vocabulary) -> PrototypeBank:
+        shown = {one: [scenes[i] for i in indices] for one, indices in zip(vocabulary, chosen, strict=True)}
+        masks = {one: [sample.labels == label for sample in shown[one]] for label, one in enumerate(vocabulary, 1)}
+        pictures = {one: [sample.image for sample in samples] for one, samples in shown.items()}
+        return bench.ovdiff(seed=seed).build_from(pictures, masks if masked else {})
 
     return build
 

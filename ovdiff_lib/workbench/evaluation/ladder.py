@@ -16,16 +16,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ovdiff_lib.categories import Category, Vocabulary
+from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.code import code_digest
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.images import resize_short_side
 from ovdiff_lib.keys import check_profile, of_labels
+from ovdiff_lib.library.own import own_support
 from ovdiff_lib.matching.matcher import Matcher
-from ovdiff_lib.matching.windows import Box, crop, scales, window_seeds
+from ovdiff_lib.matching.windows import scales, window_seeds
 from ovdiff_lib.pipeline import OVDiff
-from ovdiff_lib.prototypes.build import resize_masks
-from ovdiff_lib.types import ForegroundBackground, PrototypeBank, Prototypes, SupportSet
+from ovdiff_lib.types import PrototypeBank, Prototypes
 from ovdiff_lib.workbench.analysis.examples import shown_labels
 from ovdiff_lib.workbench.data.datasets import DATASETS, load_dataset
 from ovdiff_lib.workbench.data.metrics import IGNORE
@@ -204,39 +204,9 @@ def true_bank(ovdiff: OVDiff, vocabulary: Vocabulary, training: Dataset, chosen:
         samples = [training[index] for index in indices]
         objects = [sample.labels == label for sample in samples]
         around = [~np.isin(sample.labels, (label, IGNORE)) for sample in samples]
-        images, side = [sample.image for sample in samples], ovdiff.profile.support.image_size
-        made.append(ovdiff.prototypes(*own_support(category, images, objects, around, side)))
+        pictures = zip((sample.image for sample in samples), objects, around, strict=True)
+        made.append(ovdiff.prototypes(*own_support(category, pictures, ovdiff)))
     return PrototypeBank(vocabulary, {name: tuple(one[name] for one in made) for name in made[0]})
-
-
-def own_support(category: Category, images: Sequence[np.ndarray], foreground: Sequence[np.ndarray],
-                background: Sequence[np.ndarray], side: int) -> tuple[SupportSet, ForegroundBackground]:
-    """Pictures u8 (H, W, 3) of any sizes and their masks bool (H, W), as if drawn: of each the square around the
-    object, ``side`` pixels wide. :meth:`~ovdiff_lib.pipeline.OVDiff.prototypes` takes both.
-
-    Attribution, which nothing after the masks reads, is the foreground.
-    """
-    squares = []
-    for image, *masks in zip(images, foreground, background, strict=True):
-        box = square_around(masks[0])
-        top, left, height, width = box
-        small = resize_masks(np.stack(masks)[:, top : top + height, left : left + width], (side, side)).numpy()
-        squares.append((crop(image, box, side), small[0], small[1] & ~small[0]))
-    pixels, front, behind = map(np.stack, zip(*squares, strict=True))
-    support = SupportSet(category, pixels, front.astype(np.float32), np.arange(len(pixels), dtype=np.int64))
-    return support, ForegroundBackground(front, behind, ("given",) * len(pixels))
-
-
-def square_around(mask: np.ndarray) -> Box:
-    """The square that shows a mask bool (H, W) as drawings show their object: half as wide again as it, or as wide as
-    fits, and there where it holds the most of it, of equal places the middle one."""
-    extent = max(int(np.ptp(np.flatnonzero(mask.any(axis)))) + 1 for axis in (0, 1))
-    side, starts = min(*mask.shape, -(-3 * extent // 2)), []
-    for axis in (1, 0):
-        held = np.convolve(mask.sum(axis), np.ones(side, int), "valid")
-        best = np.flatnonzero(held == held.max())
-        starts.append(int(best[len(best) // 2]))
-    return starts[0], starts[1], side, side
 
 
 # ------------------------------------------------------------------ the feature grid

@@ -42,7 +42,7 @@ def build_classes(engine: Engine, profile: Profile, categories: Iterable[Categor
     the library cannot be written, and as ``run``.
     """
     # The library knows a class by its words: two data sets may name one alike.
-    words = list({category.prompt: category for category in categories}.values())
+    words = list({(category.prompt, category.pictures): category for category in categories}.values())
     tasks = [(category, seed) for seed in ([None] if seeds is None else seeds) for category in words]
     failures, root = [], Path(library).expanduser().absolute()
     check_output(root)
