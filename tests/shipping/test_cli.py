@@ -221,13 +221,12 @@ def test_build_reads_a_file_and_fills_the_library(tiny, tmp_path, library, capsy
 def test_own_pictures_are_a_class_by_their_folder_and_then_by_their_key(images, tiny, tmp_path, library, capsys):
     cats = tmp_path / "cats"
     cats.mkdir()
-    for n, shape in enumerate((SHAPE, (50, 33))):
-        Image.fromarray(np.full((*shape, 3), 90 * n, np.uint8)).save(cats / f"{n}.jpg")
-        Image.fromarray(np.arange(shape[0])[:, None].repeat(shape[1], 1) < 20).save(cats / f"{n}_mask.png")
+    shutil.copy(images / "a.jpg", cats)
+    Image.fromarray(np.arange(72)[:, None].repeat(40, 1) < 20).save(cats / "a_mask.png")
     assert main(["build", "--class", f"my cat={cats}", "--class", "dog", *tiny]) == 0
     assert capsys.readouterr().out.startswith("2 classes, ")
     assert main(["library", "list", "--library", str(library), "--classes", "my cat"]) == 0
-    (key,) = re.findall(r"my cat=([0-9a-f]{32}) +2 +sd +3 ", capsys.readouterr().out)
+    (key,) = re.findall(r"my cat=([0-9a-f]{32}) +1 +sd +3 ", capsys.readouterr().out)
     shutil.rmtree(cats)
     for source, code in ((key, 0), (cats, 2)):
         assert main(["segment", str(images / "a.png"), "--class", f"my cat={source}", "--out", str(tmp_path / "out"), *tiny]) == code
