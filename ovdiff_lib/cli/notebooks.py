@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -47,13 +46,14 @@ def reproduce(options: argparse.Namespace) -> int:
     if options.workers is not None and options.workers < 1:
         raise InputError(f"--workers is {options.workers}; give at least 1.")
     profile, parameters = profile_of(options), _parameters(options)
-    workers = options.workers or _apart(_processors, profile)
     folder, shown = Path(parameters["output"]), options.out / profile.name
     chosen = notebooks(options.notebooks, options.only.split(",") if options.only else ())
     stale = [n for n in chosen if options.force or not is_fresh(n, folder / n.name, parameters)]
-    print(expected_time(stale, folder, workers), flush=True)
-    if workers > 1 and any(has_tag(notebook, "long") for notebook in stale):  # those measure on all data sets and seeds
-        _apart(_draw, profile, folder, workers)
+    with ProcessPoolExecutor(1, get_context("spawn")) as apart:  # here PyTorch would stay in memory beside notebooks
+        workers = options.workers or apart.submit(_processors, profile).result()
+        print(expected_time(stale, folder, workers), flush=True)
+        if workers > 1 and any(has_tag(notebook, "long") for notebook in stale):  # measured on all data sets and seeds
+            apart.submit(_draw, profile, folder, workers).result()
     failures = run_all(chosen, folder, parameters, force=options.force, workers=workers,
                        say=lambda text: print(text, flush=True))
     # Also after a failure: what is there is worth seeing, and the report says what is not.
@@ -93,12 +93,6 @@ def _parameters(options: argparse.Namespace) -> dict[str, Any]:
     source = options.profile if not Path(options.profile).suffix else str(Path(options.profile).resolve())
     output = (options.out / profile_of(options).name).resolve()
     return {"profile": source, "overrides": parse_assignments(options.set), "output": str(output)}
-
-
-def _apart(act: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``act`` returns, from a process of its own: PyTorch would stay in this one's memory beside all notebooks."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        return process.submit(act, *arguments).result()
 
 
 def _processors(profile: Profile) -> int:

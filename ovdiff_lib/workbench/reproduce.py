@@ -136,11 +136,9 @@ def _side_by_side(run: Callable[..., Any], chosen: Sequence[Path], folder: Path,
 def next_of(waiting: Sequence[Path], running: Sequence[Path], known: dict[str, Any], workers: int) -> Path | None:
     """The notebook that begins next beside those that run, None while none may: the longest, so that no processor waits
     at the end. Those tagged "alone" (they measure time) come last, one by one."""
-    def fits(notebook: Path) -> bool:
-        alone = any(has_tag(one, "alone") for one in (notebook, *running))
-        return not running or (len(running) < workers and not alone)
-
-    fitting = filter(fits, waiting)
+    if len(running) >= workers or any(has_tag(notebook, "alone") for notebook in running):
+        return None
+    fitting = [notebook for notebook in waiting if not running or not has_tag(notebook, "alone")]
     return min(fitting, key=lambda n: (has_tag(n, "alone"), -_seconds(n, known, 1e9)), default=None)
 
 

@@ -14,6 +14,7 @@ from ovdiff_lib.errors import ModelNotAvailable, ProfileError
 from ovdiff_lib.profiles.reading import available, load_profile
 from ovdiff_lib.workbench.baselines import BASELINES, OWN_BACKGROUND, build_baseline
 from ovdiff_lib.workbench.data.datasets import load_dataset
+from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
 
 PETS = Vocabulary((Category("cat"), Category("hound", "dog"), Category("odd {name} {0}")))
 
@@ -114,3 +115,13 @@ def test_fields_of_baselines_change_no_digest_of_the_method():
         profile = load_profile(name)
         other = profile.override({"baselines.reco_retrieved": 3})
         assert other.digest() == profile.digest() and other != profile
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_networks_that_are_shared_and_remember_change_no_score(name, built, profile):
+    """Nor does what was asked of the same image with another vocabulary; ReCo's dense CLIP is MaskCLIP's."""
+    parts, image = SharedNetworks(), picture(64, 88)
+    baseline = parts.baseline(name, profile)
+    for words in (PETS, Vocabulary.of("boat, cat"), PETS):
+        assert np.array_equal(baseline.scores(image, words), built(name).scores(image, words))
+    assert name != "reco" or baseline.maskclip is parts.baseline("maskclip", profile)

@@ -20,7 +20,7 @@ from ovdiff_lib.workbench.evaluation import measure as measuring
 from ovdiff_lib.workbench.evaluation import shared
 from ovdiff_lib.workbench.evaluation.banks import of_kinds, of_labels, rows_of_sizes, with_words
 from ovdiff_lib.workbench.evaluation.bench import Bench
-from ovdiff_lib.workbench.evaluation.measure import Method, above, evaluate, measure
+from ovdiff_lib.workbench.evaluation.measure import Method, above, evaluate, measure, measure_all
 from ovdiff_lib.workbench.evaluation.results import code_digest
 from ovdiff_lib.workbench.evaluation.rows import LEVELS, SAMPLED, Rival, Row, Searched, both_readings
 from ovdiff_lib.workbench.tables.tables import write_table
@@ -151,6 +151,25 @@ def test_maps_at_thresholds_are_the_best_class_where_it_exceeds_them():
     for threshold, labels in zip(thresholds, above(scores, thresholds), strict=True):
         scores[0] = threshold  # the first of equals, so background, has the pixel
         assert (labels == scores.argmax(0)).all()
+
+
+def test_data_sets_that_share_images_are_measured_side_by_side(tmp_path):
+    """With the numbers of each alone, also where one of them was cut short and the other is finished."""
+    class Seen(Shift):
+        def predict(self, sample):
+            seen.append((self.shift, sample.id))
+            return super().predict(sample)
+
+    def together(first, second):
+        found = measure_all([({"one": first}, Toy(5)), ({"two": second}, Toy(3, "other"))], folder=tmp_path, progress=False)
+        return [[result.confusion.tolist() for results in study.values() for result in results] for study in found]
+
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        together(Seen(0, stop=4), Seen(1, 2))
+    assert seen == [(shift, str(i)) for i in range(3) for shift in (0, 1)] + [(0, "3"), (0, "4")]
+    assert together(Seen(0), Seen(1, 2)) == [[expected(0).tolist()], [expected(s, Toy(3)).tolist() for s in (1, 2)]]
+    assert seen[8:] == [(0, "4")]
 
 
 # ---- the bench

@@ -13,6 +13,7 @@ How this differs from the published method:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -41,12 +42,15 @@ class ClipDIY(Baseline):
     ``saliency`` maps an image u8 (H, W, 3) to f32 (h, w) in [0, 1], ``settings`` are a profile's ``baselines``.
     """
 
+    networks = ("embed", "saliency")
+
     def __init__(self, texts: TextEmbeddings, saliency: Callable[[np.ndarray], Tensor], settings: Baselines) -> None:
         """Raises ``ProfileError`` for sizes that cannot be halved as often as asked."""
         if settings.clip_diy_size % 2 ** settings.clip_diy_scales:
             raise ProfileError(f"baselines.clip_diy_size is {settings.clip_diy_size}; give a multiple of 2 to the power"
                                f" of clip_diy_scales, which is {settings.clip_diy_scales}.")
         self.texts, self.clip, self.saliency, self.settings = texts, texts.clip, saliency, settings
+        self.embed = partial(embed_images, self.clip)
 
     @classmethod
     def build(cls, profile: Profile) -> ClipDIY:
@@ -83,7 +87,7 @@ class ClipDIY(Baseline):
         scales = []
         for scale in range(self.settings.clip_diy_scales):
             patches, count = self._patches(squashed, side // 2 ** scale)
-            embedded = [embed_images(self.clip, patches[i:i + BATCH]) for i in range(0, len(patches), BATCH)]
+            embedded = [self.embed(patches[i:i + BATCH]) for i in range(0, len(patches), BATCH)]
             grid = torch.cat(embedded) @ texts.T
             scales.append(resize_maps(grid.T.unflatten(1, (count, count)), (side, side)))
         return torch.stack(scales).mean(0)

@@ -23,6 +23,9 @@ from ovdiff_lib.support.attribution import fill_template
 class Baseline(ABC):
     """Open-vocabulary segmentation of one image at a time."""
 
+    networks: tuple[str, ...] = ()
+    """Its methods that know nothing of the vocabulary: what they say of an image can serve several."""
+
     @abstractmethod
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """f32 (C + 1, H, W) of an image u8 (H, W, 3), row 0 the background: -inf or a constant if there is no model."""

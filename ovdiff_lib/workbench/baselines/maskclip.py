@@ -24,6 +24,8 @@ class MaskCLIP(Windowed):
     It sees the windows of ``matching`` enlarged by ``scale``, as OVDiff's own ViTs do (``features.vit_scale``).
     """
 
+    networks = ("dense_embeddings",)
+
     def __init__(self, texts: TextEmbeddings, matching: Matching, scale: float = 1.0) -> None:
         self.texts, self.clip, self.matching, self.scale = texts, texts.clip, matching, scale
 

@@ -13,7 +13,7 @@ import dataclasses
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.workbench.console import write_json
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.data.samples import Dataset, Sample
-from ovdiff_lib.workbench.evaluation.measure import EvaluationResult, measure
+from ovdiff_lib.workbench.evaluation.measure import EvaluationResult, measure_all
 from ovdiff_lib.workbench.evaluation.results import code_digest
 from ovdiff_lib.workbench.evaluation.rows import LEVELS, SAMPLED, Rival, Row, quantiles
 from ovdiff_lib.workbench.evaluation.shared import SharedLibrary, SharedNetworks
@@ -106,7 +106,7 @@ class Bench:
     def search(self, row: Row, source: str) -> tuple[np.ndarray, tuple[EvaluationResult, ...]]:
         """The constants f32 (LEVELS,) that a row's search on the data set ``source`` tries, and what each gives; with
         the first seed."""
-        (results, _), = self._measure([(row, self.seeds[0])], source, row.names)
+        (results, _), = self._measure([(row, self.seeds[0], source)])
         method = row.method(self, self.seeds[0], source)
         method.prepare(self.dataset(source, row.names))  # which finds the constants
         return self._quantiles[_place(method.key)], results
@@ -114,25 +114,17 @@ class Bench:
     def measure(self, rows: Sequence[Row], source: str) -> dict[str, tuple[EvaluationResult, ...]]:
         """For each row by label its results on the data set ``source``, one a seed; of a search the best, or of a
         ``tuned`` row the one whose constant is best on the split ``evaluation.tune``."""
-        if len({row.label for row in rows}) < len(rows):
-            raise InputError("Two rows of the table have the same label; give each its own.")
-        gc.collect()  # the OVDiffs of earlier rows hold themselves in a circle, and with them their prototypes
-        found: dict[str, tuple[EvaluationResult, ...]] = {}
-        for names in dict.fromkeys(row.names for row in rows):
-            pairs = [(row, seed) for row in rows if row.names == names for seed in self._seeds(row)]
-            for (row, _), (results, best) in zip(pairs, self._measure(pairs, source, names), strict=True):
-                found[row.label] = (*found.get(row.label, ()), results[best])
-        return {row.label: found[row.label] for row in rows}
+        return self._measured(rows, [source])[source]
 
     def cells(self, rows: Sequence[Row], columns: Mapping[str, str], table: str = "") -> list[Cell]:
         """Cells of mIoU in percent, rows by data sets; ``columns`` maps the paper's column to the source of a data set.
 
         Cells carry their place in the paper's table ``table`` and, where it has one, its value.
         """
-        measured = {column: self.measure(rows, source) for column, source in columns.items()}
-        return [self.cell(row.label, measured[column][row.label],
+        measured = self._measured(rows, columns.values())
+        return [self.cell(row.label, measured[source][row.label],
                           _published(table, row.paper or row.label, column) if table else None)
-                for row in rows for column in columns]
+                for row in rows for column, source in columns.items()]
 
     @staticmethod
     def cell(row: str, results: Sequence[EvaluationResult], paper: PaperCell | None = None) -> Cell:
@@ -147,7 +139,7 @@ class Bench:
         dataset, method = self.dataset(source, row.names), row.method(self, self.seeds[0], source)
         predict, chosen = method.prepare(dataset), 0
         if method.variants > 1:
-            (_, chosen), = self._measure([(row, self.seeds[0])], source, row.names)
+            (_, chosen), = self._measure([(row, self.seeds[0], source)])
         return lambda image: predict(Sample("", image, np.zeros(image.shape[:2], np.uint8)))[chosen]
 
     @staticmethod
@@ -174,25 +166,38 @@ class Bench:
                 reasons[row.label] = str(error)
         return reasons
 
-    def _measure(self, pairs: Sequence[tuple[Row, int]], source: str,
-                 names: str) -> list[tuple[tuple[EvaluationResult, ...], int]]:
-        """For each row and seed its results on the data set ``source``, one a constant, and which of them counts."""
-        results = self._results(pairs, source, names)
-        tuned = [i for i, (row, _) in enumerate(pairs) if row.tuned and len(results[i]) > 1]
-        if tuned and not self.tune(source):
+    def _measured(self, rows: Sequence[Row], sources: Collection[str]) -> dict[str, dict[str, tuple]]:
+        """:meth:`measure` on each of several data sets."""
+        if len({row.label for row in rows}) < len(rows):
+            raise InputError("Two rows of the table have the same label; give each its own.")
+        gc.collect()  # the OVDiffs of earlier rows hold themselves in a circle, and with them their prototypes
+        tasks = [(row, seed, source) for source in dict.fromkeys(sources) for row in rows for seed in self._seeds(row)]
+        found: dict[str, dict[str, tuple]] = {source: {row.label: () for row in rows} for source in sources}
+        for (row, _, source), (results, best) in zip(tasks, self._measure(tasks), strict=True):
+            found[source][row.label] += (results[best],)
+        return found
+
+    def _measure(self, tasks: Sequence[tuple[Row, int, str]]) -> list[tuple[tuple[EvaluationResult, ...], int]]:
+        """For each row, seed and data set the results, one a constant, and which of them counts."""
+        results = self._results(tasks)
+        tuned = [i for i, (row, _, _) in enumerate(tasks) if row.tuned and len(results[i]) > 1]
+        splits = [(row, seed, self.tune(source)) for row, seed, source in (tasks[i] for i in tuned)]
+        if not all(split for _, _, split in splits):
             raise InputError("A row takes its constant from the split evaluation.tune, which is empty; name one.")
-        judges = dict(enumerate(results))
-        judges |= zip(tuned, self._results([pairs[i] for i in tuned], self.tune(source), names), strict=True)
+        judges = dict(enumerate(results)) | dict(zip(tuned, self._results(splits), strict=True))
         return [(own, int(np.argmax([one.miou for one in judges[i]]))) for i, own in enumerate(results)]
 
-    def _results(self, pairs: Sequence[tuple[Row, int]], source: str,
-                 names: str) -> list[tuple[EvaluationResult, ...]]:
+    def _results(self, tasks: Sequence[tuple[Row, int, str]]) -> list[tuple[EvaluationResult, ...]]:
         """Rows that read one search in two ways share its counts."""
-        methods = [row.method(self, seed, source) for row, seed in pairs]
-        keys = [json.dumps(method.key, sort_keys=True) for method in methods]
-        found = measure(dict(zip(keys, methods, strict=True)), self.dataset(source, names),
-                        folder=self.library / "results", limit=self.images, progress=self.progress) if pairs else {}
-        return [found[key] for key in keys]
+        places, studies = [], {}
+        for row, seed, source in tasks:
+            method = row.method(self, seed, source)
+            places.append(((source, row.names), json.dumps(method.key, sort_keys=True)))
+            studies.setdefault(places[-1][0], {})[places[-1][1]] = method
+        found = measure_all([(methods, self.dataset(*data)) for data, methods in studies.items()],
+                            folder=self.library / "results", limit=self.images, progress=self.progress)
+        by_data = dict(zip(studies, found, strict=True))
+        return [by_data[data][key] for data, key in places]
 
     def _seeds(self, row: Row) -> tuple[int, ...]:
         return self.seeds[:1] if isinstance(row, Rival) else self.seeds[: row.seeds]

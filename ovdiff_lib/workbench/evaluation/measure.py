@@ -6,8 +6,10 @@ and windows belong to the segmenter (profile section ``matching``); label maps a
 
 from __future__ import annotations
 
+import heapq
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -76,8 +78,25 @@ def measure(methods: Mapping[str, Method], dataset: Dataset, *, folder: str | Pa
     With ``folder``, counts are kept there and taken up again, finished or not. Methods run side by side on each image,
     so that what they share is computed once. Raises ``InputError`` for an empty data set and labels that do not fit.
     """
+    return measure_all([(methods, dataset)], folder=folder, limit=limit, progress=progress)[0]
+
+
+def measure_all(studies: Sequence[tuple[Mapping[str, Method], Dataset]], *, folder: str | Path | None = None,
+                limit: int | None = None, progress: bool = True) -> list[dict[str, tuple[EvaluationResult, ...]]]:
+    """:func:`measure` for several data sets in one go: an image that they have in common has its turn in all of them
+    at a time, as far as their images are in the order of their ids."""
+    begun: list[tuple[Any, Dataset, dict[str, Counts]]] = [(*study, {}) for study in studies]
+    with ExitStack() as ended:
+        walks = [ended.enter_context(closing(_counting(*one, folder, limit, progress))) for one in begun]
+        for _ in heapq.merge(*walks):
+            pass
+    return [{name: results_of(dataset, counts[name]) for name in methods} for methods, dataset, counts in begun]
+
+
+def _counting(methods: Mapping[str, Method], dataset: Dataset, counts: dict[str, Counts], folder: str | Path | None,
+              limit: int | None, progress: bool) -> Iterator[str]:
+    """Fill ``counts``; the id of each image comes before it is counted."""
     total, classes = image_count(dataset, limit), len(dataset.vocabulary) + dataset.has_background
-    counts = {}
     for name, method in methods.items():
         shape, key = (method.variants, classes, classes), _key(method, dataset, total)
         counts[name] = Counts(shape) if folder is None else stored(folder, dataset.name, key, shape, total)
@@ -94,6 +113,7 @@ def measure(methods: Mapping[str, Method], dataset: Dataset, *, folder: str | Pa
         label = dataset.name + f", {len(pending)} methods" * (len(pending) > 1)
         left, due = range(min(known.values(), default=total), total), time.monotonic() + SAVE_EVERY
         for index in tqdm(left, label, total, initial=left.start, unit="image", disable=not progress or not pending):
+            yield dataset.ids[index]
             sample = dataset[index]
             for name in (name for name in pending if known[name] <= index):
                 counts[name].add(np.stack([confusion(dataset, one, sample) for one in predictors[name](sample)]))
@@ -104,7 +124,6 @@ def measure(methods: Mapping[str, Method], dataset: Dataset, *, folder: str | Pa
     finally:
         for name in pending:
             counts[name].save()
-    return {name: results_of(dataset, counts[name]) for name in methods}
 
 
 def evaluate(predict: Predict | SavedPredictions, dataset: Dataset, limit: int | None = None, progress: bool = True, *,

@@ -22,6 +22,9 @@ from ovdiff_lib.filters.stuff import bare
 from ovdiff_lib.keys import of_labels
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.types import PrototypeBank
+from ovdiff_lib.workbench.baselines import OWN_BACKGROUND
+from ovdiff_lib.workbench.baselines.common import Filtered
+from ovdiff_lib.workbench.baselines.segmenter import majority_vote
 from ovdiff_lib.workbench.data.samples import Dataset, Sample
 from ovdiff_lib.workbench.evaluation.measure import Method, above, for_dataset, foreground_labels, label_predictor
 
@@ -101,21 +104,15 @@ class Rival(Row):
 
     @property
     def searches(self) -> bool:
-        from ovdiff_lib.workbench.baselines import OWN_BACKGROUND
-
         return self.baseline not in OWN_BACKGROUND
 
     def needs(self, bench: Any) -> Any:
         """The baseline. Raises ``ModelNotAvailable`` or ``ProfileError`` where it cannot be measured here."""
-        from ovdiff_lib.workbench.baselines.common import Filtered
-
         ovdiff = bench.ovdiff(self.settings)
         baseline = bench.parts.baseline(self.baseline, ovdiff.profile)
         return Filtered(baseline, ovdiff.category_filter) if self.filtered else baseline
 
     def method(self, bench: Any, seed: int, source: str) -> Method:
-        from ovdiff_lib.workbench.baselines import OWN_BACKGROUND
-
         ovdiff, dataset = bench.ovdiff(self.settings), bench.dataset(source, self.names)
         models = OWN_BACKGROUND.get(self.baseline, lambda *_: False)(ovdiff.profile.baselines, dataset.vocabulary)
         searched = dataset.has_background and not models
@@ -126,8 +123,6 @@ class Rival(Row):
         notes = said if searched and self.baseline in OWN_BACKGROUND else []
 
         def prepare(dataset: Dataset) -> Callable[[Sample], np.ndarray]:
-            from ovdiff_lib.workbench.baselines.segmenter import majority_vote
-
             baseline = self.needs(bench)
 
             def score(image: np.ndarray) -> np.ndarray:

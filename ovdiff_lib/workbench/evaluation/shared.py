@@ -9,7 +9,7 @@ import itertools
 import json
 import pickle
 from collections.abc import Callable
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -24,9 +24,11 @@ from ovdiff_lib.masks import SEGMENTERS
 from ovdiff_lib.masks.select import proposals
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.registry import NOT_MODELS, chosen_part
+from ovdiff_lib.workbench.baselines import build_baseline
 
-MEMORY = 2**27
-"""Bytes of results remembered in a process: what the methods of a table need of one class or image several times."""
+MEMORY = 5 * 2**25
+"""Bytes of results remembered in a process: what the methods of a table need of one class or image several times, and
+of the mini world the features of all images that the constants of a search are the quantiles of."""
 
 _numbers = itertools.count()
 
@@ -74,17 +76,14 @@ class RememberingSegmenter(Remembering):
 
 
 class SharedLibrary(Library):
-    """A library that gives prototypes which somebody holds as the same object again. Nobody may change them in place.
-    """
+    """A library that gives prototypes which somebody holds as the same object again: nobody may change it in place."""
 
-    def __init__(self, root: str | Path) -> None:
-        super().__init__(root)
-        self._held: WeakValueDictionary[str, Any] = WeakValueDictionary()
+    _held: Any = cached_property(lambda self: WeakValueDictionary())
 
     def get(self, kind: str, key: str) -> Any:
-        found = self._held.get(key) if kind == "prototypes" else None
-        found = super().get(kind, key) if found is None else found
-        if found is not None and kind == "prototypes":
+        if kind != "prototypes":
+            return super().get(kind, key)
+        if found := self._held.get(key) or super().get(kind, key):
             self._held[key] = found
         return found
 
@@ -117,10 +116,16 @@ class SharedNetworks:
 
     def baseline(self, name: str, profile: Profile) -> Any:
         """The baseline called ``name`` with the profile's values."""
-        from ovdiff_lib.workbench.baselines import build_baseline
+        def make() -> Remembering:
+            made = build_baseline(name, profile)
+            if name == "reco":  # its dense CLIP looks at the windows that MaskCLIP looks at
+                made.maskclip = self.baseline("maskclip", profile)
+            for network in getattr(made, "networks", ()):
+                setattr(made, network, Remembering(getattr(made, network)))
+            return Remembering(made, "scores")
 
         key = {section: fields for section, fields in profile.to_dict().items() if section != "evaluation"}
-        return self._once(["baseline", name, key], lambda: Remembering(build_baseline(name, profile), "scores"))
+        return self._once(["baseline", name, key], make)
 
     def _part(self, section: str, name: str, part: Any, profile: Profile, wrap: type) -> Any:
         batch = getattr(getattr(profile, section), "batch_size", 0)
