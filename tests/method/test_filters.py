@@ -276,17 +276,14 @@ def test_all_against_all_needs_no_kinds(kinds):
     assert clusters(filter_stuff(alone, settings(stuff_against="all", stuff_threshold=-1))) == clusters(alone)
 
 
-CODES = np.array([*PARTS, 0, 0]).reshape(1, 3, 4)
-
-
 def with_class_prototypes(bank):
-    """The bank with a class prototype in front of each region, and an assignment that shows every part code once."""
+    """The bank with a class prototype in front of each region."""
     rng = np.random.default_rng(5)
 
     def add(extractor, index, p):
         vectors, cluster = np.insert(p.vectors, [0, 4], rng.normal(size=(2, 3)), 0), np.insert(p.cluster, [0, 4], 0)
         region, kind = np.array(["foreground"] * 5 + ["background"] * 7), np.where(cluster == 0, "class", "part")
-        return Prototypes(vectors, kind, region, np.full(12, -1, np.int32), cluster, CODES.astype(np.int16))
+        return Prototypes(vectors, kind, region, np.full(12, -1, np.int32), cluster, p.assignment)
 
     return bank.map(add)
 
@@ -306,19 +303,6 @@ def test_stuff_without_parts():
     assert kept.kind.tolist() == ["class", "class"] and kept.region.tolist() == ["foreground", "background"]
     with pytest.raises(InputError, match="'c1'"):
         filter_stuff(make_bank(["thing", "stuff"]), settings(stuff_parts=False))
-
-
-def test_filtered_prototypes_can_still_be_traced():
-    """An explanation finds the support pixels of every row that is left, whatever was taken away."""
-    bank = with_class_prototypes(make_bank(["thing", "stuff", "thing"]))
-    cells, seen = {"foreground": CODES > 0, "background": CODES < 0}, set()
-    for fields in ({}, {"stuff_against": "all", "stuff_threshold": 0.5}, {"stuff_parts": False, "stuff_background": True}):
-        for prototypes in itertools.chain(*filter_stuff(bank, settings(**fields)).prototypes.values()):
-            for row, (kind, region, cluster) in enumerate(zip(prototypes.kind, prototypes.region, prototypes.cluster, strict=True)):
-                origin = prototypes.origin(row)
-                assert origin["images"] == (0,) and np.array_equal(origin["masks"], CODES == cluster if kind == "part" else cells[region])
-                seen.add((kind, region))
-    assert len(seen) == 4
 
 
 def test_what_a_filter_left_is_counted_and_a_loss_is_said_once(caplog):
@@ -345,5 +329,3 @@ def test_stuff_filter_limits():
     for threshold, left in ((1, 10), (-1, 4)):
         assert [len(p) for p in filter_stuff(mixed, settings(stuff_threshold=threshold)).prototypes["sd"]] == [left, 4]
     assert [len(p) for p in mixed.prototypes["sd"]] == [10, 10]  # the bank that came in is as it was
-
-

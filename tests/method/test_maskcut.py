@@ -1,4 +1,4 @@
-"""MaskCut, its refinement, and the recall that measures segmenters on the mini world."""
+"""MaskCut, its refinement, and the measure of segmenters on the mini world."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,6 @@ from ovdiff_lib.masks.segmenters.maskcut import WEAK, MaskCut, cut, cut_vector, 
 from ovdiff_lib.masks.segmenters.refine import iou, refine, resize_mask, walker
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.recipes import quality
-from ovdiff_lib.workbench.data.datasets import load_dataset
 
 
 def blurred_blocks(n, blocks, seed=0, noise=0.1):
@@ -243,28 +242,6 @@ def test_resizing_a_mask():
     assert np.array_equal(resize_mask(np.kron(mask, np.ones((8, 8), bool)), (4, 6)), mask)
     assert resize_mask(mask, (2, 9)).shape == (2, 9)
     assert iou(mask[:0], mask[:0]) == 0
-
-
-class Truth:
-    """Proposes exactly the objects of the image, or those of even labels."""
-
-    name = "truth"
-
-    def __init__(self, data, every=1):
-        self.every, self.labels = every, {sample.image.tobytes(): sample.labels for sample in data}
-
-    def propose(self, image, words):
-        labels = self.labels[image.tobytes()]
-        shown = np.setdiff1d(np.unique(labels), (0, 255))
-        return np.array([labels == label for label in shown if label % self.every == 0], bool).reshape(-1, *labels.shape)
-
-
-def test_recall_of_the_truth_is_one_and_of_some_nouns_is_theirs():
-    data = load_dataset("mini-object", "wild")
-    labels = [label for sample in data for label in np.setdiff1d(np.unique(sample.labels), (0, 255))]
-    assert quality.proposal_recall(Truth(data), "wild") == 1
-    even = np.mean([label % 2 == 0 for label in labels])
-    assert quality.proposal_recall(Truth(data, 2), "wild") == pytest.approx(even) and 0 < even < 1
 
 
 def test_best_ious_by_hand():

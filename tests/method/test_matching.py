@@ -1,7 +1,5 @@
-"""Step 3b: Eq. 4 over windows, against a slow version written from the definition, with extractors that read pixels."""
+"""Step 3b: Eq. 4 over windows, against a slow version written from the definition, with extractors that read pixels; PAMR likewise."""
 
-import dataclasses
-import itertools
 
 import numpy as np
 import pytest
@@ -9,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ovdiff_lib.categories import Category, Vocabulary
+from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.images import resize_short_side
+from ovdiff_lib.matching import pamr as refine
 from ovdiff_lib.matching.matcher import Matcher
-from ovdiff_lib.matching.pamr import pamr
+from ovdiff_lib.matching.pamr import affinity, pamr
 from ovdiff_lib.matching.windows import window_seeds, windows
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.types import PrototypeBank, Prototypes
@@ -113,15 +112,6 @@ def test_windows_of_the_paper(shape, size, stride, tops, lefts):
     assert windows(shape, size, stride) == [(top, left, size, size) for top in tops for left in lefts]
 
 
-def test_windows_cover_everything_and_stay_inside():
-    for shape, (size, stride) in itertools.product(((24, 57), (40, 24)), ((24, 24), (24, 8), (17, 5), (1, 1))):
-        covered = np.zeros(shape, int)
-        for top, left, *_ in windows(shape, size, stride):
-            assert top >= 0 and left >= 0 and top + size <= shape[0] and left + size <= shape[1]
-            covered[top : top + size, left : left + size] += 1
-        assert covered.all()
-
-
 @pytest.mark.parametrize("shape", [(30, 41), (53, 30), (24, 24), (10, 11)])
 @pytest.mark.parametrize("names", [("one",), ("one", "two")])
 def test_scores_follow_equation_4(shape, names):
@@ -144,17 +134,6 @@ def test_the_batch_size_changes_nothing():
 def test_of_equal_cosines_the_first_counts():
     twice = make_bank().map(lambda e, i, p: p.select(np.repeat(np.arange(len(p)), 2)))
     assert (match(picture(), twice)[1][1] % 2 == 0).all()
-
-
-def test_scale_of_features_and_prototypes_and_kinds_of_categories_do_not_matter():
-    bank, image, rng = make_bank(), picture(), np.random.default_rng(0)
-    plain = match(image, bank)[0]
-    scaled = bank.map(lambda e, i, p: dataclasses.replace(p, vectors=p.vectors * rng.uniform(0.1, 9, (len(p), 1)).astype(np.float32)))
-    extractor = Pixels()
-    extractor.matrix = extractor.matrix * 40
-    assert np.allclose(match(image, scaled, {"one": extractor})[0], plain, atol=1e-5)
-    stuff = PrototypeBank(Vocabulary(tuple(Category(c.name, kind="stuff") for c in bank.vocabulary)), bank.prototypes)
-    assert np.array_equal(match(image, stuff)[0], plain)
 
 
 def test_winner_points_at_the_best_prototype_of_the_winning_class():
@@ -255,12 +234,6 @@ def test_a_dropped_category_takes_its_prototypes_along():
     assert np.allclose(scores[1:], full[[2, 4]], atol=1e-6) and (scores[0] < full[0] - 1e-6).any()
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 64), (2, 3)])
-def test_tiny_images(shape):
-    scores, winner = match(np.full((*shape, 3), 99, np.uint8), make_bank())
-    assert scores.shape == (4, *shape) and np.isfinite(scores).all() and winner.shape == (2, *shape) and (winner >= 0).all()
-
-
 def mixed_by(change):
     extractor = Pixels()
     extractor.matrix = change(extractor.matrix)
@@ -274,14 +247,6 @@ def mixed_by(change):
 def test_what_cannot_be_matched_is_refused(shape, extractors, told):
     with pytest.raises(InputError, match=told):
         match(picture(*shape), make_bank(), extractors)
-
-
-def test_settings_are_judged_when_they_are_made():
-    for good in ({"long_side": 24}, {"long_side": None}, {"windows": [], "whole_image": True}):
-        make_profile(**good)
-    for bad in ({"long_side": 23}, {"windows": [25]}, {"windows": []}, {"stride": 17}):
-        with pytest.raises(ProfileError, match=rf"matching\.{next(iter(bad))}"):
-            make_profile(**bad)
 
 
 def test_lanczos_brings_the_image_to_size():
@@ -332,3 +297,93 @@ def test_a_long_strip_is_scaled_until_its_long_side_fits():
     bank, image, extractors = make_bank(), picture(10, 100), {"one": Pixels(step=1)}
     found, _ = match(image, bank, extractors, long_side=120)
     np.testing.assert_allclose(found, slow_scores(image, bank, extractors, [12, 12], 8, 12), atol=1e-4)
+
+
+# ---- PAMR against a loop over pixels and neighbours
+
+SHAPE = (9, 14)
+
+
+@pytest.fixture(scope="module")
+def image():
+    return np.random.default_rng(0).integers(0, 256, (*SHAPE, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def scores():
+    return torch.from_numpy(np.random.default_rng(1).normal(size=(4, *SHAPE)).astype(np.float32))
+
+
+def at(y, x):
+    """The position that padding by repetition puts at (y, x)."""
+    return min(max(y, 0), SHAPE[0] - 1), min(max(x, 0), SHAPE[1] - 1)
+
+
+def slow_weights(image, dilations):
+    """(neighbours, H, W) one pixel after another, in double precision."""
+    image = image.astype(np.float64)
+    offsets = [(y * d, x * d) for d in dilations for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    around = [o for o in offsets if o != (0, 0)]
+    weights = np.zeros((len(around), *SHAPE))
+    for y, x in np.ndindex(SHAPE):
+        samples = np.array([image[at(y + dy, x + dx)] for dy, dx in offsets])
+        assert len(samples) == 9 * len(dilations)
+        deviation = samples.std(0, ddof=1)
+        alike = [np.mean(-np.abs(image[at(y + dy, x + dx)] - image[y, x]) / (1e-8 + 0.1 * deviation)) for dy, dx in around]
+        exponentials = np.exp(np.array(alike) - max(alike))
+        weights[:, y, x] = exponentials / exponentials.sum()
+    return weights, around
+
+
+def slow_pamr(image, scores, iterations, dilations):
+    weights, around = slow_weights(image, dilations)
+    values = scores.numpy().astype(np.float64)
+    for _ in range(iterations):
+        new = np.zeros_like(values)
+        for y, x in np.ndindex(SHAPE):
+            for weight, (dy, dx) in zip(weights[:, y, x], around, strict=True):
+                new[:, y, x] += weight * values[(slice(None), *at(y + dy, x + dx))]
+        values = new
+    return values
+
+
+@pytest.mark.parametrize(("iterations", "dilations"), [(1, [1]), (3, [1, 2, 4]), (10, [1, 2, 4, 8, 12, 24])])
+def test_against_a_loop_over_pixels(image, scores, iterations, dilations):
+    found = pamr(image, scores, iterations, dilations)
+    assert found.dtype == torch.float32 and found.shape == scores.shape
+    assert np.allclose(found.numpy(), slow_pamr(image, scores, iterations, dilations), atol=1e-5)
+    assert (found - scores).abs().max() > 0.5
+
+
+def test_weights_of_the_published_dilations_in_blocks_of_any_size(image, scores, monkeypatch):
+    weights, whole = affinity(image), pamr(image, scores)
+    assert weights.shape == (48, *SHAPE) and torch.allclose(weights.sum(0), torch.ones(SHAPE), atol=1e-5) and (weights >= 0).all()
+    assert np.allclose(weights.numpy(), slow_weights(image, (1, 2, 4, 8, 12, 24))[0], atol=1e-5)
+    for block in (48 * SHAPE[1] * 2, 1):
+        monkeypatch.setattr(refine, "BLOCK_VALUES", block)
+        assert torch.allclose(pamr(image, scores), whole, atol=1e-6)
+
+
+def test_brightness_and_contrast_of_a_channel_do_not_matter(image, scores):
+    plain = pamr(image, scores)
+    changed = image.astype(np.float32) * np.float32([0.004, -2.5, 30]) + np.float32([-1.7, 200, 0.3])
+    assert torch.allclose(pamr(changed, scores), plain, atol=1e-4)
+    mixed = image[:, :, [1, 2, 0]]
+    assert torch.allclose(pamr(mixed, scores), plain, atol=1e-5)  # channels count alike
+    other = image.copy()
+    other[4, 7] ^= 255
+    assert not torch.allclose(pamr(other, scores), plain, atol=1e-3)
+
+
+def test_scores_that_come_in_stay_as_they_are_and_broken_ones_are_not_hidden(image, scores):
+    before = scores.clone()
+    pamr(image, scores)
+    assert torch.equal(scores, before)
+    assert torch.isnan(pamr(image, scores / 0 * 0)).any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (30, 2)])
+def test_small_images(shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    found = pamr(image, torch.rand(2, *shape))
+    assert found.shape == (2, *shape) and torch.isfinite(found).all()

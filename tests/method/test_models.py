@@ -62,11 +62,13 @@ def test_weights_are_those_on_disk_and_loaded_once_per_folder_and_dtype(tiny_pro
     assert load_diffusion(half).unet.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("identifier", ["package:no-such-model", "/no/such/folder", "./gone", "a/b/c", "nobody/no-model"])
-@pytest.mark.parametrize("load", [load_diffusion, load_clip])
-def test_missing_models_are_named(tiny_profile, identifier, load):
-    remedy = (f"hf download {identifier}", "models.download") if identifier == "nobody/no-model" else ()  # not in the hub's cache
-    refused(load, with_model(tiny_profile, diffusion=identifier, clip=identifier), repr(identifier), *remedy)
+@pytest.mark.parametrize("load", [load_diffusion, load_clip, load_dino, load_mae, OpenClipExtractor.load])
+def test_missing_models_are_named(tiny_profile, tmp_path, load):
+    (tmp_path / "own.pth").write_bytes(b"x")
+    for source in ("package:no-such-model", "/no/such/folder", "./gone", "a/b/c", "nobody/no-model", tmp_path, tmp_path / "own.pth"):
+        remedy = (f"hf download {source}", "models.download") if source == "nobody/no-model" else ()  # not in the hub's cache
+        named = dict.fromkeys(("diffusion", "clip", "dino", "mae", "open_clip"), source)
+        refused(load, with_model(tiny_profile, **named), str(source), *remedy)
 
 
 @pytest.mark.parametrize(("field", "wrong", "load", "told"), [

@@ -133,12 +133,6 @@ def test_a_new_class_and_the_order_change_no_other(ovdiff, bank):
     assert np.array_equal(first.labels, np.array([0, 3, 2, 1])[second.labels])
 
 
-def test_classes_built_afresh_in_another_order_are_the_same(tiny_profile, tmp_path, bank):
-    """Nothing is shared with the other library: the classes are drawn again, without dog, last first."""
-    again = method(tiny_profile, tmp_path).build(["sofa", "cat"])
-    assert equal(again.prototypes["sd"][0], bank.prototypes["sd"][2]) and equal(again.prototypes["sd"][1], bank.prototypes["sd"][0])
-
-
 def test_a_class_is_its_words_not_its_label(ovdiff, bank, no_drawing):
     renamed = ovdiff.build([Category("mine", prompt="cat", kind="stuff")])
     assert equal(renamed.prototypes["sd"][0], bank.prototypes["sd"][0])
@@ -186,17 +180,6 @@ def test_an_ensemble_has_one_space_an_extractor(tiny_profile, folder, bank, no_d
 
 # ---------------------------------------------------------------------- what a prediction depends on
 
-def test_a_prediction_does_not_depend_on_what_came_before(tiny_profile, folder, ovdiff, bank):
-    first = ovdiff.segment(picture(0), bank)
-    other = ovdiff.segment(picture(1, (72, 40)), bank)
-    again = ovdiff.segment(picture(0), bank)
-    fresh = method(tiny_profile, folder, ALL).segment(picture(0), bank)
-    for result in (again, fresh):
-        assert np.array_equal(result.scores, first.scores) and np.array_equal(result.labels, first.labels)
-        assert np.array_equal(result.winner, first.winner)
-    assert other.labels.shape == (72, 40)
-
-
 def test_images_segmented_together_are_those_segmented_alone(tiny_profile, folder, bank):
     """Other sizes, batches and numbers of kept classes, with two extractors, two scales and the whole image, and PAMR."""
     both = method(tiny_profile, folder, {"features.extractors": ["sd", "clip-keys"], "matching.whole_image": True,
@@ -233,14 +216,6 @@ def test_images_are_read_as_they_are_needed(ovdiff, bank):
     assert len(list(results)) == 4 and asked == [0, 1, 2, 3, 4]
 
 
-def test_scores_of_the_whole_vocabulary(ovdiff, bank):
-    result = ovdiff.segment(picture(), bank)
-    kept = dataclasses.replace(result, kept=(0, 2), kept_scores=result.kept_scores[[0, 1, 3]])
-    full = kept.scores
-    assert full.shape == (4, *SHAPE) and full.dtype == np.float32 and (full[2] == -np.inf).all()
-    assert np.array_equal(full[[0, 1, 3]], result.scores[[0, 1, 3]])
-
-
 def test_masks_come_from_the_library(tiny_profile, tmp_path, monkeypatch):
     ovdiff = method(tiny_profile, tmp_path)
     made = ovdiff.masks_of("cat")
@@ -261,16 +236,12 @@ def test_odd_shapes_are_segmented(ovdiff, bank, shape):
 # ---------------------------------------------------------------------- what goes wrong
 
 @pytest.mark.parametrize("make, error, word", [
-    (lambda p, f: OVDiff("nothing"), ProfileError, "nothing"),
-    (lambda p, f: OVDiff(p, {"support.sizes": 3}), ProfileError, "support.size"),
+    (lambda p, f: OVDiff("nothing"), ProfileError, "nothing"), (lambda p, f: OVDiff(p, {"support.sizes": 3}), ProfileError, "support.size"),
     (lambda p, f: method(p, f, {"features.extractors": ["dino2"]}).build("cat"), ProfileError, "sd, clip-keys"),
     (lambda p, f: method(p, f).build([]), InputError, "no class"),
-    (lambda p, f: method(p, f).build(["cat", "Cat"]), InputError, "twice"),
     (lambda p, f: method(p, f).segment(f / "no.jpg", "cat"), InputError, "no.jpg"),
     (lambda p, f: method(p, f, {"support.prompt": "A picture"}).build("cat"), OVDiffError, "name"),
-    *((lambda p, f, source=source: method(p, f, {"models.diffusion": source}).build("cat"), ModelNotAvailable, word)
-      for source, word in (("/gone", "gone"), ("package:gone", "package:gone"), ("someone/something", "hf download"), ("a b", "hub id"))),
-    (lambda p, f: method(p, f, {"models.clip": "/gone"}).segment(picture(), "cat"), ModelNotAvailable, "gone"),
+    (lambda p, f: method(p, f, {"models.diffusion": "a b"}).build("cat"), ModelNotAvailable, "hub id"),
     (lambda p, f: method(p, f, {"features.extractors": ["clip-keys"], **ALL}).segment(
         picture(), method(p, f).build(NAMES)), InputError, "clip-keys")])
 def test_mistakes_are_one_sentence(tiny_profile, folder, bank, make, error, word):
@@ -308,5 +279,3 @@ def test_replaced_shares_all_but_the_fields(tiny_profile, tmp_path):
     other = own.replaced({"matching.background_threshold": 0.5})
     assert other.profile == tiny_profile.override({"matching.background_threshold": 0.5}) and own.profile == tiny_profile
     assert (other.library.root, other.progress, other.networks) == (tmp_path, False, networks)
-
-

@@ -1,4 +1,4 @@
-"""Profiles: values only, typed, validated, and no line of code that asks which profile it runs."""
+"""Profiles: values only, typed, validated, no line of code that asks which one it runs; the paper's and the released code's choices."""
 
 import ast
 import dataclasses
@@ -11,7 +11,7 @@ from sentences import refused
 import ovdiff_lib
 from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.profiles.reading import FOLDER, available, load_profile
-from ovdiff_lib.profiles.schema import UNUSED_BY_THE_METHOD, Profile, field_names, from_dict
+from ovdiff_lib.profiles.schema import Profile, field_names, from_dict
 from ovdiff_lib.workbench.console import parse_assignments
 
 PACKAGE = Path(ovdiff_lib.__file__).parent
@@ -35,16 +35,6 @@ def test_the_shipped_profiles_differ_in_values_not_in_fields():
         assert profile == from_dict(written, "a table")  # read as YAML reads it
         tables[name] = profile.to_dict()
     assert tables["mini"]["support"] != tables["paper"]["support"]
-
-
-def test_the_paper_profile_holds_the_papers_values():
-    paper = load_profile("paper")
-    assert (paper.support.size, paper.support.steps, paper.support.guidance_scale, paper.support.image_size) == (32, 30, 8.0, 512)
-    assert paper.support.prompt == "A good picture of a {name}"
-    assert paper.prototypes.clusters == 32 and paper.prototypes.kinds == ["class", "instance", "part"] and paper.prototypes.background
-    assert (paper.matching.short_side, paper.matching.windows, paper.matching.stride) == (448, [448, 336], 224)
-    assert paper.filters.category and paper.filters.category_top == 10 and paper.filters.stuff_threshold == 0.85
-    assert paper.features.sd_timestep == 200 and paper.models.download is False
 
 
 def test_no_code_branches_on_a_profiles_name():
@@ -156,27 +146,10 @@ def test_overrides_replace_and_leave_the_original_alone():
     assert load_profile(mini) == mini and load_profile("mini", {}) == mini
 
 
-def test_every_field_counts_in_the_digest():
-    mini, table = load_profile("mini"), load_profile("mini").to_dict()
+def test_the_digest_knows_values_and_no_names():
+    mini = load_profile("mini")
     assert mini.digest() == load_profile("mini").digest() != load_profile("paper").digest() and len(mini.digest()) == 16
     assert dataclasses.replace(mini, name="other", description="renamed").digest() == mini.digest()
-    for key in field_names():
-        section, field = key.split(".")
-        value = table[section][field]
-        if isinstance(value, bool):
-            new = not value
-        elif isinstance(value, (int, float)):
-            new = value / 2 if isinstance(value, float) else value - 1 if value > 1 else value + 1
-        elif value is None:
-            new = 64  # legal for whole and for real numbers
-        elif isinstance(value, dict):
-            new = {"voc": "voc"} if section == "evaluation" else 0.125
-        else:
-            other = value + "x" if isinstance(value, str) else value[:-1] or ["x"]
-            new = next(word for word in WORDS[key].split() if word != value) if key in WORDS else other
-        changed = mini.override({key: new, **({"matching.windows": [48]} if key == "matching.short_side" else {})})
-        # What a run is measured on and compared with is not part of the method.
-        assert (changed.digest() == mini.digest()) == (section in UNUSED_BY_THE_METHOD), key
 
 
 def test_a_profile_survives_a_file_which_may_leave_out_what_has_a_default(tmp_path):
@@ -213,3 +186,79 @@ def test_values_that_yaml_cannot_make_are_one_sentence(tmp_path, value):
     refuse("support.prompt", make=lambda: parse_assignments([f"support.prompt={value}"]), error=InputError)
     (tmp_path / "own.yaml").write_text(f"name: {value}\n")
     refuse("own.yaml", make=lambda: load_profile(tmp_path / "own.yaml"))
+
+
+# ---- what the released code does, and the paper
+
+SD_LAYERS = ["down_blocks.0.attentions.0", "mid_block.attentions.0", *(f"up_blocks.{b}.attentions.{i}" for b in (1, 2) for i in range(3)),
+             "up_blocks.3.attentions.2"]
+
+ROWS = {  # what the released code does, topic by topic
+    "sampling": {"models.dtype": "float16", "support.image_size": 512, "support.batch_size": 8, "support.seed": 42, "support.steps": 30,
+                 "support.guidance_scale": 8.0, "support.size": 32, "support.prompt": "A good picture of a {name}"},
+    "attribution map": {"support.mid_block": False},
+    "CutLER": {"masks.segmenter": "cutler", "masks.cutler_score": 0.35},
+    "foreground mask": {"masks.overlaps": "attribution"},
+    "background mask": {"masks.background_below": 0.2, "masks.erosion": 1},
+    "CutLER finds nothing": {"masks.fallback": "fixed", "masks.fallback_foreground": 0.5, "masks.fallback_background": 0.2},
+    "without CutLER": {"masks.threshold_classes": 3, "masks.threshold_scope": "set"},
+    "mask resize": {"masks.resize": "bilinear"},
+    "SD features": {"features.sd_layers": SD_LAYERS, "features.sd_timestep": 200, "features.sd_latent": "sample",
+                    "features.sd_input_size": 512},
+    "noise": {"features.sd_noise": "fixed", "features.sd_noise_samples": 1},
+    "CLIP / DINO": {"features.clip_layer": -2, "features.clip_input_size": 512, "features.dino_input_size": 512,
+                    "features.clip_normalisation": "imagenet", "models.clip": "openai/clip-vit-base-patch16",
+                    "models.dino": "facebook/dino-vitb8"},
+    "MAE": {"features.mae_input_size": 512,
+            "models.mae": "facebook/vit-mae-base"},
+    "k-means": {"prototypes.clusters": 32, "prototypes.seed": 0},
+    "prototypes": {"prototypes.kinds": ["class", "instance", "part"], "prototypes.background": True},
+    "ensemble": {"features.extractors": ["sd", "dino", "clip-keys"]},
+    "image size": {"matching.short_side": 448, "matching.resample": "lanczos", "matching.windows": [448, 336], "matching.stride": 224,
+                   "matching.whole_image": True, "matching.refine": "none"},
+    "category filter": {"filters.category": True, "filters.category_prompt": "a {names}", "filters.category_joiner": " and a ",
+                        "filters.category_logit_scale": 1.0, "filters.category_crop": "squash", "filters.category_top": 10},
+    "stuff in the filter": {"filters.category_keep_stuff": True},
+    "stuff filter": {"filters.stuff": True, "filters.stuff_threshold": 0.85},
+    "final": {"matching.minimum_score": 0.0},
+    "PAMR": {"matching.pamr_iterations": 10, "matching.pamr_dilations": [1, 2, 4, 8, 12, 24]},
+}
+
+AS_PUBLISHED = {  # the paper's value, or the default where it is silent
+    "models.dtype": "float32", "models.mae": "facebook/vit-mae-large",
+    "support.batch_size": 4, "support.seed": 0, "masks.threshold_scope": "image",
+    "masks.overlaps": "keep", "masks.background_below": 1.0, "masks.erosion": 0, "masks.fallback": "otsu", "masks.resize": "area",
+    "features.sd_latent": "mean", "features.sd_noise": "seeded", "features.clip_normalisation": "clip", "features.clip_input_size": 448,
+    "features.dino_input_size": 448, "features.mae_input_size": 448, "filters.category_prompt": "{names}",
+    "filters.category_joiner": " and ", "filters.category_logit_scale": None, "filters.category_keep_stuff": False,
+    "matching.resample": "bilinear", "matching.whole_image": False, "matching.minimum_score": None,
+}
+
+
+def values(name):
+    table = load_profile(name).to_dict()
+    return {key: table[key.split(".")[0]][key.split(".")[1]] for key in field_names()}
+
+
+def test_every_choice_of_the_released_code_that_has_a_field_is_written_down():
+    official = values("official")
+    written = yaml.safe_load((FOLDER / "official.yaml").read_text(encoding="utf-8"))
+    for topic, fields in ROWS.items():
+        for key, value in fields.items():
+            section, field = key.split(".")
+            assert official[key] == value and type(official[key]) is type(value), (topic, key)
+            assert field in written[section], f"{key} ({topic}) rests on a default that may change"
+
+
+def test_official_and_paper_differ_where_the_code_differs_and_nowhere_else():
+    official, paper = values("official"), values("paper")
+    assert set(official) == set(paper) == set(field_names())
+    different = {key: paper[key] for key in official if official[key] != paper[key]}
+    assert different == AS_PUBLISHED
+    assert set(different) <= {key for fields in ROWS.values() for key in fields}
+
+
+def test_the_paper_profile_names_every_model_and_fetches_none():
+    models = load_profile("paper").to_dict()["models"]
+    named = {"diffusion", "clip", "dino", "mae", "open_clip", "cutler", "sam", "grounding", "groupvit"}
+    assert {k for k, v in models.items() if v} == named | {"device", "dtype"} and models["download"] is False

@@ -93,9 +93,3 @@ def test_without_background_leaves_the_foreground_alone():
             assert len(before) == 10 and set(after.region) == {"foreground"}
             assert np.array_equal(after.vectors, before.vectors[:5])
     assert bare.vocabulary is whole.vocabulary
-
-
-def test_map_names_extractor_and_index():
-    seen = []
-    bank().map(lambda extractor, index, own: seen.append((extractor, index, float(own.vectors[0, 0]))) or own)
-    assert seen == [("sd", 0, 0), ("sd", 1, 100), ("sd", 2, 200), ("clip-keys", 0, 200), ("clip-keys", 1, 100), ("clip-keys", 2, 0)]

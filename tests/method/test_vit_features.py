@@ -1,6 +1,5 @@
 """DINO, MAE and both CLIP libraries as extractors, against a ViT computed by hand, timm's ViT, and each other."""
 
-import json
 import math
 import shutil
 
@@ -17,7 +16,6 @@ from ovdiff_lib.features import EXTRACTORS
 from ovdiff_lib.features.open_clip import OpenClipExtractor
 from ovdiff_lib.features.vit import ClipExtractor, DinoExtractor, MaeExtractor
 from ovdiff_lib.networks.instruments import captured
-from ovdiff_lib.networks.loading import load_mae
 from ovdiff_lib.profiles.reading import load_profile
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -95,11 +93,6 @@ def test_scale_enlarges_what_the_model_sees(tiny_profile, name):
     torch.testing.assert_close(big, features(plain, np.repeat(np.repeat(flat, 2, 1), 2, 2)), **CLOSE)
 
 
-def test_mae_hides_nothing(tiny_profile, tiny_models):
-    assert json.loads((tiny_models / "mae" / "config.json").read_text())["mask_ratio"] == 0.75
-    assert load_mae(tiny_profile).config.mask_ratio == 0
-
-
 # ---- the published sizes, without their weights
 
 def published(kind, settings):
@@ -175,13 +168,10 @@ def test_open_clip_equals_what_the_library_gives_of_its_layers(tiny_profile, tin
 
 @pytest.mark.parametrize("name", ["clip-tokens", "open-clip-tokens"])
 def test_clip_normalisation(tiny_profile, name):
-    """Colours brought to the statistics of the other choice give the features of the other choice."""
-    images = np.full((2, 64, 64, 3), [[[[80, 120, 90]]], [[[150, 60, 200]]]], np.uint8)
+    images = pictures(1, 64, 64)
     clip, imagenet = (EXTRACTORS[name](tiny_profile.override({"features.clip_normalisation": n})) for n in ("clip", "imagenet"))
     assert (clip.statistics, imagenet.statistics) == (OPENAI, IMAGENET)
-    found = features(clip, images)
-    assert torch.equal(found, features(EXTRACTORS[name](tiny_profile), images))  # the default
-    assert not torch.equal(found, features(imagenet, images))
+    assert not torch.equal(features(clip, images), features(imagenet, images))
     clip.statistics = IMAGENET
     assert torch.equal(features(clip, images), features(imagenet, images))
 
@@ -201,26 +191,19 @@ def test_open_clip_folders_that_are_wrong(tiny_profile, tiny_models, tmp_path):
                        ("no-config", "open_clip_config.json"), ("nan", "not finite, in ln_post.bias")):
         with refused(ModelNotAvailable, tmp_path / name, told):
             EXTRACTORS["open-clip-keys"](tiny_profile.override({"models.open_clip": str(tmp_path / name)}))
-    with refused(ModelNotAvailable, "`hf download nobody/clip", "models.download"):
-        EXTRACTORS["open-clip-keys"](tiny_profile.override({"models.open_clip": "nobody/clip"}))
+    with refused(ProfileError, "models.open_clip", "not set"):
+        EXTRACTORS["open-clip-keys"](tiny_profile.override({"models.open_clip": ""}))
 
 
 # ---- models that are not there, or not whole
 
-@pytest.mark.parametrize("name", ["dino", "mae", "open_clip"])
-def test_missing_models(tiny_profile, tmp_path, name):
-    extractor = EXTRACTORS["open-clip-tokens" if name == "open_clip" else name]
+@pytest.mark.parametrize("name", ["dino", "mae"])
+def test_a_model_that_is_not_set_or_lacks_its_last_keys(tiny_profile, tmp_path, name):
     with refused(ProfileError, f"models.{name}", "not set"):
-        extractor(tiny_profile.override({f"models.{name}": ""}))
-    (tmp_path / "own.pth").write_bytes(b"x")
-    for source in (tmp_path / "absent", tmp_path, tmp_path / "own.pth"):  # no folder; an empty one; a file
-        with refused(ModelNotAvailable, source):
-            extractor(tiny_profile.override({f"models.{name}": str(source)}))
-    if name == "open_clip":
-        return
+        EXTRACTORS[name](tiny_profile.override({f"models.{name}": ""}))
     (make_dino if name == "dino" else make_mae)().save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     del state[next(key for key in sorted(state) if key.endswith(("k_proj.weight", "key.weight")))]
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with refused(ModelNotAvailable, "lack", "k_proj"):
-        extractor(tiny_profile.override({f"models.{name}": str(tmp_path)}))
+        EXTRACTORS[name](tiny_profile.override({f"models.{name}": str(tmp_path)}))

@@ -114,38 +114,23 @@ def test_one_broken_image_of_a_folder_is_named_and_the_others_are_done(images, t
     assert len(errors) == 2 and "a.jpg" in errors[0] and "1 of 3" in errors[1]
 
 
-def test_class_names_of_any_sort_reach_the_record(images, tiny, tmp_path):
-    out = tmp_path / "out"
-    assert main(["segment", str(images / "b.webp"), "--classes", "../cat,🐈", "--stuff", "🐈", "--out", str(out), *tiny]) == 0
-    assert [c["name"] for c in json.loads((out / "b.json").read_text(encoding="utf-8"))["classes"]] == ["background", "../cat", "🐈"]
-    assert files(tmp_path) == sorted([*(f"images/{n}" for n in files(images)), *(f"out/{n}" for n in files(out))])
-
-
-IMAGE, QUICKSTART = "segment {images}/a.png --classes ", f"run {NOTEBOOKS / '00_quickstart.ipynb'} -p "
+IMAGE = "segment {images}/a.png --classes "
 MISTAKES = [  # arguments ({images} is the folder), words of the sentence
     ("segment {images}/none.png --classes cat", "none.png"), ("segment {images}/broken.png --classes cat", "broken.png"),
-    ("segment {images}/empty.png --classes cat", "empty.png"), ("segment {images}/sub --classes cat", "holds no image"),
-    (IMAGE + "''", "no class"), (IMAGE + "cat,,dog", "empty"), (IMAGE + "'cat, Cat'", "twice"), (IMAGE + "'cat, background'", "background"),
-    (IMAGE + "x" * 300, "at most"), (IMAGE + "cat\udcff", "broken"), (IMAGE + "cat --stuff gras", "'gras'"),
+    ("segment {images}/sub --classes cat", "holds no image"), (IMAGE + "'cat, Cat'", "twice"), (IMAGE + "cat --stuff gras", "'gras'"),
     (IMAGE + "cat --profile big", "'big'"), (IMAGE + "cat --set support.sise=3", "support.size"), (IMAGE + "cat --set =3", "NAME=VALUE"),
-    (IMAGE + "cat --set support.size=many", "integer"), (IMAGE + "cat --set support.size", "NAME=VALUE"),
-    (IMAGE + "cat --set matching.windows=[64", "cannot be read"), (IMAGE + "cat --set models.diffusion=/nowhere/sd", "/nowhere/sd"),
+    (IMAGE + "cat --set support.size", "NAME=VALUE"), (IMAGE + "cat --set matching.windows=[64", "cannot be read"),
     (IMAGE + "cat --library {images}/a.png/library", "cannot be written"), ("build --classes-file {images}/none.txt", "none.txt"),
     ("build --classes-file {images}/a.png", "a.png"), ("build --classes-file {images}/blank.txt", "no class"),
     ("build --classes-file {images}/classes.txt --stuff sky", "'sky'"), ("evaluate vox", "mini-voc"), ("evaluate voc", "--data"),
-    (IMAGE + "cat --set matching.refine=PAMR", "matching.refine"), (IMAGE + "cat --set models.clip=/nowhere", "/nowhere"),
-    (IMAGE + "cat --set prototypes.background=false --set matching.background_threshold=null", "matching.background_threshold"),
-    (IMAGE + "cat --set 'filters.stuff_threshold={dino: 0.5}'", "not 'sd'"), ("tune --set evaluation.tune=", "set evaluation.tune"),
-    (IMAGE + "cat --set models.device=ipu", "models.device"), ("evaluate mini-voc --split train", "tune, val, wild"),
-    ("run {images}/none.ipynb", "none.ipynb"), ("run {images}/notes.txt", "cannot be read as a notebook"),
-    ("reproduce --notebooks {images}", "No notebook"), (f"reproduce --notebooks {NOTEBOOKS} --only 00,77", "'77'"),
-    (QUICKSTART + "seed=many", "'seed'"), (QUICKSTART + "sed=1", "'seed'"), ("reproduce --profile big", "'big'")]
+    ("evaluate mini-voc --split train", "tune, val, wild"), ("tune --set evaluation.tune=", "set evaluation.tune"),
+    ("run {images}/none.ipynb", "none.ipynb"), ("reproduce --notebooks {images}", "No notebook"),
+    (f"reproduce --notebooks {NOTEBOOKS} --only 00,77", "'77'"), (f"run {NOTEBOOKS / '00_quickstart.ipynb'} -p seed=many", "'seed'")]
 
 
 @pytest.mark.parametrize("arguments, words", MISTAKES, ids=[words for _, words in MISTAKES])
 def test_mistakes(images, tiny_models, tmp_path, capsys, monkeypatch, arguments, words):
     (images / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n garbage")
-    (images / "empty.png").write_bytes(b"")
     (images / "sub").mkdir()
     (images / "blank.txt").write_text("\n  \n")
     (images / "classes.txt").write_text("cat\n")
@@ -196,26 +181,6 @@ def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*command.split(), "--help"])
     assert caught.value.code == 0 and f"usage: ovdiff {command} " in capsys.readouterr().out
-
-
-def test_ctrl_c_ends_with_130(images, tiny, tmp_path, capsys, monkeypatch):
-    def interrupted(self, image, bank):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pipeline.OVDiff, "segment_many", interrupted)
-    out = tmp_path / "out"
-    assert main(["segment", str(images / "a.png"), "--classes", "cat", "--out", str(out), *tiny]) == 130
-    assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
-    assert not out.exists()
-
-
-def test_build_reads_a_file_and_fills_the_library(tiny, tmp_path, library, capsys):
-    path = tmp_path / "classes.txt"
-    path.write_bytes("\ufeffcat\n\n dog \r\n".encode())
-    assert main(["build", "--classes-file", str(path), "--stuff", "dog", *tiny]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("2 classes, ") and str(library) in said
-    assert len(list((library / "prototypes").iterdir())) >= 2
 
 
 def test_own_pictures_are_a_class_by_their_folder_and_then_by_their_key(images, tiny, tmp_path, library, capsys):

@@ -62,33 +62,6 @@ def guarded(tmp_path) -> Guarded:
     return Guarded(tmp_path)
 
 
-REACHING = """
-import socket, urllib.request
-from socket import create_connection, getaddrinfo
-for reach in (lambda: urllib.request.build_opener(urllib.request.ProxyHandler({})).open("http://192.0.2.1/", timeout=1),
-              lambda: create_connection(("192.0.2.1", 80), 1), lambda: getaddrinfo("example.org", 443),
-              lambda: socket.gethostbyname("example.org"), lambda: socket.socket().connect_ex(("192.0.2.1", 80)),
-              lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("192.0.2.1", 53))):
-    try:
-        reach()
-    except OSError:
-        print("refused")
-server, client = (socket.socket(socket.AF_UNIX) for _ in range(2))
-server.bind("unix")
-server.listen()
-client.connect("unix")
-print("local")
-"""
-
-
-def test_the_guard_sees_every_way_out_and_lets_unix_sockets_pass(guarded):
-    run = guarded.run("-c", REACHING)
-    assert run.stdout.split() == ["refused"] * 6 + ["local"], run.stderr
-    assert {line.split()[0] for line in guarded.tried()} == {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname",
-                                                             "socket.sendto"}
-    assert len(guarded.tried()) == 6
-
-
 COMMANDS = """
 import contextlib, io, json, sys
 from ovdiff_lib.cli.main import main

@@ -32,13 +32,6 @@ def write_scenes(folder, size=32, count=12):
 
 # ---- pieces against their definitions
 
-def test_halved_weights_have_bfloat16_fractions():
-    model = torch.nn.Linear(30, 40)
-    half = training.halved(model)
-    assert half.weight.dtype == torch.float16 and model.weight.dtype == torch.float32
-    assert torch.equal(half.weight.float(), model.weight.bfloat16().float())  # nothing below the seventh bit
-
-
 def test_a_step_draws_the_same_whenever_it_is_made_and_an_epoch_has_every_item_once():
     args = SimpleNamespace(batch=3, seed=5)
     steps = [training.draw(args, 9, step) for step in range(6)]
@@ -76,19 +69,6 @@ def test_distillation_loss_is_the_cross_entropy_of_other_views():
     assert float(train_dino.distillation_loss(student, teacher)) == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_koleo_and_hidden_patches():
-    angles = torch.tensor([0.0, 0.1, 2.0])
-    tokens = 3 * torch.stack([angles.cos(), angles.sin()], dim=1)
-    near, far = 2 * math.sin(0.05), 2 * math.sin(0.95)  # chords
-    by_hand = -(2 * math.log(near) + math.log(far)) / 3
-    assert float(train_dino.spread(tokens)) == pytest.approx(by_hand, rel=1e-3)
-    hidden = train_dino.hide(40, 6, generator()).view(40, 6, 6)
-    assert (hidden[::2].sum((1, 2)) == 1).all() and 0.25 < hidden[1::2].float().mean() < 0.55
-    for crop in hidden:  # a rectangle
-        rows, columns = crop.any(1), crop.any(0)
-        assert torch.equal(crop, rows[:, None] & columns) and rows.sum() * columns.sum() == crop.sum()
-
-
 def test_crops_stay_inside_and_mirror():
     columns = torch.linspace(0, 1, 64).expand(16, 3, 48, 64)
     out = train_dino.crop(columns, 32, (0.2, 0.5), generator(3))
@@ -101,21 +81,6 @@ def test_crops_stay_inside_and_mirror():
         row, column = divmod(int(part.min()), 20)
         square = whole[0, row:row + 16, column:column + 16, 0]
         assert torch.equal(part, square) or torch.equal(part, square.flip(1))
-
-
-def test_an_error_costs_more_on_a_coloured_pixel():
-    target = torch.zeros(1, 3, 4, 6)
-    target[0, :, 1, 2] = torch.tensor([0.8, -0.4, -0.4])  # red; its distance from grey is 0.8
-    costs = {}
-    for name, (row, column) in {"red": (1, 2), "grey": (2, 4)}.items():
-        output = target.clone()
-        output[0, :, row, column] += 0.1  # all channels alike: no tint, the same gradient wherever it is
-        costs[name] = float(train_vae.reconstruction_loss(output, target))
-    mean_weight = (23 + 4.2) / 24
-    error = (0.1 + 0.01) / 24
-    gradient = 0.5 * (2 * 0.1 / (4 * 5) + 2 * 0.1 / (3 * 6))
-    assert costs["grey"] == pytest.approx(error / mean_weight + gradient, rel=1e-4)
-    assert costs["red"] == pytest.approx(4.2 * error / mean_weight + gradient, rel=1e-4)
 
 
 @pytest.mark.parametrize("predicts", ["v_prediction", "epsilon"])

@@ -218,6 +218,7 @@ def test_what_failed_is_missing_or_broken_is_a_sentence_and_the_rest_is_shown(bu
     assert "51.0" in page.said("table-05_main_results") and "Five pictures" in page.said("figure-05_main_results_grid")
     assert not (folder / "report" / "notebooks").exists()  # pages of notebooks that are gone go
 
+
 def test_nothing_is_loaded_from_anywhere_and_no_folder_leaks(built):
     folder, path, page = built
     for element in page.find_all(True):
