@@ -141,6 +141,7 @@ def test_texts_are_encoded_once_and_the_cache_is_bounded(clip, monkeypatch):
     assert torch.allclose(encoder(["cat"])[0], first[0], atol=1e-6) and packed == [2, 4, 1] and list(encoder._known) == ["cat"]
 
 
+@pytest.mark.filterwarnings("error")  # that prompts were left out is said only where they were
 @pytest.mark.parametrize(("scale", "top"), [(3.0, 10), (1.0, 2), (0.1, 3), (None, 10)])
 def test_filter_follows_the_paper(clip, pictures, scale, top):
     chosen, seen = make_filter(clip, category_logit_scale=scale, category_top=top), set()

@@ -57,6 +57,10 @@ def test_multi_otsu_of_few_values():
     assert foreground.tolist() == [[False, False, True]] and background.tolist() == [[True, False, False]]
     foreground, background = multi_otsu(np.array([[0.0, 0.5, 1.0]]), 4)  # the middle of the range is background
     assert foreground.tolist() == [[False, False, True]] and background.tolist() == [[True, True, False]]
+    for values in ([0.0, 0.252, 0.255, 1.0], [0.0, 0.3, 0.995, 1.0]):  # neighbours among 256 bins, also the last two
+        foreground, background = multi_otsu(np.array([values]), 4)
+        assert foreground.tolist() == [[False, False, False, True]] and background.tolist() == [[True, False, False, False]]
+        assert multi_otsu(np.array([values]), 4, 2)[0].tolist() == [[False, False, True, True]]
 
 
 def test_more_levels_of_foreground():

@@ -12,7 +12,7 @@ from ovdiff_lib.categories import Category
 from ovdiff_lib.errors import InputError, OVDiffError, ProfileError
 from ovdiff_lib.networks.instruments import attention_grid
 from ovdiff_lib.networks.loading import load_clip, load_diffusion
-from ovdiff_lib.support.attribution import class_token_positions, record_attribution
+from ovdiff_lib.support.attribution import AttributionRecorder, class_token_positions, record_attribution
 from ovdiff_lib.support.sampler import image_seed, initial_latents, min_max, sample_support
 
 TEMPLATE = "A good picture of a {name}"
@@ -212,7 +212,9 @@ def test_min_max_of_constant_and_ordinary_maps():
 def test_what_cannot_be_drawn_is_refused(pipe, tiny_profile, monkeypatch):
     with pytest.raises(ProfileError, match=r"support\.image_size"):
         draw(pipe, tiny_profile.override({"support.image_size": 60}), 1)
-    bias = pipe.vae.decoder.conv_out.bias
-    monkeypatch.setattr(bias, "data", bias * torch.nan)
-    with pytest.raises(OVDiffError, match="not finite"):
-        draw(pipe, tiny_profile, 1)
+    bias, maps = pipe.vae.decoder.conv_out.bias, AttributionRecorder.maps
+    for place, name, broken in ((AttributionRecorder, "maps", lambda recorder: maps(recorder).index_fill(1, torch.tensor([0]), torch.nan)),
+                                (bias, "data", bias * torch.nan)):
+        with monkeypatch.context() as patched, pytest.raises(OVDiffError, match="not finite"):
+            patched.setattr(place, name, broken)
+            draw(pipe, tiny_profile, 1)
