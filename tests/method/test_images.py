@@ -110,15 +110,6 @@ def test_too_many_pixels(tmp_path, monkeypatch):
     read_image(RGB)
 
 
-@pytest.mark.parametrize("image", [
-    RGB / 255, RGB.astype(np.int64), RGB[None], RGB[..., :2], RGB[:0], np.zeros((3, 0), np.uint8), np.asarray(np.uint8(3)),
-    Image.fromarray(RGB[..., 0].astype(np.float32)), Image.fromarray(np.full((2, 3), 70_000, np.int32)),
-    Image.fromarray(np.full((2, 3), -1, np.int32)), Image.new("RGB", (0, 4)), Image.new("LAB", (3, 4))])
-def test_arrays_and_pictures_that_are_no_image(image):
-    with refused(InputError, "image"):
-        read_image(image)
-
-
 def test_list_images(tmp_path):
     for name in ("b.PNG", "a.jpeg", "c.webp", "notes.txt", "d.jpg"):
         (tmp_path / name).touch()

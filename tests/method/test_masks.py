@@ -25,7 +25,7 @@ def three_levels(seed=0, shape=(13, 21)):
 def test_multi_otsu_finds_three_planted_levels_whatever_their_scale_and_offset():
     values, level = three_levels()
     for scaled in (values, values.astype(np.float64) * 1e-9 - 5e-9):
-        foreground, background = multi_otsu(scaled, 3)
+        foreground, background = multi_otsu(scaled)
         assert (foreground == (level == 2)).all() and (background == (level == 0)).all()
 
 

@@ -201,6 +201,8 @@ def test_deterministic_in_the_seed_whatever_was_drawn_before():
     first, second = ((torch.manual_seed(n), kmeans(x, 8, seed=3))[1] for n in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     assert not torch.equal(first[0], kmeans(x, 8, seed=4)[0])
+    for seed in range(6):  # a sample would hold them all, so that one seeding is tried
+        assert torch.equal(kmeans(x, 8, seed)[0], kmeans(x, 8, seed, restarts=1)[0])
 
 
 @pytest.mark.parametrize(("points", "k", "expected"), [(3, 8, 3), (1, 4, 1), (5, 1, 1)])

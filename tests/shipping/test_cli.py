@@ -4,8 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -300,11 +298,3 @@ def test_compare_tables(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == ["05_t: OVDiff / VOC: measured: 50.0 against 51.0", "1 differences"]
     assert main(["compare-tables", a, b, "--tolerance", "0.1"]) == 1 and main(["compare-tables", a, c, "--tolerance", "1"]) == 0
     assert main(["compare-tables", a, str(tmp_path / "none")]) == 2 and "holds no tables" in capsys.readouterr().err
-
-
-def test_the_installed_command(images, tmp_path):
-    """In a process of its own: exit code, one line, no traceback."""
-    arguments = ["segment", str(images / "none.png"), "--classes", "cat", "--out", str(tmp_path / "out")]
-    run = subprocess.run([sys.executable, "-m", "ovdiff_lib.cli.main", *arguments], capture_output=True, text=True)
-    assert run.returncode == 2 and run.stdout == "" and run.stderr.startswith("ovdiff: ") and run.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
