@@ -261,8 +261,10 @@ def test_reproduce_ends_with_claims_and_report_whatever_fails(tmp_path, capsys, 
         if notebook.stem == "01_broken":
             raise OVDiffError("01_broken.ipynb failed.")
         if notebook.stem == "02_table":
-            cells = [Cell.of(row, "VOC", values, paper_cell("1", row, "VOC"), Runs("VOC", np.array([[[[v], [100], [100]]] * 9 for v in values])))
-                     for row, values in {"OVDiff": [49.0, 51.0], "OVDiff (-CutLER)": [40.0, 41.0]}.items()]
+            cells = []
+            for row, values in {"OVDiff": [49.0, 51.0], "OVDiff (-CutLER)": [40.0, 41.0]}.items():
+                runs = Runs("VOC", np.array([[[[v], [100], [100]]] * 9 for v in values]))
+                cells.append(Cell.of(row, "VOC", values, paper_cell("1", row, "VOC"), runs))
             write_table(output.parent / "tables" / "02_table.csv", "02_table", cells, load_profile("mini"), "What was run.")
         return True
 
