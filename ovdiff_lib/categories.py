@@ -21,8 +21,8 @@ class Category:
     """One class of a vocabulary.
 
     ``name`` is what the user calls it, ``prompt`` the words given to the networks (default: the name), ``kind`` whether
-    it is a countable "thing" or a region of "stuff" (Sec. 3.4, "stuff" filtering). ``pictures`` is the library's key of
-    one's own pictures of it (:meth:`~ovdiff_lib.pipeline.OVDiff.build_from`); without any it is drawn.
+    it is a countable "thing" or a region of "stuff" (Sec. 3.4, "stuff" filtering). With ``pictures``, the library's key
+    of one's own (:meth:`~ovdiff_lib.pipeline.OVDiff.build_from`), it is not drawn.
     """
 
     name: str

@@ -20,8 +20,7 @@ class Explanation:
     considered). The deciding prototype is row ``index`` of ``extractor``'s prototypes of ``category`` (for background:
     the category whose support images it comes from), of a ``kind`` and ``region``. It was made from the support images
     ``images`` (most pixels first; ``own``: the user's pictures), within ``masks`` bool (len(images), h, w) on the
-    extractor's feature grid. A constant background score has no prototype: these fields are None, ``images`` and
-    ``masks`` empty.
+    extractor's grid. A constant background score has no prototype: these are None, ``images`` and ``masks`` empty.
     """
 
     row: int
