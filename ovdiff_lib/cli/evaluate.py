@@ -1,7 +1,5 @@
 """``ovdiff evaluate | ladder | convert``."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any
@@ -32,8 +30,6 @@ def evaluate(options: argparse.Namespace) -> None:
     from ovdiff_lib.workbench.data.samples import SavedPredictions
     from ovdiff_lib.workbench.evaluation import measure
 
-    if options.json:
-        check_output(options.json.parent)
     dataset = _dataset_of(options)
     record: dict[str, Any] = {"dataset": dataset.name, "split": dataset.split, "names": options.names}
     if options.predictions:
@@ -45,25 +41,26 @@ def evaluate(options: argparse.Namespace) -> None:
         result = _segment_and_count(options, ovdiff, dataset)
         record["profile"] = ovdiff.profile.to_dict()
         by = f"profile {ovdiff.profile.name}, settings {ovdiff.profile.digest()}"
-    shown = pd.Series([*result.iou, result.miou], [*result.class_names, "mIoU"]) * 100
-    *rows, last = shown.to_string(float_format="{:.1f}".format, na_rep="-").splitlines()
+    iou = pd.Series([*result.iou, result.miou], [*result.class_names, "mIoU"])
+    *rows, last = (100 * iou).to_string(float_format="{:.1f}".format, na_rep="-").splitlines()
     print(*rows, sep="\n")
     if not dataset.has_background:
         print("Background is not evaluated: every pixel that counts shows one of the classes.")
-    standard = dataset.standard_images
-    if standard is not None and not options.limit and result.images != standard:
-        print(f"The literature evaluates on {standard} images of this split; here there are {result.images}.")
+    if not options.limit and result.images != (dataset.standard_images or result.images):
+        print(f"The literature evaluates on {dataset.standard_images} images of this split, not on {result.images}.")
     print(f"{last}   {dataset.name} {dataset.split}, {result.images} images, {by}")
     if options.json:
-        miou, *iou = (None if v != v else float(v) for v in (result.miou, *result.iou))  # NaN where a class is nowhere
-        write_json(options.json, {**record, "images": result.images, "background": dataset.has_background, "miou": miou,
-                                  "iou": dict(zip(result.class_names, iou, strict=True))})
+        *iou, (_, miou) = iou.astype(object).where(iou.notna(), None).items()  # None for a class that is nowhere
+        write_json(options.json, {**record, "images": result.images, "background": dataset.has_background,
+                                  "miou": miou, "iou": dict(iou)})
 
 
 def _dataset_of(options: argparse.Namespace) -> Any:
-    """The data set that the options name."""
+    """The data set that the options name, once it is sure that the result can be written."""
     from ovdiff_lib.workbench.data.datasets import load_dataset
 
+    if options.json:
+        check_output(options.json.parent)
     # Workers on other machines are elsewhere: they are told the whole path.
     folder = options.data and options.data.expanduser().absolute()
     return load_dataset(options.dataset, split=options.split, folder=folder, names=options.names)
@@ -77,14 +74,12 @@ def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any) -
 
     engine, builder = engine_of(options, ovdiff.profile), measure.for_dataset(ovdiff, dataset)
     measure.image_count(dataset, options.limit)  # a limit of no images is reported before classes are built
-    if engine is None:
-        predictor = measure.label_predictor(ovdiff, builder.build(dataset.vocabulary), dataset)
-        key = {"OVDiff": of_labels(ovdiff.profile)}
-        # Beside the library's entries, so that the same command goes on where it was interrupted.
-        folder = ovdiff.library.root / "counts"
-        return measure.evaluate(predictor, dataset, limit=options.limit, folder=folder, key=key)
-    build_with(engine, builder, dataset.vocabulary)
-    return evaluate_on(engine, ovdiff.profile, builder.build(dataset.vocabulary), dataset, options.limit)
+    if engine:
+        build_with(engine, builder, dataset.vocabulary)
+        return evaluate_on(engine, ovdiff.profile, builder.build(dataset.vocabulary), dataset, options.limit)
+    predictor = measure.label_predictor(ovdiff, builder.build(dataset.vocabulary), dataset)
+    return measure.evaluate(predictor, dataset, limit=options.limit, key={"OVDiff": of_labels(ovdiff.profile)},
+                            folder=ovdiff.library.root / "counts")  # the same command goes on where it was interrupted
 
 
 @takes(*DATA_SET,
@@ -94,26 +89,21 @@ def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any) -
        argument("--json", type=Path, help="write the result to this file too"))
 def ladder(options: argparse.Namespace) -> None:
     """Measure where points are lost: the truth in place of the drawings, the category filter and the feature grid."""
-    import pandas as pd
-
     from ovdiff_lib.pipeline import OVDiff
     from ovdiff_lib.workbench.evaluation import ladder as rungs
     from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
 
-    if options.json:
-        check_output(options.json.parent)
     dataset = _dataset_of(options)
     training = rungs.training_of(dataset, options.support_split)
     ovdiff = OVDiff(profile_of(options), library=options.library, networks=SharedNetworks())
     found = rungs.ladder(ovdiff, dataset, training, folder=ovdiff.library.root / "counts", limit=options.images)
-    print(pd.DataFrame(found.table()).to_string(float_format="{:.1f}".format))
-    print(f"{dataset.name} {dataset.split}, {found.images} images, support from {training.split}, profile "
-          f"{ovdiff.profile.name}, settings {ovdiff.profile.digest()}")
     print(found)
+    print(f"{dataset.name} {dataset.split}, {found.images} images, true support: {found.amount} scenes of "
+          f"{training.split} a class, profile {ovdiff.profile.name}, settings {ovdiff.profile.digest()}")
     if options.json:
         write_json(options.json, {"dataset": dataset.name, "split": dataset.split, "names": options.names,
                                   "support_split": training.split, "images": found.images, "scenes": found.scenes,
-                                  "percent": found.table(), "profile": ovdiff.profile.to_dict()})
+                                  "percent": found.table().to_dict(), "profile": ovdiff.profile.to_dict()})
 
 
 @takes(argument("dataset", choices=["context"]),

@@ -121,6 +121,9 @@ MISTAKES = [  # arguments ({images} is the folder), words of the sentence
     (IMAGE + "cat --library {images}/a.png/library", "cannot be written"), ("build --classes-file {images}/none.txt", "none.txt"),
     ("build --classes-file {images}/a.png", "a.png"), ("build --classes-file {images}/blank.txt", "no class"),
     ("build --classes-file {images}/classes.txt --stuff sky", "'sky'"), ("evaluate vox", "mini-voc"), ("evaluate voc", "--data"),
+    ("evaluate mini-voc --names x", "fixed, raw"), ("evaluate mini-voc --predictions none", "does not exist"),
+    ("vocabulary 'cat, Cat'", "twice"), ("build --classes cat --workers 0", "workers"),
+    ("evaluate mini-voc --workers 2 --limit 0", "limit"),
     ("evaluate mini-voc --split train", "tune, val, wild"), ("tune --set evaluation.tune=", "set evaluation.tune"),
     ("run {images}/none.ipynb", "none.ipynb"), ("reproduce --notebooks {images}", "No notebook"),
     (f"reproduce --notebooks {NOTEBOOKS} --only 00,77", "'77'"), (f"run {NOTEBOOKS / '00_quickstart.ipynb'} -p seed=many", "'seed'")]
@@ -218,13 +221,13 @@ def test_ladder_prints_and_writes_the_same_numbers(tiny, tmp_path, capsys, monke
     monkeypatch.setattr(ladder, "load_dataset", datasets.load_dataset)
     path = tmp_path / "deep" / "result.json"
     assert main(["ladder", "mini-voc", "--split", "tune", "--images", "2", "--json", str(path), *tiny]) == 0
-    head, *lines, last = capsys.readouterr().out.splitlines()
+    head, *lines = capsys.readouterr().out.splitlines()
     table = json.loads(path.read_text())
     assert (table["split"], table["support_split"], table["images"], table["scenes"]) == ("tune", "val", 2, [2, 2])
     assert head.split() == ["mIoU", "mIoU,", "PAMR"]
     for line, (row, plain), refined in zip(lines, table["percent"]["mIoU"].items(), table["percent"]["mIoU, PAMR"].values(), strict=False):
         assert line.startswith(row) and line.split()[-2:] == [f"{plain:.1f}", f"{refined:.1f}"]
-    assert "2 images, support from val" in lines[-1] and "true support: 2 scenes" in last and len(lines) == 12
+    assert "2 images, true support: 2 scenes of val a class" in lines[-1] and len(lines) == 12
     assert main(["ladder", "mini-voc", "--support-split", "val", *tiny]) == 2 and "'val' is measured" in capsys.readouterr().err
     assert main(["ladder", "mini-voc", "--images", "0", *tiny]) == 2 and "limit" in capsys.readouterr().err
 

@@ -14,10 +14,10 @@ from ovdiff_lib.categories import Category
 from ovdiff_lib.filters.stuff import filter_stuff
 from ovdiff_lib.library.own import own_support, square_around
 from ovdiff_lib.workbench.data.samples import Sample
-from ovdiff_lib.workbench.evaluation import ladder as module
-from ovdiff_lib.workbench.evaluation.ladder import RUNGS, Ladder, among_shown, ladder, scenes_of, true_cells
+from ovdiff_lib.workbench.evaluation.ladder import RUNGS, Ladder, ladder, lost
 from ovdiff_lib.workbench.evaluation.measure import evaluate, label_predictor
 from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
+from ovdiff_lib.workbench.evaluation.truth import among_shown, scenes_of, true_bank, true_cells
 
 
 @dataclass
@@ -141,7 +141,7 @@ def test_own_pictures_become_a_support_set(tiny):
 
 def test_prototypes_of_own_pictures_are_means_under_the_true_masks(tiny):
     training = Scenes(split="tune")
-    bank = module.true_bank(tiny, PETS, training, scenes_of(training, 2))
+    bank = true_bank(tiny, PETS, training, scenes_of(training, 2))
     assert bank.vocabulary == PETS and all(set(p.region) == {"foreground", "background"} for p in bank.prototypes["sd"])
     sample = training[2]  # the first that shows the third class
     masks = sample.labels == 3, np.isin(sample.labels, (0, 1, 2))
@@ -158,29 +158,26 @@ def test_prototypes_of_own_pictures_are_means_under_the_true_masks(tiny):
 def test_the_whole_ladder(tiny, tmp_path, monkeypatch):
     dataset, training = Scenes(), Scenes(((1, 2), (3,)), "tune")
     found = ladder(tiny, dataset, training, folder=tmp_path / "counts", limit=2, progress=False)
-    assert found.images == 2 and found.scenes == (1, 1, 1) and set(found.miou) == {"mIoU", "mIoU, PAMR"}
-    for column, rungs in found.miou.items():
-        assert list(rungs) == list(RUNGS) and all(0 <= value <= 100 for value in rungs.values())
-        assert max(rungs, key=rungs.get) == "true cells" and len(set(rungs.values())) > 3
-        assert sum(found.lost(column).values()) == pytest.approx(100 - rungs["as shipped"])
-    cells = {(c.column, c.row): c for c in found.cells()}
-    assert {column: {row: cells[column, row].measured for row in rows} for column, rows in found.table().items()} == {
-        column: pytest.approx(rows) for column, rows in found.table().items()} and len(cells) == 22
+    assert found.images == 2 and found.scenes == (1, 1, 1) and found.amount == "1"
+    table, cells = found.table(), {(c.column, c.row): c for c in found.cells()}
+    assert table.shape == (11, 2) and {place: c.measured for place, c in cells.items()} == table.unstack().to_dict()
+    for column in ("mIoU", "mIoU, PAMR"):
+        rungs = table[column][list(RUNGS)]
+        assert rungs.between(0, 100).all() and rungs.idxmax() == "true cells" and rungs.nunique() > 3
+        assert table[column].iloc[len(RUNGS):].sum() == pytest.approx(100 - rungs["as shipped"])
+    assert str(found).splitlines()[1].split() == ["as", "shipped", *(f"{x:.1f}" for x in table.loc["as shipped"])]
     whole, grid = cells["mIoU", "true cells"], cells["mIoU", "lost by feature grid"]
     assert whole.low < whole.high and (grid.low, grid.high) == pytest.approx((100 - whole.high, 100 - whole.low))
     plain = tiny.replaced({"filters.category": False})
     again = evaluate(label_predictor(plain, plain.build(PETS), dataset), dataset, 2, progress=False)
-    assert 100 * again.miou == found.miou["mIoU"]["no category filter"]
+    assert 100 * again.miou == pytest.approx(table["mIoU"]["no category filter"])
     monkeypatch.setattr(OVDiff, "segment", None)  # all is counted already
-    assert ladder(tiny, dataset, training, folder=tmp_path / "counts", limit=2, progress=False) == found
+    assert ladder(tiny, dataset, training, folder=tmp_path / "counts", limit=2, progress=False).table().equals(table)
     refused("'val' is measured", ladder, tiny, dataset, Scenes())
 
 
 def test_what_each_part_costs_by_hand():
     rungs = dict(zip(RUNGS, (50.0, 56.0, 60.0, 70.0, 30.0, 40.0, 88.0), strict=True))
-    found = Ladder({"mIoU": rungs}, 7, (2, 3))
-    assert found.lost("mIoU") == {"drawings and masks": (10 + 14) / 2, "category filter": (6 + 10) / 2,
-                                  "features and matching": 18, "feature grid": 12}
-    assert "50.0 points" in str(found) and "drawings and masks 12.0" in str(found) and "2 to 3 scenes" in str(found)
-    assert Ladder({}, 7, (4, 4)).amount == "4"
-    assert found.table() == {"mIoU": rungs | {f"lost by {part}": points for part, points in found.lost("mIoU").items()}}
+    assert lost(rungs) == {"drawings and masks": (10 + 14) / 2, "category filter": (6 + 10) / 2,
+                           "features and matching": 18, "feature grid": 12}
+    assert Ladder({}, 7, (4, 2)).amount == "2 to 4"
