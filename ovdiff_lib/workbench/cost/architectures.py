@@ -1,7 +1,5 @@
 """Networks of the published sizes with random weights: the weights are not needed to time them, nor to test."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

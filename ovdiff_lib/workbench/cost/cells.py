@@ -1,14 +1,12 @@
-"""Cells of the tables of costs (Sec. 4.2, App. C.5): what was measured, each with its place in the paper."""
+"""Ratios, and the tables of costs (Sec. 4.2, App. C.5): what was measured, each with its place in the paper."""
 
-from __future__ import annotations
-
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from ovdiff_lib.library.store import Library
+from ovdiff_lib.library.codec import encode
 from ovdiff_lib.profiles.schema import Profile
-from ovdiff_lib.workbench.cost.benchmark import Ratio, prototype_rows
+from ovdiff_lib.workbench.console import size_text
 from ovdiff_lib.workbench.cost.instruments import Measured
 from ovdiff_lib.workbench.cost.steps import ClassTimes, seconds
 from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell, paper_table
@@ -27,14 +25,63 @@ DIGITS = {"ovdiff, s": 4, "alternative, s": 4, "ovdiff, added MB": 1, "alternati
 """Decimals of the columns of :func:`ratio_cells`."""
 
 
-def cells_of(rows: Mapping[str, Mapping[str, Measured | float | None]],
-             papers: Mapping[tuple[str, str], PaperCell] | None = None) -> list[Cell]:
-    """Numbers by row and column as cells, beside those of ``papers``. A step that was measured is the median of its
-    runs in seconds, with their standard deviation and all of them; None is left out."""
+class Check(NamedTuple):
+    """Beside the ratio: ``value`` of ``what``, by which the results differ, is at most ``limit``."""
+
+    what: str
+    value: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Seconds of OVDiff's way against a named alternative's, taken in turns: it says the same on a slow and on a fast
+    machine. ``measures`` and ``alternative`` say in words what was done. ``limit``: at most so many times the
+    alternative's time; None: the row reports only."""
+
+    name: str
+    measures: str
+    alternative: str
+    ours: Measured
+    theirs: Measured
+    limit: float | None = None
+    check: Check | None = None
+
+    value = property(lambda self: self.ours.median / self.theirs.median)
+
+    @property
+    def spread(self) -> tuple[float, float] | None:
+        """Lowest and highest ratio of one round of both; None for a single round."""
+        rounds = [ours / theirs for ours, theirs in zip(self.ours.seconds, self.theirs.seconds, strict=False)]
+        return None if len(rounds) < 2 else (min(rounds), max(rounds))
+
+    @property
+    def met(self) -> bool | None:
+        """Whether limit and check hold; None for a row that has neither."""
+        bounds = [] if self.limit is None else [(self.value, self.limit)]
+        bounds += [self.check[1:]] if self.check else []
+        return all(value <= limit for value, limit in bounds) if bounds else None  # NaN is not met
+
+    def __str__(self) -> str:
+        """Lines for a person: the ratio, what was measured against what, and by what the results differ."""
+        spread = f" ({self.spread[0]:.3g}-{self.spread[1]:.3g})" if self.spread else ""
+        bound = "" if self.limit is None else f", at most {self.limit:g}"
+        result = {True: "met", False: "MISSED", None: "no bound"}[self.met]
+        lines = [f"{self.name}: {self.value:.3g}x the time{spread}{bound}: {result}"]
+        lines += [f"{what}: {side.median:.3g} s, {size_text(side.added)} added" for what, side in (
+            (self.measures, self.ours), (f"against {self.alternative}", self.theirs))]
+        if self.check:
+            lines.append(f"{self.check.what}: {self.check.value:.3g}, at most {self.check.limit:g}")
+        return "\n    ".join(lines)
+
+
+def cells_of(rows: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
+    """Numbers by row and column as cells; a number may be a pair with the paper's cell that it stands beside. A step
+    that was measured is the median of its runs in seconds, with their deviation and all of them; None is left out."""
     cells = []
     for row, values in rows.items():
         for column, value in values.items():
-            paper = (papers or {}).get((row, column))
+            value, paper = value if isinstance(value, tuple) else (value, None)
             if isinstance(value, Measured):
                 cells.append(Cell(row, column, value.median, value.std, value.n, paper, value.seconds))
             elif value is not None:
@@ -45,35 +92,30 @@ def cells_of(rows: Mapping[str, Mapping[str, Measured | float | None]],
 def building_cells(building: ClassTimes) -> list[Cell]:
     """Seconds of one class by extractor, with and without clustering: each step, and the sum of their medians beside
     the paper's, which is of 32 drawings whatever was built here."""
-    rows, papers = {}, {}
-    for (extractor, clustering), steps in building.items():
-        row = f"{extractor}, {'with' if clustering else 'without'} clustering"
-        rows[row] = {**steps, "seconds": seconds(steps)}
-        if (extractor, clustering) in CLASS_ROWS:
-            papers[row, "seconds"] = paper_cell("timing", CLASS_ROWS[extractor, clustering], "seconds")
-    return cells_of(rows, papers)
+    rows = {}
+    for way, steps in building.items():
+        paper = paper_cell("timing", CLASS_ROWS[way], "seconds") if way in CLASS_ROWS else None
+        rows[f"{way[0]}, {'with' if way[1] else 'without'} clustering"] = {**steps, "seconds": (seconds(steps), paper)}
+    return cells_of(rows)
 
 
 def drawing_cells(drawing: Mapping[int, Measured], fit: Any) -> list[Cell]:
     """Seconds to draw N images beside the paper's where it has that N, and the line (of ``scipy.stats.linregress``)
     fitted to them."""
-    rows, papers, printed = {}, {}, {cell.key: cell for cell in paper_table("timing")}
+    rows, printed = {}, {cell.key: cell for cell in paper_table("timing")}
     for size, step in drawing.items():
-        row, column = f"sampling time N={size}", "seconds per class"
-        rows[row] = {column: step, "seconds an image": step.median / size}
-        papers[row, column] = printed.get(("timing", row, column), PaperCell.own("timing", row, column))
+        key = "timing", f"sampling time N={size}", "seconds per class"
+        paper = printed.get(key, PaperCell.own(*key))
+        rows[key[1]] = {key[2]: (step, paper), "seconds an image": step.median / size}
     rows["linear fit"] = {"seconds an image": fit.slope, "seconds at N = 0": fit.intercept, "R2": fit.rvalue**2}
-    return cells_of(rows, papers)
+    return cells_of(rows)
 
 
 def storage_cells(building: ClassTimes, profile: Profile, paper: Profile,
                   widths: Mapping[str, tuple[int, PaperCell]]) -> list[Cell]:
     """Bytes of one class, in 10^6: by the formula of C.5 (2 (1 + N + K) D x 4 with the paper's kinds), of the vectors
-    themselves, and of the library's files.
-
-    ``widths`` adds rows of the sizes of ``paper``, which nothing is measured for: row -> (channels D, the paper's
-    cell).
-    """
+    themselves, and of the library's files. ``widths`` adds rows by the formula alone at the sizes of the profile
+    ``paper``: row -> (channels D, the paper's cell)."""
     formula, on_disk, rows = "by the formula, MB", "on disk, MB", {}
     for (name, clustering), steps in building.items():
         made = steps["prototypes"].result
@@ -82,31 +124,35 @@ def storage_cells(building: ClassTimes, profile: Profile, paper: Profile,
             rows[f"prototypes per class ({name})"] = {
                 "channels D": width, "vectors": len(made), formula: 4 * width * prototype_rows(profile) / 1e6,
                 "vectors, MB": made.vectors.nbytes / 1e6, on_disk: bytes_on_disk("prototypes", made) / 1e6}
-    for row, (width, _) in widths.items():
+    for row, (width, cell) in widths.items():
         vectors = prototype_rows(paper)
-        rows[row] = {"channels D": width, "vectors": vectors, formula: 4 * width * vectors / 1e6}
+        rows[row] = {"channels D": width, "vectors": vectors, formula: (4 * width * vectors / 1e6, cell)}
     support = steps["drawing"].result
     arrays = support.images.nbytes + support.attribution.nbytes + support.seeds.nbytes
     rows["support set"] = {formula: arrays / 1e6, on_disk: bytes_on_disk("support", support) / 1e6}
-    return cells_of(rows, {(row, formula): cell for row, (_, cell) in widths.items()})
+    return cells_of(rows)
+
+
+def prototype_rows(profile: Profile) -> int:
+    """Most prototypes of one class (Eq. 2, 3): of each region one of the class, N of the drawings, K of the parts."""
+    settings = profile.prototypes
+    count = {"class": 1, "instance": profile.support.size, "part": settings.clusters}
+    return (1 + settings.background) * sum(count[kind] for kind in settings.kinds)
 
 
 def bytes_on_disk(kind: str, entry: Any) -> int:
     """What the library's files of one entry take."""
-    with tempfile.TemporaryDirectory() as folder:
-        library = Library(folder)
-        library.put(kind, "0" * 8, entry)
-        return sum(one.bytes for one in library.entries())
+    return sum(map(len, encode(kind, "0" * 8, entry).values()))
 
 
 def growth_cells(growth: Mapping[str, Sequence[tuple[int, Measured]]], paper_classes: int) -> list[Cell]:
     """Seconds to segment an image by method and number of classes; the paper's times stand at ``paper_classes``."""
-    rows = {name: {f"{classes} classes": step for classes, step in points} for name, points in growth.items()}
-    beside = f"{paper_classes} classes"
-    papers = {(name, beside): paper_cell("timing", f"inference {name}", "seconds per image")
+    papers = {name: paper_cell("timing", f"inference {name}", "seconds per image")
               for name in ("OVDiff", "TCL", "OVSegmentor")}
-    return cells_of(rows, papers) + [Cell(name, beside, paper=papers[name, beside], source="published")
-                                     for name in ("TCL", "OVSegmentor")]
+    rows = {name: {f"{classes} classes": (step, papers.get(name) if classes == paper_classes else None)
+                   for classes, step in points} for name, points in growth.items()}
+    return cells_of(rows) + [Cell(name, f"{paper_classes} classes", paper=papers[name], source="published")
+                             for name in ("TCL", "OVSegmentor")]
 
 
 def memory_cells(steps: Mapping[str, Measured]) -> list[Cell]:
@@ -122,10 +168,12 @@ def ratio_cells(ratios: Iterable[Ratio]) -> list[Cell]:
     round, the bound, and 1 where it and the check are met, 0 where not. What a row has no value for is left out."""
     rows = {}
     for ratio in ratios:
-        ours, theirs, spread = ratio.ours, ratio.theirs, ratio.spread or (None, None)
+        sides = {"ovdiff": ratio.ours, "alternative": ratio.theirs}
+        lowest, highest = ratio.spread or (None, None)
         rows[f"{ratio.name}, against {ratio.alternative}"] = {
-            "ovdiff, s": ours, "alternative, s": theirs, "ovdiff, added MB": ours.added / 1e6,
-            "alternative, added MB": theirs.added / 1e6, "ovdiff, peak MB": ours.peak / 1e6,
-            "alternative, peak MB": theirs.peak / 1e6, "ratio": ratio.value,
-            "lowest": spread[0], "highest": spread[1], "bound": ratio.limit, "met (1) or missed (0)": ratio.met}
+            **{f"{name}, s": side for name, side in sides.items()},
+            **{f"{name}, added MB": side.added / 1e6 for name, side in sides.items()},
+            **{f"{name}, peak MB": side.peak / 1e6 for name, side in sides.items()},
+            "ratio": ratio.value, "lowest": lowest, "highest": highest, "bound": ratio.limit,
+            "met (1) or missed (0)": ratio.met}
     return cells_of(rows)

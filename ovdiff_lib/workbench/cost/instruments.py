@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import math
 import os
@@ -27,48 +28,35 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Measured:
-    """A step that ran ``n`` times: ``seconds`` of wall clock each, the last ``result``, and memory in bytes of the run
-    that added most.
+    """A step that ran ``n`` times, with memory in bytes of the run that added most."""
 
-    ``held`` is the resident memory of the whole process before that run and ``peak`` its highest during it (since the
-    process began where the system cannot set it back: not Linux). ``device``: PyTorch's peak on a GPU, None on a CPU.
-    """
+    seconds: tuple[float, ...]  # of wall clock, each run
+    result: Any  # the last
+    held: int  # resident memory of the whole process before that run
+    peak: int  # its highest during it (since the process began where the system cannot set it back: not Linux)
+    device: int | None = None  # PyTorch's peak on a GPU, None on a CPU
 
-    seconds: tuple[float, ...]
-    result: Any
-    held: int
-    peak: int
-    device: int | None = None
+    n = property(lambda self: len(self.seconds))
+    median = property(lambda self: statistics.median(self.seconds))
+    std = property(lambda self: statistics.stdev(self.seconds) if self.n > 1 else None)
+    """Sample standard deviation, None for one run."""
+    added = property(lambda self: self.peak - self.held if self.device is None else self.device)
+    """The GPU's peak where there is one, else what the run added to what the process held."""
 
-    @property
-    def n(self) -> int:
-        return len(self.seconds)
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def std(self) -> float | None:
-        """Sample standard deviation, None for one run."""
-        return statistics.stdev(self.seconds) if self.n > 1 else None
-
-    @property
-    def added(self) -> int:
-        """The GPU's peak where there is one, else what the run added to what the process held."""
-        return self.peak - self.held if self.device is None else self.device
+    def then(self, later: Measured) -> Measured:
+        """This and a later run of the same step as one."""
+        most = max(self, later, key=lambda step: step.added)
+        return Measured(self.seconds + later.seconds, later.result, most.held, most.peak, most.device)
 
 
 def measured(function: Callable[..., Any], items: Iterable[tuple] = ((),), *,
              device: torch.device | None = None) -> Measured:
     """Call ``function(*item)`` for every item, one after the other, and measure each call. ``device``: whose work is
     awaited before the clock is read, and whose memory is looked at. ``InputError`` when there is no item."""
-    found = None
-    for item in items:
-        found = _further(found, function, item, device)
-    if found is None:
+    runs = (_once(function, item, device) for item in items)
+    if (first := next(runs, None)) is None:
         raise InputError("There is nothing to measure: the number of repeats, sizes or images is 0; give at least 1.")
-    return found
+    return functools.reduce(Measured.then, runs, first)
 
 
 def alternate(ways: Sequence[Callable[[int], Any]], rounds: int, device: torch.device,
@@ -82,17 +70,15 @@ def alternate(ways: Sequence[Callable[[int], Any]], rounds: int, device: torch.d
         raise InputError(f"The number of repeats is {rounds}; give at least 1.")
     for way in ways:
         way(0)
-    found: list[Measured | None] = [None for _ in ways]
-    for number in range(1, rounds + 1):
+    found = [_once(way, (1,), device) for way in ways]
+    for number in range(2, rounds + 1):
         for i, way in enumerate(ways):
-            if found[i] is None or sum(found[i].seconds) < budget:
-                found[i] = _further(found[i], way, (number,), device)
+            if sum(found[i].seconds) < budget:
+                found[i] = found[i].then(_once(way, (number,), device))
     return found
 
 
-def _further(before: Measured | None, function: Callable[..., Any], given: tuple,
-             device: torch.device | None) -> Measured:
-    """Measure one call, and put it to what was measured of the step before."""
+def _once(function: Callable[..., Any], given: tuple, device: torch.device | None) -> Measured:
     gpu = device is not None and device.type == "cuda"
     give_back()
     reset_peak()
@@ -104,11 +90,7 @@ def _further(before: Measured | None, function: Callable[..., Any], given: tuple
         torch.accelerator.synchronize(device)
     seconds = time.perf_counter() - started
     on_gpu = torch.cuda.max_memory_allocated(device) if gpu else None
-    run = Measured((seconds,), result, held, max(held, _memory("VmHWM")), on_gpu)
-    if before is None:
-        return run
-    most = max(before, run, key=lambda step: step.added)
-    return Measured(before.seconds + run.seconds, result, most.held, most.peak, most.device)
+    return Measured((seconds,), result, held, max(held, _memory("VmHWM")), on_gpu)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """What OVDiff is compared with: each step done the plain way, with the same networks, inputs and results."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

@@ -1,27 +1,29 @@
-"""What the benchmark compares: each scenario takes a ``Session`` and gives ratios."""
+"""``ovdiff benchmark``: each scenario takes a :class:`Session` and gives ratios of time to a named alternative."""
 
-from __future__ import annotations
-
-import difflib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from ovdiff_lib.errors import InputError, OVDiffError
+from ovdiff_lib.categories import Category, Vocabulary
+from ovdiff_lib.errors import InputError, OVDiffError, legal
 from ovdiff_lib.masks.select import make_masks
+from ovdiff_lib.mini.world import load_world
 from ovdiff_lib.networks.clip_text import TextEncoder
-from ovdiff_lib.networks.loading import load_clip
+from ovdiff_lib.networks.loading import load_clip, resolve_device
+from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.prototypes.build import build_prototypes
 from ovdiff_lib.prototypes.kmeans import kmeans
 from ovdiff_lib.support.sampler import sample_support
-from ovdiff_lib.types import PrototypeBank
+from ovdiff_lib.types import PrototypeBank, Prototypes
 from ovdiff_lib.workbench.cost import architectures, plain
-from ovdiff_lib.workbench.cost.benchmark import Check, Ratio, Session, difference
-from ovdiff_lib.workbench.cost.instruments import Measured
+from ovdiff_lib.workbench.cost.cells import Check, Ratio, prototype_rows
+from ovdiff_lib.workbench.cost.instruments import Measured, alternate
+from ovdiff_lib.workbench.data.datasets import load_dataset
 
 FEW, MANY, TOGETHER = 20, 2000, 8
 """Classes of PASCAL VOC and of the paper's times, of a large vocabulary; images of a round."""
@@ -31,6 +33,44 @@ PAPER_POINTS = (65_536, 7_680)
 
 NAMES = ("cat", "dog", "boat", "car", "bus", "chair", "horse", "sheep", "train", "bird")
 """One token each for CLIP; all 1,023 subsets of ten make the prompts of an image that shows many things."""
+
+
+class Session:
+    """What the scenarios share: ``profile`` with the extractor sd alone, ``repeats`` rounds a ratio, images and made-up
+    classes. Nothing is built, so that no library is asked."""
+
+    def __init__(self, profile: Profile, repeats: int = 3) -> None:
+        self.profile, self.category = profile.override({"features.extractors": ["sd"]}), Category("dog")
+        self.repeats, self.device = repeats, resolve_device(self.profile)
+        self.ovdiff = OVDiff(self.profile, progress=False)
+
+    def take_turns(self, *ways: Callable[[int], Any], rounds: int | None = None) -> list[Measured]:
+        """Each way with the numbers of the rounds (see ``alternate``); a slow one is not repeated for long."""
+        return alternate(ways, self.repeats if rounds is None else rounds, self.device, budget=45)
+
+    @functools.cached_property
+    def images(self) -> Sequence[np.ndarray]:
+        """64 validation images u8 (H, W, 3) of the mini world, which ships: they are at hand for every profile."""
+        data = load_dataset("mini-voc")
+        return [data[i].image for i in range(64)]
+
+    def made_up(self, count: int) -> PrototypeBank:
+        """Classes "w0001", "w0002", ... of random prototypes, as many as a class may have. Their prompts are two or
+        three words of the mini world, no two alike: as long as names of large vocabularies are."""
+        words, rows = load_world().names, prototype_rows(self.profile)
+        prompts = itertools.chain(*(itertools.product(words, repeat=length) for length in (2, 3)))
+        vocabulary = Vocabulary(tuple(Category(f"w{i:04}", " ".join(next(prompts))) for i in range(1, count + 1)))
+        rng, shape = np.random.default_rng(0), (rows, self.ovdiff.extractors["sd"].channels)
+        none, nowhere = np.full(rows, -1, np.int32), np.zeros((1, 1, 1), np.int16)
+        kind, region = np.full(rows, "class"), np.where(np.arange(rows) % 2, "background", "foreground")
+        return PrototypeBank(vocabulary, {"sd": tuple(
+            Prototypes(rng.standard_normal(shape, np.float32), kind, region, none, none, nowhere) for _ in vocabulary)})
+
+
+def difference(left: np.ndarray | torch.Tensor, right: np.ndarray | torch.Tensor) -> float:
+    """Largest absolute difference of two arrays of one shape; infinite values at the same places are equal."""
+    left, right = (np.nan_to_num(torch.as_tensor(side).cpu().double().numpy(), nan=np.nan) for side in (left, right))
+    return float(np.abs(left - right).max())
 
 
 def same(what: str, ours: Measured, theirs: Measured, limit: float) -> Check:
@@ -89,7 +129,7 @@ def clusters(session: Session, full: bool = False) -> list[Ratio]:
     extractor, k = session.ovdiff.extractors["sd"], profile.prototypes.clusters
     cells = (profile.features.sd_input_size // extractor.pipe.vae_scale_factor) ** 2
     shape = max(k, profile.support.size * cells // 2), extractor.channels
-    array = overlapping_points(*(PAPER_POINTS if full else shape))
+    array = spread_points(*(PAPER_POINTS if full else shape))
     points = torch.from_numpy(array)
 
     def ours(seed: int) -> None:
@@ -112,17 +152,12 @@ def inertia(points: torch.Tensor, centroids: torch.Tensor, assignment: torch.Ten
     return sum(float((part - centroids[index]).square().sum(dtype=torch.float64)) for part, index in parts)
 
 
-def overlapping_points(count: int, channels: int) -> np.ndarray:
-    """Points f32 (count, channels) in 200 groups that overlap within 64 directions, whose variances fall off as
-    1 / rank, plus white noise: features have few independent directions, and there is no one right answer."""
-    from sklearn.datasets import make_blobs
-
+def spread_points(count: int, channels: int) -> np.ndarray:
+    """Points f32 (count, channels) within 64 directions, as features have few independent ones, plus white noise."""
     rng = np.random.default_rng(0)
-    inner, _ = make_blobs(count, min(64, channels), centers=200, center_box=(-2, 2), random_state=0)
-    inner = (inner / np.sqrt(np.arange(1, inner.shape[1] + 1))).astype(np.float32)
-    points = inner @ rng.normal(scale=2, size=(inner.shape[1], channels)).astype(np.float32)
-    points += rng.standard_normal(points.shape, np.float32)
-    return points
+    directions = rng.standard_normal((64, channels), np.float32) / np.arange(1, 65, dtype=np.float32)[:, None] ** 0.5
+    points = rng.standard_normal((count, 64), np.float32) @ directions
+    return points + 0.1 * rng.standard_normal(points.shape, np.float32)
 
 
 # ---- segmenting
@@ -202,8 +237,7 @@ def run(profile: Profile, only: Sequence[str] | None = None, repeats: int = 3) -
     ``InputError`` for a name that is none, ``OVDiffError`` for a scenario that runs out of memory or the like."""
     for name in only or ():
         if name not in SCENARIOS:
-            near = difflib.get_close_matches(name.lower(), SCENARIOS, 1) or SCENARIOS
-            raise InputError(f"There is no scenario {name!r}; choose from {', '.join(near)}.")
+            raise InputError(f"There is no scenario {name!r}; {legal(name, SCENARIOS)}")
     session = Session(profile, repeats)
     for name in [name for name in SCENARIOS if (name in only if only else name not in BY_NAME)]:
         try:

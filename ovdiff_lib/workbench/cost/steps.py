@@ -3,11 +3,10 @@
 The steps of a class are called themselves, not through the prototype library: nothing is read that an earlier run left.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,26 +29,21 @@ ClassTimes = dict[tuple[str, bool], dict[str, Measured]]
 
 def measure_drawing(profile: Profile, category: Category, sizes: Sequence[int], repeats: int = 1,
                     budget: float = math.inf) -> dict[int, Measured]:
-    """Step 1 for support sets of each of ``sizes`` images, in turns (see ``alternate``); results are ``SupportSet``.
-
-    One image of one step is drawn before for each, so that loading is not counted.
-    """
-    pipe, device = load_diffusion(profile), resolve_device(profile)
+    """Step 1 for support sets of each of ``sizes`` images, in turns (see ``alternate``); results are ``SupportSet``. To
+    warm up, one image of one step is drawn."""
+    pipe, sizes = load_diffusion(profile), sorted(set(sizes))
     short = profile.override({"support.steps": 1})
 
-    def way(size: int) -> Callable[[int], SupportSet]:
-        return lambda number: sample_support(pipe, category, profile if number else short, size if number else 1, False)
+    def draw(size: int, number: int) -> SupportSet:
+        return sample_support(pipe, category, profile if number else short, size if number else 1, False)
 
-    sizes = sorted(set(sizes))
-    return dict(zip(sizes, alternate([way(size) for size in sizes], repeats, device, budget), strict=True))
+    found = alternate([partial(draw, size) for size in sizes], repeats, resolve_device(profile), budget)
+    return dict(zip(sizes, found, strict=True))
 
 
 def measure_building(profile: Profile, drawing: Measured, extractors: Sequence[str], repeats: int = 1) -> ClassTimes:
     """Steps 2a to 2c on the support set drawn last, ``repeats`` times each, after one unmeasured image for every
-    network.
-
-    "With clustering" is the profile's kinds of prototypes, "without" those without parts (App. C.5 times both).
-    """
+    network, with clustering and (App. C.5 times both) without parts."""
     support, settings, device = drawing.result, profile.prototypes, resolve_device(profile)
     plain = dataclasses.replace(settings, kinds=[kind for kind in settings.kinds if kind != "part"] or ["class"])
     segmenter, one = build_segmenter(profile), support.take([0])
@@ -77,10 +71,7 @@ def measure_segmenting(methods: Mapping[str, Callable[[np.ndarray, PrototypeBank
                        counts: Sequence[int], images: Sequence[np.ndarray],
                        profile: Profile) -> dict[str, list[tuple[int, Measured]]]:
     """Times of each method (image u8 (H, W, 3), bank) with the first so many classes: name -> [(classes, Measured)].
-
-    The first image warms up and is not counted; each other one is segmented once: a filter that knows an image is
-    faster.
-    """
+    The first image warms up; each other one is segmented once: a filter that knows an image is faster."""
     device, found = resolve_device(profile), {name: [] for name in methods}
     for count in counts:
         part = bank.restrict(range(count))
