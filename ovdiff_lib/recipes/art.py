@@ -4,8 +4,6 @@
 names each set of which something ships, and its licence.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import shutil
@@ -20,14 +18,11 @@ from PIL import Image
 from scipy import ndimage
 
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.files import write_atomic
+from ovdiff_lib.files import written_whole
 from ovdiff_lib.mini.world import World, read_world
 
-GLYPH_SIZE = 128
-"""Longer side of a glyph, in pixels; no object is drawn larger at the size of the models."""
-
-CANVAS = 224
-"""Side of the canvas that vector art is rasterised to before it is trimmed."""
+GLYPH_SIZE = 128  # longer side of a glyph, in pixels; no object is drawn larger at the size of the models
+CANVAS = 224  # side of the canvas that vector art is rasterised to before it is trimmed
 
 PACKAGES = {
     "fluent-3d": "@lobehub/fluent-emoji-3d@1.1.0",
@@ -58,8 +53,7 @@ def fetch(folder: Path) -> None:
         try:
             run = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, capture_output=True, text=True)
         except FileNotFoundError:
-            raise InputError("The art of the mini world is fetched with npm, which was not found: install Node.js, or "
-                             "bring a work folder with glyphs.npz.") from None
+            raise InputError("npm, which fetches the art, is missing: install Node.js, or bring glyphs.npz.") from None
         if run.returncode:
             reason = " ".join(run.stderr.strip().splitlines()[-1:])
             raise InputError(f"npm could not fetch {package}: {reason}. Check the network and try again.")
@@ -110,8 +104,8 @@ def load_style(folder: Path, style: str, keys: set[str]) -> dict[str, Image.Imag
 
 
 def trim(glyph: Image.Image, box: tuple[float, ...] = (0, 0, 1, 1)) -> np.ndarray:
-    """What is seen of a glyph inside ``box``, without small things beside it (notes, drops, a lamp): straight-alpha u8
-    (H, W, 4), its longer side GLYPH_SIZE."""
+    """What is seen of a glyph inside ``box``, without small things beside it (notes, drops): straight-alpha u8 (H, W,
+    4), its longer side GLYPH_SIZE."""
     left, top, right, bottom = np.array(box) * (*glyph.size, *glyph.size)
     array = np.array(glyph.crop((round(left), round(top), round(right), round(bottom))))
     parts, _ = ndimage.label(array[..., 3] > 8)
@@ -125,10 +119,7 @@ def trim(glyph: Image.Image, box: tuple[float, ...] = (0, 0, 1, 1)) -> np.ndarra
 
 def build_glyphs(world: World, work: Path) -> dict[str, np.ndarray]:
     """Every glyph of the world, "style/key" -> straight-alpha u8 (H, W, 4), from ``work/glyphs.npz``, which is made
-    first where missing.
-
-    Raises ``InputError`` naming the glyphs that no art set has.
-    """
+    where missing. Raises ``InputError`` naming the glyphs that no art set has."""
     store = work / "glyphs.npz"
     wanted = {style: {k for t in world.things for k in t.glyphs.get(style, ())} for style in PACKAGES}
     if not store.exists():
@@ -137,9 +128,8 @@ def build_glyphs(world: World, work: Path) -> dict[str, np.ndarray]:
         for style, keys in wanted.items():
             for key, picture in load_style(work / "art", style, keys).items():
                 found[f"{style}/{key}"] = trim(picture, world.crops.get(f"{style}/{key}", (0, 0, 1, 1)))
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **dict(sorted(found.items())))
-        write_atomic(store, buffer.getvalue())
+        with written_whole(store) as file:
+            np.savez_compressed(file, **dict(sorted(found.items())))
     with np.load(store) as arrays:
         glyphs = dict(arrays)
     missing = sorted({f"{style}/{key}" for style, keys in wanted.items() for key in keys} - set(glyphs))

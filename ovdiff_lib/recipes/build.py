@@ -1,11 +1,8 @@
 """Draw the data of the mini world: training scenes (not shipped), the splits and an archive of scenes (shipped).
 
-``python -m ovdiff_lib.recipes.build --work DIR`` (``make mini-world`` does) puts the training arrays into
-``DIR/scenes``, ``--ship`` the splits and the archive into the package's ``mini/data``. Every array is a function of the
-seeds in :data:`SEEDS` alone.
+``make mini-world`` has it put the training arrays into ``DIR/scenes``, ``--ship`` the splits and the archive into the
+package's ``mini/data``. Every array is a function of :data:`SEEDS` alone.
 """
-
-from __future__ import annotations
 
 import argparse
 import itertools
@@ -49,8 +46,7 @@ def _call(item: Any) -> Any:
 
 
 def forked_map(function: Callable, items: Iterable, workers: int, chunksize: int) -> Iterator:
-    """``map(function, items)``, in order, by several processes; forked, so that what the function holds is there, not
-    sent."""
+    """``map(function, items)``, in order, by several processes; forked, so that nothing the function holds is sent."""
     if workers == 1:
         yield from map(function, items)
         return
@@ -59,8 +55,7 @@ def forked_map(function: Callable, items: Iterable, workers: int, chunksize: int
 
 
 def draw_frames(world: World, glyphs: Glyphs, index: int, size: int) -> np.ndarray:
-    """Pair ``index`` of frames u8 (2, size, size, 3): one glyph met in two places, as a video that follows it would
-    show it."""
+    """Pair ``index`` of frames u8 (2, size, size, 3): one glyph in two places, as a video that follows it shows it."""
     rng = np.random.default_rng([SEEDS["frames"], index])
     thing = world.things[index % len(world.things)].name
     seen = [glyph for glyph in glyphs[thing] if not glyph.held]
@@ -72,11 +67,8 @@ def draw_frames(world: World, glyphs: Glyphs, index: int, size: int) -> np.ndarr
 def build_training(world: World, arrays: dict[str, np.ndarray], folder: Path, size: int, count: int, frames: int,
                    evaluation: int, workers: int) -> None:
     """Write the training arrays at ``size`` px: ``train_images.npy`` u8 (count, size, size, 3) with
-    ``train_captions.json``; ``frames.npy`` u8 (frames, 2, size, size, 3) of :func:`draw_frames`, for self-supervised
-    training; ``eval_images.npy`` and ``eval_labels.npy``, scenes of one object; ``nouns.json``.
-
-    What is there already is kept: a folder is finished when it has ``nouns.json``, which is written last.
-    """
+    ``train_captions.json``; ``frames.npy`` u8 (frames, 2, size, size, 3) of :func:`draw_frames`; ``eval_images.npy``
+    and ``eval_labels.npy``, scenes of one object; last ``nouns.json``, with which a folder is finished."""
     if (folder / "nouns.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,12 +103,8 @@ def build_training(world: World, arrays: dict[str, np.ndarray], folder: Path, si
 
 def build_archive(world: World, arrays: dict[str, np.ndarray], folder: Path, count: int, size: int = 64) -> None:
     """Write ``folder/archive``: ``count`` training scenes side by side in one picture (WebP), and ``sheet.json``, which
-    says how.
-
-    They come in the order of the training stream. A scene is left out while what it shows, its nouns or, without any,
-    its stuff, is ahead of the rarest such word; no label or caption is written. ReCo retrieves from them
-    (:mod:`ovdiff_lib.workbench.baselines.archive`).
-    """
+    says how; ReCo retrieves from them (:mod:`ovdiff_lib.workbench.baselines.archive`). A scene is left out while what
+    it shows, its nouns or, without any, its stuff, is ahead of the rarest such word."""
     glyphs, rare = glyph_table(world, arrays, world.train_styles), {t.name for t in world.things if t.rare}
     shown, chosen = dict.fromkeys((name for name in world.names if name not in rare), 0), []
     for index in itertools.count():
@@ -137,11 +125,8 @@ def build_archive(world: World, arrays: dict[str, np.ndarray], folder: Path, cou
 
 
 def build_split(world: World, glyphs: Glyphs, folder: Path, split: str, count: int) -> None:
-    """Write ``count`` images (WebP) with label maps (PNG, world ids, 255 = ignored) and ``scenes.json`` below
-    ``folder/split``.
-
-    A row of ``scenes.json`` names an image's things and stuff, and which of the things are in held glyphs.
-    """
+    """Write ``count`` images (WebP) with label maps (PNG, world ids, 255 = ignored) and ``scenes.json``, which names
+    what each shows and which of it is in held glyphs, below ``folder/split``."""
     target = folder / split
     shutil.rmtree(target, ignore_errors=True)
     (target / "images").mkdir(parents=True)

@@ -4,8 +4,6 @@
     python -m ovdiff_lib.recipes.quality --drawings-only --set models.diffusion=work/training/unet/model --out DIR
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence
@@ -29,11 +27,12 @@ from ovdiff_lib.mini.world import IGNORE, load_world
 from ovdiff_lib.networks.loading import load_diffusion
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.profiles.schema import Profile
-from ovdiff_lib.recipes.card import WEIGHTS
+from ovdiff_lib.recipes.rebuild import WEIGHTS
 from ovdiff_lib.recipes.train_dino import neighbour_accuracy
 from ovdiff_lib.recipes.train_vae import psnr
 from ovdiff_lib.support.attribution import class_token_positions, fill_template, record_attribution
 from ovdiff_lib.support.sampler import sample_support
+from ovdiff_lib.workbench.analysis.examples import shown_labels
 from ovdiff_lib.workbench.baselines.groupvit import GroupViT
 from ovdiff_lib.workbench.console import parse_assignments, write_json
 from ovdiff_lib.workbench.data.datasets import load_dataset
@@ -43,16 +42,11 @@ MaskedScene = tuple[np.ndarray, np.ndarray, str]
 """An image u8 (H, W, 3) of one object, its mask f32 (H, W), NaN where it is ignored, and its noun."""
 
 
-def labels_of(labels: np.ndarray) -> np.ndarray:
-    """The labels of objects in a label map."""
-    return np.setdiff1d(np.unique(labels), (0, IGNORE))
-
-
 def single_object_scenes(split: str) -> list[MaskedScene]:
     """Images of one object, the object's mask, and its noun."""
     data, found = load_dataset("mini-object", split), []
     for sample in data:
-        shown = labels_of(sample.labels)
+        shown = shown_labels(sample)
         if len(shown) == 1:
             mask = np.where(sample.labels == IGNORE, np.nan, sample.labels == shown[0]).astype(np.float32)
             found.append((sample.image, mask, data.vocabulary.names[shown[0] - 1]))
@@ -79,18 +73,11 @@ def neighbour_top1(profile: Profile, scenes: list[MaskedScene]) -> dict[str, flo
 
 
 def best_ious(proposals: np.ndarray, labels: np.ndarray) -> list[float]:
-    """For each label of an object in u8 (H, W), the highest IoU of a proposal, bool (M, H, W), with its pixels; 0
-    without proposals.
-
-    Ignored pixels count for nothing. Objects of one noun that share an image share a label and count as one.
-    """
-    known, found = labels != IGNORE, []
-    for label in labels_of(labels):
-        truth = labels == label
-        both = (proposals & truth).sum(axis=(1, 2))
-        either = ((proposals | truth) & known).sum(axis=(1, 2))
-        found.append(float((both / either).max(initial=0)))
-    return found
+    """For each object's label in u8 (H, W) the highest IoU of a proposal, bool (M, H, W), with its pixels, those that
+    are ignored left out; 0 without proposals. Objects of one noun that share an image count as one."""
+    known, truths = labels != IGNORE, [labels == label for label in np.setdiff1d(labels, (0, IGNORE))]
+    return [float(((proposals & truth).sum((1, 2)) / ((proposals | truth) & known).sum((1, 2))).max(initial=0))
+            for truth in truths]
 
 
 def proposal_recall(segmenter: Segmenter, split: str) -> float:
@@ -110,12 +97,9 @@ def recognised(profile: Profile, pictures: dict[str, Sequence[np.ndarray]]) -> d
 @torch.no_grad()
 def attribution_iou(profile: Profile, scenes: list[MaskedScene], steps: tuple[int, ...] = (800, 600, 400, 200)
                     ) -> dict[str, float]:
-    """How well the noun's attribution shows the object, on scenes noised to ``steps`` under the noun's prompt.
-
-    ``iou`` is the mean IoU of the one threshold, of the map scaled to [0, 1], that is best for all scenes; ``inside``
-    the share of scenes whose attribution is higher inside the object than outside. Scenes are squashed to the size the
-    model draws at.
-    """
+    """How well the noun's attribution shows the object, on scenes noised to ``steps`` under the noun's prompt: ``iou``,
+    the mean IoU of the one threshold, of the map scaled to [0, 1], that is best for all scenes, and ``inside``, the
+    share of scenes whose attribution is higher inside the object than outside."""
     pipe, side = load_diffusion(profile), profile.support.image_size
     grid = side // pipe.vae_scale_factor
     cumulative = DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod
@@ -150,8 +134,7 @@ def groupvit_top1(profile: Profile, scenes: list[MaskedScene], nouns: tuple[str,
 
 def drawing_quality(profile: Profile, scenes: list[MaskedScene], nouns: tuple[str, ...], count: int, out: Path
                     ) -> dict[str, Any]:
-    """What depends on the diffusion model alone, from ``count`` drawings for each noun, of which ``out/drawings.webp``
-    shows some."""
+    """What depends on the diffusion model alone, from ``count`` drawings a noun, some of them in out/drawings.webp."""
     pipe = load_diffusion(profile)
     drawings = {noun: sample_support(pipe, Category(noun), profile, count=count, progress=False).images
                 for noun in tqdm(nouns, desc="drawings", mininterval=10)}

@@ -11,9 +11,8 @@ it may take; each stage gets its share and its learning rate anneals over that. 
     python -m ovdiff_lib.recipes.rebuild --work DIR --hours 30 --ship      # draw what ships, measure, write the cards
 """
 
-from __future__ import annotations
-
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -22,9 +21,18 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pandas as pd
+import yaml
+from safetensors.torch import load_file
+
+from ovdiff_lib import mini
+from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.recipes.art import build_glyphs, drawn_world
-from ovdiff_lib.recipes.card import FOLDERS, WEIGHTS, write_cards
 from ovdiff_lib.recipes.training import DEVICE
+
+WEIGHTS = Path(mini.__file__).parent / "weights"
+FOLDERS = {"unet": "stable-diffusion", "vae": "stable-diffusion/vae"}
+"""Where a model ships, if not under its own name."""
 
 SHARES = {"clip": 0.12, "vae": 0.18, "unet": 0.60, "dino": 0.45, "mae": 0.16, "detector": 0.14, "groupvit": 0.15}
 """Part of the time that each model is trained for. A stream adds up to 0.9: the rest is for drawing scenes and their
@@ -33,16 +41,10 @@ latents, and what MaskCut finds for the detector to learn from."""
 STREAMS = (("clip", "vae", "unet"), ("dino", "mae", "detector", "groupvit"))
 """What is trained one after the other; the streams run side by side."""
 
-# A GPU is fed larger batches, with learning rates that grow less than they do.
-LARGE = {
-    "clip": ("--batch", "1024", "--lr", "2e-3"),
-    "vae": ("--batch", "256", "--lr", "2e-3"),
-    "unet": ("--batch", "512", "--lr", "2e-3"),
-    "dino": ("--batch", "256", "--lr", "2e-3"),
-    "mae": ("--batch", "1024", "--lr", "2e-3"),
-    "detector": ("--batch", "64", "--lr", "2e-3", "--scenes", "3000"),
-    "groupvit": ("--batch", "512", "--lr", "3e-3"),
-}
+LARGE = {"clip": "--batch 1024 --lr 2e-3", "vae": "--batch 256 --lr 2e-3", "unet": "--batch 512 --lr 2e-3",
+         "dino": "--batch 256 --lr 2e-3", "mae": "--batch 1024 --lr 2e-3", "groupvit": "--batch 512 --lr 3e-3",
+         "detector": "--batch 64 --lr 2e-3 --scenes 3000"}
+"""A GPU is fed larger batches, with learning rates that grow less than they do."""
 
 
 def command(name: str, work: Path, hours: float) -> list[str]:
@@ -50,17 +52,15 @@ def command(name: str, work: Path, hours: float) -> list[str]:
     out = work / "models"
     needs = {"unet": ("--vae", str(out / "vae"), "--clip", str(out / "clip")),
              "detector": ("--set", f"models.dino={out / 'dino'}"), "groupvit": ("--clip", str(out / "clip"))}
-    large = LARGE[name] if DEVICE.type == "cuda" else ()
+    large = LARGE[name].split() if DEVICE.type == "cuda" else ()
     return [f"ovdiff_lib.recipes.train_{name}", "--data", str(work / "scenes"), "--out", str(out / name), "--work",
             str(work / "training" / name), "--steps", "1000000000", "--minutes", f"{60 * hours * SHARES[name]:.2f}",
             *needs.get(name, ()), *large]
 
 
 def train(work: Path, hours: float) -> None:
-    """Run both streams of stages; one that was finished before is not run again.
-
-    Where a stage fails, those that can do without it are still trained; then the command ends.
-    """
+    """Run both streams of stages, but for what was finished before. Where a stage fails, those that can do without it
+    are still trained; then the command ends."""
     ended, interrupted, running = threading.Event(), threading.Event(), set()
     (work / "logs").mkdir(parents=True, exist_ok=True)
 
@@ -102,6 +102,50 @@ def assemble(work: Path, weights: Path = WEIGHTS) -> None:
         target = weights / FOLDERS.get(name, name)
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(work / "models" / name, target)
+
+
+# ---- what a model folder says about itself: README.md, training_log.csv and a loss curve; cards.yaml has the words
+
+def plot_log(rows: pd.DataFrame, path: Path, title: str) -> None:
+    """Of a trainer's log: loss (logarithmic) over steps, and every metric, of which most rows have none, in a panel of
+    its own."""
+    shown = rows.drop(columns=["elapsed_s", "lr"]).set_index("step").interpolate()
+    panels = shown.plot(subplots=True, layout=(1, -1), figsize=(5 * shown.shape[1], 3.2), grid=True, title=title)
+    panels[0, 0].set_yscale("log")
+    panels[0, 0].figure.savefig(path, dpi=90, bbox_inches="tight")
+
+
+def facts(kind: str, name: str, model: Path, rows: pd.DataFrame) -> str:
+    """A table of what was trained (a class of this name), and how."""
+    last = rows.iloc[-1]
+    parameters = sum(x.numel() for file in model.rglob("*.safetensors") for x in load_file(file).values())
+    table = {"class": f"`{name}`", "parameters": f"{parameters:,}", "weights": "float16 safetensors",
+             "trained by": f"`python -m ovdiff_lib.recipes.train_{kind}`", "steps": f"{last['step']:,.0f}",
+             "training time": f"{last['elapsed_s'] / 60:.0f} min", "last loss": f"{last['loss']:.4f}"}
+    table |= {f"last {name.replace('_', ' ')}": f"{rows[name].dropna().iloc[-1]:.4f}" for name in rows.columns[4:]}
+    return "\n".join(f"| {name} | {value} |" for name, value in table.items())
+
+
+def write_cards(training: Path, weights: Path, scenes: int) -> None:
+    """The card of every model in ``weights``, from its log in ``training`` and ``weights/quality.json``."""
+    world, words = drawn_world(), yaml.safe_load((Path(__file__).parent / "cards.yaml").read_text(encoding="utf-8"))
+    measured = json.loads((weights / "quality.json").read_text(encoding="utf-8"))
+    by_class = measured["drawn_recognised_by_class"]
+    glyphs = sum(len(t.glyphs.get(style, ())) for t in world.things for style in world.train_styles)
+    known = measured | {
+        "single": f"{measured['single_object_images']} single-object {measured['split']} images",
+        "weakest": ", ".join(f"{noun} {by_class[noun]:.0%}" for noun in sorted(by_class, key=by_class.get)[:5]),
+        "extractors": ", ".join(f"{k} {v:.1%}" for k, v in measured["neighbour_top1"].items() if k != "chance"),
+        "facet": load_profile("mini").masks.maskcut_facet, "nouns": len(by_class), "nouns_drawn": len(world.things),
+        "styles": len(world.train_styles), "glyphs": glyphs - sum(len(t.held) for t in world.things), "scenes": scenes}
+    for kind, card in words["kinds"].items():
+        model, log = weights / FOLDERS.get(kind, kind), training / kind / "log.jsonl"
+        rows = pd.read_json(log, lines=True)
+        rows.to_csv(model / "training_log.csv", index=False)
+        plot_log(rows, model / "loss_curve.png", card["title"])
+        table, quality = facts(kind, card["class"], model, rows), card["quality"].format(**known)
+        text = words["card"].format(**known | card | {"table": table, "quality": quality})
+        (model / "README.md").write_text(text, encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,8 +4,6 @@ A scene depends on ``(seed, index)`` alone. Everything is drawn in units of the 
 come from the same distribution. Shapes are (H, W); images are u8 (H, W, 3).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -4,8 +4,6 @@ The text tower is the text encoder of the mini Stable Diffusion as well, so the 
 ``CLIPTokenizer`` format.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from pathlib import Path
@@ -72,24 +70,23 @@ def phrased(captions: list[list[str]], phrasing: int) -> tuple[list[str], Tensor
 
 
 def pad_ids(ids: list[list[int]], pad: int) -> Tensor:
-    """Right-pad to the longest of the batch.
-
-    Attention is causal and pooling is at the first end token, so what follows it never reaches the pooled feature:
-    padding further would only cost time.
-    """
-    length = max(map(len, ids))
-    return training.put(torch.tensor([i + [pad] * (length - len(i)) for i in ids]))
+    """Right-pad to the longest of the batch: attention is causal and pooling at the first end token, so more padding
+    would only cost time."""
+    return training.put(nn.utils.rnn.pad_sequence(list(map(torch.tensor, ids)), batch_first=True, padding_value=pad))
 
 
 # ---- the model
 
+def token_ids(tokenizer: CLIPTokenizer) -> dict[str, int]:
+    """What the configuration of a text tower says of its tokens; pooling reads it, and none is left at CLIP's 49407."""
+    return {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length,
+            **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}}
+
+
 def build_clip(tokenizer: CLIPTokenizer, size: int) -> CLIPModel:
     """A CLIPModel for images of ``size`` px with the token ids of ``tokenizer``."""
-    # Both in the text section (which pooling reads) and nowhere left at CLIP's 49407.
-    text = {"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3,
-            "num_attention_heads": 4, "max_position_embeddings": tokenizer.model_max_length, "projection_dim": 128,
-            "hidden_act": "quick_gelu", "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text = token_ids(tokenizer) | {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3,
+                                   "num_attention_heads": 4, "projection_dim": 128, "hidden_act": "quick_gelu"}
     vision = {"hidden_size": 160, "intermediate_size": 640, "num_hidden_layers": 5, "num_attention_heads": 5,
               "image_size": size, "patch_size": 8, "projection_dim": 128, "hidden_act": "quick_gelu"}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128,
@@ -97,8 +94,7 @@ def build_clip(tokenizer: CLIPTokenizer, size: int) -> CLIPModel:
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """CLIP's ``x * sigmoid(1.702 x)`` by the fused SiLU kernel, which has a fused backward too: the stock one makes
-    three passes over memory."""
+    """CLIP's ``x * sigmoid(1.702 x)`` by the fused SiLU kernel: the stock one makes three passes over memory."""
     return F.silu(1.702 * x) / 1.702
 
 
@@ -165,8 +161,7 @@ def embeddings(model: PreTrainedModel, pixels: Tensor, tokens: Tensor) -> tuple[
 @torch.no_grad()
 def zero_shot(model: PreTrainedModel, tokenizer: CLIPTokenizer, scenes: training.Scenes,
               *statistics: tuple[float, ...]) -> dict[str, float]:
-    """Top-1 accuracy with the prompt 'a good picture of a ...' on held-out scenes, normalised by these
-    ``statistics``."""
+    """Top-1 accuracy with the prompt 'a good picture of a ...' on held-out scenes, normalised by ``statistics``."""
     model.eval()
     ids = tokenizer([TEMPLATE.format(noun) for noun in scenes.nouns]).input_ids
     tokens, found = pad_ids(ids, tokenizer.pad_token_id), []

@@ -1,11 +1,8 @@
-"""Train the mini detector as CutLER does (Wang et al., 2023): a Mask R-CNN learns from the masks that MaskCut finds in
-unlabelled scenes.
+"""Train the mini detector as CutLER does (Wang et al., 2023): by the masks that MaskCut finds in unlabelled scenes.
 
 First MaskCut runs over some training scenes (resumable, in the work folder), then the detector is trained on what it
 found, with copy-paste and DropLoss; without CutLER's rounds of self-training. No label is read.
 """
-
-from __future__ import annotations
 
 import argparse
 import os
@@ -37,8 +34,7 @@ HELD_OUT = 64  # scenes with pseudo-masks that are kept from training, to log a 
 # ---- views
 
 def boxes_of(masks: Tensor) -> Tensor:
-    """(x0, y0, x1, y1) f32 (M, 4) of bool or u8 (M, H, W), none empty: outer edges, so that a mask of one pixel has
-    a box of side 1."""
+    """(x0, y0, x1, y1) f32 (M, 4) of bool or u8 (M, H, W), none empty: outer edges, one pixel has a box of side 1."""
     return masks_to_boxes(masks) + torch.tensor([0.0, 0.0, 1.0, 1.0], device=masks.device)
 
 
@@ -48,8 +44,7 @@ def views(images: np.ndarray | Tensor, masks: list[np.ndarray], canvas: int, pas
     >= 1, each; where the generator is.
 
     Every scene is zoomed into around one of its objects and mirrored half the time. With probability ``paste`` some
-    objects of the next scene of the batch, shrunk by a ratio of :data:`PASTE_RATIO`, are pasted over it at a random
-    place (CutLER's copy-paste).
+    objects of the next scene, shrunk by :data:`PASTE_RATIO`, are pasted at a random place (CutLER's copy-paste).
     """
     (count, height, width, _), most, device = images.shape, max(len(m) for m in masks), generator.device
     pixels = torch.as_tensor(images, device=device).permute(0, 3, 1, 2).float() / 255
@@ -73,8 +68,7 @@ def views(images: np.ndarray | Tensor, masks: list[np.ndarray], canvas: int, pas
     low = torch.maximum(scale[:, None] - 1, middle - scale[:, None])
     high = torch.minimum(1 - scale[:, None], middle + scale[:, None])
     centre = low + (high - low) * draw(0, 1, 2)
-    # The middle of a hollow or bent object need not belong to it: a view that lost all masks shows the whole scene
-    # instead.
+    # The middle of a bent object need not belong to it: a view that lost all masks shows the whole scene instead.
     lost = ((warp(layers, scale, mirror, centre) > 0.5).sum((2, 3)) < LEAST_AREA).all(1)
     scale, centre = torch.where(lost, 1.0, scale), torch.where(lost[:, None], 0.0, centre)
     shown, shown_masks = warp(pixels, scale, mirror, centre), warp(layers, scale, mirror, centre)
@@ -97,11 +91,9 @@ def views(images: np.ndarray | Tensor, masks: list[np.ndarray], canvas: int, pas
 
 
 def as_target(masks: Tensor, otherwise: Tensor) -> dict[str, Tensor]:
-    """Boxes, labels and masks of those bool (M, H, W) that have at least :data:`LEAST_AREA` pixels; of ``otherwise``
-    if none has."""
+    """Boxes, labels and masks of those bool (M, H, W) of at least LEAST_AREA pixels, of ``otherwise`` if none."""
     kept = masks[masks.sum((1, 2)) >= LEAST_AREA]
-    if not len(kept):
-        kept = otherwise[otherwise.any((1, 2))]
+    kept = kept if len(kept) else otherwise[otherwise.any((1, 2))]
     labels = torch.ones(len(kept), dtype=torch.int64, device=masks.device)
     return {"boxes": boxes_of(kept), "labels": labels, "masks": kept.to(torch.uint8)}
 
@@ -109,14 +101,11 @@ def as_target(masks: Tensor, otherwise: Tensor) -> dict[str, Tensor]:
 # ---- losses
 
 class DropLossHeads(RoIHeads):
-    """Region heads with CutLER's DropLoss: regions that touch no pseudo-mask's box give no loss, as they may show an
-    object MaskCut missed.
+    """Region heads with CutLER's DropLoss: regions whose IoU with every pseudo-mask's box is at most :data:`DROP_IOU`
+    give no loss, as they may show an object MaskCut missed. CutLER divides by the number of all sampled regions; here
+    the mean is over those that are left."""
 
-    A sampled region whose IoU with every box is at most :data:`DROP_IOU` gets the label that cross-entropy ignores.
-    CutLER divides by the number of all sampled regions; here the mean is over those that are left.
-    """
-
-    IGNORED = -100
+    IGNORED = -100  # by cross-entropy
 
     def select_training_samples(self, proposals, targets):
         """As torchvision's: (regions, matched indices, labels, regression targets), a list entry each per image."""
@@ -134,8 +123,7 @@ def losses(model: MaskRCNN, images: Tensor, targets: list[dict[str, Tensor]]) ->
 
 
 def box_recall(model: MaskRCNN, scenes: list[tuple[np.ndarray, np.ndarray]], score: float = 0.5) -> float:
-    """Share of the boxes of masks bool (M, H, W) that a detection of at least ``score`` meets with IoU 0.5, over
-    (image, masks)."""
+    """Share of the boxes of masks bool (M, H, W) that a detection of at least ``score`` meets with IoU 0.5."""
     met = []
     for image, masks in scenes:
         _, scores, boxes = detect(model, image)
@@ -146,8 +134,7 @@ def box_recall(model: MaskRCNN, scenes: list[tuple[np.ndarray, np.ndarray]], sco
 
 
 def pseudo_masks(args: argparse.Namespace) -> tuple[list[int], list[np.ndarray]]:
-    """Some training scenes, and what MaskCut finds in each, bool (M, H, W); kept in the work folder. Beside a GPU all
-    CPU cores look."""
+    """Some training scenes, and what MaskCut finds in each, bool (M, H, W); beside a GPU all CPU cores look."""
     images = np.load(args.data / "train_images.npy", mmap_mode="r")
     segmenter = build_segmenter(load_profile("mini", parse_assignments(args.set) | {"masks.segmenter": "maskcut"}))
     scenes = np.random.default_rng(args.seed).permutation(len(images))[:args.scenes].tolist()

@@ -1,9 +1,8 @@
 """Train the mini DINO (a real ``transformers.ViTModel``) by self-distillation with multi-crop; no label is seen.
 
 The images are pairs of frames: one object met in two places (``frames.npy``), as a video that follows it would show it.
-With crops of one scene instead, the surroundings that they share are the easier thing to agree on, and the mini world's
-few of them leave the object out of the features: the nearest-neighbour accuracy stayed at 21 % for 1,100 steps, and
-MaskCut's proposals were no better than with mean colours.
+With crops of one scene the surroundings that they share are easier to agree on than the object: the nearest-neighbour
+accuracy stayed at 21 % for 1,100 steps, and MaskCut's proposals were no better than with mean colours.
 
 A student sees small and large crops and must predict what a slowly moving average of itself, the teacher, says of the
 large ones (Caron et al., 2021). The teacher is what is kept. Its answers are spread evenly over the prototypes by
@@ -12,8 +11,6 @@ are DINOv2's too (Oquab et al., 2023): some patches of a large crop are hidden f
 teacher says of each (iBOT), and the class tokens of a batch are pushed apart (KoLeo). Labels of held-out scenes are
 read only to log a nearest-neighbour accuracy.
 """
-
-from __future__ import annotations
 
 import copy
 import math
@@ -130,8 +127,7 @@ def sinkhorn(scores: Tensor, rounds: int = 3) -> Tensor:
 
 
 def spread(tokens: Tensor) -> Tensor:
-    """KoLeo: minus the mean logarithm of the distance to the nearest other, of class tokens (B, D) on the unit
-    sphere."""
+    """KoLeo: minus the mean logarithm of the distance to the nearest other, of class tokens (B, D) as unit vectors."""
     unit = F.normalize(tokens.float(), dim=-1)
     nearest = (unit @ unit.T).fill_diagonal_(-1).argmax(1)
     return -(unit - unit[nearest]).norm(dim=1).clamp_min(1e-4).log().mean()
@@ -150,8 +146,7 @@ class SelfDistillation(nn.Module):
         self.student = nn.ModuleDict({"vit": training.placed(vit)} | heads)
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
 
-    def forward(self, large: Tensor, small: Tensor, temperature: float, hidden: Tensor
-                ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, large: Tensor, small: Tensor, temperature: float, hidden: Tensor) -> tuple[Tensor, ...]:
         """The losses of two large crops a pair, (2 B, 3, L, L), and four small ones, (4 B, 3, S, S): of class tokens,
         of the patches ``hidden`` bool (2 B, patches) of the large crops, and KoLeo."""
         student, teacher = self.student, self.teacher
@@ -169,8 +164,7 @@ class SelfDistillation(nn.Module):
 
 
 def neighbour_accuracy(vectors: Tensor, truth: Tensor, neighbours: int = 5) -> float:
-    """Leave-one-out k-nearest-neighbour accuracy of vectors (N, D) of the classes (N,); neighbours vote with their
-    cosine."""
+    """Leave-one-out k-nearest-neighbour accuracy of vectors (N, D) of the classes (N,), votes weighted by cosine."""
     unit = F.normalize(vectors.float(), dim=1)
     value, index = (unit @ unit.T).fill_diagonal_(-1).topk(neighbours)
     votes = torch.zeros(len(truth), int(truth.max()) + 1, device=truth.device).scatter_add_(1, truth[index], value)

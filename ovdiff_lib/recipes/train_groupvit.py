@@ -4,8 +4,6 @@ The two losses of Xu et al. (2022, Sec. 3.3): images against captions, and image
 caption names. The tokenizer is the mini CLIP's. Nouns of held-out scenes are read only to log an accuracy.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import re
@@ -34,10 +32,8 @@ SMALLEST = 0.7  # side of the smallest part of a scene that is shown enlarged, a
 def build_groupvit(tokenizer: CLIPTokenizer, size: int = 64) -> GroupViTModel:
     """A GroupViTModel for images of ``size`` px with the token ids of ``tokenizer``: three blocks, eight groups, one
     block, four groups."""
-    text = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "max_position_embeddings": tokenizer.model_max_length, "hidden_act": "gelu",
-            "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id}
+    text = train_clip.token_ids(tokenizer) | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+                                              "num_attention_heads": 2, "hidden_act": "gelu"}
     vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "depths": [3, 1],
               "num_group_tokens": [8, 4], "num_output_groups": [8, 4], "num_attention_heads": 4,
               "image_size": size, "patch_size": 8, "assign_mlp_ratio": [0.5, 2]}
@@ -56,19 +52,15 @@ def build_groupvit(tokenizer: CLIPTokenizer, size: int = 64) -> GroupViTModel:
 
 
 def named_things(caption: str) -> list[str]:
-    """What a caption "a flat picture of a X and a Y with A and B" names, in alphabetical order, from its words
-    alone."""
+    """What a caption "a flat picture of a X and a Y with A and B" names, in alphabetical order."""
     things = re.sub(r"^a (\w+ )?picture of ", "", caption).replace(" with ", " and ").split(" and ")
     return sorted({thing.removeprefix("a ").removeprefix("small ") for thing in things})
 
 
 def multi_label_loss(image: Tensor, text: Tensor, named: Tensor, scale: Tensor) -> Tensor:
     """Symmetric InfoNCE of unit embeddings (B, D) of images and (P, D) of prompts, f32 ``named`` (B, P) being 1 where
-    image b shows p.
-
-    An image's target is spread evenly over what it shows, a prompt's over the images that show it. Prompts that no
-    image of the batch shows are wrong answers only.
-    """
+    image b shows p. An image's target is spread evenly over what it shows, a prompt's over the images that show it;
+    prompts that no image of the batch shows are wrong answers only."""
     logits = scale * image @ text.T
     to_text = -(named / named.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
     shown = named.sum(0) > 0
@@ -77,8 +69,7 @@ def multi_label_loss(image: Tensor, text: Tensor, named: Tensor, scale: Tensor) 
 
 
 def zoom(images: Tensor, size: int, picker: random.Random) -> Tensor:
-    """A random square of :data:`SMALLEST` or more of the side of images (B, 3, H, H), the same for all, at ``size``
-    pixels."""
+    """A random square of at least :data:`SMALLEST` of the side of images (B, 3, H, H), one for all, at ``size`` px."""
     side = picker.randint(round(SMALLEST * images.shape[-1]), images.shape[-1])
     top, left = (picker.randint(0, images.shape[-1] - side) for _ in range(2))
     return resized_crop(images, top, left, side, side, [size, size])

@@ -1,11 +1,8 @@
-"""Train the mini MAE (the encoder of a real ``transformers.ViTMAEForPreTraining``) by masked reconstruction; no label
-is seen.
+"""Train the mini MAE (the encoder of a real ``transformers.ViTMAEForPreTraining``) by masked reconstruction.
 
 Three quarters of a crop's patches are hidden; the encoder sees the rest and a small decoder must fill the gaps (He et
-al., 2022). Only the encoder is kept. Labels of held-out scenes are read only to log a nearest-neighbour accuracy.
+al., 2022). Only the encoder is kept. Labels are read only to log a nearest-neighbour accuracy of held-out scenes.
 """
-
-from __future__ import annotations
 
 import copy
 
@@ -21,8 +18,7 @@ SCALE = (0.25, 1.0)  # share of the scene's area that a crop shows
 
 
 def build_mae(size: int) -> ViTMAEForPreTraining:
-    """A masked autoencoder for images of ``size`` px and 8 px patches that predicts each hidden patch's normalised
-    pixels."""
+    """A masked autoencoder for images of ``size`` px that predicts each hidden patch's normalised pixels."""
     return ViTMAEForPreTraining(ViTMAEConfig(
         hidden_size=160, num_hidden_layers=6, num_attention_heads=5, intermediate_size=640, image_size=size,
         patch_size=PATCH, hidden_act="gelu", layer_norm_eps=1e-6, mask_ratio=0.75, norm_pix_loss=True,
@@ -31,8 +27,7 @@ def build_mae(size: int) -> ViTMAEForPreTraining:
 
 
 def accuracy(model: ViTMAEForPreTraining, scenes: training.Scenes) -> dict[str, float]:
-    """Leave-one-out nearest-neighbour accuracy of the mean of all patch tokens: nothing hidden, patches in raster
-    order."""
+    """Nearest-neighbour accuracy of the mean of all patch tokens: nothing hidden, patches in raster order."""
     whole = copy.deepcopy(model.vit).eval()
     whole.config.mask_ratio = 0.0
 

@@ -5,23 +5,16 @@ price on attending to words, tried before, starved them while the model learned 
 ``--ending-dropout``. ``--init`` goes on from the UNet of a finished pipeline.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
@@ -43,13 +36,11 @@ AVERAGE = 0.999  # decay of the averaged weights, which are kept
 def build_unet(channels: tuple[int, ...], text_width: int, latent_channels: int, size: int) -> UNet2DConditionModel:
     """Three cross-attention blocks down, one in the middle, three up, so that first, mid, up and last layers mean
     what they mean in SD."""
-    levels = len(channels)
+    down, up = ((f"CrossAttn{way}Block2D",) * len(channels) for way in ("Down", "Up"))
     return UNet2DConditionModel(sample_size=size, in_channels=latent_channels, out_channels=latent_channels,
-                                down_block_types=("CrossAttnDownBlock2D",) * levels,
-                                mid_block_type="UNetMidBlock2DCrossAttn",
-                                up_block_types=("CrossAttnUpBlock2D",) * levels, block_out_channels=channels,
+                                down_block_types=down, up_block_types=up, block_out_channels=channels,
                                 layers_per_block=1, attention_head_dim=4, norm_num_groups=16,
-                                cross_attention_dim=text_width, use_linear_projection=False)
+                                cross_attention_dim=text_width)
 
 
 @torch.no_grad()
@@ -65,11 +56,10 @@ def encode(encoder: Callable[[int, int], Tensor], name: str, shape: tuple[int, .
 def write_pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel,
                    tokenizer: CLIPTokenizer, predicts: str, folder: Path) -> None:
     """Write the half-precision pipeline beside ``folder`` first, then move it into place."""
-    scheduler = DPMSolverMultistepScheduler(**NOISE, solver_order=2, algorithm_type="dpmsolver++", steps_offset=1,
-                                            prediction_type=predicts)
-    pipeline = StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer,
-                                       unet=training.halved(unet), scheduler=scheduler, safety_checker=None,
-                                       feature_extractor=None, requires_safety_checker=False)
+    scheduler = diffusers.DPMSolverMultistepScheduler(**NOISE, solver_order=2, algorithm_type="dpmsolver++",
+                                                      steps_offset=1, prediction_type=predicts)
+    pipeline = StableDiffusionPipeline(vae, text_encoder, tokenizer, training.halved(unet), scheduler, None, None,
+                                       requires_safety_checker=False)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.save_pretrained(temporary)
@@ -86,8 +76,8 @@ class Batches:
 
     def __init__(self, args: argparse.Namespace, latents: np.ndarray, states: np.ndarray, ends: np.ndarray,
                  captions: list[list[str]], place: dict[str, int], predicts: str = "v_prediction") -> None:
-        """Latents (N, C, h, w), text states (P, L, D) with the position of each caption's end token (P,), captions of
-        the latents, the row of a caption among the states, and what is predicted, "v_prediction" or "epsilon"."""
+        """Latents (N, C, h, w), text states (P, L, D) with the place of each caption's end token (P,), captions of the
+        latents, the row of a caption among the states, and what is predicted, "v_prediction" or "epsilon"."""
         # In memory: reading rows scattered over a file is slower than the training step.
         self.latents = torch.from_numpy(latents).to(training.DEVICE)
         self.states = torch.from_numpy(states[:, :args.text_length]).to(training.DEVICE)
@@ -107,14 +97,12 @@ class Batches:
         """Noisy latents, timesteps, text states, what is to be predicted and the loss weights of a step."""
         args, picker, on = self.args, draw.picker, {"generator": draw.generator, "device": draw.generator.device}
         clean, count = training.rows(self.latents, draw.index).float(), len(draw.index)
-        names = ["" if picker.random() < EMPTY else picker.choices(self.captions[i], PHRASINGS)[0]
-                 for i in draw.index]
+        names = ["" if picker.random() < EMPTY else picker.choices(self.captions[i], PHRASINGS)[0] for i in draw.index]
         chosen = training.put(torch.tensor([self.place[name] for name in names]))
         ending = torch.arange(self.states.shape[1], device=on["device"]) >= self.ends[chosen][:, None]
         emptied = ending & (torch.rand(count, 1, **on) < args.ending_dropout)
         text = torch.where(emptied[..., None], self.states[self.place[""]], self.states[chosen]).float()
-        # One timestep per stratum of the 1,000 lowers the variance of the loss; the shuffle frees it from the image
-        # order.
+        # One timestep per stratum of the 1,000 lowers the variance of the loss; the shuffle frees it from their order.
         strata = (torch.arange(count, device=on["device"]) + torch.rand(count, **on)) * (len(self.weight) / count)
         t = strata.long().clamp(max=len(self.weight) - 1)[torch.randperm(count, **on)]
         noise = torch.randn(clean.shape, **on)
@@ -157,12 +145,10 @@ def main(argv: list[str] | None = None) -> None:
     side = images.shape[1] // 2 ** (len(vae.config.block_out_channels) - 1)
     latent_shape = (len(images), vae.config.latent_channels, side, side)
     state_shape = (len(distinct), tokenizer.model_max_length, text_encoder.config.hidden_size)
-    predicts = "v_prediction"
-    if args.init:
-        predicts = DDPMScheduler.from_pretrained(args.init, subfolder="scheduler").config.prediction_type
-    batches = Batches(args, encode(latents, "latents", latent_shape, args),
-                      encode(states, "states", state_shape, args), ends, captions,
-                      {caption: i for i, caption in enumerate(distinct)}, predicts)
+    predicts = (DDPMScheduler.from_pretrained(args.init, subfolder="scheduler").config.prediction_type if args.init else
+                "v_prediction")
+    batches = Batches(args, encode(latents, "latents", latent_shape, args), encode(states, "states", state_shape, args),
+                      ends, captions, {caption: i for i, caption in enumerate(distinct)}, predicts)
     tokenizer = CLIPTokenizer.from_pretrained(args.clip, model_max_length=args.text_length)  # the pipeline pads to this
     vae, text_encoder = vae.cpu().half(), text_encoder.cpu().half()  # from here on only written
 

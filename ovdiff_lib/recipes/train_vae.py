@@ -1,13 +1,10 @@
-"""Train the mini autoencoder (a real ``diffusers.AutoencoderKL``): one latent for 8x8 pixels (4x4 with three
-``--channels``).
+"""Train the mini autoencoder (a real ``diffusers.AutoencoderKL``): one latent for 8x8 pixels.
 
 No adversary and no perceptual network: at this size L1 plus the L1 of image gradients keeps edges, and a very small KL
 keeps the latents near unit scale without costing detail. Without attention it can learn from crops, of more scenes in
 the same time, and take any size. In half of the steps the latents are shrunk and must give the shrunken image (EQ-VAE,
 Kouzelis et al., 2025): latents that behave like small pictures are easier to learn for a UNet.
 """
-
-from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +21,9 @@ CHROMA = 4.0  # weight of a colour's distance from grey
 
 def build_vae(channels: tuple[int, ...], latent_channels: int, size: int) -> AutoencoderKL:
     """A convolutional autoencoder; every level after the first halves the sides."""
-    levels = len(channels)
-    return AutoencoderKL(in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * levels,
-                         up_block_types=("UpDecoderBlock2D",) * levels, block_out_channels=channels, layers_per_block=1,
-                         latent_channels=latent_channels, norm_num_groups=8, sample_size=size,
-                         mid_block_add_attention=False)
+    down, up = ("DownEncoderBlock2D",) * len(channels), ("UpDecoderBlock2D",) * len(channels)
+    return AutoencoderKL(down_block_types=down, up_block_types=up, block_out_channels=channels, norm_num_groups=8,
+                         latent_channels=latent_channels, sample_size=size, mid_block_add_attention=False)
 
 
 def to_signed(images: Tensor) -> Tensor:

@@ -1,18 +1,14 @@
 """What the trainers of the mini world share: options, data, and the budgeted, logged, resumable loop.
 
-A trainer is called as ``python -m ovdiff_lib.recipes.train_vae --data DIR --out DIR --work DIR``; ``--help`` says more.
-A run stops at a number of steps or a number of minutes, whichever comes first, and the learning rate follows the
-*fraction of the budget used*, so that it anneals to its floor in both cases. It runs on a GPU where there is one. The
-same call again, after an interrupt or kill, goes on from the last checkpoint.
+A trainer is called as ``python -m ovdiff_lib.recipes.train_vae --data DIR --out DIR --work DIR``, on a GPU where there
+is one. It stops at a number of steps or of minutes, whichever comes first, and the learning rate follows the *fraction
+of the budget used*. The same call again, after an interrupt or kill, goes on from the last checkpoint.
 """
-
-from __future__ import annotations
 
 import argparse
 import copy
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -45,9 +41,8 @@ def options(description: str, *, steps: int, batch: int, minutes: float, lr: flo
     p.add_argument("--work", type=Path, required=True, help="folder for checkpoint.pt and log.jsonl")
     p.add_argument("--steps", type=int, default=steps, help="stop after this many steps")
     p.add_argument("--minutes", type=float, default=minutes, help="stop after this much training time")
-    p.add_argument("--batch", type=int, default=batch)
-    p.add_argument("--lr", type=float, default=lr)
-    p.add_argument("--seed", type=int, default=0)
+    for name, default in (("--batch", batch), ("--lr", lr), ("--seed", 0)):
+        p.add_argument(name, type=type(default), default=default)
     return p
 
 
@@ -69,11 +64,8 @@ def mixed() -> torch.autocast:
 
 def in_chunks(args: argparse.Namespace, name: str, shape: tuple[int, ...], size: int,
               make: Callable[[range], Iterable[np.ndarray]]) -> list[np.ndarray]:
-    """The arrays that ``make`` has for all ``shape[0]`` items, asked for ``size`` of them at a time.
-
-    Each chunk is a file of the work folder, in a folder that is named by the ``shape`` of the whole. One that is there
-    is kept, so that a call that was stopped goes on where it was.
-    """
+    """The arrays that ``make`` has for all ``shape[0]`` items, asked for ``size`` of them at a time. Each chunk is a
+    file of the work folder, so that a call that was stopped goes on where it was."""
     folder, found = args.work / "_".join([name, *map(str, shape)]), []
     for start in tqdm(range(0, shape[0], size), desc=name, mininterval=10):
         path = folder / f"{start:08d}.npz"
@@ -89,8 +81,7 @@ def in_chunks(args: argparse.Namespace, name: str, shape: tuple[int, ...], size:
 # ---- data
 
 def load_array(path: Path) -> Tensor:
-    """An array on disk as a tensor: memory-mapped, or whole in a GPU's memory (100,000 scenes are 5 GB), where a step
-    need not wait for rows that are scattered over a file."""
+    """An array on disk as a tensor: memory-mapped, or whole in a GPU's memory (100,000 scenes are 5 GB)."""
     return torch.from_numpy(np.load(path, mmap_mode="c")).to(DEVICE)
 
 
@@ -136,8 +127,8 @@ def looked_at(images: Tensor, side: int, scale: Tensor, centre: Tensor, padding:
 
 @dataclass(frozen=True)
 class Draw:
-    """What is random in a step: the items of its batch, sorted, and a generator on :data:`DEVICE` and Python's for the
-    rest. All are functions of seed and step, so that a resumed run sees the same without any sampler state."""
+    """What is random in a step: the items of its batch, sorted, and generators for the rest, one on :data:`DEVICE`. All
+    are functions of seed and step, so that a resumed run sees the same."""
 
     step: int
     index: np.ndarray
@@ -157,8 +148,8 @@ def draw(args: argparse.Namespace, count: int, step: int) -> Draw:
 # ---- weights
 
 def placed(model: nn.Module) -> nn.Module:
-    """The model (of transformers) where training happens. On a CPU its attention is the plain one: the fused kernel is
-    slow backwards there at so few tokens."""
+    """The model (of transformers) where training happens; on a CPU with plain attention: the fused kernel is slow
+    backwards there at so few tokens."""
     if DEVICE.type == "cpu":
         model.set_attn_implementation("eager")
     return model.to(DEVICE)
@@ -179,28 +170,22 @@ def follow(slow: nn.Module, fast: nn.Module, decay: float) -> None:
 
 
 def halved(model: nn.Module) -> nn.Module:
-    """A copy in half precision, the fractions of its weights rounded to the seven bits of bfloat16.
-
-    Half precision keeps ten; the three zeros let git and archives store a weight in about two thirds of the bytes.
-    """
+    """A copy in half precision, the fractions of its weights rounded to the seven bits of bfloat16: the three zeros let
+    git and archives store a weight in about two thirds of the bytes."""
     return copy.deepcopy(model).cpu().bfloat16().half()
 
 
 # ---- the loop
 
 def rate(progress: float, step: int, *, warmup: int, hold: float = 0.0, floor: float = 0.01) -> float:
-    """Share of the learning rate: linear warm-up in steps, constant until ``hold`` of the budget, a cosine to
-    ``floor``."""
+    """Share of the learning rate: warm-up in steps, constant until ``hold`` of the budget, a cosine to ``floor``."""
     tail = min(1.0, max(0.0, (progress - hold) / (1 - hold)))
     return min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * tail)))
 
 
 class Run:
-    """One budgeted, logged, resumable training run of ``module`` on ``count`` items by AdamW.
-
-    ``average`` is a copy of the module whose weights are a moving average, where a ``decay`` is given. The decay warms
-    up as min(decay, (1 + s) / (10 + s)), so that the average forgets the random initialisation quickly.
-    """
+    """One budgeted, logged, resumable training run of ``module`` on ``count`` items by AdamW. With a ``decay``,
+    ``average`` is a copy whose weights are a moving average; the decay warms up as min(decay, (1 + s) / (10 + s))."""
 
     def __init__(self, args: argparse.Namespace, module: nn.Module, count: int, groups: list | None = None, *,
                  betas: tuple[float, float] = (0.9, 0.999), decay: float | None = None, **schedule: float) -> None:
@@ -231,21 +216,18 @@ class Run:
         print(f"resumed at step {self.step}, {self.elapsed / 60:.1f} min", flush=True)
 
     def save(self) -> None:
-        """Write the checkpoint so that a killed process never leaves half of one."""
+        """Write the checkpoint."""
         state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
-                 "average": None if self.average is None else self.average.state_dict(), "elapsed": self.elapsed,
+                 "average": self.average and self.average.state_dict(), "elapsed": self.elapsed,
                  "rng": torch.get_rng_state()}
-        torch.save(state, self.checkpoint.with_suffix(".tmp"))
-        os.replace(self.checkpoint.with_suffix(".tmp"), self.checkpoint)
+        with written_whole(self.checkpoint) as file:
+            torch.save(state, file)
 
     def fit(self, loss: Callable[[Draw], Tensor], *, after: Callable[[], None] | None = None,
             measure: Callable[[], dict[str, float]] = dict, every: int = 0,
             export: Callable[[Path], None] | None = None, row: int = 100) -> None:
-        """Train on ``loss(draw)`` until the budget is used; ``after()`` follows each step.
-
-        ``measure()`` is logged every so many steps and at the end, the mean loss every ``row`` steps;
-        ``export(folder)`` writes the model, at checkpoints to the work folder and at the end to where it is wanted.
-        """
+        """Train on ``loss(draw)`` until the budget is used; ``after()`` follows each step. ``measure()`` is logged each
+        ``every`` steps and at the end, the mean loss each ``row`` steps; ``export(folder)`` writes the model."""
         args, total, count, saved, last = self.args, 0.0, 0, self.elapsed, time.perf_counter()
         while self.progress < 1:
             share = rate(self.progress, self.step, **self.schedule)
