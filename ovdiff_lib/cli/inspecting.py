@@ -1,8 +1,6 @@
 """``ovdiff doctor | vocabulary | tune | benchmark``: is what a profile needs here, are these classes a good choice, and
 these thresholds, and what does it cost?"""
 
-from __future__ import annotations
-
 import argparse
 
 from ovdiff_lib.cli.options import argument, classes, ovdiff_of, profile_of, takes, vocabulary_of
@@ -41,9 +39,8 @@ def tune(options: argparse.Namespace) -> None:
     from ovdiff_lib.workbench.evaluation import tuning
     from ovdiff_lib.workbench.evaluation.bench import Bench
 
-    library = Library(options.library).root
     images = tuning.IMAGES if options.images is None else options.images
-    bench = Bench(profile_of(options), library=library, seeds=[options.seed], images=images)
+    bench = Bench(profile_of(options), library=Library(options.library).root, seeds=[options.seed], images=images)
     if not bench.profile.evaluation.tune:
         raise InputError("The profile names no split to choose settings on; set evaluation.tune.")
     tried = tuning.tune(bench)
@@ -67,7 +64,7 @@ def benchmark(options: argparse.Namespace) -> int:
 
     profile, missed = profile_of(options), False
     here = machine(resolve_device(profile))
-    print(f"profile {profile.name}, {', '.join(f'{name} {value}' for name, value in here.items())}", flush=True)
+    print(f"profile {profile.name},", ", ".join(f"{name} {value}" for name, value in here.items()), flush=True)
     for ratio in run(profile, options.only, options.repeats):
         print(ratio, flush=True)
         missed |= ratio.met is False

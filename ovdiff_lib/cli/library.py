@@ -1,7 +1,5 @@
 """``ovdiff library list | verify | export | import | remove``: the prototype library on the command line."""
 
-from __future__ import annotations
-
 import argparse
 from collections import defaultdict
 from pathlib import Path
@@ -107,23 +105,21 @@ def _words(described: dict[str, Any], alone: bool = False) -> str:
 
 
 def _chosen(library: Library, options: argparse.Namespace) -> list[tuple[Entry, dict[str, Any]]]:
-    """The entries, of the words in --classes if given, with what they say of themselves, but for broken ones, which
-    `verify` finds. ``InputError`` for words that no entry has."""
+    """The entries, of the words in --classes if given, with what they say of themselves; ``InputError`` for words that
+    none has."""
     found = library.described()
     wanted = [Category(name).prompt for name in options.classes.split(",") if name.strip()]
     for words in wanted:
         if not any(_words(described, alone=True) == words for _, described in found):
-            raise InputError(f"No entry of the library {library.root} has the words {words!r}; `ovdiff library list` "
-                             "shows what there is.")
+            raise InputError(f"No entry of {library.root} has the words {words!r}; `ovdiff library list` shows all.")
     return [one for one in found if not options.classes or _words(one[1], alone=True) in wanted]
 
 
 def _there(options: argparse.Namespace) -> Library:
-    """The library that the options name; ``InputError`` without its folder: that is rather a slip than an empty one."""
+    """The library that the options name; ``InputError`` without its folder: rather a slip than an empty library."""
     library = Library(options.library)
     if not library.root.is_dir():
-        raise InputError(f"There is no library folder {library.root}; name one with --library, or build classes, which "
-                         "makes it.")
+        raise InputError(f"There is no library folder {library.root}; name one with --library, or build classes.")
     return library
 
 

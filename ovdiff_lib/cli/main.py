@@ -5,8 +5,6 @@ notebook that failed, tables that differ) ends with exit code 1; ctrl-C ends wit
 half-written file.
 """
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import sys

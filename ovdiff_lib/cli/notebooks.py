@@ -1,7 +1,5 @@
 """``ovdiff run | reproduce | report | compare-tables``: notebooks, and what becomes of their tables."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time
@@ -28,8 +26,7 @@ def run(options: argparse.Namespace) -> None:
     from ovdiff_lib.workbench.reproduce import note, run_notebook
 
     parameters = {**_parameters(options), **parse_assignments(options.parameter, "--parameter")}
-    # Meant from where the command is run; the notebook itself runs in its own folder.
-    folder = Path(str(parameters["output"])).resolve()
+    folder = Path(str(parameters["output"])).resolve()  # meant from here; the notebook runs in its own folder
     run_notebook(options.notebook, folder / options.notebook.name, parameters | {"output": str(folder)}, force=True)
     note(folder, options.notebook.stem)
     print(f"executed copy: {folder / options.notebook.name}   tables and figures: {folder}")
@@ -56,8 +53,7 @@ def reproduce(options: argparse.Namespace) -> int:
             apart.submit(_draw, profile, folder, workers).result()
     failures = run_all(chosen, folder, parameters, force=options.force, workers=workers,
                        say=lambda text: print(text, flush=True))
-    # Also after a failure: what is there is worth seeing, and the report says what is not.
-    for name, write in (("claims", _claims), ("report", _report)):
+    for name, write in (("claims", _claims), ("report", _report)):  # after a failure, too: they say what is not there
         try:
             print(f"{name}: {write(shown, options)}", flush=True)
         except Exception as error:
@@ -83,10 +79,10 @@ def compare_tables(options: argparse.Namespace) -> int:
     """Say where two sets of tables differ; exit code 1 if they do."""
     from ovdiff_lib.workbench.tables import compare
 
-    differences = compare.compare_tables(options.first, options.second, options.tolerance)
+    found = compare.compare_tables(options.first, options.second, options.tolerance)
     same = f"The tables are the same (tolerance {options.tolerance:g})."
-    print(*differences, f"{len(differences)} differences" if differences else same, sep="\n")
-    return int(bool(differences))
+    print(*found, f"{len(found)} differences" if found else same, sep="\n")
+    return int(bool(found))
 
 
 def _parameters(options: argparse.Namespace) -> dict[str, Any]:
@@ -111,11 +107,11 @@ def _draw(profile: Profile, folder: Path, workers: int) -> None:
     started, anew, data = time.time(), not (folder / "cache").exists(), profile.evaluation
     bench = Bench(profile, {"features.extractors": data.extractors}, library=folder / "cache")
     try:
-        sets = [bench.dataset(source) for source in (data.voc, data.context, data.object)]
+        sets = map(bench.dataset, (data.voc, data.context, data.object))
+        categories = [category for dataset in sets for category in dataset.vocabulary]
     except OVDiffError as error:
         print(f"Classes are built as the notebooks need them: {error}", flush=True)
         return
-    categories = [category for dataset in sets for category in dataset.vocabulary]
     build_classes(LocalEngine(workers), bench.profile, categories, bench.seeds, bench.library)
     if anew:
         note(folder, CLASSES, {"seconds": round(time.time() - started, 1)})

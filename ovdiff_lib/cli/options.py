@@ -39,9 +39,8 @@ def takes(*arguments: Argument, profile: bool = True) -> Callable:
     return declare
 
 
-LIBRARY = argument(
-    "--library", type=Path,
-    help="folder that keeps support sets and prototypes (default: $OVDIFF_LIBRARY, else the user's cache)")
+LIBRARY = argument("--library", type=Path,
+                   help="folder of support sets and prototypes (default: $OVDIFF_LIBRARY, else the user's cache)")
 
 PROFILE = (
     argument("--profile", default="mini", help="mini, paper, official, or a profile file (default: mini)"),
@@ -51,11 +50,9 @@ PROFILE = (
 
 ENGINE = (
     argument("--engine", choices=["local", "ray"], default="local",
-             help="local: processes of this machine (default); ray: the Ray cluster at $RAY_ADDRESS, all of whose "
-                  "machines must see the library, the models and the data under the same paths, or a Ray on this "
-                  "machine alone"),
-    argument("--workers", type=int,
-             help="processes that work side by side (default: local 1, ray as many as there is room for)"))
+             help="local: this machine (default); ray: the Ray cluster at $RAY_ADDRESS, all of whose machines must see "
+                  "library, models and data under the same paths, or a Ray on this machine"),
+    argument("--workers", type=int, help="processes side by side (default: local 1, ray as many as there is room for)"))
 
 
 def classes(name: str = "--classes", own: bool = False, **settings: Any) -> tuple[Argument, Argument]:
@@ -91,14 +88,12 @@ def vocabulary_of(options: argparse.Namespace, ovdiff: OVDiff | None = None) -> 
     """The classes with their kinds and, given the ``ovdiff`` that keeps them, with the pictures that ``--class`` names
     by their folder, or by their key, which ``library list`` shows."""
     given = [one.partition("=")[::2] for one in getattr(options, "own", None) or ()]
-    names = options.classes or [name for name, _ in given]
-    if options.classes_file:
+    names, path = options.classes or [name for name, _ in given], options.classes_file
+    if path:
         try:
-            lines = options.classes_file.read_text(encoding="utf-8-sig").splitlines()
+            names = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError):
-            raise InputError(f"The classes file {options.classes_file} cannot be read; give a UTF-8 text file with one "
-                             "class a line.") from None
-        names = [line for line in lines if line.strip()]
+            raise InputError(f"{path} cannot be read; give a UTF-8 text file with one class a line.") from None
     vocabulary = Vocabulary.of(names, options.stuff)
     known = {category.name.casefold() for category in vocabulary}
     for name in options.stuff.split(","):

@@ -1,10 +1,7 @@
 """``ovdiff segment | build``, and what the first writes for an image: palette PNG of labels, overlay with legend, JSON
 of classes and scores."""
 
-from __future__ import annotations
-
 import argparse
-import io
 import os
 import sys
 import time
@@ -17,7 +14,7 @@ from tqdm import tqdm
 
 from ovdiff_lib.cli.options import ENGINE, argument, build_with, classes, engine_of, ovdiff_of, takes, vocabulary_of
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.files import shown, write_atomic
+from ovdiff_lib.files import shown, written_whole
 from ovdiff_lib.images import list_images, read_image
 from ovdiff_lib.overlay import colours_of
 from ovdiff_lib.profiles.schema import Profile
@@ -41,11 +38,10 @@ def segment(options: argparse.Namespace) -> None:
     broken, read = [], []
 
     def images():
-        named = list(zip(paths, output_stems(paths), strict=True))
-        for path, stem in tqdm(named, "segmenting", unit="image", disable=len(paths) == 1):
+        bar = tqdm(paths, "segmenting", unit="image", disable=len(paths) == 1)
+        for path, stem in zip(bar, output_stems(paths), strict=True):
             try:
-                image = read_image(path)
-                check_image(image)
+                check_image(image := read_image(path))
             except InputError as error:
                 broken.append(str(error) if shown(path) in str(error) else f"{shown(path)}: {error}")
                 continue
@@ -57,8 +53,7 @@ def segment(options: argparse.Namespace) -> None:
     for message in broken:
         print(f"ovdiff: {message}", file=sys.stderr)
     if broken:
-        raise InputError(f"{len(broken)} of {len(paths)} images could not be segmented; the others are in "
-                         f"{shown(options.out)}.")
+        raise InputError(f"{len(broken)} of {len(paths)} images failed; the others are in {shown(options.out)}.")
     print(f"{counted(len(paths), 'image')} segmented; results in {shown(options.out)}")
 
 
@@ -104,9 +99,9 @@ def write_segmentation(result: Segmentation, folder: str | Path, stem: str, prof
 
 def label_image(labels: np.ndarray, colours: np.ndarray) -> Image.Image:
     """An image whose pixel values are labels (H, W) in [0, n): with a palette of their ``colours`` u8 (n, 3) up to 256
-    classes, else 16-bit grey. ``InputError`` for more classes than a PNG holds."""
+    classes, else 16-bit grey. ``InputError`` for more classes than that holds."""
     if len(colours) > 65536:
-        raise InputError(f"A PNG holds labels of 65,536 classes, background included, and these are {len(colours)}.")
+        raise InputError(f"A PNG holds 65,536 labels, background included, and these are {len(colours)}.")
     image = Image.fromarray(labels.astype(np.uint16 if len(colours) > 256 else np.uint8))
     if len(colours) <= 256:
         image.putpalette(np.ascontiguousarray(colours, np.uint8).tobytes())
@@ -114,6 +109,5 @@ def label_image(labels: np.ndarray, colours: np.ndarray) -> Image.Image:
 
 
 def write_png(path: Path, image: Image.Image) -> None:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    write_atomic(path, buffer.getvalue())
+    with written_whole(path) as file:
+        image.save(file, "PNG")

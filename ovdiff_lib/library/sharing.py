@@ -3,8 +3,7 @@
     index.json                                the entries it holds
     <kind>/<key>/entry.json and the files it vouches for
 
-An archive is taken whole or not at all. Sums tell an archive that was damaged from one that was not; they do not tell
-who made it.
+An archive is taken whole or not at all. Sums tell whether it was damaged, not who made it.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ INDEX = "index.json"
 MEMBER = re.compile(rf"({'|'.join(LAYOUTS)})/({KEY.pattern})/({re.escape(META)}|{FILE.pattern})|{re.escape(INDEX)}")
 
 LONGEST = 2**24
-"""Bytes of the longest header of an archive."""
+"""Bytes of the longest header of an archive; tarfile reads headers whole, whatever size they say they have."""
 
 MODES = {".tar": "w", ".tar.gz": "w:gz", ".tgz": "w:gz", ".tar.xz": "w:xz", ".txz": "w:xz"}
 """Ending of an archive's name, in any case, and how it is written."""
@@ -46,30 +45,31 @@ def export_entries(entries: Iterable[Entry], path: str | Path, progress: bool = 
     """
     entries, path = list(entries), Path(path)
     if not entries:
-        raise InputError("There is nothing to export: no entry of the library was chosen; `ovdiff library list` shows "
-                         "what there is.")
+        raise InputError("There is nothing to export; `ovdiff library list` shows what the library has.")
     mode = next((mode for suffix, mode in MODES.items() if path.name.lower().endswith(suffix)), None)
     if mode is None:
         raise InputError(f"{path} does not end in {', '.join(MODES)}; name the archive so that its form is known.")
     with written_whole(path) as file, tarfile.open(fileobj=file, mode=mode, format=tarfile.PAX_FORMAT) as archive:
-        _add(archive, INDEX, json.dumps([f"{entry.kind}/{entry.key}" for entry in entries]).encode())
+        def add(name: str, data: bytes) -> None:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+        add(INDEX, json.dumps([f"{entry.kind}/{entry.key}" for entry in entries]).encode())
         for entry in tqdm(entries, desc="exporting", unit="entry", disable=not progress):
             try:
                 files, _ = read_files(entry.path, entry.kind, entry.key)
             except (Broken, FileNotFoundError) as error:
-                raise InputError(f"The library entry {entry.path} is broken or gone ({error}), so nothing was exported;"
-                                 " run `ovdiff library verify`, which sets it aside.") from None
+                raise InputError(f"{entry.path} is broken or gone ({error}), so nothing was exported; `ovdiff library "
+                                 "verify` sets it aside.") from None
             for name, data in files.items():
-                _add(archive, f"{entry.kind}/{entry.key}/{name}", data)
+                add(f"{entry.kind}/{entry.key}/{name}", data)
 
 
 def import_archive(library: Library, path: str | Path, progress: bool = False) -> Counter[bool]:
-    """Add the entries of a tar file to a library; returns how many were new (True), and how many were here already
-    (False).
-
-    Raises ``InputError``, and adds nothing, for a file that is no such archive, is torn, holds anything but entries,
-    does not verify or would not fit on the disk.
-    """
+    """Add the entries of a tar file to a library; returns how many were new (True), and here already (False). Raises
+    ``InputError``, and adds nothing, for a file that is no such archive, is torn, holds anything but entries, does not
+    verify or would not fit on the disk."""
     path, staging = Path(path), Library(beside(library.root / "import"))
     if not path.is_file():
         raise InputError(f"There is no archive {path}; give a file that `ovdiff library export` wrote.")
@@ -87,8 +87,6 @@ def import_archive(library: Library, path: str | Path, progress: bool = False) -
 
 
 class _Header(tarfile.TarInfo):
-    """Member of an archive whose extended headers, which are read whole, are not larger than memory."""
-
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if not self.isreg() and not 0 <= self.size <= LONGEST:
             raise tarfile.ReadError(f"a header of more than {LONGEST >> 20} MiB")
@@ -133,9 +131,3 @@ def _verified(staging: Library) -> list[Entry]:
         except Broken as broken:
             raise Broken(f"holds {entry.kind}/{entry.key}, which does not verify ({broken})") from None
     return entries
-
-
-def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size, member.mode = len(data), 0o644
-    archive.addfile(member, io.BytesIO(data))

@@ -60,9 +60,8 @@ class Entry:
 class Library:
     """A content-addressed store below ``root`` (default: :func:`default_root`), which the first write makes.
 
-    Keys are hex digests (8 to 64 digits) that the caller computes (:mod:`ovdiff_lib.keys`); class names never become
-    file names. ``made_from`` is what a key is the hash of, kept with the entry. Writing raises ``InputError`` where the
-    disk is full or the folder may not be written.
+    Keys are hex digests that the caller computes (:mod:`ovdiff_lib.keys`) of ``made_from``, which is kept with the
+    entry. Writing raises ``InputError`` where the disk is full or the folder may not be written.
     """
 
     def __init__(self, root: str | Path | None = None) -> None:
@@ -129,8 +128,7 @@ class Library:
         return found
 
     def described(self) -> list[tuple[Entry, Described]]:
-        """Every entry with what it says of itself, but for those of which that cannot be had; :meth:`verify` finds
-        them."""
+        """Every entry with what it says of itself, but for those that :meth:`verify` would set aside."""
         found = []
         for entry in self.entries():
             with suppress(FileNotFoundError, Broken, InputError):
@@ -138,7 +136,7 @@ class Library:
         return found
 
     def verify(self, progress: bool = False) -> list[Entry]:
-        """Check every entry's sums and that its files can be read; sets aside and returns those that are broken."""
+        """Check that every entry is whole; sets aside and returns those that are broken."""
         return [entry for entry in tqdm(self.entries(), desc="verifying", unit="entry", disable=not progress)
                 if self.get(entry.kind, entry.key) is None]
 
@@ -151,8 +149,7 @@ class Library:
         return len(found)
 
     def leftovers(self) -> list[Path]:
-        """What interrupted writers and broken entries left behind; what a process that may be alive is writing is not
-        among them."""
+        """What interrupted writers and broken entries left behind, but for what a process may still be writing."""
         left = [*self.root.glob(".import*"), *(path for kind in LAYOUTS for path in (self.root / kind).glob("*"))]
         return sorted(path for path in left if path.suffix in (".part", ".broken") and _abandoned(path))
 
@@ -168,11 +165,8 @@ class Library:
 
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:
-        """Hold ``key`` alone among all processes and threads, so that what it names is built once. May be nested.
-
-        The system frees it when the process ends, however it ends. Raises ``InputError`` where the library may not be
-        written.
-        """
+        """Hold ``key`` alone among all processes and threads, so that what it names is built once. May be nested. The
+        system frees it when the process ends. Raises ``InputError`` where the library may not be written."""
         with ExitStack() as held:
             with self.writing():
                 path = self.root / "locks" / f"{_checked(key)}.lock"
@@ -192,8 +186,7 @@ class Library:
                              "space, or name another folder with OVDIFF_LIBRARY.") from None
 
     def place(self, kind: str, key: str, files: Files, replace: bool = False) -> bool:
-        """Put the files of a whole entry in their place; False if one is there already and stays, as it does unless
-        ``replace``."""
+        """Put the files of an entry in their place; False if a whole one is there and stays, unless ``replace``."""
         path = self._path(kind, key)
         with self.lock(key):
             if not replace and self.get(kind, key) is not None:
@@ -249,8 +242,7 @@ def _discard(path: Path) -> None:
 
 
 def _abandoned(path: Path) -> bool:
-    """Whether nobody is writing at a leftover: its process on this machine is gone, or another machine's has been
-    silent for a day."""
+    """Whether nobody is writing at a leftover: its process on this machine is gone, or it is a day old."""
     owner = OWNER.search(path.name)
     if path.suffix == ".broken" or (owner and owner["host"] == HOST and not _alive(int(owner["pid"]))):
         return True

@@ -1,7 +1,5 @@
 """What commands are told and say: NAME=VALUE words, outputs that can be written, numbers and errors in words."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from pathlib import Path
@@ -45,10 +43,8 @@ def write_json(path: Path, table: Any) -> None:
     write_atomic(path, (json.dumps(table, ensure_ascii=False, indent=1) + "\n").encode())
 
 
-def size_text(size: int | None) -> str:
-    """Bytes as a person reads them, in decimal units; "?" for None."""
-    if size is None:
-        return "?"
+def size_text(size: int) -> str:
+    """Bytes as a person reads them, in decimal units."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return f"{size / scale:.{2 if size < 10 * scale else 1 if size < 100 * scale else 0}f} {unit}"

@@ -4,8 +4,6 @@ Both have one method, ``run(make, tasks)``. ``make`` is called once in each proc
 ``worker(task) -> result``; what a task raises comes back as data. Ray is imported when a :class:`RayEngine` runs.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import itertools
@@ -14,7 +12,6 @@ import os
 import secrets
 import shutil
 import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -44,19 +41,15 @@ class Finished:
     error: str = ""
 
 
-class Engine(ABC):
-    """Runs a worker over tasks on ``workers`` processes."""
+class Engine:
+    """Runs a worker over tasks on ``workers`` processes: ``run(make, tasks)`` gives what became of every task, each
+    once, in the order in which they finish. A task whose worker is lost (killed, out of memory) is run again. Raises
+    ``OVDiffError`` when the engine cannot go on, and ``InputError`` for more workers than there is room for."""
 
     def __init__(self, workers: int | None = 1) -> None:
         if workers is not None and workers < 1:
             raise InputError(f"The number of workers is {workers}; give at least 1.")
         self.workers = workers
-
-    @abstractmethod
-    def run(self, make: Make, tasks: Sequence[Any]) -> Iterator[Finished]:
-        """What became of every task, each once, in the order in which they finish. A task whose worker is lost (killed,
-        out of memory) is run again. Raises ``OVDiffError`` when the engine cannot go on, and ``InputError`` for more
-        workers than there is room for."""
 
 
 class Worker:
@@ -83,26 +76,23 @@ class LocalEngine(Engine):
             yield from itertools.starmap(Worker(make).finish, enumerate(tasks))
             return
         left, lost = dict(enumerate(tasks)), 0
-        while left and lost <= RETRIES:
+        while left:
             before = len(left)
             for one in self._finished(make, left):
                 del left[one.index]
                 yield one
             lost = lost + 1 if len(left) == before else 0
+            if lost > RETRIES:
+                raise OVDiffError(f"The worker processes were killed or ran out of memory {lost} times in a row; "
+                                  f"{len(left)} of {len(tasks)} tasks are left. Use fewer workers.")
             if left:
-                logger.warning("A worker process ended unexpectedly; fresh ones go on with the %d tasks that are left.",
-                               len(left))
-        if left:
-            raise OVDiffError(f"The worker processes ended {lost} times in a row before a task was finished; "
-                              f"{len(left)} of {len(tasks)} are left. They were killed or ran out of memory; use fewer "
-                              "workers.")
+                logger.warning("A worker process ended unexpectedly; fresh ones do the %d tasks left.", len(left))
 
     def _finished(self, make: Make, left: Mapping[int, Any]) -> Iterator[Finished]:
         """What becomes of the tasks ``left``; of some nothing, when a process ends before its work."""
         threads = max(1, len(os.sched_getaffinity(0)) // self.workers)
-        pool = ProcessPoolExecutor(min(self.workers, len(left)), get_context("spawn"), _begin, (make, threads))
+        pool, waiting = ProcessPoolExecutor(self.workers, get_context("spawn"), _begin, (make, threads)), {}
         try:
-            waiting = {}
             with contextlib.suppress(BrokenProcessPool):  # one has ended already
                 for index, task in left.items():
                     waiting[pool.submit(_finish, index, task)] = index
@@ -133,12 +123,9 @@ def _finish(index: int, task: Any) -> Finished:
 
 
 class RayEngine(Engine):
-    """Workers on the machines of a Ray cluster, which find project, models, data and library under the same paths.
-
-    The cluster is the one that this process is connected to already, else that of the environment variable
-    ``RAY_ADDRESS``, else a Ray on this machine alone, which ends with this process. ``workers`` defaults to as many as
-    there is room for, each with one CPU or, with ``gpu``, one GPU for itself; None is with one where there are any.
-    """
+    """Workers on the machines of a Ray cluster (:func:`connected`), which find project, models, data and library under
+    the same paths. ``workers`` defaults to as many as there is room for, each with one CPU or, with ``gpu``, one GPU
+    for itself; None is with one where there are any."""
 
     def __init__(self, workers: int | None = None, gpu: bool | None = False) -> None:
         super().__init__(workers)
@@ -179,8 +166,6 @@ class RayEngine(Engine):
 
 
 class _Actor(Worker):
-    """One of Ray's workers."""
-
     def __init__(self, make: Make, threads: int, folder: str) -> None:
         import ray
 
@@ -206,7 +191,8 @@ def divide(total: Mapping[str, float], workers: int | None, gpu: bool | None, ta
 
 
 def connected() -> Any:
-    """The module ``ray``, this process connected to a cluster, or to one that is started here and ends with it."""
+    """The module ``ray``, this process connected to a cluster: the one that it is connected to already, else that of
+    the environment variable ``RAY_ADDRESS``, else one on this machine alone, which ends with this process."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its remarks on actors that are restarted, as is meant
     try:

@@ -1,7 +1,5 @@
 """Queries that an image does not show (Sec. 4.5, the "red car" of Fig. 6): are they segmented all the same?"""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,40 +23,30 @@ class AbsentTest:
     """
 
     def __init__(self, least: float = 0.01) -> None:
-        self.least = least
-        self.images = self.absent = self.segmented = self.shown = self.missed = self.fooled = 0
-        self.pixels = self.wrong_pixels = 0
+        self.least, self.counts = least, Counter()
 
     def update(self, predicted: np.ndarray, target: np.ndarray, queried: Iterable[int]) -> None:
-        """Count one image: ``predicted`` and ``target`` int (H, W), ``queried`` the labels (not 0) that were asked for.
-
-        ``predicted`` holds these and 0, ``target`` any labels, 0 and the ignored one.
-        """
-        counted, size = target != IGNORE, int((target != IGNORE).sum())
+        """Count one image: ``target`` int (H, W) of any labels, ``queried`` the labels (not 0) that were asked for, and
+        ``predicted`` int (H, W), which holds these and 0."""
+        counted = target != IGNORE
         found, true = Counter(predicted[counted].tolist()), set(target[counted].tolist())
         absent, shown = set(queried) - true, set(queried) & true
-        large = {label for label in queried if found[label] >= self.least * max(1, size)}
-        self.images += 1
-        self.pixels += size
-        self.absent += len(absent)
-        self.segmented += len(absent & large)
-        self.fooled += bool(absent & large)
-        self.shown += len(shown)
-        self.missed += len(shown - large)
-        self.wrong_pixels += sum(found[label] for label in absent)
+        large = {label for label in queried if found[label] >= self.least * max(1, found.total())}
+        self.counts.update(
+            images=1, fooled=bool(absent & large), absent=len(absent), segmented=len(absent & large), shown=len(shown),
+            missed=len(shown - large), pixels=found.total(), wrong=sum(found[label] for label in absent))
 
-    segmented_rate = property(lambda self: _ratio(self.segmented, self.absent))
+    segmented_rate = property(lambda self: self._share("segmented", "absent"))
     """Of all (image, queried class it does not show), the share that was segmented."""
-    fooled_rate = property(lambda self: _ratio(self.fooled, self.images))
+    fooled_rate = property(lambda self: self._share("fooled", "images"))
     """The share of images in which at least one class was segmented that is not there."""
-    pixel_rate = property(lambda self: _ratio(self.wrong_pixels, self.pixels))
+    pixel_rate = property(lambda self: self._share("wrong", "pixels"))
     """The share of pixels that went to classes that are not in their image."""
-    missed_rate = property(lambda self: _ratio(self.missed, self.shown))
+    missed_rate = property(lambda self: self._share("missed", "shown"))
     """Of all (image, queried class it shows), the share that was not segmented: what a strict filter costs."""
 
-
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else float("nan")
+    def _share(self, part: str, whole: str) -> float:
+        return self.counts[part] / self.counts[whole] if self.counts[whole] else float("nan")
 
 
 Trial = tuple[Sample, tuple[int, ...]]
@@ -66,8 +54,8 @@ Trial = tuple[Sample, tuple[int, ...]]
 
 
 def one_absent_word(samples: Iterable[Sample], classes: int, seed: int = 0) -> list[Trial]:
-    """For each image the labels it shows and one of the other labels 1 to ``classes``, drawn at random by the image's
-    id, the seed and the number of classes (Fig. 6). Raises ``InputError`` for an image that shows all classes."""
+    """For each image the labels it shows and one of the others of 1 to ``classes``, drawn by the image's id, the seed
+    and the number of classes (Fig. 6). Raises ``InputError`` for an image that shows all classes."""
     trials = []
     for sample in samples:
         shown = shown_labels(sample)
@@ -84,11 +72,8 @@ def absent_tests(methods: Mapping[str, Callable[[np.ndarray, tuple[int, ...]], n
                  askings: Mapping[str, Sequence[Trial]], classes: int,
                  progress: bool = True) -> dict[tuple[str, str], tuple[np.ndarray, AbsentTest]]:
     """Every method on every trial: (asking, method) -> the confusion matrix of each image, i64 (images, K, K), and what
-    became of absent words.
-
-    ``methods[name](image, asked)`` labels an image: 0 = background, i + 1 = ``asked[i]``. Trials at one place of the
-    askings are done one after the other, so that methods that remember an image's features pay once.
-    """
+    became of absent words. ``methods[name](image, asked)`` labels an image: 0 = background, i + 1 = ``asked[i]``.
+    Trials at one place of the askings follow each other: methods that remember an image's features pay once."""
     tests = {(asking, name): ([], AbsentTest()) for asking in askings for name in methods}
     places = list(zip(*askings.values(), strict=True))
     for place in tqdm(places, unit="image", mininterval=5, disable=not progress):
@@ -110,10 +95,10 @@ def search_threshold(score: Callable[[np.ndarray, tuple[int, ...]], np.ndarray],
 
     ``score(image, asked)`` gives f32 (len(asked) + 1, H, W), whose row 0 is not read.
     """
-    matrices = {threshold: ConfusionMatrix(classes + 1) for threshold in thresholds}
+    matrices = [ConfusionMatrix(classes + 1) for _ in thresholds]
     for sample, asked in trials:
         maps = np.array([0, *asked])[above(score(sample.image, asked), thresholds)]
-        for matrix, labels in zip(matrices.values(), maps, strict=True):
+        for matrix, labels in zip(matrices, maps, strict=True):
             matrix.update(labels, sample.labels)
-    best = max(matrices, key=lambda threshold: matrices[threshold].miou())
-    return float(best), matrices[best].miou()
+    miou = [matrix.miou() for matrix in matrices]
+    return float(thresholds[int(np.argmax(miou))]), max(miou)

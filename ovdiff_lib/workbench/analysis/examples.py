@@ -1,7 +1,5 @@
 """Example images chosen by what their label maps show, so that figures are not picked by hand (Fig. 4, 6 and A.1)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -35,14 +33,12 @@ def side_by_side(samples: Sequence[Sample]) -> list[Sample]:
     show that class alone, joined left to right. At most one a class, the ones nearest to a square first."""
     waiting: dict[tuple[int, int], Sample] = {}
     joined: dict[int, Sample] = {}
-    for sample in samples:
-        shown = shown_labels(sample)
-        if len(shown) != 1 or shown[0] in joined:
-            continue
-        first = waiting.setdefault((shown[0], sample.image.shape[0]), sample)
-        if first is not sample:
-            joined[shown[0]] = Sample(f"{first.id} + {sample.id}", np.concatenate([first.image, sample.image], 1),
-                                      np.concatenate([first.labels, sample.labels], 1))
+    for sample, shown in ((sample, shown_labels(sample)) for sample in samples):
+        if len(shown) == 1 and shown[0] not in joined:
+            first = waiting.setdefault((shown[0], sample.image.shape[0]), sample)
+            if first is not sample:
+                joined[shown[0]] = Sample(f"{first.id} + {sample.id}", np.concatenate([first.image, sample.image], 1),
+                                          np.concatenate([first.labels, sample.labels], 1))
     return sorted(joined.values(), key=lambda s: abs(np.log(s.image.shape[1] / s.image.shape[0])))
 
 

@@ -1,7 +1,5 @@
 """Does a small margin predict an error? How far the winning class is ahead, of right and of wrong pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -52,12 +50,9 @@ class MarginStatistics:
     def error_rates(self, parts: int = 10) -> list[tuple[float, float]]:
         """Pixels sorted by margin and cut into ``parts`` of about equal size, smallest margins first: (mean margin,
         share of wrong pixels) of each. Pixels of one bin stay together, so that a part may be missing."""
-        total = self.right + self.wrong
-        if not total.any():
-            return []
-        middle = np.cumsum(total) - total / 2
-        part = np.minimum((middle / total.sum() * parts).astype(int), parts - 1)
-        centre = (np.arange(len(total)) + 0.5) * BIN
+        total, centre = self.right + self.wrong, (np.arange(len(self.right)) + 0.5) * BIN
+        middle = (np.cumsum(total) - total / 2) / max(1, total.sum())
+        part = np.minimum((middle * parts).astype(int), parts - 1)
         chosen = [part == i for i in range(parts) if total[part == i].any()]
         return [(float(np.average(centre[one], weights=total[one])), float(self.wrong[one].sum() / total[one].sum()))
                 for one in chosen]
@@ -66,11 +61,8 @@ class MarginStatistics:
 def confusions(ovdiff: OVDiff, bank: PrototypeBank, samples: Iterable[Sample], names: Sequence[str],
                progress: bool = True) -> np.ndarray:
     """Pixel counts of each of ``samples``, background and the classes of ``bank``, i64 (images, C + 1, C + 1), rows
-    true.
-
-    ``names`` are the classes of the samples' labels 1, 2, ..., compared without case. Those that the bank does not have
-    are background; a class of the bank that ``names`` lacks has an empty row. Ignored pixels do not count.
-    """
+    true. ``names`` are the classes of the samples' labels 1, 2, ..., compared without case; those that the bank lacks
+    are background. Ignored pixels do not count."""
     place = {name.casefold(): i + 1 for i, name in enumerate(bank.vocabulary.names)}
     table = np.zeros(256, np.int32)
     table[1:len(names) + 1] = [place.get(name.casefold(), 0) for name in names]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -13,21 +12,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.files import write_atomic
+from ovdiff_lib.files import write_atomic, written_whole
 from ovdiff_lib.workbench.data.classes import class_table
 from ovdiff_lib.workbench.data.datasets import context, numbered
 
-PHASES = ("train", "val")
-"""Splits of PASCAL Context with labels."""
+PHASES = ("train", "val")  # splits with labels
 
 
 def decode_rle(segmentation: dict[str, Any]) -> np.ndarray:
     """Mask bool (H, W) from COCO's run-length encoding: ``size`` [H, W] and ``counts``, the lengths of runs of 0 and 1
-    in turn, column by column.
+    in turn, column by column. ``ValueError`` if they do not make a mask.
 
     Each length is written in groups of 5 bits, lowest first, as characters from "0" on (32: another group follows; the
-    highest bit of the last group is the sign), from the fourth on less the length before the last. Raises
-    ``ValueError`` if the lengths do not make a mask.
+    highest bit of the last group is the sign), from the fourth on less the length before the last.
     """
     height, width = segmentation["size"]
     runs, value, bits = [], 0, 0
@@ -49,8 +46,7 @@ def convert_context(json_path: str | Path, folder: str | Path) -> dict[str, int]
 
     Writes ``SegmentationClassContext/<id>.png`` (0 = background, 1 to 59 in alphabetical order; of overlapping regions
     the later one counts) and, last, ``ImageSets/SegmentationContext/<split>.txt``. Returns the number of images of
-    each. Raises ``InputError`` for a file of another form. Lists made by the usual converter have one val image less
-    (5104): its annotation reader loses some while filtering.
+    each (the usual converter loses one of val's 5105). Raises ``InputError`` for a file of another form.
     """
     home, path = context().home(Path(folder).expanduser(), "val"), Path(json_path).expanduser()
     listed, name = {phase: [] for phase in PHASES}, "none"
@@ -60,9 +56,9 @@ def convert_context(json_path: str | Path, folder: str | Path) -> dict[str, int]
             annotations[annotation["image_id"]].append(annotation)
         for image in tqdm([image for image in table["images"] if image["phase"] in PHASES], "label maps", unit="image"):
             name = Path(image["file_name"]).stem
-            drawn, buffer = _drawn((image["height"], image["width"]), annotations[image["image_id"]]), io.BytesIO()
-            Image.fromarray(drawn).save(buffer, "PNG")
-            write_atomic(home / "SegmentationClassContext" / f"{name}.png", buffer.getvalue())
+            drawn = _drawn((image["height"], image["width"]), annotations[image["image_id"]])
+            with written_whole(home / "SegmentationClassContext" / f"{name}.png") as file:
+                Image.fromarray(drawn).save(file, "PNG")
             listed[image["phase"]].append(name)
     except InputError:  # a label map that cannot be written
         raise

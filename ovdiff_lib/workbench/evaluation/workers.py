@@ -35,14 +35,11 @@ def processors(profile: Profile) -> int:
 
 def build_classes(engine: Engine, profile: Profile, categories: Iterable[Category], seeds: Sequence[int] | None,
                   library: str | Path, progress: bool = True) -> list[str]:
-    """Build the prototypes of every category for every seed into ``library``; what is there is not built again.
-
-    Seeds replace ``support.seed`` and ``prototypes.seed``; None keeps the profile's. All machines of ``engine`` must
-    see the folder ``library``. Returns one sentence for each class that could not be built. Raises ``InputError`` where
-    the library cannot be written, and as ``run``.
-    """
-    # The library knows a class by its words: two data sets may name one alike.
-    words = list({(category.prompt, category.pictures): category for category in categories}.values())
+    """Build the prototypes of every category for every seed (None: the profile's) into ``library``, a folder that all
+    machines of ``engine`` see; returns one sentence for each class that could not be built. Raises ``InputError`` where
+    the library cannot be written, and as ``run``."""
+    # The library knows a class by its words and pictures.
+    words = {(category.prompt, category.pictures): category for category in categories}.values()
     tasks = [(category, seed) for seed in ([None] if seeds is None else seeds) for category in words]
     failures, root = [], Path(library).expanduser().absolute()
     check_output(root)
@@ -51,10 +48,10 @@ def build_classes(engine: Engine, profile: Profile, categories: Iterable[Categor
         build = partial(ClassBuilder, profile, root, Path(mark.name))
         with closing(engine.run(build, tasks)) as done:
             for task in tqdm(done, "building classes", len(tasks), unit="class", disable=not progress):
+                category, seed = tasks[task.index]
+                of_seed = "" if seed is None else f" (seed {seed})"
                 if task.error:
-                    category, seed = tasks[task.index]
-                    which = f"The class {category.name!r}" + (f" (seed {seed})" if seed is not None else "")
-                    failures.append(f"{which} could not be built: {task.error}")
+                    failures.append(f"The class {category.name!r}{of_seed} could not be built: {task.error}")
     return failures
 
 
@@ -80,27 +77,20 @@ class ClassBuilder:
 def _counter(profile: Profile, bank: PrototypeBank, dataset: Dataset) -> Callable[[int], csr_array]:
     """A worker: number of an image -> its confusion (K, K), most of it zero."""
     predict = measure.label_predictor(OVDiff(profile, progress=False), bank, dataset)
-
-    def count(index: int) -> csr_array:
-        sample = dataset[index]
-        return csr_array(measure.confusion(dataset, predict(sample.image), sample))
-
-    return count
+    return lambda index: csr_array(measure.confusion(dataset, predict((sample := dataset[index]).image), sample))
 
 
 def evaluate_on(engine: Engine, profile: Profile, bank: PrototypeBank, dataset: Dataset, limit: int | None = None,
                 progress: bool = True) -> EvaluationResult:
-    """OVDiff with ``profile`` and ``bank`` on the first ``limit`` images of a data set (default: all), segmented by the
-    workers of an engine: the result of :func:`~ovdiff_lib.workbench.evaluation.measure.evaluate`.
-
-    Raises ``OVDiffError`` for the first image that fails, ``InputError`` for an empty data set, and as ``engine.run``.
-    """
+    """:func:`~ovdiff_lib.workbench.evaluation.measure.evaluate` of OVDiff with ``profile`` and ``bank``, by the workers
+    of an engine. Raises ``OVDiffError`` for the first image that fails, ``InputError`` for an empty data set, and as
+    ``engine.run``."""
     found, total = {}, measure.image_count(dataset, limit)
     with closing(engine.run(partial(_counter, profile, bank, dataset), range(total))) as done:
         for image in tqdm(done, dataset.name, total, unit="image", disable=not progress):
             if image.error:
-                raise OVDiffError(f"Image {dataset.ids[image.index]} of {dataset.name} could not be evaluated, so there"
-                                  f" is no mIoU: {image.error}")
+                name = f"Image {dataset.ids[image.index]} of {dataset.name}"
+                raise OVDiffError(f"{name} could not be evaluated, so there is no mIoU: {image.error}")
             found[image.index] = image.result
     counts = Counts((1, *found[0].shape))
     for index in range(total):

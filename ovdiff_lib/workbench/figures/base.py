@@ -3,11 +3,8 @@
 Every figure function returns a matplotlib ``Figure``; :func:`save_figure` writes it with its caption.
 """
 
-from __future__ import annotations
-
 import colorsys
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
-from ovdiff_lib.files import write_atomic
+from ovdiff_lib.files import written_whole
 from ovdiff_lib.overlay import colours_of
 from ovdiff_lib.types import ForegroundBackground, Prototypes
+from ovdiff_lib.workbench.console import write_json
 
 FOREGROUND, BACKGROUND, UNUSED = (228, 87, 46), (46, 134, 193), (225, 225, 225)
 """Colours (RGB) of foreground, background and unused support pixels in every figure."""
@@ -115,11 +113,10 @@ def image_grid(rows: Sequence[Sequence[np.ndarray]], row_names: Sequence[str] = 
 
 def class_legend(figure: Figure, class_names: Sequence[str], labels: Sequence[int], most: int = 7,
                  **options: Any) -> None:
-    """A legend below a figure of the colours of ``labels``, at most ``most`` in a row; ``class_names`` are those of all
-    labels, background first. ``options`` are those of matplotlib's legend."""
+    """A legend below a figure of the colours of ``labels``, at most ``most`` in a row, with the ``options`` of
+    matplotlib's; ``class_names`` by label, background first."""
     colours = colours_of(class_names) / 255
-    handles = [Patch(color=colours[i], label=class_names[i]) for i in labels]
-    if handles:
+    if handles := [Patch(color=colours[i], label=class_names[i]) for i in labels]:
         options = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "frameon": False, "fontsize": 9, **options}
         figure.legend(handles=handles, ncol=min(len(handles), most), **options)
 
@@ -127,17 +124,14 @@ def class_legend(figure: Figure, class_names: Sequence[str], labels: Sequence[in
 def save_figure(figure: Sheet, path: Path, caption: str) -> None:
     """Write a figure as PNG with its caption beside it (``.json``); both appear whole or not at all.
 
-    256 colours are chosen for the picture: a grid of images then takes a fifth of the bytes, and figures are committed.
-    Of Pillow's ways of choosing, this one keeps the few pixels of a legend nearest to their colours. Dithered, skies
-    stay smooth; areas of one colour are left alone.
+    It has 256 colours, a fifth of the bytes, as figures are committed; this way of choosing them keeps those of the few
+    pixels of a legend. Dithered, skies stay smooth; areas of one colour are left alone.
     """
-    buffer = io.BytesIO()
     picture = Image.open(io.BytesIO(figure._repr_png_())).convert("RGB")
     plain = picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
     reduced, pixels = picture.quantize(palette=plain, dither=Image.Dither.FLOYDSTEINBERG), np.asarray(picture)
     same = np.any([(pixels == np.roll(pixels, *side)).all(-1) for side in ((1, 0), (-1, 0), (1, 1), (-1, 1))], axis=0)
     reduced.paste(plain, mask=Image.fromarray(same))
-    reduced.save(buffer, "PNG", optimize=True)
-    write_atomic(path, buffer.getvalue())
-    record = json.dumps({"caption": caption}, ensure_ascii=False, indent=1)
-    write_atomic(path.with_suffix(".json"), f"{record}\n".encode())
+    with written_whole(path) as file:
+        reduced.save(file, "PNG", optimize=True)
+    write_json(path.with_suffix(".json"), {"caption": caption})

@@ -1,23 +1,19 @@
 """Charts of measured numbers: growth with error bars, what switching one setting does, what steps cost, tables of
 shares. Each returns a matplotlib ``Figure``."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ovdiff_lib.workbench.cost.instruments import Measured
 from ovdiff_lib.workbench.figures.base import Sheet
-
-if TYPE_CHECKING:
-    from ovdiff_lib.workbench.cost.instruments import Measured
-    from ovdiff_lib.workbench.tables.tables import Cell
+from ovdiff_lib.workbench.tables.tables import Cell
 
 INK, GREY, RISE, FALL = "#1f3b57", "#9aa5b1", "#2e86c1", "#e4572e"
 COLOURS, MARKERS = ("#2e86c1", "#e4572e", "#3a9d5d", "#8e5ea2", "#c79a00", "#555555"), "osD^vP"
@@ -25,8 +21,8 @@ COLOURS, MARKERS = ("#2e86c1", "#e4572e", "#3a9d5d", "#8e5ea2", "#c79a00", "#555
 
 
 def growth_chart(x: Sequence[float], cells: Sequence[Cell], xlabel: str, ylabel: str, mark: float) -> Figure:
-    """The numbers of ``cells`` with their intervals over ``x``, which counts doublings; of how many runs n each is the
-    mean stands at the point. ``mark`` is a vertical line, for a setting in use."""
+    """The numbers of ``cells`` with their intervals and n, of how many runs each is the mean, over ``x``, which counts
+    doublings. ``mark`` is a vertical line, for a setting in use."""
     figure, (axis,) = _axes(1, 5.2, 3.2, labelsize=9)
     axis.grid(False, axis="x")
     mean, spread = [cell.measured for cell in cells], _bars(cells)
@@ -49,19 +45,18 @@ def difference_chart(names: Sequence[str], cells: Sequence[Cell], xlabel: str) -
     figure, (axis,) = _axes(1, 6.4, 0.9 + 0.25 * len(names), labelsize=9)
     axis.grid(False, axis="y")
     axis.axvline(0, color=INK, linewidth=0.8)
-    places = np.arange(len(names))[::-1]
+    places, style = np.arange(len(names))[::-1], {"textcoords": "offset points", "va": "center", "fontsize": 8}
     for place, cell in zip(places, cells, strict=True):
-        value, style = cell.measured, {"textcoords": "offset points", "va": "center", "fontsize": 8}
+        value = cell.measured
         if value is None:
             axis.plot(0, place, "o", markersize=5, markerfacecolor="white", markeredgecolor=GREY, zorder=3)
             axis.annotate("not exercised here", (0, place), xytext=(7, 0), color=GREY, **style)
         else:
-            spread, right = _bars([cell]), value >= 0
-            end = float(value + spread[1, 0] if right else value - spread[0, 0])
-            axis.barh(place, value, height=0.62, color=RISE if right else FALL)
+            spread, side = _bars([cell]), 1 if value >= 0 else -1
+            end = float(value + side * spread[int(side > 0), 0])
+            axis.barh(place, value, height=0.62, color=RISE if side > 0 else FALL)
             axis.errorbar(value, place, xerr=spread, color=INK, capsize=2, elinewidth=0.9)
-            axis.annotate(f"{value:+.1f}", (end, place), xytext=(3 if right else -3, 0),
-                          ha="left" if right else "right", **style)
+            axis.annotate(f"{value:+.1f}", (end, place), (3 * side, 0), ha="left" if side > 0 else "right", **style)
     axis.set_yticks(places, names)
     axis.set(xlabel=xlabel, ylim=(-0.7, len(names) - 0.3))
     low, high = axis.get_xlim()
@@ -91,8 +86,7 @@ def _axes(count: int, width: float, height: float, labelsize: float = 8) -> tupl
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes: ``lines`` maps a name to points (x, Measured); ``fit``, of ``scipy.stats.linregress``, is drawn
-    as a dashed line with its R^2."""
+    """One set of axes: points (x, Measured) by name, and a ``fit`` of ``scipy.stats.linregress`` to be drawn."""
 
     title: str
     x: str
@@ -110,8 +104,7 @@ def growth_figure(panels: Sequence[Panel], unit: str) -> Figure:
             points = sorted(points, key=lambda point: point[0])
             x, middle = np.array([(x, m.median) for x, m in points], float).T
             spread = np.abs(np.array([(min(m.seconds), max(m.seconds)) for _, m in points]).T - middle)
-            # so that bars of several lines can be told apart
-            aside = (number - (len(panel.lines) - 1) / 2) * 0.008 * right
+            aside = (number - (len(panel.lines) - 1) / 2) * 0.008 * right  # bars of several lines can be told apart
             axis.errorbar(x + aside, middle, spread, color=COLOURS[number], marker=MARKERS[number], markersize=4.5,
                           capsize=2.5, elinewidth=0.9, linewidth=0 if panel.fit else 1.5, label=name)
         if fit := panel.fit:

@@ -1,8 +1,6 @@
 """Figures that explain a segmentation: from its regions to the support images (Fig. 4), margins, and why classes are
 absent."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,14 +24,11 @@ COLOURS = ((255, 127, 14), (0, 190, 225), (222, 60, 178), (248, 214, 40), (80, 2
 """RGB of the prototypes in a figure, in order; after the last the first comes again."""
 
 REASON_COLOURS = {"kept": "#2a9d5c", BELOW: "#b9bcc4", NOT_AMONG_TOP: "#e0a03a", NOT_BEST: "#d1495b"}
-LINE = "#31435e"
+LINE, CROSS = "#31435e", np.array([[0, 0, 1, 0, 0], [0] * 5, [1, 0, 1, 0, 1], [0] * 5, [0, 0, 1, 0, 0]], bool)
 
 LEAST, SHOWN, HATCH = 1e-4, "shown, dropped", "////"
 """In :func:`absent_figure`: the probability below which all bars are alike, and how classes are marked that an image
 shows although the pre-filter dropped them."""
-
-WITHIN = np.array([[0, 0, 1, 0, 0], [0, 0, 0, 0, 0], [1, 0, 1, 0, 1], [0, 0, 0, 0, 0], [0, 0, 1, 0, 0]], bool)
-"""Around a pixel: what is in a region, too, where the pixel is not on its outline."""
 
 SHARP = 256
 """Smaller images are enlarged to about this long side, so that outlines drawn into them stay thin."""
@@ -47,7 +42,7 @@ def highlight(image: np.ndarray, regions: Sequence[np.ndarray], colours: Sequenc
     for region, colour in zip(regions, colours, strict=True):
         mask = np.asarray(Image.fromarray(region).resize(picture.shape[1::-1], Image.Resampling.NEAREST))
         drawn[mask] = 0.5 * picture[mask] + 0.5 * np.array(colour, np.float32)
-        inside = minimum_filter(mask, footprint=WITHIN, mode="nearest")  # nor is the image's border an outline
+        inside = minimum_filter(mask, footprint=CROSS, mode="nearest")  # nor is the image's border an outline
         drawn[mask & ~inside] = colour
     return drawn.clip(0, 255).round().astype(np.uint8)
 
@@ -70,10 +65,7 @@ class Trace:
     supports: Mapping[str, SupportSet]
     pixel: tuple[int, int] | None = None
 
-    @property
-    def colours(self) -> list[tuple[int, int, int]]:
-        """One for each prototype."""
-        return [COLOURS[i % len(COLOURS)] for i in range(len(self.prototypes))]
+    colours = property(lambda self: [COLOURS[i % len(COLOURS)] for i in range(len(self.prototypes))])
 
 
 def innermost(region: np.ndarray) -> tuple[int, int]:
@@ -93,9 +85,8 @@ def source_images(prototypes: Sequence[Activated], count: int) -> list[tuple[str
 
 
 def prototype_figure(traces: Sequence[Trace], shown: int = 4) -> Figure:
-    """Fig. 4: at the left each segmentation, in the middle the regions that its prototypes decided, each in its own
-    colour, at the right ``shown`` support images with the regions that these prototypes were made from in the same
-    colours."""
+    """Fig. 4: each segmentation, the regions that its prototypes decided, each in its colour, and ``shown`` support
+    images with the regions that these prototypes were made from in the same colours."""
     left, gap, head, cell, row = 2.1, 0.14, 0.36, 1.3, 1.34  # inches
     places = [left, left + cell + gap, *(left + (2 + i) * cell + 2 * gap for i in range(shown))]
     figure = Sheet((places[-1] + cell, head + len(traces) * row), 110)
@@ -144,21 +135,19 @@ def _around(trace: Trace) -> tuple[int, int, int, int]:
 def _mark(picture: np.ndarray, row: int, column: int) -> None:
     """A black and white ring around a pixel, drawn into ``picture``."""
     y, x = np.ogrid[: picture.shape[0], : picture.shape[1]]
-    radius, unit = np.hypot(y - row, x - column), max(picture.shape[:2]) / SHARP
-    picture[(radius > 6 * unit) & (radius < 13 * unit)] = 0
-    picture[(radius > 8 * unit) & (radius < 11 * unit)] = 255
+    radius = np.hypot(y - row, x - column) * SHARP / max(picture.shape[:2])
+    picture[(radius > 6) & (radius < 13)] = 0
+    picture[(radius > 8) & (radius < 11)] = 255
 
 
 def _row_names(figure: Sheet, trace: Trace, top: float) -> None:
     figure.write(0.08, top, trace.name, ha="left", va="top", fontsize=13, weight="bold")
-    y = top + 0.22 * len(trace.name.split("\n")) + 0.12
-    for prototype, colour in zip(trace.prototypes, trace.colours, strict=True):
-        labels = trace.segmentation.labels
-        share = 100 * prototype.pixels.sum() / (labels == labels[prototype.pixels][0]).sum()
-        which = f"{prototype.kind} {prototype.index}" if prototype.kind != "class" else "class"
-        figure.write(0.1, y, "■", ha="left", fontsize=13, color=np.array(colour) / 255)
-        figure.write(0.31, y, f"{which}: {share:.0f} %", ha="left", fontsize=12)
-        y += 0.25
+    labels, below = trace.segmentation.labels, top + 0.22 * len(trace.name.split("\n")) + 0.12
+    for i, (one, colour) in enumerate(zip(trace.prototypes, trace.colours, strict=True)):
+        share = 100 * one.pixels.sum() / (labels == labels[one.pixels][0]).sum()
+        which = f"{one.kind} {one.index}" if one.kind != "class" else "class"
+        figure.write(0.1, below + 0.25 * i, "■", ha="left", fontsize=13, color=np.array(colour) / 255)
+        figure.write(0.31, below + 0.25 * i, f"{which}: {share:.0f} %", ha="left", fontsize=12)
 
 
 def margin_figure(statistics: MarginStatistics) -> Figure:
@@ -168,14 +157,12 @@ def margin_figure(statistics: MarginStatistics) -> Figure:
     left, right = figure.subplots(1, 2)
     both = statistics.right + statistics.wrong
     last = int(np.searchsorted(np.cumsum(both), 0.99 * both.sum())) + 1
-    group = max(1, last // 40)  # bins in a bar
-    starts = np.arange(-(-last // group)) * group
-    edges = np.append(starts, starts[-1] + group) * BIN
+    edges = np.arange(0, last + max(1, last // 40), max(1, last // 40))  # about 40 bars
     for counts, name, colour in ((statistics.right, "right", "#2a9d5c"), (statistics.wrong, "wrong", "#d1495b")):
         if counts.any():
-            share = 100 * np.add.reduceat(counts[: starts[-1] + group], starts) / counts.sum()
-            left.stairs(share, edges, label=f"{name} pixels", color=colour, fill=True, alpha=0.55)
-    left.set(xlabel="margin: winner minus runner-up (cosine)", ylabel="% of these pixels", xlim=(0, edges[-1]))
+            share = 100 * np.diff(np.append(0, np.cumsum(counts))[edges.clip(max=len(counts))]) / counts.sum()
+            left.stairs(share, edges * BIN, label=f"{name} pixels", color=colour, fill=True, alpha=0.55)
+    left.set(xlabel="margin: winner minus runner-up (cosine)", ylabel="% of these pixels", xlim=(0, edges[-1] * BIN))
     left.legend(frameon=False, fontsize=9)
     rates = [100 * rate for _, rate in statistics.error_rates()]
     right.plot(range(1, len(rates) + 1), rates, "o-", color=LINE)
@@ -190,9 +177,8 @@ def absent_figure(segmentations: Sequence[Segmentation], filters: Filters, names
                   shown: Sequence[Collection[str]], bars: int = 7) -> Figure:
     """For each image CLIP's ``bars`` most probable classes, with the threshold 1/C and why the pre-filter dropped some.
 
-    ``shown`` are the classes that each image really shows; their names are marked with a dot. Those of them that were
-    dropped are always among the bars, hatched, and take the place of the least probable others; a bar is at least
-    :data:`LEAST` long. A class that was segmented has its name in the colour of its pixels.
+    ``shown`` are the classes that each image really shows: marked with a dot, and if dropped always among the bars,
+    hatched. A class that was segmented has its name in the colour of its pixels.
     """
     count = len(segmentations)
     figure = Sheet((3.1 * count, 3.7), 110, layout="constrained")
@@ -214,12 +200,12 @@ def absent_figure(segmentations: Sequence[Segmentation], filters: Filters, names
 
 def _bars(axis: Axes, result: Segmentation, filters: Filters, shown: Collection[str], bars: int) -> list[str]:
     """Bars of one image; returns the reasons that occur."""
-    absent = {a.name: a for a in absent_classes(result, filters)}
+    absent, words = {a.name: a for a in absent_classes(result, filters)}, result.vocabulary.names
     ranked = np.argsort(-result.filter_scores, kind="stable").tolist()
-    lost = [i for i in ranked if result.vocabulary.names[i] in shown and i not in result.kept]
+    lost = [i for i in ranked if words[i] in shown and i not in result.kept]
     others = [i for i in ranked if i not in lost][: max(1, bars - len(lost))]
-    order = np.array(sorted([*others, *lost], key=ranked.index))
-    names = [result.vocabulary.names[i] for i in order]
+    order = np.array([i for i in ranked if i in lost or i in others])
+    names = [words[i] for i in order]
     reasons = [absent[n].reason if n in absent else "kept" for n in names]
     drawn = axis.barh(range(len(names)), np.maximum(result.filter_scores[order], LEAST),
                       color=[REASON_COLOURS[r] for r in reasons])

@@ -1,8 +1,6 @@
 """Pictures of what happens inside a step: proposals and their choice by Eq. 1, features as colours, methods side by
 side."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,21 +14,13 @@ from sklearn.preprocessing import normalize
 from ovdiff_lib.masks.select import mean_attribution, upsample
 from ovdiff_lib.overlay import colours_of, paint
 from ovdiff_lib.types import ForegroundBackground, SupportSet
-from ovdiff_lib.workbench.figures.base import (
-    BACKGROUND,
-    FOREGROUND,
-    Sheet,
-    class_legend,
-    heat,
-    image_grid,
-    mask_picture,
-)
+from ovdiff_lib.workbench.figures import base
 
 
 def selection_figure(supports: Sequence[SupportSet], masks: Sequence[ForegroundBackground], segmenter: Any,
                      proposals: int = 4) -> Figure:
-    """Eq. 1 on the first image of each support set: image, attribution, the first ``proposals`` proposals and their
-    complement, each with its mean attribution and what it was chosen as, and the masks that result."""
+    """Eq. 1 on the first image of each support set: image, attribution, some of the ``proposals`` and their complement,
+    each with its mean attribution and what it was chosen as, and the masks that result."""
     rows, texts, shown = [], [], proposals + 1
     for support, mask in zip(supports, masks, strict=True):
         image, attribution = support.images[0], upsample(support.attribution[:1], support.images.shape[1:3])[0]
@@ -45,10 +35,10 @@ def selection_figure(supports: Sequence[SupportSet], masks: Sequence[ForegroundB
         empty, pale = shown - len(chosen), 255 - (255 - image) // 5  # pale: outside a proposal
         pictures = [np.where(found[i][..., None], image, pale).astype(np.uint8) for i in chosen]
         pictures += [np.full_like(image, 255)] * empty
-        rows.append([image, heat(image, support.attribution[0]), *pictures, mask_picture(mask, 0)])
+        rows.append([image, base.heat(image, support.attribution[0]), *pictures, base.mask_picture(mask, 0)])
         texts += ["", "", *(f"{mean[i]:.2f}{said.get(i, '')}" for i in chosen), *[""] * empty, ""]
     columns = ["support image", "attribution", *["proposal"] * shown, "result"]
-    figure = image_grid(rows, [s.category.name for s in supports], columns, cell=1.3)
+    figure = base.image_grid(rows, [s.category.name for s in supports], columns, cell=1.3)
     for text, axis in zip(texts, figure.axes, strict=True):
         axis.text(0.5, 0.02, text, transform=axis.transAxes, ha="center", va="bottom", fontsize=6.5, color="white",
                   bbox={"facecolor": "black", "alpha": 0.65, "pad": 1.5, "linewidth": 0} if text else None)
@@ -58,19 +48,19 @@ def selection_figure(supports: Sequence[SupportSet], masks: Sequence[ForegroundB
 def divided(support: SupportSet, masks: ForegroundBackground, index: int) -> np.ndarray:
     """Support image ``index`` u8 (H, W, 3) with its foreground tinted orange and its background blue."""
     image = support.images[index].astype(np.float32)
-    for mask, colour in ((masks.foreground[index], FOREGROUND), (masks.background[index], BACKGROUND)):
+    for mask, colour in ((masks.foreground[index], base.FOREGROUND), (masks.background[index], base.BACKGROUND)):
         image[mask] = (image[mask] + np.array(colour, np.float32)) / 2
     return image.round().astype(np.uint8)
 
 
 def divided_figure(supports: Sequence[SupportSet], ways: Mapping[str, Sequence[ForegroundBackground]], shown: int = 4,
                    cell: float = 0.8) -> Figure:
-    """The first ``shown`` images of each support set, :func:`divided` by the masks of each way of making them;
-    ``ways[name]`` holds those of every set. The name of a category stands over the middle of its images."""
+    """The first ``shown`` images of each support set under its category's name, :func:`divided` by the masks of each
+    way of making them; ``ways[name]`` holds those of every set."""
     counts = [min(shown, len(support)) for support in supports]
     rows = [[divided(s, m, i) for s, m, count in zip(supports, masks, counts, strict=True) for i in range(count)]
             for masks in ways.values()]
-    figure = image_grid(rows, list(ways), [" "], cell=cell)  # a blank name leaves the room for ours
+    figure = base.image_grid(rows, list(ways), [" "], cell=cell)  # a blank name leaves the room for ours
     for support, count, end in zip(supports, counts, np.cumsum(counts), strict=True):
         left, right = (figure.axes[i].get_position() for i in (end - count, end - 1))
         figure.text((left.x0 + right.x1) / 2, left.y1 + 0.05 / figure.get_figheight(), support.category.name,
@@ -80,11 +70,7 @@ def divided_figure(supports: Sequence[SupportSet], ways: Mapping[str, Sequence[F
 
 def feature_colours(features: torch.Tensor | np.ndarray) -> np.ndarray:
     """Feature maps (n, h, w, D) as colours u8 (n, h, w, 3): the three directions of most variance of the unit vectors,
-    over all n maps.
-
-    Alike features have alike colours; the colours themselves mean nothing. Values are cut at the 1st and 99th
-    percentile.
-    """
+    over all n maps, cut at the 1st and 99th percentile. Alike features have alike colours, which mean nothing else."""
     maps = torch.as_tensor(features).float().cpu().numpy()
     flat = normalize(maps.reshape(-1, maps.shape[-1]))
     scores = PCA(min(3, flat.shape[1]), svd_solver="covariance_eigh").fit_transform(flat)
@@ -98,15 +84,12 @@ def feature_colours(features: torch.Tensor | np.ndarray) -> np.ndarray:
 
 def comparison_figure(images: Sequence[np.ndarray], labels: Mapping[str, Sequence[np.ndarray]],
                       truth: Sequence[np.ndarray], class_names: Sequence[str], cell: float = 1.3) -> Figure:
-    """Images over the labels of several methods and the truth, with one legend; labels int (H, W), 255 in ``truth``
-    counts as 0.
-
-    ``class_names`` by label id, background first. A colour stands for the same class in every figure.
-    """
+    """Images over the labels int (H, W) of several methods and the truth, in which 255 counts as 0, with one legend;
+    ``class_names`` by label, background first."""
     rows = {**labels, "truth": [np.where(t == 255, 0, t) for t in truth]}
     painted = [[paint(i, m, class_names) for i, m in zip(images, maps, strict=True)] for maps in rows.values()]
-    figure = image_grid([list(images), *painted], ["image", *rows], cell=cell)
-    class_legend(figure, class_names, _found(m for maps in rows.values() for m in maps))
+    figure = base.image_grid([list(images), *painted], ["image", *rows], cell=cell)
+    base.class_legend(figure, class_names, _found(m for maps in rows.values() for m in maps))
     return figure
 
 
@@ -141,7 +124,7 @@ def gallery(columns: Sequence[Column], class_names: Sequence[str], row_names: Se
     rooms = [max(width, letter * max(map(len, texts))) for texts, width in zip(heads, widths, strict=True)]
     head = line * max(map(len, heads)) + 0.08
     tops = [head + r * (height + gap) for r in range(len(row_names))]
-    figure = Sheet((left + sum(rooms) + gap * len(columns), head + len(row_names) * (height + gap)), 120)
+    figure = base.Sheet((left + sum(rooms) + gap * len(columns), head + len(row_names) * (height + gap)), 120)
     colours, x = colours_of(class_names) / 255, left
     for column, texts, width, room in zip(columns, heads, widths, rooms, strict=True):
         pictures = [column.image, *(paint(column.image, labels, class_names) for labels in column.maps)]
@@ -157,5 +140,5 @@ def gallery(columns: Sequence[Column], class_names: Sequence[str], row_names: Se
     maps = [m for column in columns for i, m in enumerate(column.maps) if legend_maps is None or i in legend_maps]
     if left_over := _found(maps, [label for column in columns for label in column.asked]):
         most = max(1, int(figure.get_figwidth() / (0.55 + 0.1 * max(len(class_names[i]) for i in left_over))))
-        class_legend(figure, class_names, left_over, most, fontsize=11, handlelength=1.2, columnspacing=1.2)
+        base.class_legend(figure, class_names, left_over, most, fontsize=11, handlelength=1.2, columnspacing=1.2)
     return figure

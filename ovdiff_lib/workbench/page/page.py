@@ -1,18 +1,22 @@
-"""The report: everything an outputs folder holds on one page that opens from disk, and the executed notebooks beside
-it.
+"""The report: all that an outputs folder holds on one page that opens from disk, and the executed notebooks beside it.
 
 ``<outputs>/report/index.html`` needs no server, no network and no other file; its content security policy forbids them.
 Every text from data (class names are whatever a user typed) is escaped. Nothing here raises because a notebook failed,
 was interrupted or never ran: a report of nine notebooks is better than none.
 """
 
-from __future__ import annotations
-
 import hashlib
+import json
 import logging
+import os
+import re
+import shlex
 import shutil
+import sysconfig
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cache, partial
 from html import escape
 from importlib.metadata import version
@@ -28,12 +32,12 @@ from markupsafe import Markup
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from traitlets.config import Config
 
+from ovdiff_lib.code import PACKAGE
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.files import write_atomic
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.workbench.page.panel import base64_of, read_panel
-from ovdiff_lib.workbench.page.runs import Run, find_runs, hidden
-from ovdiff_lib.workbench.reproduce import read_json
+from ovdiff_lib.workbench.reproduce import cells_of, read_json
 from ovdiff_lib.workbench.tables import claims as claims_of
 from ovdiff_lib.workbench.tables.tables import read_record
 
@@ -41,17 +45,79 @@ FOLDER = Path(__file__).parent
 STAMP = "another data set and other models than the paper’s; compare directions, not values."
 
 
+@dataclass
+class Run:
+    """One notebook as it ran, and its tables and figures, which the report adds."""
+
+    stem: str
+    title: str
+    notebook: Path | None = None  # its executed copy
+    command: str = ""  # that makes its results again
+    time: str = ""  # of the wall
+    finished: str = ""
+    problem: str = ""  # a sentence, "" if all is well
+    page: str = ""  # its address
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    figures: list[dict[str, Any]] = field(default_factory=list)
+
+
+def find_runs(folder: Path, sources: Path) -> list[Run]:
+    """The notebooks that ran, or should have run (those in ``sources``), into an outputs folder, in order."""
+    known = {p.stem: p for p in sources.glob("[0-9]*.ipynb")}
+    here = {p.name.split(".")[0] for p in folder.glob("[0-9]*.ipynb")}
+    return [_run(folder, stem, known.get(stem, Path())) for stem in sorted({*known, *here})]
+
+
+def _run(folder: Path, stem: str, source: Path) -> Run:
+    executed, failed = folder / f"{stem}.ipynb", folder / f"{stem}.failed.ipynb"
+    stamp, ran = read_json(folder / f"{stem}.stamp.json"), cells_of(executed)
+    texts = ("".join(c.get("source", "")) for c in ran or cells_of(source) if c.get("cell_type") == "markdown")
+    title = next((found[1].strip() for text in texts if (found := re.match(r"#\s+(.+)", text))), stem)
+    problem = ""
+    if failed.exists():
+        problem = f"The last run of {stem} failed; its error stands in {failed.name}."
+    elif executed.exists() and not ran:
+        problem = f"The executed copy {executed.name} cannot be read as a notebook; run it again."
+    elif not executed.exists():
+        problem = f"The notebook {stem} has not been run in this folder; what is here of it is of an earlier run."
+    took = str(timedelta(seconds=round(stamp["seconds"]))) if "seconds" in stamp else "unknown"
+    return Run(stem, title, executed if ran else None, command(stem, json.loads(stamp.get("parameters", "{}")), folder),
+               took, stamp.get("finished", ""), problem)
+
+
+def command(stem: str, given: dict[str, Any], folder: Path) -> str:
+    """The command line that runs a notebook as ``given`` into ``folder`` again, to be given in the project's folder."""
+    profile = str(given.get("profile", folder.name))
+    words = ["ovdiff", "run", f"notebooks/{stem}.ipynb", "--profile",
+             os.path.relpath(profile) if os.path.isabs(profile) else profile]
+    own = {name: value for name, value in given.items() if name not in ("profile", "overrides", "output")}
+    for option, values in (("--set", given.get("overrides") or {}), ("-p", own)):
+        for name, value in values.items():
+            words += [option, f"{name}={json.dumps(value, ensure_ascii=False)}"]
+    parent = os.path.relpath(folder.parent)
+    return shlex.join(words if parent == "outputs" else [*words, "--out", parent])
+
+
+def hidden(text: str, folder: Path) -> str:
+    """Text (or JSON) with names in place of this machine's folders, since a report is sent to others."""
+    places = {folder.resolve(): f"../outputs/{folder.name}", Path(sysconfig.get_path("purelib")): "site-packages",
+              PACKAGE.parent: "<project>", Path.home(): "~"}
+    # Inner folders before those that hold them.
+    for place, name in sorted(places.items(), key=lambda item: -len(str(item[0]))):
+        if len(place.parts) > 1:  # a home that is the root of the disk would take away every slash
+            text = re.sub(re.escape(json.dumps(str(place))[1:-1]) + r"(?![\w.-])", lambda _, name=name: name, text)
+    return text
+
+
 def build_report(folder: Path, profile: Profile, notebooks: Path) -> Path:
     """Write ``folder``/report/index.html and ``folder``/report/notebooks/*.html; returns the page's path.
 
-    ``folder`` is ``outputs/<profile>``: tables, figures, executed notebooks, explain panels of ``profile``.
-    ``notebooks`` is the folder of the stripped notebooks: those that have not run are named on the page. What is
-    missing, failed or broken is a sentence there. Raises ``InputError`` if ``folder`` does not exist or cannot be
-    written.
+    ``folder`` is ``outputs/<profile>``; ``notebooks`` that of the stripped notebooks, of which those that have not run
+    are named. What is missing, failed or broken is a sentence on the page. Raises ``InputError`` if ``folder`` does not
+    exist or cannot be written.
     """
     if not folder.is_dir():
-        raise InputError(f"The folder {folder} does not exist; run the notebooks first (ovdiff reproduce), or name "
-                         "another with --out.")
+        raise InputError(f"There is no folder {folder}; run `ovdiff reproduce` first, or name another with --out.")
     runs = {run.stem: run for run in find_runs(folder, notebooks)}
     problems = [run.problem for run in runs.values() if run.problem]
     others = Run("others", "Other tables and figures")
@@ -136,11 +202,8 @@ def html_of(markdown: str) -> Markup:
 
 
 def notebook_body(folder: Path, path: Path) -> Markup:
-    """The cells of an executed notebook of an outputs folder as HTML; ``InputError`` for a file that is no notebook.
-
-    Only nbconvert's cells are taken, not its page, which loads scripts from a content delivery network; scripts that a
-    cell put out are left to the page's policy, which forbids them.
-    """
+    """The cells of an executed notebook as HTML, without nbconvert's page, which loads scripts from
+    the net; those that a cell put out are forbidden by the page's policy. ``InputError`` for what is no notebook."""
     try:
         notebook = nbformat.reads(hidden(path.read_text(encoding="utf-8"), folder), 4)
         return Markup(_exporter().from_notebook_node(notebook)[0])

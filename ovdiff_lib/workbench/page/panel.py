@@ -1,11 +1,5 @@
 """The explain panel: for every pixel of a few images, which prototype decided it and which support regions that
-prototype came from, as ``Segmentation.explain`` says it.
-
-``panel_data`` computes it once, ``write_panel`` saves it as JSON, the report embeds that JSON and a page's script only
-looks it up.
-"""
-
-from __future__ import annotations
+prototype came from, as ``Segmentation.explain`` says it. The report embeds it as JSON, which a script looks up."""
 
 import base64
 import io
@@ -27,11 +21,8 @@ from ovdiff_lib.segmentation import Explanation, Segmentation
 from ovdiff_lib.types import SupportSet
 from ovdiff_lib.workbench.reproduce import read_json
 
-FORMAT = "ovdiff panel 2"
-"""What the JSON calls itself; a reader refuses others."""
-
-NONE = 65535
-"""In the maps: no prototype (a constant background score decided), or no other class that was considered."""
+FORMAT = "ovdiff panel 2"  # a reader refuses others
+NONE = 65535  # in the maps: no prototype (a constant background score decided), or no other class that was considered
 
 MOST_IMAGES, MOST_REGIONS, THUMBNAIL = 20, 3, 64
 """Images of a panel; support regions shown of a prototype, those of most features; long side of a support image."""
@@ -41,11 +32,10 @@ def panel_data(results: Mapping[str, Segmentation], supports: Iterable[SupportSe
                caption: str) -> dict[str, Any]:
     """What the panel shows of segmented images, as plain data for JSON.
 
-    ``results`` are the segmentations by title, ``supports`` the support sets that their prototypes were built from, one
-    for each class that the pre-filter kept in some image. Of each image: its picture, every queried class, and four
-    maps u16 (H, W), deflated and in base64: ``labels``, ``winner`` (a number in ``prototypes``), ``runner_up`` (a
-    label) and ``margin`` (in thousandths), :data:`NONE` where there is none. Raises ``InputError`` for a segmentation
-    without its bank and a support set that is missing or does not fit.
+    ``results`` are the segmentations by title, ``supports`` the support sets of each class that the pre-filter kept in
+    some image. Of each image: its picture, every queried class, and four maps u16 (H, W), deflated and in base64:
+    ``labels``, ``winner`` (a number in ``prototypes``), ``runner_up`` (a label) and ``margin`` (in thousandths),
+    :data:`NONE` where there is none. Raises ``InputError`` without a bank or a support set that fits.
     """
     pool = _Pool({support.category.name: support for support in supports})
     images = [_image(title, result, pool, filters) for title, result in results.items()]
@@ -83,9 +73,7 @@ class _Pool:
     """Prototypes (as JSON) and support pictures of all images, each once and by its number."""
 
     def __init__(self, supports: Mapping[str, SupportSet]) -> None:
-        self.supports = supports
-        self.prototypes: dict[str, int] = {}
-        self.pictures: dict[str, int] = {}
+        self.supports, self.prototypes, self.pictures = supports, {}, {}
 
     def number(self, why: Explanation) -> int:
         """The number of the prototype that ``why`` names; :data:`NONE` for a constant background score."""
@@ -96,7 +84,7 @@ class _Pool:
             raise InputError(f"The panel needs the support set that the prototypes of {why.category!r} were built "
                              f"from, with image {max(why.images, default=0)}; add it to supports.")
         regions = []
-        for image, mask in list(zip(why.images, why.masks, strict=True))[:MOST_REGIONS]:
+        for image, mask in zip(why.images[:MOST_REGIONS], why.masks, strict=False):
             picture = self.pictures.setdefault(_picture(support.images[image], THUMBNAIL), len(self.pictures))
             regions.append({"picture": picture, "image": image, "features": int(mask.sum()),
                             "mask": base64_of(np.packbits(mask).tobytes())})  # eight pixels a byte
@@ -129,10 +117,10 @@ def _queried(result: Segmentation, filters: Filters) -> list[dict[str, Any]]:
     """Every queried class, the most probable first: CLIP's probability (None where the pre-filter did not run), and the
     reason for which it was dropped ("" where it was kept)."""
     dropped = {absent.name: absent.reason for absent in absent_classes(result, filters)}
+    found = zip(result.vocabulary.names, result.filter_scores, strict=True)
     queried = [{"name": name, "label": label, "reason": dropped.get(name, ""),
                 "probability": float(f"{probability:.3g}") if np.isfinite(probability) else None}
-               for label, name, probability in zip(range(1, len(result.class_names)), result.vocabulary.names,
-                                                   result.filter_scores, strict=True)]
+               for label, (name, probability) in enumerate(found, 1)]
     return sorted(queried, key=lambda entry: -(entry["probability"] or 0))
 
 

@@ -7,8 +7,6 @@ cell is written ``table|row|column``, the key that tables carry; ``{set}`` runs 
 ``a or b`` is the first of the two that was measured; `` & `` separates cells.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Iterable
@@ -34,17 +32,16 @@ NOT_COUNTED = ("00_", "01_")
 
 @dataclass(frozen=True)
 class ClaimResult:
-    """A tested claim: ``verdict`` is one of :data:`VERDICTS`, ``measured`` the numbers that were compared (mIoU in
-    percent, or times), ``how`` what the verdict stands on, ``note`` what a reader should know."""
+    """A tested claim."""
 
     id: int
     claim: str
     source: str
     paper: str
-    measured: str
-    verdict: str
-    note: str
-    how: str
+    measured: str  # the numbers that were compared: mIoU in percent, or times
+    verdict: str  # of VERDICTS
+    note: str  # what a reader should know
+    how: str  # what the verdict stands on
 
 
 @dataclass
@@ -121,12 +118,11 @@ class _Test:
         self.claim, self.parts, self.notes, self.absent = claim, {}, [claim.note], []
         for name in claim.sets:
             left, right, unmeasured, missing = _cells(claim, name, evidence)
-            part = None if missing else outcome(claim.relation, left, right)
-            if part is None:
-                self.absent.append(missing or f"too few of {claim.left[0].replace('{set}', name)}")
-            else:
+            if not missing and (part := outcome(claim.relation, left, right)):
                 self.parts[name] = part
                 self.notes += [f"Rivals not measured: {', '.join(unmeasured)}."] if unmeasured else []
+            else:
+                self.absent.append(missing or f"too few of {claim.left[0].replace('{set}', name)}")
 
     def result(self, profile: str) -> ClaimResult:
         """The claim as it was found, once the comparisons know their corrected p-values."""
@@ -156,10 +152,9 @@ def _verdict(claim: Any, verdicts: list[str]) -> str:
 def _each(parts: dict[str, Part], relation: str) -> str:
     """The verdict of every data set as one sentence, so that none is hidden behind the claim's own."""
     words = {"holds": "leads", "fails": "loses"} if relation.endswith("on most") else {}
-    names: dict[str, list[str]] = {}
-    for name, part in parts.items():
-        names.setdefault(words.get(part.verdict, part.verdict), []).append(name)
-    text = "; ".join(f"{word} on {', '.join(on)}" for word, on in names.items())
+    verdicts = {name: words.get(part.verdict, part.verdict) for name, part in parts.items()}
+    text = "; ".join(f"{word} on {', '.join(name for name, said in verdicts.items() if said == word)}"
+                     for word in dict.fromkeys(verdicts.values()))
     return f"{text[0].upper()}{text[1:]}."
 
 

@@ -1,7 +1,5 @@
 """Two sets of tables side by side: are regenerated tables those that were there before?"""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 
@@ -13,11 +11,9 @@ from ovdiff_lib.workbench.tables.tables import Cell, read_record, read_table
 def compare_tables(a: str | Path, b: str | Path, tolerance: float) -> list[str]:
     """What differs between the tables of two folders (or of their folders ``tables``), one sentence each; [] = nothing.
 
-    Compared are which tables there are, their profile and settings, their cells by row and column, and of each cell its
-    source, runs, the paper's value, and the measured value, its standard deviation and interval: equal within
-    ``tolerance``, in the table's unit. Numbers of a table that calls itself volatile are not, nor are claims, which
-    follow from the tables. Raises ``InputError`` for a tolerance that is no number from 0 on, a folder without tables,
-    a broken table.
+    Compared are profile and settings, and of each cell its source, runs, the paper's value and, within ``tolerance`` in
+    the table's unit, its numbers: not those of a volatile table, nor claims, which follow from the tables. Raises
+    ``InputError`` for a tolerance that is no number from 0 on, a folder without tables, a broken table.
     """
     if not 0 <= tolerance < math.inf:
         raise InputError(f"The tolerance must be a number from 0 on, not {tolerance}.")
@@ -44,10 +40,9 @@ def _differences(first: Path, second: Path, tolerance: float) -> list[str]:
         tolerance = math.inf
     left, right = ({(c.row, c.column): c for c in read_table(path)} for path in (first, second))
     for place in dict.fromkeys([*left, *right]):
-        if place in left and place in right:
-            texts = _cell_differences(left[place], right[place], tolerance)
-        else:
-            texts = [f"is only in the {'first' if place in left else 'second'}"]
+        both = place in left and place in right
+        texts = (_cell_differences(left[place], right[place], tolerance) if both
+                 else [f"is only in the {'first' if place in left else 'second'}"])
         found += [f"{' / '.join(place)}: {text}" for text in texts]
     return found
 

@@ -14,13 +14,8 @@ from ovdiff_lib.errors import InputError
 
 @dataclass(frozen=True)
 class PaperCell:
-    """One cell of one of the paper's tables.
-
-    ``table``, ``row`` and ``column`` are its key, as written in ``paper_results.csv``: "1", "A.4", "fig5", "timing",
-    ... ``value`` is in the table's unit (mIoU in percent for nearly all; the file's ``note`` says it), ``std`` the
-    spread over seeds where the paper gives one. ``value`` is None where the paper prints none: a method that did not
-    report the data set, or a cell of our own (:meth:`own`).
-    """
+    """One cell of one of the paper's tables: its key, as in ``paper_results.csv``, its ``value`` in the table's unit
+    (the file's ``note`` says it; None where the paper prints none), and the spread over seeds where there is one."""
 
     table: str
     row: str
@@ -28,14 +23,11 @@ class PaperCell:
     value: float | None = None
     std: float | None = None
 
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return self.table, self.row, self.column
+    key = property(lambda self: (self.table, self.row, self.column))
 
     @classmethod
     def own(cls, table: str, row: str, column: str) -> PaperCell:
-        """The key of a measured cell that the paper does not have, so that claims find it: a rival it lists without a
-        number, N = 4 in Fig. 5, ... Nothing is looked up."""
+        """The key of a measured cell that the paper does not have (N = 4 in Fig. 5), so that claims find it."""
         return cls(table, row, column)
 
 
@@ -46,10 +38,8 @@ def paper_cell(table: str, row: str, column: str) -> PaperCell:
     """
     cells, given = _cells(), (table, row, column)
     if given not in cells:
-        written = {" | ".join(key): key for key in cells}
-        near = difflib.get_close_matches(" | ".join(map(str, given)), written, 3, 0)
-        raise InputError(f"The paper has no cell {given}; the nearest are {', '.join(str(written[n]) for n in near)}. "
-                         "Write PaperCell.own for a cell that the paper does not have.")
+        near = difflib.get_close_matches(str(given), map(str, cells), 3, 0)
+        raise InputError(f"The paper has no cell {given}; nearest are {', '.join(near)} (PaperCell.own for others).")
     return cells[given]
 
 

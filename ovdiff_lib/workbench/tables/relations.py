@@ -17,9 +17,7 @@ from scipy import stats
 from ovdiff_lib.workbench.tables.intervals import LEVEL, interval, p_value
 from ovdiff_lib.workbench.tables.tables import NOT_EXERCISED
 
-TOLERANCE = 1.0
-"""Percent of mIoU: differences up to it are "little"."""
-
+TOLERANCE = 1.0  # percent of mIoU: differences up to it are "little"
 WITHIN = {">": (0.0, np.inf), ">=": (-TOLERANCE, np.inf), "<=": (-np.inf, TOLERANCE), "~": (-TOLERANCE, TOLERANCE)}
 """Between which edges a difference left - right has to lie: more; not less but for a little; more by a little at most;
 about equal."""
@@ -75,9 +73,8 @@ class Comparison:
     def verdict(self) -> str:
         """Of :data:`ORDER`."""
         low, high = WITHIN[self.sign]
-        if not self.exercised:
-            return NOT_EXERCISED
-        return "within noise" if self.corrected >= LEVEL else "holds" if low < self.difference.mean < high else "fails"
+        decided = "holds" if low < self.difference.mean < high else "fails"
+        return NOT_EXERCISED if not self.exercised else "within noise" if self.corrected >= LEVEL else decided
 
     def __str__(self) -> str:
         low, high = interval(self.difference.draws)
@@ -95,10 +92,8 @@ class Part:
     fixed: str = ""
     rule: str = ""
 
-    @property
-    def verdict(self) -> str:
-        """Of :data:`ORDER`."""
-        return self.fixed or min((c.verdict for c in self.comparisons), key=ORDER.index)
+    verdict = property(lambda self: self.fixed or min((c.verdict for c in self.comparisons), key=ORDER.index))
+    """Of :data:`ORDER`."""
 
     @property
     def measured(self) -> str:

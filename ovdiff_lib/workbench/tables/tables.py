@@ -16,7 +16,7 @@ import pandas
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import write_atomic
 from ovdiff_lib.profiles.schema import Profile
-from ovdiff_lib.workbench.console import write_json
+from ovdiff_lib.workbench.console import counted, write_json
 from ovdiff_lib.workbench.tables.intervals import Runs, interval, write_runs
 from ovdiff_lib.workbench.tables.paper import PaperCell, paper_change
 
@@ -29,45 +29,33 @@ STAMP = "The paper's column is from its own data sets and models."
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a table.
-
-    ``measured`` is the mean of ``n`` runs with sample standard deviation ``std`` (None when n = 1) and ``values`` those
-    runs in the order of their seeds, where they were kept. An mIoU has ``runs``, which comparisons need, and from them
-    its 95 % interval ``low`` to ``high``. ``paper`` is the published cell it is set beside, or with ``PaperCell.own``
-    only its key. ``source``: "measured" here by this code; "published": taken from the paper; "idle: WORDS": what the
-    cell is about does not act here, so that a number would only repeat another; the words stand in its place. ``note``
-    is a footnote of the table's Markdown. Raises ``InputError`` for a measured cell without a number, for another cell
-    with one, and for numbers that are not finite.
-    """
+    """One number of a table. Raises ``InputError`` for a measured cell without a number, another with one, and numbers
+    that are not finite."""
 
     row: str
     column: str
-    measured: float | None = None
-    std: float | None = None
+    measured: float | None = None  # the mean of n runs
+    std: float | None = None  # their sample standard deviation, None when n = 1
     n: int = 1
-    paper: PaperCell | None = None
-    values: tuple[float, ...] = ()
-    source: str = "measured"
-    note: str = ""
-    low: float | None = None
+    paper: PaperCell | None = None  # the published cell it is set beside, or with PaperCell.own only its key
+    values: tuple[float, ...] = ()  # the runs in the order of their seeds, where they were kept
+    source: str = "measured"  # or "published" in the paper, or "idle: WORDS": what it is about does not act here
+    note: str = ""  # a footnote
+    low: float | None = None  # of an mIoU the 95 % interval
     high: float | None = None
-    runs: Runs | None = field(default=None, compare=False, repr=False)
+    runs: Runs | None = field(default=None, compare=False, repr=False)  # of an mIoU, which comparisons need
 
     def __post_init__(self) -> None:
         known = self.source in ("measured", "published") or self.idle
         if not known or (self.measured is None) == (self.source == "measured"):
-            raise InputError(f"The cell {self.row!r}, {self.column!r} has the source {self.source!r} and the number "
-                             f"{self.measured}; measured cells have one, published ones and those with '{IDLE}why' "
-                             "none.")
+            raise InputError(f"The cell {self.row!r}, {self.column!r} of the source {self.source!r} has the number "
+                             f"{self.measured}; measured ones have one, published ones and '{IDLE}why' none.")
         numbers = self.measured, self.std, self.low, self.high, *self.values
         if any(x is not None and not math.isfinite(x) for x in numbers):
-            raise InputError(f"The cell {self.row!r}, {self.column!r} holds a number that is not finite; leave the cell"
-                             " out and say why in the text.")
+            raise InputError(f"The cell {self.row!r}, {self.column!r} holds a number that is not finite; leave it out.")
 
-    @property
-    def idle(self) -> str:
-        """The words in place of a number where there is nothing to measure, "" elsewhere."""
-        return self.source.removeprefix(IDLE) if self.source.startswith(IDLE) else ""
+    idle = property(lambda self: self.source.partition(IDLE)[2])
+    """The words in place of a number where there is nothing to measure, "" elsewhere."""
 
     @classmethod
     def of(cls, row: str, column: str, values: Iterable[float], paper: PaperCell | None = None,
@@ -101,11 +89,10 @@ def write_table(path: str | Path, name: str, cells: list[Cell], profile: Profile
     """Write ``path`` (.csv), and beside it the Markdown (.md), which is returned, what was run (.json), and the counts
     of cells that have some (.npz, :mod:`~ovdiff_lib.workbench.tables.intervals`).
 
-    ``digits``: decimals shown in the Markdown, for all columns or by column ({"images": 0}; others get 1); the CSV
-    keeps six significant digits. ``title``: what it corresponds to ("Table 1"). ``details``: further facts for the
-    JSON, such as {"images": 211, "seeds": [0, 1, 2]}, which the Markdown says at its head ("images" of several data
-    sets: {"voc": 211}); {"volatile": True} says that the numbers differ from run to run (times). Raises ``InputError``
-    when a cell comes twice.
+    ``digits``: decimals shown in the Markdown, for all columns or by column ({"images": 0}; others get 1). ``title``:
+    what it corresponds to ("Table 1"). ``details``: further facts for the JSON, such as {"images": {"voc": 211},
+    "seeds": [0, 1]}, which the Markdown says at its head; {"volatile": True}: the numbers differ from run to run
+    (times). Raises ``InputError`` when a cell comes twice.
     """
     path, rows, details = Path(path), _frame(name, cells, profile), details or {}
     for row, column in rows.loc[rows.duplicated(["row", "column"]), ["row", "column"]].itertuples(index=False):
@@ -134,17 +121,15 @@ def read_table(path: str | Path) -> list[Cell]:
             raise ValueError("its columns are others")
         return [_cell(row) for row in read.itertuples(index=False)]
     except (InputError, OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} cannot be read as a table of this project ({str(error).splitlines()[0]}); run its "
-                         "notebook again.") from None
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} cannot be read as a table ({reason}); run its notebook again.") from None
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
     """What was run (the .json beside the table ``path``); {} where there is no such file, ``InputError`` if broken."""
     path = Path(path).with_suffix(".json")
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except (OSError, ValueError, TypeError):
         raise InputError(f"The file {path} cannot be read as JSON; run its notebook again.") from None
 
@@ -180,7 +165,9 @@ def _grid(cells: list[Cell], digits: int | dict[str, int]) -> str:
     for column in dict.fromkeys(c.column for c in cells):
         here = [c for c in cells if c.column == column]
         places = digits.get(column, 1) if isinstance(digits, dict) else digits
-        texts[column] = {c.row: _measured(c, places) for c in here}
+        texts[column] = {
+            c.row: _text(c.measured, c.std, places, escape(c.idle) or "published") if c.low is None else
+            f"{c.measured:.{places}f} [{c.low:.{places}f}, {c.high:.{places}f}]" for c in here}
         paper = {c.row: _text(c.paper.value, c.paper.std, places, "not reported" * (c.source == "published"))
                  for c in here if c.paper}
         if any(paper.values()):
@@ -192,22 +179,13 @@ def _grid(cells: list[Cell], digits: int | dict[str, int]) -> str:
 
 def _footnotes(cells: list[Cell]) -> str:
     """A paragraph for each note, with the rows that it is about by column."""
-    rows: dict[str, dict[str, list[str]]] = {}
-    for c in cells:
-        if c.note:
-            rows.setdefault(c.note, {}).setdefault(c.column, []).append(c.row)
     said = ""
-    for note, where in rows.items():
-        places = (f"{column}, {', '.join(of)}" for column, of in where.items())
-        said += f"\n{'; '.join(places)}: {note}\n"
+    for note in dict.fromkeys(c.note for c in cells if c.note):
+        rows: dict[str, list[str]] = {}
+        for c in (c for c in cells if c.note == note):
+            rows.setdefault(c.column, []).append(c.row)
+        said += "\n" + "; ".join(", ".join([column, *of]) for column, of in rows.items()) + f": {note}\n"
     return said
-
-
-def _measured(cell: Cell, places: int) -> str:
-    """The number with its interval, where there is none with its deviation, or what stands in its place."""
-    if cell.low is None:
-        return _text(cell.measured, cell.std, places, escape(cell.idle) or "published")
-    return f"{cell.measured:.{places}f} [{cell.low:.{places}f}, {cell.high:.{places}f}]"
 
 
 def _text(value: float | None, std: float | None, places: int, otherwise: str) -> str:
@@ -222,13 +200,12 @@ def _amount(details: dict[str, Any]) -> str:
     images, seeds, said = details.get("images") or {}, details.get("seeds"), []
     counts = images if isinstance(images, dict) else {"": images}
     if len(set(counts.values())) == 1:
-        number = next(iter(counts.values()))
-        said = [f"{number} image{'s' * (number != 1)}{' of each data set' * (len(counts) > 1)}"]
+        said = [counted(next(iter(counts.values())), "image") + " of each data set" * (len(counts) > 1)]
     elif counts:
         said = ["images: " + ", ".join(f"{number} of {source.partition(':')[0]}" for source, number in counts.items())]
     if seeds:
         run = len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1))
-        numbers = f"{seeds[0]} to {seeds[-1]}" if run else ", ".join(map(str, seeds))
-        said.append(f"seed{'s' * (len(seeds) > 1)} {numbers}")
+        said.append("seed" + "s" * (len(seeds) > 1) + " "
+                    + (f"{seeds[0]} to {seeds[-1]}" if run else ", ".join(map(str, seeds))))
     text = ", ".join(said)
-    return f"{text[0].upper()}{text[1:]}. " if text else ""
+    return f"{text[:1].upper()}{text[1:]}. " if text else ""

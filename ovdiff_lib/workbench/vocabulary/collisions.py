@@ -6,8 +6,6 @@ image stands for an image the method has not seen, by its instance prototype, an
 needs no threshold on a cosine, which would differ from extractor to extractor.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,31 +20,21 @@ from ovdiff_lib.types import Prototypes
 
 @dataclass(frozen=True)
 class Collisions:
-    """How C classes lie to each other in one extractor's space; f32 (C, C) each, row A, column B.
+    """How C classes lie to each other in one extractor's space; f32 (C, C) each, row A, column B; nan on the diagonal
+    and where a class has foreground in fewer than two images, or no background prototypes."""
 
-    ``highest``: highest cosine of the foreground prototypes of A and of B. ``lost``: share of A's images nearer to B
-    (its class and instance prototypes) than to A without that image. ``passes``: share of A's images as near to B as
-    half of B's own images are to B without them. ``sunk``: share of A's images nearer to a background prototype of B
-    than to A without that image. nan on the diagonal, and where there is nothing to compare: a class with foreground in
-    fewer than two images, one without background prototypes.
-    """
-
-    highest: np.ndarray
-    lost: np.ndarray
-    passes: np.ndarray
-    sunk: np.ndarray
+    highest: np.ndarray  # cosine of the foreground prototypes of A and of B
+    lost: np.ndarray  # share of A's images nearer to B (its class and instance prototypes) than to A without that image
+    passes: np.ndarray  # share of A's images as near to B as half of B's own images are to B without them
+    sunk: np.ndarray  # share of A's images nearer to a background prototype of B than to A without that image
 
 
 def collide(prototypes: Sequence[Prototypes], device: str | torch.device = "cpu") -> Collisions:
-    """Compare C >= 1 classes of one extractor, pair by pair.
-
-    A part of A may hold cells of the very image that is left out, so parts of the foreground count in ``highest``
-    alone. Raises ``InputError`` for a class without instance prototypes of its foreground.
-    """
+    """Compare C >= 1 classes of one extractor, pair by pair. Parts of the foreground count in ``highest`` alone: they
+    may hold cells of the image that is left out. ``InputError`` for a class without instance prototypes."""
     front, back = ([p.select(p.region == region) for p in prototypes] for region in ("foreground", "background"))
     if not all((p.kind == "instance").any() for p in front):
-        raise InputError("A class has no instance prototypes of its foreground, by which collisions are judged; add "
-                         "instance to prototypes.kinds.")
+        raise InputError("Collisions are judged by instance prototypes; add instance to prototypes.kinds.")
     own = [own_similarity(p).to(device) for p in prototypes]
     half = [similarity.quantile(0.5) for similarity in own]
     everything, behind = ([_unit(p, device) for p in chosen] for chosen in (front, back))
@@ -66,11 +54,9 @@ def collide(prototypes: Sequence[Prototypes], device: str | torch.device = "cpu"
 
 
 def own_similarity(prototypes: Prototypes) -> torch.Tensor:
-    """How near each image of a class is to the class without it: f32 (n,) for the n images with foreground, in order.
-
-    That is the highest cosine of the image's foreground instance prototype to the instance prototypes of the other
-    images and to the mean foreground feature of the other images together; nan if there is no other image.
-    """
+    """How near each image of a class is to the class without it: f32 (n,) for the n images with foreground, the highest
+    cosine of its foreground instance prototype to those of the other images and to the mean foreground feature of all
+    of them; nan if there is no other image."""
     chosen = prototypes.select((prototypes.region == "foreground") & (prototypes.kind == "instance"))
     if len(chosen) < 2:
         return torch.full((len(chosen),), torch.nan)

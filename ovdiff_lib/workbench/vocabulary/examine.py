@@ -1,16 +1,12 @@
 """The vocabulary doctor: which classes will get in each other's way, which words the models do not know and which
-drawings show something else, before any image is segmented.
-
-Every check measures something that the method itself will use, and leaves a sentence and a verdict with the class:
-"look" (before trusting it) or "bad".
-"""
-
-from __future__ import annotations
+drawings show something else, before any image is segmented. Every check measures what the method itself will use, and
+leaves a sentence and a verdict with the class: "look" (before trusting it) or "bad"."""
 
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,18 +17,84 @@ from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.filters.stuff import bare, filter_stuff
 from ovdiff_lib.networks.loading import resolve_device
+from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.support.attribution import class_token_positions
 from ovdiff_lib.types import ForegroundBackground, PrototypeBank, Prototypes
 from ovdiff_lib.workbench.data.classes import synonyms
 from ovdiff_lib.workbench.data.things import kinds
 from ovdiff_lib.workbench.vocabulary.collisions import Collisions, collide
-from ovdiff_lib.workbench.vocabulary.report import ClassReport, Limits, VocabularyReport
-
-if TYPE_CHECKING:
-    from ovdiff_lib.pipeline import OVDiff
 
 AMBIGUOUS = Path(__file__).with_name("ambiguous.csv")
 """Our list of nouns that mean several things that can be drawn, with rewordings: columns noun, senses, rewordings."""
+
+
+VERDICTS = ("fine", "look", "bad")
+
+COLUMNS = {
+    "with_foreground": "with foreground", "foreground_area": "area", "recognised": "read as itself",
+    "rival": "nearest rival", "lost": "lost to it", "passes": "passes for it", "highest": "highest cosine",
+    "background_rival": "background of", "sunk": "sunk in it", "pieces": "pieces"}
+"""Value of a class -> its heading in the table."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """From which value on a measurement is worth a look or bad; shares are in [0, 1] of a class's support images."""
+
+    collide_look: float = 0.2  # lost to, sunk in or passing for another class
+    collide_bad: float = 0.5
+    recognised_look: float = 0.75  # that CLIP reads as the class; less is worth a look
+    recognised_bad: float = 0.5
+    foreground_bad: float = 0.5  # whose mask has any foreground; less is bad
+    masks_look: float = 0.5  # whose mask is empty or full, or fell back to thresholds
+    full: float = 0.95  # area from which on a foreground counts as full
+    pieces: int = 2  # tokens that one word may be cut into
+
+
+@dataclass
+class ClassReport:
+    """One class: what speaks against it, ``found`` as (verdict, sentence), and the ``values`` that were measured."""
+
+    name: str
+    kind: str
+    found: list[tuple[str, str]] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, verdict: str, sentence: str) -> None:
+        """A reason for "look" or "bad"."""
+        self.found.append((verdict, sentence))
+
+    def measure(self, **values: Any) -> None:
+        """Keep values, but for numbers that are not finite, where there was nothing to measure."""
+        plain = {name: np.asarray(value).item() for name, value in values.items()}
+        self.values |= {name: value for name, value in plain.items() if isinstance(value, str) or np.isfinite(value)}
+
+    verdict = property(lambda self: max((one for one, _ in self.found), key=VERDICTS.index, default="fine"))
+    """The worst of its reasons, of :data:`VERDICTS`."""
+
+
+@dataclass(frozen=True)
+class VocabularyReport:
+    """``classes`` in vocabulary order, ``notes`` on the vocabulary as a whole and on what was not examined; ``tables``:
+    extractor -> ``Collisions`` of the classes ``built``; ``print`` it."""
+
+    classes: tuple[ClassReport, ...]
+    limits: Limits
+    notes: tuple[str, ...]
+    built: tuple[str, ...]
+    tables: dict[str, Collisions] = field(repr=False)
+
+    def __str__(self) -> str:
+        """A table, a row a class; reasons for each that is not fine, the worst first; notes; how many are fine."""
+        names = [f"{c.name} (stuff)" if c.kind == "stuff" else c.name for c in self.classes]
+        rows = [{"verdict": c.verdict, **c.values} for c in self.classes]
+        table = pd.DataFrame(rows, names, ["verdict", *COLUMNS]).rename(columns=COLUMNS).dropna(axis=1, how="all")
+        lines = [table.to_string(float_format="{:.2f}".format, na_rep="-"), ""]
+        for c in (c for c in self.classes if c.found):
+            worst_first = sorted(c.found, key=lambda reason: -VERDICTS.index(reason[0]))
+            lines += [f"{c.name}:", *(f"  {verdict}: {why}" for verdict, why in worst_first), ""]
+        said = ", ".join(f"{count} {verdict}" for verdict, count in table["verdict"].value_counts().items())
+        return "\n".join([*lines, *self.notes, f"Of {len(names)} classes: {said}."])
 
 
 def examine(ovdiff: OVDiff, classes: Vocabulary | Iterable[str | Category] | str, stuff: Iterable[str] = (),
@@ -40,9 +102,8 @@ def examine(ovdiff: OVDiff, classes: Vocabulary | Iterable[str | Category] | str
     """Build the classes, or take them from the library, and examine them as ``ovdiff`` would use them.
 
     ``among``: further words that CLIP reads the drawings beside; they are not drawn. Classes that cannot be built (a
-    name too long, no drawing with a foreground) are bad, and the others are examined without them. Where the profile
-    has no category filter CLIP is not asked. Whatever else is wrong raises as :meth:`~ovdiff_lib.pipeline.OVDiff.build`
-    does.
+    name too long, no drawing with a foreground) are bad, and the others are examined without them. Raises as
+    :meth:`~ovdiff_lib.pipeline.OVDiff.build` otherwise.
     """
     limits, vocabulary, profile = limits or Limits(), Vocabulary.of(classes, stuff), ovdiff.profile
     reports = [ClassReport(category.name, category.kind) for category in vocabulary]
