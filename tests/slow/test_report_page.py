@@ -26,9 +26,8 @@ from ovdiff_lib.segmentation import Segmentation
 from ovdiff_lib.types import PrototypeBank, SupportSet
 from ovdiff_lib.workbench import reproduce as runner
 from ovdiff_lib.workbench.figures import base as figures
-from ovdiff_lib.workbench.page.page import STAMP, build_report, html_of
+from ovdiff_lib.workbench.page.page import STAMP, build_report, find_runs, hidden, html_of
 from ovdiff_lib.workbench.page.panel import panel_data, write_panel
-from ovdiff_lib.workbench.page.runs import find_runs, hidden
 from ovdiff_lib.workbench.tables import claims
 from ovdiff_lib.workbench.tables.intervals import Runs
 from ovdiff_lib.workbench.tables.paper import paper_cell

@@ -237,15 +237,6 @@ def tiny(tiny_models, tmp_path) -> list[str]:
     return [*assigned(settings), "--library", str(tmp_path / "library")]
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["build", "--classes", "cat", "--workers", "0"], "workers"), (["evaluate", "mini-voc", "--workers", "2", "--limit", "0"], "limit")])
-def test_options_that_do_not_go_together(arguments, words, tiny, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main([*arguments, *tiny]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("ovdiff: ") and words in said and said.count("\n") == 1 and not (tmp_path / "library").exists()
-
-
 def test_build_with_two_workers_says_what_it_could_not_build(tiny, tmp_path, capfd):
     (tmp_path / "classes.txt").write_text(f"cat\n{'q' * 60}\ndog\n")  # a token for each letter
     assert main(["build", "--classes-file", str(tmp_path / "classes.txt"), "--workers", "2", *tiny]) == 2

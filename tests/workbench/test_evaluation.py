@@ -98,12 +98,7 @@ def test_every_label_is_that_of_its_own_file(name, split):
             word = None if value in (0, 255) else world.names[value - 1]
             expected = 255 if value == 255 else names.index(word) + 1 if word in names else 0
             assert np.unique(sample.labels[raw == value]).tolist() == [expected], (sample.id, word)
-
-
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("name", MINI)
-def test_every_class_is_seen_and_ignored_pixels_are_few(name, split):
-    dataset = load_dataset(name, split=split)
+    # Every class is seen, and ignored pixels are few.
     counts = sum(np.bincount(dataset.labels(i).ravel(), minlength=256) for i in range(len(dataset)))
     assert (counts[1:len(dataset.vocabulary) + 1] > 0).all()
     assert counts[len(dataset.vocabulary) + 1:255].sum() == 0
@@ -399,13 +394,3 @@ def test_an_interrupted_evaluation_goes_on(cli, two_classes, tmp_path, monkeypat
     in_parts = target.read_text()
     shutil.rmtree(tmp_path / "library" / "counts")
     assert cli(*command) == 0 and len(seen) == 5 and target.read_text() == in_parts
-
-
-@pytest.mark.parametrize(("arguments", "words"), [
-    ("evaluate cityscapes", "--data"), ("evaluate coco", "choose one of"),
-    ("evaluate mini-voc --names x", "fixed, raw"),
-    ("evaluate mini-voc --predictions none", "does not exist"), ("convert context --data x --json y", "x does not hold")])
-def test_mistakes_on_the_command_line(cli, arguments, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    said = cli(*arguments.split())
-    assert said != 0 and words in said and "\n" not in said

@@ -13,17 +13,8 @@ from ovdiff_lib.overlay import colours_of
 from ovdiff_lib.profiles.schema import Filters
 from ovdiff_lib.types import SupportSet
 from ovdiff_lib.workbench.analysis.margins import MarginStatistics
-from ovdiff_lib.workbench.figures.explanations import (
-    COLOURS,
-    REASON_COLOURS,
-    Trace,
-    absent_figure,
-    highlight,
-    innermost,
-    margin_figure,
-    prototype_figure,
-    source_images,
-)
+from ovdiff_lib.workbench.figures import explanations
+from ovdiff_lib.workbench.figures.explanations import COLOURS, REASON_COLOURS, Trace, highlight, prototype_figure, source_images
 from ovdiff_lib.workbench.figures.steps import Column, gallery
 
 RED, GREEN = (250, 20, 20), (20, 250, 20)
@@ -103,7 +94,7 @@ def test_the_support_image_shows_the_prototypes_own_region_and_the_image_its_pix
 def test_the_margin_figure_shows_both_distributions_and_the_error():
     statistics = MarginStatistics()
     statistics.right[:60:2], statistics.wrong[:20] = 5, 2
-    left, right = margin_figure(statistics).axes
+    left, right = explanations.margin_figure(statistics).axes
     assert [round(patch.get_data().values.sum()) for patch in left.patches] == [100, 100]
     assert right.lines[0].get_ydata() == pytest.approx([100 * rate for _, rate in statistics.error_rates()])
     assert {t.get_text() for t in left.get_legend().get_texts()} == {"right pixels", "wrong pixels"}
@@ -113,7 +104,8 @@ def test_bars_of_the_absent_figure_tell_probability_reason_and_what_is_shown():
     """A shown class that was dropped takes the place of the least probable of the others, however improbable it is itself."""
     results = [replace(asked(probabilities, kept), image=np.full((2, 3, 3), 128, np.uint8), labels=np.full((2, 3), 2, np.int32))
                for probabilities, kept in (([0.30, 0.28, 0.25, 0.15, 0.02], (1,)), ([0.55, 0.28, 0.15, 0.02, 1e-9], (0,)))]
-    figure = absent_figure(results, Filters(category_top=2), ["first", "second"], [["class 0"], ["class 4", "class 0"]], bars=4)
+    there = [["class 0"], ["class 4", "class 0"]]
+    figure = explanations.absent_figure(results, Filters(category_top=2), ["first", "second"], there, bars=4)
     bars, others = figure.axes[2:]
     assert [p.get_width() for p in bars.patches] == pytest.approx([0.30, 0.28, 0.25, 0.15])
     wanted = [REASON_COLOURS[r] for r in ("not in the best combined prompt", "kept", "not among the top eta", "below 1/C")]
@@ -155,5 +147,5 @@ def test_the_innermost_pixel_is_the_farthest_from_the_border():
     region[3, 0] = True
     outside = np.argwhere(~np.pad(region, 1)) - 1
     depth = {(r, c): min(np.hypot(*(outside - (r, c)).T)) for r, c in np.argwhere(region).tolist()}
-    assert depth[innermost(region)] == max(depth.values())
-    assert innermost(np.ones((3, 5), bool))[0] == 1  # the image's border counts
+    assert depth[explanations.innermost(region)] == max(depth.values())
+    assert explanations.innermost(np.ones((3, 5), bool))[0] == 1  # the image's border counts

@@ -5,22 +5,11 @@ import pytest
 import yaml
 
 from ovdiff_lib.categories import Category, Vocabulary
-from ovdiff_lib.cli.main import main
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.types import PrototypeBank, Prototypes
 from ovdiff_lib.workbench.evaluation.bench import Bench
 from ovdiff_lib.workbench.evaluation.rows import LEVELS, Row, Searched
-from ovdiff_lib.workbench.evaluation.tuning import (
-    CONSTANT,
-    KEPT,
-    STUFF,
-    Tried,
-    cells_of,
-    extractors_of,
-    likeness,
-    lines_of,
-    tune,
-)
+from ovdiff_lib.workbench.evaluation.tuning import CONSTANT, KEPT, STUFF, Tried, cells_of, extractors_of, likeness, lines_of, tune
 
 
 def made(rng, front, behind):
@@ -95,7 +84,5 @@ def test_a_table_and_the_lines_of_a_profile(tiny_profile):
     assert cells_of([])[0].idle and extractors_of(tiny_profile) == ["sd", "dino", "clip-keys"]
 
 
-def test_without_a_split_there_is_nothing_to_choose_by(tiny_profile, tmp_path, capsys):
+def test_without_a_split_there_is_nothing_to_choose_by(tiny_profile, tmp_path):
     assert tune(Bench(tiny_profile, {"evaluation.tune": ""}, library=tmp_path, progress=False)) == []
-    assert main(["tune", "--set", "evaluation.tune=", "--library", str(tmp_path)]) == 2
-    assert "set evaluation.tune" in capsys.readouterr().err

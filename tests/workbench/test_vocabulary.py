@@ -23,8 +23,7 @@ from ovdiff_lib.workbench.data.classes import class_table, vocabulary_of
 from ovdiff_lib.workbench.data.samples import Sample
 from ovdiff_lib.workbench.figures.charts import share_tables
 from ovdiff_lib.workbench.vocabulary.collisions import Collisions, collide, own_similarity
-from ovdiff_lib.workbench.vocabulary.examine import AMBIGUOUS, examine
-from ovdiff_lib.workbench.vocabulary.report import Limits
+from ovdiff_lib.workbench.vocabulary.examine import AMBIGUOUS, Limits, examine
 
 GRID = (5, 7)
 TABLES = [field.name for field in fields(Collisions)]
@@ -118,17 +117,6 @@ def test_what_cannot_be_compared_is_nan():
     assert np.isnan(found.passes[:, 1]).all() and np.isfinite(found.passes[[0, 1, 1, 2], [2, 0, 2, 0]]).all()
     assert np.isnan(np.diag(found.highest)).all() and np.isnan(own_similarity(lonely)).all()
     assert np.isnan(collide([full]).lost).all()
-
-
-def test_twins_and_what_another_class_shows_around_itself_are_found():
-    """Of 20 classes that are far apart two have one look, and class 7 is surrounded by what class 11 is."""
-    rng = np.random.default_rng(1)
-    centres, around = 3 * rng.normal(size=(2, 20, 12))
-    centres[15], around[7] = centres[4], centres[11]
-    made = [support_features(rng, centre, beside, images=8) for centre, beside in zip(centres, around, strict=True)]
-    found = collide([build_prototypes(features, masks, PrototypeSettings(clusters=3)) for features, masks in made])
-    for table, expected in ((found.lost, {(4, 15), (15, 4)}), (found.passes, {(4, 15), (15, 4)}), (found.sunk, {(11, 7)})):
-        assert set(map(tuple, np.argwhere(table > 0.2))) == expected
 
 
 # ---------------------------------------------------------------------- words
@@ -363,12 +351,3 @@ def test_the_command(tiny, tmp_path, capsys):
     (tmp_path / "classes.txt").write_text("cat\n\nmouse\nwater\n", encoding="utf-8")
     assert main(["vocabulary", "--classes-file", str(tmp_path / "classes.txt"), "--stuff", "water", *tiny]) == 1
     assert "water (stuff)" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("arguments", "words"), [
-    ([""], "no class"), (["cat, Cat"], "twice"), (["--classes-file", "nowhere.txt"], "nowhere.txt"), (["cat", "--stuff", "sky"], "'sky'"),
-    (["cat", "--profile", "big"], "'big'")])
-def test_mistakes_are_one_sentence(tiny, capsys, arguments, words):
-    assert main(["vocabulary", *arguments, *tiny]) == 2
-    said = capsys.readouterr()
-    assert words in said.err and said.err.startswith("ovdiff: ") and said.err.count("\n") == 1 and said.out == ""
