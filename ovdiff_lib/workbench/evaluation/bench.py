@@ -149,7 +149,7 @@ class Bench:
 
     @staticmethod
     def published(cells: Sequence[Cell], table: str) -> list[Cell]:
-        """``cells`` and, after them, all that the paper's table has beside, rows and columns, with its numbers alone."""
+        """``cells`` and, after them, all else that the paper's table has, with its numbers alone."""
         places = {cell.paper.key: cell for cell in cells if cell.paper}
         rows, columns = ({getattr(cell.paper, name): getattr(cell, name) for cell in places.values()}
                          for name in ("row", "column"))
