@@ -97,7 +97,7 @@ class OVDiff:
         category = Category.of(category)
         if category.pictures:
             return self.library.given(category)
-        key, made_from = keys.for_words(self._made_from("support"), category.prompt)
+        key, made_from = keys.for_words(self._made_from("support"), category)
         found = self.library.get_or_grow(key, self.profile.support.size, lambda start, count: sample_support(
             self.diffusion, category, self.profile, count, self.progress, start), made_from)
         return dataclasses.replace(found, category=category)  # the library knows the words, not the name they have here

@@ -221,7 +221,7 @@ def _banks(profile: Profile, library: Path | None) -> Iterator[Check]:
         with suppress(InputError, ModelNotAvailable, ProfileError):  # data that lie elsewhere; the rest has own lines
             words = load_dataset(source).vocabulary
             tables = {name: made_from(profile, name) for name in profile.features.extractors}
-            rows = {name: tuple(kept.get("prototypes", for_words(table, one.prompt)[0]) for one in words)
+            rows = {name: tuple(kept.get("prototypes", for_words(table, one)[0]) for one in words)
                     for name, table in tables.items()}
             if any(one.kind == "stuff" for one in words) and None not in itertools.chain(*rows.values()):
                 bank = PrototypeBank(words, rows)
