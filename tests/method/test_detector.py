@@ -236,3 +236,10 @@ def test_a_few_steps_lower_the_loss_and_find_a_bright_square():
     best = [[quality.best_ious(detect(m, image)[0], mask[0].astype(np.uint8))[0] for image, mask in pairs] for m in (model, small())]
     assert np.mean(best[0]) > 0.55 > 1.5 * np.mean(best[1])
     assert box_recall(model, pairs, score=0.0) >= 0.75
+
+
+def test_box_recall_by_hand(monkeypatch):
+    boxes, size = np.array([[0, 0, 5, 4], [8, 6, 12, 9]], np.float32), (10, 14)
+    truth = np.array([rectangle(size, 0, 0, 4, 4), rectangle(size, 5, 0, 9, 4), rectangle(size, 6, 8, 9, 12)])
+    monkeypatch.setattr(train_detector, "detect", lambda model, image: (None, np.array([0.9, 0.4], np.float32), boxes))
+    assert [box_recall(None, [(noise(size), truth)], score) for score in (0.5, 0.4)] == pytest.approx([1 / 3, 2 / 3])

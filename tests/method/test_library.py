@@ -319,6 +319,35 @@ def test_folders_that_may_not_be_written_or_read(library, monkeypatch, tmp_path)
 
 # ---- processes and threads
 
+@pytest.mark.parametrize("kind", [threading.Thread, multiprocessing.get_context("fork").Process])
+def test_threads_and_processes_that_want_one_class_build_it_once(library, tmp_path, kind):
+    def build():
+        def make():
+            with (tmp_path / "made").open("a") as file:
+                file.write("x")
+            time.sleep(0.3)
+            return support()  # put under the lock that this one's builder holds: locks nest
+
+        Library(library.root).get_or_make("support", KEY, make)
+
+    running = [kind(target=build, daemon=True) for _ in range(4)]
+    for one in running:
+        one.start()
+    for one in running:
+        one.join(60)
+    assert (tmp_path / "made").read_text() == "x"
+    assert_equal(library.get("support", KEY), support())
+
+
+def test_an_error_while_building_is_the_builders_own_and_frees_the_lock(library):
+    with pytest.raises(FileNotFoundError, match="weights"), library.lock(KEY):
+        raise FileNotFoundError("weights")
+    thread = threading.Thread(target=library.put, args=("support", KEY, support()), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert_equal(library.get("support", KEY), support())
+
+
 def _die_while_writing(root, died_at):
     library, calls, fsync = Library(root), [], os.fsync
 

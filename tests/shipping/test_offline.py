@@ -62,6 +62,32 @@ def guarded(tmp_path) -> Guarded:
     return Guarded(tmp_path)
 
 
+REACHING = """
+import socket, urllib.request
+inet, unix = socket.socket, lambda: socket.socket(socket.AF_UNIX)
+for reach in (lambda: urllib.request.build_opener(urllib.request.ProxyHandler({})).open("http://192.0.2.1/", timeout=1),
+              lambda: socket.create_connection(("192.0.2.1", 80), 1), lambda: socket.getaddrinfo("example.org", 443),
+              lambda: socket.gethostbyname("example.org"), lambda: inet().connect_ex(("192.0.2.1", 80)),
+              lambda: inet(type=socket.SOCK_DGRAM).sendto(b"x", ("192.0.2.1", 53))):
+    try:
+        reach()
+    except OSError:
+        print("refused")
+server, client = unix(), unix()
+server.bind("unix")
+server.listen()
+client.connect("unix")
+print("local")
+"""
+
+
+def test_the_guard_sees_every_way_out_and_lets_unix_sockets_pass(guarded):
+    run = guarded.run("-c", REACHING)
+    assert run.stdout.split() == ["refused"] * 6 + ["local"] and len(guarded.tried()) == 6, run.stderr
+    seen = {line.split()[0].removeprefix("socket.") for line in guarded.tried()}
+    assert seen == {"connect", "getaddrinfo", "gethostbyname", "sendto"}
+
+
 COMMANDS = """
 import contextlib, io, json, sys
 from ovdiff_lib.cli.main import main

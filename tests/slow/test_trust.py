@@ -39,7 +39,7 @@ from sentences import assigned, one_sentence, refused
 from tiny import tiny_overrides
 
 from ovdiff_lib.cli.main import main
-from ovdiff_lib.errors import ModelNotAvailable
+from ovdiff_lib.errors import InputError, ModelNotAvailable
 from ovdiff_lib.library.store import Library
 from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.profiles.reading import load_profile
@@ -214,11 +214,23 @@ class Work:
         return self.run("segment", self.image, "--classes", "cat", "--out", folder / "out", *self.settings,
                         "--library", library or self.whole / "library")
 
+    def tables(self, folder: Path) -> list:
+        from ovdiff_lib.workbench.figures.base import image_grid, save_figure
+        from ovdiff_lib.workbench.tables.tables import Cell, write_table
+
+        cells = [Cell(f"row {i}", "VOC", float(i)) for i in range(60)]
+        try:
+            write_table(folder / "tables" / "05_t.csv", "05_t", cells, load_profile("mini"), "What was run.")
+            save_figure(image_grid([[np.asarray(Image.open(self.image).convert("RGB"))]]), folder / "figures" / "05_f.png", "A caption.")
+        except InputError as error:
+            return [2, f"ovdiff: {error}\n"]
+        return [0, ""]
+
     def notebook(self, folder: Path) -> list:
         return self.run("run", Path(__file__).parents[2] / "notebooks" / "00_quickstart.ipynb", "--out", folder / "outputs")
 
 
-PLACES = {"build": ("library/support", "library/masks", "library/prototypes"), "segment": ("out",)}
+PLACES = {"build": ("library/support", "library/masks", "library/prototypes"), "segment": ("out",), "tables": ("tables", "figures")}
 """What writes, and where it does so the same bytes each time."""
 
 GROWING = (lambda n: f"size={4 * n}k,nr_inodes=10k", 1), (lambda n: f"size=32m,nr_inodes={n}", 2)
@@ -265,7 +277,7 @@ def read_only_disk(work: Work, place: Path) -> None:
     before = entries(place / "library")
     mount(place, "remount,ro")
     assert work.build(place)[0] == work.segment(place.parent, place / "library")[0] == 0
-    for result in (work.segment(place), work.notebook(place), work.build(place, "dog")):
+    for result in (work.segment(place), work.tables(place), work.notebook(place), work.build(place, "dog")):
         told(result, "Read-only file system")
     mount(place, "remount,rw")
     entry = next(entry for entry in Library(place / "library").entries() if entry.kind == "prototypes")
