@@ -1,10 +1,8 @@
 """Draw the data of the mini world: training scenes (not shipped), the splits and an archive of scenes (shipped).
 
-``make mini-world`` has it put the training arrays into ``DIR/scenes``, ``--ship`` the splits and the archive into the
-package's ``mini/data``. Every array is a function of :data:`SEEDS` alone.
+:mod:`ovdiff_lib.recipes.rebuild` has it done. Every array is a function of :data:`SEEDS` alone.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -23,10 +21,9 @@ from tqdm import tqdm
 from ovdiff_lib import mini
 from ovdiff_lib.files import write_atomic
 from ovdiff_lib.mini.world import World
-from ovdiff_lib.recipes.art import build_glyphs, drawn_world
 from ovdiff_lib.recipes.scenes import Glyphs, draw_scene, glyph_table
 
-SEEDS = {"train": 0, "eval": 1, "val": 2, "wild": 3, "frames": 4, "tune": 5}
+SEEDS = {"train": 0, "val": 2, "wild": 3, "frames": 4, "tune": 5}
 """Stream of scenes each split is drawn from; no scene is in two splits."""
 
 DATA = Path(mini.__file__).parent / "data"
@@ -65,10 +62,10 @@ def draw_frames(world: World, glyphs: Glyphs, index: int, size: int) -> np.ndarr
 
 
 def build_training(world: World, arrays: dict[str, np.ndarray], folder: Path, size: int, count: int, frames: int,
-                   evaluation: int, workers: int) -> None:
+                   workers: int | None = None) -> None:
     """Write the training arrays at ``size`` px: ``train_images.npy`` u8 (count, size, size, 3) with
-    ``train_captions.json``; ``frames.npy`` u8 (frames, 2, size, size, 3) of :func:`draw_frames`; ``eval_images.npy``
-    and ``eval_labels.npy``, scenes of one object; last ``nouns.json``, with which a folder is finished."""
+    ``train_captions.json``; ``frames.npy`` u8 (frames, 2, size, size, 3) of :func:`draw_frames`; last ``nouns.json``,
+    with which a folder is finished. ``workers``: processes (default: one a core)."""
     if (folder / "nouns.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,13 +78,9 @@ def build_training(world: World, arrays: dict[str, np.ndarray], folder: Path, si
     def pair(index: int) -> tuple[np.ndarray, None]:
         return draw_frames(world, glyphs, index, size), None
 
-    def single(index: int) -> tuple[np.ndarray, int]:
-        noun = index % len(nouns)
-        return draw_scene(world, glyphs, SEEDS["eval"], index, (size, size), noun=nouns[noun], objects=1).image, noun
-
     def fill(name: str, draw: Callable[[int], tuple], count: int, shape: tuple[int, ...]) -> list:
         out = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.uint8, (count, *shape))
-        drawn, rest = forked_map(draw, range(count), workers, chunksize=100), []
+        drawn, rest = forked_map(draw, range(count), workers or len(os.sched_getaffinity(0)), chunksize=100), []
         for i, (image, about) in enumerate(tqdm(drawn, name, count, unit="scene", mininterval=5)):
             out[i] = image
             rest.append(about)
@@ -97,7 +90,6 @@ def build_training(world: World, arrays: dict[str, np.ndarray], folder: Path, si
     captions = fill("train_images", train, count, (size, size, 3))
     (folder / "train_captions.json").write_text(json.dumps(captions), encoding="utf-8")
     fill("frames", pair, frames, (2, size, size, 3))
-    np.save(folder / "eval_labels.npy", fill("eval_images", single, evaluation, (size, size, 3)))
     write_atomic(folder / "nouns.json", json.dumps(nouns).encode())
 
 
@@ -144,29 +136,11 @@ def build_split(world: World, glyphs: Glyphs, folder: Path, split: str, count: i
     (target / "scenes.json").write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line entry."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the art and the training scenes")
-    parser.add_argument("--size", type=int, default=128, help="side of a training scene in pixels")
-    parser.add_argument("--train", type=int, default=100_000, help="training scenes")
-    parser.add_argument("--frames", type=int, default=30_000, help="pairs of frames of one object")
-    parser.add_argument("--evaluation", type=int, default=1_032, help="held-out scenes of one object")
-    parser.add_argument("--ship", action="store_true", help="also draw the splits and the archive, into mini/data")
-    args = parser.parse_args(argv)
-    world = drawn_world()
-    arrays = build_glyphs(world, args.work)
-    build_training(world, arrays, args.work / "scenes", args.size, args.train, args.frames, args.evaluation,
-                   workers=len(os.sched_getaffinity(0)))
-    if args.ship:
-        # The ids in the label maps are places in this table.
-        shutil.copyfile(Path(__file__).parent / "world.yaml", DATA.parent / "world.yaml")
-        for split, count, styles in (("tune", 126, world.train_styles), ("val", 315, world.train_styles),
-                                     ("wild", 126, world.wild_styles)):
-            build_split(world, glyph_table(world, arrays, styles), DATA, split, count)
-        build_archive(world, arrays, DATA, 600)
-
-
-if __name__ == "__main__":
-    main()
+def build_shipped(world: World, arrays: dict[str, np.ndarray]) -> None:
+    """Write the splits and the archive into the package's ``mini/data``, and the table of the world beside it."""
+    # The ids in the label maps are places in this table.
+    shutil.copyfile(Path(__file__).parent / "world.yaml", DATA.parent / "world.yaml")
+    for split, count, styles in (("tune", 126, world.train_styles), ("val", 315, world.train_styles),
+                                 ("wild", 126, world.wild_styles)):
+        build_split(world, glyph_table(world, arrays, styles), DATA, split, count)
+    build_archive(world, arrays, DATA, 600)

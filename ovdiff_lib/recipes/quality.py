@@ -28,8 +28,7 @@ from ovdiff_lib.networks.loading import load_diffusion
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.recipes.rebuild import WEIGHTS
-from ovdiff_lib.recipes.train_dino import neighbour_accuracy
-from ovdiff_lib.recipes.train_vae import psnr
+from ovdiff_lib.recipes.train_vae import to_signed
 from ovdiff_lib.support.attribution import class_token_positions, fill_template, record_attribution
 from ovdiff_lib.support.sampler import sample_support
 from ovdiff_lib.workbench.analysis.examples import shown_labels
@@ -38,13 +37,16 @@ from ovdiff_lib.workbench.console import parse_assignments, write_json
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.figures.base import image_grid
 
+SPLIT, DRAWN = "tune", 12
+"""The scenes that are measured on, and how many images are drawn of each noun."""
+
 MaskedScene = tuple[np.ndarray, np.ndarray, str]
 """An image u8 (H, W, 3) of one object, its mask f32 (H, W), NaN where it is ignored, and its noun."""
 
 
-def single_object_scenes(split: str) -> list[MaskedScene]:
+def single_object_scenes() -> list[MaskedScene]:
     """Images of one object, the object's mask, and its noun."""
-    data, found = load_dataset("mini-object", split), []
+    data, found = load_dataset("mini-object", SPLIT), []
     for sample in data:
         shown = shown_labels(sample)
         if len(shown) == 1:
@@ -53,10 +55,22 @@ def single_object_scenes(split: str) -> list[MaskedScene]:
     return found
 
 
-def vae_psnr(profile: Profile, split: str) -> float:
-    """Mean PSNR in dB of the reconstruction of images."""
-    vae, data = load_diffusion(profile).vae, load_dataset("mini-object", split)
-    return float(np.mean([psnr(vae, torch.from_numpy(sample.image.copy())[None].to(vae.device)) for sample in data]))
+def vae_psnr(profile: Profile) -> float:
+    """Mean PSNR in dB of the reconstruction of images from the latent's mean, as SD uses it."""
+    vae, found = load_diffusion(profile).vae, []
+    for sample in load_dataset("mini-object", SPLIT):
+        target = to_signed(torch.from_numpy(sample.image.copy())[None].to(vae.device))
+        output = vae.decode(vae.encode(target).latent_dist.mode()).sample.clamp(-1, 1)
+        found.append(-10 * float(((output - target) / 2).square().mean().log10()))
+    return float(np.mean(found))
+
+
+def neighbour_accuracy(vectors: torch.Tensor, truth: torch.Tensor, neighbours: int = 5) -> float:
+    """Leave-one-out k-nearest-neighbour accuracy of vectors (N, D) of the classes (N,), votes weighted by cosine."""
+    unit = F.normalize(vectors.float(), dim=1)
+    value, index = (unit @ unit.T).fill_diagonal_(-1).topk(neighbours)
+    votes = torch.zeros(len(truth), int(truth.max()) + 1).scatter_add_(1, truth[index], value)
+    return float((votes.argmax(1) == truth).float().mean())
 
 
 def neighbour_top1(profile: Profile, scenes: list[MaskedScene]) -> dict[str, float]:
@@ -80,9 +94,9 @@ def best_ious(proposals: np.ndarray, labels: np.ndarray) -> list[float]:
             for truth in truths]
 
 
-def proposal_recall(segmenter: Segmenter, split: str) -> float:
+def proposal_recall(segmenter: Segmenter) -> float:
     """Mean over all objects of the images of mini-object of :func:`best_ious`."""
-    data = tqdm(load_dataset("mini-object", split), desc=segmenter.name, unit="image")
+    data = tqdm(load_dataset("mini-object", SPLIT), desc=segmenter.name, unit="image")
     return float(np.mean([iou for sample in data
                           for iou in best_ious(segmenter.propose(sample.image, ""), sample.labels)]))
 
@@ -106,7 +120,7 @@ def attribution_iou(profile: Profile, scenes: list[MaskedScene], steps: tuple[in
     thresholds, ious, hits = np.arange(1, 20) / 20, [], []
     for i, (image, mask, noun) in enumerate(scenes):
         square = np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
-        pixels = torch.from_numpy(square).to(pipe.device).permute(2, 0, 1)[None].to(pipe.vae.dtype) / 127.5 - 1
+        pixels = to_signed(torch.from_numpy(square)[None].to(pipe.device)).to(pipe.vae.dtype)
         latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
         prompt = pipe.encode_prompt(fill_template(profile.support.prompt, noun), pipe.device, 1, False)[0]
         positions = class_token_positions(pipe.tokenizer, profile.support.prompt, noun)
@@ -132,24 +146,22 @@ def groupvit_top1(profile: Profile, scenes: list[MaskedScene], nouns: tuple[str,
                           for image, _, noun in scenes]))
 
 
-def drawing_quality(profile: Profile, scenes: list[MaskedScene], nouns: tuple[str, ...], count: int, out: Path
-                    ) -> dict[str, Any]:
-    """What depends on the diffusion model alone, from ``count`` drawings a noun, some of them in out/drawings.webp."""
+def drawing_quality(profile: Profile, scenes: list[MaskedScene], nouns: tuple[str, ...], out: Path) -> dict[str, Any]:
+    """What depends on the diffusion model alone, from :data:`DRAWN` drawings a noun, some of them in
+    out/drawings.webp."""
     pipe = load_diffusion(profile)
-    drawings = {noun: sample_support(pipe, Category(noun), profile, count=count, progress=False).images
+    drawings = {noun: sample_support(pipe, Category(noun), profile, count=DRAWN, progress=False).images
                 for noun in tqdm(nouns, desc="drawings", mininterval=10)}
     page = image_grid([list(images[:6]) for images in drawings.values()], nouns)
     page.savefig(out / "drawings.webp", pil_kwargs={"quality": 85})
     by_class = {noun: float(np.mean(hits)) for noun, hits in recognised(profile, drawings).items()}
-    return {"images_drawn_per_class": count, "drawn_recognised": float(np.mean(list(by_class.values()))),
+    return {"images_drawn_per_class": DRAWN, "drawn_recognised": float(np.mean(list(by_class.values()))),
             "drawn_recognised_by_class": by_class, "attribution": attribution_iou(profile, scenes)}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--per-class", type=int, default=12, help="images drawn for each noun (default: 12)")
-    parser.add_argument("--split", default="tune", help="scenes that are measured on (default: tune)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE",
                         help="change a value of profile mini, such as models.diffusion")
     parser.add_argument("--drawings-only", action="store_true", help="measure the diffusion model alone")
@@ -157,17 +169,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     profile, nouns = load_profile("mini", parse_assignments(args.set)), load_world().vocabulary("mini-object")
-    split, scenes = args.split, single_object_scenes(args.split)
-    measured = {"split": split, "images": len(load_dataset("mini-object", split)), "single_object_images": len(scenes),
-                **drawing_quality(profile, scenes, nouns, args.per_class, args.out)}
+    scenes = single_object_scenes()
+    measured = {"split": SPLIT, "images": len(load_dataset("mini-object", SPLIT)), "single_object_images": len(scenes),
+                **drawing_quality(profile, scenes, nouns, args.out)}
     if not args.drawings_only:
         hits = recognised(profile, {noun: [image for image, _, shown in scenes if shown == noun] for noun in nouns})
         measured |= {
-            "vae_psnr_db": vae_psnr(profile, split), "clip_zero_shot_top1": float(np.mean([*chain(*hits.values())])),
+            "vae_psnr_db": vae_psnr(profile), "clip_zero_shot_top1": float(np.mean([*chain(*hits.values())])),
             "neighbour_top1": neighbour_top1(profile, scenes),
             "groupvit_zero_shot_top1": groupvit_top1(profile, scenes, nouns),
-            "proposal_recall": {name: proposal_recall(SEGMENTERS[name](profile), split)
-                                for name in ("maskcut", "detector")}}
+            "proposal_recall": {name: proposal_recall(SEGMENTERS[name](profile)) for name in ("maskcut", "detector")}}
     # Four digits are what the cards, and a reader, can use.
     measured = json.loads(json.dumps(measured), parse_float=lambda text: round(float(text), 4))
     print(json.dumps(measured, indent=1))

@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from ovdiff_lib import mini
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.recipes.art import build_glyphs, drawn_world
+from ovdiff_lib.recipes.build import build_shipped, build_training
 from ovdiff_lib.recipes.training import DEVICE
 
 WEIGHTS = Path(mini.__file__).parent / "weights"
@@ -39,7 +40,7 @@ SHARES = {"clip": 0.12, "vae": 0.18, "unet": 0.60, "dino": 0.45, "mae": 0.16, "d
 latents, and what MaskCut finds for the detector to learn from."""
 
 STREAMS = (("clip", "vae", "unet"), ("dino", "mae", "detector", "groupvit"))
-"""What is trained one after the other; the streams run side by side."""
+"""What is trained one after the other; the streams run side by side. GroupViT, last, shares CLIP's tokenizer."""
 
 LARGE = {"clip": "--batch 1024 --lr 2e-3", "vae": "--batch 256 --lr 2e-3", "unet": "--batch 512 --lr 2e-3",
          "dino": "--batch 256 --lr 2e-3", "mae": "--batch 1024 --lr 2e-3", "groupvit": "--batch 512 --lr 3e-3",
@@ -61,13 +62,11 @@ def command(name: str, work: Path, hours: float) -> list[str]:
 def train(work: Path, hours: float) -> None:
     """Run both streams of stages, but for what was finished before. Where a stage fails, those that can do without it
     are still trained; then the command ends."""
-    ended, interrupted, running = threading.Event(), threading.Event(), set()
+    interrupted, running = threading.Event(), set()
     (work / "logs").mkdir(parents=True, exist_ok=True)
 
     def finished(name: str) -> bool:
         done = work / "training" / name / "finished"
-        if name == "groupvit":  # shares CLIP's tokenizer
-            ended.wait()
         if not done.exists() and not interrupted.is_set():
             arguments = command(name, work, hours)
             print("python -m " + " ".join(arguments), flush=True)
@@ -77,8 +76,6 @@ def train(work: Path, hours: float) -> None:
                 running.add(process)
                 if process.wait() == 0:
                     done.touch()
-        if name == "clip":
-            ended.set()
         return done.exists()
 
     with ThreadPoolExecutor(len(STREAMS)) as pool:
@@ -107,12 +104,9 @@ def assemble(work: Path, weights: Path = WEIGHTS) -> None:
 # ---- what a model folder says about itself: README.md, training_log.csv and a loss curve; cards.yaml has the words
 
 def plot_log(rows: pd.DataFrame, path: Path, title: str) -> None:
-    """Of a trainer's log: loss (logarithmic) over steps, and every metric, of which most rows have none, in a panel of
-    its own."""
-    shown = rows.drop(columns=["elapsed_s", "lr"]).set_index("step").interpolate()
-    panels = shown.plot(subplots=True, layout=(1, -1), figsize=(5 * shown.shape[1], 3.2), grid=True, title=title)
-    panels[0, 0].set_yscale("log")
-    panels[0, 0].figure.savefig(path, dpi=90, bbox_inches="tight")
+    """Of a trainer's log: loss (logarithmic) over steps."""
+    axis = rows.plot("step", "loss", logy=True, figsize=(5, 3.2), grid=True, title=title)
+    axis.figure.savefig(path, dpi=90, bbox_inches="tight")
 
 
 def facts(kind: str, name: str, model: Path, rows: pd.DataFrame) -> str:
@@ -122,7 +116,6 @@ def facts(kind: str, name: str, model: Path, rows: pd.DataFrame) -> str:
     table = {"class": f"`{name}`", "parameters": f"{parameters:,}", "weights": "float16 safetensors",
              "trained by": f"`python -m ovdiff_lib.recipes.train_{kind}`", "steps": f"{last['step']:,.0f}",
              "training time": f"{last['elapsed_s'] / 60:.0f} min", "last loss": f"{last['loss']:.4f}"}
-    table |= {f"last {name.replace('_', ' ')}": f"{rows[name].dropna().iloc[-1]:.4f}" for name in rows.columns[4:]}
     return "\n".join(f"| {name} | {value} |" for name, value in table.items())
 
 
@@ -154,20 +147,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("work"),
                         help="folder for art, scenes and checkpoints (default: work)")
     parser.add_argument("--hours", type=float, help="time for everything (default: 0.4 on a GPU, 30 without)")
-    parser.add_argument("--scenes", type=int, default=100_000, help="training scenes")
-    parser.add_argument("--stop", choices=("glyphs",), help="do no more than this")
+    parser.add_argument("--scenes", type=int, default=100_000, help="training scenes (default: 100,000)")
+    parser.add_argument("--size", type=int, default=128, help="side of a training scene in pixels (default: 128)")
+    parser.add_argument("--stop", choices=("glyphs", "scenes"), help="do no more than up to these")
     parser.add_argument("--ship", action="store_true",
                         help="put splits, weights and cards in place of those of this checkout")
     args = parser.parse_args(argv)
     hours = args.hours or (0.4 if DEVICE.type == "cuda" else 30)
-    build_glyphs(drawn_world(), args.work)
+    world = drawn_world()
+    arrays = build_glyphs(world, args.work)
     if args.stop == "glyphs":
         return
-    drawing = ["ovdiff_lib.recipes.build", "--work", str(args.work), "--train", str(args.scenes), "--frames",
-               str(args.scenes // 3), *(["--ship"] if args.ship else [])]
-    subprocess.run([sys.executable, "-m", *drawing], check=True)
+    build_training(world, arrays, args.work / "scenes", args.size, args.scenes, args.scenes // 3)
+    if args.stop == "scenes":
+        return
     train(args.work, hours)
     if args.ship:
+        build_shipped(world, arrays)
         assemble(args.work)
         subprocess.run([sys.executable, "-m", "ovdiff_lib.recipes.quality"], check=True)
         write_cards(args.work / "training", WEIGHTS, args.scenes)

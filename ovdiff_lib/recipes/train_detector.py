@@ -17,7 +17,7 @@ from torchvision.ops import box_iou, masks_to_boxes
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.masks import build_segmenter
-from ovdiff_lib.masks.segmenters.detector import CONFIG, build_detector, detect, save_detector
+from ovdiff_lib.masks.segmenters.detector import CONFIG, build_detector, save_detector
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.recipes import training
 from ovdiff_lib.recipes.build import forked_map
@@ -28,7 +28,6 @@ CANVASES = (80, 96, 112, 128)  # pixels; CutLER varies the size of the images to
 PASTE_RATIO = (0.3, 1.0)  # CutLER's COPY_PASTE_MIN_RATIO, COPY_PASTE_MAX_RATIO
 ZOOM = 1.6  # a view shows at least 1 / ZOOM of a scene's sides
 LEAST_AREA = 16  # pixels of a view; a mask with less left is no object any more
-HELD_OUT = 64  # scenes with pseudo-masks that are kept from training, to log a quality on
 
 
 # ---- views
@@ -122,17 +121,6 @@ def losses(model: MaskRCNN, images: Tensor, targets: list[dict[str, Tensor]]) ->
     return torch.stack(list(model(list(images), targets).values())).sum()
 
 
-def box_recall(model: MaskRCNN, scenes: list[tuple[np.ndarray, np.ndarray]], score: float = 0.5) -> float:
-    """Share of the boxes of masks bool (M, H, W) that a detection of at least ``score`` meets with IoU 0.5."""
-    met = []
-    for image, masks in scenes:
-        _, scores, boxes = detect(model, image)
-        truth = boxes_of(torch.from_numpy(masks))
-        overlap = box_iou(truth, torch.from_numpy(boxes[scores >= score]))
-        met += [bool((row >= 0.5).any()) for row in overlap]
-    return float(np.mean(met)) if met else 0.0
-
-
 def pseudo_masks(args: argparse.Namespace) -> tuple[list[int], list[np.ndarray]]:
     """Some training scenes, and what MaskCut finds in each, bool (M, H, W); beside a GPU all CPU cores look."""
     images = np.load(args.data / "train_images.npy", mmap_mode="r")
@@ -157,11 +145,9 @@ def main(argv: list[str] | None = None) -> None:
     scenes, masks = pseudo_masks(args)
     usable = [i for i, found in enumerate(masks) if len(found)]
     print(f"{len(scenes)} scenes, {len(usable)} with masks, {sum(map(len, masks))} masks", flush=True)
-    if len(usable) < args.batch + HELD_OUT:
-        raise InputError(f"Only {len(usable)} scenes have pseudo-masks; {args.batch + HELD_OUT} are needed.")
-    held_out, usable = usable[:HELD_OUT], usable[HELD_OUT:]
+    if len(usable) < args.batch:
+        raise InputError(f"Only {len(usable)} scenes have pseudo-masks; {args.batch} are needed.")
     images = training.load_array(args.data / "train_images.npy")
-    checks = [(images[scenes[i]].cpu().numpy(), masks[i]) for i in held_out]
     model = build_detector(CONFIG)
     model.roi_heads.__class__ = DropLossHeads  # the same heads, with another choice of samples
     model = model.to(training.DEVICE, memory_format=torch.channels_last).train()
@@ -176,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         with training.mixed():
             return losses(model, batch, targets)
 
-    run.fit(loss, measure=lambda: {"box_recall": box_recall(run.average, checks)}, every=500, row=50)
+    run.fit(loss, row=50)
     save_detector(training.halved(run.average), CONFIG, args.out)
 
 

@@ -1,20 +1,18 @@
 """Train the mini DINO (a real ``transformers.ViTModel``) by self-distillation with multi-crop; no label is seen.
 
 The images are pairs of frames: one object met in two places (``frames.npy``), as a video that follows it would show it.
-With crops of one scene the surroundings that they share are easier to agree on than the object: the nearest-neighbour
+With crops of one scene the surroundings that they share are easier to agree on than the object: a nearest-neighbour
 accuracy stayed at 21 % for 1,100 steps, and MaskCut's proposals were no better than with mean colours.
 
 A student sees small and large crops and must predict what a slowly moving average of itself, the teacher, says of the
 large ones (Caron et al., 2021). The teacher is what is kept. Its answers are spread evenly over the prototypes by
 Sinkhorn's algorithm, as in DINOv2: with small batches a running centre let them stay all but uniform. Two more losses
 are DINOv2's too (Oquab et al., 2023): some patches of a large crop are hidden from the student, which must say what the
-teacher says of each (iBOT), and the class tokens of a batch are pushed apart (KoLeo). Labels of held-out scenes are
-read only to log a nearest-neighbour accuracy.
+teacher says of each (iBOT), and the class tokens of a batch are pushed apart (KoLeo).
 """
 
 import copy
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -163,30 +161,13 @@ class SelfDistillation(nn.Module):
                 -(patch_targets * patches).sum(-1).mean(), koleo)
 
 
-def neighbour_accuracy(vectors: Tensor, truth: Tensor, neighbours: int = 5) -> float:
-    """Leave-one-out k-nearest-neighbour accuracy of vectors (N, D) of the classes (N,), votes weighted by cosine."""
-    unit = F.normalize(vectors.float(), dim=1)
-    value, index = (unit @ unit.T).fill_diagonal_(-1).topk(neighbours)
-    votes = torch.zeros(len(truth), int(truth.max()) + 1, device=truth.device).scatter_add_(1, truth[index], value)
-    return float((votes.argmax(1) == truth).float().mean())
-
-
-@torch.no_grad()
-def scene_accuracy(token: Callable[[Tensor], Tensor], scenes: training.Scenes) -> dict[str, float]:
-    """:func:`neighbour_accuracy` of the held-out scenes' tokens (B, D)."""
-    pixels = training.normalise(training.to_float(scenes.eval_images), IMAGENET_MEAN, IMAGENET_STD)
-    tokens = torch.cat([token(part) for part in pixels.split(256)])
-    return {"nearest_neighbour": neighbour_accuracy(tokens, scenes.eval_labels)}
-
-
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     args = training.start(training.options(__doc__, steps=8000, batch=64, minutes=60, lr=1e-3), argv)
-    scenes, pairs = training.Scenes(args.data), training.load_array(args.data / "frames.npy")
+    pairs = training.load_array(args.data / "frames.npy")
     large_side, small_side = (int(share * pairs.shape[2]) // PATCH * PATCH for share in (LARGE, SMALL))
     model = SelfDistillation(pairs.shape[2]).to(training.DEVICE)
     model.student.train()
-    teacher = model.teacher["vit"]
     run = training.Run(args, model, len(pairs), betas=(0.9, 0.95), warmup=200)
 
     def loss(draw: training.Draw) -> Tensor:
@@ -210,12 +191,11 @@ def main(argv: list[str] | None = None) -> None:
         training.follow(model.teacher, model.student, momentum)
 
     def save(folder: Path) -> None:
-        kept = copy.deepcopy(teacher)
+        kept = copy.deepcopy(model.teacher["vit"])
         kept.embeddings.mask_token = None
         training.halved(kept).save_pretrained(folder)
 
-    run.fit(loss, after=follow, every=250, export=save,
-            measure=lambda: scene_accuracy(lambda x: teacher(x).last_hidden_state[:, 0], scenes))
+    run.fit(loss, after=follow, export=save)
 
 
 if __name__ == "__main__":

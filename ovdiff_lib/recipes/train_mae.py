@@ -1,10 +1,8 @@
 """Train the mini MAE (the encoder of a real ``transformers.ViTMAEForPreTraining``) by masked reconstruction.
 
 Three quarters of a crop's patches are hidden; the encoder sees the rest and a small decoder must fill the gaps (He et
-al., 2022). Only the encoder is kept. Labels are read only to log a nearest-neighbour accuracy of held-out scenes.
+al., 2022). Only the encoder is kept.
 """
-
-import copy
 
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.recipes import training
-from ovdiff_lib.recipes.train_dino import PATCH, crop, scene_accuracy
+from ovdiff_lib.recipes.train_dino import PATCH, crop
 
 SCALE = (0.25, 1.0)  # share of the scene's area that a crop shows
 
@@ -26,23 +24,11 @@ def build_mae(size: int) -> ViTMAEForPreTraining:
         decoder_intermediate_size=384))
 
 
-def accuracy(model: ViTMAEForPreTraining, scenes: training.Scenes) -> dict[str, float]:
-    """Nearest-neighbour accuracy of the mean of all patch tokens: nothing hidden, patches in raster order."""
-    whole = copy.deepcopy(model.vit).eval()
-    whole.config.mask_ratio = 0.0
-
-    def mean_token(pixels: Tensor) -> Tensor:
-        raster = torch.arange((model.config.image_size // PATCH) ** 2, device=pixels.device).float()
-        return whole(pixels, noise=raster.expand(len(pixels), -1)).last_hidden_state[:, 1:].mean(1)
-
-    return scene_accuracy(mean_token, scenes)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     args = training.start(training.options(__doc__, steps=12000, batch=128, minutes=35, lr=1e-3), argv)
-    scenes = training.Scenes(args.data)
-    images, size = scenes.images, scenes.images.shape[1]
+    images = training.Scenes(args.data).images
+    size = images.shape[1]
     model = training.placed(build_mae(size).train())
     run = training.Run(args, model, len(images), betas=(0.9, 0.95), warmup=300)
 
@@ -53,8 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         with training.mixed():
             return model(pixels, noise=noise).loss
 
-    run.fit(loss, measure=lambda: accuracy(model, scenes), every=1000,
-            export=lambda folder: training.halved(model.vit).save_pretrained(folder))
+    run.fit(loss, export=lambda folder: training.halved(model.vit).save_pretrained(folder))
 
 
 if __name__ == "__main__":

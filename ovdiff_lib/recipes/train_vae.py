@@ -59,16 +59,6 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, images: Tensor) -> float:
-    """Mean PSNR in dB of the reconstruction from the latent's mean, as SD uses it, of u8 (N, H, W, 3)."""
-    values = []
-    for target in map(to_signed, images.split(64)):
-        output = vae.decode(vae.encode(target).latent_dist.mode()).sample.clamp(-1, 1)
-        values.append(-10 * ((output - target) / 2).square().mean(dim=(1, 2, 3)).clamp_min(1e-8).log10())
-    return float(torch.cat(values).mean())
-
-
-@torch.no_grad()
 def latent_scale(vae: AutoencoderKL, images: Tensor) -> float:
     """1 / standard deviation of the latents: what SD calls ``scaling_factor``."""
     return float(1 / torch.cat([vae.encode(to_signed(part)).latent_dist.mode() for part in images.split(64)]).std())
@@ -80,8 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--channels", type=int, nargs="+", default=(32, 64, 128, 128))
     parser.add_argument("--latent-channels", type=int, default=4)
     args = training.start(parser, argv)
-    scenes = training.Scenes(args.data)
-    images = scenes.images
+    images = training.Scenes(args.data).images
     vae = build_vae(tuple(args.channels), args.latent_channels, images.shape[1]).to(training.DEVICE)
     run = training.Run(args, vae, len(images), list(vae.parameters()), betas=(0.9, 0.99), decay=0.998, warmup=100)
 
@@ -99,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         return reconstruction_loss(output, target) + KL * kl
 
-    run.fit(loss, measure=lambda: {"psnr": psnr(run.average, scenes.eval_images[:256])}, every=300)
+    run.fit(loss)
     some = images[::1 + len(images) // 2000]  # 2,000 at most
     run.average.register_to_config(scaling_factor=latent_scale(run.average, some))
     training.halved(run.average).save_pretrained(args.out)

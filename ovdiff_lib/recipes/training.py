@@ -86,12 +86,11 @@ def load_array(path: Path) -> Tensor:
 
 
 class Scenes:
-    """The training set of :mod:`ovdiff_lib.recipes.build`: images u8 (N, S, S, 3) with four captions each, held-out
-    ones with the number of a noun, and the nouns."""
+    """The training set of :mod:`ovdiff_lib.recipes.build`: images u8 (N, S, S, 3) with four captions each, and the
+    nouns."""
 
     def __init__(self, folder: Path) -> None:
-        self.images, self.eval_images, self.eval_labels = (
-            load_array(folder / f"{name}.npy") for name in ("train_images", "eval_images", "eval_labels"))
+        self.images = load_array(folder / "train_images.npy")
         self.captions, self.nouns = (
             json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("train_captions", "nouns"))
 
@@ -224,10 +223,9 @@ class Run:
             torch.save(state, file)
 
     def fit(self, loss: Callable[[Draw], Tensor], *, after: Callable[[], None] | None = None,
-            measure: Callable[[], dict[str, float]] = dict, every: int = 0,
             export: Callable[[Path], None] | None = None, row: int = 100) -> None:
-        """Train on ``loss(draw)`` until the budget is used; ``after()`` follows each step. ``measure()`` is logged each
-        ``every`` steps and at the end, the mean loss each ``row`` steps; ``export(folder)`` writes the model."""
+        """Train on ``loss(draw)`` until the budget is used; ``after()`` follows each step. The mean loss is logged each
+        ``row`` steps and at the end; ``export(folder)`` writes the model."""
         args, total, count, saved, last = self.args, 0.0, 0, self.elapsed, time.perf_counter()
         while self.progress < 1:
             share = rate(self.progress, self.step, **self.schedule)
@@ -239,9 +237,8 @@ class Run:
                 after()
             total, count = total + value.detach(), count + 1  # read when a row is written: a GPU is not waited for
             self.step += 1
-            measured = measure() if every and self.step % every == 0 else {}
-            if measured or self.step % row == 0:
-                self._write_row(float(total) / count, args.lr * share, measured)
+            if self.step % row == 0:
+                self._write_row(float(total) / count, args.lr * share)
                 total, count = 0.0, 0
             now = time.perf_counter()
             self.elapsed, last = self.elapsed + now - last, now
@@ -251,7 +248,7 @@ class Run:
                 if export:
                     export(args.work / "model")
         if count:
-            self._write_row(float(total) / count, args.lr * share, measure())
+            self._write_row(float(total) / count, args.lr * share)
         self.save()
         if export:
             export(args.out)
@@ -266,10 +263,9 @@ class Run:
         if self.average is not None:
             follow(self.average, self.module, min(self.decay, (1 + self.step) / (10 + self.step)))
 
-    def _write_row(self, loss: float, lr: float, metrics: dict[str, float]) -> None:
-        """Append to the log, and say. Metrics are in a few rows only."""
-        row = {"step": self.step, "elapsed_s": round(self.elapsed, 1), "loss": round(loss, 5), "lr": lr, **metrics}
+    def _write_row(self, loss: float, lr: float) -> None:
+        """Append to the log, and say."""
+        row = {"step": self.step, "elapsed_s": round(self.elapsed, 1), "loss": round(loss, 5), "lr": lr}
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        extra = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        print(f"step {self.step} {self.elapsed / 60:.1f} min loss {loss:.4f} lr {lr:.2e} {extra}", flush=True)
+        print(f"step {self.step} {self.elapsed / 60:.1f} min loss {loss:.4f} lr {lr:.2e}", flush=True)

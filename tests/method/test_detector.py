@@ -14,7 +14,7 @@ from ovdiff_lib.masks import build_segmenter
 from ovdiff_lib.masks.segmenters.detector import CONFIG, DetectorSegmenter, build_detector, detect, load_detector, paste, save_detector
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.recipes import quality, train_detector
-from ovdiff_lib.recipes.train_detector import DropLossHeads, as_target, box_recall, boxes_of, losses, views
+from ovdiff_lib.recipes.train_detector import DropLossHeads, as_target, boxes_of, losses, views
 
 SMALL = CONFIG | {"widths": [8, 8, 16, 16], "pyramid": 16, "short_side": 64, "long_side": 256, "anchors": [8, 16, 32, 56], "canonical": 56,
                   "box_head": 24, "mask_head": [16], "detections": 6}
@@ -235,11 +235,3 @@ def test_a_few_steps_lower_the_loss_and_find_a_bright_square():
     pairs = list(zip(images, masks, strict=True))
     best = [[quality.best_ious(detect(m, image)[0], mask[0].astype(np.uint8))[0] for image, mask in pairs] for m in (model, small())]
     assert np.mean(best[0]) > 0.55 > 1.5 * np.mean(best[1])
-    assert box_recall(model, pairs, score=0.0) >= 0.75
-
-
-def test_box_recall_by_hand(monkeypatch):
-    boxes, size = np.array([[0, 0, 5, 4], [8, 6, 12, 9]], np.float32), (10, 14)
-    truth = np.array([rectangle(size, 0, 0, 4, 4), rectangle(size, 5, 0, 9, 4), rectangle(size, 6, 8, 9, 12)])
-    monkeypatch.setattr(train_detector, "detect", lambda model, image: (None, np.array([0.9, 0.4], np.float32), boxes))
-    assert [box_recall(None, [(noise(size), truth)], score) for score in (0.5, 0.4)] == pytest.approx([1 / 3, 2 / 3])
