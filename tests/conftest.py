@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sentences import assigned
 from tiny import make_tiny_models, tiny_overrides
 
 from ovdiff_lib.profiles.reading import load_profile
@@ -24,6 +25,13 @@ def tiny_models(tmp_path_factory) -> Path:
 def tiny_profile(tiny_models) -> Profile:
     """The mini profile with the tiny models and small sizes."""
     return load_profile("mini", tiny_overrides(tiny_models))
+
+
+@pytest.fixture
+def tiny(tiny_models, tmp_path) -> list[str]:
+    """Options of a command that select the tiny models and a library of this test."""
+    settings = {**tiny_overrides(tiny_models), "support.size": 2, "prototypes.clusters": 3}
+    return [*assigned(settings), "--library", str(tmp_path / "library")]
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ MISTAKES = [  # arguments ({images} is the folder), words of the sentence
     ("build --classes-file {images}/classes.txt --stuff sky", "'sky'"), ("evaluate vox", "mini-voc"), ("evaluate voc", "--data"),
     ("evaluate mini-voc --names x", "fixed, raw"), ("evaluate mini-voc --predictions none", "does not exist"),
     ("vocabulary 'cat, Cat'", "twice"), ("build --classes cat --workers 0", "workers"),
-    ("evaluate mini-voc --workers 2 --limit 0", "limit"),
+    ("evaluate mini-voc --workers 2 --limit 0", "limit"), ("doctor --data no-set=folder", "no-set=folder"),
     ("evaluate mini-voc --split train", "tune, val, wild"), ("tune --set evaluation.tune=", "set evaluation.tune"),
     ("run {images}/none.ipynb", "none.ipynb"), ("reproduce --notebooks {images}", "No notebook"),
     (f"reproduce --notebooks {NOTEBOOKS} --only 00,77", "'77'"), (f"run {NOTEBOOKS / '00_quickstart.ipynb'} -p seed=many", "'seed'")]

@@ -109,7 +109,8 @@ def test_every_import_is_declared():
 
 
 @pytest.mark.parametrize(("modules", "heavy"), [
-    ("ovdiff_lib, ovdiff_lib.cli.main; ovdiff_lib.Vocabulary.of('cat')", "torch diffusers transformers sklearn skimage scipy matplotlib papermill"),
+    ("ovdiff_lib.cli.main; from ovdiff_lib import Vocabulary", "torch diffusers transformers sklearn skimage scipy matplotlib papermill"),
+    ("ovdiff_lib.cli.main, ovdiff_lib.workbench.parallel as p; p.RayEngine(2)", "ray"),
     ("ovdiff_lib.pipeline", "diffusers transformers torchvision open_clip")])
 def test_network_libraries_are_imported_where_they_are_used(modules, heavy):
     """They take seconds: a program that needs none of them does not wait."""

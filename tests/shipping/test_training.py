@@ -33,8 +33,8 @@ def write_scenes(folder, size=32, count=12):
 
 def test_halved_weights_have_bfloat16_fractions():
     model = torch.nn.Linear(30, 40)
-    half = training.halved(model).weight
-    assert half.dtype == torch.float16 and torch.equal(half.float(), model.weight.bfloat16().float()) and model.weight.dtype == torch.float32
+    weight, half = model.weight, training.halved(model).weight
+    assert half.dtype == torch.float16 and torch.equal(half.float(), weight.bfloat16().float()) and weight.dtype == torch.float32
 
 
 def test_a_step_draws_the_same_whenever_it_is_made_and_an_epoch_has_every_item_once():

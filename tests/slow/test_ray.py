@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import test_engines
 from test_engines import FatalBuilder, check_evaluation, check_every_task_comes_back, check_library
 from workers import Fatal
 
@@ -25,7 +24,6 @@ from ovdiff_lib.workbench.parallel import RETRIES, RayEngine
 ray = pytest.importorskip("ray")
 
 TESTS = Path(__file__).parents[1] / "workbench"
-tiny = test_engines.tiny
 
 
 @pytest.fixture(scope="module", autouse=True)

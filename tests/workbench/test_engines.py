@@ -5,8 +5,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -16,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 from oracles import Toy, refused
-from sentences import assigned
-from tiny import tiny_overrides
 from workers import Fatal, Inverse, Slow
 
 from ovdiff_lib import OVDiff
@@ -200,11 +196,6 @@ def test_more_than_a_cluster_has_is_refused(total, workers, gpu, words):
 
 # ---- Ray is a choice
 
-def test_ray_is_not_imported_unless_it_runs():
-    script = "import sys, ovdiff_lib.cli.main, ovdiff_lib.workbench.parallel as p; p.RayEngine(2); print('ray' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "False\n"
-
-
 def test_ray_that_is_not_installed(without, tmp_path):
     without("ray")
     with pytest.raises(OVDiffError, match="pip install"):
@@ -228,13 +219,6 @@ def test_options_choose_the_engine(tiny_profile):
     for device, gpu in (("auto", None), ("cpu", False), ("cuda", True), ("cuda:0", True), ("mps", False)):
         ray = chosen("--engine ray --workers 3", device)
         assert isinstance(ray, RayEngine) and (ray.workers, ray.gpu) == (3, gpu)
-
-
-@pytest.fixture
-def tiny(tiny_models, tmp_path) -> list[str]:
-    """Options that select the tiny models and a library of this test."""
-    settings = {**tiny_overrides(tiny_models), "support.size": 2, "prototypes.clusters": 3}
-    return [*assigned(settings), "--library", str(tmp_path / "library")]
 
 
 def test_build_with_two_workers_says_what_it_could_not_build(tiny, tmp_path, capfd):

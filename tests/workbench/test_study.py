@@ -9,7 +9,7 @@ from cachetools import LRUCache, cached
 from oracles import Toy
 from sklearn.metrics import confusion_matrix
 
-from ovdiff_lib import InputError, OVDiff, ProfileError, keys
+from ovdiff_lib import InputError, OVDiff, ProfileError
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.registry import Part
 from ovdiff_lib.workbench.baselines import BASELINES, OWN_BACKGROUND
@@ -331,20 +331,6 @@ def test_banks_that_no_profile_describes(bench):
     table = synonyms()
     assert all(words and len(set(words)) == len(words) for words in table.values())
     assert {c.name for c in load_dataset("mini-voc").vocabulary} <= set(table)
-
-
-def test_the_key_holds_what_changes_labels(bench):
-    """Every field of the method's sections, and none of speed or of the data sets'."""
-    profile = bench.profile
-    base = keys.of_labels(profile)
-    idle = {"support.batch_size": 99, "evaluation.images": 7, "evaluation.voc": "x"}
-    assert keys.of_labels(profile.override(idle)) == base
-    for change in ({"matching.stride": 16}, {"filters.stuff": False}, {"prototypes.kinds": ["part"]},
-                   {"models.dtype": "bfloat16"}, {"masks.erosion": 1}, {"support.seed": 9},
-                   {"features.sd_timestep": 100}, {"features.extractors": ["clip-keys"]}):
-        assert keys.of_labels(profile.override(change)) != base, change
-    unknown = keys.of_labels(profile.override({"models.sam": "nobody/nothing", "masks.segmenter": "sam"}))
-    assert "nobody/nothing" in str(unknown["models"])
 
 
 def test_a_setting_that_cannot_be_is_refused_before_anything_is_measured(tiny_profile, tmp_path):
