@@ -99,19 +99,19 @@ def check_wrong_arguments(profile, name):
             extractor(images, np.array(seeds))
 
 
-@pytest.mark.parametrize("name", EXTRACTORS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_contract(tiny_profile, name, shape):
-    check_extractor(tiny_profile, name, shape)
-
-
-@pytest.mark.parametrize("name", EXTRACTORS)
-def test_rest_of_the_contract(tiny_profile, name):
-    check_wrong_arguments(tiny_profile, name)
-    check_place(tiny_profile, name)
-    check_dependencies(tiny_profile, EXTRACTORS[name])
+def check_contract(profile, name):
+    for shape in SHAPES:
+        check_extractor(profile, name, shape)
     for shape in EXTREMES:
-        check_extreme_size(tiny_profile, name, shape)
+        check_extreme_size(profile, name, shape)
+    check_wrong_arguments(profile, name)
+    check_place(profile, name)
+    check_dependencies(profile, EXTRACTORS[name])
+
+
+@pytest.mark.parametrize("name", EXTRACTORS)
+def test_contract(tiny_profile, name):
+    check_contract(tiny_profile, name)
 
 
 @pytest.mark.parametrize("name", EXTRACTORS)

@@ -104,16 +104,19 @@ def check_dependencies(part):
         assert any(field == setting or (setting.endswith("_") and field.startswith(setting)) for field in Masks.__dataclass_fields__)
 
 
-@pytest.mark.parametrize("name", SEGMENTERS)
-def test_the_contract(built, name):
-    check_dependencies(SEGMENTERS[name])
-    segmenter = built(name)
+def check_contract(segmenter, name):
     assert segmenter.name == name
+    check_dependencies(SEGMENTERS[name])
     for shape in SHAPES:
         check_proposals(segmenter, shape)
     for shape in EXTREMES:
         check_extreme_size(segmenter, shape)
     check_one_colour(segmenter)
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_the_contract(built, name):
+    check_contract(built(name), name)
 
 
 @pytest.mark.parametrize("name", [name for name in SEGMENTERS if SEGMENTERS[name].models and name not in NEEDS])

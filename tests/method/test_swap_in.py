@@ -11,12 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_features import EXTREMES as EXTREME_IMAGES
-from test_features import SHAPES as IMAGE_SHAPES
-from test_features import check_dependencies as check_extractor_dependencies
-from test_features import check_extractor, check_place, check_wrong_arguments
-from test_features import check_extreme_size as check_extreme_images
-from test_segmenters import EXTREMES, SHAPES, check_dependencies, check_extreme_size, check_one_colour, check_proposals
+from test_features import check_contract as check_extractor
+from test_segmenters import check_contract as check_segmenter
 
 from ovdiff_lib import OVDiff, ProfileError, pipeline
 from ovdiff_lib.features import EXTRACTORS
@@ -71,26 +67,9 @@ def ovdiff(tiny_profile, registered, tmp_path):
     return OVDiff(tiny_profile, fields, library=tmp_path, progress=False)
 
 
-# ---- the contracts that every registered part is held to
-
-def test_the_extractor_keeps_the_contract(tiny_profile, registered):
-    for shape in IMAGE_SHAPES:
-        check_extractor(tiny_profile, "colour", shape)
-    check_wrong_arguments(tiny_profile, "colour")
-    check_place(tiny_profile, "colour")
-    check_extractor_dependencies(tiny_profile, EXTRACTORS["colour"])
-    for shape in EXTREME_IMAGES:
-        check_extreme_images(tiny_profile, "colour", shape)
-
-
-def test_the_segmenter_keeps_the_contract(tiny_profile, registered):
-    segmenter = build_segmenter(tiny_profile.override({"masks.segmenter": "bright"}))
-    for shape in SHAPES:
-        check_proposals(segmenter, shape)
-    for shape in EXTREMES:
-        check_extreme_size(segmenter, shape)
-    check_one_colour(segmenter)
-    check_dependencies(SEGMENTERS["bright"])
+def test_both_keep_the_contracts_that_every_registered_part_is_held_to(tiny_profile, registered):
+    check_extractor(tiny_profile, "colour")
+    check_segmenter(build_segmenter(tiny_profile.override({"masks.segmenter": "bright"})), "bright")
 
 
 # ---- the whole method

@@ -1,10 +1,10 @@
 """What users and machines can do to the program ends in one sentence and leaves the library whole.
 
-Here: ``kill -9`` at random moments of a build, ctrl-C, two builders at once, a disk that fills or may only be read, one flipped byte
-anywhere in the library, malicious names of classes and files, pickles offered as weights. Elsewhere: odd images (test_images.py),
-any bytes as images and any text as class names (test_fuzz.py), odd weights (test_models.py, test_vit_features.py, test_detector.py,
-test_segmenters.py), label files (test_datasets.py), names in reports (test_report_page.py, test_panel.py), archives
-(test_library_archive.py), connections (test_offline.py).
+Here: ``kill -9`` at random moments of a build, ctrl-C, a disk that fills or may only be read, one flipped byte anywhere in the library,
+malicious names of classes and files, pickles offered as weights. Elsewhere: two builders at once (test_library.py, test_undisturbed.py),
+odd images (test_images.py), any bytes as images and any text as class names (test_fuzz.py), odd weights (test_models.py,
+test_vit_features.py, test_detector.py, test_segmenters.py), label files (test_datasets.py), names in reports (test_report_page.py,
+test_panel.py), archives (test_library_archive.py), connections (test_offline.py).
 
 Long builds run in a process of their own: this file as a program (:data:`PROGRAMS`). ``OVDIFF_TRUST=1`` kills 50 builds, else it is
 :data:`KILLS`.
@@ -137,35 +137,8 @@ def interrupted_builds(settings: dict, expected: dict[str, str], duration: float
     assert process.exitcode == 0 and entries(folder) == expected
 
 
-def two_builders(method: Callable[[Path], OVDiff], expected: dict[str, str], root: Path) -> None:
-    """Two processes that build the same classes into one library at the same moment draw each class once."""
-    from ovdiff_lib import pipeline
-
-    fork, draw, folder = multiprocessing.get_context("fork"), pipeline.sample_support, root / "shared"
-    both, drawn, got = fork.Barrier(2), fork.SimpleQueue(), fork.SimpleQueue()
-
-    def build() -> None:
-        def counted(pipe, category, *arguments, **options):
-            drawn.put(category.name)
-            return draw(pipe, category, *arguments, **options)
-
-        pipeline.sample_support = counted
-        both.wait(60)
-        bank = method(folder).build(NAMES)
-        got.put([hashlib.sha256(p.vectors.tobytes()).hexdigest() for rows in bank.prototypes.values() for p in rows])
-
-    running = [forked(build) for _ in range(2)]
-    for process in running:
-        process.join()
-        assert process.exitcode == 0
-    assert sorted([drawn.get(), drawn.get()]) == sorted(NAMES) and drawn.empty()
-    first = got.get()
-    assert first == got.get() and len(set(first)) == 2 * len(NAMES)
-    assert entries(folder) == expected and Library(folder).verify() == [] and left(folder) == []
-
-
 def builds(models: str, root: str) -> None:
-    """Tiny models, loaded and run once; then builds that are killed, interrupted, and two at a time, each beside an undisturbed one."""
+    """Tiny models, loaded and run once; then builds that are killed and interrupted, each beside an undisturbed one."""
     torch.set_num_threads(1)
     settings = {**tiny_overrides(Path(models)), "features.extractors": ["sd", "clip-keys"], "support.size": 2}
     profile, folder, flush = load_profile("mini", settings), Path(root), os.fsync
@@ -184,7 +157,6 @@ def builds(models: str, root: str) -> None:
     expected, duration = entries(folder / "undisturbed"), time.monotonic() - started
     killed_builds(method, expected, duration, folder, KILLS)
     interrupted_builds(settings, expected, duration, folder)
-    two_builders(method, expected, folder)
 
 
 def mount(place: Path, options: str) -> None:
@@ -315,7 +287,7 @@ def flip(path: Path, position: int, mask: int = 0x01) -> None:
     path.write_bytes(data)
 
 
-def test_builds_that_are_killed_interrupted_or_meet_leave_whole_entries(tmp_path, tiny_models):
+def test_builds_that_are_killed_or_interrupted_leave_whole_entries(tmp_path, tiny_models):
     program(tmp_path, tiny_models, "builds")
 
 
