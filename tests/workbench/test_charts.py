@@ -1,32 +1,20 @@
 """Charts and pictures: they show the numbers they are given, and nothing is cut off."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
 from ovdiff_lib.categories import Category
 from ovdiff_lib.masks.select import select
 from ovdiff_lib.types import ForegroundBackground, SupportSet
-from ovdiff_lib.workbench.figures.base import BACKGROUND, FOREGROUND, Sheet, square
+from ovdiff_lib.workbench.figures.base import BACKGROUND, FOREGROUND
 from ovdiff_lib.workbench.figures.charts import difference_chart, growth_chart
-from ovdiff_lib.workbench.figures.steps import comparison_figure, divided, divided_figure, feature_colours, selection_figure
+from ovdiff_lib.workbench.figures.steps import divided, divided_figure, feature_colours, selection_figure
 from ovdiff_lib.workbench.tables.tables import Cell
 
 
 def pixels(figure) -> np.ndarray:
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3]
-
-
-def test_a_figure_shows_itself_in_a_notebook_with_what_is_put_on_it():
-    from IPython.core.formatters import PNGFormatter
-
-    figure = Sheet((2, 1), 100)
-    figure.put(np.zeros((2, 4, 3), np.uint8), 0.5, 0.25, 1.0, 0.5)  # inches from the left and the top
-    figure.write(1, 0.1, "dog")
-    assert figure.axes[0].get_position().bounds == pytest.approx((0.25, 0.25, 0.5, 0.5))
-    assert PNGFormatter()(figure)[:4] == b"\x89PNG"
 
 
 def test_growth_has_means_and_intervals():
@@ -92,21 +80,16 @@ def test_the_selection_names_the_masks_of_eq_1():
     assert selection_figure([drawn], [masks], nothing).axes
 
 
-def test_divided_tints_only_its_masks_under_the_name_of_the_class():
-    drawn, cow = support(), dataclasses.replace(support(1), category=Category("cow"))
+def test_divided_tints_only_its_masks():
+    drawn = support()
     made = divided(drawn, halves(slice(0, 2), slice(-2, None)), 0).astype(int)
     for rows, colour in ((slice(2), FOREGROUND), (slice(-2, None), BACKGROUND)):
         assert np.abs(made[rows] - (drawn.images[0][rows] + np.array(colour)) / 2).max() <= 0.5
     assert (made[2:-2] == drawn.images[0][2:-2]).all()
     none, whole = slice(0), slice(None)
-    figure = divided_figure([drawn, cow], {"none": [halves(none, none), halves(whole, none, 1)],
-                                           "all": [halves(whole, none), halves(whole, none, 1)]}, shown=4)
-    assert len(figure.axes) == 2 * 3
-    names = {t.get_text(): t.get_position()[0] for t in figure.texts}
-    boxes = [axis.get_position() for axis in figure.axes[:3]]
-    assert names["dog"] == pytest.approx((boxes[0].x0 + boxes[1].x1) / 2) and names["cow"] == pytest.approx((boxes[2].x0 + boxes[2].x1) / 2)
-    assert (np.asarray(figure.axes[0].images[0].get_array()) == drawn.images[0]).all()
-    assert not (np.asarray(figure.axes[3].images[0].get_array()) == drawn.images[0]).all()
+    figure = divided_figure([drawn], {"none": [halves(none, none)], "all": [halves(whole, none)]}, shown=4)
+    shown = [(np.asarray(axis.images[0].get_array()) == drawn.images[n % 2]).all() for n, axis in enumerate(figure.axes)]
+    assert shown == [True, True, False, False]
 
 
 def test_alike_features_have_alike_colours():
@@ -119,14 +102,3 @@ def test_alike_features_have_alike_colours():
     found = [np.unique(colours[which == k], axis=0) for k in range(3)]
     assert all(np.ptp(f, axis=0).max() <= 1 for f in found) and len({tuple(f[0]) for f in found}) == 3
     assert feature_colours(rng.normal(size=(1, 3, 4, 2))).shape == (1, 3, 4, 3)
-
-
-def test_comparison_has_a_row_a_method_and_one_legend():
-    rng = np.random.default_rng(2)
-    images = [rng.integers(0, 255, (20, 30, 3), np.uint8) for _ in range(3)]
-    labels = {"ours": [np.full((20, 30), 1)] * 3, "theirs": [np.full((20, 30), 2)] * 3}
-    truth = [np.where(np.arange(30) < 15, 1, 255) * np.ones((20, 1), int)] * 3
-    figure = comparison_figure(images, labels, truth, ("background", "dog", "boat", "cow"))
-    assert len(figure.axes) == 4 * 3
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["dog", "boat"]
-    assert square(images[0], 16).shape == (16, 16, 3)
