@@ -259,7 +259,7 @@ def test_the_class_tokens_attention_is_the_models_own(tiny_profile):
     assert np.ptp(expected) > 0.2
 
 
-# ---------------------------------------------------------------------- proposals named by CLIP
+# ---------------------------------------------------------------------- proposals, votes, and baselines behind the category filter
 
 class Boxes:
     """A segmenter of given proposals."""
