@@ -3,7 +3,7 @@
 Here: ``kill -9`` at random moments of a build, ctrl-C, a disk that fills or may only be read, one flipped byte anywhere in the library,
 malicious names of classes and files, pickles offered as weights. Elsewhere: two builders at once (test_library.py, test_undisturbed.py),
 odd images (test_images.py), any bytes as images and any text as class names (test_fuzz.py), odd weights (test_models.py,
-test_vit_features.py, test_detector.py, test_segmenters.py), label files (test_datasets.py), names in reports (test_report_page.py,
+test_features.py, test_detector.py, test_segmenters.py), label files (test_datasets.py), names in reports (test_report_page.py,
 test_panel.py), archives (test_library_archive.py), connections (test_offline.py).
 
 Long builds run in a process of their own: this file as a program (:data:`PROGRAMS`). ``OVDIFF_TRUST=1`` kills 50 builds, else it is

@@ -1,29 +1,23 @@
-"""Readers and converters of the published data sets, on tiny folders of the true structure that the tests write."""
+"""Readers and converters of the published data sets, on tiny folders of the true structure that the tests write; things and stuff."""
 
+import csv
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from oracles import refused
 from PIL import Image
 
+from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.workbench.data.classes import NAMES, class_table, vocabulary_of
 from ovdiff_lib.workbench.data.convert import convert_context, decode_rle
 from ovdiff_lib.workbench.data.datasets import load_dataset
+from ovdiff_lib.workbench.data.things import TABLES, kinds, with_kinds
 
 SHAPES = ((9, 14), (16, 7), (11, 12))
 PUBLISHED = ("voc", "voc20", "context", "context59", "coco-object", "coco-stuff", "ade20k", "cityscapes")
-
-
-@dataclass
-class Written:
-    """A tiny data set on disk: its images, and its label maps as stored."""
-
-    root: Path
-    images: dict[str, Path]
-    stored: dict[str, Path]
 
 
 def put_image(path: Path, shape, seed: int, mode: str = "RGB") -> Path:
@@ -72,7 +66,8 @@ CASES = [
 LAYOUT = {name: layout for name, layout, _ in reversed(CASES)}  # of a data set the first, as published
 
 
-def make(layout: str, root: Path) -> Written:
+def make(layout: str, root: Path) -> SimpleNamespace:
+    """A tiny data set on disk: its images, and its label maps as stored, by id."""
     ids, image, label, listed = LAYOUTS[layout]
     values = next([list(stored) for stored in expected] for _, one, expected in CASES if one == layout)
     images = {i: put_image(root / image.format(i), shape, n, "L" if layout == "coco" and n == 1 else "RGB")
@@ -87,7 +82,7 @@ def make(layout: str, root: Path) -> Written:
         for i in ids:
             (root / f"gtFine/val/{i}_gtFine_color.png").write_bytes(b"not read")
             (root / f"gtFine/val/{i}_gtFine_instanceIds.png").write_bytes(b"not read")
-    return Written(root, images, stored)
+    return SimpleNamespace(images=images, stored=stored)
 
 
 @pytest.mark.parametrize(("name", "layout", "expected"), CASES, ids=[f"{n}-{la}" for n, la, _ in CASES])
@@ -317,3 +312,50 @@ def test_mistakes_in_the_json_file(context_json):
     refused("download it again", convert_context, context_json, folder)
     refused("none.json", convert_context, context_json.with_name("none.json"), folder)
     refused("JPEGImages", convert_context, context_json, context_json.parent / "none")
+
+
+# ---------------------------------------------------------------------- things and stuff, against what the paper says of them
+
+CONTEXT_STUFF = ("bedclothes ceiling cloth curtain fence floor grass ground mountain platform road rock sidewalk sky "
+                 "snow track wall water wood")
+
+
+def table_of(name):
+    with TABLES[name].open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_shipped_tables():
+    table = table_of("c8")
+    names = [r["class"] for r in table]
+    assert len(names) == len(set(names)) == 171 == 3 * 57 and {r["label"] for r in table} == {"thing", "stuff"}
+    assert set(table[0]) == {"class", "label", "note"} and sum(r["note"].startswith("UNCERTAIN") for r in table) == 6
+    # App. C.6 on the answers: these are called stuff although instances, those things although regions.
+    said = kinds(["glass", "blanket", "trade name", "land", "sand", "snow", "ground"], "c8")
+    assert list(said.values()) == ["stuff", "stuff", "stuff", "thing", "thing", "stuff", "stuff"]
+    table = table_of("coco-stuff")
+    assert [r["label"] for r in table] == ["thing"] * 80 + ["stuff"] * 91 and len({r["class"] for r in table}) == 171
+    assert kinds(["Person", "toothbrush", "banner", "wall-brick", "dining table"], "coco-stuff") == {
+        "Person": "thing", "toothbrush": "thing", "banner": "stuff", "wall-brick": "stuff", "dining table": "thing"}
+
+
+def test_context_and_voc_by_the_names_that_the_data_sets_give():
+    found = kinds(vocabulary_of("context").names, "c8")
+    assert len(found) == 59 and [n for n, k in found.items() if k == "stuff"] == CONTEXT_STUFF.split()
+    assert set(kinds(vocabulary_of("voc").names, "c8").values()) == {"thing"}
+    prompts = Vocabulary((Category("tvmonitor", "tv monitor"), Category("mouse", "computer mouse"),
+                          Category("lawn", "grass")))
+    assert list(kinds(prompts, "c8").values()) == ["thing", "thing", "stuff"]
+
+
+def test_with_kinds_keeps_names_prompts_and_order():
+    vocabulary = Vocabulary((Category("Sky", "blue sky"), Category("cat", kind="stuff"), Category("boat")))
+    made = with_kinds(vocabulary, "c8")
+    assert made.names == ("Sky", "cat", "boat") and [c.prompt for c in made] == ["blue sky", "cat", "boat"]
+    assert [c.kind for c in made] == ["stuff", "thing", "thing"]
+    assert [c.kind for c in vocabulary] == ["thing", "stuff", "thing"]  # as it was
+
+
+def test_names_that_are_not_known_take_the_default():
+    assert kinds(["CAT", "unicorn", "Grass"]) == {"CAT": "thing", "unicorn": "thing", "Grass": "stuff"}
+    assert kinds("cat, unicorn", default="stuff") == {"cat": "thing", "unicorn": "stuff"}
