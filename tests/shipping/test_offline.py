@@ -45,8 +45,8 @@ class Guarded:
         (folder / "site").mkdir()
         (folder / "site" / "sitecustomize.py").write_text(GUARD)
         self.environment = {k: v for k, v in os.environ.items() if k not in OFFLINE} | {
-            "PYTHONPATH": str(folder / "site"), "TRIED": str(self.log), "HOME": str(folder / "home"), "HF_HOME": str(folder / "hf"),
-            "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+            "PYTHONPATH": os.pathsep.join([str(folder / "site"), str(Path(__file__).parents[1])]), "TRIED": str(self.log),
+            "HOME": str(folder / "home"), "HF_HOME": str(folder / "hf"), "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess:
         self.log.write_text("")
@@ -134,20 +134,13 @@ def test_segment_build_and_doctor_reach_for_nothing(guarded, tiny_models):
 
 LOADING = """
 import json, sys
-from ovdiff_lib.workbench.baselines.groupvit import load_groupvit
+from loaders import LOADERS
 from ovdiff_lib.errors import ModelNotAvailable
-from ovdiff_lib.features import EXTRACTORS
-from ovdiff_lib.masks import SEGMENTERS
-from ovdiff_lib.networks.loading import load_clip, load_diffusion, load_dino, load_mae
 from ovdiff_lib.profiles.reading import load_profile
 profile, told = load_profile("mini", json.loads(sys.argv[1])), {}
-loaders = {"diffusion": lambda: load_diffusion(profile), "clip": lambda: load_clip(profile), "dino": lambda: load_dino(profile),
-           "mae": lambda: load_mae(profile), "sam": lambda: SEGMENTERS["sam"](profile),
-           "grounding": lambda: SEGMENTERS["grounded-sam"](profile), "groupvit": lambda: load_groupvit(profile),
-           "open_clip": lambda: EXTRACTORS["open-clip-keys"](profile)}
-for name in sys.argv[2:] or loaders:
+for name in sys.argv[2:]:
     try:
-        loaders[name]()
+        LOADERS[name](profile)
     except ModelNotAvailable as error:
         told[name] = str(error)
 print(json.dumps(told))
@@ -155,7 +148,7 @@ print(json.dumps(told))
 
 
 def test_models_that_are_missing_are_not_looked_for_elsewhere(guarded):
-    run = guarded.run("-c", LOADING, json.dumps(HUB))
+    run = guarded.run("-c", LOADING, json.dumps(HUB), *(key.split(".")[1] for key in HUB))
     assert run.returncode == 0, run.stderr
     told = json.loads(run.stdout.splitlines()[-1])
     assert set(told) == {key.split(".")[1] for key in HUB}

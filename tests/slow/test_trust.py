@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loaders import LOADERS
 from PIL import Image
 from segmenter_models import make_segmenter_models, segmenter_overrides
 from sentences import assigned, one_sentence, refused
@@ -43,7 +44,6 @@ from ovdiff_lib.errors import InputError, ModelNotAvailable
 from ovdiff_lib.library.store import Library
 from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.profiles.reading import load_profile
-from ovdiff_lib.profiles.schema import Profile
 
 KILLS = 50 if os.environ.get("OVDIFF_TRUST") else 10
 NAMES = ("cat", "dog")
@@ -430,19 +430,6 @@ def models(tmp_path_factory, tiny_models) -> Path:
     return folder
 
 
-def load(field: str, profile: Profile) -> object:
-    """Load ``profile.models.<field>`` as the part that uses it does."""
-    from ovdiff_lib.features import EXTRACTORS
-    from ovdiff_lib.masks import SEGMENTERS
-    from ovdiff_lib.networks.loading import load_clip, load_diffusion, load_dino, load_mae
-    from ovdiff_lib.workbench.baselines.groupvit import load_groupvit
-
-    own = {"diffusion": load_diffusion, "clip": load_clip, "dino": load_dino, "mae": load_mae, "groupvit": load_groupvit,
-           "open_clip": EXTRACTORS["open-clip-keys"]}
-    segmenter = {"detector": "detector", "sam": "sam", "grounding": "grounded-sam"}
-    return own[field](profile) if field in own else SEGMENTERS[segmenter[field]](profile)
-
-
 FOLDERS = {  # field: folder of the model, and the file of its weights
     "diffusion": ("stable-diffusion", "unet/diffusion_pytorch_model.safetensors"),
     "diffusion: text": ("stable-diffusion", "text_encoder/model.safetensors"),
@@ -475,7 +462,7 @@ def test_a_pickle_in_a_folder_of_weights_is_refused_and_not_run(tiny_profile, mo
     field, (folder, file) = case.split(":")[0], FOLDERS[case]
     pickled = file.replace("safetensors", "bin") if "pytorch" in file else file.replace("model.safetensors", "pytorch_model.bin")
     whole = tiny_profile.override(segmenter_overrides(models, {"grounding": "grounded-sam"}.get(field, "threshold")))
-    assert load(field, whole.override({f"models.{field}": str(models / folder)})) is not None  # what follows is the pickle's doing
+    assert LOADERS[field](whole.override({f"models.{field}": str(models / folder)})) is not None  # what follows is the pickle's doing
     payload = Payload(tmp_path / "made")
     for name, data in weights_with(payload).items():
         for target in (pickled, file):  # under its own name, and under the name of what cannot hold code
@@ -483,7 +470,7 @@ def test_a_pickle_in_a_folder_of_weights_is_refused_and_not_run(tiny_profile, mo
             (copy / file).unlink()
             (copy / target).write_bytes(data)
             with refused(ModelNotAvailable, copy):
-                load(field, whole.override({f"models.{field}": str(copy)}))
+                LOADERS[field](whole.override({f"models.{field}": str(copy)}))
             assert not payload.made.exists()
 
 
@@ -498,7 +485,7 @@ def test_code_beside_the_weights_is_not_run(tiny_profile, models, tmp_path, comp
     for place in (copy, copy / component):
         (place / "payload_of_the_folder.py").write_text(code)
     with refused(ModelNotAvailable):
-        load("diffusion", tiny_profile.override({"models.diffusion": str(copy)}))
+        LOADERS["diffusion"](tiny_profile.override({"models.diffusion": str(copy)}))
     assert not (tmp_path / "made").exists()
 
 
