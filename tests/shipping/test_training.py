@@ -1,7 +1,6 @@
 """What the trainers of the mini world stand on; the training itself is checked by the quality of what ships."""
 
 import json
-import math
 from importlib import import_module
 from itertools import chain
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ovdiff_lib.recipes import rebuild, train_clip, train_detector, train_dino, train_unet, train_vae, training
+from ovdiff_lib.recipes import rebuild, train_detector, train_dino, train_unet, train_vae, training
 
 
 def generator(seed=0):
@@ -74,20 +73,6 @@ def test_distillation_loss_is_the_cross_entropy_of_other_views():
     assert float(train_dino.distillation_loss(student, teacher)) == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_crops_stay_inside_and_mirror():
-    columns = torch.linspace(0, 1, 64).expand(16, 3, 48, 64)
-    out = train_dino.crop(columns, 32, (0.2, 0.5), generator(3))
-    assert out.shape == (16, 3, 32, 32) and out.min() >= 0 and out.max() <= 1
-    spans = out[:, 0, 16, -1] - out[:, 0, 16, 0]
-    assert (spans > 0).any() and (spans < 0).any()  # some are mirrored
-    assert (spans.abs() < math.sqrt(0.5 * 4 / 3) + 0.02).all()  # none shows more than the largest share, widest aspect
-    whole = torch.arange(24 * 20).reshape(1, 24, 20, 1).expand(40, -1, -1, 3)
-    for part in train_vae.crops(whole, 16, generator(4))[..., 0]:
-        row, column = divmod(int(part.min()), 20)
-        square = whole[0, row:row + 16, column:column + 16, 0]
-        assert torch.equal(part, square) or torch.equal(part, square.flip(1))
-
-
 @pytest.mark.parametrize("predicts", ["v_prediction", "epsilon"])
 def test_what_is_predicted_turns_noisy_latents_back(monkeypatch, predicts):
     """signal * noisy - noise * v is the clean latent, and (noisy - noise * epsilon) / signal, where signal^2 + noise^2
@@ -109,22 +94,6 @@ def test_what_is_predicted_turns_noisy_latents_back(monkeypatch, predicts):
     mixture = torch.cat([full[:3], empty[3:]])  # a caption whose ending says nothing
     kinds = [sum(torch.equal(row, kind) for row in text) for kind in (empty, full, mixture)]
     assert sum(kinds) == 16 and min(kinds) >= 1
-
-
-def test_patches_are_dropped_only_while_clip_trains():
-    from transformers import CLIPConfig, CLIPModel
-
-    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision = tower | {"image_size": 32, "patch_size": 8}
-    model = CLIPModel(CLIPConfig(text_config=tower, vision_config=vision, projection_dim=16))
-    train_clip.drop_patches(model)
-    pixels = torch.randn(3, 3, 32, 32)
-    whole = model.eval().vision_model.embeddings(pixels)
-    some = model.train().vision_model.embeddings(pixels)
-    assert whole.shape == (3, 17, 32) and some.shape == (3, 9, 32) and torch.equal(some[:, 0], whole[:, 0])
-    for kept, row in zip(some, whole, strict=True):
-        places = [int((row == token).all(1).nonzero()[0]) for token in kept[1:]]
-        assert len(set(places)) == 8 and 0 not in places
 
 
 # ---- the loop and the stages

@@ -18,7 +18,7 @@ from ovdiff_lib.workbench.figures import explanations
 from ovdiff_lib.workbench.figures.base import BACKGROUND, FOREGROUND
 from ovdiff_lib.workbench.figures.charts import difference_chart, growth_chart
 from ovdiff_lib.workbench.figures.explanations import COLOURS, REASON_COLOURS, Trace, highlight, prototype_figure, source_images
-from ovdiff_lib.workbench.figures.steps import Column, divided, divided_figure, feature_colours, gallery, selection_figure
+from ovdiff_lib.workbench.figures.steps import Column, divided, divided_figure, gallery, selection_figure
 from ovdiff_lib.workbench.tables.tables import Cell
 
 
@@ -100,18 +100,6 @@ def test_divided_tints_only_its_masks():
     figure = divided_figure([drawn], {"none": [halves(none, none)], "all": [halves(whole, none)]}, shown=4)
     shown = [(np.asarray(axis.images[0].get_array()) == drawn.images[n % 2]).all() for n, axis in enumerate(figure.axes)]
     assert shown == [True, True, False, False]
-
-
-def test_alike_features_have_alike_colours():
-    rng = np.random.default_rng(1)
-    directions = np.linalg.qr(rng.normal(size=(32, 32)))[0][:3]
-    which = rng.integers(0, 3, (2, 5, 7))
-    features = directions[which] * rng.uniform(1, 9, (2, 5, 7, 1))  # lengths do not matter
-    colours = feature_colours(features)
-    assert colours.shape == (2, 5, 7, 3) and colours.dtype == np.uint8
-    found = [np.unique(colours[which == k], axis=0) for k in range(3)]
-    assert all(np.ptp(f, axis=0).max() <= 1 for f in found) and len({tuple(f[0]) for f in found}) == 3
-    assert feature_colours(rng.normal(size=(1, 3, 4, 2))).shape == (1, 3, 4, 3)
 
 
 # ---------------------------------------------------------------------- figures that explain

@@ -113,16 +113,6 @@ def test_an_overlay_cuts_no_long_name_and_says_that_all_is_background():
     assert (np.asarray(result.overlay())[-20:] < 100).any()  # something is written there
 
 
-def test_the_heat_map_is_as_large_as_its_image():
-    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-    attribution = np.zeros((4, 6), np.float32)
-    attribution[1, 4] = 1
-    warm = figures.heat(image, attribution)
-    assert warm.shape == image.shape and warm.dtype == np.uint8
-    row, column = np.unravel_index(warm.sum(-1).argmax(), (HEIGHT, WIDTH))
-    assert abs(row - 1.5 / 4 * HEIGHT) <= 2.5 and abs(column - 4.5 / 6 * WIDTH) <= 3
-
-
 def test_mask_and_part_pictures_colour_both_regions():
     foreground, background = np.zeros((2, 2, HEIGHT, WIDTH), bool)
     foreground[1, :4, :7], background[1, 10:, 20:] = True, True
@@ -254,10 +244,9 @@ def test_what_was_run_stands_beside_the_table(tmp_path, profile, monkeypatch):
 
 
 @pytest.mark.parametrize("details, said", [
-    ({"images": 80, "seeds": [0]}, "80 images, seed 0. "), ({"images": 1, "seeds": [3, 5]}, "1 image, seeds 3, 5. "),
     ({"images": {"mini-voc": 80, "mini-context": 80}, "seeds": [0, 1, 2, 3]}, "80 images of each data set, seeds 0 to 3. "),
     ({"images": {"voc:/data/VOC": 100, "mini-voc": 80}}, "Images: 100 of voc, 80 of mini-voc. "),
-    ({"images": {"mini-voc": 7}}, "7 images. "), ({"seeds": [0, 1, 3]}, "Seeds 0, 1, 3. "), ({"volatile": True}, ""), (None, "")])
+    ({"images": 1, "seeds": [3, 5]}, "1 image, seeds 3, 5. "), ({"volatile": True}, "")])
 def test_a_table_says_of_how_many_images_and_seeds_it_is(tmp_path, profile, details, said):
     head = write_table(tmp_path / "t.csv", "t", [Cell("r", "c", 1)], profile, "What was run.", details=details).splitlines()[0]
     assert head.startswith(f"**What was run.** {said}Profile `mini`")
