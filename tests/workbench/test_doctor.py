@@ -102,7 +102,7 @@ def test_what_is_needed_and_what_is_not(name, capsys, tmp_path):
     assert rows["models.clip"].used_by == ("extractor clip-keys", "category filter")
     assert main(["doctor", "--profile", name]) == 1
     out, err = capsys.readouterr()
-    assert err == "" and out.count("Missing:") == 1 and all(f"\n    {c.get}\n" in out for c in rows.values())
+    assert err == "" and out.count("Missing:") == 1 and all(f"{'    ' if c.used_by else ': '}{c.get}\n" in out for c in rows.values())
     for words in (str(tmp_path / "hub"), f"curl -L --create-dirs -o {tmp_path / 'home' / '.cache' / 'ovdiff' / 'weights'}",
                   "CreativeML OpenRAIL-M", "CC BY-NC-SA 4.0", "4.26 GB", "detectron2"):
         assert words in out, words
