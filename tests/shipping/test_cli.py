@@ -122,9 +122,9 @@ MISTAKES = [  # arguments ({images} is the folder), words of the sentence
     ("build --classes-file {images}/a.png", "a.png"), ("build --classes-file {images}/blank.txt", "no class"),
     ("build --classes-file {images}/classes.txt --stuff sky", "'sky'"), ("evaluate vox", "mini-voc"), ("evaluate voc", "--data"),
     ("evaluate mini-voc --names x", "fixed, raw"), ("evaluate mini-voc --predictions none", "does not exist"),
-    ("vocabulary 'cat, Cat'", "twice"), ("build --classes cat --workers 0", "workers"),
-    ("evaluate mini-voc --workers 2 --limit 0", "limit"), ("doctor --data no-set=folder", "no-set=folder"),
-    ("evaluate mini-voc --split train", "tune, val, wild"), ("tune --set evaluation.tune=", "set evaluation.tune"),
+    ("vocabulary 'cat, Cat'", "twice"), ("build --classes cat --workers 0", "workers"), ("evaluate mini-voc --limit 0", "limit"),
+    ("evaluate mini-voc --workers 2 --limit 0", "limit"), ("evaluate mini-voc --split train", "tune, val, wild"),
+    ("doctor --data no-set=folder", "no-set=folder"), ("tune --set evaluation.tune=", "set evaluation.tune"),
     ("run {images}/none.ipynb", "none.ipynb"), ("reproduce --notebooks {images}", "No notebook"),
     (f"reproduce --notebooks {NOTEBOOKS} --only 00,77", "'77'"), (f"run {NOTEBOOKS / '00_quickstart.ipynb'} -p seed=many", "'seed'")]
 
@@ -211,9 +211,7 @@ def test_evaluate_prints_and_writes_the_same_numbers(tiny, tmp_path, capsys, mon
     assert lines[-1].startswith("mIoU") and f"{100 * table['miou']:.1f}" in lines[-1] and "2 images" in lines[-1]
     shown = {line.rsplit(maxsplit=1)[0].strip(): line.rsplit(maxsplit=1)[1] for line in lines[:-1]}
     assert shown == {name: "-" if v is None else f"{100 * v:.1f}" for name, v in table["iou"].items()}
-    assert 0 <= table["miou"] <= 1 and table["profile"]["support"]["size"] == 2
-    assert main(["evaluate", "mini-voc", "--limit", "0", *tiny]) == 2
-    assert "limit" in capsys.readouterr().err
+    assert table["profile"]["support"]["size"] == 2
 
 
 def test_ladder_prints_and_writes_the_same_numbers(tiny, tmp_path, capsys, monkeypatch):
@@ -229,7 +227,6 @@ def test_ladder_prints_and_writes_the_same_numbers(tiny, tmp_path, capsys, monke
         assert line.startswith(row) and line.split()[-2:] == [f"{plain:.1f}", f"{refined:.1f}"]
     assert "2 images, true support: 2 scenes of val a class" in lines[-1] and len(lines) == 12
     assert main(["ladder", "mini-voc", "--support-split", "val", *tiny]) == 2 and "'val' is measured" in capsys.readouterr().err
-    assert main(["ladder", "mini-voc", "--images", "0", *tiny]) == 2 and "limit" in capsys.readouterr().err
 
 
 def test_a_notebook_runs_with_parameters(tmp_path, capsys, monkeypatch):

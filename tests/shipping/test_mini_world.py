@@ -17,7 +17,7 @@ import ovdiff_lib
 from ovdiff_lib.mini.world import IGNORE, load_world
 from ovdiff_lib.recipes import quality
 from ovdiff_lib.recipes.art import PACKAGES, drawn_world
-from ovdiff_lib.recipes.build import SEEDS, build_split, build_training, draw_frames
+from ovdiff_lib.recipes.build import SEEDS, build_split, build_training
 from ovdiff_lib.recipes.scenes import PALETTES, draw_scene, glyph_table
 
 DATA = Path(ovdiff_lib.__file__).parent / "mini" / "data"
@@ -149,15 +149,6 @@ def test_held_glyphs_are_drawn_only_where_asked_for():
     assert 8 <= sum(any(scene.held) for scene in asked) <= 32
     walls = [scene for scene in asked if scene.nouns and "grass" not in scene.stuff]
     assert all(green(scene) == scene.held[0] for scene in walls if "good" in scene.captions[1])
-
-
-def test_frames_show_one_glyph_twice_in_two_places():
-    first = draw_frames(WORLD, squares(), 0, 64)
-    assert first.shape == (2, 64, 64, 3) and not np.array_equal(first[0], first[1])
-    magenta = (first[..., 0] > 130) & (first[..., 2] > 130) & (first[..., 1] < 120)
-    assert (magenta.mean(axis=(1, 2)) > 0.03).all()  # never a held one, which would be green
-    assert np.array_equal(first, draw_frames(WORLD, squares(), 0, 64))
-    assert not np.array_equal(first, draw_frames(WORLD, squares(), len(WORLD.things), 64))
 
 
 def test_a_split_names_what_is_held(tmp_path):

@@ -5,8 +5,7 @@ pass of the profile `paper` through networks of their published sizes, random we
 
 Networks of real size live on the meta device, which has shapes but no values. Where values matter, Stable Diffusion v1.5's own layout is
 run thin. ViTs, Segment Anything and CutLER at real size are in test_features.py and test_segmenters.py. The pass is skipped unless asked
-for. Measured on one thread of a CPU whose two cores had other work too: 5 minutes (24 s to write the networks, 49 s for one support
-image, 176 s for one image in 8 windows), 7.2 GiB of memory at the peak, 5 GB of disk meanwhile. The paper's windows are kept.
+for: on one thread it took 5 minutes, 7.2 GiB of memory at the peak and 5 GB of disk. The paper's windows are kept.
 """
 
 import contextlib

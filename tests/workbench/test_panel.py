@@ -140,8 +140,8 @@ def support(name, count=2):
     return SupportSet(Category(name), np.zeros((count, 64, 96, 3), np.uint8), np.zeros((count, 2, 3), np.float32), np.arange(count))
 
 
-def panel_of(result, *supports, filters=None):
-    found = panel_data({"<one>": result}, supports or [support("cat"), support("sofa")], filters or Filters(), "")
+def panel_of(result, *supports):
+    found = panel_data({"<one>": result}, supports or [support("cat"), support("sofa")], Filters(), "")
     return json.loads(json.dumps(found))
 
 
@@ -159,12 +159,6 @@ def test_without_the_category_filter_nothing_is_called_dropped():
     result = dataclasses.replace(result, kept_scores=np.insert(result.kept_scores, 2, 0, 0))
     queried = panel_of(result)["images"][0]["queried"]
     assert [(c["name"], c["probability"], c["reason"]) for c in queried] == [(name, None, "") for name in ("cat", "dog", "sofa")]
-
-
-def test_settings_of_the_filter_tell_the_reason():
-    result = dataclasses.replace(many()[0], filter_scores=np.array([0.2, 0.6, 0.2], np.float32))
-    (queried, *_) = panel_of(result, filters=Filters(category_top=1))["images"][0]["queried"]
-    assert (queried["name"], queried["probability"], queried["reason"]) == ("dog", 0.6, NOT_BEST)
 
 
 def test_what_does_not_fit_is_one_sentence():
