@@ -19,7 +19,7 @@ def show(options: argparse.Namespace) -> None:
     """What is in the library, a line a class."""
     import pandas as pd
 
-    library, by_words = _there(options), defaultdict(list)
+    library, by_words = Library(options.library), defaultdict(list)
     found = _chosen(library, options)
     for entry, described in found:
         by_words[_words(described)].append((entry, described))
@@ -41,26 +41,22 @@ def show(options: argparse.Namespace) -> None:
 def verify(options: argparse.Namespace) -> int:
     """Read every entry and check its sums; broken ones are set aside, to be built again. Exit code 1 if there are
     any."""
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    library = _there(options)
-    total = len(library.entries())
-    with logging_redirect_tqdm():  # what is said of a broken entry has a line of its own
-        broken = library.verify(progress=True)
+    library = Library(options.library)
+    total, broken = len(library.entries()), library.verify()
     print(f"{total - len(broken)} of {total} entries in {library.root} are whole.")
     return int(bool(broken))
 
 
-@takes(LIBRARY, CHOICE, argument("file", type=Path, help="a .tar, or .tar.gz or .tar.xz to compress it"),
+@takes(LIBRARY, CHOICE, argument("file", type=Path, help="the .tar to write"),
        argument("--prototypes-only", action="store_true",
                 help="leave support images and masks out: enough to segment with"), profile=False)
 def export(options: argparse.Namespace) -> None:
     """Write entries into one file that `import` reads, in place of one that is there."""
     from ovdiff_lib.library.sharing import export_entries
 
-    library = _there(options)
+    library = Library(options.library)
     found = [one for one in _chosen(library, options) if one[0].kind == "prototypes" or not options.prototypes_only]
-    export_entries([entry for entry, _ in found], options.file, progress=True)
+    export_entries([entry for entry, _ in found], options.file)
     print(f"{_amount(found)}, in {options.file}")
 
 
@@ -70,30 +66,24 @@ def add(options: argparse.Namespace) -> None:
     from ovdiff_lib.library.sharing import import_archive
 
     library = Library(options.library)
-    done = import_archive(library, options.file, progress=True)
+    done = import_archive(library, options.file)
     new, kept = counted(done[True], "new entry", "new entries"), counted(done[False], "entry", "entries")
     print(f"{new} in {library.root}; {kept} were here already.")
 
 
-@takes(LIBRARY, CHOICE, argument("--all", action="store_true", help="every entry"),
+@takes(LIBRARY, CHOICE,
        argument("--leftovers", action="store_true",
-                help="what killed runs left and entries that were set aside as broken"),
-       argument("--dry-run", action="store_true", help="say what would go, and delete nothing"), profile=False)
+                help="what killed runs left and entries that were set aside as broken"), profile=False)
 def remove(options: argparse.Namespace) -> None:
     """Delete entries, or what interrupted runs left."""
-    library = _there(options)
-    if (options.classes and options.all) or not (options.classes or options.all or options.leftovers):
-        raise InputError("Say what to remove: --classes, or --all, or --leftovers; --dry-run shows it first.")
-    found = _chosen(library, options) if options.classes or options.all else []
-    left = library.leftovers() if options.leftovers else []
-    for entry, described in found:
-        print(f"{entry.kind} {entry.key}  {_words(described)}")
-        if not options.dry_run:
-            library.remove(entry.key, entry.kind)
-    if options.leftovers and not options.dry_run:
-        library.sweep()
-    gone = "would go" if options.dry_run else "removed"
-    print(f"{_amount(found)} and {counted(len(left), 'leftover')}, {gone} from {library.root}")
+    library = Library(options.library)
+    if not (options.classes or options.leftovers):
+        raise InputError(f"Say what to remove: --classes or --leftovers; all is in the folder {library.root}.")
+    found = _chosen(library, options) if options.classes else []
+    for entry, _ in found:
+        library.remove(entry.key, entry.kind)
+    swept = library.sweep() if options.leftovers else 0
+    print(f"{_amount(found)} and {counted(swept, 'leftover')} removed from {library.root}")
 
 
 def _words(described: dict[str, Any], alone: bool = False) -> str:
@@ -113,14 +103,6 @@ def _chosen(library: Library, options: argparse.Namespace) -> list[tuple[Entry, 
         if not any(_words(described, alone=True) == words for _, described in found):
             raise InputError(f"No entry of {library.root} has the words {words!r}; `ovdiff library list` shows all.")
     return [one for one in found if not options.classes or _words(one[1], alone=True) in wanted]
-
-
-def _there(options: argparse.Namespace) -> Library:
-    """The library that the options name; ``InputError`` without its folder: rather a slip than an empty library."""
-    library = Library(options.library)
-    if not library.root.is_dir():
-        raise InputError(f"There is no library folder {library.root}; name one with --library, or build classes.")
-    return library
 
 
 def _amount(found: list[tuple[Entry, dict[str, Any]]]) -> str:

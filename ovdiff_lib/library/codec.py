@@ -192,10 +192,8 @@ def _bytes(path: Path) -> bytes:
     except PermissionError as error:
         raise InputError(f"The library entry {path.parent} may not be read ({error.strerror}); check its permissions."
                          ) from None
-    except FileNotFoundError:
-        raise Broken(f"{path.name} is missing") from None
     except OSError as error:
-        raise Broken(f"{type(error).__name__}: {error}") from None
+        raise Broken(f"{path.name}: {error.strerror}") from None
 
 
 def _sum(table: Any) -> str:

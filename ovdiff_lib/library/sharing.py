@@ -1,6 +1,5 @@
 """Prototypes to give away: entries of a library in one tar file, and back, checked as if a stranger had made it.
 
-    index.json                                the entries it holds
     <kind>/<key>/entry.json and the files it vouches for
 
 An archive is taken whole or not at all. Sums tell whether it was damaged, not who made it.
@@ -9,76 +8,57 @@ An archive is taken whole or not at all. Sums tell whether it was damaged, not w
 from __future__ import annotations
 
 import io
-import json
-import lzma
 import re
 import shutil
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-
-from tqdm import tqdm
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import written_whole
 from ovdiff_lib.library.codec import FILE, KEY, LAYOUTS, META, Broken, read, read_files
 from ovdiff_lib.library.store import Entry, Library, beside
 
-INDEX = "index.json"
-MEMBER = re.compile(rf"({'|'.join(LAYOUTS)})/({KEY.pattern})/({re.escape(META)}|{FILE.pattern})|{re.escape(INDEX)}")
+MEMBER = re.compile(rf"({'|'.join(LAYOUTS)})/({KEY.pattern})/({re.escape(META)}|{FILE.pattern})")
 
 LONGEST = 2**24
 """Bytes of the longest header of an archive; tarfile reads headers whole, whatever size they say they have."""
 
-MODES = {".tar": "w", ".tar.gz": "w:gz", ".tgz": "w:gz", ".tar.xz": "w:xz", ".txz": "w:xz"}
-"""Ending of an archive's name, in any case, and how it is written."""
 
+def export_entries(entries: Iterable[Entry], path: str | Path) -> None:
+    """Write entries into the tar file ``path``.
 
-def export_entries(entries: Iterable[Entry], path: str | Path, progress: bool = False) -> None:
-    """Write entries into the tar file ``path`` (of an ending in :data:`MODES`).
-
-    Each is verified as it is read; the file is whole or not there, and the same entries make the same bytes in a .tar.
-    Raises ``InputError`` for an entry that is broken, for none at all, for another ending, and where ``path`` cannot be
-    written.
+    Each is verified as it is read; the file is whole or not there, and the same entries make the same bytes. Raises
+    ``InputError`` for an entry that is broken, for none at all, and where ``path`` cannot be written.
     """
-    entries, path = list(entries), Path(path)
+    entries = list(entries)
     if not entries:
         raise InputError("There is nothing to export; `ovdiff library list` shows what the library has.")
-    mode = next((mode for suffix, mode in MODES.items() if path.name.lower().endswith(suffix)), None)
-    if mode is None:
-        raise InputError(f"{path} does not end in {', '.join(MODES)}; name the archive so that its form is known.")
-    with written_whole(path) as file, tarfile.open(fileobj=file, mode=mode, format=tarfile.PAX_FORMAT) as archive:
-        def add(name: str, data: bytes) -> None:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-
-        add(INDEX, json.dumps([f"{entry.kind}/{entry.key}" for entry in entries]).encode())
-        for entry in tqdm(entries, desc="exporting", unit="entry", disable=not progress):
+    with written_whole(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
+        for entry in entries:
             try:
                 files, _ = read_files(entry.path, entry.kind, entry.key)
             except (Broken, FileNotFoundError) as error:
                 raise InputError(f"{entry.path} is broken or gone ({error}), so nothing was exported; `ovdiff library "
                                  "verify` sets it aside.") from None
             for name, data in files.items():
-                add(f"{entry.kind}/{entry.key}/{name}", data)
+                member = tarfile.TarInfo(f"{entry.kind}/{entry.key}/{name}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
 
 
-def import_archive(library: Library, path: str | Path, progress: bool = False) -> Counter[bool]:
+def import_archive(library: Library, path: str | Path) -> Counter[bool]:
     """Add the entries of a tar file to a library; returns how many were new (True), and here already (False). Raises
     ``InputError``, and adds nothing, for a file that is no such archive, is torn, holds anything but entries, does not
     verify or would not fit on the disk."""
-    path, staging = Path(path), Library(beside(library.root / "import"))
-    if not path.is_file():
-        raise InputError(f"There is no archive {path}; give a file that `ovdiff library export` wrote.")
+    staging = Library(beside(library.root / "import"))
     try:
         with library.writing():
             staging.root.mkdir(parents=True)
         _unpack(path, staging.root)
-        waiting = tqdm(_verified(staging), desc="importing", unit="entry", disable=not progress)
-        return Counter(library.place(one.kind, one.key, read_files(one.path, one.kind, one.key)[0]) for one in waiting)
+        return Counter(library.place(one.kind, one.key, read_files(one.path, one.kind, one.key)[0])
+                       for one in _verified(staging))
     except Broken as broken:
         raise InputError(f"The archive {path} {broken}; nothing was imported. Get the file again, or another that "
                          "`ovdiff library export` wrote.") from None
@@ -93,19 +73,17 @@ class _Header(tarfile.TarInfo):
         return super()._proc_member(archive)
 
 
-def _unpack(path: Path, staging: Path) -> None:
+def _unpack(path: str | Path, staging: Path) -> None:
     """The files of the archive, below ``staging``; ``Broken`` for one that is not of an entry."""
-    free = shutil.disk_usage(staging).free
     try:
-        with tarfile.open(path, tarinfo=_Header) as archive:
+        with tarfile.open(path, "r:", tarinfo=_Header) as archive:
             for member in archive:
-                free -= member.size
-                if not MEMBER.fullmatch(member.name) or not member.isreg():
+                if not MEMBER.fullmatch(member.name) or not member.isreg() or member.issparse():
                     raise Broken(f"holds {member.name[:80]!r}, which is no file of a library entry")
-                if free < 0:
-                    raise Broken(f"unpacks to more than what is free in {staging.parent}")
                 archive.extract(member, staging, filter="data")
-    except (OSError, EOFError, ValueError, OverflowError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
+            if Path(path).stat().st_size < archive.offset + tarfile.BLOCKSIZE:  # tarfile itself does not miss its end
+                raise Broken("is cut off")
+    except (OSError, EOFError, ValueError, OverflowError, tarfile.TarError) as error:
         reason = f" ({str(error).splitlines()[0][:120]})" if str(error) else ""
         raise Broken(f"cannot be read as an archive of library entries{reason}") from None
 
@@ -113,13 +91,8 @@ def _unpack(path: Path, staging: Path) -> None:
 def _verified(staging: Library) -> list[Entry]:
     """The entries that were unpacked, in a class's order of building; ``Broken`` unless all are whole."""
     entries = staging.entries()
-    # A tar file that was cut off between two files is not torn for the library that reads it.
-    try:
-        index = sorted(json.loads((staging.root / INDEX).read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError):
-        index = None
-    if not entries or index != sorted(f"{entry.kind}/{entry.key}" for entry in entries):
-        raise Broken(f"does not hold just the entries of its {INDEX}")
+    if not entries:
+        raise Broken("holds no entry")
     for entry in entries:
         try:
             read(entry.path, entry.kind, entry.key)

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from tqdm import tqdm
 
 from ovdiff_lib.categories import Category
 from ovdiff_lib.errors import InputError
@@ -135,10 +134,9 @@ class Library:
                 found.append((entry, read_meta(entry.path, entry.kind, entry.key)))
         return found
 
-    def verify(self, progress: bool = False) -> list[Entry]:
+    def verify(self) -> list[Entry]:
         """Check that every entry is whole; sets aside and returns those that are broken."""
-        return [entry for entry in tqdm(self.entries(), desc="verifying", unit="entry", disable=not progress)
-                if self.get(entry.kind, entry.key) is None]
+        return [entry for entry in self.entries() if self.get(entry.kind, entry.key) is None]
 
     def remove(self, key: str, kind: str | None = None) -> int:
         """Delete the entries under ``key``, of one kind or of all; returns how many there were."""
@@ -217,16 +215,12 @@ class Library:
         """Move a broken entry away; the value of a whole one, if another process has just put it there."""
         path = self._path(kind, key)
         aside = path.with_name(f"{key}.{secrets.token_hex(4)}.broken")
-        with self.lock(key), self.writing():
+        with self.lock(key), self.writing(), suppress(FileNotFoundError):
             try:
+                return read(path, kind, key)
+            except Broken:
                 path.rename(aside)
-                found = read(aside, kind, key)
-            except (FileNotFoundError, Broken):
-                return None
-            with suppress(FileNotFoundError):  # swept away meanwhile
-                if not _renamed(aside, path):  # a third one has put it there again
-                    _discard(aside)
-            return found
+        return None
 
 
 def beside(path: Path) -> Path:
