@@ -2,14 +2,19 @@
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
+from tqdm import tqdm
 
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.files import unwritable, write_atomic
 from ovdiff_lib.profiles.reading import UNREADABLE
+
+size_text = partial(tqdm.format_sizeof, suffix="B")
+"""Bytes as a person reads them, in decimal units."""
 
 
 def parse_assignments(pairs: list[str], option: str = "--set") -> dict[str, Any]:
@@ -41,14 +46,6 @@ def check_output(folder: str | Path) -> None:
 def write_json(path: Path, table: Any) -> None:
     """A table as readable JSON, whole or not at all."""
     write_atomic(path, (json.dumps(table, ensure_ascii=False, indent=1) + "\n").encode())
-
-
-def size_text(size: int) -> str:
-    """Bytes as a person reads them, in decimal units."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.{2 if size < 10 * scale else 1 if size < 100 * scale else 0}f} {unit}"
-    return f"{size} B"
 
 
 def counted(number: int, one: str, many: str = "") -> str:

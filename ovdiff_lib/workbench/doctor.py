@@ -6,7 +6,6 @@ Nothing is loaded or downloaded.
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,18 +21,16 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ovdiff_lib.errors import InputError, ModelNotAvailable, ProfileError
 from ovdiff_lib.features import EXTRACTORS
-from ovdiff_lib.filters.stuff import filter_stuff
-from ovdiff_lib.keys import check_profile, for_words, made_from
+from ovdiff_lib.keys import check_profile
 from ovdiff_lib.library.store import Library
 from ovdiff_lib.masks import SEGMENTERS
 from ovdiff_lib.networks.identity import PACKAGE, resolve_model
 from ovdiff_lib.networks.loading import check_libraries, resolve_device
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.registry import NOT_MODELS, chosen_part
-from ovdiff_lib.types import PrototypeBank
 from ovdiff_lib.workbench.console import size_text
-from ovdiff_lib.workbench.data.datasets import DATASETS, load_dataset
-from ovdiff_lib.workbench.published import how_to_get, lacking, published, wrong_type
+from ovdiff_lib.workbench.data.datasets import load_dataset
+from ovdiff_lib.workbench.published import how_to_get, lacking, published
 
 HERE = ("package", "folder", "file", "hub cache")
 
@@ -49,9 +46,9 @@ LIBRARIES = {
 class Check:
     """``what`` was looked at, what it is ``named`` in the profile, its ``state`` and ``where`` it is.
 
-    State of a model: package, folder, file, hub cache; or missing, incomplete, wrong model (of another architecture).
-    ``size`` in bytes on disk, or of the download (None if not known); ``used_by`` the parts that need it; ``get`` the
-    command that fetches it, "" if it is here or none is known; ``problem`` one sentence if it is needed and not here.
+    State of a model: package, folder, file, hub cache; or missing, incomplete. ``size`` in bytes on disk, or of the
+    download (None if not known); ``used_by`` the parts that need it; ``get`` the command that fetches it, "" if it is
+    here or none is known; ``problem`` one sentence if it is needed and not here.
     """
 
     what: str
@@ -78,26 +75,25 @@ class ProfileReport:
         return tuple(check.problem for check in self.checks if check.problem)
 
     def __str__(self) -> str:
-        rows = [(c.what, c.named, c.state, "" if c.size is None else size_text(c.size), c.licence, ", ".join(c.used_by),
-                 c.where) for c in self.checks]
-        table = pd.DataFrame(rows, columns=["check", "named", "state", "size", "licence", "used by", "where"])
-        table = pd.concat([table.columns.to_frame().T, table])
-        shown = table.apply(lambda column: column.str.ljust(column.str.len().max())).agg("  ".join, axis=1)
+        table = pd.DataFrame({c.what: {"named": c.named, "state": c.state, "licence": c.licence,
+                                       "size": "" if c.size is None else size_text(c.size),
+                                       "used by": ", ".join(c.used_by), "where": c.where} for c in self.checks}).T
+        table = table.apply(lambda column: column.str.ljust(column.str.len().max()))
         unused = [f"  {c.what}: {c.get}" for c in self.checks if c.get and not c.used_by]
         missing = [f"  {problem}".replace("get it with: ", "get it with:\n    ") for problem in self.problems]
-        return "\n".join([f"Profile {self.profile}", "", *shown.str.rstrip(), "",
+        return "\n".join([f"Profile {self.profile}", "", table.to_string(justify="left"), "",
                           *(["Not needed by this profile, to be had with:", *unused, ""] if unused else ()),
                           *(["Missing:", *missing] if missing else ["Everything needed is here."])])
 
 
 def inspect(profile: Profile, data: list[str] | None = None, library: Path | None = None) -> ProfileReport:
-    """Look for everything that ``profile`` needs; ``data`` holds data sets, NAME=FOLDER.
+    """Look for everything that ``profile`` needs, and for the data sets ``data``, NAME:FOLDER.
 
     Raises ``ProfileError`` for a part that does not exist; whatever is merely absent is in the report.
     """
     used = uses(profile)
     checks = [*_models(profile, used), *_libraries(used), *map(_data, data or ()),
-              *_machine(profile, library), *_settings(profile), *_banks(profile, library)]
+              *_machine(profile, library), *_settings(profile)]
     return ProfileReport(profile.name, tuple(checks))
 
 
@@ -132,8 +128,8 @@ def _models(profile: Profile, used: dict[str, list[str]]) -> Iterator[Check]:
         size = _size(Path(where)) if here else known.size if known else None
         licence = "Apache-2.0, as this project" if state == "package" else known.licence if known else "see its card"
         remedy = f"get it with: {get}" if get else f"set models.{name} to a model that is here"
-        problem = (f"The model {identifier or name!r} is needed by {', '.join(used_by)} and is "
-                   f"{state.replace('wrong', 'a wrong')} ({detail}); {remedy}")
+        problem = (f"The model {identifier or name!r} is needed by {', '.join(used_by)} and is {state} ({detail}); "
+                   f"{remedy}")
         yield Check(f"models.{name}", identifier, state, where, size, licence, used_by, get,
                     problem if used_by and not here else "")
 
@@ -154,8 +150,6 @@ def _located(name: str, identifier: str) -> tuple[str, str, str]:
         wanted = "file" if name == "cutler" else "folder"
         here = source.is_file() and name == "cutler"
         return ("file", str(source), "") if here else ("incomplete", str(source), f"a {wanted} of the model is wanted")
-    if wrong := wrong_type(name, source):
-        return "wrong model", str(source), wrong
     lacks = ", ".join(lacking(name, source))
     return "incomplete" if lacks else kind, str(source), f"lacks {lacks}"
 
@@ -176,16 +170,13 @@ def _libraries(used: dict[str, list[str]]) -> Iterator[Check]:
     yield Check("library versions", state="wrong" if problem else "as declared", problem=problem)
 
 
-def _data(root: str) -> Check:
-    """Whether the data set of NAME=FOLDER is there, whole. ``InputError`` for an unknown NAME."""
-    name, _, folder = root.partition("=")
-    if name not in DATASETS:
-        raise InputError(f"--data {root!r} names no data set; use NAME=FOLDER with a name of {', '.join(DATASETS)}.")
+def _data(source: str) -> Check:
+    """Whether a data set is there, whole."""
     try:
-        images = len(load_dataset(name, folder=Path(folder).expanduser()))
+        found = load_dataset(source)
     except InputError as error:
-        return Check(f"data {name}", state="missing", where=folder, problem=str(error))
-    return Check(f"data {name}", state=f"{images} images", where=folder)
+        return Check(f"data {source}", state="missing", problem=str(error))
+    return Check(f"data {found.name}", state=f"{len(found)} images", where=str(found.folder))
 
 
 def _machine(profile: Profile, library: Path | None) -> Iterator[Check]:
@@ -210,24 +201,6 @@ def _settings(profile: Profile) -> Iterator[Check]:
             check_profile(profile)
         except ProfileError as error:
             yield Check("settings", profile.name, "wrong", problem=str(error))
-
-
-def _banks(profile: Profile, library: Path | None) -> Iterator[Check]:
-    """What the "stuff" filter leaves of the background prototypes of those of the evaluation's vocabularies that have
-    stuff and are in the library as a whole."""
-    kept, data = Library(library), profile.evaluation
-    sources = dict.fromkeys((data.voc, data.context, data.object))
-    for source in sources if profile.filters.stuff and kept.root.exists() else ():
-        with suppress(InputError, ModelNotAvailable, ProfileError):  # data that lie elsewhere; the rest has own lines
-            words = load_dataset(source).vocabulary
-            tables = {name: made_from(profile, name) for name in profile.features.extractors}
-            rows = {name: tuple(kept.get("prototypes", for_words(table, one)[0]) for one in words)
-                    for name, table in tables.items()}
-            if any(one.kind == "stuff" for one in words) and None not in itertools.chain(*rows.values()):
-                bank = PrototypeBank(words, rows)
-                had, left = (one.counts("background") for one in (bank, filter_stuff(bank, profile.filters)))
-                for name in rows:
-                    yield Check(f"background of {source}", name, f"{sum(left[name])} of {sum(had[name])} left")
 
 
 def _said(check: Callable[..., Any], *arguments: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,23 +77,7 @@ FILES: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Field of ``profile.models`` -> what a folder must hold: of each tuple one file."""
 
-MODEL_TYPES = {"clip": "clip", "dino": "vit", "mae": "vit_mae", "sam": "sam",
-               "grounding": "grounding-dino", "groupvit": "groupvit"}
-"""Field of ``profile.models`` -> ``model_type`` in that folder's config.json."""
-
 
 def lacking(name: str, folder: Path) -> list[str]:
     """Of the model of a field ``models.<name>`` the first name of each tuple of which ``folder`` holds no file."""
     return [names[0] for names in FILES.get(name, ()) if not any((folder / one).is_file() for one in names)]
-
-
-def wrong_type(name: str, folder: Path) -> str:
-    """What is wrong with the ``model_type`` in the config.json of the folder of ``models.<name>``, "" if nothing; a
-    folder without one is not judged."""
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # missing or damaged, of which the loaders say more
-        return ""
-    found, wanted = found.get("model_type") if isinstance(found, dict) else None, MODEL_TYPES.get(name)
-    right = wanted in (None, found)
-    return "" if right else f"its config.json names the model_type {found!r}, and {wanted!r} is wanted"

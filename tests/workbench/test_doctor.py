@@ -7,26 +7,20 @@ import shlex
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 
-from ovdiff_lib import OVDiff, features, masks
-from ovdiff_lib.categories import Vocabulary
+from ovdiff_lib import features, masks
 from ovdiff_lib.cli.main import main
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
 from ovdiff_lib.networks import loading
-from ovdiff_lib.networks.identity import resolve_model
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.registry import Part
-from ovdiff_lib.workbench import doctor
-from ovdiff_lib.workbench.console import size_text
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.data.readers import MINI_DATA
 from ovdiff_lib.workbench.doctor import inspect, uses
-from ovdiff_lib.workbench.published import FILES, MODEL_TYPES, PUBLISHED, how_to_get, published, wrong_type
+from ovdiff_lib.workbench.published import FILES, PUBLISHED, how_to_get, published
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 CLIP = "openai/clip-vit-base-patch16"
@@ -74,22 +68,9 @@ def test_the_mini_profile_is_ready(capsys, tmp_path):
         folder = Path(rows[name].where)
         assert rows[name].state == "package" and rows[name].used_by and rows[name].problem == ""
         assert rows[name].size == sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) > 10**6
-        assert any(line.startswith(name) and line.endswith(str(folder)) for line in said.out.splitlines())
+        assert any(line.startswith(name) and line.rstrip().endswith(str(folder)) for line in said.out.splitlines())
     assert rows["memory"].size > 10**9 and rows["library"].size > 0
     assert not (tmp_path / "home").exists() and not (tmp_path / "hub").exists()  # looking leaves no trace
-
-
-def test_a_vocabulary_that_the_library_has_shows_what_the_filter_leaves_of_its_background(tiny_profile, tmp_path, monkeypatch):
-    words = Vocabulary.of("cat, water", ["water"])
-    monkeypatch.setattr(doctor, "load_dataset", lambda source: SimpleNamespace(vocabulary=words))
-    profile = tiny_profile.override({"evaluation.voc": "a", "evaluation.context": "a", "filters.stuff_threshold": -1.0})
-    ovdiff, line = OVDiff(profile, library=tmp_path / "library", progress=False), "background of a"
-    ovdiff.build_class(words.categories[0])
-    assert line not in found(inspect(profile, library=ovdiff.library.root))
-    bank = ovdiff.build(words)
-    check = found(inspect(profile, library=ovdiff.library.root))[line]
-    assert (check.named, check.state) == ("sd", f"0 of {sum(bank.counts('background')['sd'])} left") and not check.problem
-    assert line not in found(inspect(profile.override({"filters.stuff": False}), library=ovdiff.library.root))
 
 
 @pytest.mark.parametrize("name", ["paper", "official"])
@@ -104,7 +85,7 @@ def test_what_is_needed_and_what_is_not(name, capsys, tmp_path):
     out, err = capsys.readouterr()
     assert err == "" and out.count("Missing:") == 1 and all(f"{'    ' if c.used_by else ': '}{c.get}\n" in out for c in rows.values())
     for words in (str(tmp_path / "hub"), f"curl -L --create-dirs -o {tmp_path / 'home' / '.cache' / 'ovdiff' / 'weights'}",
-                  "CreativeML OpenRAIL-M", "CC BY-NC-SA 4.0", "4.26 GB", "detectron2"):
+                  "CreativeML OpenRAIL-M", "CC BY-NC-SA 4.0", "4.26GB", "detectron2"):
         assert words in out, words
     assert not (tmp_path / "home").exists() and not (tmp_path / "hub").exists()
 
@@ -173,13 +154,6 @@ def test_the_cutler_checkpoint_and_its_library(tmp_path, monkeypatch):
     assert look("cutler", tmp_path, **{"masks.segmenter": "cutler"})[0].state == "incomplete"
 
 
-@pytest.mark.parametrize(("field", "wrong", "extractor"), [
-    ("mae", "dino", "mae"), ("dino", "mae", "dino"), ("clip", "groupvit", "clip-keys")])
-def test_a_model_of_another_architecture_is_called_wrong(field, wrong, extractor):
-    row, problems = look(field, f"package:{wrong}", **{"features.extractors": [extractor]})
-    assert (row.state, row.get) == ("wrong model", "") and "is a wrong model (its config.json names the model_type" in problems
-
-
 def test_a_model_library_of_another_version(monkeypatch):
     known = loading._version
     monkeypatch.setattr(loading, "_version", lambda name: "0.39.0" if name == "diffusers" else known(name))
@@ -213,11 +187,11 @@ def test_uses_follow_the_registries(monkeypatch):
 
 
 def test_data_sets(tmp_path, capsys):
-    shown = found(inspect(load_profile("mini"), [f"mini-voc={MINI_DATA}", f"voc={tmp_path}"]))
+    shown = found(inspect(load_profile("mini"), [f"mini-voc:{MINI_DATA}", f"voc:{tmp_path}"]))
     assert shown["data mini-voc"].state == f"{len(load_dataset('mini-voc'))} images" and shown["data mini-voc"].problem == ""
-    assert main(["doctor", "--data", f"voc={tmp_path}"]) == 1
+    assert main(["doctor", "--data", f"voc:{tmp_path}"]) == 1
     said = capsys.readouterr().out
-    assert shown["data voc"].problem in said and str(tmp_path) in said.split("Missing:")[1]
+    assert shown[f"data voc:{tmp_path}"].problem in said and str(tmp_path) in said.split("Missing:")[1]
 
 
 def test_a_device_that_is_not_here_and_folders_to_be(monkeypatch, tmp_path):
@@ -244,16 +218,3 @@ def test_commands_fetch_what_the_loaders_read():
         table = load_profile(name).to_dict()["models"]
         for field in ("diffusion", "clip", "dino", "mae", "cutler", "sam", "grounding", "groupvit"):
             assert published(table[field]) is not None, field
-
-
-def test_expected_types_are_those_of_the_classes_and_of_what_ships():
-    kinds = {"clip": "CLIP", "dino": "ViT", "mae": "ViTMAE", "sam": "Sam", "grounding": "GroundingDino",
-             "groupvit": "GroupViT"}
-    assert {name: getattr(transformers, f"{kind}Config").model_type for name, kind in kinds.items()} == MODEL_TYPES
-    for name in ("clip", "dino", "mae", "groupvit"):
-        assert wrong_type(name, resolve_model(f"package:{name}")) == ""
-
-
-def test_sizes_as_text():
-    assert [size_text(n) for n in (0, 999, 1000, 12_345, 399_360, 3_993_600, 25_165_824, 4_265_000_000, 123 * 10**9)] == [
-        "0 B", "999 B", "1.00 kB", "12.3 kB", "399 kB", "3.99 MB", "25.2 MB", "4.26 GB", "123 GB"]
