@@ -8,6 +8,7 @@ half-written file.
 import argparse
 import inspect
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
 from tqdm import tqdm
 
@@ -17,7 +18,7 @@ from ovdiff_lib.errors import OVDiffError
 COMMANDS = {
     "segment": segment.segment, "build": segment.build, "evaluate": evaluate.evaluate, "ladder": evaluate.ladder,
     "convert": evaluate.convert,
-    "run": notebooks.run, "reproduce": notebooks.reproduce, "report": notebooks.report,
+    "run": notebooks.run, "reproduce": notebooks.reproduce,
     "compare-tables": notebooks.compare_tables, "benchmark": inspecting.benchmark, "doctor": inspecting.doctor,
     "vocabulary": inspecting.vocabulary, "tune": inspecting.tune,
     "library": {"list": library.show, "verify": library.verify, "export": library.export, "import": library.add,
@@ -32,6 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
         return options.run(options) or 0
     except OVDiffError as error:
         tqdm.write(f"ovdiff: {error}", file=sys.stderr)  # a bar that is still there gets a line of its own
+        return 2
+    except BrokenProcessPool:
+        said = "a process was killed, most often for want of memory; run the same command again with fewer --workers"
+        tqdm.write(f"ovdiff: {said}: what is finished is kept.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         said = "ovdiff: interrupted; what is finished is kept, run the same command again to go on."

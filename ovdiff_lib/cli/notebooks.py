@@ -1,4 +1,4 @@
-"""``ovdiff run | reproduce | report | compare-tables``: notebooks, and what becomes of their tables."""
+"""``ovdiff run | reproduce | compare-tables``: notebooks, and what becomes of their tables."""
 
 import argparse
 import sys
@@ -13,8 +13,6 @@ from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.workbench.console import described, parse_assignments
 
-NOTEBOOKS = argument("--notebooks", type=Path, default=Path("notebooks"),
-                     help="folder of the notebooks (default: notebooks)")
 OUT = argument("--out", type=Path, default=Path("outputs"), help="outputs folder (default: outputs)")
 
 
@@ -35,7 +33,9 @@ def run(options: argparse.Namespace) -> None:
 @takes(argument("--only", default="", metavar="03,05", help="only these notebooks, by number or name (default: all)"),
        argument("--force", action="store_true", help="run fresh notebooks again"),
        argument("--workers", type=int,
-                help="classes and notebooks at a time (default: the processors, or 1 on a GPU)"), NOTEBOOKS, OUT)
+                help="classes and notebooks at a time (default: the processors, or 1 on a GPU)"),
+       argument("--notebooks", type=Path, default=Path("notebooks"),
+                help="folder of the notebooks (default: notebooks)"), OUT)
 def reproduce(options: argparse.Namespace) -> int:
     """Execute the notebooks, judge the paper's claims on their tables and write the report."""
     from ovdiff_lib.workbench.reproduce import expected_time, has_tag, is_fresh, notebooks, run_all
@@ -63,12 +63,6 @@ def reproduce(options: argparse.Namespace) -> int:
     for sentence in failures:
         print(f"ovdiff: {sentence}", file=sys.stderr)
     return int(bool(failures))
-
-
-@takes(NOTEBOOKS, OUT)
-def report(options: argparse.Namespace) -> None:
-    """Gather tables, figures, claims and notebooks of a profile on one page."""
-    print(f"report: {_report(options.out / profile_of(options).name, options)}")
 
 
 @takes(argument("first", type=Path, help="a folder of tables, or an outputs folder such as outputs/mini"),

@@ -4,19 +4,17 @@ Both have one method, ``run(make, tasks)``. ``make`` is called once in each proc
 ``worker(task) -> result``; what a task raises comes back as data. Ray is imported when a :class:`RayEngine` runs.
 """
 
-import atexit
 import contextlib
 import itertools
 import logging
 import os
 import secrets
-import shutil
-import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +107,8 @@ class LocalEngine(Engine):
 
 def _begin(make: Make, threads: int) -> None:
     """Make this process ready for work with ``threads`` of the processors, unless the user said how many."""
+    parent = parent_process()  # if it is killed, this process would wait for ever for its tasks
+    threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
     global _worker
     if "OMP_NUM_THREADS" not in os.environ:
         import torch
@@ -202,18 +202,12 @@ def connected() -> Any:
                           '"ovdiff-lib[ray]"` or use the engine local.') from None
     if ray.is_initialized():
         return ray
-    address, options = os.environ.get("RAY_ADDRESS") or "local", {}
+    address = os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray writes one into the user's home
-        usual = tempfile.gettempdir()  # if it is long, the names of Ray's sockets in it would be too long
-        folder = tempfile.mkdtemp(prefix="ray-", dir=usual if len(usual) <= 40 else "/tmp")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        options = {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False,
-                   "object_store_memory": 2**29, "_temp_dir": folder}
-    atexit.register(ray.shutdown)  # before the folder goes
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        what = "could not be started on this machine" if options else f"is no cluster at {address}"
-        raise OVDiffError(f"Ray {what} ({described(error)}); check RAY_ADDRESS, or use the engine local.") from None
+        raise OVDiffError(f"Ray cannot be reached or started, address {address} ({described(error)}); check "
+                          "RAY_ADDRESS, or use the engine local.") from None
     return ray

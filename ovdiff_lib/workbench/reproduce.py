@@ -16,7 +16,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,17 +42,16 @@ CLASSES = "classes"
 
 
 def notebooks(folder: Path, only: Sequence[str] = ()) -> list[Path]:
-    """The numbered notebooks of a folder in order; with ``only`` those of these numbers ("03", "3") or stems. Raises
+    """The numbered notebooks of a folder in order; with ``only`` those of these numbers ("03") or stems. Raises
     ``InputError`` when there is none, and for a number or stem that the folder does not have."""
     found = sorted(folder.glob("[0-9]*.ipynb"))
     if not found:
         raise InputError(f"No notebook was found in {folder}; name the project's folder of them with --notebooks.")
     called = {name: path for path in found for name in (path.stem, path.stem.split("_")[0])}
-    names = [name.strip().removesuffix(".ipynb") for name in only]
-    for name in names:
-        if name not in called and (not name or name.zfill(2) not in called):
-            raise InputError(f"There is no notebook {name!r} in {folder}; it has {', '.join(p.stem for p in found)}.")
-    return sorted({called.get(name) or called[name.zfill(2)] for name in names}) if only else found
+    names = {name.strip() for name in only}
+    if lost := names - called.keys():
+        raise InputError(f"There is no notebook {min(lost)!r} in {folder}; it has {', '.join(p.stem for p in found)}.")
+    return sorted({called[name] for name in names}) if only else found
 
 
 def parameters_of(notebook: Path) -> dict[str, tuple[Any, Any]]:
@@ -104,9 +103,8 @@ def own_data(notebook: Path, parameters: dict[str, Any]) -> dict[str, str]:
 
 def run_all(chosen: Sequence[Path], folder: Path, parameters: dict[str, Any], *, force: bool = False,
             say: Callable[[str], None] = print, workers: int = 1) -> list[str]:
-    """Run notebooks into ``folder``, at most ``workers`` at a time (:func:`next_of`), whatever becomes of the others;
-    returns a sentence for each that failed. ``say`` is told of each that is through. Ctrl-C ends it; what is finished
-    stays."""
+    """Run notebooks into ``folder``, at most ``workers`` at a time, whatever becomes of the others; returns a sentence
+    for each that failed. ``say`` is told of each that is through. Ctrl-C ends it; what is finished stays."""
     run, failures = partial(_run_one, folder=folder, parameters=parameters, force=force), []
     for stem, sentence, failure in map(run, chosen) if workers == 1 else _side_by_side(run, chosen, folder, workers):
         note(folder, stem)
@@ -116,30 +114,19 @@ def run_all(chosen: Sequence[Path], folder: Path, parameters: dict[str, Any], *,
 
 
 def _side_by_side(run: Callable[..., Any], chosen: Sequence[Path], folder: Path, workers: int) -> Iterator[Any]:
-    """What :func:`_run_one` says of each; processes share the processors evenly."""
-    waiting, running, known, processors = list(chosen), {}, read_json(folder / EXECUTED), len(os.sched_getaffinity(0))
+    """What :func:`_run_one` says of each: the longest first, so that no processor waits at the end; those tagged
+    "alone" (they measure time) come last, one by one, with all processors, which the others share evenly."""
+    known, processors = read_json(folder / EXECUTED), len(os.sched_getaffinity(0))
+    longest_first = sorted(chosen, key=lambda notebook: -_seconds(notebook, known, 1e9))
     pool = ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=1)
     try:
-        while waiting or running:
-            if notebook := next_of(waiting, list(running.values()), known, workers):
-                waiting.remove(notebook)
-                threads = processors if has_tag(notebook, "alone") else max(1, processors // workers)
-                running[pool.submit(run, notebook, threads=threads)] = notebook
-            else:
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    del running[future]
-                    yield future.result()
+        for future in as_completed([pool.submit(run, notebook, threads=max(1, processors // workers))
+                                    for notebook in longest_first if not has_tag(notebook, "alone")]):
+            yield future.result()
+        for notebook in (notebook for notebook in longest_first if has_tag(notebook, "alone")):
+            yield pool.submit(run, notebook, threads=processors).result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def next_of(waiting: Sequence[Path], running: Sequence[Path], known: dict[str, Any], workers: int) -> Path | None:
-    """The notebook that begins next beside those that run, None while none may: the longest, so that no processor waits
-    at the end. Those tagged "alone" (they measure time) come last, one by one."""
-    if len(running) >= workers or any(has_tag(notebook, "alone") for notebook in running):
-        return None
-    fitting = [notebook for notebook in waiting if not running or not has_tag(notebook, "alone")]
-    return min(fitting, key=lambda n: (has_tag(n, "alone"), -_seconds(n, known, 1e9)), default=None)
 
 
 def expected_time(chosen: Sequence[Path], folder: Path, workers: int) -> str:
@@ -212,7 +199,7 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
             # interrupted only to be closed says nothing: an "ERROR" after a run that went well frightens people.
             quiet = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"},
                             "NotebookClient": {"extra_arguments": ["--log-level=CRITICAL"]}})
-            papermill.execute_notebook(_literal(notebook), _literal(running), parameters=given, config=quiet,
+            papermill.execute_notebook(str(notebook), str(running), parameters=given, config=quiet,
                                        cwd=str(notebook.parent), progress_bar=progress, kernel_name="python3")
         os.replace(running, output)
     except (papermill.PapermillExecutionError, DeadKernelError) as error:
@@ -288,8 +275,3 @@ def cells_of(notebook: Path) -> list[dict[str, Any]]:
     """The cells of a notebook's file; [] where there is none or it is broken."""
     cells = read_json(notebook).get("cells")
     return [cell for cell in cells if isinstance(cell, dict)] if isinstance(cells, list) else []
-
-
-def _literal(path: Path) -> str:
-    """The path for papermill, which fills in parameters between braces."""
-    return str(path).replace("{", "{{").replace("}", "}}")

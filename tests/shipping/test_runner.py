@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -81,10 +84,10 @@ def test_notebooks_are_found_in_order_and_chosen_by_number_or_name(tmp_path):
         return [p.stem for p in notebooks(tmp_path, only)]
 
     assert chosen() == names
-    assert chosen("02", "0") == ["00_a", "02_c"] and chosen("10_d.ipynb", " 10 ", "01_b") == ["01_b", "10_d"]
+    assert chosen("02", "00") == ["00_a", "02_c"] and chosen("10_d", " 01 ", "01_b") == ["01_b", "10_d"]
     for wrong in ("03", "1_b", "", "b", "²"):
         said = refused(chosen, wrong)
-        assert ", ".join(names) in said and repr(wrong) in said
+        assert all(name in said for name in names) and repr(wrong) in said
     refused(notebooks, tmp_path / "missing")
 
 
@@ -145,7 +148,7 @@ def test_files_that_are_no_notebook_are_described(tmp_path):
 # ---- one notebook
 
 def test_fresh_results_are_kept_and_failures_harm_nothing(notebook, tmp_path):
-    folder = tmp_path / "{count}"  # braces, which papermill fills in elsewhere
+    folder = tmp_path / "out"
     target, log = folder / "00_counting.ipynb", folder / "log.txt"
 
     def run(count: int) -> bool:
@@ -262,21 +265,24 @@ def test_what_ran_is_noted(notebook, tmp_path, monkeypatch):
     assert runner.code_sum(notebook) == sum_of_code(notebook) == found["00_counting"]["code"]
 
 
-def test_what_begins_next_is_the_longest_that_may_run_beside_the_others(tmp_path):
-    """Those that measure time come last and alone."""
-    paths = {name: written(tmp_path, name, tags=["alone"] if name == "02_alone" else ())
-             for name in ("00_short", "01_long", "02_alone", "03_new", "04_middle")}
-    known = {"00_short": {"seconds": 10}, "01_long": {"seconds": 90}, "02_alone": {"seconds": 900}, "04_middle": {"seconds": 60}}
+def test_the_longest_begin_first_and_those_that_measure_time_are_last_and_alone(tmp_path, monkeypatch):
+    paths = [written(tmp_path, name, tags=["alone"] if "alone" in name else ())
+             for name in ("00_short", "01_long", "02_alone", "03_new", "04_alone")]
+    for name, seconds in (("00_short", 10), ("01_long", 90), ("02_alone", 900)):
+        runner.note(tmp_path, name, {"code": "", "seconds": seconds})
+    events = []
 
-    def following(waiting, *running, workers=2):
-        found = runner.next_of([paths[n] for n in waiting], [paths[n] for n in running], known, workers)
-        return found and found.stem
+    def run(notebook, threads):
+        events.append(notebook.stem)
+        time.sleep(0.1)
+        events.append("end")
+        return notebook.stem, threads
 
-    assert following(paths) == "03_new"  # it may be the longest of all
-    assert following(["00_short", "01_long", "04_middle"]) == "01_long"
-    assert following(["00_short", "04_middle"], "01_long") == "04_middle" and following(["04_middle"], "00_short", "03_new") is None
-    assert following(["02_alone"], "00_short") is None and following(["00_short"], "02_alone") is None
-    assert following(["02_alone"]) == "02_alone" and following([]) is None
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda workers, *_, **_options: ThreadPoolExecutor(workers))
+    ended = dict(runner._side_by_side(run, paths, tmp_path, 2))
+    assert [event for event in events if event != "end"] == ["03_new", "01_long", "00_short", "04_alone", "02_alone"]
+    assert events[-4:] == ["04_alone", "end", "02_alone", "end"]  # what has not been measured may be the longest of all
+    assert ended["02_alone"] == len(os.sched_getaffinity(0)) and ended["01_long"] == max(1, ended["02_alone"] // 2)
 
 
 def test_the_time_to_expect_is_that_of_the_last_runs(tmp_path):

@@ -5,7 +5,6 @@ import base64
 import dataclasses
 import json
 import re
-import shlex
 import shutil
 import time
 from importlib.metadata import version
@@ -19,14 +18,12 @@ from test_explain import many
 from test_explain import rows as hand_made_prototypes
 
 from ovdiff_lib.categories import Category, Vocabulary
-from ovdiff_lib.cli import main as cli
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.segmentation import Segmentation
 from ovdiff_lib.types import PrototypeBank, SupportSet
-from ovdiff_lib.workbench import reproduce as runner
 from ovdiff_lib.workbench.figures import base as figures
-from ovdiff_lib.workbench.page.page import STAMP, build_report, find_runs, hidden, html_of
+from ovdiff_lib.workbench.page.page import STAMP, build_report, hidden, html_of
 from ovdiff_lib.workbench.page.panel import panel_data, write_panel
 from ovdiff_lib.workbench.tables import claims
 from ovdiff_lib.workbench.tables.intervals import Runs
@@ -83,8 +80,7 @@ def fill(folder: Path) -> Path:
                display(text_html=f"<b>bold</b><script>window.pwned = 2</script><img src='{REMOTE}' onerror='window.pwned = 3'>"),
                display(application_javascript="window.pwned = 4", text_plain="plain")]
     nbformat.write(notebook("main results", outputs), folder / "05_main_results.ipynb")
-    given = {"profile": "mini", "overrides": {"support.size": 8}, "output": str(folder.resolve()), "images": 6}
-    stamp = {"parameters": json.dumps(given), "seconds": 192.4, "finished": "2025-01-02 03:04:05"}
+    stamp = {"seconds": 192.4, "finished": "2025-01-02 03:04:05"}
     (folder / "05_main_results.stamp.json").write_text(json.dumps(stamp))
     (folder / "06_explainability.failed.ipynb").write_text("{")
     sources = folder.parent.parent / "notebooks"
@@ -132,7 +128,6 @@ def test_every_table_and_figure_is_there_whole_with_its_caption_and_source(built
     assert base64.b64decode(image["src"].partition(",")[2]) == (folder / "figures" / "05_main_results_grid.png").read_bytes()
     assert f"Five pictures of {SCRIPT} and {EMOJI}." in page.said("figure-05_main_results_grid") and image["alt"]
     text = page.said("run-05_main_results")
-    assert "ovdiff run notebooks/05_main_results.ipynb --profile mini --set support.size=8 -p images=6" in text
     assert "All about main results" in text and "0:03:12" in text and "2025-01-02 03:04:05" in text
     assert load_profile("mini").digest() in text and "seeds 0 to 2" in text
 
@@ -155,28 +150,7 @@ def test_claims_are_counted_and_listed_and_comparisons_are_stamped(built, tmp_pa
     assert profile.digest() in made and "size: 5 " in made and f"torch {version('torch')}" in made
 
 
-def test_the_command_shown_runs_the_notebook_as_it_ran(tmp_path, monkeypatch):
-    """What the command line makes of the printed command are the parameters that were recorded."""
-    ran = []
-    monkeypatch.setattr(runner, "run_notebook", lambda notebook, output, parameters, **_: ran.append((notebook, output, parameters)))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "notebooks").mkdir()
-    (tmp_path / "notebooks" / "05_main_results.ipynb").touch()
-    given = {"profile": "mini", "overrides": {"support.size": 8, "matching.windows": [64, 48], "support.prompt": "a 'b' {name}"},
-             "output": str(tmp_path / "outputs" / "mini"), "images": 6, "classes": ["dog", QUOTED], "word": "x y", "none": None}
-    for parent, extra in ((tmp_path / "outputs", []), (tmp_path / "a b", ["--out", "a b"])):
-        folder = parent / "mini"
-        folder.mkdir(parents=True)
-        stamp = {"parameters": json.dumps(given | {"output": str(folder)})}
-        (folder / "05_main_results.stamp.json").write_text(json.dumps(stamp))
-        (folder / "05_main_results.ipynb").touch()
-        words = shlex.split(find_runs(folder, tmp_path / "none")[0].command)
-        assert words[:2] == ["ovdiff", "run"] and ("--out" in words) == bool(extra) and words[len(words) - len(extra):] == extra
-        assert cli.main(words[1:]) == 0
-        assert ran.pop() == (Path("notebooks/05_main_results.ipynb"), folder / "05_main_results.ipynb", given | {"output": str(folder)})
-
-
-def test_tables_without_their_notebook_are_still_shown_and_an_empty_folder_gives_a_page(built, tmp_path, capsys):
+def test_tables_without_their_notebook_are_still_shown_and_an_empty_folder_gives_a_page(built, tmp_path):
     folder = built[0]
     shutil.copytree(folder / "tables", tmp_path / "mini" / "tables")
     page = Page(build_report(tmp_path / "mini", load_profile("mini"), folder.parent.parent / "notebooks"))
@@ -184,9 +158,7 @@ def test_tables_without_their_notebook_are_still_shown_and_an_empty_folder_gives
     without = Page(build_report(tmp_path / "mini", load_profile("mini"), tmp_path / "none"))
     assert "51.0" in without.said("run-others") and "has not run in this folder" in without.said("explain")
     shutil.rmtree(tmp_path / "mini" / "tables")
-    assert cli.main(["report", "--out", str(tmp_path), "--notebooks", str(tmp_path / "none")]) == 0
-    assert str(tmp_path / "mini" / "report" / "index.html") in capsys.readouterr().out
-    assert "0 of the paper’s" in Page(tmp_path / "mini" / "report" / "index.html").said("claims")
+    assert "0 of the paper’s" in Page(build_report(tmp_path / "mini", load_profile("mini"), tmp_path / "none")).said("claims")
     with pytest.raises(InputError, match="ovdiff reproduce"):
         build_report(tmp_path / "none", load_profile("mini"), tmp_path)
 

@@ -8,9 +8,7 @@ was interrupted or never ran: a report of nine notebooks is better than none.
 import hashlib
 import json
 import logging
-import os
 import re
-import shlex
 import shutil
 import sysconfig
 import time
@@ -52,7 +50,6 @@ class Run:
     stem: str
     title: str
     notebook: Path | None = None  # its executed copy
-    command: str = ""  # that makes its results again
     time: str = ""  # of the wall
     finished: str = ""
     problem: str = ""  # a sentence, "" if all is well
@@ -81,21 +78,7 @@ def _run(folder: Path, stem: str, source: Path) -> Run:
     elif not executed.exists():
         problem = f"The notebook {stem} has not been run in this folder; what is here of it is of an earlier run."
     took = str(timedelta(seconds=round(stamp["seconds"]))) if "seconds" in stamp else "unknown"
-    return Run(stem, title, executed if ran else None, command(stem, json.loads(stamp.get("parameters", "{}")), folder),
-               took, stamp.get("finished", ""), problem)
-
-
-def command(stem: str, given: dict[str, Any], folder: Path) -> str:
-    """The command line that runs a notebook as ``given`` into ``folder`` again, to be given in the project's folder."""
-    profile = str(given.get("profile", folder.name))
-    words = ["ovdiff", "run", f"notebooks/{stem}.ipynb", "--profile",
-             os.path.relpath(profile) if os.path.isabs(profile) else profile]
-    own = {name: value for name, value in given.items() if name not in ("profile", "overrides", "output")}
-    for option, values in (("--set", given.get("overrides") or {}), ("-p", own)):
-        for name, value in values.items():
-            words += [option, f"{name}={json.dumps(value, ensure_ascii=False)}"]
-    parent = os.path.relpath(folder.parent)
-    return shlex.join(words if parent == "outputs" else [*words, "--out", parent])
+    return Run(stem, title, executed if ran else None, took, stamp.get("finished", ""), problem)
 
 
 def hidden(text: str, folder: Path) -> str:
