@@ -11,17 +11,13 @@ DATA_SET = (
     argument("dataset", help="mini-voc, mini-object, mini-context; or, with --data, voc, context, coco-object, and "
                              "without background voc20, context59, coco-stuff, ade20k, cityscapes"),
     argument("--data", type=Path, metavar="FOLDER", help="where the data set is, for example VOCdevkit"),
-    argument("--split", default="val", help="val, train, or tune and wild of the mini world (default: val)"),
-    argument("--names", default="fixed",
-             help="names given to the networks: fixed (the paper's corrections, default) or raw"))
+    argument("--split", default="val", help="val, train, or tune and wild of the mini world (default: val)"))
 
 
 @takes(*DATA_SET,
        argument("--limit", type=int, help="use the first LIMIT images only"),
        argument("--predictions", type=Path, metavar="FOLDER",
                 help="score label maps in this folder, named by image id, instead of segmenting"),
-       argument("--zero-based", action="store_true",
-                help="with --predictions: label 0 is the first category (default: background, or nothing)"),
        argument("--json", type=Path, help="write the result to this file too"), *ENGINE)
 def evaluate(options: argparse.Namespace) -> None:
     """Measure mIoU on a data set."""
@@ -30,10 +26,12 @@ def evaluate(options: argparse.Namespace) -> None:
     from ovdiff_lib.workbench.data.samples import SavedPredictions
     from ovdiff_lib.workbench.evaluation import measure
 
+    if options.json:
+        check_output(options.json.parent)
     dataset = _dataset_of(options)
-    record: dict[str, Any] = {"dataset": dataset.name, "split": dataset.split, "names": options.names}
+    record: dict[str, Any] = {"dataset": dataset.name, "split": dataset.split}
     if options.predictions:
-        saved = SavedPredictions(options.predictions, options.zero_based)
+        saved = SavedPredictions(options.predictions)
         result = measure.evaluate(saved, dataset, limit=options.limit)
         record["predictions"], by = str(options.predictions), f"predictions in {options.predictions}"
     else:
@@ -56,14 +54,11 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def _dataset_of(options: argparse.Namespace) -> Any:
-    """The data set that the options name, once it is sure that the result can be written."""
     from ovdiff_lib.workbench.data.datasets import load_dataset
 
-    if options.json:
-        check_output(options.json.parent)
     # Workers on other machines are elsewhere: they are told the whole path.
     folder = options.data and options.data.expanduser().absolute()
-    return load_dataset(options.dataset, split=options.split, folder=folder, names=options.names)
+    return load_dataset(options.dataset, split=options.split, folder=folder)
 
 
 def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any) -> Any:
@@ -85,8 +80,7 @@ def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any) -
 @takes(*DATA_SET,
        argument("--support-split", metavar="SPLIT",
                 help="scenes that stand for drawings (default: train, tune or val, the first that is not measured)"),
-       argument("--images", type=int, help="use the first IMAGES images only"),
-       argument("--json", type=Path, help="write the result to this file too"))
+       argument("--images", type=int, help="use the first IMAGES images only"))
 def ladder(options: argparse.Namespace) -> None:
     """Measure where points are lost: the truth in place of the drawings, the category filter and the feature grid."""
     from ovdiff_lib.pipeline import OVDiff
@@ -100,10 +94,6 @@ def ladder(options: argparse.Namespace) -> None:
     print(found)
     print(f"{dataset.name} {dataset.split}, {found.images} images, true support: {found.amount} scenes of "
           f"{training.split} a class, profile {ovdiff.profile.name}, settings {ovdiff.profile.digest()}")
-    if options.json:
-        write_json(options.json, {"dataset": dataset.name, "split": dataset.split, "names": options.names,
-                                  "support_split": training.split, "images": found.images, "scenes": found.scenes,
-                                  "percent": found.table().to_dict(), "profile": ovdiff.profile.to_dict()})
 
 
 @takes(argument("dataset", choices=["context"]),

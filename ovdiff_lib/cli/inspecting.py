@@ -3,11 +3,11 @@ these thresholds, and what does it cost?"""
 
 import argparse
 
-from ovdiff_lib.cli.options import argument, classes, ovdiff_of, profile_of, takes, vocabulary_of
+from ovdiff_lib.cli.options import STUFF, argument, ovdiff_of, profile_of, takes, vocabulary_of
 from ovdiff_lib.errors import InputError
 
 
-@takes(argument("--data", action="append", default=[], metavar="NAME=FOLDER",
+@takes(argument("--data", action="append", default=[], metavar="NAME:FOLDER",
                 help="a data set and its folder; may be repeated"))
 def doctor(options: argparse.Namespace) -> int:
     """Say which models, libraries and data a profile needs, what is here, and how to get the rest; exit code 1 if
@@ -19,7 +19,7 @@ def doctor(options: argparse.Namespace) -> int:
     return int(bool(report.problems))
 
 
-@takes(*classes("classes", nargs="?"))
+@takes(argument("classes", help='class names, for example "cat, mouse"'), STUFF)
 def vocabulary(options: argparse.Namespace) -> int:
     """Say which classes collide, which words are ambiguous or unknown and which are badly drawn, before any image is
     segmented; exit code 1 if a class is not fine."""
@@ -30,8 +30,7 @@ def vocabulary(options: argparse.Namespace) -> int:
     return int(any(c.verdict != "fine" for c in report.classes))
 
 
-@takes(argument("--images", type=int, help="images of each data set to choose by (default: 48)"),
-       argument("--seed", type=int, default=0, help="of the drawings (default: 0)"))
+@takes(argument("--images", type=int, help="images of each data set to choose by (default: 48)"))
 def tune(options: argparse.Namespace) -> None:
     """Choose the thresholds on cosines of each extractor that the profile names, on its split for that; print what was
     tried and the lines for the profile."""
@@ -40,7 +39,7 @@ def tune(options: argparse.Namespace) -> None:
     from ovdiff_lib.workbench.evaluation.bench import Bench
 
     images = tuning.IMAGES if options.images is None else options.images
-    bench = Bench(profile_of(options), library=Library(options.library).root, seeds=[options.seed], images=images)
+    bench = Bench(profile_of(options), library=Library(options.library).root, seeds=[0], images=images)
     if not bench.profile.evaluation.tune:
         raise InputError("The profile names no split to choose settings on; set evaluation.tune.")
     tried = tuning.tune(bench)

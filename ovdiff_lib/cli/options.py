@@ -55,21 +55,19 @@ ENGINE = (
     argument("--workers", type=int, help="processes side by side (default: local 1, ray as many as there is room for)"))
 
 
-def classes(name: str = "--classes", own: bool = False, **settings: Any) -> tuple[Argument, Argument]:
-    """The class names, as the argument ``name`` or in a file, and which of them are stuff; ``own``: or one by one, with
-    pictures of one's own."""
-    def add(parser: argparse.ArgumentParser) -> None:
-        source = parser.add_mutually_exclusive_group(required=True)
-        source.add_argument(name, help='class names, for example "cat, sofa"', **settings)
-        source.add_argument("--classes-file", type=Path, help="text file with one class name a line")
-        if own:
-            source.add_argument("--class", dest="own", action="append", metavar="NAME[=FOLDER]",
-                                help="a class by itself, drawn, or with the pictures in FOLDER in place of drawings "
-                                     "(room_mask.png: the mask of room.jpg; or none has one), or those that "
-                                     "`ovdiff library list` shows with this key; may be repeated")
+def _classes(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--classes", help='class names, for example "cat, sofa"')
+    source.add_argument("--class", dest="own", action="append", metavar="NAME[=FOLDER]",
+                        help="a class by itself, drawn, or with the pictures in FOLDER in place of drawings "
+                             "(room_mask.png: the mask of room.jpg; or none has one), or those that "
+                             "`ovdiff library list` shows with this key; may be repeated")
 
-    stuff = argument("--stuff", default="", help='which of them are stuff regions, for example "grass, sky"')
-    return add, stuff
+
+STUFF = argument("--stuff", default="", help='which of them are stuff regions, for example "grass, sky"')
+
+CLASSES = (_classes, STUFF)
+"""The classes by their names, or one by one, with pictures of one's own; and which of them are stuff."""
 
 
 def profile_of(options: argparse.Namespace) -> Profile:
@@ -88,13 +86,7 @@ def vocabulary_of(options: argparse.Namespace, ovdiff: OVDiff | None = None) -> 
     """The classes with their kinds and, given the ``ovdiff`` that keeps them, with the pictures that ``--class`` names
     by their folder, or by their key, which ``library list`` shows."""
     given = [one.partition("=")[::2] for one in getattr(options, "own", None) or ()]
-    names, path = options.classes or [name for name, _ in given], options.classes_file
-    if path:
-        try:
-            names = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError):
-            raise InputError(f"{path} cannot be read; give a UTF-8 text file with one class a line.") from None
-    vocabulary = Vocabulary.of(names, options.stuff)
+    vocabulary = Vocabulary.of(options.classes or [name for name, _ in given], options.stuff)
     known = {category.name.casefold() for category in vocabulary}
     for name in options.stuff.split(","):
         if name.strip() and Category(name).name.casefold() not in known:

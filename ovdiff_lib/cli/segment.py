@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ovdiff_lib.cli.options import ENGINE, argument, build_with, classes, engine_of, ovdiff_of, takes, vocabulary_of
+from ovdiff_lib.cli.options import CLASSES, ENGINE, argument, build_with, engine_of, ovdiff_of, takes, vocabulary_of
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import shown, written_whole
 from ovdiff_lib.images import list_images, read_image
@@ -22,7 +22,7 @@ from ovdiff_lib.segmentation import Segmentation
 from ovdiff_lib.workbench.console import check_output, counted, write_json
 
 
-@takes(argument("image", type=Path, help="an image (PNG, JPEG, WebP) or a folder of them"), *classes(own=True),
+@takes(argument("image", type=Path, help="an image (PNG, JPEG, WebP) or a folder of them"), *CLASSES,
        argument("--out", type=Path, default=Path("out"),
                 help="folder for label maps, overlays and JSON (default: out)"))
 def segment(options: argparse.Namespace) -> None:
@@ -57,7 +57,7 @@ def segment(options: argparse.Namespace) -> None:
     print(f"{counted(len(paths), 'image')} segmented; results in {shown(options.out)}")
 
 
-@takes(*classes(own=True), *ENGINE)
+@takes(*CLASSES, *ENGINE)
 def build(options: argparse.Namespace) -> None:
     """Build the prototypes of classes into the library."""
     ovdiff, started = ovdiff_of(options), time.time()
@@ -99,9 +99,7 @@ def write_segmentation(result: Segmentation, folder: str | Path, stem: str, prof
 
 def label_image(labels: np.ndarray, colours: np.ndarray) -> Image.Image:
     """An image whose pixel values are labels (H, W) in [0, n): with a palette of their ``colours`` u8 (n, 3) up to 256
-    classes, else 16-bit grey. ``InputError`` for more classes than that holds."""
-    if len(colours) > 65536:
-        raise InputError(f"A PNG holds 65,536 labels, background included, and these are {len(colours)}.")
+    classes, else 16-bit grey."""
     image = Image.fromarray(labels.astype(np.uint16 if len(colours) > 256 else np.uint8))
     if len(colours) <= 256:
         image.putpalette(np.ascontiguousarray(colours, np.uint8).tobytes())

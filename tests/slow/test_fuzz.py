@@ -321,17 +321,3 @@ def test_classes_on_the_command_line(parse, classes, stuff):
         assert len(made) == classes.count(",") + 1
         stuff_names = {s.strip() for s in stuff.split(",")} - {""}
         assert sum(c.kind == "stuff" for c in made) <= len(stuff_names)
-
-
-@FUZZ
-@given(content=st.one_of(st.binary(max_size=120), st.lists(text, max_size=5).map(lambda lines: "\n".join(lines).encode(errors="replace")),
-                         st.lists(text, max_size=3).map(lambda lines: "\r\n".join(lines).encode("utf-8-sig", errors="replace")),
-                         text.map(lambda t: t.encode("utf-16", errors="replace"))))
-def test_classes_files_of_any_content(parse, tmp_path_factory, content):
-    path = tmp_path_factory.getbasetemp() / "classes.txt"
-    path.write_bytes(content)
-    made = parse("--classes-file", str(path))
-    if check_parsed(made):
-        # A name is a line of the file: nothing is split at commas, and nothing invented.
-        lines = re.split(r"[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]", content.decode("utf-8-sig"))
-        assert len(made) == sum(bool(re.sub(r"[\s\x1c-\x1f]", "", line)) for line in lines)

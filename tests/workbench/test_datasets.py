@@ -297,7 +297,7 @@ def test_context_from_its_json_file(context_json):
 def test_mistakes_in_the_json_file(context_json):
     folder, first = context_json.parent / "VOCdevkit", detail()["annos_segmentation"][0]
     mistakes = {
-        "its categories are": {"annos_segmentation": [{**first, "category_id": 3}]},
+        "KeyError: 3": {"annos_segmentation": [{**first, "category_id": 3}]},
         "add up": {"annos_segmentation": [{**first, "segmentation": {"size": [9, 14], "counts": "5"}}]},
         "2008_000002": {"annos_segmentation": [{**first, "image_id": 2008000002}]},  # of another shape
         "KeyError": {"images": [{"image_id": 1}]},

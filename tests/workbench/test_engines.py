@@ -221,9 +221,8 @@ def test_options_choose_the_engine(tiny_profile):
         assert isinstance(ray, RayEngine) and (ray.workers, ray.gpu) == (3, gpu)
 
 
-def test_build_with_two_workers_says_what_it_could_not_build(tiny, tmp_path, capfd):
-    (tmp_path / "classes.txt").write_text(f"cat\n{'q' * 60}\ndog\n")  # a token for each letter
-    assert main(["build", "--classes-file", str(tmp_path / "classes.txt"), "--workers", "2", *tiny]) == 2
+def test_build_with_two_workers_says_what_it_could_not_build(tiny, capfd):
+    assert main(["build", "--classes", f"cat, {'q' * 60}, dog", "--workers", "2", *tiny]) == 2  # a token for each letter
     sentences = [line for line in capfd.readouterr().err.splitlines() if line.startswith("ovdiff: ")]
     assert len(sentences) == 2 and "tokens" in sentences[0] and "1 of 3 classes" in sentences[1]
     assert main(["build", "--classes", "cat, dog", *tiny]) == 0

@@ -342,9 +342,8 @@ def tiny(tiny_models, folder) -> list[str]:
     return [*assigned(tiny_overrides(tiny_models)), "--library", str(folder)]
 
 
-def test_the_command(tiny, tmp_path, capsys):
+def test_the_command(tiny, capsys):
     assert main(["vocabulary", "cat, mouse", *tiny]) == 1
     assert "it can mean animal; device of a computer" in capsys.readouterr().out
-    (tmp_path / "classes.txt").write_text("cat\n\nmouse\nwater\n", encoding="utf-8")
-    assert main(["vocabulary", "--classes-file", str(tmp_path / "classes.txt"), "--stuff", "water", *tiny]) == 1
+    assert main(["vocabulary", "cat, mouse, water", "--stuff", "water", *tiny]) == 1
     assert "water (stuff)" in capsys.readouterr().out

@@ -62,7 +62,7 @@ def convert_context(json_path: str | Path, folder: str | Path) -> dict[str, int]
             listed[image["phase"]].append(name)
     except InputError:  # a label map that cannot be written
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path} cannot be converted ({type(error).__name__}: {error}; last image: {name}); give"
                          " trainval_merged.json of PASCAL in Detail as published, or download it again.") from None
     for phase, names in listed.items():
@@ -75,9 +75,5 @@ def _drawn(shape: tuple[int, int], annotations: list[dict[str, Any]]) -> np.ndar
     """Labels u8 (H, W) of one image."""
     drawn, labels = np.zeros(shape, np.uint8), numbered(class_table()["data_sets"]["context"]["ids"])
     for annotation in annotations:
-        category, mask = annotation["category_id"], decode_rle(annotation["segmentation"])
-        if category not in labels or mask.shape != shape:
-            raise ValueError(f"a region has the category {category} and the shape {mask.shape}; the image is {shape}, "
-                             "its categories are the 59")
-        drawn[mask] = labels[category]
+        drawn[decode_rle(annotation["segmentation"])] = labels[annotation["category_id"]]
     return drawn

@@ -97,14 +97,12 @@ def cityscapes() -> Layout:
 def _listed(folder: str, home: Path, split: str) -> list[str]:
     """The ids in ``ImageSets/<folder>/<split>.txt``, in the file's order."""
     path = home / "ImageSets" / folder / f"{split}.txt"
-    known = sorted(other.stem for other in path.parent.glob("*.txt"))
-    if split not in known:
-        remedy = f"choose one of {', '.join(known)}" if known else "unpack it again"
-        raise InputError(f"There is no split file {path}; {remedy}.")
     try:
         return path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The split file {path} cannot be read ({error}); unpack it again.") from None
+        known = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt")))
+        raise InputError(f"The split file {path} cannot be read ({error}); choose a split that is here ({known}), or "
+                         "unpack it again.") from None
 
 
 DATASETS: dict[str, tuple[str, Callable[[], Layout], bool]] = {

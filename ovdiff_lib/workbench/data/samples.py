@@ -39,8 +39,6 @@ def read_labels(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
             if image.mode not in ("L", "P"):
                 raise InputError(f"The label map {path} is a {image.mode} image; it must be 8-bit grey or palette.")
             labels = np.array(image)
-    except FileNotFoundError:
-        raise InputError(f"The label map {path} does not exist; check the folder.") from None
     except (OSError, SyntaxError) as error:
         raise InputError(f"The label map {path} cannot be read ({error}); copy or download it again.") from None
     if shape is not None and labels.shape != tuple(shape):
@@ -116,10 +114,10 @@ class Dataset:
 
 class SavedPredictions:
     """Label maps of a folder, in place of a segmenter: 8-bit ``<id>.png``, or ``<id>_labels.png`` as ``ovdiff segment``
-    writes. With ``zero_based`` label i is category i, as methods without a background have it."""
+    writes."""
 
-    def __init__(self, folder: str | Path, zero_based: bool = False) -> None:
-        self.folder, self.zero_based = Path(folder).expanduser(), zero_based
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
         if not self.folder.is_dir():
             raise InputError(f"The folder of predictions {self.folder} does not exist; give one with a PNG an image.")
         stored = {path.stem: path for path in self.folder.glob("*.png")}
@@ -129,10 +127,9 @@ class SavedPredictions:
         """``InputError`` naming the images of ``ids`` without a prediction."""
         missing = [i for i in ids if i not in self._stored]
         if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise InputError(f"The folder {self.folder} lacks {len(missing)} of {len(ids)} predictions:"
-                             f" {', '.join(f'{i}.png' for i in missing[:3])}{more}; write one PNG an image.")
+            raise InputError(f"The folder {self.folder} lacks {len(missing)} of {len(ids)} predictions, the first is"
+                             f" {missing[0]}.png; write one PNG an image.")
 
     def __call__(self, sample: Sample) -> np.ndarray:
         """Labels i64 (H, W) of a sample; ``InputError`` for a label map of another size."""
-        return read_labels(self._stored[sample.id], sample.labels.shape).astype(np.int64) + self.zero_based
+        return read_labels(self._stored[sample.id], sample.labels.shape).astype(np.int64)
