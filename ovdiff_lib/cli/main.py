@@ -32,16 +32,14 @@ def main(arguments: list[str] | None = None) -> int:
         options = parser().parse_args(arguments)
         return options.run(options) or 0
     except OVDiffError as error:
-        tqdm.write(f"ovdiff: {error}", file=sys.stderr)  # a bar that is still there gets a line of its own
-        return 2
+        said, code = str(error), 2
     except BrokenProcessPool:
-        said = "a process was killed, most often for want of memory; run the same command again with fewer --workers"
-        tqdm.write(f"ovdiff: {said}: what is finished is kept.", file=sys.stderr)
-        return 2
+        said, code = ("a process was killed, most often for want of memory; what is finished is kept, run the same "
+                      "command again with fewer --workers."), 2
     except KeyboardInterrupt:
-        said = "ovdiff: interrupted; what is finished is kept, run the same command again to go on."
-        tqdm.write(said, file=sys.stderr)
-        return 130
+        said, code = "interrupted; what is finished is kept, run the same command again to go on.", 130
+    tqdm.write(f"ovdiff: {said}", file=sys.stderr)  # a bar that is still there gets a line of its own
+    return code
 
 
 def parser() -> argparse.ArgumentParser:

@@ -99,19 +99,16 @@ def inspect(profile: Profile, data: list[str] | None = None, library: Path | Non
 
 def uses(profile: Profile) -> dict[str, list[str]]:
     """Field of ``profile.models`` -> the parts that declare to load it. Raises ``ProfileError`` for an unknown part."""
-    segmenter, parts = profile.masks.segmenter, {"support images": ["diffusion"]}
-    named = {f"extractor {name}": (chosen_part("features.extractors", name, EXTRACTORS), "features")
-             for name in profile.features.extractors}
-    named[f"segmenter {segmenter}"] = chosen_part("masks.segmenter", segmenter, SEGMENTERS), "masks"
-    for label, (part, section) in named.items():
+    segmenter, table = profile.masks.segmenter, {"diffusion": ["support images"]}
+    parts = [(f"extractor {name}", chosen_part("features.extractors", name, EXTRACTORS), "features")
+             for name in profile.features.extractors]
+    parts.append((f"segmenter {segmenter}", chosen_part("masks.segmenter", segmenter, SEGMENTERS), "masks"))
+    for label, part, section in parts:
         models, _ = part.depends_on(profile, section)  # a declaration of what no profile has is an error
-        parts[label] = [] if part.models is None else list(models)  # of a part that declares nothing nothing is known
+        for name in models if part.models is not None else ():  # of a part that declares nothing nothing is known
+            table.setdefault(name, []).append(label)
     if profile.filters.category:
-        parts["category filter"] = ["clip"]
-    table: dict[str, list[str]] = {}
-    for part, names in parts.items():
-        for name in names:
-            table.setdefault(name, []).append(part)
+        table.setdefault("clip", []).append("category filter")
     return table
 
 
