@@ -36,12 +36,10 @@ class Check(NamedTuple):
 @dataclass(frozen=True)
 class Ratio:
     """Seconds of OVDiff's way against a named alternative's, taken in turns: it says the same on a slow and on a fast
-    machine. ``measures`` and ``alternative`` say in words what was done. ``limit``: at most so many times the
-    alternative's time; None: the row reports only."""
+    machine. ``limit``: at most so many times the alternative's time; None: the row reports only."""
 
     name: str
-    measures: str
-    alternative: str
+    alternative: str  # what was done in its place, in words
     ours: Measured
     theirs: Measured
     limit: float | None = None
@@ -63,13 +61,13 @@ class Ratio:
         return all(value <= limit for value, limit in bounds) if bounds else None  # NaN is not met
 
     def __str__(self) -> str:
-        """Lines for a person: the ratio, what was measured against what, and by what the results differ."""
+        """Lines for a person: the ratio, the time and memory of both sides, and by what the results differ."""
         spread = f" ({self.spread[0]:.3g}-{self.spread[1]:.3g})" if self.spread else ""
         bound = "" if self.limit is None else f", at most {self.limit:g}"
         result = {True: "met", False: "MISSED", None: "no bound"}[self.met]
         lines = [f"{self.name}: {self.value:.3g}x the time{spread}{bound}: {result}"]
-        lines += [f"{what}: {side.median:.3g} s, {size_text(side.added)} added" for what, side in (
-            (self.measures, self.ours), (f"against {self.alternative}", self.theirs))]
+        lines += [f"{what}: {side.median:.3g} s, {size_text(side.added)} added"
+                  for what, side in (("ovdiff", self.ours), (f"against {self.alternative}", self.theirs))]
         if self.check:
             lines.append(f"{self.check.what}: {self.check.value:.3g}, at most {self.check.limit:g}")
         return "\n    ".join(lines)

@@ -94,7 +94,6 @@ def sampling(session: Session, full: bool = False) -> list[Ratio]:
         lambda number: sample_support(pipe, session.category, used[number > 0], count, progress=False).images,
         lambda number: plain.draw(pipe, session.category, used[number > 0], count))
     return [Ratio("sampling-attribution" + ", full size" * full,
-                  f"{count} support image{'s' * (count > 1)} of {profile.support.steps} steps, with attribution",
                   "the bare StableDiffusionPipeline with its own attention processors, same images and steps", *sides,
                   # Another attention kernel rounds otherwise.
                   1.05 if full else 1.15, same("the drawings, of 255 levels", *sides, 2))]
@@ -114,10 +113,8 @@ def building(session: Session) -> list[Ratio]:
         drawn = plain.draw(pipe, session.category, profile, profile.support.size)
         plain.bare_features(pipe, profile.features, list(drawn), profile.features.batch_size)()
 
-    return [Ratio("building a class", f"{profile.support.size} images: drawing, attribution, masks "
-                  f"({profile.masks.segmenter}), features, prototypes",
-                  "the bare StableDiffusionPipeline, then VAE encoder and one UNet pass over each image, resized and "
-                  "noised as well", *session.take_turns(ours, theirs), 1.15)]
+    return [Ratio("building a class", "the bare StableDiffusionPipeline, then VAE encoder and one UNet pass over each "
+                  "image, resized and noised as well", *session.take_turns(ours, theirs), 1.15)]
 
 
 def clusters(session: Session, full: bool = False) -> list[Ratio]:
@@ -141,7 +138,6 @@ def clusters(session: Session, full: bool = False) -> list[Ratio]:
     sides = session.take_turns(ours, theirs, rounds=session.repeats * (1 if full else 5))
     worse = np.mean([inertia(points, *one) for one in found[1:]]) / np.mean(other[1:]) - 1  # without the warm-up
     return [Ratio("k-means, full size" if full else "k-means, profile's shape",
-                  f"k-means of {len(points):,} x {points.shape[1]:,} points in {k} clusters",
                   f'sklearn.cluster.KMeans({k}, n_init="auto")', *sides, 0.1 if full else None,
                   Check("share of mean inertia above the alternative's", float(worse), 0.01))]
 
@@ -174,7 +170,6 @@ def texts(session: Session, full: bool = False) -> list[Ratio]:
                                lambda number: plain.padded_texts(clip, tokenizer, texts if number else texts[:64]))
     length = clip.config.text_config.max_position_embeddings
     return [Ratio("filter texts, ViT-B/16" if full else "filter texts, profile's CLIP",
-                  f"embeddings of {len(texts):,} joined prompts of {len(NAMES)} names",
                   f"CLIPModel.get_text_features of each prompt, padded to {length} tokens, 64 at a time", *sides,
                   0.1 if full else None, same("the embeddings", *sides, 1e-5))]
 
@@ -192,14 +187,12 @@ def segmenting(session: Session) -> list[Ratio]:
     single, passes, together, pass_of_all = session.take_turns(
         lambda _: scores(session.ovdiff.segment(image, bank) for image in images), lambda _: [run() for run in bare],
         lambda _: scores(session.ovdiff.segment_many(images, bank)), lambda _: every())
-    what = (f"{TOGETHER} images, {np.mean([len(part) for part in crops]):.1f} windows each, against {FEW} classes, "
-            f"category filter {'on with known texts' if profile.filters.category else 'off'}")
-    bare_pass = "VAE encoder and one UNet pass over the same windows, prepared before"
-    return [Ratio("segmenting", what, f"{bare_pass}, those of an image in batches of {size}", single, passes, 1.2),
-            Ratio("segmenting together", f"the same {TOGETHER} images in one call",
-                  f"the same bare pass, windows of all images in batches of {size}", together, pass_of_all, 1.2),
-            Ratio("images together", f"{TOGETHER} images against {FEW} classes, windows of several in one batch",
-                  "one image after the other", together, single, None, same("a score", together, single, 1e-4))]
+    return [Ratio("segmenting", "VAE encoder and one UNet pass over the same windows, prepared before, those of an image "
+                  f"in batches of {size}", single, passes, 1.2),
+            Ratio("segmenting together", f"the same bare pass, windows of all images in batches of {size}", together,
+                  pass_of_all, 1.2),
+            Ratio("images together", "one image after the other", together, single, None,
+                  same("a score", together, single, 1e-4))]
 
 
 def large_vocabulary(session: Session) -> list[Ratio]:
@@ -212,8 +205,8 @@ def large_vocabulary(session: Session) -> list[Ratio]:
 
     for step, kind in ((0, "all prompts known"), (TOGETHER, "new images")):
         ways = [functools.partial(segment, used, step) for used in (bank, bank.restrict(range(FEW)))]
-        rows.append(Ratio(f"vocabulary of 2,000, {kind}", f"{TOGETHER} images against {MANY:,} made-up classes",
-                          f"the same against the first {FEW}", *session.take_turns(*ways), 1.5))
+        rows.append(Ratio(f"vocabulary of 2,000, {kind}", f"the same against the first {FEW}",
+                          *session.take_turns(*ways), 1.5))
     return rows
 
 
