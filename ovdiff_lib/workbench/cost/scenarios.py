@@ -187,8 +187,8 @@ def segmenting(session: Session) -> list[Ratio]:
     single, passes, together, pass_of_all = session.take_turns(
         lambda _: scores(session.ovdiff.segment(image, bank) for image in images), lambda _: [run() for run in bare],
         lambda _: scores(session.ovdiff.segment_many(images, bank)), lambda _: every())
-    return [Ratio("segmenting", "VAE encoder and one UNet pass over the same windows, prepared before, those of an image "
-                  f"in batches of {size}", single, passes, 1.2),
+    return [Ratio("segmenting", "VAE encoder and one UNet pass over the same windows, prepared before, those of an "
+                  f"image in batches of {size}", single, passes, 1.2),
             Ratio("segmenting together", f"the same bare pass, windows of all images in batches of {size}", together,
                   pass_of_all, 1.2),
             Ratio("images together", "one image after the other", together, single, None,
