@@ -25,7 +25,8 @@ def vocabulary(options: argparse.Namespace) -> int:
     segmented; exit code 1 if a class is not fine."""
     from ovdiff_lib.workbench.vocabulary.examine import examine
 
-    report = examine(ovdiff_of(options), vocabulary_of(options))
+    ovdiff = ovdiff_of(options)
+    report = examine(ovdiff, vocabulary_of(options, ovdiff))
     print(report)
     return int(any(c.verdict != "fine" for c in report.classes))
 

@@ -1,13 +1,13 @@
 """``ovdiff library list | verify | export | import | remove``: the prototype library on the command line."""
 
 import argparse
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from ovdiff_lib.categories import Category
 from ovdiff_lib.cli.options import LIBRARY, argument, takes
 from ovdiff_lib.errors import InputError
+from ovdiff_lib.library.codec import LAYOUTS
 from ovdiff_lib.library.store import Entry, Library
 from ovdiff_lib.workbench.console import counted, size_text
 
@@ -16,22 +16,16 @@ CHOICE = argument("--classes", default="", help='entries of these words alone, f
 
 @takes(LIBRARY, CHOICE, profile=False)
 def show(options: argparse.Namespace) -> None:
-    """What is in the library, a line a class."""
+    """What is in the library, a line a class: how many entries of each kind, and their size."""
     import pandas as pd
 
-    library, by_words = Library(options.library), defaultdict(list)
+    library = Library(options.library)
     found = _chosen(library, options)
-    for entry, described in found:
-        by_words[_words(described)].append((entry, described))
-    rows = {words: {
-        "images": max((described["images"][0] for entry, described in group if entry.kind == "support"), default=0),
-        "prototypes of": ", ".join(sorted({described.get("made_from", {}).get("step", "?") for entry, described in group
-                                           if entry.kind == "prototypes"})),
-        "entries": len(group), "size": size_text(sum(entry.bytes for entry, _ in group)),
-    } for words, group in sorted(by_words.items())}
+    rows = [{"words": _words(described), entry.kind: 1, "size": entry.bytes} for entry, described in found]
+    table = pd.DataFrame(rows, columns=["words", *LAYOUTS, "size"]).groupby("words").sum()
     if rows:
-        print(pd.DataFrame.from_dict(rows, "index").rename_axis(columns="words").to_string())
-    print(f"{counted(len(rows), 'class', 'classes')}, {_amount(found)} in {library.root}")
+        print(table.to_string(float_format="{:.0f}".format, formatters={"size": size_text}))
+    print(f"{counted(len(table), 'class', 'classes')}, {_amount(found)} in {library.root}")
     if left := library.leftovers():
         print(f"{counted(len(left), 'leftover')} of interrupted runs or broken entries; "
               "`ovdiff library remove --leftovers` deletes them.")

@@ -82,16 +82,16 @@ def ovdiff_of(options: argparse.Namespace) -> OVDiff:
     return OVDiff(profile_of(options), library=options.library)
 
 
-def vocabulary_of(options: argparse.Namespace, ovdiff: OVDiff | None = None) -> Vocabulary:
-    """The classes with their kinds and, given the ``ovdiff`` that keeps them, with the pictures that ``--class`` names
-    by their folder, or by their key, which ``library list`` shows."""
+def vocabulary_of(options: argparse.Namespace, ovdiff: OVDiff) -> Vocabulary:
+    """The classes with their kinds and with the pictures that ``--class`` names, by their folder, for ``ovdiff`` to
+    keep, or by their key, which ``library list`` shows."""
     given = [one.partition("=")[::2] for one in getattr(options, "own", None) or ()]
     vocabulary = Vocabulary.of(options.classes or [name for name, _ in given], options.stuff)
     known = {category.name.casefold() for category in vocabulary}
     for name in options.stuff.split(","):
         if name.strip() and Category(name).name.casefold() not in known:
             raise InputError(f"--stuff names {name!r}, which is not among the classes; add it there or remove it.")
-    if ovdiff is None or not given:
+    if not given:
         return vocabulary
     from ovdiff_lib.keys import for_pictures
     from ovdiff_lib.library.own import with_pictures

@@ -29,12 +29,11 @@ def segment(options: argparse.Namespace) -> None:
     """Label the pixels of an image, or of every image in a folder."""
     from ovdiff_lib.matching.windows import check_image
 
-    vocabulary, paths = vocabulary_of(options), list_images(options.image)
+    ovdiff, paths = ovdiff_of(options), list_images(options.image)
     if len(paths) == 1:
         check_image(read_image(paths[0]))  # a broken image is reported before classes are built
-    ovdiff = ovdiff_of(options)
     check_output(options.out)
-    bank = ovdiff.build(vocabulary_of(options, ovdiff) if options.own else vocabulary)
+    bank = ovdiff.build(vocabulary_of(options, ovdiff))
     broken, read = [], []
 
     def images():

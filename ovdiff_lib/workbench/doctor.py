@@ -34,13 +34,6 @@ from ovdiff_lib.workbench.published import how_to_get, lacking, published
 
 HERE = ("package", "folder", "file", "hub cache")
 
-LIBRARIES = {
-    "detectron2": ("cutler", "conda install -c conda-forge detectron2"),  # the Python package index has none
-    "accelerate": ("", "pip install accelerate"),
-    "ray": ("", 'pip install "ray[data]"'),
-}
-"""Optional libraries by module: the model that cannot do without, and how to get them."""
-
 
 @dataclass(frozen=True)
 class Check:
@@ -157,12 +150,12 @@ def _size(path: Path) -> int:
 
 
 def _libraries(used: dict[str, list[str]]) -> Iterator[Check]:
-    """Optional libraries, and whether the others have the versions that are known to work."""
-    for name, (model, get) in LIBRARIES.items():
-        here, used_by = importlib.util.find_spec(name) is not None, tuple(used.get(model, ()))
-        problem = f"The library {name} is needed by {', '.join(used_by)} and not installed; get it with: {get}"
-        yield Check(f"library {name}", state="installed" if here else "missing", used_by=used_by,
-                    get="" if here else get, problem=problem if used_by and not here else "")
+    """The library that CutLER needs, and whether the others have the versions that are known to work."""
+    here, used_by = importlib.util.find_spec("detectron2") is not None, tuple(used.get("cutler", ()))
+    get = "conda install -c conda-forge detectron2"  # the Python package index has none
+    problem = f"The library detectron2 is needed by {', '.join(used_by)} and not installed; get it with: {get}"
+    yield Check("library detectron2", state="installed" if here else "missing", used_by=used_by,
+                get="" if here else get, problem=problem if used_by and not here else "")
     problem = _said(check_libraries)
     yield Check("library versions", state="wrong" if problem else "as declared", problem=problem)
 

@@ -185,7 +185,7 @@ def test_own_pictures_are_a_class_by_their_folder_and_then_by_their_key(images, 
     assert main(["build", "--class", f"my cat={cats}", "--class", "dog", *tiny]) == 0
     assert capsys.readouterr().out.startswith("2 classes, ")
     assert main(["library", "list", "--library", str(library), "--classes", "my cat"]) == 0
-    (key,) = re.findall(r"my cat=([0-9a-f]{32}) +1 +sd +3 ", capsys.readouterr().out)
+    (key,) = re.findall(r"my cat=([0-9a-f]{32}) +1 +1 +1 ", capsys.readouterr().out)
     shutil.rmtree(cats)
     for source, code in ((key, 0), (cats, 2)):
         assert main(["segment", str(images / "a.png"), "--class", f"my cat={source}", "--out", str(tmp_path / "out"), *tiny]) == code
