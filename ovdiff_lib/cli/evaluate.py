@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ovdiff_lib.cli.options import ENGINE, argument, build_with, engine_of, ovdiff_of, profile_of, takes
-from ovdiff_lib.workbench.console import check_output, write_json
+from ovdiff_lib.files import write_atomic
+from ovdiff_lib.workbench.console import check_output
 
 DATA_SET = (
     argument("dataset", help="mini-voc, mini-object, mini-context; or, with --data, voc, context, coco-object, and "
@@ -18,7 +19,7 @@ DATA_SET = (
        argument("--limit", type=int, help="use the first LIMIT images only"),
        argument("--predictions", type=Path, metavar="FOLDER",
                 help="score label maps in this folder, named by image id, instead of segmenting"),
-       argument("--json", type=Path, help="write the result to this file too"), *ENGINE)
+       argument("--json", type=Path, help="write the IoU of every class and the mean to this file too"), *ENGINE)
 def evaluate(options: argparse.Namespace) -> None:
     """Measure mIoU on a data set."""
     import pandas as pd
@@ -29,28 +30,21 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.json:
         check_output(options.json.parent)
     dataset = _dataset_of(options)
-    record: dict[str, Any] = {"dataset": dataset.name, "split": dataset.split}
     if options.predictions:
-        saved = SavedPredictions(options.predictions)
-        result = measure.evaluate(saved, dataset, limit=options.limit)
-        record["predictions"], by = str(options.predictions), f"predictions in {options.predictions}"
+        result = measure.evaluate(SavedPredictions(options.predictions), dataset, limit=options.limit)
+        by = f"predictions in {options.predictions}"
     else:
         ovdiff = ovdiff_of(options)
         result = _segment_and_count(options, ovdiff, dataset)
-        record["profile"] = ovdiff.profile.to_dict()
         by = f"profile {ovdiff.profile.name}, settings {ovdiff.profile.digest()}"
     iou = pd.Series([*result.iou, result.miou], [*result.class_names, "mIoU"])
     *rows, last = (100 * iou).to_string(float_format="{:.1f}".format, na_rep="-").splitlines()
     print(*rows, sep="\n")
     if not dataset.has_background:
         print("Background is not evaluated: every pixel that counts shows one of the classes.")
-    if not options.limit and result.images != (dataset.standard_images or result.images):
-        print(f"The literature evaluates on {dataset.standard_images} images of this split, not on {result.images}.")
     print(f"{last}   {dataset.name} {dataset.split}, {result.images} images, {by}")
     if options.json:
-        *iou, (_, miou) = iou.astype(object).where(iou.notna(), None).items()  # None for a class that is nowhere
-        write_json(options.json, {**record, "images": result.images, "background": dataset.has_background,
-                                  "miou": miou, "iou": dict(iou)})
+        write_atomic(options.json, iou.to_json(indent=1).encode())  # null for a class that is nowhere
 
 
 def _dataset_of(options: argparse.Namespace) -> Any:

@@ -200,11 +200,11 @@ def test_evaluate_prints_and_writes_the_same_numbers(tiny, tmp_path, capsys, mon
     assert main(["evaluate", "mini-voc", "--split", "wild", "--limit", "2", "--json", str(path), *tiny]) == 0
     lines = capsys.readouterr().out.splitlines()
     table = json.loads(path.read_text())
-    assert table["images"] == 2 and table["split"] == "wild" and next(iter(table["iou"])) == "background"
-    assert lines[-1].startswith("mIoU") and f"{100 * table['miou']:.1f}" in lines[-1] and "2 images" in lines[-1]
+    miou = table.pop("mIoU")
+    assert next(iter(table)) == "background" and "mini-voc wild, 2 images" in lines[-1]
+    assert lines[-1].startswith("mIoU") and f"{100 * miou:.1f}" in lines[-1]
     shown = {line.rsplit(maxsplit=1)[0].strip(): line.rsplit(maxsplit=1)[1] for line in lines[:-1]}
-    assert shown == {name: "-" if v is None else f"{100 * v:.1f}" for name, v in table["iou"].items()}
-    assert table["profile"]["support"]["size"] == 2
+    assert shown == {name: "-" if v is None else f"{100 * v:.1f}" for name, v in table.items()}
 
 
 def test_ladder_prints_its_rungs(tiny, capsys, monkeypatch):

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.images import read_image
-from ovdiff_lib.workbench.data.classes import class_table, vocabulary_of
+from ovdiff_lib.workbench.data.classes import vocabulary_of
 from ovdiff_lib.workbench.data.metrics import IGNORE
 from ovdiff_lib.workbench.data.readers import Layout
 
@@ -61,8 +61,7 @@ class Dataset:
     """A data set on disk: samples in the order of its split file or of their ids.
 
     ``has_background``: background is a class (not so in Table A.7). ``table`` i16 (256,) turns a stored value into a
-    label or :data:`UNKNOWN`. ``standard_images`` is the size of the split "val" in the literature, None for other
-    splits and for the mini world.
+    label or :data:`UNKNOWN`.
     """
 
     def __init__(self, name: str, classes: str, layout: Layout, has_background: bool, split: str = "val",
@@ -88,8 +87,6 @@ class Dataset:
         if missing or not self.files:
             lack = f"lacks {len(missing)} of its files, the first is {missing[0]}" if missing else "lists no image"
             raise InputError(f"The data set {name} ({split}) in {root} {lack}; unpack it again or give another folder.")
-        published = class_table()["data_sets"].get(classes, {})
-        self.standard_images: int | None = published.get("images") if split == "val" else None
 
     def __len__(self) -> int:
         return len(self.files)
