@@ -115,8 +115,9 @@ def _models(profile: Profile, used: dict[str, list[str]]) -> Iterator[Check]:
         known, used_by = published(identifier), tuple(used.get(name, ()))
         state, where, detail = _located(name, identifier)
         here, get = state in HERE, how_to_get(identifier) if identifier and state in ("missing", "incomplete") else ""
-        size = _size(Path(where)) if here else known.size if known else None
-        licence = "Apache-2.0, as this project" if state == "package" else known.licence if known else "see its card"
+        size = _size(Path(where)) if here else None if known is None else 10**6 * known.megabytes
+        licence = "see its card" if known is None else known.licence
+        licence = "Apache-2.0, as this project" if state == "package" else licence
         remedy = f"get it with: {get}" if get else f"set models.{name} to a model that is here"
         problem = (f"The model {identifier or name!r} is needed by {', '.join(used_by)} and is {state} ({detail}); "
                    f"{remedy}")

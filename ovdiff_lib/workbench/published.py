@@ -3,39 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
+
+import pandas as pd
 
 from ovdiff_lib.networks.identity import hub_command
 
-MB = 10**6
-MAE_LICENCE = "its card: Apache-2.0; its authors: CC BY-NC 4.0, not for commercial use"
-CUTLER_URL = "http://dl.fbaipublicfiles.com/cutler/checkpoints/cutler_cascade_final.pth"
-
-
-@dataclass(frozen=True)
-class Published:
-    """``size`` in bytes of what is fetched (four a parameter; None if not known); ``url`` of a single file."""
-
-    licence: str
-    size: int | None = None
-    url: str = ""
-
-
-PUBLISHED: dict[str, Published] = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": Published(
-        "CreativeML OpenRAIL-M: use restrictions, to be passed on", 4265 * MB),
-    "openai/clip-vit-base-patch16": Published("MIT", 599 * MB),
-    "facebook/dino-vitb8": Published("Apache-2.0", 343 * MB),
-    "facebook/vit-mae-large": Published(MAE_LICENCE, 1318 * MB),
-    "facebook/vit-mae-base": Published(MAE_LICENCE, 448 * MB),
-    "facebook/sam-vit-huge": Published("Apache-2.0", 2564 * MB),
-    "IDEA-Research/grounding-dino-tiny": Published("Apache-2.0", 689 * MB),
-    "nvidia/groupvit-gcc-yfcc": Published("NVIDIA Source Code License: research, not for commercial use", 223 * MB),
-    "timm/vit_base_patch16_clip_224.openai": Published("MIT", 599 * MB),
-    "cutler_cascade_final.pth": Published("CC BY-NC-SA 4.0: not for commercial use", 288 * MB, CUTLER_URL),
-}
-"""By hub id, or by file name for what is no hub model."""
+PUBLISHED = pd.read_csv(Path(__file__).with_name("published.csv"), index_col="model", keep_default_na=False)
+"""By hub id, or by file name for what is no hub model: ``licence``, ``megabytes`` of what is fetched (four bytes a
+parameter), ``url`` of a single file."""
 
 
 def how_to_get(identifier: str) -> str:
@@ -50,9 +26,9 @@ def how_to_get(identifier: str) -> str:
     return hub_command(identifier)
 
 
-def published(source: str) -> Published | None:
+def published(source: str) -> pd.Series | None:
     """What is known of a hub id, or of a path by its file name."""
-    return PUBLISHED.get(source) or PUBLISHED.get(Path(source).name)
+    return next((PUBLISHED.loc[name] for name in (source, Path(source).name) if name in PUBLISHED.index), None)
 
 
 def _weights(stem: str, pickled: str) -> tuple[str, ...]:

@@ -204,7 +204,7 @@ def test_a_device_that_is_not_here_and_folders_to_be(monkeypatch, tmp_path):
 
 
 def test_commands_fetch_what_the_loaders_read():
-    for identifier in PUBLISHED:
+    for identifier in PUBLISHED.index:
         words = shlex.split(how_to_get(identifier))
         assert words[:3] == ["hf", "download", identifier] or (words[0] == "curl" and words[-1].endswith(identifier))
     words = shlex.split(how_to_get(SD))
