@@ -19,10 +19,11 @@ HUB_SKIP = '--exclude "*.h5" --exclude "*.msgpack"'  # the same weights for othe
 HUB_OPTIONS = {
     # The repository also holds the whole model as single files, in other precisions and formats, ten times as much.
     "stable-diffusion-v1-5/stable-diffusion-v1-5": " ".join(f'--include "{name}"' for name in (
-        "model_index.json", "scheduler/*", "tokenizer/*", "feature_extractor/*", "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
-        "text_encoder/config.json", "text_encoder/model.safetensors")),
-    "timm/vit_base_patch16_clip_224.openai": ""}
+        "model_index.json", "scheduler/*", "tokenizer/*", "feature_extractor/*", "*/config.json",
+        "*/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")),
+    **dict.fromkeys(("facebook/dino-vitb8", "facebook/sam-vit-huge", "IDEA-Research/grounding-dino-tiny"),
+                    HUB_SKIP + ' --exclude "*.bin"'),  # which hold safetensors, too
+    "timm/vit_base_patch16_clip_224.openai": '--exclude "*.bin" --exclude "model.safetensors"'}  # the latter is timm's
 """Of ``hf download``, by hub id; of all others :data:`HUB_SKIP`."""
 
 
