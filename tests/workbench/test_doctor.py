@@ -209,7 +209,7 @@ def test_commands_fetch_what_the_loaders_read():
         assert words[:3] == ["hf", "download", identifier] or (words[0] == "curl" and words[-1].endswith(identifier))
     words = shlex.split(how_to_get(SD))
     patterns = [words[i + 1] for i, word in enumerate(words) if word == "--include"]
-    for names in FILES["diffusion"]:
+    for names in FILES["diffusion"].str.split():
         assert any(fnmatch(name, pattern) for name in names for pattern in patterns), names
     for identifier, files in {"facebook/dino-vitb8": FILES["dino"], "timm/vit_base_patch16_clip_224.openai": FILES["open_clip"]}.items():
         left_out = shlex.split(how_to_get(identifier))[4::2]  # one format of two
