@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -24,15 +25,21 @@ from ovdiff_lib.features import EXTRACTORS
 from ovdiff_lib.keys import check_profile
 from ovdiff_lib.library.store import Library
 from ovdiff_lib.masks import SEGMENTERS
-from ovdiff_lib.networks.identity import PACKAGE, resolve_model
+from ovdiff_lib.networks.identity import PACKAGE, hub_command, resolve_model
 from ovdiff_lib.networks.loading import check_libraries, resolve_device
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.registry import NOT_MODELS, chosen_part
 from ovdiff_lib.workbench.console import size_text
 from ovdiff_lib.workbench.data.datasets import load_dataset
-from ovdiff_lib.workbench.published import how_to_get, lacking, published
 
 HERE = ("package", "folder", "file", "hub cache")
+
+PUBLISHED = pd.read_csv(Path(__file__).with_name("published.csv"), index_col="model", keep_default_na=False)
+"""By hub id, or by file name for what is no hub model: ``licence``, ``megabytes`` of what is fetched (four bytes a
+parameter), ``url`` of a single file."""
+
+FILES = pd.read_csv(Path(__file__).with_name("published_files.csv"), index_col="field")["files"]
+"""By field of ``profile.models`` what a folder of it must hold: of each row one file."""
 
 
 @dataclass(frozen=True)
@@ -201,3 +208,28 @@ def _said(check: Callable[..., Any], *arguments: Any) -> str:
     except (ModelNotAvailable, ProfileError) as error:
         return str(error)
     return ""
+
+
+# ---- the published weights
+
+def how_to_get(identifier: str) -> str:
+    """The shell command that fetches a model, "" for a path of which nothing is known."""
+    if identifier.startswith("package:"):
+        return "make mini-world"
+    known = published(identifier)
+    if known is not None and known.url:
+        return f"curl -L --create-dirs -o {shlex.quote(str(Path(identifier).expanduser()))} {known.url}"
+    if Path(identifier).is_absolute() or identifier[:1] in (".", "~") or identifier.count("/") > 1:
+        return ""
+    return hub_command(identifier)
+
+
+def published(source: str) -> pd.Series | None:
+    """What is known of a hub id, or of a path by its file name."""
+    return next((PUBLISHED.loc[name] for name in (source, Path(source).name) if name in PUBLISHED.index), None)
+
+
+def lacking(name: str, folder: Path) -> list[str]:
+    """Of the model of a field ``models.<name>`` the first name of each row of which ``folder`` holds no file."""
+    rows = FILES[FILES.index == name].str.split()
+    return [names[0] for names in rows if not any((folder / one).is_file() for one in names)]

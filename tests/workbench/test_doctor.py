@@ -19,8 +19,7 @@ from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.registry import Part
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.data.readers import MINI_DATA
-from ovdiff_lib.workbench.doctor import inspect, uses
-from ovdiff_lib.workbench.published import FILES, PUBLISHED, how_to_get, published
+from ovdiff_lib.workbench.doctor import FILES, PUBLISHED, how_to_get, inspect, published, uses
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 CLIP = "openai/clip-vit-base-patch16"
