@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -20,6 +21,11 @@ SMALL = {"support.size": 3, "support.steps": 2, "support.batch_size": 4, "featur
 """Profile fields that keep a whole run with the tiny models to seconds."""
 VIT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 64, "patch_size": 8,
        "layer_norm_eps": 1e-6}
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    """Pixels that have nothing to do with each other, u8 (*shape, 3)."""
+    return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
 
 
 def tiny_overrides(models: Path) -> dict:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.ndimage import maximum_filter, minimum_filter
 from sentences import refused
+from tiny import noise
 
 from ovdiff_lib.errors import InputError, ModelNotAvailable
 from ovdiff_lib.masks import build_segmenter
@@ -35,10 +36,6 @@ def folder(tmp_path_factory):
 
 def profile_of(folder, score=0.0):
     return load_profile("mini", {"masks.segmenter": "detector", "models.detector": str(folder), "masks.detector_score": score})
-
-
-def noise(shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
 
 
 def rectangle(shape, top, left, bottom, right):
@@ -76,15 +73,15 @@ def test_proposals_of_images_that_are_not_square(folder):
     segmenter = build_segmenter(profile_of(folder))
     assert segmenter.name == "detector" and isinstance(segmenter, DetectorSegmenter)
     for shape in ((40, 90), (90, 40), (130, 200), (9, 200)):
-        masks, _, boxes = detect(segmenter.model, noise(shape))
+        masks, _, boxes = detect(segmenter.model, noise(*shape))
         assert boxes[:, [0, 2]].max() <= shape[1] and boxes[:, [1, 3]].max() <= shape[0]
         assert boxes[:, [0, 2] if shape[1] > shape[0] else [1, 3]].max() > min(shape)  # width and height are not swapped
-        found = segmenter.propose(noise(shape), "cat")
+        found = segmenter.propose(noise(*shape), "cat")
         assert found.dtype == bool and found.shape[1:] == shape and np.array_equal(found, masks[masks.any(axis=(1, 2))])
 
 
 def test_scores_descend_and_the_threshold_is_inclusive(folder):
-    model, image = load_detector(folder), noise((48, 64))
+    model, image = load_detector(folder), noise(48, 64)
     masks, scores, _ = detect(model, image)
     assert len(scores) > 2 and (np.diff(scores) <= 0).all()
     for cut in (1.0, float(scores[1]), 0.0):  # each call has its own
@@ -145,7 +142,7 @@ def test_a_damaged_configuration_and_an_elongated_image_are_one_sentence(folder,
         with refused(ModelNotAvailable, wrong):
             build_segmenter(profile_of(wrong))
     with refused(InputError, "1 x 4000 pixels"):
-        detect(load_detector(folder), noise((1, 4000)))
+        detect(load_detector(folder), noise(1, 4000))
 
 
 # ---- DropLoss

@@ -8,6 +8,7 @@ import pytest
 import torch
 from segmenter_models import make_segmenter_models, segmenter_overrides
 from sentences import refused
+from tiny import noise as picture
 from torchvision.ops import masks_to_boxes, nms
 
 from ovdiff_lib.errors import InputError, ModelNotAvailable, OVDiffError, ProfileError
@@ -54,10 +55,6 @@ def cutler_fields(folder):
     return {"models.cutler": str(folder / "cutler.pth"), "masks.cutler_score": 0.0}
 
 
-def picture(shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
-
-
 # ---- the contract: what every entry of the registry keeps
 
 SHAPES = [(36, 60), (61, 33)]
@@ -66,24 +63,24 @@ EXTREMES = [(1, 1), (2, 3), (3, 3), (1, 200), (200, 1)]
 
 def check_proposals(segmenter, shape):
     """Boolean masks of the image, none empty, the same whenever asked for, and the image left alone."""
-    image = picture(shape)
+    image = picture(*shape)
     masks = segmenter.propose(image, "cat")
     assert isinstance(masks, np.ndarray) and masks.dtype == bool and masks.ndim == 3 and masks.shape[1:] == shape
     assert masks.any(axis=(1, 2)).all()
-    segmenter.propose(picture((40, 40), 1), "dog")  # nothing of another image may remain
+    segmenter.propose(picture(40, 40, seed=1), "dog")  # nothing of another image may remain
     assert np.array_equal(masks, segmenter.propose(image, "cat"))
     if hasattr(segmenter, "propose_many"):
-        others = np.stack([picture(image.shape[:2], seed) for seed in range(3)])
+        others = np.stack([picture(*image.shape[:2], seed=seed) for seed in range(3)])
         for other, found in zip(others, segmenter.propose_many(others, "cat"), strict=True):
             alone = segmenter.propose(other, "cat")
             assert found.shape == alone.shape and (found != alone).mean() < 1e-3  # rounding moves a pixel at a mask's edge
-    assert np.array_equal(image, picture(shape))
+    assert np.array_equal(image, picture(*shape))
 
 
 def check_extreme_size(segmenter, shape):
     """Masks or one sentence."""
     try:
-        masks = segmenter.propose(picture(shape), "cat")
+        masks = segmenter.propose(picture(*shape), "cat")
     except OVDiffError as error:
         assert len(str(error)) < 300
     else:
@@ -246,7 +243,7 @@ def test_the_real_cascade_finds_instances():
         network = cutler.build_network("cpu", {"MODEL.RESNETS.NORM": "GN", "MODEL.FPN.NORM": "GN"})
     assert type(network.roi_heads).__name__ == "CascadeROIHeads" and network.input_format == "RGB"
     assert len(network.roi_heads.box_predictor) == 3
-    masks = CutLER(network, 0.0).propose(picture((96, 144)), "")
+    masks = CutLER(network, 0.0).propose(picture(96, 144), "")
     assert len(masks) and masks.shape[1:] == (96, 144)
 
 
@@ -276,7 +273,7 @@ def masks_by_hand(model, processor, image, point):
 
 
 def test_sam_prompts_a_grid_and_keeps_what_passes_every_filter(models, built):
-    image = picture((40, 60))
+    image = picture(40, 60)
     made = [masks_by_hand(*parts(built), image, (x, y)) for y in (10, 30) for x in (15, 45)]
     logits, scores = (torch.cat([pair[n] for pair in made]) for n in range(2))
     stable = (logits > 1).sum((1, 2)) / (logits > -1).sum((1, 2))
@@ -292,12 +289,12 @@ def test_sam_prompts_a_grid_and_keeps_what_passes_every_filter(models, built):
 
 
 def test_sam_computes_in_float32_whatever_the_profile_says(models, built):
-    found = SEGMENTERS["sam"](profile(models, "sam", **{"models.dtype": "float16"})).propose(picture((40, 60)), "")
-    assert len(found) and np.array_equal(found, built("sam").propose(picture((40, 60)), ""))
+    found = SEGMENTERS["sam"](profile(models, "sam", **{"models.dtype": "float16"})).propose(picture(40, 60), "")
+    assert len(found) and np.array_equal(found, built("sam").propose(picture(40, 60), ""))
 
 
 def test_grounded_sam_reads_the_words(built, monkeypatch):
-    segmenter, image, given = built("grounded-sam"), picture((40, 60)), []
+    segmenter, image, given = built("grounded-sam"), picture(40, 60), []
     reader = type(segmenter.read)
     read = reader.__call__
     monkeypatch.setattr(reader, "__call__", lambda *arguments, **options: given.append(options["text"]) or read(*arguments, **options))
@@ -313,7 +310,7 @@ def test_grounded_sam_reads_the_words(built, monkeypatch):
 
 
 def test_boxes_come_in_pixels_by_score_and_thresholds_cut_them(models, built):
-    segmenter, image = built("grounded-sam"), picture((40, 60))
+    segmenter, image = built("grounded-sam"), picture(40, 60)
     inputs = segmenter.read(images=image, text="cat.", return_tensors="pt")
     with torch.no_grad():
         output = segmenter.detector(**inputs)
@@ -332,7 +329,7 @@ def test_boxes_come_in_pixels_by_score_and_thresholds_cut_them(models, built):
 
 def test_each_box_becomes_one_mask(built, monkeypatch):
     """Two boxes prompt like two calls with one each, and a box is given in the pixels that the network sees."""
-    segmenter, image = built("grounded-sam"), picture((40, 60))
+    segmenter, image = built("grounded-sam"), picture(40, 60)
     boxes = np.array([[5, 5, 30, 30], [20.5, 10, 55, 38]], np.float32)
     given, forward = [], segmenter.model.forward
 
@@ -352,5 +349,5 @@ def test_each_box_becomes_one_mask(built, monkeypatch):
 def test_an_elongated_image_is_refused_by_its_size(built):
     for name in ("sam", "grounded-sam"):
         with refused(InputError, "1 x 200 pixels"):
-            built(name).propose(picture((1, 200)), "cat")
-        assert built(name).propose(picture((2, 200)), "cat").shape[1:] == (2, 200)
+            built(name).propose(picture(1, 200), "cat")
+        assert built(name).propose(picture(2, 200), "cat").shape[1:] == (2, 200)

@@ -47,14 +47,6 @@ def test_a_step_draws_the_same_whenever_it_is_made_and_an_epoch_has_every_item_o
     assert torch.equal(torch.rand(4, generator=again.generator), torch.rand(4, generator=steps[4].generator))
 
 
-def test_the_rate_warms_up_holds_and_anneals_to_its_floor():
-    def at(progress, step=1000):
-        return training.rate(progress, step, warmup=100, hold=0.6, floor=0.02)
-
-    assert at(0, 0) == 0.01 and at(0, 49) == 0.5 and at(0.3) == at(0.6) == 1
-    assert at(0.8) == pytest.approx(0.51) and at(1) == at(1.2) == pytest.approx(0.02)
-
-
 def test_sinkhorn_uses_prototypes_alike_and_keeps_rows_probabilities():
     scores = torch.randn(64, 8, generator=generator(1)) * 3
     scores[:, 0] += 10  # without balancing, everything would go to the first prototype

@@ -20,6 +20,7 @@ import pytest
 import torch
 from diffusers import PNDMScheduler
 from PIL import Image
+from tiny import noise
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTMAEConfig, ViTMAEModel, ViTModel
 
 from ovdiff_lib import OVDiff
@@ -103,10 +104,6 @@ def inputs_of(modules):
         handle.remove()
 
 
-def pictures(n):
-    return np.random.default_rng(0).integers(0, 256, (n, 128, 128, 3), dtype=np.uint8)
-
-
 # ---- sizes
 
 def test_networks_have_the_published_numbers_of_parameters(published):
@@ -171,7 +168,7 @@ def test_grids_are_those_that_the_unet_works_on(published, pixels, grids):
 
 def test_noise_at_tau_200(thin):
     """z_tau / 0.18215 = 0.868154 latents + 0.496295 / 0.18215 noise: both coefficients by least squares from what reaches the UNet."""
-    pipe, seeds, images = load_diffusion(thin), np.array([3, 11]), pictures(2)
+    pipe, seeds, images = load_diffusion(thin), np.array([3, 11]), noise(2, 128, 128)
     assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
     pipe.scheduler.set_timesteps(7)  # a sampling grid without 200
     with inputs_of({"unet": pipe.unet}) as received:
@@ -182,8 +179,8 @@ def test_noise_at_tau_200(thin):
         latents = pipe.vae.encode(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean
         ids = torch.tensor([[49406] + [49407] * 76])  # the empty prompt
         torch.testing.assert_close(options["encoder_hidden_states"], pipe.text_encoder(ids)[0].expand(2, -1, -1))
-    noise = torch.stack([torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(int(seed)))[0] for seed in seeds])
-    matrix = torch.stack([latents.flatten() * 0.18215, noise.flatten()], dim=1).double()
+    drawn = torch.stack([torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(int(seed)))[0] for seed in seeds])
+    matrix = torch.stack([latents.flatten() * 0.18215, drawn.flatten()], dim=1).double()
     found = torch.linalg.lstsq(matrix, given[0].double().flatten()[:, None])
     assert found.solution.flatten().tolist() == pytest.approx([0.868154, 0.496295], abs=1e-5)
     assert (matrix @ found.solution - given[0].double().flatten()[:, None]).abs().max() < 1e-5

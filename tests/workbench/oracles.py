@@ -6,6 +6,7 @@ import numpy as np
 import sentences
 import torch
 import torch.nn.functional as F
+from tiny import noise as picture
 
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.errors import InputError
@@ -23,10 +24,6 @@ def refused(words, act, *arguments, **options):
         act(*arguments, **options)
 
 
-def picture(height, width, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
 def runs_of(values, noise, name, images=16):
     """Counts of one class in which the mIoU of the seeds is ``values``, in percent, with the standard deviation ``noise`` over
     images; cells of other names have other images that are hard."""
@@ -38,7 +35,7 @@ def runs_of(values, noise, name, images=16):
 
 def blocks(height, width, seed=0):
     """Coarse blocks of colour: noise of single pixels would be the same everywhere after resizing."""
-    cells = picture(-(-height // 8), -(-width // 8), seed)
+    cells = picture(-(-height // 8), -(-width // 8), seed=seed)
     return np.kron(cells, np.ones((8, 8, 1), np.uint8))[:height, :width]
 
 

@@ -174,13 +174,6 @@ def test_every_relation_has_each_of_its_verdicts():
     assert set(relation.values()) == {*RELATIONS, "linear"}
 
 
-def test_an_empty_folder_measures_nothing(tmp_path):
-    found = judge(tmp_path / "none")
-    assert [r.id for r in found] == list(range(1, 34))
-    assert {r.verdict for r in found} == {"not measured", "paper only"} and sum(r.verdict == "paper only" for r in found) == 2
-    assert all(r.measured == "" for r in found)
-
-
 def test_the_papers_own_numbers_refute_no_claim(tmp_path):
     """As if they had been measured, on so many images that next to nothing is within noise."""
     printed = [c for t in ("1", "2", "3", "A.2sec-text", "A.1-text", "A.2", "A.3", "A.4", "A.5", "A.6", "A.7", "timing", "chatgpt")

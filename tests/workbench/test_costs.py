@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import linregress
 from sentences import assigned
-from tiny import tiny_overrides
+from tiny import noise, tiny_overrides
 
 from ovdiff_lib import OVDiff
 from ovdiff_lib.categories import Category
@@ -136,12 +136,8 @@ def test_kinds_of_parts_alone_still_leave_something_to_average(tiny_profile, dra
     assert [set(found["dino", part]["prototypes"].result.kind) for part in (True, False)] == [{"part"}, {"class"}]
 
 
-def pictures(*shapes):
-    return [np.random.default_rng(i).integers(0, 256, (*shape, 3), dtype=np.uint8) for i, shape in enumerate(shapes)]
-
-
 def test_every_image_is_segmented_once_after_the_first(tiny_profile, bank):
-    images, seen = pictures((64, 96), (80, 64), (64, 70)), []
+    images, seen = [noise(*shape) for shape in ((64, 96), (80, 64), (64, 70))], []
     methods = {"one": lambda image, part: seen.append((image.shape[:2], len(part.vocabulary))), "other": lambda image, part: None}
     found = steps.measure_segmenting(methods, bank, [1, 3], images, tiny_profile)
     assert [(count, step.n) for count, step in found["one"]] == [(1, 2), (3, 2)] and list(found) == ["one", "other"]
