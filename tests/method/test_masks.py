@@ -254,9 +254,6 @@ def test_what_is_wrong_is_named():
     for wrong in (np.ones((1, 10, 6), bool), COLUMN):  # transposed; one mask alone
         with refused(InputError, "'fixed'", "(M, 6, 10)"):
             masks_of(make_support(), Fixed(*wrong))
-    many = {"masks.threshold_classes": 3, "masks.threshold_foreground": 3}
-    for fine in ({**many, "masks.fallback": "fixed"}, {"masks.fallback_foreground": 0.1}):  # which do not use them
+    for fine in ({"masks.threshold_classes": 3, "masks.threshold_foreground": 3, "masks.fallback": "fixed"},
+                 {"masks.fallback_foreground": 0.1}):  # which do not use them
         load_profile("mini", fine)
-    for wrong in (many, {"masks.fallback": "fixed", "masks.fallback_foreground": 0.1}):
-        with refused(ProfileError, "masks.threshold_foreground" if wrong is many else "masks.fallback_background"):
-            load_profile("mini", wrong)

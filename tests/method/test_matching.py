@@ -102,12 +102,8 @@ def slow_scores(image, bank, extractors, sizes, stride, short):
 
 
 @pytest.mark.parametrize(("shape", "size", "stride", "tops", "lefts"), [
-    ((448, 448), 448, 224, [0], [0]),
-    ((448, 448), 336, 224, [0, 112], [0, 112]),
-    ((448, 597), 448, 224, [0], [0, 149]),
-    ((700, 448), 336, 224, [0, 224, 364], [0, 112]),
-    ((64, 85), 48, 32, [0, 16], [0, 32, 37]),
-])
+    ((448, 448), 448, 224, [0], [0]), ((448, 448), 336, 224, [0, 112], [0, 112]), ((448, 597), 448, 224, [0], [0, 149]),
+    ((700, 448), 336, 224, [0, 224, 364], [0, 112]), ((64, 85), 48, 32, [0, 16], [0, 32, 37])])
 def test_windows_of_the_paper(shape, size, stride, tops, lefts):
     assert windows(shape, size, stride) == [(top, left, size, size) for top in tops for left in lefts]
 
@@ -252,8 +248,7 @@ def narrow():
 
 @pytest.mark.parametrize(("shape", "extractors", "told"), [
     ((1, 65), {"one": Pixels()}, "64 times"), ((30, 41), {"two": Pixels()}, "'two'"),
-    ((30, 41), {"one": narrow()}, "6 channels"),
-    ((30, 41), {"one": Torn()}, "not finite")])
+    ((30, 41), {"one": narrow()}, "6 channels"), ((30, 41), {"one": Torn()}, "not finite")])
 def test_what_cannot_be_matched_is_refused(shape, extractors, told):
     with pytest.raises(InputError, match=told):
         match(picture(*shape), make_bank(), extractors)

@@ -16,12 +16,13 @@ import pytest
 from bs4 import BeautifulSoup
 from test_explain import many
 from test_explain import rows as hand_made_prototypes
+from test_panel import support
 
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.segmentation import Segmentation
-from ovdiff_lib.types import PrototypeBank, SupportSet
+from ovdiff_lib.types import PrototypeBank
 from ovdiff_lib.workbench.figures import base as figures
 from ovdiff_lib.workbench.page.page import STAMP, build_report, hidden, html_of
 from ovdiff_lib.workbench.page.panel import panel_data, write_panel
@@ -41,10 +42,6 @@ def segmentation() -> Segmentation:
     vocabulary = Vocabulary(tuple(map(Category, NAMES)))
     bank = PrototypeBank(vocabulary, {"sd": (hand_made_prototypes(),) * 3}).restrict([0, 2])
     return dataclasses.replace(many()[0], vocabulary=vocabulary, bank=bank, filter_scores=np.array([0.6, 0.05, 0.35], np.float32))
-
-
-def supports() -> list[SupportSet]:
-    return [SupportSet(Category(name), np.zeros((2, 64, 96, 3), np.uint8), np.zeros((2, 2, 3), np.float32), np.arange(2)) for name in NAMES]
 
 
 def notebook(stem: str, outputs=()) -> nbformat.NotebookNode:
@@ -73,7 +70,7 @@ def fill(folder: Path) -> Path:
     sketch = figures.image_grid([[np.zeros((20, 30, 3), np.uint8)] * 5], ["row"], list("abcde"))
     figures.save_figure(sketch, folder / "figures" / "05_main_results_grid.png", f"Five pictures of {SCRIPT} and {EMOJI}.")
     write_panel(folder / "explain" / "06_explainability_panel.json",
-                panel_data({f"one {SCRIPT}": segmentation(), "two": segmentation()}, supports(), profile.filters, f"On {SCRIPT}."))
+                panel_data({f"one {SCRIPT}": segmentation(), "two": segmentation()}, map(support, NAMES), profile.filters, f"On {SCRIPT}."))
     outputs = [nbformat.v4.new_output("stream", name="stderr", text="first draft\rfinal text\n"),
                nbformat.v4.new_output("stream", name="stdout", text=f"in {folder.resolve()}/tables {SCRIPT}\n"),
                display(text_markdown=f"| class |\n|---|\n| {SCRIPT} |\n| <img src='{REMOTE}'> |", text_plain="text"),

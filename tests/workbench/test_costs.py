@@ -293,12 +293,6 @@ def test_made_up_classes_have_prompts_of_their_own_and_all_prototypes_of_a_class
     assert prototype_rows(small.profile.override({"prototypes.background": False, "prototypes.kinds": ["class", "part"]})) == 1 + clusters
 
 
-def test_points_have_few_directions():
-    points = scenarios.spread_points(3000, 150)
-    spectrum = np.linalg.svd(points - points.mean(0), compute_uv=False) ** 2
-    assert points.shape == (3000, 150) and points.dtype == np.float32 and spectrum[:64].sum() / spectrum.sum() > 0.9
-
-
 # ---- alternatives give what OVDiff gives
 
 def test_the_bare_pipeline_draws_the_same_images(tiny_profile):

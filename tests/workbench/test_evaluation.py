@@ -115,11 +115,6 @@ def test_without_background_the_rest_is_ignored(name, plain):
         assert (one.labels == np.where(other.labels == 0, 255, other.labels)).all() and (one.labels == 255).any()
 
 
-@pytest.mark.parametrize("arguments", [("mini-coco",), ("mini-voc", "test"), ("mini-voc", "../val")])
-def test_unknown_names(arguments):
-    refused("choose", load_dataset, *arguments)
-
-
 def test_a_source_may_name_the_split_or_the_folder():
     elsewhere = load_dataset(f"mini-voc:{MINI_DATA}")
     assert elsewhere.folder == MINI_DATA and elsewhere.ids == load_dataset("mini-voc").ids
