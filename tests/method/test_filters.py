@@ -211,7 +211,6 @@ def test_broken_weights_are_reported(clip, image, monkeypatch):
 
 # ------------------------------------------------------------------ "stuff"
 
-
 PARTS = np.array([1, 2, 3, 4, -1, -2, -3, -4, -5, -6])
 
 

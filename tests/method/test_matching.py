@@ -1,6 +1,5 @@
 """Step 3b: Eq. 4 over windows, against a slow version written from the definition, with extractors that read pixels; PAMR likewise."""
 
-
 import numpy as np
 import pytest
 import torch

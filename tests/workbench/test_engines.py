@@ -29,7 +29,6 @@ from ovdiff_lib.workbench.parallel import Engine, LocalEngine, RayEngine, divide
 
 # ---- workers and data of these tests and of test_ray.py; at the top of a module, so that other processes can import them
 
-
 class FatalBuilder(ClassBuilder):
     """Builds classes, but the system kills it once, when the class "boat" is half done: its support set is drawn, nothing else."""
 
