@@ -164,7 +164,8 @@ def test_a_model_library_of_another_version(monkeypatch):
 def test_weights_of_open_clip(hub, tmp_path, tiny_models):
     repository, chosen = "timm/vit_base_patch16_clip_224.openai", {"features.extractors": ["open-clip-keys"]}
     missing = look("open_clip", repository, **chosen)[0]
-    assert missing.state == "missing" and missing.get.startswith(f"hf download {repository}") and missing.used_by == ("extractor open-clip-keys",)
+    assert missing.state == "missing" and missing.get.startswith(f"hf download {repository}")
+    assert missing.used_by == ("extractor open-clip-keys",)
     put(hub, repository, tiny_models / "open_clip")
     for source, state in ((repository, "hub cache"), (tiny_models / "open_clip", "folder"), (tiny_models / "clip", "incomplete")):
         assert look("open_clip", source, **chosen)[0].state == state  # the last: the same network in transformers' format
