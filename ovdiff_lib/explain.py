@@ -1,8 +1,6 @@
 """From a pixel back to the support regions that decided it (Sec. 4.4, Fig. 4), and from a class that is not there to
 why (Sec. 3.4)."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Reading and resizing images: any file a user may have becomes u8 RGB (H, W, 3), or one clear sentence."""
 
-from __future__ import annotations
-
 import textwrap
 import warnings
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Label maps as pictures: one colour a class, by its name, in every figure, overlay, label map and page."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The result: a label map, its scores, and why each pixel got its label (Sec. 4.4)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import numpy as np

@@ -6,8 +6,6 @@ them of this one too. After an edit of the module that defines ``Mine`` the libr
 (:class:`~ovdiff_lib.registry.Part`).
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Protocol
 

@@ -1,8 +1,6 @@
 """"Stuff" filter (Sec. 3.4): background prototypes that show what another category calls its foreground; its variants
 of App. A.2."""
 
-from __future__ import annotations
-
 import logging
 
 import numpy as np

@@ -6,8 +6,6 @@ them by attribution (Eq. 1). To add one, write a class with ``name`` and ``propo
 ``Mine`` the library's classes are built again (:class:`~ovdiff_lib.registry.Part`).
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Eq. 1: among mask proposals, that of highest average attribution is foreground, that of lowest background."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Thresholds on attribution maps (App. C.5): what is left when a segmenter proposes nothing, and "-CutLER"."""
 
-from __future__ import annotations
-
 import numpy as np
 
 BINS = 256

@@ -4,8 +4,6 @@ Each pixel looks at its 8 neighbours at every dilation; how alike they are in co
 sum to 1, and the scores are averaged with them several times.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Where the windows of an image lie (Sec. 3.4)."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Where a model's weights are or can be had, and what tells one set of weights from another."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from pathlib import Path

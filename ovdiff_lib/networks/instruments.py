@@ -1,7 +1,5 @@
 """How a network is run: undisturbed by others, in batches, with the outputs of its layers kept."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import re

@@ -1,7 +1,5 @@
 """Profiles from YAML files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Step 2c, Sec. 3.3: masked support features to class, instance and part prototypes (Eq. 2 and 3)."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -6,8 +6,6 @@ iterations over all points and channels then settle centroids and assignment. A 
 sample, so there it is plain Lloyd's algorithm.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 
