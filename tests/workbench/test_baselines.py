@@ -32,10 +32,8 @@ from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
 def maskclip_of(tiny_profile):
     texts = texts_of(*load_clip(tiny_profile))
 
-    def build(threshold=None, **fields):
-        maskclip = MaskCLIP(texts, tiny_profile.override({f"matching.{k}": v for k, v in fields.items()}).matching)
-        maskclip.background_threshold = threshold
-        return maskclip
+    def build(**fields):
+        return MaskCLIP(texts, tiny_profile.override({f"matching.{k}": v for k, v in fields.items()}).matching)
 
     return build
 
@@ -106,13 +104,11 @@ def test_the_squashed_whole_image_as_a_window(maskclip_of, sizes):
     np.testing.assert_allclose(maskclip.scores(image, PETS)[1:], np.mean(parts, axis=0), atol=1e-4)
 
 
-def test_background_threshold_and_prediction(maskclip_of):
+def test_without_a_constant_nothing_is_background(maskclip_of):
     image = picture(64, 80)
     without, scores = maskclip_of().predict(image, PETS), maskclip_of().scores(image, PETS)
     assert without.shape == (64, 80) and without.min() >= 1
-    labels = maskclip_of(float(np.median(scores[1:].max(0)))).predict(image, PETS)
-    assert 0.3 < (labels == 0).mean() < 0.7 and (labels[labels > 0] == without[labels > 0]).all()
-    assert (maskclip_of(2.0).predict(image, PETS) == 0).all()
+    assert np.isneginf(scores[0]).all()
     more = maskclip_of().scores(image, Vocabulary.of([*PETS.names, "boat"]))  # another class changes no other's score
     np.testing.assert_allclose(scores[1:], more[1:4], atol=1e-5)
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ovdiff_lib.categories import Vocabulary
-from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.profiles.schema import Baselines, Profile
-from ovdiff_lib.registry import Part
+from ovdiff_lib.registry import Part, chosen_part
 from ovdiff_lib.workbench.baselines.clip_diy import ClipDIY, background_words
 from ovdiff_lib.workbench.baselines.common import Baseline
 from ovdiff_lib.workbench.baselines.groupvit import GroupViT
@@ -40,6 +39,4 @@ built, and a constant threshold stands for the background
 
 def build_baseline(name: str, profile: Profile) -> Baseline:
     """The baseline of :data:`BASELINES` called ``name``. Raises ``ProfileError`` and ``ModelNotAvailable``."""
-    if name not in BASELINES:
-        raise ProfileError(f"There is no baseline {name!r}; choose one of {', '.join(BASELINES)}.")
-    return BASELINES[name](profile)
+    return chosen_part("baseline", name, BASELINES)(profile)

@@ -28,7 +28,7 @@ class Baseline(ABC):
 
     @abstractmethod
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-        """f32 (C + 1, H, W) of an image u8 (H, W, 3), row 0 the background: -inf or a constant if there is no model."""
+        """f32 (C + 1, H, W) of an image u8 (H, W, 3), row 0 the background: -inf if there is no model."""
 
     def predict(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """Labels i64 (H, W): 0 = background, i + 1 = category i."""
@@ -41,8 +41,6 @@ class Windowed(Baseline):
 
     matching: Matching
     texts: TextEmbeddings
-    background_threshold: float | None = None
-    """Constant background score; None = there is none, as published, or the caller searches it."""
 
     @abstractmethod
     def window_scores(self, crops: np.ndarray, vocabulary: Vocabulary) -> Tensor:
@@ -55,7 +53,7 @@ class Windowed(Baseline):
     @undisturbed()
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """f32 (C + 1, H, W) of an image u8 (H, W, 3): the mean where windows of a size overlap, then over sizes. Row 0
-        is the constant background score, -inf without one."""
+        is -inf."""
         resized = resize_short_side(image, self.matching.short_side, self.matching.resample)
         placed = scales(resized.shape[:2], self.matching)
         total = torch.zeros(len(vocabulary), *resized.shape[:2], dtype=torch.float32, device="cpu")
@@ -69,8 +67,7 @@ class Windowed(Baseline):
                     cover[top:top + h, left:left + w] += 1
             total += of_size.div_(cover * len(placed))
         scores = resize_maps(total, image.shape[:2])
-        background = -torch.inf if self.background_threshold is None else self.background_threshold
-        return torch.cat([torch.full_like(scores[:1], background), scores]).numpy()
+        return torch.cat([torch.full_like(scores[:1], -torch.inf), scores]).numpy()
 
 
 class Filtered(Baseline):

@@ -98,8 +98,5 @@ def group_scores(groups: Tensor, whole: Tensor, texts: Tensor, scale: float) -> 
 
 
 def load_groupvit(profile: Profile) -> tuple[GroupViTModel, CLIPTokenizer]:
-    """The network of ``profile.models.groupvit`` and its tokenizer, eval mode, on the device; cached.
-
-    Raises ``ProfileError`` if the field is empty and ``ModelNotAvailable`` if the model cannot be loaded.
-    """
+    """GroupViT and its tokenizer of ``models.groupvit``."""
     return load_transformers(profile, "groupvit", "GroupViTModel", "CLIPTokenizer")

@@ -19,7 +19,7 @@ from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.workbench.data.datasets import DATASETS, load_dataset
 from ovdiff_lib.workbench.data.samples import Dataset, Sample
 from ovdiff_lib.workbench.evaluation import truth
-from ovdiff_lib.workbench.evaluation.measure import Method, for_dataset, image_count, measure
+from ovdiff_lib.workbench.evaluation.measure import Method, for_dataset, image_count, label_predictor, measure
 from ovdiff_lib.workbench.tables.intervals import Runs, interval
 from ovdiff_lib.workbench.tables.tables import Cell
 
@@ -95,8 +95,11 @@ def ladder(ovdiff: OVDiff, dataset: Dataset, training: Dataset, *, folder: str |
              "true": cache(lambda: truth.true_bank(builder, dataset.vocabulary, training, chosen))}
 
     def prepare(one: OVDiff, source: str, classes: str, dataset: Dataset) -> Callable[[Sample], np.ndarray]:
-        way = truth.among_shown if classes == "true" else truth.as_shipped
-        label = way(one, banks[source](), dataset) if source in banks else truth.true_cells(one, dataset)
+        if classes != "true":
+            predict = label_predictor(one, banks[source](), dataset)
+            return lambda sample: predict(sample.image)[None]
+        cells = source == "true cells"
+        label = truth.true_cells(one, dataset) if cells else truth.among_shown(one, banks[source](), dataset)
         return lambda sample: label(sample)[None]
 
     methods = {}

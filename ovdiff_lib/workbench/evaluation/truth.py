@@ -21,19 +21,13 @@ from ovdiff_lib.types import PrototypeBank
 from ovdiff_lib.workbench.analysis.examples import shown_labels
 from ovdiff_lib.workbench.data.metrics import IGNORE
 from ovdiff_lib.workbench.data.samples import Dataset, Sample
-from ovdiff_lib.workbench.evaluation.measure import for_dataset, foreground_labels, label_predictor
+from ovdiff_lib.workbench.evaluation.measure import for_dataset, foreground_labels
 
 Label = Callable[[Sample], np.ndarray]
 """Sample -> labels int (H, W)."""
 
 LEAST = 0.01
 """A scene serves as support of a class that covers at least this share of its pixels."""
-
-
-def as_shipped(ovdiff: OVDiff, bank: PrototypeBank, dataset: Dataset) -> Label:
-    """OVDiff with ``bank``, as it is."""
-    predict = label_predictor(ovdiff, bank, dataset)
-    return lambda sample: predict(sample.image)
 
 
 def among_shown(ovdiff: OVDiff, bank: PrototypeBank, dataset: Dataset) -> Label:
