@@ -58,11 +58,13 @@ def _dataset_of(options: argparse.Namespace) -> Any:
 def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any) -> Any:
     """The result of OVDiff on the data set, its classes built first; on an engine's workers if the options say so."""
     from ovdiff_lib.keys import of_labels
+    from ovdiff_lib.workbench.doctor import check_ready
     from ovdiff_lib.workbench.evaluation import measure
     from ovdiff_lib.workbench.evaluation.workers import evaluate_on
 
     engine, builder = engine_of(options, ovdiff.profile), measure.for_dataset(ovdiff, dataset)
     measure.image_count(dataset, options.limit)  # a limit of no images is reported before classes are built
+    check_ready(builder, dataset.vocabulary)
     if engine:
         build_with(engine, builder, dataset.vocabulary)
         return evaluate_on(engine, ovdiff.profile, builder.build(dataset.vocabulary), dataset, options.limit)

@@ -2,19 +2,30 @@
 these thresholds, and what does it cost?"""
 
 import argparse
+from dataclasses import replace
+from pathlib import Path
 
 from ovdiff_lib.cli.options import STUFF, argument, ovdiff_of, profile_of, takes, vocabulary_of
 from ovdiff_lib.errors import InputError
 
 
 @takes(argument("--data", action="append", default=[], metavar="NAME:FOLDER",
-                help="a data set and its folder; may be repeated"))
+                help="a data set and its folder; may be repeated"),
+       argument("--reproduce", type=Path, nargs="?", const="notebooks", metavar="NOTEBOOKS",
+                help="look for all that `ovdiff reproduce` needs, by its folder of notebooks (default: notebooks), "
+                     "and try each network that is here with one cheap step"))
 def doctor(options: argparse.Namespace) -> int:
     """Say which models, libraries and data a profile needs, what is here, and how to get the rest; exit code 1 if
     something is missing."""
     from ovdiff_lib.workbench.doctor import inspect
+    from ovdiff_lib.workbench.reproduce import notebooks
+    from ovdiff_lib.workbench.trial import trials
 
-    report = inspect(profile_of(options), options.data, options.library)
+    chosen = notebooks(options.reproduce) if options.reproduce else ()
+    profile = profile_of(options)
+    report = inspect(profile, options.data, options.library, chosen)
+    if options.reproduce:
+        report = replace(report, checks=(*report.checks, *trials(profile, report.checks)))
     print(report)
     return int(bool(report.problems))
 

@@ -11,7 +11,7 @@ from typing import Any
 from ovdiff_lib.cli.options import argument, profile_of, takes
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.profiles.schema import Profile
-from ovdiff_lib.workbench.console import described, parse_assignments
+from ovdiff_lib.workbench.console import counted, described, parse_assignments
 
 OUT = argument("--out", type=Path, default=Path("outputs"), help="outputs folder (default: outputs)")
 
@@ -49,6 +49,10 @@ def reproduce(options: argparse.Namespace) -> int:
     with ProcessPoolExecutor(1, get_context("spawn")) as apart:  # here PyTorch would stay in memory beside notebooks
         workers = options.workers or apart.submit(_processors, profile).result()
         print(expected_time(stale, folder, workers), flush=True)
+        if problems := apart.submit(_lacking, profile, stale).result() if stale else ():
+            print(*(f"ovdiff: {problem}" for problem in problems), sep="\n", file=sys.stderr)
+            raise OVDiffError(f"Nothing was begun, for want of {counted(len(problems), 'thing')}; see `ovdiff doctor "
+                              "--reproduce`, or choose notebooks that need less with --only.")
         if workers > 1 and any(has_tag(notebook, "long") for notebook in stale):  # measured on all data sets and seeds
             apart.submit(_draw, profile, folder, workers).result()
     failures = run_all(chosen, folder, parameters, force=options.force, workers=workers,
@@ -83,6 +87,18 @@ def _parameters(options: argparse.Namespace) -> dict[str, Any]:
     source = options.profile if not Path(options.profile).suffix else str(Path(options.profile).resolve())
     output = (options.out / profile_of(options).name).resolve()
     return {"profile": source, "overrides": parse_assignments(options.set), "output": str(output)}
+
+
+def _lacking(profile: Profile, notebooks: list[Path]) -> tuple[str, ...]:
+    """A sentence for each thing that notebooks need and that is not here; columns that go unmeasured are printed."""
+    from ovdiff_lib.workbench.data.datasets import UNMEASURED
+    from ovdiff_lib.workbench.doctor import inspect
+
+    report = inspect(profile, notebooks=notebooks)
+    for check in report.checks:
+        if check.state.endswith(UNMEASURED):
+            print(f"{check.state} ({check.what}).", flush=True)
+    return report.problems
 
 
 def _processors(profile: Profile) -> int:

@@ -28,12 +28,15 @@ from ovdiff_lib.workbench.console import check_output, counted, write_json
 def segment(options: argparse.Namespace) -> None:
     """Label the pixels of an image, or of every image in a folder."""
     from ovdiff_lib.matching.windows import check_image
+    from ovdiff_lib.workbench.doctor import check_ready
 
     ovdiff, paths = ovdiff_of(options), list_images(options.image)
     if len(paths) == 1:
         check_image(read_image(paths[0]))  # a broken image is reported before classes are built
     check_output(options.out)
-    bank = ovdiff.build(vocabulary_of(options, ovdiff))
+    vocabulary = vocabulary_of(options, ovdiff)
+    check_ready(ovdiff, vocabulary)
+    bank = ovdiff.build(vocabulary)
     broken, read = [], []
 
     def images():
@@ -59,8 +62,11 @@ def segment(options: argparse.Namespace) -> None:
 @takes(*CLASSES, *ENGINE)
 def build(options: argparse.Namespace) -> None:
     """Build the prototypes of classes into the library."""
+    from ovdiff_lib.workbench.doctor import check_ready
+
     ovdiff, started = ovdiff_of(options), time.time()
     vocabulary, engine = vocabulary_of(options, ovdiff), engine_of(options, ovdiff.profile)
+    check_ready(ovdiff, vocabulary)
     if engine:
         build_with(engine, ovdiff, vocabulary)
     bank = ovdiff.build(vocabulary)

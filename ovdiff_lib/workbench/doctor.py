@@ -5,13 +5,14 @@ Nothing is loaded or downloaded.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,29 @@ import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from ovdiff_lib.errors import InputError, ModelNotAvailable, ProfileError
+from ovdiff_lib.categories import Category, Vocabulary
+from ovdiff_lib.errors import InputError, ModelNotAvailable, OVDiffError, ProfileError
 from ovdiff_lib.features import EXTRACTORS
-from ovdiff_lib.keys import check_profile
+from ovdiff_lib.keys import check_profile, for_words, made_from
 from ovdiff_lib.library.store import Library
 from ovdiff_lib.masks import SEGMENTERS
 from ovdiff_lib.networks.identity import PACKAGE, hub_command, resolve_model
 from ovdiff_lib.networks.loading import check_libraries, resolve_device
+from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.registry import NOT_MODELS, chosen_part
+from ovdiff_lib.support.attribution import class_token_positions
+from ovdiff_lib.workbench.baselines import BASELINES
+from ovdiff_lib.workbench.baselines.archive import load_archive
 from ovdiff_lib.workbench.console import size_text
-from ovdiff_lib.workbench.data.datasets import load_dataset
+from ovdiff_lib.workbench.data.datasets import UNMEASURED, has_folder, load_dataset
+from ovdiff_lib.workbench.reproduce import cells_of, parameters_of
 
 HERE = ("package", "folder", "file", "hub cache")
 
 PUBLISHED = pd.read_csv(Path(__file__).with_name("published.csv"), index_col="model", keep_default_na=False)
 """By hub id, or by file name for what is no hub model: ``licence``, ``megabytes`` of what is fetched (four bytes a
-parameter), ``url`` of a single file."""
+parameter), ``url`` of a single file, ``constants`` of the network by attribute."""
 
 FILES = pd.read_csv(Path(__file__).with_name("published_files.csv"), index_col="field")["files"]
 """By field of ``profile.models`` what a folder of it must hold: of each row one file."""
@@ -86,22 +93,32 @@ class ProfileReport:
                           *(["Missing:", *missing] if missing else ["Everything needed is here."])])
 
 
-def inspect(profile: Profile, data: list[str] | None = None, library: Path | None = None) -> ProfileReport:
-    """Look for everything that ``profile`` needs, and for the data sets ``data``, NAME:FOLDER.
+def inspect(profile: Profile, data: list[str] | None = None, library: Path | None = None,
+            notebooks: Iterable[Path] = ()) -> ProfileReport:
+    """Look for everything that ``profile`` needs, for the data sets ``data``, NAME:FOLDER, and for what ``notebooks``
+    measure and on what; a segmenter that they try and that is not here they pass over themselves.
 
     Raises ``ProfileError`` for a part that does not exist; whatever is merely absent is in the report.
     """
-    used = uses(profile)
+    named = _named(notebooks)
+    used = uses(profile, named)
     checks = [*_models(profile, used), *_libraries(used), *map(_data, data or ()),
-              *_machine(profile, library), *_settings(profile)]
+              *_machine(profile, library), *_settings(profile), *_measured(profile, named)]
+    if named:
+        weights = sum(c.size or 0 for c in checks if c.what.startswith("models.") and c.used_by)
+        size = weights * getattr(torch, profile.models.dtype).itemsize // 4
+        checks.append(Check("all weights in memory", profile.models.dtype, size=size))
     return ProfileReport(profile.name, tuple(checks))
 
 
-def uses(profile: Profile) -> dict[str, list[str]]:
-    """Field of ``profile.models`` -> the parts that declare to load it. Raises ``ProfileError`` for an unknown part."""
+def uses(profile: Profile, named: Collection[str] = ()) -> dict[str, list[str]]:
+    """Field of ``profile.models`` -> the parts that declare to load it: those of the profile, and extractors and
+    baselines among ``named``. Raises ``ProfileError`` for an unknown part."""
     segmenter, table = profile.masks.segmenter, {"diffusion": ["support images"]}
+    others = [*profile.evaluation.extractors, *(name for name in EXTRACTORS if name in named)] if named else []
     parts = [(f"extractor {name}", chosen_part("features.extractors", name, EXTRACTORS), "features")
-             for name in profile.features.extractors]
+             for name in dict.fromkeys((*profile.features.extractors, *others))]
+    parts += [(f"baseline {name}", part, "baselines") for name, part in BASELINES.items() if name in named]
     parts.append((f"segmenter {segmenter}", chosen_part("masks.segmenter", segmenter, SEGMENTERS), "masks"))
     for label, part, section in parts:
         models, _ = part.depends_on(profile, section)  # a declaration of what no profile has is an error
@@ -129,7 +146,7 @@ def _models(profile: Profile, used: dict[str, list[str]]) -> Iterator[Check]:
         problem = (f"The model {identifier or name!r} is needed by {', '.join(used_by)} and is {state} ({detail}); "
                    f"{remedy}")
         yield Check(f"models.{name}", identifier, state, where, size, licence, used_by, get,
-                    problem if used_by and not here else "")
+                    problem if used_by and not (here or (profile.models.download and get.startswith("hf"))) else "")
 
 
 def _located(name: str, identifier: str) -> tuple[str, str, str]:
@@ -166,6 +183,69 @@ def _libraries(used: dict[str, list[str]]) -> Iterator[Check]:
                 get="" if here else get, problem=problem if used_by and not here else "")
     problem = _said(check_libraries)
     yield Check("library versions", state="wrong" if problem else "as declared", problem=problem)
+
+
+def _named(notebooks: Iterable[Path]) -> set[str]:
+    """The texts and attributes in the code of notebooks, which name the parts that they measure and the data sets."""
+    named = set()
+    for path in notebooks:
+        code = "\n".join("".join(cell["source"]) for cell in cells_of(path) if cell.get("cell_type") == "code")
+        with suppress(InputError, SyntaxError):  # running it says more
+            nodes = [*ast.walk(ast.parse(code))]
+            named |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+            named |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+            named |= {"voc"} if "dataset" in parameters_of(path) else set()  # reproduce fills it in
+    return named
+
+
+def _measured(profile: Profile, named: Collection[str]) -> Iterator[Check]:
+    """The data sets of ``evaluation`` that are ``named``, whether the text encoders read their words, and ReCo's
+    archive. A column without background may go without a data set; the others need theirs."""
+    words: dict[Category, None] = {}
+    for field in (one for one in ("voc", "context", "object", "without_background") if one in named):
+        sources = getattr(profile.evaluation, field)
+        for column, source in sources.items() if isinstance(sources, dict) else {field: sources}.items():
+            if column != field and not has_folder(source):
+                yield Check(f"data {source}", f"evaluation.{field}", f"{column}: {UNMEASURED}")
+                continue
+            found = _data(source)
+            problem = found.problem and f"{found.problem[:-1]} (evaluation.{field})."
+            yield replace(found, named=f"evaluation.{field}", problem=problem)
+            words |= {} if found.problem else dict.fromkeys(load_dataset(source).vocabulary)
+    if words:
+        problem = _said(check_words, profile, words)
+        yield Check("class names", state="too long" if problem else f"{len(words)} fit", problem=problem)
+    if "reco" in named:
+        problem = _said(load_archive, profile.baselines.archive)
+        yield Check("baselines.archive", profile.baselines.archive, "missing" if problem else "folder", problem=problem)
+
+
+def check_words(profile: Profile, words: Iterable[Category]) -> None:
+    """``InputError`` for a class that is longer than the text encoders of the drawings and of the category filter read,
+    of those that are here; their tokenizers alone are loaded."""
+    from transformers import CLIPTokenizer
+
+    filters = {"clip": ("", profile.filters.category_prompt.replace("{names}", "{name}", 1))}
+    read = {"diffusion": ("tokenizer", profile.support.prompt), **(filters if profile.filters.category else {})}
+    for field, (below, template) in read.items():
+        state, where, _ = _located(field, getattr(profile.models, field))
+        if state in HERE:
+            tokenizer = CLIPTokenizer.from_pretrained(Path(where, below))
+            for one in words:
+                class_token_positions(tokenizer, template, one.prompt)
+
+
+def check_ready(ovdiff: OVDiff, vocabulary: Vocabulary) -> None:
+    """Before classes are drawn that the library of ``ovdiff`` lacks: ``InputError`` for one that is too long,
+    ``ModelNotAvailable`` for what the profile needs and is not here."""
+    check_profile(ovdiff.profile)
+    kept = {(entry.kind, entry.key) for entry in ovdiff.library.entries()}
+    tables = [made_from(ovdiff.profile, name) for name in ovdiff.profile.features.extractors]
+    drawn = [one for one in vocabulary if not one.pictures
+             and any(("prototypes", for_words(table, one)[0]) not in kept for table in tables)]
+    check_words(ovdiff.profile, drawn)
+    if drawn and (problems := inspect(ovdiff.profile).problems):
+        raise ModelNotAvailable(f"{problems[0].rstrip('.')} (`ovdiff doctor` names all that is missing).")
 
 
 def _data(source: str) -> Check:
@@ -205,7 +285,7 @@ def _said(check: Callable[..., Any], *arguments: Any) -> str:
     """The sentence of a check that raises, else ""."""
     try:
         check(*arguments)
-    except (ModelNotAvailable, ProfileError) as error:
+    except OVDiffError as error:
         return str(error)
     return ""
 

@@ -2,12 +2,14 @@
 
 import hashlib
 import importlib.util
+import json
 import os
 import shlex
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,9 +19,11 @@ from ovdiff_lib.errors import ModelNotAvailable, ProfileError
 from ovdiff_lib.networks import loading
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.registry import Part
+from ovdiff_lib.workbench import doctor
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.data.readers import MINI_DATA
 from ovdiff_lib.workbench.doctor import FILES, PUBLISHED, how_to_get, inspect, published, uses
+from ovdiff_lib.workbench.trial import trials
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 CLIP = "openai/clip-vit-base-patch16"
@@ -214,7 +218,7 @@ def test_commands_fetch_what_the_loaders_read():
     for identifier, files in {"facebook/dino-vitb8": FILES["dino"], "timm/vit_base_patch16_clip_224.openai": FILES["open_clip"]}.items():
         left_out = shlex.split(how_to_get(identifier))[4::2]  # one format of two
         assert [[any(fnmatch(name, one) for one in left_out) for name in names if name.endswith((".safetensors", ".bin"))]
-                for names in files] == [[], [False, True]]
+                for names in files.str.split()] == [[], [False, True]]
     assert not any(fnmatch(name, pattern) for pattern in patterns for name in (
         "v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin"))
     assert how_to_get("someone/model").startswith("hf download someone/model") and how_to_get("/a/folder") == how_to_get("./x") == ""
@@ -222,3 +226,49 @@ def test_commands_fetch_what_the_loaders_read():
         table = load_profile(name).to_dict()["models"]
         for field in ("diffusion", "clip", "dino", "mae", "cutler", "sam", "grounding", "groupvit"):
             assert published(table[field]) is not None, field
+
+
+CODE = [{"cell_type": "code", "metadata": {"tags": tags}, "source": source} for tags, source in (
+    (["parameters"], "dataset = 'mini-voc'"), ([], "data.without_background; 'groupvit'; 'mae'"))]
+
+
+def test_what_reproduce_needs_and_one_step_of_every_network(tmp_path, tiny_profile, monkeypatch, capsys):
+    notebook = tmp_path / "00_a.ipynb"
+    notebook.write_text(json.dumps({"cells": CODE}))
+    profile = tiny_profile.override({"evaluation.without_background": {"A": "voc20", "B": "mini-voc20"}})
+    report = inspect(profile, notebooks=[notebook])
+    tried = [*trials(profile, report.checks)]
+    rows = found(report) | {check.what: check for check in tried}
+    assert report.problems == () and not any(check.problem for check in tried)
+    assert "so its published numbers" in rows["data voc20"].state and rows["class names"].state == "20 fit"
+    assert rows["all weights in memory"].size == sum(c.size for c in report.checks if c.what.startswith("models.") and c.used_by)
+    side = profile.support.image_size
+    assert rows["step of support images"].state == str((1, side // 4, side // 4)) and rows["step of category filter"].state == "(2,)"
+    assert rows["step of baseline groupvit"].state == str((2, side, side)) and rows["step of extractor mae"].state.startswith("(1, ")
+    for words, fields in {"(evaluation.voc)": {"evaluation.voc": "voc"}, "tokens": {"support.prompt": "a " * 40 + "{name}"},
+                          "does not exist": {"evaluation.without_background": {"A": f"voc20:{tmp_path}/none"}}}.items():
+        (problem,) = inspect(profile.override(fields), notebooks=[notebook]).problems
+        assert words in problem, problem
+    # A network that computes otherwise than the published one, and one that does not compute.
+    dino = "facebook/dino-vitb8"
+    monkeypatch.setattr(doctor, "PUBLISHED", PUBLISHED.loc[[dino]].rename(index={dino: "mae"}))
+    broken = Part(lambda profile: lambda images, seeds: np.full((1, 2, 2, 8), np.nan), models=("mae",))
+    monkeypatch.setitem(features.EXTRACTORS, "mae", broken)
+    problems = [check.problem for check in trials(profile, report.checks) if check.problem]
+    assert len(problems) == 3 and "not finite" in problems[0] and "hidden_size of models.mae is 32, and 768" in problems[1]
+    assert main(["doctor", "--reproduce", str(tmp_path), "--set", "evaluation.voc=voc"]) == 1
+    assert "(evaluation.voc)" in capsys.readouterr().out
+
+
+def test_what_is_missing_is_said_before_the_first_drawing(tmp_path, tiny, capsys):
+    for options, words in ((["--set", "masks.segmenter=cutler"], "cutler"), (["--set", "features.extractors=[sd, dino]", "--set",
+                           "models.dino=a/b"], "'a/b'"), (["--set", f"support.prompt={'a ' * 29}{{name}}"], "tokens")):
+        assert main(["build", "--classes", "cat, dog sofa boat water", *tiny, *options]) == 2
+        said = capsys.readouterr().err
+        assert words in said and "drawing" not in said and said.count("\n") == 1, said
+    assert not (tmp_path / "library" / "support").exists()
+    arguments = ["reproduce", "--workers", "1", "--notebooks", str(tmp_path), "--out", str(tmp_path), "--set", "evaluation.voc=voc"]
+    (tmp_path / "00_a.ipynb").write_text(json.dumps({"cells": CODE}))
+    assert main(arguments) == 2
+    problem, said = capsys.readouterr().err.splitlines()
+    assert "(evaluation.voc)" in problem and "Nothing was begun" in said and not (tmp_path / "mini").exists()

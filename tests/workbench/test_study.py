@@ -428,3 +428,12 @@ def test_a_remembering_segmenter_asks_for_several_images_at_a_time_and_for_none_
         assert segmenter.propose(images[3], "cat").any() and sum(asked) == 11
         segmenter.propose(images[3], "dog")
         assert sum(asked) == 12
+
+
+def test_a_column_whose_data_set_has_no_folder_has_published_numbers_alone(tiny_profile, tmp_path, capsys):
+    bench = Bench(tiny_profile, library=tmp_path, seeds=[0])
+    cells = bench.published(bench.cells([Row("OVDiff")], {"VOC-20": "voc20"}, "A.7"), "A.7")
+    assert {cell.source for cell in cells} == {"published"} and "VOC-20: no folder is named" in capsys.readouterr().out
+    write_table(tmp_path / "a.csv", "a", cells, bench.profile, "None is measured.")
+    with pytest.raises(InputError, match="does not hold"):
+        bench.cells([Row("OVDiff")], {"VOC-20": f"voc20:{tmp_path}"}, "A.7")

@@ -125,6 +125,15 @@ DATASETS: dict[str, tuple[str, Callable[[], Layout], bool]] = {
 """Name -> (its classes, how it lies on disk, whether background is a class)."""
 
 
+UNMEASURED = "no folder is named, so its published numbers stand alone"
+
+
+def has_folder(source: str) -> bool:
+    """Whether it is said where the data set of a ``source`` lies, or it ships."""
+    name = source.partition(":")[0].partition("/")[0]
+    return ":" in source or name not in DATASETS or DATASETS[name][1]().shipped is not None
+
+
 def load_dataset(source: str, split: str = "val", folder: str | Path | None = None, names: str = "fixed") -> Dataset:
     """The data set of ``source`` = "name", "name/split" or, with its folder (those of the mini world ship),
     "name:folder", with the class names ``names`` (:data:`~ovdiff_lib.workbench.data.classes.NAMES`).

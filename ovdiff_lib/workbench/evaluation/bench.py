@@ -26,7 +26,7 @@ from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.workbench.console import write_json
-from ovdiff_lib.workbench.data.datasets import load_dataset
+from ovdiff_lib.workbench.data.datasets import UNMEASURED, has_folder, load_dataset
 from ovdiff_lib.workbench.data.samples import Dataset, Sample
 from ovdiff_lib.workbench.evaluation.measure import EvaluationResult, measure_all
 from ovdiff_lib.workbench.evaluation.results import code_digest
@@ -119,8 +119,12 @@ class Bench:
     def cells(self, rows: Sequence[Row], columns: Mapping[str, str], table: str = "") -> list[Cell]:
         """Cells of mIoU in percent, rows by data sets; ``columns`` maps the paper's column to the source of a data set.
 
-        Cells carry their place in the paper's table ``table`` and, where it has one, its value.
+        Cells carry their place in the paper's table ``table`` and, where it has one, its value. Of its columns those
+        whose data set has no folder are left out, for :meth:`published`, and a line says so.
         """
+        for column in [column for column, source in columns.items() if table and not has_folder(source)]:
+            print(f"{column}: {UNMEASURED} ({columns[column]}).")
+            columns = {name: source for name, source in columns.items() if name != column}
         measured = self._measured(rows, columns.values())
         return [self.cell(row.label, measured[source][row.label],
                           _published(table, row.paper or row.label, column) if table else None)
