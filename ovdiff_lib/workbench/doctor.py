@@ -243,9 +243,10 @@ def check_ready(ovdiff: OVDiff, vocabulary: Vocabulary) -> None:
     tables = [made_from(ovdiff.profile, name) for name in ovdiff.profile.features.extractors]
     drawn = [one for one in vocabulary if not one.pictures
              and any(("prototypes", for_words(table, one)[0]) not in kept for table in tables)]
-    check_words(ovdiff.profile, drawn)
-    if drawn and (problems := inspect(ovdiff.profile).problems):
-        raise ModelNotAvailable(f"{problems[0].rstrip('.')} (`ovdiff doctor` names all that is missing).")
+    if drawn:
+        check_words(ovdiff.profile, drawn)
+        if problems := inspect(ovdiff.profile).problems:
+            raise ModelNotAvailable(f"{problems[0].rstrip('.')} (`ovdiff doctor` names all that is missing).")
 
 
 def _data(source: str) -> Check:
