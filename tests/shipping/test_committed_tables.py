@@ -59,6 +59,10 @@ def test_every_miou_has_its_interval_and_the_counts_that_it_is_from():
             if one.low is not None and (one.row, one.column) in runs:
                 assert (one.low, one.high) == pytest.approx(interval(runs[one.row, one.column].draws), abs=1e-3)
                 found += 1
+            elif one.paper and one.paper.column.endswith("delta"):
+                column = one.column.removesuffix(", change")
+                draws = runs[one.row, column].draws - runs["full", column].draws
+                assert (one.low, one.high) == pytest.approx(interval(draws), abs=1e-3)
             elif one.paper and one.paper.table not in ("timing", "storage", "hyperparameters") and one.paper.column != "percent":
                 assert one.source != "measured", (path.stem, one)
     assert found > 150
