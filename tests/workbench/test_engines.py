@@ -220,8 +220,11 @@ def test_options_choose_the_engine(tiny_profile):
         assert isinstance(ray, RayEngine) and (ray.workers, ray.gpu) == (3, gpu)
 
 
-def test_build_with_two_workers_says_what_it_could_not_build(tiny, capfd):
-    assert main(["build", "--classes", f"cat, {'q' * 60}, dog", "--workers", "2", *tiny]) == 2  # a token for each letter
+def test_build_with_two_workers_says_what_it_could_not_build(tiny, capfd, monkeypatch):
+    long = ["build", "--classes", f"cat, {'q' * 60}, dog", "--workers", "2", *tiny]  # a token for each letter
+    assert main(long) == 2 and "67 tokens" in capfd.readouterr().err  # seen before anything is drawn
+    monkeypatch.setattr("ovdiff_lib.workbench.doctor.check_ready", lambda *_, **__: None)
+    assert main(long) == 2
     sentences = [line for line in capfd.readouterr().err.splitlines() if line.startswith("ovdiff: ")]
     assert len(sentences) == 2 and "tokens" in sentences[0] and "1 of 3 classes" in sentences[1]
     assert main(["build", "--classes", "cat, dog", *tiny]) == 0
