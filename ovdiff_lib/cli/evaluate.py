@@ -64,7 +64,7 @@ def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any) -
 
     engine, builder = engine_of(options, ovdiff.profile), measure.for_dataset(ovdiff, dataset)
     measure.image_count(dataset, options.limit)  # a limit of no images is reported before classes are built
-    check_ready(builder, dataset.vocabulary)
+    check_ready(builder, dataset.vocabulary, here=options.engine == "local")
     if engine:
         build_with(engine, builder, dataset.vocabulary)
         return evaluate_on(engine, ovdiff.profile, builder.build(dataset.vocabulary), dataset, options.limit)

@@ -66,7 +66,7 @@ def build(options: argparse.Namespace) -> None:
 
     ovdiff, started = ovdiff_of(options), time.time()
     vocabulary, engine = vocabulary_of(options, ovdiff), engine_of(options, ovdiff.profile)
-    check_ready(ovdiff, vocabulary)
+    check_ready(ovdiff, vocabulary, here=options.engine == "local")
     if engine:
         build_with(engine, ovdiff, vocabulary)
     bank = ovdiff.build(vocabulary)

@@ -235,9 +235,9 @@ def check_words(profile: Profile, words: Iterable[Category]) -> None:
                 class_token_positions(tokenizer, template, one.prompt)
 
 
-def check_ready(ovdiff: OVDiff, vocabulary: Vocabulary) -> None:
+def check_ready(ovdiff: OVDiff, vocabulary: Vocabulary, here: bool = True) -> None:
     """Before classes are drawn that the library of ``ovdiff`` lacks: ``InputError`` for one that is too long,
-    ``ModelNotAvailable`` for what the profile needs and is not here."""
+    ``ModelNotAvailable`` for what the profile needs and is not here, if it is ``here`` that they are drawn."""
     check_profile(ovdiff.profile)
     kept = {(entry.kind, entry.key) for entry in ovdiff.library.entries()}
     tables = [made_from(ovdiff.profile, name) for name in ovdiff.profile.features.extractors]
@@ -245,7 +245,7 @@ def check_ready(ovdiff: OVDiff, vocabulary: Vocabulary) -> None:
              and any(("prototypes", for_words(table, one)[0]) not in kept for table in tables)]
     if drawn:
         check_words(ovdiff.profile, drawn)
-        if problems := inspect(ovdiff.profile).problems:
+        if problems := here and inspect(ovdiff.profile).problems:
             raise ModelNotAvailable(f"{problems[0].rstrip('.')} (`ovdiff doctor` names all that is missing).")
 
 
