@@ -6,8 +6,6 @@ that they import of the package. Registries do not count: of their many parts on
 that defines it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

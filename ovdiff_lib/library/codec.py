@@ -8,8 +8,6 @@ The fields of a class and their arrays are declared in :data:`LAYOUTS`; reading 
 Names and places are :mod:`ovdiff_lib.library.store`'s matter.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import io

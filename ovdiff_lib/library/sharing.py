@@ -5,8 +5,6 @@
 An archive is taken whole or not at all. Sums tell whether it was damaged, not who made it.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import shutil

@@ -8,8 +8,6 @@ logged by name, and counts as missing. Locks spare work, entries do not stand on
 nothing, a class may be built twice, and no entry is lost.
 """
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

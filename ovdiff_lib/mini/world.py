@@ -1,7 +1,5 @@
 """What exists in the mini world, read from ``world.yaml``: nouns, stuff, contexts, and one id for each label."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files

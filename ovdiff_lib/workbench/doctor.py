@@ -3,8 +3,6 @@
 Nothing is loaded or downloaded.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import os

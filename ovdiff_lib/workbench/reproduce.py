@@ -5,8 +5,6 @@ last good run left are what they were; a fresh one is not run again. Notebooks d
 fails stops no other.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import hashlib

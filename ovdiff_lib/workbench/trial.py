@@ -1,7 +1,5 @@
 """One cheap step of every network whose weights are here: whether it computes, and whether it is the published one."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from operator import attrgetter

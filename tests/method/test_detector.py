@@ -12,13 +12,17 @@ from tiny import noise
 
 from ovdiff_lib.errors import InputError, ModelNotAvailable
 from ovdiff_lib.masks import build_segmenter
-from ovdiff_lib.masks.segmenters.detector import CONFIG, DetectorSegmenter, build_detector, detect, load_detector, paste, save_detector
+from ovdiff_lib.masks.segmenters.detector import CONFIG, DetectorSegmenter, build_detector, detect_many, load_detector, paste, save_detector
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.recipes import quality, train_detector
 from ovdiff_lib.recipes.train_detector import DropLossHeads, as_target, boxes_of, losses, views
 
 SMALL = CONFIG | {"widths": [8, 8, 16, 16], "pyramid": 16, "short_side": 64, "long_side": 256, "anchors": [8, 16, 32, 56], "canonical": 56,
                   "box_head": 24, "mask_head": [16], "detections": 6}
+
+
+def detect(model, image, score=0.0):
+    return detect_many(model, image[None], score)[0]
 
 
 def small(seed=0):

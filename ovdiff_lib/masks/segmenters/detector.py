@@ -172,11 +172,6 @@ Detections = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Masks bool (M, H, W), scores f32 (M,) descending, boxes f32 (M, 4) as (x0, y0, x1, y1), of one image."""
 
 
-def detect(model: MaskRCNN, image: np.ndarray, score: float = 0.0) -> Detections:
-    """:func:`detect_many` of one image u8 (H, W, 3)."""
-    return detect_many(model, image[None], score)[0]
-
-
 @undisturbed()
 def detect_many(model: MaskRCNN, images: np.ndarray, score: float = 0.0) -> list[Detections]:
     """:data:`Detections` of at least ``score`` in images u8 (n, H, W, 3), in one batch, by a model in eval mode.

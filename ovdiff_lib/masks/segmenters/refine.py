@@ -1,7 +1,5 @@
 """From patch masks to pixels by a random walker (Grady, 2006), in place of MaskCut's dense CRF."""
 
-from __future__ import annotations
-
 import numpy as np
 from PIL import Image
 

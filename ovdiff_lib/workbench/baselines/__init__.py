@@ -4,8 +4,6 @@ All of them use ``support.prompt`` of the profile for class names, and its sizes
 add one, write a class with the method ``scores`` of :class:`Baseline` and one line in :data:`BASELINES`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from ovdiff_lib.categories import Vocabulary

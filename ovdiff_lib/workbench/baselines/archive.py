@@ -4,8 +4,6 @@ An archive is a folder of images, searched with its subfolders, or ``package:NAM
 folder with ``sheet.json`` holds images of one size side by side in a picture: {"file", "images", "height", "width"}.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

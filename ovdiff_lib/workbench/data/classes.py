@@ -1,7 +1,5 @@
 """Class names, prompts and kinds of the published data sets, from the file ``classes.json`` beside this module."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """PASCAL Context's label maps, which have to be made from the JSON file in which they are published."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from pathlib import Path

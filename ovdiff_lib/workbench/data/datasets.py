@@ -4,8 +4,6 @@ A further one is a :class:`~ovdiff_lib.workbench.data.readers.Layout` and a line
 stand in ``classes.json``.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable
 from functools import partial

@@ -1,7 +1,5 @@
 """The mean intersection over union of a whole data set, from one confusion matrix."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from ovdiff_lib.errors import InputError

@@ -1,7 +1,5 @@
 """How data sets lie in folders: where their images and label maps are, and what the values of a label map mean."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

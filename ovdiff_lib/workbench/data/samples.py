@@ -4,8 +4,6 @@ Labels: 0 = background where the data set has one (else no label is 0), i + 1 = 
 ignored.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 The paper asked ChatGPT; its answers (Table C.8) and the split of COCO-Stuff ship as tables.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path

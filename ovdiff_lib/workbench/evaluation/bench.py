@@ -7,8 +7,6 @@ A row names the profile fields in which it differs; rows share networks and feat
 library's folder.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import hashlib

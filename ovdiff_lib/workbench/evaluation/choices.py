@@ -5,8 +5,6 @@ profiles that follow the paper and those that follow the code. A switch that not
 label maps as its base: it was not exercised, and that is said instead of a difference of zero.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,8 +1,6 @@
 """The ladder: where the points of the method are lost. The truth takes the place of one part after the other
 (:mod:`~ovdiff_lib.workbench.evaluation.truth`)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial

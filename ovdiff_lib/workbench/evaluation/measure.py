@@ -4,8 +4,6 @@
 and windows belong to the segmenter (profile section ``matching``); label maps are never resized.
 """
 
-from __future__ import annotations
-
 import heapq
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

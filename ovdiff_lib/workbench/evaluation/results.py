@@ -5,8 +5,6 @@
 The digest is of everything the counts depend on, so that a result is never another's.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -9,8 +9,6 @@ A row needs of its bench (:class:`~ovdiff_lib.workbench.evaluation.bench.Bench`)
 ``seeds``, the shared ``parts`` and ``dataset``, ``quantiles_of`` and ``quantiles``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any

@@ -2,8 +2,6 @@
 and match with the same prototypes. Networks are built once and remember their latest results, so that a second setting
 pays for what differs alone; prototypes are in memory once."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

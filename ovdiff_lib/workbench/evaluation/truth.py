@@ -1,8 +1,6 @@
 """The truth in place of parts of OVDiff, as label maps tell it: the classes that an image shows, scenes with their
 masks in place of drawings, and a classifier that is right in every cell of the feature grid."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import cache
 

@@ -5,8 +5,6 @@ the highest mIoU on ``tune`` decides: for the constant without background protot
 that, for the "stuff" filter on ``evaluation.context``. One extractor at a time, with the bench's first seed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Building many classes and segmenting many images on the workers of an engine, with the results of one process."""
 
-from __future__ import annotations
-
 import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
