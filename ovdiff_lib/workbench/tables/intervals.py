@@ -4,9 +4,10 @@ A draw takes images with replacement. mIoU needs of an image only in how many pi
 predicted, in how many either, and in how many true, so that a draw is a product of these counts with how often each
 image was taken. Where many classes are in two or three images each, some draws lack a class: its mean is over the
 classes that the draw shows, and all draws are shifted so that their mean is the number measured. Few things drawn from
-spread too little. Of N images that show K classes a draw takes N - K / 2, by which intervals cover what they should
-from one image a class to many; of S seeds S - 1, and their spread is widened as Student's t is wider than the normal
-distribution, for four seeds by 1.6. All cells of a data set share the draws, which makes every difference of two of
+spread too little. Of N images that show K classes a draw takes N - K / 2 (N / 2 at least), by which intervals cover
+what they should from one image a class to many; of S seeds S - 1, and their spread is widened as Student's t is wider
+than the normal distribution, for four seeds by 1.6. All cells of a data set share the draws, which makes every
+difference of two of
 them a paired one.
 """
 
@@ -72,7 +73,8 @@ def resampled(runs: Runs, draws: int = DRAWS) -> np.ndarray:
     and number of seeds. A class that images show counts in the draws that show it, another where it is predicted."""
     seeds, images, kinds, classes = runs.counts.shape
     shown = runs.counts[:, :, 2].any((0, 1))
-    taken = _multiplicities(zlib.crc32(runs.dataset.encode()), draws, images, max(1, images - int(shown.sum()) // 2))
+    size = max((images + 1) // 2, images - int(shown.sum()) // 2)
+    taken = _multiplicities(zlib.crc32(runs.dataset.encode()), draws, images, size)
     counts = np.moveaxis(runs.counts, 0, 1).reshape(images, -1).astype(np.float32)
     made = []
     for first in range(0, draws, BLOCK):
