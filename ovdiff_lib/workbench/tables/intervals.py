@@ -7,8 +7,7 @@ classes that the draw shows, and all draws are shifted so that their mean is the
 spread too little. Of N images that show K classes a draw takes N - K / 2 (N / 2 at least), by which intervals cover
 what they should from one image a class to many; of S seeds S - 1, and their spread is widened as Student's t is wider
 than the normal distribution, for four seeds by 1.6. All cells of a data set share the draws, which makes every
-difference of two of
-them a paired one.
+difference of two of them a paired one.
 """
 
 from __future__ import annotations
