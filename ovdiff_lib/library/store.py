@@ -66,6 +66,10 @@ class Library:
 
     # ------------------------------------------------------------------ entries
 
+    def has(self, kind: str, key: str) -> bool:
+        """Whether there is something under ``key``; whether it is whole, :meth:`get` says."""
+        return self._path(kind, key).is_dir()
+
     def get(self, kind: str, key: str) -> Any:
         """What is stored under ``key``, or None if there is nothing that is whole."""
         path = self._path(kind, key)

@@ -237,10 +237,9 @@ def check_ready(ovdiff: OVDiff, vocabulary: Vocabulary, here: bool = True) -> No
     """Before classes are drawn that the library of ``ovdiff`` lacks: ``InputError`` for one that is too long,
     ``ModelNotAvailable`` for what the profile needs and is not here, if it is ``here`` that they are drawn."""
     check_profile(ovdiff.profile)
-    kept = {(entry.kind, entry.key) for entry in ovdiff.library.entries()}
     tables = [made_from(ovdiff.profile, name) for name in ovdiff.profile.features.extractors]
     drawn = [one for one in vocabulary if not one.pictures
-             and any(("prototypes", for_words(table, one)[0]) not in kept for table in tables)]
+             and not all(ovdiff.library.has("prototypes", for_words(table, one)[0]) for table in tables)]
     if drawn:
         check_words(ovdiff.profile, drawn)
         if problems := here and inspect(ovdiff.profile).problems:
