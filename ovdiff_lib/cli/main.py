@@ -7,7 +7,9 @@ half-written file.
 
 import argparse
 import inspect
+import signal
 import sys
+import threading
 from concurrent.futures.process import BrokenProcessPool
 
 from tqdm import tqdm
@@ -28,6 +30,7 @@ GROUPS = {"library": "Show, check, share and clear the prototype library."}
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the ``ovdiff`` command; returns the exit code."""
+    before, sys.unraisablehook = sys.unraisablehook, _again
     try:
         options = parser().parse_args(arguments)
         return options.run(options) or 0
@@ -38,8 +41,19 @@ def main(arguments: list[str] | None = None) -> int:
                       "command again with fewer --workers."), 2
     except KeyboardInterrupt:
         said, code = "interrupted; what is finished is kept, run the same command again to go on.", 130
+    finally:
+        sys.unraisablehook = before
     tqdm.write(f"ovdiff: {said}", file=sys.stderr)  # a bar that is still there gets a line of its own
     return code
+
+
+def _again(lost: "sys.UnraisableHookArgs") -> None:
+    """Python drops an interrupt that comes while it frees something (as imports do): it comes again, a moment later."""
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
+        return sys.__unraisablehook__(lost)
+    timer = threading.Timer(0.01, signal.raise_signal, (signal.SIGINT,))
+    timer.daemon = True
+    timer.start()
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,8 +4,12 @@ import json
 import re
 import shlex
 import shutil
+import signal
+import sys
+import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +18,8 @@ from sentences import assigned
 from test_engines import small_dataset
 from tiny import tiny_overrides
 
-import ovdiff_lib.pipeline as pipeline
+from ovdiff_lib import pipeline
+from ovdiff_lib.cli import main as cli
 from ovdiff_lib.cli.main import COMMANDS, main
 from ovdiff_lib.cli.segment import label_image, write_png
 from ovdiff_lib.errors import OVDiffError
@@ -288,6 +293,22 @@ def test_a_killed_process_is_one_sentence(tmp_path, capsys, monkeypatch):
     assert main(["reproduce", "--workers", "1", "--notebooks", str(tmp_path), "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("ovdiff: a process was killed") and said.count("\n") == 1
+
+
+def test_an_interrupt_that_python_drops_comes_again(monkeypatch, capsys):
+    class Freed:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def work(_options):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        Freed()  # and at once no more
+        time.sleep(30)
+
+    monkeypatch.setattr(cli, "parser", lambda: SimpleNamespace(parse_args=lambda _: SimpleNamespace(run=work)))
+    hook = sys.unraisablehook
+    assert main([]) == 130 and sys.unraisablehook is hook
+    assert capsys.readouterr().err == "ovdiff: interrupted; what is finished is kept, run the same command again to go on.\n"
 
 
 def test_compare_tables(tmp_path, capsys):
