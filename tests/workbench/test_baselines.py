@@ -396,7 +396,7 @@ def profile(tiny_profile, tiny_models, tmp_path_factory):
     data = load_dataset("mini-voc")
     (folder / "archive").mkdir()
     for i in range(16):
-        shutil.copyfile(data.files[i].image, folder / "archive" / f"{i}.webp")
+        shutil.copyfile(data.files[i][1], folder / "archive" / f"{i}.webp")
     return tiny_profile.override({
         "models.clip": "package:clip", "models.groupvit": str(folder / "groupvit"), "masks.segmenter": "detector",
         "baselines.archive": str(folder / "archive"), "baselines.reco_retrieved": 3,

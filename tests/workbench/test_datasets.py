@@ -14,7 +14,7 @@ from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.workbench.data.classes import NAMES, class_table, vocabulary_of
 from ovdiff_lib.workbench.data.convert import convert_context, decode_rle
 from ovdiff_lib.workbench.data.datasets import load_dataset
-from ovdiff_lib.workbench.data.things import TABLES, kinds, with_kinds
+from ovdiff_lib.workbench.data.things import TABLES, with_kinds
 
 SHAPES = ((9, 14), (16, 7), (11, 12))
 PUBLISHED = ("voc", "voc20", "context", "context59", "coco-object", "coco-stuff", "ade20k", "cityscapes")
@@ -320,6 +320,10 @@ CONTEXT_STUFF = ("bedclothes ceiling cloth curtain fence floor grass ground moun
                  "snow track wall water wood")
 
 
+def kinds(*said):
+    return {category.name: category.kind for category in with_kinds(*said)}
+
+
 def table_of(name):
     with TABLES[name].open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -357,5 +361,5 @@ def test_with_kinds_keeps_names_prompts_and_order():
 
 
 def test_names_that_are_not_known_take_the_default():
-    assert kinds(["CAT", "unicorn", "Grass"]) == {"CAT": "thing", "unicorn": "thing", "Grass": "stuff"}
-    assert kinds("cat, unicorn", default="stuff") == {"cat": "thing", "unicorn": "stuff"}
+    assert kinds(["CAT", "unicorn", "Grass"], "c8") == {"CAT": "thing", "unicorn": "thing", "Grass": "stuff"}
+    assert kinds("cat, unicorn", "c8", "stuff") == {"cat": "thing", "unicorn": "stuff"}

@@ -20,8 +20,7 @@ from ovdiff_lib.networks import loading
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.registry import Part
 from ovdiff_lib.workbench import doctor
-from ovdiff_lib.workbench.data.datasets import load_dataset
-from ovdiff_lib.workbench.data.readers import MINI_DATA
+from ovdiff_lib.workbench.data.datasets import MINI_DATA, load_dataset
 from ovdiff_lib.workbench.doctor import FILES, PUBLISHED, how_to_get, inspect, published, uses
 from ovdiff_lib.workbench.trial import trials
 

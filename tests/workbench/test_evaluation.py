@@ -16,10 +16,9 @@ from ovdiff_lib.cli.main import main
 from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.mini.world import load_world
 from ovdiff_lib.pipeline import OVDiff
-from ovdiff_lib.workbench.data import classes, samples
-from ovdiff_lib.workbench.data.datasets import load_dataset
+from ovdiff_lib.workbench.data import classes, datasets
+from ovdiff_lib.workbench.data.datasets import MINI_DATA, load_dataset
 from ovdiff_lib.workbench.data.metrics import ConfusionMatrix
-from ovdiff_lib.workbench.data.readers import MINI_DATA
 from ovdiff_lib.workbench.data.samples import SavedPredictions
 from ovdiff_lib.workbench.evaluation.measure import evaluate, for_dataset, foreground_labels, label_predictor
 
@@ -294,7 +293,7 @@ def write_cityscapes(root):
 def two_classes(tmp_path, monkeypatch):
     """A folder of Cityscapes, which is cut to its first two classes, so that a tiny pipeline can build them."""
     original = classes.vocabulary_of
-    monkeypatch.setattr(samples, "vocabulary_of", lambda *a: Vocabulary(original(*a).categories[:2]))
+    monkeypatch.setattr(datasets, "vocabulary_of", lambda *a: Vocabulary(original(*a).categories[:2]))
     write_cityscapes(tmp_path / "data")
     return tmp_path / "data"
 

@@ -1,1 +1,1 @@
-"""Data sets: readers, class names, metrics."""
+"""Data sets: layouts, class names, metrics."""

@@ -47,6 +47,7 @@ def convert_context(json_path: str | Path, folder: str | Path) -> dict[str, int]
     each (the usual converter loses one of val's 5105). Raises ``InputError`` for a file of another form.
     """
     home, path = context().home(Path(folder).expanduser(), "val"), Path(json_path).expanduser()
+    labels = numbered(class_table()["data_sets"]["context"]["ids"])
     listed, name = {phase: [] for phase in PHASES}, "none"
     try:
         table, annotations = json.loads(path.read_bytes()), defaultdict(list)
@@ -54,7 +55,9 @@ def convert_context(json_path: str | Path, folder: str | Path) -> dict[str, int]
             annotations[annotation["image_id"]].append(annotation)
         for image in tqdm([image for image in table["images"] if image["phase"] in PHASES], "label maps", unit="image"):
             name = Path(image["file_name"]).stem
-            drawn = _drawn((image["height"], image["width"]), annotations[image["image_id"]])
+            drawn = np.zeros((image["height"], image["width"]), np.uint8)
+            for annotation in annotations[image["image_id"]]:
+                drawn[decode_rle(annotation["segmentation"])] = labels[annotation["category_id"]]
             with written_whole(home / "SegmentationClassContext" / f"{name}.png") as file:
                 Image.fromarray(drawn).save(file, "PNG")
             listed[image["phase"]].append(name)
@@ -67,11 +70,3 @@ def convert_context(json_path: str | Path, folder: str | Path) -> dict[str, int]
         text = "".join(f"{name}\n" for name in sorted(names))
         write_atomic(home / "ImageSets" / "SegmentationContext" / f"{phase}.txt", text.encode())
     return {phase: len(names) for phase, names in listed.items()}
-
-
-def _drawn(shape: tuple[int, int], annotations: list[dict[str, Any]]) -> np.ndarray:
-    """Labels u8 (H, W) of one image."""
-    drawn, labels = np.zeros(shape, np.uint8), numbered(class_table()["data_sets"]["context"]["ids"])
-    for annotation in annotations:
-        drawn[decode_rle(annotation["segmentation"])] = labels[annotation["category_id"]]
-    return drawn

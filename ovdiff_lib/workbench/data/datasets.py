@@ -1,22 +1,82 @@
 """Data sets with label maps, by name: the mini world's, and the published ones as their archives unpack (Sec. 4, A.3).
 
-A further one is a :class:`~ovdiff_lib.workbench.data.readers.Layout` and a line of :data:`DATASETS`; its classes
-stand in ``classes.json``.
+A further one is a :class:`Layout` and a line of :data:`DATASETS`; its classes stand in ``classes.json``.
 """
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.mini.world import load_world
-from ovdiff_lib.workbench.data.classes import class_table
+from ovdiff_lib.workbench.data.classes import class_table, vocabulary_of
 from ovdiff_lib.workbench.data.metrics import IGNORE
-from ovdiff_lib.workbench.data.readers import MINI_DATA, Layout
-from ovdiff_lib.workbench.data.samples import Dataset
+from ovdiff_lib.workbench.data.samples import UNKNOWN, Dataset
 
+MINI_DATA = Path(__file__).parents[2] / "mini" / "data"
 VOID = {IGNORE: IGNORE}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the data set ``what`` lies in its folder, or in one of ``places`` below it.
+
+    ``images`` and ``labels`` are paths from there, with ``{split}`` and ``{id}``: the first counts whose folder exists.
+    ``values`` are what a label map holds, and the label of each, 0 = background. ``splits`` names the splits' folders;
+    ``ids(home, split)`` lists the images, default: all that have an image or label map, ``any_id`` being an id as glob.
+    ``hint`` says how label maps are come by; ``shipped`` is where the package has the data.
+    """
+
+    what: str
+    places: tuple[str, ...]
+    images: tuple[str, ...]
+    labels: tuple[str, ...]
+    values: dict[int, int]
+    splits: dict[str, str] | None = None
+    ids: Callable[[Path, str], list[str]] | None = None
+    any_id: str = "*"
+    hint: str = "unpack it again"
+    shipped: Path | None = None
+
+    def home(self, root: Path, split: str) -> Path:
+        """The place below ``root`` that has images. Raises ``InputError`` if there is none."""
+        for place in self.places:
+            if _present(root / place, self.images, split):
+                return root / place
+        looked = ", ".join(filter(None, self.places))
+        raise InputError(f"{root} does not hold {self.what}: looked for the folder {_folders(self.images, split)} in it"
+                         f" and in {looked}; give the folder that the archive was unpacked to.")
+
+    def files(self, root: Path, split: str) -> list[tuple[str, Path, Path]]:
+        """Id, image and label map of each image of a split, also where only one of the two files is there."""
+        if self.splits is not None and split not in self.splits:
+            raise InputError(f"{self.what} has no split {split!r} with labels; choose one of {', '.join(self.splits)}.")
+        split = self.splits[split] if self.splits else split
+        home = self.home(root, split)
+        image, labels = (_present(home, paths, split) for paths in (self.images, self.labels))
+        if not labels:
+            raise InputError(f"{home} has no label maps of {self.what} ({_folders(self.labels, split)}); {self.hint}.")
+        listed = self.ids(home, split) if self.ids else sorted(self._found(home, image) | self._found(home, labels))
+        return [(i.rpartition("/")[2], home / image.format(id=i), home / labels.format(id=i)) for i in listed]
+
+    def _found(self, home: Path, path: str) -> set[str]:
+        before, after = path.split("{id}")
+        found = home.glob(path.format(id=self.any_id))
+        return {file.relative_to(home).as_posix()[len(before):-len(after)] for file in found}
+
+
+def _present(home: Path, paths: tuple[str, ...], split: str) -> str:
+    """The first of the paths whose folder there is, with its ``{id}`` left open; "" if there is none."""
+    named = [path.replace("{split}", split) for path in paths]
+    return next((path for path in named if (home / path.split("{id}")[0]).is_dir()), "")
+
+
+def _folders(paths: tuple[str, ...], split: str) -> str:
+    return " or ".join(path.replace("{split}", split).split("{id}")[0] for path in paths)
 
 
 def numbered(stored: Iterable[int]) -> dict[int, int]:
@@ -143,4 +203,18 @@ def load_dataset(source: str, split: str = "val", folder: str | Path | None = No
     if name not in DATASETS:
         raise InputError(f"There is no data set {name!r}; choose one of {', '.join(DATASETS)}.")
     classes, layout, has_background = DATASETS[name]
-    return Dataset(name, classes, layout(), has_background, part or split, within or folder, names)
+    vocabulary, layout, folder, split = vocabulary_of(classes, names), layout(), within or folder, part or split
+    root = layout.shipped if folder is None else Path(folder).expanduser()
+    if root is None:
+        raise InputError(f"The data set {name} is not shipped; say where: --data FOLDER, or {name}:FOLDER.")
+    if not root.is_dir():
+        raise InputError(f"The folder {root} of the data set {name} does not exist; give the one it lies in.")
+    table = np.full(256, UNKNOWN, np.int16)
+    for value, label in layout.values.items():
+        table[value] = label if label or has_background else IGNORE
+    files = layout.files(root, split)
+    missing = [path for _, *paths in files for path in paths if not path.is_file()]
+    if missing or not files:
+        lack = f"lacks {len(missing)} of its files, the first is {missing[0]}" if missing else "lists no image"
+        raise InputError(f"The data set {name} ({split}) in {root} {lack}; unpack it again or give another folder.")
+    return Dataset(name, split, root, vocabulary, has_background, table, files)

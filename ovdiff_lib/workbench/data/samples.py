@@ -6,16 +6,15 @@ ignored.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image
 
+from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.images import read_image
-from ovdiff_lib.workbench.data.classes import vocabulary_of
-from ovdiff_lib.workbench.data.metrics import IGNORE
-from ovdiff_lib.workbench.data.readers import Layout
 
 UNKNOWN = -1
 """In a table of labels: a value that label maps of this kind must not hold."""
@@ -48,49 +47,33 @@ def read_stored(path: Path) -> np.ndarray:
     """An image u8 RGB (H, W, 3), its pixels as stored: label maps are drawn on those, whatever rotation EXIF asks."""
     image = read_image(path)
     with Image.open(path) as opened:
-        exif = opened.getexif()
-        if exif.get(ExifTags.Base.Orientation, 1) == 1:
-            return image
-        del exif[ExifTags.Base.Orientation]
-        return read_image(opened)
+        turned = opened.getexif().pop(ExifTags.Base.Orientation, 1) != 1
+        return read_image(opened) if turned else image
 
 
+@dataclass(eq=False)
 class Dataset:
     """A data set on disk: samples in the order of its split file or of their ids.
 
     ``has_background``: background is a class (not so in Table A.7). ``table`` i16 (256,) turns a stored value into a
-    label or :data:`UNKNOWN`.
+    label or :data:`UNKNOWN`. ``files`` are of each image its id, its path and that of its label map.
     """
 
-    def __init__(self, name: str, classes: str, layout: Layout, has_background: bool, split: str = "val",
-                 folder: str | Path | None = None, names: str = "fixed") -> None:
-        """``classes`` and ``names`` as in :func:`~ovdiff_lib.workbench.data.classes.vocabulary_of`; ``folder`` is where
-        the data lies; ``has_background`` False ignores background pixels (App. A.3).
+    name: str
+    split: str
+    folder: Path
+    vocabulary: Vocabulary
+    has_background: bool
+    table: np.ndarray
+    files: list[tuple[str, Path, Path]]
 
-        Raises ``InputError`` for a folder that does not hold the data set, an unknown split, and missing files.
-        """
-        self.vocabulary = vocabulary_of(classes, names)
-        self.name, self.split, self.has_background = name, split, has_background
-        if folder is None and not layout.shipped:
-            raise InputError(f"The data set {name} is not shipped; say where: --data FOLDER, or {name}:FOLDER.")
-        self.folder = root = layout.shipped if folder is None else Path(folder).expanduser()
-        if not root.is_dir():
-            raise InputError(f"The folder {root} of the data set {name} does not exist; give the one it lies in.")
-        self.table = np.full(256, UNKNOWN, np.int16)
-        for value, label in layout.values.items():
-            self.table[value] = label if label or has_background else IGNORE
-        self.files = tuple(layout.files(root, split))
-        self.ids = tuple(file.id for file in self.files)
-        missing = [path for file in self.files for path in (file.image, file.labels) if not path.is_file()]
-        if missing or not self.files:
-            lack = f"lacks {len(missing)} of its files, the first is {missing[0]}" if missing else "lists no image"
-            raise InputError(f"The data set {name} ({split}) in {root} {lack}; unpack it again or give another folder.")
+    ids = cached_property(lambda self: tuple(name for name, _, _ in self.files))
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
-        image = read_stored(self.files[index].image)
+        image = read_stored(self.files[index][1])
         return Sample(self.ids[index], image, self.labels(index, image.shape[:2]))
 
     def __iter__(self) -> Iterator[Sample]:
@@ -98,7 +81,7 @@ class Dataset:
 
     def labels(self, index: int, shape: tuple[int, int] | None = None) -> np.ndarray:
         """Labels u8 (H, W) of one image; ``InputError`` for a broken file, one not of ``shape``, and unknown ids."""
-        path = self.files[index].labels
+        path = self.files[index][2]
         stored = read_labels(path, shape)
         labels = self.table[stored]
         if (unknown := stored[labels == UNKNOWN]).size:

@@ -3,8 +3,8 @@
 The paper asked ChatGPT; its answers (Table C.8) and the split of COCO-Stuff ship as tables.
 """
 
-import dataclasses
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas
@@ -22,25 +22,16 @@ SPELLINGS = {
 """Names of VOC and Context, and their usual prompts, as Table C.8 words them."""
 
 
-def kinds(names: Vocabulary | Iterable[str | Category] | str, table: str = "c8",
-          default: str = "thing") -> dict[str, str]:
-    """"thing" or "stuff" for each name, by one of :data:`TABLES`; names that are not known get ``default``.
+def with_kinds(names: Vocabulary | Iterable[str | Category] | str, table: str, default: str = "thing") -> Vocabulary:
+    """The vocabulary of these names, "thing" or "stuff" by one of :data:`TABLES`; what is not known gets ``default``.
 
     Names are compared without case; a table that lacks a class's name is asked for its prompt, then for another
     spelling of either.
     """
-    read, found = pandas.read_csv(TABLES[table], keep_default_na=False), {}
+    read, found = pandas.read_csv(TABLES[table], keep_default_na=False), []
     known = dict(zip(read["class"], read["label"], strict=True))
     for category in Vocabulary.of(names):
         words = [category.name.casefold(), category.prompt.casefold()]
         words += [SPELLINGS[word] for word in words if word in SPELLINGS]
-        found[category.name] = next((known[word] for word in words if word in known), default)
-    return found
-
-
-def with_kinds(names: Vocabulary | Iterable[str | Category] | str, table: str = "c8",
-               default: str = "thing") -> Vocabulary:
-    """The vocabulary of these names with the kinds that :func:`kinds` finds; names and prompts stay."""
-    vocabulary = Vocabulary.of(names)
-    found = kinds(vocabulary, table, default)
-    return Vocabulary(tuple(dataclasses.replace(c, kind=found[c.name]) for c in vocabulary))
+        found.append(replace(category, kind=next((known[word] for word in words if word in known), default)))
+    return Vocabulary(tuple(found))

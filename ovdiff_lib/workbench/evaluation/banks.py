@@ -55,8 +55,8 @@ def of_kinds(kinds: Sequence[str]) -> Build:
 
 
 def of_labels(source: str) -> Build:
-    """The same classes as things and stuff by ``source`` (:func:`~ovdiff_lib.workbench.data.things.kinds`), what it
-    does not name a thing; the data set's own labels have no say."""
+    """The same classes as things and stuff by ``source`` (:func:`~ovdiff_lib.workbench.data.things.with_kinds`),
+    what it does not name a thing; the data set's own labels have no say."""
     return lambda bench, seed, vocabulary: bench.ovdiff(seed=seed).build(with_kinds(vocabulary, source, "thing"))
 
 

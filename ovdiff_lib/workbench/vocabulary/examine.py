@@ -21,7 +21,7 @@ from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.support.attribution import class_token_positions
 from ovdiff_lib.types import ForegroundBackground, PrototypeBank, Prototypes
 from ovdiff_lib.workbench.data.classes import synonyms
-from ovdiff_lib.workbench.data.things import kinds
+from ovdiff_lib.workbench.data.things import with_kinds
 from ovdiff_lib.workbench.vocabulary.collisions import Collisions, collide
 
 AMBIGUOUS = Path(__file__).with_name("ambiguous.csv")
@@ -132,8 +132,8 @@ def examine(ovdiff: OVDiff, classes: Vocabulary | Iterable[str | Category] | str
 def _examine_words(reports: Sequence[ClassReport], vocabulary: Vocabulary, ovdiff: OVDiff, limits: Limits) -> None:
     """What can be said of the words alone: tokens, regions, senses, doubles."""
     cut, senses = ovdiff.diffusion.tokenizer.tokenize, pd.read_csv(AMBIGUOUS, index_col="noun")
-    regions = {name for table in ("c8", "coco-stuff") for name, kind in kinds(vocabulary, table, "thing").items()
-               if kind == "stuff"}
+    regions = {category.name for table in ("c8", "coco-stuff") for category in with_kinds(vocabulary, table)
+               if category.kind == "stuff"}
     for report, category in zip(reports, vocabulary, strict=True):
         report.measure(pieces=len(cut(category.prompt)))
         if (most := max(len(cut(word)) for word in category.prompt.split())) > limits.pieces:
