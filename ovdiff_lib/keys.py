@@ -24,9 +24,6 @@ STEPS = {"support": (f"{NAME}.support.sampler", f"{NAME}.networks.loading"), "ma
          "prototypes": (f"{NAME}.prototypes.build",), "pictures": (f"{NAME}.library.own",)}
 """The modules that a step begins in."""
 
-SPEED_ONLY = {"batch_size"}
-"""Fields that change how fast a result comes, not the result."""
-
 
 def check_profile(profile: Profile) -> None:
     """Before any work: ``ProfileError`` for a part that no registry has, a threshold that lacks an extractor and a
@@ -131,7 +128,8 @@ def of_labels(profile: Profile, all_models: bool = False) -> dict[str, Any]:
 
 
 def _without_speed(table: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in table.items() if name not in SPEED_ONLY}
+    """The table but for what changes how fast a result comes, not the result."""
+    return {name: value for name, value in table.items() if name != "batch_size"}
 
 
 def _identity(source: str) -> str:

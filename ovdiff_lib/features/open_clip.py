@@ -36,9 +36,14 @@ class OpenClipExtractor(ViTExtractor):
         self.statistics = NORMALISATIONS[settings.clip_normalisation]
 
     def run(self, pixels: torch.Tensor) -> None:
-        """The tower's position embeddings have the length of one input size: those of this size take their place."""
-        grid = (pixels.shape[-2] // self.patch, pixels.shape[-1] // self.patch)
-        positions = resize_positions(self.model.positional_embedding, grid)
+        """The tower's position embeddings (1 + side^2, D), class token first, have the length of one input size: those
+        of this size take their place, resized without antialiasing as transformers does it (open_clip itself, when
+        weights are loaded, antialiases)."""
+        positions, grid = self.model.positional_embedding, [length // self.patch for length in pixels.shape[-2:]]
+        side = math.isqrt(len(positions) - 1)
+        patches = positions[1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+        positions = torch.cat([positions[:1], patches[0].flatten(1).T])
         torch.func.functional_call(self.model, {"positional_embedding": positions}, (pixels,))
 
     def features_of(self, output: torch.Tensor) -> torch.Tensor:
@@ -47,17 +52,6 @@ class OpenClipExtractor(ViTExtractor):
             return output
         weight, bias = self.attention.in_proj_weight.chunk(3)[1], self.attention.in_proj_bias.chunk(3)[1]
         return F.linear(output, weight, bias)
-
-
-def resize_positions(positions: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Position embeddings (1 + side^2, D), class token first, for a grid of patches (h, w): (1 + hw, D).
-
-    Bicubic without antialiasing, as transformers does it; open_clip itself, when weights are loaded, antialiases.
-    """
-    side = math.isqrt(len(positions) - 1)
-    patches = positions[1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
-    return torch.cat([positions[:1], patches[0].flatten(1).T])
 
 
 def _build(source: Path | str, device: torch.device, dtype: torch.dtype, _options: dict) -> VisionTransformer:

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.resources import files
-from importlib.resources.abc import Traversable
+from pathlib import Path
 
 import yaml
 
@@ -52,7 +51,7 @@ class World:
         return {"mini-voc": voc, "mini-object": every, "mini-context": voc + self.stuff}[key]
 
 
-def read_world(file: Traversable) -> World:
+def read_world(file: Path) -> World:
     """A world from a YAML file with the keys ``stuff``, ``contexts``, ``things`` and, if it is to be drawn,
     ``styles`` and ``crops``."""
     table = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -69,4 +68,4 @@ def read_world(file: Traversable) -> World:
 @cache
 def load_world() -> World:
     """The mini world of this package."""
-    return read_world(files("ovdiff_lib.mini").joinpath("world.yaml"))
+    return read_world(Path(__file__).with_name("world.yaml"))

@@ -9,7 +9,6 @@ import json
 import shutil
 import subprocess
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -40,7 +39,7 @@ PACKAGES = {
 @cache
 def drawn_world() -> World:
     """The world that is drawn: the table of nouns with their glyphs."""
-    return read_world(files("ovdiff_lib.recipes").joinpath("world.yaml"))
+    return read_world(Path(__file__).with_name("world.yaml"))
 
 
 def fetch(folder: Path) -> None:

@@ -18,16 +18,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ovdiff_lib import mini
 from ovdiff_lib.files import write_atomic
 from ovdiff_lib.mini.world import World
 from ovdiff_lib.recipes.scenes import Glyphs, draw_scene, glyph_table
+from ovdiff_lib.workbench.data.readers import MINI_DATA
 
 SEEDS = {"train": 0, "val": 2, "wild": 3, "frames": 4, "tune": 5}
 """Stream of scenes each split is drawn from; no scene is in two splits."""
-
-DATA = Path(mini.__file__).parent / "data"
-"""The splits that ship."""
 
 SHAPES = ((128, 160), (128, 192), (160, 128), (128, 144), (176, 128), (128, 176))
 """Shapes (H, W) of the images of a split, in turn; none is square."""
@@ -51,21 +48,12 @@ def forked_map(function: Callable, items: Iterable, workers: int, chunksize: int
         yield from pool.map(_call, items, chunksize=chunksize)
 
 
-def draw_frames(world: World, glyphs: Glyphs, index: int, size: int) -> np.ndarray:
-    """Pair ``index`` of frames u8 (2, size, size, 3): one glyph in two places, as a video that follows it shows it."""
-    rng = np.random.default_rng([SEEDS["frames"], index])
-    thing = world.things[index % len(world.things)].name
-    seen = [glyph for glyph in glyphs[thing] if not glyph.held]
-    one = {thing: [seen[rng.integers(len(seen))]]}
-    return np.stack([draw_scene(world, one, SEEDS["frames"], 2 * index + i, (size, size), noun=thing, objects=1,
-                                at_home=0).image for i in range(2)])
-
-
 def build_training(world: World, arrays: dict[str, np.ndarray], folder: Path, size: int, count: int, frames: int,
                    workers: int | None = None) -> None:
     """Write the training arrays at ``size`` px: ``train_images.npy`` u8 (count, size, size, 3) with
-    ``train_captions.json``; ``frames.npy`` u8 (frames, 2, size, size, 3) of :func:`draw_frames`; last ``nouns.json``,
-    with which a folder is finished. ``workers``: processes (default: one a core)."""
+    ``train_captions.json``; ``frames.npy`` u8 (frames, 2, size, size, 3), pairs of one glyph in two places, as a video
+    that follows it shows it; last ``nouns.json``, with which a folder is finished. ``workers``: processes (default: one
+    a core)."""
     if (folder / "nouns.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +64,11 @@ def build_training(world: World, arrays: dict[str, np.ndarray], folder: Path, si
         return scene.image, scene.captions
 
     def pair(index: int) -> tuple[np.ndarray, None]:
-        return draw_frames(world, glyphs, index, size), None
+        noun, rng = nouns[index % len(nouns)], np.random.default_rng([SEEDS["frames"], index])
+        seen = [glyph for glyph in glyphs[noun] if not glyph.held]
+        one = {noun: [seen[rng.integers(len(seen))]]}
+        return np.stack([draw_scene(world, one, SEEDS["frames"], 2 * index + i, (size, size), noun=noun, objects=1,
+                                    at_home=0).image for i in range(2)]), None
 
     def fill(name: str, draw: Callable[[int], tuple], count: int, shape: tuple[int, ...]) -> list:
         out = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.uint8, (count, *shape))
@@ -139,8 +131,8 @@ def build_split(world: World, glyphs: Glyphs, folder: Path, split: str, count: i
 def build_shipped(world: World, arrays: dict[str, np.ndarray]) -> None:
     """Write the splits and the archive into the package's ``mini/data``, and the table of the world beside it."""
     # The ids in the label maps are places in this table.
-    shutil.copyfile(Path(__file__).parent / "world.yaml", DATA.parent / "world.yaml")
+    shutil.copyfile(Path(__file__).parent / "world.yaml", MINI_DATA.parent / "world.yaml")
     for split, count, styles in (("tune", 126, world.train_styles), ("val", 315, world.train_styles),
                                  ("wild", 126, world.wild_styles)):
-        build_split(world, glyph_table(world, arrays, styles), DATA, split, count)
-    build_archive(world, arrays, DATA, 600)
+        build_split(world, glyph_table(world, arrays, styles), MINI_DATA, split, count)
+    build_archive(world, arrays, MINI_DATA, 600)

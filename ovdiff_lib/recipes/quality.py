@@ -24,10 +24,10 @@ from ovdiff_lib.filters.category import CategoryFilter
 from ovdiff_lib.images import resize_short_side
 from ovdiff_lib.masks import SEGMENTERS, Segmenter
 from ovdiff_lib.mini.world import IGNORE, load_world
+from ovdiff_lib.networks.identity import SHIPPED
 from ovdiff_lib.networks.loading import load_diffusion
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.profiles.schema import Profile
-from ovdiff_lib.recipes.rebuild import WEIGHTS
 from ovdiff_lib.recipes.train_vae import to_signed
 from ovdiff_lib.support.attribution import class_token_positions, fill_template, record_attribution
 from ovdiff_lib.support.sampler import sample_support
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE",
                         help="change a value of profile mini, such as models.diffusion")
     parser.add_argument("--drawings-only", action="store_true", help="measure the diffusion model alone")
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder to write to (default: what ships)")
+    parser.add_argument("--out", type=Path, default=SHIPPED, help="folder to write to (default: what ships)")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     profile, nouns = load_profile("mini", parse_assignments(args.set)), load_world().vocabulary("mini-object")

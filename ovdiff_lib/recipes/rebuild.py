@@ -25,13 +25,12 @@ import pandas as pd
 import yaml
 from safetensors.torch import load_file
 
-from ovdiff_lib import mini
+from ovdiff_lib.networks.identity import SHIPPED
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.recipes.art import build_glyphs, drawn_world
 from ovdiff_lib.recipes.build import build_shipped, build_training
 from ovdiff_lib.recipes.training import DEVICE
 
-WEIGHTS = Path(mini.__file__).parent / "weights"
 FOLDERS = {"unet": "stable-diffusion", "vae": "stable-diffusion/vae"}
 """Where a model ships, if not under its own name."""
 
@@ -92,7 +91,7 @@ def train(work: Path, hours: float) -> None:
         raise SystemExit(f"Training of {', '.join(failed)} failed; the last words are in {logs}.")
 
 
-def assemble(work: Path, weights: Path = WEIGHTS) -> None:
+def assemble(work: Path, weights: Path = SHIPPED) -> None:
     """Copy the trained models to where the profile looks for them: ``weights/stable-diffusion``, ``weights/clip``
     and so on."""
     for name in ("unet", "clip", "dino", "mae", "detector", "groupvit"):
@@ -102,22 +101,6 @@ def assemble(work: Path, weights: Path = WEIGHTS) -> None:
 
 
 # ---- what a model folder says about itself: README.md, training_log.csv and a loss curve; cards.yaml has the words
-
-def plot_log(rows: pd.DataFrame, path: Path, title: str) -> None:
-    """Of a trainer's log: loss (logarithmic) over steps."""
-    axis = rows.plot("step", "loss", logy=True, figsize=(5, 3.2), grid=True, title=title)
-    axis.figure.savefig(path, dpi=90, bbox_inches="tight")
-
-
-def facts(kind: str, name: str, model: Path, rows: pd.DataFrame) -> str:
-    """A table of what was trained (a class of this name), and how."""
-    last = rows.iloc[-1]
-    parameters = sum(x.numel() for file in model.rglob("*.safetensors") for x in load_file(file).values())
-    table = {"class": f"`{name}`", "parameters": f"{parameters:,}", "weights": "float16 safetensors",
-             "trained by": f"`python -m ovdiff_lib.recipes.train_{kind}`", "steps": f"{last['step']:,.0f}",
-             "training time": f"{last['elapsed_s'] / 60:.0f} min", "last loss": f"{last['loss']:.4f}"}
-    return "\n".join(f"| {name} | {value} |" for name, value in table.items())
-
 
 def write_cards(training: Path, weights: Path, scenes: int) -> None:
     """The card of every model in ``weights``, from its log in ``training`` and ``weights/quality.json``."""
@@ -135,9 +118,15 @@ def write_cards(training: Path, weights: Path, scenes: int) -> None:
         model, log = weights / FOLDERS.get(kind, kind), training / kind / "log.jsonl"
         rows = pd.read_json(log, lines=True)
         rows.to_csv(model / "training_log.csv", index=False)
-        plot_log(rows, model / "loss_curve.png", card["title"])
-        table, quality = facts(kind, card["class"], model, rows), card["quality"].format(**known)
-        text = words["card"].format(**known | card | {"table": table, "quality": quality})
+        axis = rows.plot("step", "loss", logy=True, figsize=(5, 3.2), grid=True, title=card["title"])
+        axis.figure.savefig(model / "loss_curve.png", dpi=90, bbox_inches="tight")
+        last = rows.iloc[-1]
+        parameters = sum(x.numel() for file in model.rglob("*.safetensors") for x in load_file(file).values())
+        facts = {"class": f"`{card['class']}`", "parameters": f"{parameters:,}", "weights": "float16 safetensors",
+                 "trained by": f"`python -m ovdiff_lib.recipes.train_{kind}`", "steps": f"{last['step']:,.0f}",
+                 "training time": f"{last['elapsed_s'] / 60:.0f} min", "last loss": f"{last['loss']:.4f}"}
+        table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+        text = words["card"].format(**known | card | {"table": table, "quality": card["quality"].format(**known)})
         (model / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -166,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         build_shipped(world, arrays)
         assemble(args.work)
         subprocess.run([sys.executable, "-m", "ovdiff_lib.recipes.quality"], check=True)
-        write_cards(args.work / "training", WEIGHTS, args.scenes)
+        write_cards(args.work / "training", SHIPPED, args.scenes)
 
 
 if __name__ == "__main__":

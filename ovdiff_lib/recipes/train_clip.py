@@ -82,16 +82,6 @@ def token_ids(tokenizer: CLIPTokenizer) -> dict[str, int]:
             **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}}
 
 
-def build_clip(tokenizer: CLIPTokenizer, size: int) -> CLIPModel:
-    """A CLIPModel for images of ``size`` px with the token ids of ``tokenizer``."""
-    text = token_ids(tokenizer) | {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3,
-                                   "num_attention_heads": 4, "projection_dim": 128, "hidden_act": "quick_gelu"}
-    vision = {"hidden_size": 160, "intermediate_size": 640, "num_hidden_layers": 5, "num_attention_heads": 5,
-              "image_size": size, "patch_size": 8, "projection_dim": 128, "hidden_act": "quick_gelu"}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128,
-                                logit_scale_init_value=float(np.log(14))))
-
-
 def drop_patches(model: CLIPModel) -> None:
     """While ``model`` trains, its image tower sees all but :data:`DROPPED` of an image's patches, others in every image
     (Li et al., 2023)."""
@@ -161,12 +151,17 @@ def limit_scale(model: PreTrainedModel) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     args = training.start(training.options(__doc__, steps=6000, batch=128, minutes=40, lr=1e-3), argv)
-    scenes = training.Scenes(args.data)
-    images, captions, size = scenes.images, scenes.captions, scenes.images.shape[1]
-    tokenizer = build_tokenizer(captions, scenes.nouns, args.out)
+    images, captions = training.load_scenes(args.data)
+    tokenizer = build_tokenizer(captions, json.loads((args.data / "nouns.json").read_text(encoding="utf-8")), args.out)
     print(f"vocabulary {len(tokenizer)}, length {tokenizer.model_max_length}", flush=True)
     ids = caption_ids(captions, tokenizer)
-    model = training.placed(build_clip(tokenizer, size).train())
+    text = token_ids(tokenizer) | {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3,
+                                   "num_attention_heads": 4, "projection_dim": 128, "hidden_act": "quick_gelu"}
+    vision = {"hidden_size": 160, "intermediate_size": 640, "num_hidden_layers": 5, "num_attention_heads": 5,
+              "image_size": images.shape[1], "patch_size": 8, "projection_dim": 128, "hidden_act": "quick_gelu"}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=128,
+                        logit_scale_init_value=float(np.log(14)))
+    model = training.placed(CLIPModel(config).train())
     drop_patches(model)
     run = training.Run(args, model, len(images), betas=(0.9, 0.98), warmup=200)
 

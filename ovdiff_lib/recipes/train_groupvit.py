@@ -80,8 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = training.options(__doc__, steps=10_000, batch=64, minutes=38, lr=1.5e-3)
     parser.add_argument("--clip", type=Path, required=True, help="folder of the mini CLIP, for its tokenizer")
     args = training.start(parser, argv)
-    scenes = training.Scenes(args.data)
-    images, captions, size = scenes.images, scenes.captions, scenes.images.shape[1]
+    images, captions = training.load_scenes(args.data)
+    size = images.shape[1]
     tokenizer = CLIPTokenizer.from_pretrained(args.clip)
     ids = train_clip.caption_ids(captions, tokenizer)
     things = [named_things(alternatives[0]) for alternatives in captions]

@@ -15,21 +15,17 @@ from ovdiff_lib.recipes.train_dino import PATCH, crop
 SCALE = (0.25, 1.0)  # share of the scene's area that a crop shows
 
 
-def build_mae(size: int) -> ViTMAEForPreTraining:
-    """A masked autoencoder for images of ``size`` px that predicts each hidden patch's normalised pixels."""
-    return ViTMAEForPreTraining(ViTMAEConfig(
-        hidden_size=160, num_hidden_layers=6, num_attention_heads=5, intermediate_size=640, image_size=size,
-        patch_size=PATCH, hidden_act="gelu", layer_norm_eps=1e-6, mask_ratio=0.75, norm_pix_loss=True,
-        decoder_hidden_size=96, decoder_num_hidden_layers=2, decoder_num_attention_heads=3,
-        decoder_intermediate_size=384))
-
-
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     args = training.start(training.options(__doc__, steps=12000, batch=128, minutes=35, lr=1e-3), argv)
-    images = training.Scenes(args.data).images
+    images = training.load_array(args.data / "train_images.npy")
     size = images.shape[1]
-    model = training.placed(build_mae(size).train())
+    config = ViTMAEConfig(
+        hidden_size=160, num_hidden_layers=6, num_attention_heads=5, intermediate_size=640, image_size=size,
+        patch_size=PATCH, hidden_act="gelu", layer_norm_eps=1e-6, mask_ratio=0.75, norm_pix_loss=True,
+        decoder_hidden_size=96, decoder_num_hidden_layers=2, decoder_num_attention_heads=3,
+        decoder_intermediate_size=384)
+    model = training.placed(ViTMAEForPreTraining(config).train())
     run = training.Run(args, model, len(images), betas=(0.9, 0.95), warmup=300)
 
     def loss(draw: training.Draw) -> Tensor:

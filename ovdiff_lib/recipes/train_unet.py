@@ -7,7 +7,6 @@ price on attending to words, tried before, starved them while the model learned 
 
 import argparse
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,60 +54,54 @@ def encode(encoder: Callable[[int, int], Tensor], name: str, shape: tuple[int, .
 
 def write_pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel,
                    tokenizer: CLIPTokenizer, predicts: str, folder: Path) -> None:
-    """Write the half-precision pipeline beside ``folder`` first, then move it into place."""
+    """Write the half-precision pipeline."""
     scheduler = diffusers.DPMSolverMultistepScheduler(**NOISE, solver_order=2, algorithm_type="dpmsolver++",
                                                       steps_offset=1, prediction_type=predicts)
     pipeline = StableDiffusionPipeline(vae, text_encoder, tokenizer, training.halved(unet), scheduler, None, None,
                                        requires_safety_checker=False)
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    pipeline.save_pretrained(temporary)
-    for path in temporary.rglob("config.json"):  # where on this machine a part came from is nobody's business
+    pipeline.save_pretrained(folder)
+    for path in folder.rglob("config.json"):  # where on this machine a part came from is nobody's business
         config = json.loads(path.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
 
 
-class Batches:
-    """Training batches as a function of the step, so that a resumed run sees the same ones."""
+def batches(args: argparse.Namespace, latents: np.ndarray, states: np.ndarray, ends: np.ndarray,
+            captions: list[list[str]], place: dict[str, int], predicts: str) -> Callable[[training.Draw], tuple]:
+    """What makes a step's batch: noisy latents, timesteps, text states, what is to be predicted, and loss weights.
 
-    def __init__(self, args: argparse.Namespace, latents: np.ndarray, states: np.ndarray, ends: np.ndarray,
-                 captions: list[list[str]], place: dict[str, int], predicts: str = "v_prediction") -> None:
-        """Latents (N, C, h, w), text states (P, L, D) with the place of each caption's end token (P,), captions of the
-        latents, the row of a caption among the states, and what is predicted, "v_prediction" or "epsilon"."""
-        # In memory: reading rows scattered over a file is slower than the training step.
-        self.latents = torch.from_numpy(latents).to(training.DEVICE)
-        self.states = torch.from_numpy(states[:, :args.text_length]).to(training.DEVICE)
-        # From the end token on every state repeats the whole caption (the text tower is causal, and padding is end
-        # tokens), so a UNet may read the noun there and leave the noun's own token to the background. Many captions get
-        # the endings of the empty prompt instead: the word itself is then the one place that names the object.
-        self.ends = torch.from_numpy(ends).to(training.DEVICE)
-        self.args, self.captions, self.place = args, captions, place
-        cumulative = DDPMScheduler(**NOISE).alphas_cumprod.to(training.DEVICE)
-        self.signal, self.noise = cumulative.sqrt(), (1 - cumulative).sqrt()
-        # Nearly clean latents weigh less (min-SNR). The error of v against that of epsilon moves weight to the noisier
-        # half, where it is decided what is drawn and where; textures are learned soon enough.
-        self.epsilon, snr = predicts == "epsilon", cumulative / (1 - cumulative)
-        self.weight = (GAMMA / snr).clamp(max=1) if self.epsilon else ((1 + GAMMA) / (1 + snr)).clamp(max=1)
+    Of latents (N, C, h, w) and their captions, text states (P, L, D) with the place of each caption's end token (P,),
+    and the row of a caption among the states; ``predicts`` is "v_prediction" or "epsilon".
+    """
+    # In memory: reading rows scattered over a file is slower than the training step.
+    # From the end token on every state repeats the whole caption (the text tower is causal, and padding is end
+    # tokens), so a UNet may read the noun there and leave the noun's own token to the background. Many captions get
+    # the endings of the empty prompt instead: the word itself is then the one place that names the object.
+    latents, states, ends = (torch.from_numpy(array).to(training.DEVICE)
+                             for array in (latents, states[:, :args.text_length], ends))
+    cumulative = DDPMScheduler(**NOISE).alphas_cumprod.to(training.DEVICE)
+    # Nearly clean latents weigh less (min-SNR). The error of v against that of epsilon moves weight to the noisier
+    # half, where it is decided what is drawn and where; textures are learned soon enough.
+    epsilon, snr = predicts == "epsilon", cumulative / (1 - cumulative)
+    weight = (GAMMA / snr).clamp(max=1) if epsilon else ((1 + GAMMA) / (1 + snr)).clamp(max=1)
 
-    def __call__(self, draw: training.Draw) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Noisy latents, timesteps, text states, what is to be predicted and the loss weights of a step."""
-        args, picker, on = self.args, draw.picker, {"generator": draw.generator, "device": draw.generator.device}
-        clean, count = training.rows(self.latents, draw.index).float(), len(draw.index)
-        names = ["" if picker.random() < EMPTY else picker.choices(self.captions[i], PHRASINGS)[0] for i in draw.index]
-        chosen = training.put(torch.tensor([self.place[name] for name in names]))
-        ending = torch.arange(self.states.shape[1], device=on["device"]) >= self.ends[chosen][:, None]
+    def batch(draw: training.Draw) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        picker, on = draw.picker, {"generator": draw.generator, "device": draw.generator.device}
+        clean, count = training.rows(latents, draw.index).float(), len(draw.index)
+        names = ["" if picker.random() < EMPTY else picker.choices(captions[i], PHRASINGS)[0] for i in draw.index]
+        chosen = training.put(torch.tensor([place[name] for name in names]))
+        ending = torch.arange(states.shape[1], device=on["device"]) >= ends[chosen][:, None]
         emptied = ending & (torch.rand(count, 1, **on) < args.ending_dropout)
-        text = torch.where(emptied[..., None], self.states[self.place[""]], self.states[chosen]).float()
+        text = torch.where(emptied[..., None], states[place[""]], states[chosen]).float()
         # One timestep per stratum of the 1,000 lowers the variance of the loss; the shuffle frees it from their order.
-        strata = (torch.arange(count, device=on["device"]) + torch.rand(count, **on)) * (len(self.weight) / count)
-        t = strata.long().clamp(max=len(self.weight) - 1)[torch.randperm(count, **on)]
+        strata = (torch.arange(count, device=on["device"]) + torch.rand(count, **on)) * (len(weight) / count)
+        t = strata.long().clamp(max=len(weight) - 1)[torch.randperm(count, **on)]
         noise = torch.randn(clean.shape, **on)
-        signal, amount = (table[t].view(-1, 1, 1, 1) for table in (self.signal, self.noise))
-        target = noise if self.epsilon else signal * noise - amount * clean
-        return signal * clean + amount * noise, t, text, target, self.weight[t]
+        signal, amount = (share[t].sqrt().view(-1, 1, 1, 1) for share in (cumulative, 1 - cumulative))
+        target = noise if epsilon else signal * noise - amount * clean
+        return signal * clean + amount * noise, t, text, target, weight[t]
+
+    return batch
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -121,8 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--text-length", type=int, default=24, help="tokens of a prompt, with start, end and padding")
     parser.add_argument("--ending-dropout", type=float, default=0.8, help="share of captions whose end says nothing")
     args = training.start(parser, argv)
-    scenes = training.Scenes(args.data)
-    images, captions = scenes.images, scenes.captions
+    images, captions = training.load_scenes(args.data)
     vae = AutoencoderKL.from_pretrained(args.vae).float().eval().to(training.DEVICE)
     clip = CLIPModel.from_pretrained(args.clip).float().eval()
     text_encoder = CLIPTextModel(clip.config.text_config).eval().to(training.DEVICE)
@@ -147,8 +139,8 @@ def main(argv: list[str] | None = None) -> None:
     state_shape = (len(distinct), tokenizer.model_max_length, text_encoder.config.hidden_size)
     predicts = (DDPMScheduler.from_pretrained(args.init, subfolder="scheduler").config.prediction_type if args.init else
                 "v_prediction")
-    batches = Batches(args, encode(latents, "latents", latent_shape, args), encode(states, "states", state_shape, args),
-                      ends, captions, {caption: i for i, caption in enumerate(distinct)}, predicts)
+    batch = batches(args, encode(latents, "latents", latent_shape, args), encode(states, "states", state_shape, args),
+                    ends, captions, {caption: i for i, caption in enumerate(distinct)}, predicts)
     tokenizer = CLIPTokenizer.from_pretrained(args.clip, model_max_length=args.text_length)  # the pipeline pads to this
     vae, text_encoder = vae.cpu().half(), text_encoder.cpu().half()  # from here on only written
 
@@ -167,9 +159,9 @@ def main(argv: list[str] | None = None) -> None:
     compiled = torch.compile(objective)
 
     def loss(draw: training.Draw) -> Tensor:
-        batch = batches(draw)
+        made = batch(draw)
         with training.mixed():
-            return compiled(*batch)
+            return compiled(*made)
 
     run.fit(loss, export=lambda folder: write_pipeline(run.average, vae, text_encoder, tokenizer, predicts, folder))
 

@@ -19,13 +19,6 @@ KL = 2e-4  # weight of the KL per latent value
 CHROMA = 4.0  # weight of a colour's distance from grey
 
 
-def build_vae(channels: tuple[int, ...], latent_channels: int, size: int) -> AutoencoderKL:
-    """A convolutional autoencoder; every level after the first halves the sides."""
-    down, up = ("DownEncoderBlock2D",) * len(channels), ("UpDecoderBlock2D",) * len(channels)
-    return AutoencoderKL(down_block_types=down, up_block_types=up, block_out_channels=channels, norm_num_groups=8,
-                         latent_channels=latent_channels, sample_size=size, mid_block_add_attention=False)
-
-
 def to_signed(images: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) to float (B, 3, H, W) in [-1, 1]."""
     return 2 * training.to_float(images) - 1
@@ -58,20 +51,17 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     return ((error.abs() + error.square() + tint.abs()) * weight).mean() + 0.5 * gradient
 
 
-@torch.no_grad()
-def latent_scale(vae: AutoencoderKL, images: Tensor) -> float:
-    """1 / standard deviation of the latents: what SD calls ``scaling_factor``."""
-    return float(1 / torch.cat([vae.encode(to_signed(part)).latent_dist.mode() for part in images.split(64)]).std())
-
-
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     parser = training.options(__doc__, steps=6000, batch=32, minutes=30, lr=1.5e-3)
-    parser.add_argument("--channels", type=int, nargs="+", default=(32, 64, 128, 128))
+    parser.add_argument("--channels", type=int, nargs="+", default=(32, 64, 128, 128), help="of levels, each half as wide")
     parser.add_argument("--latent-channels", type=int, default=4)
     args = training.start(parser, argv)
-    images = training.Scenes(args.data).images
-    vae = build_vae(tuple(args.channels), args.latent_channels, images.shape[1]).to(training.DEVICE)
+    images, levels = training.load_array(args.data / "train_images.npy"), len(args.channels)
+    down, up = ("DownEncoderBlock2D",) * levels, ("UpDecoderBlock2D",) * levels
+    vae = AutoencoderKL(down_block_types=down, up_block_types=up, block_out_channels=tuple(args.channels),
+                        norm_num_groups=8, latent_channels=args.latent_channels, sample_size=images.shape[1],
+                        mid_block_add_attention=False).to(training.DEVICE)
     run = training.Run(args, vae, len(images), list(vae.parameters()), betas=(0.9, 0.99), decay=0.998, warmup=100)
 
     def loss(draw: training.Draw) -> Tensor:
@@ -90,7 +80,9 @@ def main(argv: list[str] | None = None) -> None:
 
     run.fit(loss)
     some = images[::1 + len(images) // 2000]  # 2,000 at most
-    run.average.register_to_config(scaling_factor=latent_scale(run.average, some))
+    with torch.no_grad():
+        latents = torch.cat([run.average.encode(to_signed(part)).latent_dist.mode() for part in some.split(64)])
+    run.average.register_to_config(scaling_factor=float(1 / latents.std()))
     training.halved(run.average).save_pretrained(args.out)
 
 

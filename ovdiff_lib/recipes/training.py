@@ -85,14 +85,10 @@ def load_array(path: Path) -> Tensor:
     return torch.from_numpy(np.load(path, mmap_mode="c")).to(DEVICE)
 
 
-class Scenes:
-    """The training set of :mod:`ovdiff_lib.recipes.build`: images u8 (N, S, S, 3) with four captions each, and the
-    nouns."""
-
-    def __init__(self, folder: Path) -> None:
-        self.images = load_array(folder / "train_images.npy")
-        self.captions, self.nouns = (
-            json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("train_captions", "nouns"))
+def load_scenes(folder: Path) -> tuple[Tensor, list[list[str]]]:
+    """The training set of :mod:`ovdiff_lib.recipes.build`: images u8 (N, S, S, 3) and the four captions of each."""
+    captions = json.loads((folder / "train_captions.json").read_text(encoding="utf-8"))
+    return load_array(folder / "train_images.npy"), captions
 
 
 def put(x: Tensor) -> Tensor:
@@ -193,15 +189,8 @@ class Run:
         self.average = copy.deepcopy(module).eval().requires_grad_(False) if decay else None
         self.step, self.elapsed = 0, 0.0
         self.checkpoint, self.log = args.work / "checkpoint.pt", args.work / "log.jsonl"
-        if self.checkpoint.exists():
-            self._load()
-
-    @property
-    def progress(self) -> float:
-        """Used fraction of the budget: of the steps or of the minutes, the larger."""
-        return max(self.step / max(1, self.args.steps), self.elapsed / (60 * self.args.minutes))
-
-    def _load(self) -> None:
+        if not self.checkpoint.exists():
+            return
         state = torch.load(self.checkpoint, map_location=DEVICE, weights_only=True)
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -214,6 +203,11 @@ class Run:
             self.log.write_text("".join(row for row in rows if json.loads(row)["step"] <= self.step), encoding="utf-8")
         print(f"resumed at step {self.step}, {self.elapsed / 60:.1f} min", flush=True)
 
+    @property
+    def progress(self) -> float:
+        """Used fraction of the budget: of the steps or of the minutes, the larger."""
+        return max(self.step / max(1, self.args.steps), self.elapsed / (60 * self.args.minutes))
+
     def save(self) -> None:
         """Write the checkpoint."""
         state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
@@ -224,44 +218,37 @@ class Run:
 
     def fit(self, loss: Callable[[Draw], Tensor], *, after: Callable[[], None] | None = None,
             export: Callable[[Path], None] | None = None, row: int = 100) -> None:
-        """Train on ``loss(draw)`` until the budget is used; ``after()`` follows each step. The mean loss is logged each
-        ``row`` steps and at the end; ``export(folder)`` writes the model."""
+        """Train on ``loss(draw)`` until the budget is used, the gradient's norm cut to 1; ``after()`` follows each
+        step. The mean loss is logged each ``row`` steps and at the end; ``export(folder)`` writes the model."""
         args, total, count, saved, last = self.args, 0.0, 0, self.elapsed, time.perf_counter()
         while self.progress < 1:
             share = rate(self.progress, self.step, **self.schedule)
             for group in self.optimizer.param_groups:
                 group["lr"] = args.lr * share
             value = loss(draw(args, self.count, self.step))
-            self._descend(value)
+            self.optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            torch.nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.grad is not None], 1.0)
+            self.optimizer.step()
+            if self.average is not None:
+                follow(self.average, self.module, min(self.decay, (1 + self.step) / (10 + self.step)))
             if after:
                 after()
             total, count = total + value.detach(), count + 1  # read when a row is written: a GPU is not waited for
-            self.step += 1
-            if self.step % row == 0:
+            self.step, now = self.step + 1, time.perf_counter()
+            self.elapsed, last = self.elapsed + now - last, now
+            if self.step % row == 0 or self.progress >= 1:
                 self._write_row(float(total) / count, args.lr * share)
                 total, count = 0.0, 0
-            now = time.perf_counter()
-            self.elapsed, last = self.elapsed + now - last, now
             if self.elapsed - saved > CHECKPOINT:
                 saved = self.elapsed
                 self.save()
                 if export:
                     export(args.work / "model")
-        if count:
-            self._write_row(float(total) / count, args.lr * share)
         self.save()
         if export:
             export(args.out)
         print(f"done: {self.step} steps of {args.batch}, {self.elapsed / 60:.1f} min", flush=True)
-
-    def _descend(self, loss: Tensor) -> None:
-        """One step of the optimizer, the gradient's norm cut to 1; the average follows."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.grad is not None], 1.0)
-        self.optimizer.step()
-        if self.average is not None:
-            follow(self.average, self.module, min(self.decay, (1 + self.step) / (10 + self.step)))
 
     def _write_row(self, loss: float, lr: float) -> None:
         """Append to the log, and say."""

@@ -32,6 +32,7 @@ def write_scenes(folder, size=32, count=12):
 
 def test_halved_weights_have_bfloat16_fractions():
     model = torch.nn.Linear(30, 40)
+    torch.nn.init.uniform_(model.weight, 0.01, 1)  # near zero a half has fewer bits
     weight, half = model.weight, training.halved(model).weight
     assert half.dtype == torch.float16 and torch.equal(half.float(), weight.bfloat16().float()) and weight.dtype == torch.float32
 
@@ -73,8 +74,8 @@ def test_what_is_predicted_turns_noisy_latents_back(monkeypatch, predicts):
     states, ends = np.arange(2 * 5 * 3, dtype=np.float16).reshape(2, 5, 3), np.array([1, 3])
     args = SimpleNamespace(text_length=5, ending_dropout=0.5, batch=16, seed=0)
     monkeypatch.setattr(train_unet, "EMPTY", 0.25)
-    batches = train_unet.Batches(args, latents, states, ends, [["x"] * 4] * 16, {"": 0, "x": 1}, predicts)
-    noisy, t, text, target, weight = batches(training.draw(args, 16, 3))
+    batch = train_unet.batches(args, latents, states, ends, [["x"] * 4] * 16, {"": 0, "x": 1}, predicts)
+    noisy, t, text, target, weight = batch(training.draw(args, 16, 3))
     betas = np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2
     alpha = torch.tensor(np.cumprod(1 - betas)[t.numpy()], dtype=torch.float32).view(-1, 1, 1, 1)
     clean = (alpha.sqrt() * noisy - (1 - alpha).sqrt() * target if predicts == "v_prediction" else
