@@ -58,9 +58,11 @@ class TextEncoder:
             self._known, new = {}, list(dict.fromkeys(texts))
             self._table = self._table.new_empty(max(self.cached, len(new)), self._table.shape[1])
         if new:
-            packed = pack([self._tokens(text) for text in new], max(WIDTH, self.length))
-            start = len(self._known)
-            self._table[start : start + len(new)] = unit(encode(self.clip, *packed))
+            rows, order = pack([self._tokens(text) for text in new], max(WIDTH, self.length))
+            tower, start = self.clip.text_model, len(self._known)
+            ends = torch.cat([_ends(tower, rows[first:last]) for first, last in batches(len(rows), ROWS)])
+            found = self.clip.text_projection(tower.final_layer_norm(ends))
+            self._table[start : start + len(new)] = unit(found[torch.tensor(order).argsort().to(found.device)])
             self._known.update(zip(new, itertools.count(start)))
         return self._table[[self._known[text] for text in texts]]
 
@@ -108,14 +110,6 @@ def pack(sequences: Sequence[tuple[int, ...]], width: int) -> tuple[list[Row], l
         ends.append(path[-1])
         previous = sequence
     return rows, order
-
-
-def encode(clip: CLIPModel, rows: Sequence[Row], order: Sequence[int]) -> torch.Tensor:
-    """Projected embeddings (n, E), on the model's device and in its dtype, of the n sequences given to :func:`pack`."""
-    text = clip.text_model
-    ends = torch.cat([_ends(text, rows[start:stop]) for start, stop in batches(len(rows), ROWS)])
-    embeddings = clip.text_projection(text.final_layer_norm(ends))
-    return embeddings[torch.tensor(order).argsort().to(embeddings.device)]
 
 
 def _ends(text: torch.nn.Module, rows: Sequence[Row]) -> torch.Tensor:

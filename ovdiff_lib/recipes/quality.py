@@ -65,24 +65,19 @@ def vae_psnr(profile: Profile) -> float:
     return float(np.mean(found))
 
 
-def neighbour_accuracy(vectors: torch.Tensor, truth: torch.Tensor, neighbours: int = 5) -> float:
-    """Leave-one-out k-nearest-neighbour accuracy of vectors (N, D) of the classes (N,), votes weighted by cosine."""
-    unit = F.normalize(vectors.float(), dim=1)
-    value, index = (unit @ unit.T).fill_diagonal_(-1).topk(neighbours)
-    votes = torch.zeros(len(truth), int(truth.max()) + 1).scatter_add_(1, truth[index], value)
-    return float((votes.argmax(1) == truth).float().mean())
-
-
 def neighbour_top1(profile: Profile, scenes: list[MaskedScene]) -> dict[str, float]:
-    """Leave-one-out 5-nearest-neighbour accuracy of the noun on single-object images, for every extractor, an image's
-    vector being the mean of its features; and chance, the share of the commonest noun."""
+    """Leave-one-out 5-nearest-neighbour accuracy of the noun on single-object images, votes weighted by cosine, for
+    every extractor, an image's vector being the mean of its features; and chance, the share of the commonest noun."""
     truth = torch.from_numpy(np.unique([noun for _, _, noun in scenes], return_inverse=True)[1])
     accuracy = {"chance": float(torch.bincount(truth).max() / len(truth))}
     names = ["sd", "dino", "mae", "clip-keys", "clip-tokens"]
     for name, extractor in build_extractors(profile.override({"features.extractors": names})).items():
         means = [extractor(resize_short_side(image, profile.matching.short_side)[None], np.array([i])).mean((1, 2))
                  for i, (image, _, _) in enumerate(tqdm(scenes, desc=name, unit="image"))]
-        accuracy[name] = neighbour_accuracy(torch.cat(means).cpu(), truth)
+        unit = F.normalize(torch.cat(means).cpu().float(), dim=1)
+        value, index = (unit @ unit.T).fill_diagonal_(-1).topk(5)
+        votes = torch.zeros(len(truth), int(truth.max()) + 1).scatter_add_(1, truth[index], value)
+        accuracy[name] = float((votes.argmax(1) == truth).float().mean())
     return accuracy
 
 

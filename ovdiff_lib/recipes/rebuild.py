@@ -137,8 +137,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="folder for art, scenes and checkpoints (default: work)")
     parser.add_argument("--hours", type=float, help="time for everything (default: 0.4 on a GPU, 30 without)")
     parser.add_argument("--scenes", type=int, default=100_000, help="training scenes (default: 100,000)")
-    parser.add_argument("--size", type=int, default=128, help="side of a training scene in pixels (default: 128)")
-    parser.add_argument("--stop", choices=("glyphs", "scenes"), help="do no more than up to these")
+    parser.add_argument("--stop", choices=("glyphs",), help="do no more than up to these")
     parser.add_argument("--ship", action="store_true",
                         help="put splits, weights and cards in place of those of this checkout")
     args = parser.parse_args(argv)
@@ -147,9 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     arrays = build_glyphs(world, args.work)
     if args.stop == "glyphs":
         return
-    build_training(world, arrays, args.work / "scenes", args.size, args.scenes, args.scenes // 3)
-    if args.stop == "scenes":
-        return
+    build_training(world, arrays, args.work / "scenes", 128, args.scenes, args.scenes // 3)
     train(args.work, hours)
     if args.ship:
         build_shipped(world, arrays)

@@ -4,7 +4,6 @@ First MaskCut runs over some training scenes (resumable, in the work folder), th
 found, with copy-paste and DropLoss; without CutLER's rounds of self-training. No label is read.
 """
 
-import argparse
 import os
 from collections.abc import Iterator
 
@@ -121,20 +120,6 @@ def losses(model: MaskRCNN, images: Tensor, targets: list[dict[str, Tensor]]) ->
     return torch.stack(list(model(list(images), targets).values())).sum()
 
 
-def pseudo_masks(args: argparse.Namespace) -> tuple[list[int], list[np.ndarray]]:
-    """Some training scenes, and what MaskCut finds in each, bool (M, H, W); beside a GPU all CPU cores look."""
-    images = np.load(args.data / "train_images.npy", mmap_mode="r")
-    segmenter = build_segmenter(load_profile("mini", parse_assignments(args.set) | {"masks.segmenter": "maskcut"}))
-    scenes = np.random.default_rng(args.seed).permutation(len(images))[:args.scenes].tolist()
-    workers = len(os.sched_getaffinity(0)) if training.DEVICE.type == "cuda" else 1
-
-    def some(places: range) -> Iterator[np.ndarray]:
-        chosen = (np.array(images[scenes[i]]) for i in places)
-        return forked_map(lambda image: segmenter.propose(image, ""), chosen, workers, chunksize=1)
-
-    return scenes, training.in_chunks(args, "pseudo_masks", (len(scenes), *images.shape[1:3]), 100, some)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     parser = training.options(__doc__, steps=4000, batch=16, minutes=25, lr=1e-3)
@@ -142,7 +127,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE",
                         help="change a value of profile mini, whose settings and models MaskCut gets")
     args = training.start(parser, argv)
-    scenes, masks = pseudo_masks(args)
+    images = np.load(args.data / "train_images.npy", mmap_mode="r")
+    segmenter = build_segmenter(load_profile("mini", parse_assignments(args.set) | {"masks.segmenter": "maskcut"}))
+    scenes = np.random.default_rng(args.seed).permutation(len(images))[:args.scenes].tolist()
+    workers = len(os.sched_getaffinity(0)) if training.DEVICE.type == "cuda" else 1  # beside a GPU all cores look
+
+    def some(places: range) -> Iterator[np.ndarray]:
+        chosen = (np.array(images[scenes[i]]) for i in places)
+        return forked_map(lambda image: segmenter.propose(image, ""), chosen, workers, chunksize=1)
+
+    masks = training.in_chunks(args, "pseudo_masks", (len(scenes), *images.shape[1:3]), 100, some)
     usable = [i for i, found in enumerate(masks) if len(found)]
     print(f"{len(scenes)} scenes, {len(usable)} with masks, {sum(map(len, masks))} masks", flush=True)
     if len(usable) < args.batch:

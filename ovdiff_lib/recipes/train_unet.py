@@ -32,16 +32,6 @@ GAMMA = 5.0  # signal-to-noise ratio above which errors weigh less
 AVERAGE = 0.999  # decay of the averaged weights, which are kept
 
 
-def build_unet(channels: tuple[int, ...], text_width: int, latent_channels: int, size: int) -> UNet2DConditionModel:
-    """Three cross-attention blocks down, one in the middle, three up, so that first, mid, up and last layers mean
-    what they mean in SD."""
-    down, up = ((f"CrossAttn{way}Block2D",) * len(channels) for way in ("Down", "Up"))
-    return UNet2DConditionModel(sample_size=size, in_channels=latent_channels, out_channels=latent_channels,
-                                down_block_types=down, up_block_types=up, block_out_channels=channels,
-                                layers_per_block=1, attention_head_dim=4, norm_num_groups=16,
-                                cross_attention_dim=text_width)
-
-
 @torch.no_grad()
 def encode(encoder: Callable[[int, int], Tensor], name: str, shape: tuple[int, ...], args: argparse.Namespace,
            batch: int = 64) -> np.ndarray:
@@ -137,15 +127,22 @@ def main(argv: list[str] | None = None) -> None:
     side = images.shape[1] // 2 ** (len(vae.config.block_out_channels) - 1)
     latent_shape = (len(images), vae.config.latent_channels, side, side)
     state_shape = (len(distinct), tokenizer.model_max_length, text_encoder.config.hidden_size)
-    predicts = (DDPMScheduler.from_pretrained(args.init, subfolder="scheduler").config.prediction_type if args.init else
-                "v_prediction")
+    if args.init:
+        predicts = DDPMScheduler.from_pretrained(args.init, subfolder="scheduler").config.prediction_type
+        unet = UNet2DConditionModel.from_pretrained(args.init, subfolder="unet").float()
+    else:
+        # Three blocks down, one in the middle, three up: first, mid, up and last layers mean what they mean in SD.
+        predicts, (down, up) = "v_prediction", ((f"CrossAttn{way}Block2D",) * 3 for way in ("Down", "Up"))
+        unet = UNet2DConditionModel(sample_size=side, in_channels=latent_shape[1], out_channels=latent_shape[1],
+                                    down_block_types=down, up_block_types=up, block_out_channels=tuple(args.channels),
+                                    layers_per_block=1, attention_head_dim=4, norm_num_groups=16,
+                                    cross_attention_dim=state_shape[2])
     batch = batches(args, encode(latents, "latents", latent_shape, args), encode(states, "states", state_shape, args),
                     ends, captions, {caption: i for i, caption in enumerate(distinct)}, predicts)
     tokenizer = CLIPTokenizer.from_pretrained(args.clip, model_max_length=args.text_length)  # the pipeline pads to this
     vae, text_encoder = vae.cpu().half(), text_encoder.cpu().half()  # from here on only written
 
-    unet = (UNet2DConditionModel.from_pretrained(args.init, subfolder="unet").float() if args.init else
-            build_unet(tuple(args.channels), state_shape[2], latent_shape[1], side)).to(training.DEVICE)
+    unet = unet.to(training.DEVICE)
     run = training.Run(args, unet, len(images), list(unet.parameters()), betas=(0.9, 0.99), decay=AVERAGE, warmup=200,
                        hold=0.6, floor=0.02)
     if training.DEVICE.type == "cpu":  # up to 256 positions the fused kernel is several times slower backwards there

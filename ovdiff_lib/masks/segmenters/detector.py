@@ -24,6 +24,7 @@ from ovdiff_lib.profiles.schema import Profile
 
 if TYPE_CHECKING:
     from torchvision.models.detection import MaskRCNN
+    from torchvision.models.resnet import BasicBlock
 
 CONFIG: dict[str, Any] = {
     "widths": [32, 64, 96, 128],  # channels at strides 4, 8, 16, 32
@@ -47,24 +48,17 @@ SMALLEST = 8
 """Least short side of a resized image, pixels: below it the deepest features are less than one cell."""
 
 
-class Residual(nn.Module):
-    """Two 3 x 3 convolutions with a shortcut (He et al., 2016), group-normalised: the same alone and in a batch."""
+def residual(before: int, after: int, stride: int) -> BasicBlock:
+    """A block of ResNet (He et al., 2016), group-normalised: the same alone and in a batch."""
+    from torchvision.models.resnet import BasicBlock
 
-    def __init__(self, before: int, after: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
-        self.norm1 = nn.GroupNorm(after // 8, after)
-        self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
-        self.norm2 = nn.GroupNorm(after // 8, after)
+    block = BasicBlock(before, after, stride, norm_layer=lambda width: nn.GroupNorm(width // 8, width))
+    if stride > 1:
         # Pooling before the 1 x 1 convolution, not a stride in it: better (He et al., 2019), and oneDNN's gradient of
         # the strided one corrupts memory for few channels in channels_last.
-        pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
-        same = stride == 1 and before == after
-        self.shortcut = nn.Identity() if same else nn.Sequential(pool, nn.Conv2d(before, after, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
-        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x), inplace=True)
+        pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
+        block.downsample = nn.Sequential(pool, nn.Conv2d(before, after, 1))
+    return block
 
 
 class Backbone(nn.Module):
@@ -77,7 +71,7 @@ class Backbone(nn.Module):
         norm = nn.GroupNorm(widths[0] // 8, widths[0])
         self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), norm, nn.ReLU(True))
         self.stages = nn.ModuleList(
-            nn.Sequential(Residual(before, after, 2), *(Residual(after, after, 1) for _ in range(count - 1)))
+            nn.Sequential(residual(before, after, 2), *(residual(after, after, 1) for _ in range(count - 1)))
             for before, after, count in zip([widths[0], *widths], widths, blocks, strict=False))
         self.pyramid = FeaturePyramidNetwork(widths, pyramid)
         self.out_channels = pyramid
@@ -151,7 +145,9 @@ def load_detector(folder: Path | str, device: torch.device | str = "cpu") -> Mas
     if not isinstance(folder, Path) or not folder.is_dir():
         raise ValueError("a detector is a folder with config.json and model.safetensors")
     model = build_detector(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    weights = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
+    # What ships was saved when the blocks had names of their own.
+    weights = {name.replace(".norm", ".bn").replace(".shortcut", ".downsample"): value.float()
+               for name, value in load_file(folder / "model.safetensors").items()}
     model.load_state_dict(weights)
     return complete(model).to(device)
 
