@@ -190,7 +190,7 @@ def test_every_method_is_asked_every_trial():
         calls.append(asked)
         return np.full(image.shape[:2], len(asked))
 
-    tests = absent_tests({"last": last, "none": lambda image, asked: np.zeros(image.shape[:2], int)}, askings, 3, progress=False)
+    tests = absent_tests({"last": last, "none": lambda image, asked: np.zeros(image.shape[:2], int)}, askings, 3)
     assert set(tests) == {(a, m) for a in askings for m in ("last", "none")}
     assert calls == [(1, 2, 3), (1, 2), (1, 2, 3), (1, 3)]  # image by image
     matrices, absent = tests["two", "last"]

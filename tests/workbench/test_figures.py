@@ -97,7 +97,7 @@ def test_divided_tints_only_its_masks():
         assert np.abs(made[rows] - (drawn.images[0][rows] + np.array(colour)) / 2).max() <= 0.5
     assert (made[2:-2] == drawn.images[0][2:-2]).all()
     none, whole = slice(0), slice(None)
-    figure = divided_figure([drawn], {"none": [halves(none, none)], "all": [halves(whole, none)]}, shown=4)
+    figure = divided_figure([drawn], {"none": [halves(none, none)], "all": [halves(whole, none)]})
     shown = [(np.asarray(axis.images[0].get_array()) == drawn.images[n % 2]).all() for n, axis in enumerate(figure.axes)]
     assert shown == [True, True, False, False]
 

@@ -22,8 +22,7 @@ from ovdiff_lib.workbench.analysis.margins import confusions
 from ovdiff_lib.workbench.data.classes import class_table, vocabulary_of
 from ovdiff_lib.workbench.data.samples import Sample
 from ovdiff_lib.workbench.figures.charts import share_tables
-from ovdiff_lib.workbench.vocabulary.collisions import Collisions, collide, own_similarity
-from ovdiff_lib.workbench.vocabulary.examine import AMBIGUOUS, Limits, examine
+from ovdiff_lib.workbench.vocabulary.examine import AMBIGUOUS, Collisions, Limits, collide, examine, own_similarity
 
 GRID = (5, 7)
 TABLES = [field.name for field in fields(Collisions)]
@@ -316,7 +315,7 @@ def test_confusions_are_counted_pixel_by_pixel(ovdiff):
         for true, guess in zip(sample.labels.ravel(), found.ravel(), strict=True):
             if true != 255:
                 matrix[labels.index({0: "background", 1: "cat", 2: "background", 3: "dog"}[int(true)]), guess] += 1
-    matrices = confusions(ovdiff, bank, samples, names, progress=False)
+    matrices = confusions(ovdiff, bank, samples, names)
     assert np.array_equal(matrices, expected) and expected[:, 1].sum() and expected[:, 2].sum() and not expected[:, 3].any()
 
 

@@ -69,14 +69,14 @@ def one_absent_word(samples: Iterable[Sample], classes: int, seed: int = 0) -> l
 
 
 def absent_tests(methods: Mapping[str, Callable[[np.ndarray, tuple[int, ...]], np.ndarray]],
-                 askings: Mapping[str, Sequence[Trial]], classes: int,
-                 progress: bool = True) -> dict[tuple[str, str], tuple[np.ndarray, AbsentTest]]:
+                 askings: Mapping[str, Sequence[Trial]],
+                 classes: int) -> dict[tuple[str, str], tuple[np.ndarray, AbsentTest]]:
     """Every method on every trial: (asking, method) -> the confusion matrix of each image, i64 (images, K, K), and what
     became of absent words. ``methods[name](image, asked)`` labels an image: 0 = background, i + 1 = ``asked[i]``.
     Trials at one place of the askings follow each other: methods that remember an image's features pay once."""
     tests = {(asking, name): ([], AbsentTest()) for asking in askings for name in methods}
     places = list(zip(*askings.values(), strict=True))
-    for place in tqdm(places, unit="image", mininterval=5, disable=not progress):
+    for place in tqdm(places, unit="image", mininterval=5):
         for asking, (sample, asked) in zip(askings, place, strict=True):
             for name, method in methods.items():
                 labels = np.array([0, *asked])[method(sample.image, asked)]

@@ -58,8 +58,7 @@ class MarginStatistics:
                 for one in chosen]
 
 
-def confusions(ovdiff: OVDiff, bank: PrototypeBank, samples: Iterable[Sample], names: Sequence[str],
-               progress: bool = True) -> np.ndarray:
+def confusions(ovdiff: OVDiff, bank: PrototypeBank, samples: Iterable[Sample], names: Sequence[str]) -> np.ndarray:
     """Pixel counts of each of ``samples``, background and the classes of ``bank``, i64 (images, C + 1, C + 1), rows
     true. ``names`` are the classes of the samples' labels 1, 2, ..., compared without case; those that the bank lacks
     are background. Ignored pixels do not count."""
@@ -68,7 +67,7 @@ def confusions(ovdiff: OVDiff, bank: PrototypeBank, samples: Iterable[Sample], n
     table[1:len(names) + 1] = [place.get(name.casefold(), 0) for name in names]
     table[IGNORE] = -1  # a vocabulary of one's own may have more than 255 classes
     matrices = []
-    for sample in tqdm(list(samples), unit="image", mininterval=5, disable=not progress):
+    for sample in tqdm(list(samples), unit="image", mininterval=5):
         matrices.append(ConfusionMatrix(len(bank.vocabulary) + 1, ignore=-1))
         matrices[-1].update(ovdiff.segment(sample.image, bank).labels, table[sample.labels])
     return np.stack([matrix.counts for matrix in matrices])

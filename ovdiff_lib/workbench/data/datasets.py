@@ -182,7 +182,6 @@ DATASETS: dict[str, tuple[str, Callable[[], Layout], bool]] = {
 }
 """Name -> (its classes, how it lies on disk, whether background is a class)."""
 
-
 UNMEASURED = "no folder is named, so its published numbers stand alone"
 
 

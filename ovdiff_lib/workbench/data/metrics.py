@@ -3,9 +3,7 @@
 import numpy as np
 
 from ovdiff_lib.errors import InputError
-
-IGNORE = 255
-"""Label of pixels that do not count."""
+from ovdiff_lib.mini.world import IGNORE
 
 
 class ConfusionMatrix:

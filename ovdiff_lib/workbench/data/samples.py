@@ -4,7 +4,7 @@ Labels: 0 = background where the data set has one (else no label is 0), i + 1 = 
 ignored.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -75,9 +75,6 @@ class Dataset:
     def __getitem__(self, index: int) -> Sample:
         image = read_stored(self.files[index][1])
         return Sample(self.ids[index], image, self.labels(index, image.shape[:2]))
-
-    def __iter__(self) -> Iterator[Sample]:
-        return (self[i] for i in range(len(self)))
 
     def labels(self, index: int, shape: tuple[int, int] | None = None) -> np.ndarray:
         """Labels u8 (H, W) of one image; ``InputError`` for a broken file, one not of ``shape``, and unknown ids."""

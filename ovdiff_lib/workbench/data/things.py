@@ -1,7 +1,4 @@
-"""Which classes are countable things and which are regions of stuff, for the "stuff" filter (Sec. 3.4, App. C.6).
-
-The paper asked ChatGPT; its answers (Table C.8) and the split of COCO-Stuff ship as tables.
-"""
+"""Which classes are countable things and which are regions of stuff, for the "stuff" filter (Sec. 3.4, App. C.6)."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -13,7 +10,8 @@ from ovdiff_lib.categories import Category, Vocabulary
 
 FOLDER = Path(__file__).parent
 TABLES = {"c8": FOLDER / "things_c8.csv", "coco-stuff": FOLDER / "things_coco_stuff.csv"}
-"""Shipped tables: "c8" is Table C.8, with a note where its print is unclear; COCO-Stuff: 80 things, 91 stuff."""
+"""Shipped: "c8" is Table C.8, what ChatGPT told the paper, with a note where its print is unclear; and COCO-Stuff's
+split into 80 things and 91 stuff."""
 
 SPELLINGS = {
     "aeroplane": "airplane", "diningtable": "table", "dining table": "table", "pottedplant": "plant",

@@ -1,7 +1,4 @@
-"""Figures: pictures of images, attribution and masks, grids of them, legends, and how a figure is saved.
-
-Every figure function returns a matplotlib ``Figure``; :func:`save_figure` writes it with its caption.
-"""
+"""Figures: pictures of images, attribution and masks, grids of them, legends, and how a figure is saved."""
 
 import colorsys
 import io
@@ -46,11 +43,11 @@ def mask_picture(masks: ForegroundBackground, index: int) -> np.ndarray:
     return picture
 
 
-def part_picture(prototypes: Prototypes, index: int = 0) -> np.ndarray:
-    """Part clusters of support image ``index`` on the feature grid: warm foreground, cool background, grey unused; u8
+def part_picture(prototypes: Prototypes) -> np.ndarray:
+    """Part clusters of the first support image on the feature grid: warm foreground, cool background, grey unused; u8
     (h, w, 3)."""
     picture = np.full((*prototypes.assignment.shape[1:], 3), UNUSED, np.uint8)
-    codes, count = prototypes.assignment[index].astype(int), int(prototypes.assignment.max())
+    codes, count = prototypes.assignment[0].astype(int), int(prototypes.assignment.max())
     for code in np.unique(codes[codes != 0]):
         # Parts of the background are numbered on from those of the foreground.
         first_hue, part = (0.93, code - 1) if code > 0 else (0.45, count - code - 1)

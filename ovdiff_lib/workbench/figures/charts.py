@@ -1,5 +1,4 @@
-"""Charts of measured numbers: growth with error bars, what switching one setting does, what steps cost, tables of
-shares. Each returns a matplotlib ``Figure``."""
+"""Charts of measured numbers: growth with error bars, what switching one setting does, what steps cost, shares."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -53,14 +53,13 @@ def divided(support: SupportSet, masks: ForegroundBackground, index: int) -> np.
     return image.round().astype(np.uint8)
 
 
-def divided_figure(supports: Sequence[SupportSet], ways: Mapping[str, Sequence[ForegroundBackground]], shown: int = 4,
-                   cell: float = 0.8) -> Figure:
-    """The first ``shown`` images of each support set under its category's name, :func:`divided` by the masks of each
+def divided_figure(supports: Sequence[SupportSet], ways: Mapping[str, Sequence[ForegroundBackground]]) -> Figure:
+    """The first four images of each support set under its category's name, :func:`divided` by the masks of each
     way of making them; ``ways[name]`` holds those of every set."""
-    counts = [min(shown, len(support)) for support in supports]
+    counts = [min(4, len(support)) for support in supports]
     rows = [[divided(s, m, i) for s, m, count in zip(supports, masks, counts, strict=True) for i in range(count)]
             for masks in ways.values()]
-    figure = base.image_grid(rows, list(ways), [" "], cell=cell)  # a blank name leaves the room for ours
+    figure = base.image_grid(rows, list(ways), [" "], cell=0.8)  # a blank name leaves the room for ours
     for support, count, end in zip(supports, counts, np.cumsum(counts), strict=True):
         left, right = (figure.axes[i].get_position() for i in (end - count, end - 1))
         figure.text((left.x0 + right.x1) / 2, left.y1 + 0.05 / figure.get_figheight(), support.category.name,

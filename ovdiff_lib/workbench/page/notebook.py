@@ -1,19 +1,15 @@
 """What a notebook leaves behind: tables and figures, each in one short call."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
+
+from IPython.display import Markdown
 
 from ovdiff_lib.profiles.schema import Profile
+from ovdiff_lib.workbench.evaluation.bench import Bench
 from ovdiff_lib.workbench.figures.base import save_figure
 from ovdiff_lib.workbench.tables.tables import Cell, write_table
-
-if TYPE_CHECKING:
-    from IPython.display import Markdown
-
-    from ovdiff_lib.workbench.evaluation.bench import Bench
 
 
 class Page:
@@ -25,7 +21,7 @@ class Page:
         self.output, self.profile, self.details = Path(output), profile, details
 
     @classmethod
-    def of(cls, output: str | Path, bench: Bench, sources: Iterable[str]) -> Page:
+    def of(cls, output: str | Path, bench: Bench, sources: Iterable[str]) -> Self:
         """The page of a bench: its profile, its seeds, and of each data set as many images as it measures."""
         images = {source: min(bench.images or 10**9, len(bench.dataset(source))) for source in sources}
         return cls(output, bench.profile, images=images, seeds=list(bench.seeds))
@@ -34,8 +30,6 @@ class Page:
               **details: Any) -> Markdown:
         """Write the table ``name`` (:func:`~ovdiff_lib.workbench.tables.tables.write_table`) and show it. ``details``
         replace those of the page, None leaves one out."""
-        from IPython.display import Markdown
-
         kept = {key: value for key, value in {**self.details, **details}.items() if value is not None}
         path = self.output / "tables" / f"{name}.csv"
         return Markdown(write_table(path, name, cells, self.profile, caption, digits, title=title, details=kept))

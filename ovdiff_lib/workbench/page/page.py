@@ -58,14 +58,8 @@ class Run:
     figures: list[dict[str, Any]] = field(default_factory=list)
 
 
-def find_runs(folder: Path, sources: Path) -> list[Run]:
-    """The notebooks that ran, or should have run (those in ``sources``), into an outputs folder, in order."""
-    known = {p.stem: p for p in sources.glob("[0-9]*.ipynb")}
-    here = {p.name.split(".")[0] for p in folder.glob("[0-9]*.ipynb")}
-    return [_run(folder, stem, known.get(stem, Path())) for stem in sorted({*known, *here})]
-
-
 def _run(folder: Path, stem: str, source: Path) -> Run:
+    """The notebook ``stem``, which ran, or should have run, into an outputs folder."""
     executed, failed = folder / f"{stem}.ipynb", folder / f"{stem}.failed.ipynb"
     stamp, ran = read_json(folder / f"{stem}.stamp.json"), cells_of(executed)
     texts = ("".join(c.get("source", "")) for c in ran or cells_of(source) if c.get("cell_type") == "markdown")
@@ -101,7 +95,8 @@ def build_report(folder: Path, profile: Profile, notebooks: Path) -> Path:
     """
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}; run `ovdiff reproduce` first, or name another with --out.")
-    runs = {run.stem: run for run in find_runs(folder, notebooks)}
+    stems = {path.name.split(".")[0] for place in (folder, notebooks) for path in place.glob("[0-9]*.ipynb")}
+    runs = {stem: _run(folder, stem, notebooks / f"{stem}.ipynb") for stem in sorted(stems)}
     problems = [run.problem for run in runs.values() if run.problem]
     others = Run("others", "Other tables and figures")
 

@@ -44,25 +44,6 @@ class ClaimResult:
     how: str  # what the verdict stands on
 
 
-@dataclass
-class Evidence:
-    """The measured cells of a folder by their key ("table|row|column"), and the profile that its tables name."""
-
-    samples: dict[str, Sample]
-    profile: str = ""
-
-    def find(self, pattern: str) -> list[Sample]:
-        """The cells of a pattern, of the first of its alternatives that was measured."""
-        for option in pattern.split(" or "):
-            if option in self.samples:
-                return [self.samples[option]]
-            wanted = re.compile(re.escape(option).replace(r"\*", r"(\d+)"))
-            found = [(wanted.fullmatch(key), sample) for key, sample in self.samples.items() if "*" in option]
-            if counted := [replace(s, label=f"N={match[1]}", count=int(match[1])) for match, s in found if match]:
-                return counted
-        return []
-
-
 @functools.cache
 def claims() -> tuple[Any, ...]:
     """All claims in order: the rows of claims.csv, ``left``, ``right`` and ``sets`` as tuples; ``missing`` is the
@@ -74,16 +55,17 @@ def claims() -> tuple[Any, ...]:
 
 def judge(folder: str | Path) -> list[ClaimResult]:
     """Test every claim on the tables of ``folder``/tables. Raises ``InputError`` for one that cannot be read."""
-    evidence = gather(Path(folder))
-    tested = [_Test(claim, evidence) for claim in claims()]
+    samples, profile = gather(Path(folder))
+    tested = [_Test(claim, samples) for claim in claims()]
     compared = [one for test in tested for part in test.parts.values() for one in part.comparisons if one.exercised]
     for one, corrected in zip(compared, holm([one.p for one in compared]), strict=True):
         one.corrected = corrected
-    return [test.result(evidence.profile) for test in tested]
+    return [test.result(profile) for test in tested]
 
 
-def gather(folder: Path) -> Evidence:
-    """The cells measured here in ``folder``/tables; of several with one key that of most runs, the first of equals."""
+def gather(folder: Path) -> tuple[dict[str, Sample], str]:
+    """The cells measured here in ``folder``/tables by their key ("table|row|column"), of several with one key that of
+    most runs, the first of equals; and the profile that the tables name."""
     sets, found, profile = {name for claim in claims() for name in claim.sets}, [], ""
     for path in sorted((folder / "tables").glob("*.csv")):
         if path.stem != NAME and not path.stem.startswith(NOT_COUNTED):
@@ -95,7 +77,19 @@ def gather(folder: Path) -> Evidence:
         key, label = "|".join(cell.paper.key), ", ".join(part for part in cell.paper.key[1:] if part not in sets)
         if key not in samples:
             samples[key] = Sample(label, cell.measured, runs.draws if runs and runs.images > 1 else None)
-    return Evidence(samples, profile)
+    return samples, profile
+
+
+def find(samples: dict[str, Sample], pattern: str) -> list[Sample]:
+    """The cells of a pattern, of the first of its alternatives that was measured."""
+    for option in pattern.split(" or "):
+        if option in samples:
+            return [samples[option]]
+        wanted = re.compile(re.escape(option).replace(r"\*", r"(\d+)"))
+        found = [(wanted.fullmatch(key), sample) for key, sample in samples.items() if "*" in option]
+        if counted := [replace(s, label=f"N={match[1]}", count=int(match[1])) for match, s in found if match]:
+            return counted
+    return []
 
 
 def write_claims(folder: str | Path) -> Path:
@@ -114,10 +108,10 @@ def counts(results: list[ClaimResult]) -> dict[str, int]:
 class _Test:
     """A claim on the data sets for which there is what it compares."""
 
-    def __init__(self, claim: Any, evidence: Evidence) -> None:
+    def __init__(self, claim: Any, samples: dict[str, Sample]) -> None:
         self.claim, self.parts, self.notes, self.absent = claim, {}, [claim.note], []
         for name in claim.sets:
-            left, right, unmeasured, missing = _cells(claim, name, evidence)
+            left, right, unmeasured, missing = _cells(claim, name, samples)
             if not missing and (part := outcome(claim.relation, left, right)):
                 self.parts[name] = part
                 self.notes += [f"Rivals not measured: {', '.join(unmeasured)}."] if unmeasured else []
@@ -158,19 +152,19 @@ def _each(parts: dict[str, Part], relation: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _cells(claim: Any, name: str, evidence: Evidence) -> tuple[list[Sample], list[Sample], list[str], str]:
+def _cells(claim: Any, name: str, samples: dict[str, Sample]) -> tuple[list[Sample], list[Sample], list[str], str]:
     """The cells of both sides on one data set, the rivals that are left out, and the key of a cell that is missing."""
     sides = [[pattern.replace("{set}", name) for pattern in side] for side in (claim.left, claim.right)]
     patterns, unmeasured = sides[0] + sides[1], []
     if holder := next((holder for holder in RIVALS if any(holder in pattern for pattern in patterns)), ""):
         unmeasured = [rival for rival in RIVALS[holder]
-                      if not all(evidence.find(p.replace(holder, rival)) for p in patterns if holder in p)]
+                      if not all(find(samples, p.replace(holder, rival)) for p in patterns if holder in p)]
         rivals = [rival for rival in RIVALS[holder] if rival not in unmeasured]
         if not rivals:
             return [], [], unmeasured, f"any rival on {name}"
         sides = [dict.fromkeys(p.replace(holder, rival) for rival in rivals for p in side) for side in sides]
-    missing = next((pattern for side in sides for pattern in side if not evidence.find(pattern)), "")
-    left, right = ([sample for pattern in side for sample in evidence.find(pattern)] for side in sides)
+    missing = next((pattern for side in sides for pattern in side if not find(samples, pattern)), "")
+    left, right = ([sample for pattern in side for sample in find(samples, pattern)] for side in sides)
     if claim.relation != "linear" and not missing:
         missing = next((f"the counts by image of {sample.label} on {name}"
                         for sample in (*left, *right) if sample.draws is None), "")

@@ -10,21 +10,19 @@ than the normal distribution, for four seeds by 1.6. All cells of a data set sha
 difference of two of them a paired one.
 """
 
-from __future__ import annotations
-
-import io
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from scipy import stats
 
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.files import write_atomic
+from ovdiff_lib.files import written_whole
 
 DRAWS, BLOCK = 10_000, 1_000
 """Draws, and how many of them are in memory at a time."""
@@ -46,7 +44,7 @@ class Runs:
     """Of a single one no other can be drawn: it has no interval."""
 
     @classmethod
-    def of(cls, dataset: str, confusions: Sequence[np.ndarray]) -> Runs:
+    def of(cls, dataset: str, confusions: Sequence[np.ndarray]) -> Self:
         """``confusions``: for each seed the confusion matrices of the images, i64 (images, K, K)."""
         found = []
         for matrices in confusions:
@@ -130,9 +128,8 @@ def write_runs(table: Path, runs: Mapping[tuple[str, str], Runs]) -> None:
     if not runs:
         return path.unlink(missing_ok=True)
     cells = np.array([(*place, one.dataset) for place, one in runs.items()])
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, cells=cells, **{str(n): one.counts for n, one in enumerate(runs.values())})
-    write_atomic(path, buffer.getvalue())
+    with written_whole(path) as file:
+        np.savez_compressed(file, cells=cells, **{str(n): one.counts for n, one in enumerate(runs.values())})
 
 
 def read_runs(table: Path) -> dict[tuple[str, str], Runs]:

@@ -1,11 +1,10 @@
 """The numbers that the paper prints, as data: every cell of its tables by the key (table, row, column)."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import pandas
 
@@ -26,7 +25,7 @@ class PaperCell:
     key = property(lambda self: (self.table, self.row, self.column))
 
     @classmethod
-    def own(cls, table: str, row: str, column: str) -> PaperCell:
+    def own(cls, table: str, row: str, column: str) -> Self:
         """The key of a measured cell that the paper does not have (N = 4 in Fig. 5), so that claims find it."""
         return cls(table, row, column)
 

@@ -1,15 +1,11 @@
-"""What the claims about results say, as comparisons of numbers: greater, about equal, largest drop, linear, and so on.
-
-:data:`LEGEND` says when a comparison decides something.
-"""
-
-from __future__ import annotations
+"""What the claims about results say, as comparisons of numbers: greater, about equal, largest drop, linear, ..."""
 
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
+from typing import Self
 
 import numpy as np
 from scipy import stats
@@ -50,7 +46,7 @@ class Sample:
     draws: np.ndarray | None = None
     count: int = 0
 
-    def minus(self, other: Sample, label: str = "") -> Sample:
+    def minus(self, other: Self, label: str = "") -> Self:
         """The difference, as a sample called ``label``."""
         return Sample(label, self.mean - other.mean, self.draws - other.draws)
 

@@ -1,15 +1,13 @@
 """Tables as data: one CSV row a cell, and beside it Markdown with the paper's value in its own column, JSON with what
 was run, and the counts that intervals and comparisons need."""
 
-from __future__ import annotations
-
 import json
 import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas
 
@@ -59,7 +57,7 @@ class Cell:
 
     @classmethod
     def of(cls, row: str, column: str, values: Iterable[float], paper: PaperCell | None = None,
-           runs: Runs | None = None) -> Cell:
+           runs: Runs | None = None) -> Self:
         """The cell of several runs: mean, sample standard deviation (n - 1 in the denominator; None for one run)."""
         values = tuple(map(float, values))
         std = statistics.stdev(values) if len(values) > 1 else None
@@ -68,11 +66,11 @@ class Cell:
         return cls(row, column, mean, std, len(values), paper, values, low=low, high=high, runs=runs)
 
     @classmethod
-    def miou(cls, row: str, column: str, runs: Runs, paper: PaperCell | None = None) -> Cell:
+    def miou(cls, row: str, column: str, runs: Runs, paper: PaperCell | None = None) -> Self:
         """The cell of an mIoU in percent, with its interval."""
         return cls.of(row, column, runs.values, paper, runs)
 
-    def against(self, base: Cell, why: str = "") -> Cell:
+    def against(self, base: Self, why: str = "") -> Self:
         """The difference to the mIoU ``base`` of as many seeds in "<column>, change", its interval from the same draws
         for both. Idle, "not exercised" and ``why``, where the two agree in every draw: their counts are the same."""
         column, draws = f"{self.column}, change", self.runs.draws - base.runs.draws
