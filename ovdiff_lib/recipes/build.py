@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ovdiff_lib.files import write_atomic
 from ovdiff_lib.mini.world import World
 from ovdiff_lib.recipes.scenes import Glyphs, draw_scene, glyph_table
-from ovdiff_lib.workbench.data.readers import MINI_DATA
+from ovdiff_lib.workbench.data.datasets import MINI_DATA
 
 SEEDS = {"train": 0, "val": 2, "wild": 3, "frames": 4, "tune": 5}
 """Stream of scenes each split is drawn from; no scene is in two splits."""
