@@ -75,7 +75,7 @@ def remove(options: argparse.Namespace) -> None:
         raise InputError(f"Say what to remove: --classes or --leftovers; all is in the folder {library.root}.")
     found = _chosen(library, options) if options.classes else []
     for entry, _ in found:
-        library.remove(entry.key, entry.kind)
+        library.remove(entry.kind, entry.key)
     swept = library.sweep() if options.leftovers else 0
     print(f"{_amount(found)} and {counted(swept, 'leftover')} removed from {library.root}")
 

@@ -39,11 +39,6 @@ logger = logging.getLogger(__name__)
 _making = threading.Lock()
 
 
-def default_root() -> Path:
-    """The folder named by the environment variable ``OVDIFF_LIBRARY``, else ``~/.cache/ovdiff``."""
-    return Path(os.environ.get("OVDIFF_LIBRARY") or Path.home() / ".cache" / "ovdiff").expanduser()
-
-
 @dataclass(frozen=True)
 class Entry:
     """One stored entry: its ``kind`` (support, masks or prototypes), ``key``, folder ``path`` and size in ``bytes``."""
@@ -55,14 +50,16 @@ class Entry:
 
 
 class Library:
-    """A content-addressed store below ``root`` (default: :func:`default_root`), which the first write makes.
+    """A content-addressed store below ``root``, which the first write makes; the default is the folder that the
+    environment variable ``OVDIFF_LIBRARY`` names, else ``~/.cache/ovdiff``.
 
     Keys are hex digests that the caller computes (:mod:`ovdiff_lib.keys`) of ``made_from``, which is kept with the
     entry. Writing raises ``InputError`` where the disk is full or the folder may not be written.
     """
 
     def __init__(self, root: str | Path | None = None) -> None:
-        self.root = Path(root).expanduser() if root is not None else default_root()
+        default = os.environ.get("OVDIFF_LIBRARY") or Path.home() / ".cache" / "ovdiff"
+        self.root = Path(default if root is None else root).expanduser()
 
     # ------------------------------------------------------------------ entries
 
@@ -79,7 +76,12 @@ class Library:
             return None
         except Broken as broken:
             logger.warning("The library entry %s is broken (%s); it is set aside and built again.", path, broken)
-            return self._set_aside(kind, key)
+        with self.lock(key), self.writing(), suppress(FileNotFoundError):
+            try:
+                return read(path, kind, key)  # another process may just have put a whole one there
+            except Broken:
+                path.rename(path.with_name(f"{key}.{secrets.token_hex(4)}.broken"))
+        return None
 
     def put(self, kind: str, key: str, value: Any, made_from: Described | None = None, replace: bool = False) -> None:
         """Store a support set, masks or prototypes; what is there already stays, unless ``replace``."""
@@ -140,13 +142,10 @@ class Library:
         """Check that every entry is whole; sets aside and returns those that are broken."""
         return [entry for entry in self.entries() if self.get(entry.kind, entry.key) is None]
 
-    def remove(self, key: str, kind: str | None = None) -> int:
-        """Delete the entries under ``key``, of one kind or of all; returns how many there were."""
-        found = [path for path in (self._path(name, key) for name in LAYOUTS if kind in (None, name)) if path.exists()]
+    def remove(self, kind: str, key: str) -> None:
+        """Delete what is stored under ``key``, if anything is."""
         with self.lock(key), self.writing():
-            for path in found:
-                _discard(path)
-        return len(found)
+            _discard(self._path(kind, key))
 
     def leftovers(self) -> list[Path]:
         """What interrupted writers and broken entries left behind, but for what a process may still be writing."""
@@ -201,8 +200,7 @@ class Library:
                             file.flush()
                             os.fsync(file.fileno())
                     fsync_folder(temporary)
-                    while not _renamed(temporary, path):
-                        _discard(path)
+                    _replace(temporary, path)
                     for left in filter(_abandoned, path.parent.glob(f".{key}.*.part")):
                         shutil.rmtree(left, ignore_errors=True)
                     fsync_folder(path.parent)
@@ -212,17 +210,6 @@ class Library:
 
     def _path(self, kind: str, key: str) -> Path:
         return self.root / kind / _checked(key)
-
-    def _set_aside(self, kind: str, key: str) -> Any:
-        """Move a broken entry away; the value of a whole one, if another process has just put it there."""
-        path = self._path(kind, key)
-        aside = path.with_name(f"{key}.{secrets.token_hex(4)}.broken")
-        with self.lock(key), self.writing(), suppress(FileNotFoundError):
-            try:
-                return read(path, kind, key)
-            except Broken:
-                path.rename(aside)
-        return None
 
 
 def beside(path: Path) -> Path:
@@ -237,33 +224,29 @@ def _discard(path: Path) -> None:
         shutil.rmtree(gone)
 
 
+def _replace(source: Path, target: Path) -> None:
+    while True:  # where locks do nothing another writer may be faster
+        try:
+            source.rename(target)
+            return
+        except OSError as error:  # unless nothing is there, or an empty folder
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            _discard(target)
+
+
 def _abandoned(path: Path) -> bool:
     """Whether nobody is writing at a leftover: its process on this machine is gone, or it is a day old."""
     owner = OWNER.search(path.name)
-    if path.suffix == ".broken" or (owner and owner["host"] == HOST and not _alive(int(owner["pid"]))):
+    try:
+        if owner and owner["host"] == HOST:
+            with suppress(PermissionError):  # a process that may not be asked is somebody else's
+                os.kill(int(owner["pid"]), 0)
+        return path.suffix == ".broken" or time.time() - path.stat().st_mtime > DAY
+    except ProcessLookupError:
         return True
-    with suppress(FileNotFoundError):
-        return time.time() - path.stat().st_mtime > DAY
-    return False
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return error.errno != errno.ESRCH  # a process that may not be asked is somebody else's
-    return True
-
-
-def _renamed(source: Path, target: Path) -> bool:
-    """Whether the folder ``source`` could take the place ``target``, where nothing is but an empty folder."""
-    try:
-        source.rename(target)
-    except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-            return False
-        raise
-    return True
+    except FileNotFoundError:
+        return False
 
 
 def _checked(key: str) -> str:

@@ -21,7 +21,7 @@ from PIL import Image
 from ovdiff_lib.categories import Category
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.library.codec import ARRAYS, META, identify
-from ovdiff_lib.library.store import HOST, Library, beside, default_root
+from ovdiff_lib.library.store import HOST, Library, beside
 from ovdiff_lib.types import ForegroundBackground, Prototypes, SupportSet
 
 KEY, OTHER = "0123456789abcdef", "f" * 32
@@ -90,15 +90,15 @@ def test_what_was_put_comes_back(library, kind, value):
 
 @pytest.mark.parametrize("key", ["", "../../../x", "ABCDEF01", "0123456", "0" * 65, "0123456789abcde\n", "01234567/9abcdef"])
 def test_keys_that_are_none(library, key):
-    for call in (lambda: library.get("support", key), lambda: library.remove(key), lambda: library.put("support", key, support())):
+    for call in (lambda: library.get("support", key), lambda: library.remove("support", key), lambda: library.put("support", key, support())):
         with pytest.raises(InputError):
             call()
     assert not library.root.exists()
 
 
-def test_default_root(monkeypatch, tmp_path):
+def test_where_the_library_is(monkeypatch, tmp_path):
     monkeypatch.setenv("OVDIFF_LIBRARY", str(tmp_path / "there"))
-    assert Library().root == default_root() == tmp_path / "there"
+    assert Library().root == tmp_path / "there"
     monkeypatch.delenv("OVDIFF_LIBRARY")
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     assert Library().root == tmp_path / ".cache" / "ovdiff"
@@ -173,7 +173,7 @@ def test_damaged_entries_are_set_aside_named_and_rebuilt(library, caplog, file, 
 
 
 def test_entries_verify_and_remove(library):
-    assert library.entries() == [] and library.verify() == [] and library.remove(KEY) == 0
+    assert library.entries() == [] and library.verify() == [] and library.remove("support", KEY) is None
     library.put("support", KEY, support())
     library.put("prototypes", KEY, prototypes())
     library.put("prototypes", OTHER, prototypes())
@@ -182,7 +182,8 @@ def test_entries_verify_and_remove(library):
     flip(library.root / "prototypes" / OTHER / ARRAYS)
     assert [(e.kind, e.key) for e in library.verify()] == [("prototypes", OTHER)]
     assert library.verify() == [] and len(library.entries()) == 2
-    assert library.remove(KEY) == 2 and library.entries() == [] and library.get("support", KEY) is None
+    library.remove("support", KEY)
+    assert [(e.kind, e.key) for e in library.entries()] == [("prototypes", KEY)] and library.get("support", KEY) is None
 
 
 def gone() -> int:

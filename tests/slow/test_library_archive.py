@@ -244,7 +244,7 @@ def test_the_commands(library, tmp_path, capsys):
     assert [e.kind for e in Library(tmp_path / "other").entries()] == ["prototypes"]
 
     assert command("remove", "--classes", " , ").startswith("0 entries") and len(library.entries()) == 6
-    library.remove(KEYS["prototypes", "cat"])
+    library.remove("prototypes", KEYS["prototypes", "cat"])
     command("remove", "--classes", "grey dog")
     assert [(e.kind, e.key) for e in library.entries()] == [("support", KEYS["support", "cat"]), ("masks", KEYS["masks", "cat"])]
     (library.entries()[0].path / ARRAYS).write_bytes(b"")

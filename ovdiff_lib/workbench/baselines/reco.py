@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.features.vit import DinoExtractor
-from ovdiff_lib.library.store import default_root
+from ovdiff_lib.library.store import Library
 from ovdiff_lib.networks.identity import model_identity
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.profiles.schema import Baselines, Profile
@@ -60,7 +60,7 @@ class ReCo(Windowed):
         """
         archive, model = load_archive(profile.baselines.archive), model_identity(profile.models.clip)
         return cls(MaskCLIP.build(profile), DinoExtractor.build(profile), archive, profile.baselines,
-                   f"{model} {profile.models.dtype}", default_root() / "archives")
+                   f"{model} {profile.models.dtype}", Library().root / "archives")
 
     @functools.cached_property
     def embeddings(self) -> Tensor:
