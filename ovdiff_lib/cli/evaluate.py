@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ovdiff_lib.cli.options import ENGINE, argument, build_with, engine_of, ovdiff_of, profile_of, takes
+from ovdiff_lib.cli.options import ENGINE, argument, built, engine_of, ovdiff_of, profile_of, takes
 from ovdiff_lib.files import write_atomic
 from ovdiff_lib.workbench.console import check_output
 
@@ -58,17 +58,15 @@ def _dataset_of(options: argparse.Namespace) -> Any:
 def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any) -> Any:
     """The result of OVDiff on the data set, its classes built first; on an engine's workers if the options say so."""
     from ovdiff_lib.keys import of_labels
-    from ovdiff_lib.workbench.doctor import check_ready
     from ovdiff_lib.workbench.evaluation import measure
     from ovdiff_lib.workbench.evaluation.workers import evaluate_on
 
     engine, builder = engine_of(options, ovdiff.profile), measure.for_dataset(ovdiff, dataset)
     measure.image_count(dataset, options.limit)  # a limit of no images is reported before classes are built
-    check_ready(builder, dataset.vocabulary, here=options.engine == "local")
+    bank = built(builder, dataset.vocabulary, engine)
     if engine:
-        build_with(engine, builder, dataset.vocabulary)
-        return evaluate_on(engine, ovdiff.profile, builder.build(dataset.vocabulary), dataset, options.limit)
-    predictor = measure.label_predictor(ovdiff, builder.build(dataset.vocabulary), dataset)
+        return evaluate_on(engine, ovdiff.profile, bank, dataset, options.limit)
+    predictor = measure.label_predictor(ovdiff, bank, dataset)
     return measure.evaluate(predictor, dataset, limit=options.limit, key={"OVDiff": of_labels(ovdiff.profile)},
                             folder=ovdiff.library.root / "counts")  # the same command goes on where it was interrupted
 

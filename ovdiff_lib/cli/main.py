@@ -31,8 +31,11 @@ GROUPS = {"library": "Show, check, share and clear the prototype library."}
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the ``ovdiff`` command; returns the exit code."""
     before, sys.unraisablehook = sys.unraisablehook, _again
+    parser = argparse.ArgumentParser(
+        prog="ovdiff", description="Training-free open-vocabulary segmentation from words (OVDiff).")
+    _add(parser, COMMANDS)
     try:
-        options = parser().parse_args(arguments)
+        options = parser.parse_args(arguments)
         return options.run(options) or 0
     except OVDiffError as error:
         said, code = str(error), 2
@@ -54,14 +57,6 @@ def _again(lost: "sys.UnraisableHookArgs") -> None:
     timer = threading.Timer(0.01, signal.raise_signal, (signal.SIGINT,))
     timer.daemon = True
     timer.start()
-
-
-def parser() -> argparse.ArgumentParser:
-    """Reads the arguments of a command; ``run`` is then its function."""
-    made = argparse.ArgumentParser(
-        prog="ovdiff", description="Training-free open-vocabulary segmentation from words (OVDiff).")
-    _add(made, COMMANDS)
-    return made
 
 
 def _add(parser: argparse.ArgumentParser, commands: dict) -> None:

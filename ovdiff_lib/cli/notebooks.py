@@ -1,6 +1,7 @@
 """``ovdiff run | reproduce | compare-tables``: notebooks, and what becomes of their tables."""
 
 import argparse
+import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -47,7 +48,7 @@ def reproduce(options: argparse.Namespace) -> int:
     chosen = notebooks(options.notebooks, options.only.split(",") if options.only else ())
     stale = [n for n in chosen if options.force or not is_fresh(n, folder / n.name, parameters)]
     with ProcessPoolExecutor(1, get_context("spawn")) as apart:  # here PyTorch would stay in memory beside notebooks
-        workers = options.workers or apart.submit(_processors, profile).result()
+        workers = options.workers or apart.submit(processors, profile).result()
         print(expected_time(stale, folder, workers), flush=True)
         if problems := apart.submit(_lacking, profile, stale).result() if stale else ():
             print(*(f"ovdiff: {problem}" for problem in problems), sep="\n", file=sys.stderr)
@@ -101,10 +102,11 @@ def _lacking(profile: Profile, notebooks: list[Path]) -> tuple[str, ...]:
     return report.problems
 
 
-def _processors(profile: Profile) -> int:
-    from ovdiff_lib.workbench.evaluation.workers import processors
+def processors(profile: Profile) -> int:
+    """Processes that a profile's networks can use side by side: the processors, or one where they run on a GPU."""
+    from ovdiff_lib.networks.loading import resolve_device
 
-    return processors(profile)
+    return 1 if resolve_device(profile).type != "cpu" else len(os.sched_getaffinity(0))
 
 
 def _draw(profile: Profile, folder: Path, workers: int) -> None:

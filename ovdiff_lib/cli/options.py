@@ -18,18 +18,16 @@ from ovdiff_lib.workbench.console import parse_assignments
 
 if TYPE_CHECKING:
     from ovdiff_lib.pipeline import OVDiff
+    from ovdiff_lib.types import PrototypeBank
     from ovdiff_lib.workbench.parallel import Engine
 
-Argument = Callable[[argparse.ArgumentParser], Any]
-"""Adds an argument to a command's parser."""
 
-
-def argument(*names: str, **settings: Any) -> Argument:
-    """An argument, as ``ArgumentParser.add_argument`` takes it."""
+def argument(*names: str, **settings: Any) -> Callable[[argparse.ArgumentParser], Any]:
+    """Adds an argument, as ``ArgumentParser.add_argument`` takes it, to a command's parser."""
     return lambda parser: parser.add_argument(*names, **settings)
 
 
-def takes(*arguments: Argument, profile: bool = True) -> Callable:
+def takes(*arguments: Callable[[argparse.ArgumentParser], Any], profile: bool = True) -> Callable:
     """Decorator of a command, a function of its options: what it takes, first :data:`PROFILE` unless ``profile`` is
     False. Its docstring is the command's help."""
     def declare(run: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int | None]:
@@ -116,16 +114,18 @@ def engine_of(options: argparse.Namespace, profile: Profile) -> Engine | None:
     return engine if engine.workers > 1 else None
 
 
-def build_with(engine: Engine, ovdiff: OVDiff, vocabulary: Vocabulary) -> None:
-    """Build every class into the library of ``ovdiff``, whatever becomes of the others; ``OVDiffError`` after one that
-    failed."""
-    from ovdiff_lib.keys import check_profile
+def built(ovdiff: OVDiff, vocabulary: Vocabulary, engine: Engine | None = None) -> PrototypeBank:
+    """The bank of a vocabulary, when it is known that nothing lacks to draw its classes; those are built by the workers
+    of ``engine``, if there is one, whatever becomes of the others: ``OVDiffError`` after one that failed."""
+    from ovdiff_lib.workbench.doctor import check_ready
     from ovdiff_lib.workbench.evaluation.workers import build_classes
+    from ovdiff_lib.workbench.parallel import RayEngine
 
-    check_profile(ovdiff.profile)
+    check_ready(ovdiff, vocabulary, here=not isinstance(engine, RayEngine))
     root = ovdiff.library.root
-    failures = build_classes(engine, ovdiff.profile, vocabulary, None, root, ovdiff.progress)
+    failures = build_classes(engine, ovdiff.profile, vocabulary, None, root, ovdiff.progress) if engine else ()
     for sentence in failures:
         print(f"ovdiff: {sentence}", file=sys.stderr)
     if failures:
         raise OVDiffError(f"{len(failures)} of {len(vocabulary)} classes could not be built; the others are in {root}.")
+    return ovdiff.build(vocabulary)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ovdiff_lib.cli.options import CLASSES, ENGINE, argument, build_with, engine_of, ovdiff_of, takes, vocabulary_of
+from ovdiff_lib.cli.options import CLASSES, ENGINE, argument, built, engine_of, ovdiff_of, takes, vocabulary_of
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import shown, written_whole
 from ovdiff_lib.images import list_images, read_image
@@ -28,15 +28,12 @@ from ovdiff_lib.workbench.console import check_output, counted, write_json
 def segment(options: argparse.Namespace) -> None:
     """Label the pixels of an image, or of every image in a folder."""
     from ovdiff_lib.matching.windows import check_image
-    from ovdiff_lib.workbench.doctor import check_ready
 
     ovdiff, paths = ovdiff_of(options), list_images(options.image)
     if len(paths) == 1:
         check_image(read_image(paths[0]))  # a broken image is reported before classes are built
     check_output(options.out)
-    vocabulary = vocabulary_of(options, ovdiff)
-    check_ready(ovdiff, vocabulary)
-    bank = ovdiff.build(vocabulary)
+    bank = built(ovdiff, vocabulary_of(options, ovdiff))
     broken, read = [], []
 
     def images():
@@ -62,14 +59,8 @@ def segment(options: argparse.Namespace) -> None:
 @takes(*CLASSES, *ENGINE)
 def build(options: argparse.Namespace) -> None:
     """Build the prototypes of classes into the library."""
-    from ovdiff_lib.workbench.doctor import check_ready
-
     ovdiff, started = ovdiff_of(options), time.time()
-    vocabulary, engine = vocabulary_of(options, ovdiff), engine_of(options, ovdiff.profile)
-    check_ready(ovdiff, vocabulary, here=options.engine == "local")
-    if engine:
-        build_with(engine, ovdiff, vocabulary)
-    bank = ovdiff.build(vocabulary)
+    bank = built(ovdiff, vocabulary_of(options, ovdiff), engine_of(options, ovdiff.profile))
     for name in bank.extractors:
         count = sum(len(p) for p in bank.prototypes[name])
         print(f"{counted(len(bank.vocabulary), 'class', 'classes')}, {counted(count, 'prototype')} of extractor "
@@ -86,8 +77,9 @@ def write_segmentation(result: Segmentation, folder: str | Path, stem: str, prof
     """Write ``stem_labels.png``, ``stem_overlay.png`` and ``stem.json`` into ``folder``; returns the three paths."""
     labels, overlay, table = paths = [Path(folder, f"{stem}{end}") for end in ("_labels.png", "_overlay.png", ".json")]
     colours, kept = colours_of(result.class_names), [0, *(k + 1 for k in result.kept)]
-    write_png(labels, label_image(result.labels, colours))
-    write_png(overlay, result.overlay())
+    for path, picture in ((labels, label_image(result.labels, colours)), (overlay, result.overlay())):
+        with written_whole(path) as file:
+            picture.save(file, "PNG")
     rows = []
     for index, name in enumerate(result.class_names):
         inside = result.labels == index
@@ -109,8 +101,3 @@ def label_image(labels: np.ndarray, colours: np.ndarray) -> Image.Image:
     if len(colours) <= 256:
         image.putpalette(np.ascontiguousarray(colours, np.uint8).tobytes())
     return image
-
-
-def write_png(path: Path, image: Image.Image) -> None:
-    with written_whole(path) as file:
-        image.save(file, "PNG")

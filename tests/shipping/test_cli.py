@@ -21,7 +21,7 @@ from tiny import tiny_overrides
 from ovdiff_lib import pipeline
 from ovdiff_lib.cli import main as cli
 from ovdiff_lib.cli.main import COMMANDS, main
-from ovdiff_lib.cli.segment import label_image, write_png
+from ovdiff_lib.cli.segment import label_image
 from ovdiff_lib.errors import OVDiffError
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.workbench import reproduce as runner
@@ -72,7 +72,7 @@ def test_label_png_holds_the_labels(tmp_path, n, mode):
     labels = np.random.default_rng(0).integers(0, n, (9, 13))
     labels[0, 0] = n - 1
     colours = np.random.default_rng(1).integers(0, 256, (n, 3), dtype=np.uint8)
-    write_png(tmp_path / "l.png", label_image(labels, colours))
+    label_image(labels, colours).save(tmp_path / "l.png")
     with Image.open(tmp_path / "l.png") as image:
         assert image.mode == mode and (np.asarray(image) == labels).all()
         if mode == "P":

@@ -19,12 +19,13 @@ from workers import Fatal, Inverse, Slow
 from ovdiff_lib import OVDiff
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.cli.main import main
+from ovdiff_lib.cli.notebooks import processors
 from ovdiff_lib.cli.options import ENGINE, engine_of
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.library.store import Library
 from ovdiff_lib.workbench.evaluation import workers as working
 from ovdiff_lib.workbench.evaluation.measure import evaluate, label_predictor
-from ovdiff_lib.workbench.evaluation.workers import ClassBuilder, build_classes, evaluate_on, processors
+from ovdiff_lib.workbench.evaluation.workers import ClassBuilder, build_classes, evaluate_on
 from ovdiff_lib.workbench.parallel import Engine, LocalEngine, RayEngine, divide
 
 # ---- workers and data of these tests and of test_ray.py; at the top of a module, so that other processes can import them

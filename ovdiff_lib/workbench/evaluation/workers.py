@@ -1,6 +1,5 @@
 """Building many classes and segmenting many images on the workers of an engine, with the results of one process."""
 
-import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
@@ -13,7 +12,6 @@ from tqdm import tqdm
 
 from ovdiff_lib.categories import Category
 from ovdiff_lib.errors import InputError, OVDiffError
-from ovdiff_lib.networks.loading import resolve_device
 from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.types import PrototypeBank
@@ -24,11 +22,6 @@ from ovdiff_lib.workbench.evaluation.measure import EvaluationResult
 from ovdiff_lib.workbench.evaluation.results import Counts
 from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
 from ovdiff_lib.workbench.parallel import Engine
-
-
-def processors(profile: Profile) -> int:
-    """Processes that a profile's networks can use side by side: the processors, or one where they run on a GPU."""
-    return 1 if resolve_device(profile).type != "cpu" else len(os.sched_getaffinity(0))
 
 
 def build_classes(engine: Engine, profile: Profile, categories: Iterable[Category], seeds: Sequence[int] | None,
