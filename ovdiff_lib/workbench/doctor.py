@@ -135,10 +135,11 @@ def _models(profile: Profile, used: dict[str, list[str]]) -> Iterator[Check]:
         if name in NOT_MODELS or not (identifier or name in used):
             continue
         known, used_by = published(identifier), tuple(used.get(name, ()))
+        licence, size = ("see its card", None) if known is None else (known.licence, 10**6 * known.megabytes)
         state, where, detail = _located(name, identifier)
         here, get = state in HERE, how_to_get(identifier) if identifier and state in ("missing", "incomplete") else ""
-        size = _size(Path(where)) if here else None if known is None else 10**6 * known.megabytes
-        licence = "see its card" if known is None else known.licence
+        if here:  # links are followed
+            size = sum(p.stat().st_size for p in (Path(where), *Path(where).rglob("*")) if p.is_file())
         licence = "Apache-2.0, as this project" if state == "package" else licence
         remedy = f"get it with: {get}" if get else f"set models.{name} to a model that is here"
         problem = (f"The model {identifier or name!r} is needed by {', '.join(used_by)} and is {state} ({detail}); "
@@ -160,16 +161,11 @@ def _located(name: str, identifier: str) -> tuple[str, str, str]:
     except (LocalEntryNotFoundError, ValueError):  # the second: of what can be no hub id
         return "missing", "", f"not in the hub cache {constants.HF_HUB_CACHE}"
     if source.is_file() or name == "cutler":
-        wanted = "file" if name == "cutler" else "folder"
-        here = source.is_file() and name == "cutler"
+        wanted, here = ("file", source.is_file()) if name == "cutler" else ("folder", False)
         return ("file", str(source), "") if here else ("incomplete", str(source), f"a {wanted} of the model is wanted")
-    lacks = ", ".join(lacking(name, source))
+    rows = FILES[FILES.index == name].str.split()
+    lacks = ", ".join(names[0] for names in rows if not any((source / one).is_file() for one in names))
     return "incomplete" if lacks else kind, str(source), f"lacks {lacks}"
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder (links followed)."""
-    return sum(p.stat().st_size for p in (path, *path.rglob("*")) if p.is_file())
 
 
 def _libraries(used: dict[str, list[str]]) -> Iterator[Check]:
@@ -305,9 +301,3 @@ def how_to_get(identifier: str) -> str:
 def published(source: str) -> pd.Series | None:
     """What is known of a hub id, or of a path by its file name."""
     return next((PUBLISHED.loc[name] for name in (source, Path(source).name) if name in PUBLISHED.index), None)
-
-
-def lacking(name: str, folder: Path) -> list[str]:
-    """Of the model of a field ``models.<name>`` the first name of each row of which ``folder`` holds no file."""
-    rows = FILES[FILES.index == name].str.split()
-    return [names[0] for names in rows if not any((folder / one).is_file() for one in names)]

@@ -43,8 +43,7 @@ def trials(profile: Profile, checks: Sequence[Check]) -> Iterator[Check]:
             continue
         try:
             found = np.asarray(step())
-            fits = found.ndim == len(shape)
-            fits = fits and all(n in (found.shape[i], None) for i, n in enumerate(shape))
+            fits = found.ndim == len(shape) and all(n in (found.shape[i], None) for i, n in enumerate(shape))
             lives = found.dtype == bool or (np.isfinite(found).all() and np.ptp(found) > 0)
             wrong = "not finite, or all the same" if fits else f"not of the shape {shape}"
             wrong = "" if fits and lives else f"What the {label} gave, {found.shape}, is {wrong}."

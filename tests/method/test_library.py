@@ -90,9 +90,9 @@ def test_what_was_put_comes_back(library, kind, value):
 
 @pytest.mark.parametrize("key", ["", "../../../x", "ABCDEF01", "0123456", "0" * 65, "0123456789abcde\n", "01234567/9abcdef"])
 def test_keys_that_are_none(library, key):
-    for call in (lambda: library.get("support", key), lambda: library.remove("support", key), lambda: library.put("support", key, support())):
+    for call, *given in ((library.get,), (library.remove,), (library.put, support())):
         with pytest.raises(InputError):
-            call()
+            call("support", key, *given)
     assert not library.root.exists()
 
 

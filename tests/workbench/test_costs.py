@@ -124,7 +124,7 @@ def test_steps_and_prototypes_of_a_class_are_those_of_the_method(tiny_profile, d
     assert list(building) == [(name, clustering) for name in ("sd", "dino") for clustering in (True, False)]
     for (name, clustering), took in building.items():
         assert list(took) == ["drawing", "masks", "features", "prototypes"] and all(step.n == 2 for step in took.values())
-        assert took["drawing"] is drawing[3] and steps.seconds(took) == sum(step.median for step in took.values())
+        assert took["drawing"] is drawing[3]
         made = took["prototypes"].result
         assert set(made.kind) == {"class", "instance"} | ({"part"} if clustering else set())
         if clustering:

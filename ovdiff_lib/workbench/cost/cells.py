@@ -8,7 +8,7 @@ from ovdiff_lib.library.codec import encode
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.workbench.console import size_text
 from ovdiff_lib.workbench.cost.instruments import Measured
-from ovdiff_lib.workbench.cost.steps import ClassTimes, seconds
+from ovdiff_lib.workbench.cost.steps import ClassTimes
 from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell, paper_table
 from ovdiff_lib.workbench.tables.tables import Cell
 
@@ -93,7 +93,8 @@ def building_cells(building: ClassTimes) -> list[Cell]:
     rows = {}
     for way, steps in building.items():
         paper = paper_cell("timing", CLASS_ROWS[way], "seconds") if way in CLASS_ROWS else None
-        rows[f"{way[0]}, {'with' if way[1] else 'without'} clustering"] = {**steps, "seconds": (seconds(steps), paper)}
+        total = sum(step.median for step in steps.values())
+        rows[f"{way[0]}, {'with' if way[1] else 'without'} clustering"] = {**steps, "seconds": (total, paper)}
     return cells_of(rows)
 
 

@@ -80,7 +80,9 @@ def alternate(ways: Sequence[Callable[[int], Any]], rounds: int, device: torch.d
 
 def _once(function: Callable[..., Any], given: tuple, device: torch.device | None) -> Measured:
     gpu = device is not None and device.type == "cuda"
-    give_back()
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # elsewhere than in Linux's usual C library
+        ctypes.CDLL(None).malloc_trim(0)  # memory that is free goes back: a call which needs it is seen to take it
     reset_peak()
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -98,13 +100,6 @@ def machine(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"device": f"{device.type} ({name})", "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "torch": torch.__version__}
-
-
-def give_back() -> None:
-    """Memory that is free goes back to the system, so that a call which needs it is seen to take it."""
-    gc.collect()
-    with contextlib.suppress(AttributeError):  # elsewhere than in Linux's usual C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak() -> bool:

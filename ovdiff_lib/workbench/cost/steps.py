@@ -62,11 +62,6 @@ def measure_building(profile: Profile, drawing: Measured, extractors: Sequence[s
     return times
 
 
-def seconds(steps: Mapping[str, Measured]) -> float:
-    """Sum of the steps' medians."""
-    return sum(step.median for step in steps.values())
-
-
 def measure_segmenting(methods: Mapping[str, Callable[[np.ndarray, PrototypeBank], Any]], bank: PrototypeBank,
                        counts: Sequence[int], images: Sequence[np.ndarray],
                        profile: Profile) -> dict[str, list[tuple[int, Measured]]]:
