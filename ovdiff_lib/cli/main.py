@@ -31,10 +31,10 @@ GROUPS = {"library": "Show, check, share and clear the prototype library."}
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the ``ovdiff`` command; returns the exit code."""
     before, sys.unraisablehook = sys.unraisablehook, _again
-    parser = argparse.ArgumentParser(
-        prog="ovdiff", description="Training-free open-vocabulary segmentation from words (OVDiff).")
-    _add(parser, COMMANDS)
     try:
+        parser = argparse.ArgumentParser(
+            prog="ovdiff", description="Training-free open-vocabulary segmentation from words (OVDiff).")
+        _add(parser, COMMANDS)
         options = parser.parse_args(arguments)
         return options.run(options) or 0
     except OVDiffError as error:
