@@ -24,8 +24,10 @@ def evaluate(options: argparse.Namespace) -> None:
     """Measure mIoU on a data set."""
     import pandas as pd
 
+    from ovdiff_lib.keys import of_labels
     from ovdiff_lib.workbench.data.samples import SavedPredictions
     from ovdiff_lib.workbench.evaluation import measure
+    from ovdiff_lib.workbench.evaluation.workers import evaluate_on
 
     if options.json:
         check_output(options.json.parent)
@@ -35,7 +37,15 @@ def evaluate(options: argparse.Namespace) -> None:
         by = f"predictions in {options.predictions}"
     else:
         ovdiff = ovdiff_of(options)
-        result = _segment_and_count(options, ovdiff, dataset)
+        engine, builder = engine_of(options, ovdiff.profile), measure.for_dataset(ovdiff, dataset)
+        measure.image_count(dataset, options.limit)  # a limit of no images is reported before classes are built
+        bank = built(builder, dataset.vocabulary, engine)
+        if engine:
+            result = evaluate_on(engine, ovdiff.profile, bank, dataset, options.limit)
+        else:  # the same command goes on where it was interrupted
+            result = measure.evaluate(
+                measure.label_predictor(ovdiff, bank, dataset), dataset, limit=options.limit,
+                folder=ovdiff.library.root / "counts", key={"OVDiff": of_labels(ovdiff.profile)})
         by = f"profile {ovdiff.profile.name}, settings {ovdiff.profile.digest()}"
     iou = pd.Series([*result.iou, result.miou], [*result.class_names, "mIoU"])
     *rows, last = (100 * iou).to_string(float_format="{:.1f}".format, na_rep="-").splitlines()
@@ -53,22 +63,6 @@ def _dataset_of(options: argparse.Namespace) -> Any:
     # Workers on other machines are elsewhere: they are told the whole path.
     folder = options.data and options.data.expanduser().absolute()
     return load_dataset(options.dataset, split=options.split, folder=folder)
-
-
-def _segment_and_count(options: argparse.Namespace, ovdiff: Any, dataset: Any) -> Any:
-    """The result of OVDiff on the data set, its classes built first; on an engine's workers if the options say so."""
-    from ovdiff_lib.keys import of_labels
-    from ovdiff_lib.workbench.evaluation import measure
-    from ovdiff_lib.workbench.evaluation.workers import evaluate_on
-
-    engine, builder = engine_of(options, ovdiff.profile), measure.for_dataset(ovdiff, dataset)
-    measure.image_count(dataset, options.limit)  # a limit of no images is reported before classes are built
-    bank = built(builder, dataset.vocabulary, engine)
-    if engine:
-        return evaluate_on(engine, ovdiff.profile, bank, dataset, options.limit)
-    predictor = measure.label_predictor(ovdiff, bank, dataset)
-    return measure.evaluate(predictor, dataset, limit=options.limit, key={"OVDiff": of_labels(ovdiff.profile)},
-                            folder=ovdiff.library.root / "counts")  # the same command goes on where it was interrupted
 
 
 @takes(*DATA_SET,

@@ -17,9 +17,8 @@ from ovdiff_lib.errors import InputError
 def doctor(options: argparse.Namespace) -> int:
     """Say which models, libraries and data a profile needs, what is here, and how to get the rest; exit code 1 if
     something is missing."""
-    from ovdiff_lib.workbench.doctor import inspect
+    from ovdiff_lib.workbench.doctor import inspect, trials
     from ovdiff_lib.workbench.reproduce import notebooks
-    from ovdiff_lib.workbench.trial import trials
 
     chosen = notebooks(options.reproduce) if options.reproduce else ()
     profile = profile_of(options)

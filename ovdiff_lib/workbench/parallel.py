@@ -142,7 +142,7 @@ class RayEngine(Engine):
         own = {"num_cpus": 0, "num_gpus": 1} if gpu else {"num_cpus": 1, "num_gpus": 0}
         actor = ray.remote(**own, max_restarts=-1, max_task_retries=RETRIES, scheduling_strategy="SPREAD")(_Actor)
         made = ray.put(make)
-        actors = [actor.remote(made, threads, os.getcwd()) for _ in range(workers)]
+        actors = [actor.remote(made, threads, gpu, os.getcwd()) for _ in range(workers)]
         pool, left = ActorPool(actors), set(range(len(tasks)))
         try:
             for one in enumerate(tasks):
@@ -166,11 +166,9 @@ class RayEngine(Engine):
 
 
 class _Actor(Worker):
-    def __init__(self, make: Make, threads: int, folder: str) -> None:
-        import ray
-
+    def __init__(self, make: Make, threads: int, gpu: bool, folder: str) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        if not ray.get_gpu_ids():  # those of the machine belong to others; PyTorch has not looked yet
+        if not gpu:  # those of the machine belong to others; PyTorch has not looked yet
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         if Path(folder).is_dir():  # paths that are meant from where the command runs
             os.chdir(folder)

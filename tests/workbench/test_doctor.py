@@ -21,8 +21,7 @@ from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.registry import Part
 from ovdiff_lib.workbench import doctor
 from ovdiff_lib.workbench.data.datasets import MINI_DATA, load_dataset
-from ovdiff_lib.workbench.doctor import FILES, PUBLISHED, how_to_get, inspect, published, uses
-from ovdiff_lib.workbench.trial import trials
+from ovdiff_lib.workbench.doctor import FILES, PUBLISHED, how_to_get, inspect, published, trials, uses
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 CLIP = "openai/clip-vit-base-patch16"
