@@ -191,9 +191,9 @@ def main(argv: list[str] | None = None) -> None:
         training.follow(model.teacher, model.student, momentum)
 
     def save(folder: Path) -> None:
-        kept = copy.deepcopy(model.teacher["vit"])
+        kept = training.halved(model.teacher["vit"])
         kept.embeddings.mask_token = None
-        training.halved(kept).save_pretrained(folder)
+        kept.save_pretrained(folder)
 
     run.fit(loss, after=follow, export=save)
 

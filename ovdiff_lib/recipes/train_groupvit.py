@@ -5,7 +5,6 @@ caption names. The tokenizer is the mini CLIP's.
 """
 
 import math
-import random
 import re
 from pathlib import Path
 
@@ -68,13 +67,6 @@ def multi_label_loss(image: Tensor, text: Tensor, named: Tensor, scale: Tensor) 
     return 0.5 * (to_text + to_image)
 
 
-def zoom(images: Tensor, size: int, picker: random.Random) -> Tensor:
-    """A random square of at least :data:`SMALLEST` of the side of images (B, 3, H, H), one for all, at ``size`` px."""
-    side = picker.randint(round(SMALLEST * images.shape[-1]), images.shape[-1])
-    top, left = (picker.randint(0, images.shape[-1] - side) for _ in range(2))
-    return resized_crop(images, top, left, side, side, [size, size])
-
-
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     parser = training.options(__doc__, steps=10_000, batch=64, minutes=38, lr=1.5e-3)
@@ -95,7 +87,10 @@ def main(argv: list[str] | None = None) -> None:
         phrasing = draw.picker.randrange(len(TEMPLATES))
         texts, group = train_clip.phrased([captions[i] for i in draw.index], phrasing)
         scene = train_clip.augment(training.to_float(training.rows(images, draw.index)), draw.generator)
-        pixels = training.normalise(zoom(scene, size, draw.picker), IMAGENET_MEAN, IMAGENET_STD)
+        side = draw.picker.randint(round(SMALLEST * size), size)
+        top, left = (draw.picker.randint(0, size - side) for _ in range(2))  # of one square for all
+        part = resized_crop(scene, top, left, side, side, [size, size])
+        pixels = training.normalise(part, IMAGENET_MEAN, IMAGENET_STD)
         tokens = train_clip.pad_ids([ids[text] for text in texts] + prompts[phrasing], tokenizer.pad_token_id)
         with training.mixed():
             image, text = train_clip.embeddings(model, pixels, tokens)

@@ -42,20 +42,6 @@ def encode(encoder: Callable[[int, int], Tensor], name: str, shape: tuple[int, .
     return np.concatenate(training.in_chunks(args, name, shape, 100 * batch, some))
 
 
-def write_pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel,
-                   tokenizer: CLIPTokenizer, predicts: str, folder: Path) -> None:
-    """Write the half-precision pipeline."""
-    scheduler = diffusers.DPMSolverMultistepScheduler(**NOISE, solver_order=2, algorithm_type="dpmsolver++",
-                                                      steps_offset=1, prediction_type=predicts)
-    pipeline = StableDiffusionPipeline(vae, text_encoder, tokenizer, training.halved(unet), scheduler, None, None,
-                                       requires_safety_checker=False)
-    pipeline.save_pretrained(folder)
-    for path in folder.rglob("config.json"):  # where on this machine a part came from is nobody's business
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config.pop("_name_or_path", None)
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
 def batches(args: argparse.Namespace, latents: np.ndarray, states: np.ndarray, ends: np.ndarray,
             captions: list[list[str]], place: dict[str, int], predicts: str) -> Callable[[training.Draw], tuple]:
     """What makes a step's batch: noisy latents, timesteps, text states, what is to be predicted, and loss weights.
@@ -160,7 +146,17 @@ def main(argv: list[str] | None = None) -> None:
         with training.mixed():
             return compiled(*made)
 
-    run.fit(loss, export=lambda folder: write_pipeline(run.average, vae, text_encoder, tokenizer, predicts, folder))
+    def export(folder: Path) -> None:
+        scheduler = diffusers.DPMSolverMultistepScheduler(**NOISE, solver_order=2, algorithm_type="dpmsolver++",
+                                                          steps_offset=1, prediction_type=predicts)
+        StableDiffusionPipeline(vae, text_encoder, tokenizer, training.halved(run.average), scheduler, None, None,
+                                requires_safety_checker=False).save_pretrained(folder)
+        for path in folder.rglob("config.json"):  # where on this machine a part came from is nobody's business
+            config = json.loads(path.read_text(encoding="utf-8"))
+            config.pop("_name_or_path", None)
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    run.fit(loss, export=export)
 
 
 if __name__ == "__main__":
