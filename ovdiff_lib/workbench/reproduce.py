@@ -220,9 +220,9 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, Any], *, fo
     return True
 
 
-def code_sum(notebook: Path) -> str:
-    """SHA-256 of the sources of a notebook's code cells, as a JSON list of text."""
-    sources = ["".join(c["source"]) for c in cells_of(notebook) if c["cell_type"] == "code"]
+def code_sum(notebook: Path, kinds: Sequence[str] = ("code",)) -> str:
+    """SHA-256 of the sources of a notebook's code cells, or cells of other ``kinds``, as a JSON list of text."""
+    sources = ["".join(c["source"]) for c in cells_of(notebook) if c.get("cell_type") in kinds]
     return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
 
 
@@ -243,8 +243,7 @@ def _outputs(output: Path) -> dict[str, str]:
 
 
 def _state(notebook: Path, parameters: dict[str, Any]) -> dict[str, str]:
-    sources = json.dumps([c["source"] for c in cells_of(notebook)])
-    return {"source": hashlib.sha256(sources.encode()).hexdigest(), "package": _package(),
+    return {"source": code_sum(notebook, ("code", "markdown", "raw")), "package": _package(),
             "parameters": json.dumps(parameters, sort_keys=True)}
 
 

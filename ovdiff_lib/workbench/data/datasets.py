@@ -164,9 +164,7 @@ def _listed(folder: str, home: Path, split: str) -> list[str]:
 
 
 DATASETS: dict[str, tuple[str, Callable[[], Layout], bool]] = {
-    "mini-voc": ("mini-voc", partial(mini, "mini-voc"), True),
-    "mini-object": ("mini-object", partial(mini, "mini-object"), True),
-    "mini-context": ("mini-context", partial(mini, "mini-context"), True),
+    **{name: (name, partial(mini, name), True) for name in ("mini-voc", "mini-object", "mini-context")},
     "voc": ("voc", voc, True),
     "context": ("context", context, True),
     "coco-object": ("coco-object", partial(coco, True), True),

@@ -162,15 +162,13 @@ def _build(reports: Sequence[ClassReport], vocabulary: Vocabulary, ovdiff: OVDif
     """Of the classes that can be built: their number -> extractor -> prototypes."""
     found = {}
     for i, category in enumerate(tqdm(vocabulary, "building classes", unit="class", disable=not ovdiff.progress)):
+        of_word = InputError  # the error for which the class is bad; any other is not the word's fault
         try:
             class_token_positions(ovdiff.diffusion.tokenizer, ovdiff.profile.support.prompt, category.prompt)
-        except InputError as error:
-            reports[i].add("bad", str(error))
-            continue
-        try:
+            of_word = OVDiffError
             found[i] = ovdiff.build_class(category)
         except OVDiffError as error:
-            if type(error) is not OVDiffError:  # not the word's fault
+            if type(error) is not of_word:
                 raise
             reports[i].add("bad", str(error))
     return found
