@@ -2,7 +2,6 @@
 these thresholds, and what does it cost?"""
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from ovdiff_lib.cli.options import STUFF, argument, ovdiff_of, profile_of, takes, vocabulary_of
@@ -17,14 +16,11 @@ from ovdiff_lib.errors import InputError
 def doctor(options: argparse.Namespace) -> int:
     """Say which models, libraries and data a profile needs, what is here, and how to get the rest; exit code 1 if
     something is missing."""
-    from ovdiff_lib.workbench.doctor import inspect, trials
+    from ovdiff_lib.workbench.doctor import inspect
     from ovdiff_lib.workbench.reproduce import notebooks
 
     chosen = notebooks(options.reproduce) if options.reproduce else ()
-    profile = profile_of(options)
-    report = inspect(profile, options.data, options.library, chosen)
-    if options.reproduce:
-        report = replace(report, checks=(*report.checks, *trials(profile, report.checks)))
+    report = inspect(profile_of(options), options.data, options.library, chosen, bool(options.reproduce))
     print(report)
     return int(bool(report.problems))
 

@@ -168,7 +168,7 @@ class Library:
         system frees it when the process ends. Raises ``InputError`` where the library may not be written."""
         with ExitStack() as held:
             with self.writing():
-                path = self.root / "locks" / f"{_checked(key)}.lock"
+                path = self._path("locks", key).with_suffix(".lock")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with _making:  # two threads must get the same object, or a nested lock would wait for the outer one
                     lock = FileLock(path, is_singleton=True)
@@ -209,7 +209,9 @@ class Library:
         return True
 
     def _path(self, kind: str, key: str) -> Path:
-        return self.root / kind / _checked(key)
+        if not KEY.fullmatch(key):
+            raise InputError(f"{key[:80]!r} is no library key; a key is 8 to 64 hexadecimal digits.")
+        return self.root / kind / key
 
 
 def beside(path: Path) -> Path:
@@ -247,9 +249,3 @@ def _abandoned(path: Path) -> bool:
         return True
     except FileNotFoundError:
         return False
-
-
-def _checked(key: str) -> str:
-    if not KEY.fullmatch(key):
-        raise InputError(f"{key[:80]!r} is no library key; a key is 8 to 64 hexadecimal digits.")
-    return key

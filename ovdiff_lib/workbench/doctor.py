@@ -97,9 +97,10 @@ class ProfileReport:
 
 
 def inspect(profile: Profile, data: list[str] | None = None, library: Path | None = None,
-            notebooks: Iterable[Path] = ()) -> ProfileReport:
+            notebooks: Iterable[Path] = (), tried: bool = False) -> ProfileReport:
     """Look for everything that ``profile`` needs, for the data sets ``data``, NAME:FOLDER, and for what ``notebooks``
-    measure and on what; a segmenter that they try and that is not here they pass over themselves.
+    measure and on what; a segmenter that they try and that is not here they pass over themselves. ``tried``: what is
+    here takes its :func:`trials`.
 
     Raises ``ProfileError`` for a part that does not exist; whatever is merely absent is in the report.
     """
@@ -111,7 +112,7 @@ def inspect(profile: Profile, data: list[str] | None = None, library: Path | Non
         weights = sum(c.size or 0 for c in checks if c.what.startswith("models.") and c.used_by)
         size = weights * getattr(torch, profile.models.dtype).itemsize // 4
         checks.append(Check("all weights in memory", profile.models.dtype, size=size))
-    return ProfileReport(profile.name, tuple(checks))
+    return ProfileReport(profile.name, (*checks, *(trials(profile, checks) if tried else ())))
 
 
 def uses(profile: Profile, named: Collection[str] = ()) -> dict[str, list[str]]:
