@@ -6,9 +6,8 @@ its last checkpoint, so the command can be interrupted and run again with the sa
 it may take; each stage gets its share and its learning rate anneals over that. With ``glyphs.npz`` in the work folder
 (``--stop glyphs`` writes it) nothing is fetched.
 
-    python -m ovdiff_lib.recipes.rebuild --work DIR --hours 30             # two CPU cores
-    python -m ovdiff_lib.recipes.rebuild --work DIR --hours 0.4            # a GPU
-    python -m ovdiff_lib.recipes.rebuild --work DIR --hours 30 --ship      # draw what ships, measure, write the cards
+    python -m ovdiff_lib.recipes.rebuild --work DIR             # art, scenes, models
+    python -m ovdiff_lib.recipes.rebuild --work DIR --ship      # draw what ships, measure, write the cards
 """
 
 import argparse

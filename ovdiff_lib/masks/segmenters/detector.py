@@ -164,13 +164,10 @@ def paste(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor
     return F.grid_sample(probabilities[:, None], grid, align_corners=False)[:, 0]
 
 
-Detections = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Masks bool (M, H, W), scores f32 (M,) descending, boxes f32 (M, 4) as (x0, y0, x1, y1), of one image."""
-
-
 @undisturbed()
-def detect_many(model: MaskRCNN, images: np.ndarray, score: float = 0.0) -> list[Detections]:
-    """:data:`Detections` of at least ``score`` in images u8 (n, H, W, 3), in one batch, by a model in eval mode.
+def detect_many(model: MaskRCNN, images: np.ndarray, score: float) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each of the images u8 (n, H, W, 3), in one batch, by a model in eval mode: masks bool (M, H, W) of at least
+    ``score``, their scores f32 (M,), descending, and their boxes f32 (M, 4) as (x0, y0, x1, y1).
 
     Images are resized by ``short_side`` and ``long_side``, antialiased where they shrink. A pixel is in a mask from
     probability 0.5. Raises ``InputError`` for images so elongated that nothing of their short side would be left.
