@@ -27,6 +27,12 @@ def _each_once(names: list) -> list:
     return names
 
 
+def _template(text: str) -> str:
+    if text != IMAGENET and (text.count("{name}") != 1 or set("{}") & set(text.replace("{name}", ""))):
+        raise ValueError("Input should hold {name} once, as 'a photo of a {name}.', or be 'imagenet'")
+    return text
+
+
 def _crossed(step: str, values: Any, field: str, relation: str, other: str) -> ValueError:
     """The error of a field that does not go together with another."""
     return ValueError(f"{step}.{field} is {getattr(values, field)}; it must be {relation} {step}.{other} "
@@ -43,6 +49,8 @@ Positive = Annotated[float, Strict(), Field(gt=0)]
 Share = Annotated[float, Strict(), Field(ge=0, le=1)]
 Cosine = Annotated[float, Strict(), Field(ge=-1, le=1)]
 Names = Annotated[list[str], Field(min_length=1), AfterValidator(_each_once)]
+IMAGENET = "imagenet"  # among templates it stands for the 80 of CLIP's authors
+Templates = Annotated[list[Annotated[str, AfterValidator(_template)]], Field(min_length=1), AfterValidator(_each_once)]
 # One value for all feature spaces, or a mapping from the name of an extractor: see of_extractor. A tag is what pydantic
 # calls the form that is there.
 ONE, EACH = pydantic.Tag("<number>"), pydantic.Tag("<mapping>")
@@ -219,6 +227,13 @@ class Evaluation:
 class Baselines:
     """What the methods of Table 1, A.1 and A.2 need beside the fields above; no field of it changes OVDiff."""
 
+    maskclip_templates: Templates = Field(["a photo of a {name}."])  # a class's embedding is the mean over templates
+    clip_diy_templates: Templates = Field(["a photo of a {name}"])
+    reco_templates: Templates = Field(["a photo of a {name}."])
+    groupvit_templates: Templates = Field(["a photo of a {name}."])
+    clip_segmenter_templates: Templates = Field(["a photo of a {name}."])
+    # Published scores of the background, by baseline and data set; the best constant is searched where there is none.
+    constants: dict[Literal["maskclip", "clip-diy", "reco", "groupvit"], dict[str, Number]] = Field({})
     archive: str = ""  # images that ReCo retrieves from: a folder, or package:NAME for one that ships; "" = not set
     reco_retrieved: Count = 50  # k, images retrieved a class
     reco_size: Count = 224  # side of the square that retrieved images are cropped to, pixels
@@ -303,7 +318,7 @@ def from_dict(table: Any, origin: str) -> Profile:
 
 
 def _sentence(wrong: dict[str, Any]) -> str:
-    name = ".".join(str(part) for part in wrong["loc"] if part not in (ONE.tag, EACH.tag))
+    name = ".".join(str(part) for part in wrong["loc"] if part not in (ONE.tag, EACH.tag, "[key]"))
     said = wrong["msg"].removeprefix("Value error, ")
     if wrong["type"] in ("unexpected_keyword_argument", "invalid_key"):
         return f"there is no field {name!r}; {legal(name, _beside(name))}"

@@ -108,6 +108,9 @@ VALUES = {  # field: legal values, and others
     "matching.background_threshold": ([None, 2, {"sd": 0.5}], ["0.5", True, NAN, {"sd": None}]),
     "matching.long_side": ([None, 64], [0, -5, 63]), "matching.windows": ([[3], [64, 48]], [[0], [3, -1], [64, True], [64, 4.5], [65]]),
     "matching.pamr_dilations": ([[1]], [[], [1, 0]]), "baselines.clip_diy_seed_cosine": ([0.5], [0, 0.6]),
+    "baselines.reco_templates": ([["{name}"], ["imagenet", "a {name}."]], [
+        [], ["a photo of a {}"], ["a {name} in {place}"], ["{name} and {name}"], "a {name}", ["imagenets"], ["a {name}"] * 2]),
+    "baselines.constants": ([{}, {"groupvit": {"voc": 0.95}}], [{"vit": {}}, {"groupvit": 3}, {"groupvit": {"voc": None}}]),
     "evaluation.images": ([None, 1], [0]), "evaluation.without_background": ([{}, {"VOC": "voc"}], [{"VOC": 3}, {3: "voc"}])}
 
 

@@ -40,7 +40,7 @@ def blocks(height, width, seed=0):
 
 
 def texts_of(model, tokenizer):
-    return TextEmbeddings(model, tokenizer, "a good picture of a {name}")
+    return TextEmbeddings(model, tokenizer, ["a good picture of a {name}"])
 
 
 def averaged(image, sizes, stride, score):

@@ -21,7 +21,7 @@ from ovdiff_lib.networks.loading import load_clip, load_dino
 from ovdiff_lib.profiles.reading import available, load_profile
 from ovdiff_lib.workbench.baselines import BASELINES, OWN_BACKGROUND, build_baseline, clip_diy
 from ovdiff_lib.workbench.baselines.clip_diy import ClipDIY, background_words, saliency
-from ovdiff_lib.workbench.baselines.common import Filtered
+from ovdiff_lib.workbench.baselines.common import Filtered, TextEmbeddings, templates_of
 from ovdiff_lib.workbench.baselines.maskclip import MaskCLIP
 from ovdiff_lib.workbench.baselines.segmenter import ClipSegmenter, majority_vote, smallest
 from ovdiff_lib.workbench.data.datasets import load_dataset
@@ -58,16 +58,31 @@ def test_dense_embeddings_equal_a_last_block_that_sees_only_itself(maskclip_of, 
     assert (ordinary.reshape(found.shape) - found).abs().max() > 1e-2  # the plain block is something else
 
 
-def test_text_embeddings_are_those_of_the_prompts(maskclip_of):
-    maskclip, words = maskclip_of(), ("cat", "chest of drawers", "odd {name} {0}")
+@pytest.mark.parametrize("templates", [["a good picture of a {name}"], ["{name}", "a boat with a dog and a {name} and", "a {name}"]])
+def test_text_embeddings_are_means_over_templates(tiny_profile, monkeypatch, templates):
+    clip, tokenizer = load_clip(tiny_profile)
+    maskclip, words = MaskCLIP(TextEmbeddings(clip, tokenizer, templates), tiny_profile.matching), ("cat", "chest of drawers", "odd {name} {0}")
     vocabulary = Vocabulary((Category("pet", "cat"), *map(Category, words[1:])))
     found = maskclip.text_embeddings(vocabulary)
     for row, word in zip(found, words, strict=True):
-        ids = maskclip.texts.tokenizer(f"a good picture of a {word}", return_tensors="pt", truncation=True)
-        with torch.no_grad():
-            alone = maskclip.clip.get_text_features(**ids).pooler_output[0]
-        torch.testing.assert_close(row, F.normalize(alone, dim=0), rtol=1e-4, atol=1e-5)
-    assert maskclip.text_embeddings(vocabulary) is found  # computed once
+        total = torch.zeros(16)
+        for before, after in (template.split("{name}") for template in templates):
+            with torch.no_grad():
+                ids = tokenizer(before + word + after, return_tensors="pt", truncation=True)
+                alone = clip.get_text_features(**ids).pooler_output[0]
+            total += alone / alone.norm()
+        torch.testing.assert_close(row, total / total.norm(), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(maskclip.texts, "clip", None)
+    torch.testing.assert_close(maskclip.text_embeddings(vocabulary), found)  # computed once
+
+
+def test_the_published_templates():
+    for profile in ("paper", "official"):
+        of = load_profile(profile).baselines
+        for templates in (templates_of("maskclip", of), templates_of("reco", of)):
+            assert len(set(templates)) == 85 and {"itap of my {name}.", "this is one {name} in the scene."} < set(templates)
+            assert all(template.format(name="x").count("x") == template.count("x") + 1 for template in templates)
+        assert (of.groupvit_templates, of.clip_diy_templates) == (["a photo of a {name}."], ["a photo of a {name}"])
 
 
 def by_hand(maskclip, image, sizes):
@@ -115,7 +130,7 @@ def test_without_a_constant_nothing_is_background(maskclip_of):
 
 def test_clip_sees_what_ovdiffs_own_vits_see(maskclip_of, tiny_profile):
     built = MaskCLIP.build(tiny_profile.override({"features.vit_scale": 1.5}))
-    assert built.scale == 1.5 and built.texts.template == tiny_profile.support.prompt
+    assert built.scale == 1.5 and built.texts.templates == tiny_profile.baselines.maskclip_templates
     # Smooth: resizing may differ a little, and the oracle's pixels are rounded to grey levels.
     image = np.array(Image.fromarray(picture(8, 10)).resize((80, 64), Image.Resampling.BICUBIC))
     large = np.array(Image.fromarray(image).resize((120, 96), Image.Resampling.BILINEAR))
@@ -449,8 +464,12 @@ def test_results_depend_on_image_vocabulary_and_prompt_alone(name, built, profil
     np.testing.assert_array_equal(used.scores(scene, ODD), first)
     alone = build_baseline(name, profile.override({"matching.batch_size": 1}))
     np.testing.assert_allclose(alone.scores(scene, ODD), first, atol=1e-4)
-    other = build_baseline(name, profile.override({"support.prompt": "dog and water and {name} and boat"}))
+    fields = {f"baselines.{n.replace('-', '_')}_templates": ["dog and water and {name} and boat"] for n in BASELINES}
+    own = f"baselines.{name.replace('-', '_')}_templates"
+    other = build_baseline(name, profile.override({own: fields.pop(own)}))
     assert not np.array_equal(other.scores(scene, ODD), first)
+    others = build_baseline(name, profile.override({**fields, "support.prompt": "dog and {name}"}))
+    np.testing.assert_array_equal(others.scores(scene, ODD), first)
 
 
 @pytest.mark.parametrize("name", BASELINES)

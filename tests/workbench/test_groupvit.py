@@ -17,6 +17,7 @@ from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.networks.loading import load_clip
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.recipes import train_groupvit
+from ovdiff_lib.workbench.baselines.common import TextEmbeddings
 from ovdiff_lib.workbench.baselines.groupvit import GroupViT, group_scores, load_groupvit
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.evaluation.measure import Method, above, evaluate, measure
@@ -75,7 +76,7 @@ def profile(tiny_profile, folder):
 def make(profile):
     def build(**fields):
         matching = profile.override({f"matching.{k}": v for k, v in fields.items()}).matching
-        return GroupViT(*load_groupvit(profile), matching, TEMPLATE)
+        return GroupViT(TextEmbeddings(*load_groupvit(profile), [TEMPLATE]), matching)
 
     return build
 

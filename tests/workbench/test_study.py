@@ -270,6 +270,13 @@ def test_a_search_tries_quantiles_of_its_own_scores_on_both_splits_alike(tiny_pr
     assert (np.diff(shares) >= 0).all() and shares[-1] > 0.9 and len(np.unique(shares)) > LEVELS / 2
     (cell,) = bench.cells([row], {"Object": "mini-object"})
     assert "a constant stands for it" in cell.note and not bench.cells([row], {"VOC": "mini-voc"})[0].note
+    monkeypatch.setitem(BASELINES, "groupvit", Part(Large))  # a published constant takes the place of the search
+    row = Rival("published", {"baselines.constants": {"groupvit": {"mini-object": 1200, "mini-object42": 1200}}}, baseline="groupvit")
+    with_background, without = (row.method(bench, 0, source) for source in ("mini-object", "mini-object42"))
+    labels, = with_background.prepare(bench.dataset("mini-object"))(sample)
+    best = Large(None).scores(sample.image, bench.dataset("mini-object").vocabulary)[1:].max(0)
+    assert np.array_equal(labels, np.where(best > 1200, 42, 0)) and 0 < (labels == 0).mean() < 1
+    assert "published constant 1200 stands" in with_background.notes[0] and with_background.variants == 1 and not without.notes
 
 
 def test_cells_carry_seeds_and_the_papers_place(bench):

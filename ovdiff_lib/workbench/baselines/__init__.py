@@ -1,6 +1,6 @@
 """Methods that the paper's tables compare OVDiff with (Table 1, A.1, A.2; App. C.4), run under the same protocol.
 
-All of them use ``support.prompt`` of the profile for class names, and its sizes and windows where they use windows. To
+Each reads class names in templates of its own, and has the sizes and windows of the profile where it uses windows. To
 add one, write a class with the method ``scores`` of :class:`Baseline` and one line in :data:`BASELINES`.
 """
 
@@ -17,11 +17,11 @@ from ovdiff_lib.workbench.baselines.reco import ReCo
 from ovdiff_lib.workbench.baselines.segmenter import ClipSegmenter
 
 BASELINES: dict[str, Part] = {
-    "maskclip": Part(MaskCLIP.build, models=("clip",), settings=()),
+    "maskclip": Part(MaskCLIP.build, models=("clip",), settings=("maskclip_",)),
     "clip-diy": Part(ClipDIY.build, models=("clip", "dino"), settings=("clip_diy_",)),
     "reco": Part(ReCo.build, models=("clip", "dino"), settings=("archive", "reco_")),
-    "groupvit": Part(GroupViT.build, models=("groupvit",), settings=()),
-    "clip-segmenter": Part(ClipSegmenter.build, models=None, settings=()),
+    "groupvit": Part(GroupViT.build, models=("groupvit",), settings=("groupvit_",)),
+    "clip-segmenter": Part(ClipSegmenter.build, models=None, settings=("clip_segmenter_",)),
 }
 """Name -> how the baseline is built, and which models and fields of ``baselines`` are its own (None: it depends on the
 segmenter)."""

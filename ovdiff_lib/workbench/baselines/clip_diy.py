@@ -3,8 +3,7 @@ object from background.
 
 How this differs from the published method:
 
-- CLIP is the profile's (``models.clip``), not the ViT-B/32 trained on LAION-2B; the prompt is ``support.prompt``, not
-  "a photo of a ...".
+- CLIP is the profile's (``models.clip``), not the ViT-B/32 trained on LAION-2B.
 - FOUND's trained saliency is replaced by FOUND's first, training-free step (:class:`BackgroundSeed`), as soft values.
 - Scores and saliency come to the image's size before they are multiplied, so that labels are not enlarged; a cosine
   below zero counts as zero; the words for background are ``baselines.clip_diy_background``.
@@ -56,7 +55,7 @@ class ClipDIY(Baseline):
     def build(cls, profile: Profile) -> ClipDIY:
         """With the CLIP and the DINO of a profile. Raises ``ProfileError`` and ``ModelNotAvailable``."""
         seed = BackgroundSeed(DinoExtractor.build(profile), profile.baselines.clip_diy_seed_cosine)
-        return cls(TextEmbeddings.build(profile), seed, profile.baselines)
+        return cls(TextEmbeddings.build(profile, "clip-diy"), seed, profile.baselines)
 
     @undisturbed()
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:

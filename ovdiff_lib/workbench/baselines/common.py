@@ -16,8 +16,7 @@ from ovdiff_lib.images import CLIP_MEAN, CLIP_STD, resize_short_side
 from ovdiff_lib.matching.windows import crop, scales
 from ovdiff_lib.networks.instruments import batches, normalised, undisturbed
 from ovdiff_lib.networks.loading import load_clip
-from ovdiff_lib.profiles.schema import Matching, Profile
-from ovdiff_lib.support.attribution import fill_template
+from ovdiff_lib.profiles.schema import IMAGENET, Baselines, Matching, Profile
 
 
 class Baseline(ABC):
@@ -86,27 +85,36 @@ class Filtered(Baseline):
 
 
 class TextEmbeddings:
-    """Embeddings by ``clip`` (a CLIP or GroupViT) of class names in ``template``, which has ``{name}`` for the name."""
+    """Embeddings by ``clip`` (a CLIP or GroupViT) of class names in ``templates``, as of :func:`templates_of`."""
 
-    def __init__(self, clip: Any, tokenizer: Any, template: str) -> None:
-        self.clip, self.tokenizer, self.template = clip, tokenizer, template
-        self._known: dict[tuple[str, ...], Tensor] = {}
+    def __init__(self, clip: Any, tokenizer: Any, templates: Sequence[str]) -> None:
+        self.clip, self.tokenizer, self.templates = clip, tokenizer, templates
+        self._known: dict[str, Tensor] = {}
 
     @classmethod
-    def build(cls, profile: Profile) -> TextEmbeddings:
-        """By the CLIP of a profile, in its prompt (``support.prompt``). Raises ``ModelNotAvailable``."""
-        return cls(*load_clip(profile), profile.support.prompt)
+    def build(cls, profile: Profile, name: str) -> TextEmbeddings:
+        """By the CLIP of a profile, in the templates of a baseline. Raises ``ModelNotAvailable``."""
+        return cls(*load_clip(profile), templates_of(name, profile.baselines))
 
     @undisturbed()
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """f32 (C, D) on the CPU, unit length; kept for the next image."""
-        prompts = tuple(prompts)
-        if prompts not in self._known:
-            texts = [fill_template(self.template, prompt) for prompt in prompts]
+        """f32 (C, D) on the CPU, unit length: the mean of a name's unit embeddings in all templates; they are kept."""
+        for prompt in set(prompts) - self._known.keys():
+            texts = [template.replace("{name}", prompt) for template in self.templates]
             tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.clip.device)
-            found = self.clip.get_text_features(**tokens).pooler_output.float().cpu()
-            self._known[prompts] = F.normalize(found, dim=-1)
-        return self._known[prompts]
+            found = F.normalize(self.clip.get_text_features(**tokens).pooler_output.float().cpu(), dim=-1)
+            self._known[prompt] = F.normalize(found.mean(0), dim=0)
+        return torch.stack([self._known[prompt] for prompt in prompts])
+
+
+def templates_of(name: str, settings: Baselines) -> list[str]:
+    """The templates of the baseline ``name``, with the 80 that open_clip has from CLIP's authors for ``imagenet``."""
+    own = getattr(settings, f"{name.replace('-', '_')}_templates")
+    if IMAGENET not in own:
+        return own
+    from open_clip import OPENAI_IMAGENET_TEMPLATES as EIGHTY
+
+    return [*(template("{name}") for template in EIGHTY), *(template for template in own if template != IMAGENET)]
 
 
 @undisturbed()

@@ -3,8 +3,7 @@
 Every window is divided among the groups of the last grouping stage, and a group's pixels get the classes whose text
 embeddings are near the group's: the inference of the authors' released evaluation, over ``transformers.GroupViTModel``.
 The ``segmentation_logits`` of that class are not used: they multiply by the logit scale twice and know neither the
-class mask nor the background. The published evaluation asks for "a photo of a {name}.", with constant background scores
-of 0.95 (VOC, Object) and 0.35 (Context).
+class mask nor the background.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ovdiff_lib.images import IMAGENET_MEAN, IMAGENET_STD
 from ovdiff_lib.networks.instruments import normalised, undisturbed
 from ovdiff_lib.networks.loading import load_transformers
 from ovdiff_lib.profiles.schema import Matching, Profile
-from ovdiff_lib.workbench.baselines.common import TextEmbeddings, Windowed, resize_maps
+from ovdiff_lib.workbench.baselines.common import TextEmbeddings, Windowed, resize_maps, templates_of
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer, GroupViTModel
@@ -31,21 +30,21 @@ MAX_SCALE = 100.0  # of the logits, as in training
 
 
 class GroupViT(Windowed):
-    """Open-vocabulary segmentation by the groups of a GroupViT.
+    """Open-vocabulary segmentation by the groups of the GroupViT of ``texts``.
 
-    The model takes images of one size, to which every window of ``matching`` is resized. ``template`` has ``{name}``
-    for the class. With one window the scores against a constant background are the published rule; of several, it is
-    their mean score that is compared.
+    The model takes images of one size, to which every window of ``matching`` is resized. With one window the scores
+    against a constant background are the published rule; of several, it is their mean score that is compared.
     """
 
-    def __init__(self, model: GroupViTModel, tokenizer: CLIPTokenizer, matching: Matching, template: str) -> None:
-        self.model, self.matching, self.texts = model, matching, TextEmbeddings(model, tokenizer, template)
+    def __init__(self, texts: TextEmbeddings, matching: Matching) -> None:
+        self.texts, self.model, self.matching = texts, texts.clip, matching
 
     @classmethod
     def build(cls, profile: Profile) -> GroupViT:
-        """With the GroupViT, the windows and the prompt (``support.prompt``) of a profile. Raises ``ProfileError`` and
+        """With the GroupViT, the windows and the templates of a profile. Raises ``ProfileError`` and
         ``ModelNotAvailable``."""
-        return cls(*load_groupvit(profile), profile.matching, profile.support.prompt)
+        templates = templates_of("groupvit", profile.baselines)
+        return cls(TextEmbeddings(*load_groupvit(profile), templates), profile.matching)
 
     @undisturbed()
     def groups(self, images: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:

@@ -31,8 +31,8 @@ class MaskCLIP(Windowed):
 
     @classmethod
     def build(cls, profile: Profile) -> MaskCLIP:
-        """With the CLIP, the prompt, the windows and the scale of a profile. Raises ``ModelNotAvailable``."""
-        return cls(TextEmbeddings.build(profile), profile.matching, profile.features.vit_scale)
+        """With the CLIP, the templates, the windows and the scale of a profile. Raises ``ModelNotAvailable``."""
+        return cls(TextEmbeddings.build(profile, "maskclip"), profile.matching, profile.features.vit_scale)
 
     @undisturbed()
     def dense_embeddings(self, images: np.ndarray) -> Tensor:

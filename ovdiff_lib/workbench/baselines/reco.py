@@ -3,8 +3,7 @@
 How this differs from the published method:
 
 - Dense features are the keys of the profile's DINO (``models.dino``), not of a DeiT-S/16 trained on stylised ImageNet.
-- CLIP is the profile's (``models.clip``) for retrieval and for dense scores, not a ViT-L/14@336px and an RN50x16, and
-  the prompt is ``support.prompt``, not 85 templates.
+- CLIP is the profile's (``models.clip``) for retrieval and for dense scores, not a ViT-L/14@336px and an RN50x16.
 - The archive is ``baselines.archive`` (published: ImageNet's training split). Images are seen through OVDiff's windows;
   there is no CRF.
 """
@@ -28,7 +27,7 @@ from ovdiff_lib.networks.identity import model_identity
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.profiles.schema import Baselines, Profile
 from ovdiff_lib.workbench.baselines.archive import Archive, embed_archive, load_archive
-from ovdiff_lib.workbench.baselines.common import Windowed, resize_maps
+from ovdiff_lib.workbench.baselines.common import TextEmbeddings, Windowed, resize_maps, templates_of
 from ovdiff_lib.workbench.baselines.maskclip import MaskCLIP
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ SHARPNESS = 10.0
 class ReCo(Windowed):
     """Open-vocabulary segmentation by retrieval and co-segmentation.
 
-    ``maskclip`` gives text embeddings, dense CLIP and windows, ``extractor`` dense features; ``kept`` is the folder in
+    ``maskclip`` gives CLIP, its dense embeddings and windows, ``extractor`` dense features; ``kept`` is the folder in
     which embeddings of the archive are kept as those of ``model`` (:func:`embed_archive`). A class costs its
     co-segmentation once.
     """
@@ -49,7 +48,8 @@ class ReCo(Windowed):
     def __init__(self, maskclip: MaskCLIP, extractor: Extractor, archive: Archive, settings: Baselines,
                  model: str = "", kept: Path | None = None) -> None:
         self.maskclip, self.extractor, self.archive, self.settings = maskclip, extractor, archive, settings
-        self.matching, self.texts, self.model, self.kept = maskclip.matching, maskclip.texts, model, kept
+        self.matching, self.model, self.kept = maskclip.matching, model, kept
+        self.texts = TextEmbeddings(maskclip.clip, maskclip.texts.tokenizer, templates_of("reco", settings))
         self._references: dict[str, Tensor] = {}
 
     @classmethod
@@ -72,7 +72,8 @@ class ReCo(Windowed):
         references = torch.stack([self.reference(category.prompt) for category in vocabulary])
         features = F.normalize(self.extractor(crops, np.zeros(len(crops), np.int64)).cpu(), dim=-1)
         alike = torch.sigmoid(features @ references.T).permute(0, 3, 1, 2)
-        named = torch.sigmoid(SHARPNESS * self.maskclip.window_scores(crops, vocabulary))
+        cosines = self.maskclip.dense_embeddings(crops) @ self.text_embeddings(vocabulary).T
+        named = torch.sigmoid(SHARPNESS * cosines).permute(0, 3, 1, 2)
         return resize_maps(alike, crops.shape[1:3]) * resize_maps(named, crops.shape[1:3])
 
     def retrieve(self, prompt: str) -> list[int]:

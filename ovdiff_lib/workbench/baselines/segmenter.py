@@ -40,7 +40,7 @@ class ClipSegmenter(Baseline):
         if segmenter.name == ThresholdOnly.name:
             others = ", ".join(sorted(set(SEGMENTERS) - {ThresholdOnly.name}))
             raise ProfileError(f"CLIP + segmenter needs proposals; set masks.segmenter to one of {others}.")
-        return cls(TextEmbeddings.build(profile), segmenter, profile.matching)
+        return cls(TextEmbeddings.build(profile, "clip-segmenter"), segmenter, profile.matching)
 
     @undisturbed()
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:

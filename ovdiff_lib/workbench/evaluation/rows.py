@@ -112,22 +112,30 @@ class Rival(Row):
 
     def method(self, bench: Any, seed: int, source: str) -> Method:
         ovdiff, dataset = bench.ovdiff(self.settings), bench.dataset(source, self.names)
-        models = OWN_BACKGROUND.get(self.baseline, lambda *_: False)(ovdiff.profile.baselines, dataset.vocabulary)
-        searched = dataset.has_background and not models
+        settings = ovdiff.profile.baselines
+        models = OWN_BACKGROUND.get(self.baseline, lambda *_: False)(settings, dataset.vocabulary)
+        lacks = dataset.has_background and not models
+        constant = settings.constants.get(self.baseline, {}).get(dataset.name) if lacks else None
+        searched = lacks and constant is None
         key = {"method": self.baseline, "filtered": self.filtered, "voted": self.voted,
                **of_labels(ovdiff.profile, True), "baselines": ovdiff.profile.to_dict()["baselines"],
                **({"constants": bench.quantiles_of(source, self.names)} if searched else {})}
-        said = ["All of its words for the background are classes here, so a constant stands for it."]
-        notes = said if searched and self.baseline in OWN_BACKGROUND else []
+        notes = [f"The published constant {constant:g} stands for the background."] if constant is not None else []
+        if searched and self.baseline in OWN_BACKGROUND:
+            notes = ["All of its words for the background are classes here, so a constant stands for it."]
 
         def prepare(dataset: Dataset) -> Callable[[Sample], np.ndarray]:
             baseline = self.needs(bench)
+            if texts := getattr(bench.parts.baseline(self.baseline, ovdiff.profile), "texts", None):
+                notes.append(f"Templates for class names: {len(texts.templates)}, first {texts.templates[0]!r}.")
 
             def score(image: np.ndarray) -> np.ndarray:
                 return baseline.scores(image, dataset.vocabulary)
 
             def label(sample: Sample) -> np.ndarray:
                 scores = score(sample.image)
+                if constant is not None:
+                    return above(scores, [constant])
                 return (scores.argmax(0) if dataset.has_background else foreground_labels(scores))[None]
 
             if searched:
