@@ -58,7 +58,8 @@ OTHER = {"masks.segmenter": "detector", "masks.threshold_scope": "set", "masks.o
          "matching.refine": "pamr", "filters.category_crop": "centre", "filters.stuff_against": "all", "filters.category_logit_scale": 50.0,
          "matching.background_threshold": 0.5, "matching.minimum_score": 0.0, "evaluation.images": 3, "evaluation.extractors": ["mae"],
          "features.vit_scale": 1.5, "masks.background_below": 0.2, "filters.stuff_threshold": 0.5,
-         "features.sd_layers": ["mid_block.attentions.0"]}
+         "features.sd_layers": ["mid_block.attentions.0"], "baselines.constants": {"reco": {"voc": 0.5}},
+         **{field: ["imagenet"] for field in field_names() if field.endswith("_templates")}}
 FOR_LABELS = {"diffusion", "dino", "clip", "dtype"}  # of the models, with the extractors of the mini profile and MaskCut
 MODELS = ("diffusion", "clip", "dino", "mae", "open_clip", "detector", "cutler", "sam", "grounding", "groupvit")
 

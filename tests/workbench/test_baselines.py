@@ -61,7 +61,8 @@ def test_dense_embeddings_equal_a_last_block_that_sees_only_itself(maskclip_of, 
 @pytest.mark.parametrize("templates", [["a good picture of a {name}"], ["{name}", "a boat with a dog and a {name} and", "a {name}"]])
 def test_text_embeddings_are_means_over_templates(tiny_profile, monkeypatch, templates):
     clip, tokenizer = load_clip(tiny_profile)
-    maskclip, words = MaskCLIP(TextEmbeddings(clip, tokenizer, templates), tiny_profile.matching), ("cat", "chest of drawers", "odd {name} {0}")
+    maskclip = MaskCLIP(TextEmbeddings(clip, tokenizer, templates), tiny_profile.matching)
+    words = "cat", "chest of drawers", "odd {name} {0}"
     vocabulary = Vocabulary((Category("pet", "cat"), *map(Category, words[1:])))
     found = maskclip.text_embeddings(vocabulary)
     for row, word in zip(found, words, strict=True):
