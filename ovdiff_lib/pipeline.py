@@ -42,7 +42,8 @@ from ovdiff_lib.types import ForegroundBackground, PrototypeBank, Prototypes, Su
 
 Classes = PrototypeBank | Vocabulary | Iterable[str | Category] | str
 
-OWN = SimpleNamespace(extractors=build_extractors, segmenter=build_segmenter, category_filter=CategoryFilter.build)
+OWN = SimpleNamespace(extractors=build_extractors, segmenter=build_segmenter, category_filter=CategoryFilter.build,
+                      matcher=Matcher)
 """Loads the networks of one object; :class:`~ovdiff_lib.workbench.evaluation.shared.SharedNetworks` serves many."""
 
 
@@ -167,4 +168,4 @@ class OVDiff:
     category_filter = cached_property(lambda self: self.networks.category_filter(self.profile))
     # One bank segments many images.
     stuff_filter = cached_property(lambda self: lru_cache(1)(lambda bank: filter_stuff(bank, self.profile.filters)))
-    matcher = cached_property(lambda self: Matcher(self.extractors, self.profile))
+    matcher = cached_property(lambda self: self.networks.matcher(self.extractors, self.profile))

@@ -83,9 +83,7 @@ class Matcher:
         """
         images = [self._open(image, bank) for image, bank in pairs]
         windows = [window for opened in images for window in opened.windows]
-        # Extractors that take one size at a time get whole batches of it; the others do not mind.
-        if not all(getattr(extractor, "any_size", False) for extractor in self.extractors.values()):
-            windows.sort(key=lambda window: len(window.crop))
+        windows.sort(key=lambda window: len(window.crop))  # for extractors that take one size at a time
         for start, stop in batches(len(windows), self.settings.batch_size):
             self._score(windows[start:stop])
         return map(self._close, images)

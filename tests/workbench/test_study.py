@@ -377,6 +377,30 @@ def test_parts_are_shared_and_remember(bench):
     assert first.category_filter(images[0], Vocabulary.of("dog")) is not kept
 
 
+def test_features_of_windows_are_found_again_by_other_processes(tiny_profile, tmp_path, monkeypatch):
+    images, seeds = np.random.default_rng(0).integers(0, 255, (3, 48, 64, 3), np.uint8), np.arange(3)
+    windows = [images[0], images[1, 8:40, 8:40]]  # the diffusion model takes several sizes at a time
+    plain = OVDiff(tiny_profile).extractors["sd"](windows, seeds[:2])
+
+    def found(settings=()):
+        ovdiff = OVDiff(tiny_profile.override(dict(settings)), networks=shared.SharedNetworks(tmp_path))
+        shared.remember.cache.clear()
+        return ovdiff.matcher.extractors["sd"](windows, seeds[:2]), ovdiff
+
+    first, ovdiff = found()
+    kept, = tmp_path.glob("*.npy")
+    assert ovdiff.matcher.extractors["sd"](windows, seeds[:2]) is first and first.equal(plain)
+    ovdiff.extractors["sd"](images, seeds)  # drawings are kept as prototypes
+    monkeypatch.setattr(type(ovdiff.extractors["sd"]._part), "_extract", None)
+    assert found({"matching.refine": "pamr"})[0].equal(plain) and [*tmp_path.glob("*.npy")] == [kept]
+    monkeypatch.undo()
+    assert not found({"features.sd_timestep": 100})[0].equal(plain) and len([*tmp_path.glob("*.npy")]) == 2
+    kept.write_bytes(kept.read_bytes()[:-1])  # of a torn file nothing is believed
+    assert found()[0].equal(plain) and found()[0].equal(plain)
+    monkeypatch.setattr(shared, "DISK", 0)
+    assert not found({"features.sd_timestep": 300})[0].equal(plain) and len([*tmp_path.glob("*.npy")]) == 2
+
+
 def test_rows_of_one_baseline_share_it_and_its_scores(tiny_profile, tmp_path, monkeypatch):
     calls = []
 

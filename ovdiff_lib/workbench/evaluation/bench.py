@@ -40,7 +40,8 @@ class Bench:
 
     Args:
         profile, overrides: as for :class:`~ovdiff_lib.pipeline.OVDiff`; rows replace further fields.
-        library: folder of support sets, prototypes and, below ``results``, of what was measured.
+        library: folder of support sets, prototypes, below ``results`` of what was measured, and below ``features``
+            of what networks gave for the images.
         seeds: a row is measured once for each (default: ``evaluation.seeds``, each plus ``first_seed``); a seed moves
             drawings and clustering, not the noise on test images, so that seeds share the features of these.
         images: the first so many images of each data set (default: ``evaluation.images``).
@@ -57,7 +58,8 @@ class Bench:
         if not self.seeds:
             raise InputError("The list of seeds is empty; give at least one.")
         self.images = self.profile.evaluation.images if images is None else images
-        self.library, self.progress, self.parts = Path(library), progress, SharedNetworks()
+        self.library, self.progress = Path(library), progress
+        self.parts = SharedNetworks(self.library / "features")
         self.shelf = SharedLibrary(self.library)
         self._datasets: dict[tuple[str, str], Dataset] = {}
         self._quantiles: dict[str, np.ndarray] = {}

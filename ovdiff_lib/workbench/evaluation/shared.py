@@ -1,25 +1,31 @@
 """What several OVDiff objects share: settings that differ in one field mostly run the same networks on the same pixels
 and match with the same prototypes. Networks are built once and remember their latest results, so that a second setting
-pays for what differs alone; prototypes are in memory once."""
+pays for what differs alone; prototypes are in memory once. Features of windows are kept on disk, where all tables and
+notebooks that look at an image find them."""
 
 import hashlib
 import itertools
 import json
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
+import torch
 from cachetools import LRUCache, cached
 
 from ovdiff_lib import keys
 from ovdiff_lib.features import EXTRACTORS
+from ovdiff_lib.files import written_whole
 from ovdiff_lib.filters.category import CategoryFilter
 from ovdiff_lib.library.store import Library
 from ovdiff_lib.masks import SEGMENTERS
 from ovdiff_lib.masks.select import proposals
+from ovdiff_lib.matching.matcher import Matcher
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.registry import NOT_MODELS, chosen_part
 from ovdiff_lib.workbench.baselines import build_baseline
@@ -27,6 +33,9 @@ from ovdiff_lib.workbench.baselines import build_baseline
 MEMORY = 5 * 2**25
 """Bytes of results remembered in a process: what the methods of a table need of one class or image several times, and
 of the mini world the features of all images that the constants of a search are the quantiles of."""
+
+DISK, LARGEST = 2**31, 2**23
+"""Bytes of features that a folder keeps, in files of at most so many: larger ones a network has made as soon."""
 
 _numbers = itertools.count()
 
@@ -73,6 +82,27 @@ class RememberingSegmenter(Remembering):
         return [found[n] for n in range(len(images))]
 
 
+class KeptOnDisk(Remembering):
+    """An extractor of windows: what ``shared`` remembers of it, and beyond that what a folder keeps. ``key``, as text,
+    is all that features depend on beside the arguments."""
+
+    def __init__(self, shared: Remembering, key: str, folder: Path) -> None:
+        self.__dict__.update(shared.__dict__, _of=key, _folder=folder)
+
+    def __call__(self, *arguments: Any) -> torch.Tensor:
+        return remember(self._key(*arguments), lambda: self._kept(*arguments))
+
+    def _kept(self, *arguments: Any) -> torch.Tensor:
+        path = self._folder / f"{hashlib.sha256(pickle.dumps((self._of, arguments))).hexdigest()[:32]}.npy"
+        with suppress(OSError, ValueError):
+            return torch.from_numpy(np.load(path))
+        made = self._part(*arguments)
+        if made.nbytes <= min(LARGEST, DISK - sum(one.stat().st_size for one in self._folder.glob("*.npy"))):
+            with written_whole(path) as file:
+                np.save(file, made.numpy(force=True))
+        return made
+
+
 class SharedLibrary(Library):
     """A library that gives prototypes which somebody holds as the same object again: nobody may change it in place."""
 
@@ -87,14 +117,15 @@ class SharedLibrary(Library):
 
 
 class SharedNetworks:
-    """Networks by what they depend on, to be given to :class:`~ovdiff_lib.pipeline.OVDiff` as ``networks``.
+    """Networks by what they depend on, to be given to :class:`~ovdiff_lib.pipeline.OVDiff` as ``networks``; ``folder``
+    is where features of windows are kept, if they are.
 
     A remembered result is the same object again: nobody may change it in place. Methods raise ``ProfileError`` and
     ``ModelNotAvailable``.
     """
 
-    def __init__(self) -> None:
-        self._made: dict[str, Any] = {}
+    def __init__(self, folder: Path | None = None) -> None:
+        self._made, self._folder = {}, folder
 
     def extractors(self, profile: Profile) -> dict[str, Any]:
         """The extractors of ``features.extractors`` by name."""
@@ -111,6 +142,14 @@ class SharedNetworks:
         """The category filter of the profile."""
         key = ["filter", profile.models.clip, _machine(profile), profile.to_dict()["filters"]]
         return self._once(key, lambda: Remembering(CategoryFilter.build(profile)))
+
+    def matcher(self, extractors: dict[str, Any], profile: Profile) -> Matcher:
+        """The matcher of these extractors."""
+        def kept(name: str, extractor: Remembering) -> KeptOnDisk:
+            key = [name, keys.of_part(profile, "features", name), _machine(profile)]
+            return KeptOnDisk(extractor, json.dumps(key, sort_keys=True), self._folder)
+
+        return Matcher({n: kept(n, one) for n, one in extractors.items()} if self._folder else extractors, profile)
 
     def baseline(self, name: str, profile: Profile) -> Any:
         """The baseline called ``name`` with the profile's values."""
