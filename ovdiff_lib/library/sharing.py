@@ -20,9 +20,6 @@ from ovdiff_lib.library.store import Entry, Library, beside
 
 MEMBER = re.compile(rf"({'|'.join(LAYOUTS)})/({KEY.pattern})/({re.escape(META)}|{FILE.pattern})")
 
-LONGEST = 2**24
-"""Bytes of the longest header of an archive; tarfile reads headers whole, whatever size they say they have."""
-
 
 def export_entries(entries: Iterable[Entry], path: str | Path) -> None:
     """Write entries into the tar file ``path``.
@@ -64,24 +61,17 @@ def import_archive(library: Library, path: str | Path) -> Counter[bool]:
         shutil.rmtree(staging.root, ignore_errors=True)
 
 
-class _Header(tarfile.TarInfo):
-    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        if not self.isreg() and not 0 <= self.size <= LONGEST:
-            raise tarfile.ReadError(f"a header of more than {LONGEST >> 20} MiB")
-        return super()._proc_member(archive)
-
-
 def _unpack(path: str | Path, staging: Path) -> None:
     """The files of the archive, below ``staging``; ``Broken`` for one that is not of an entry."""
     try:
-        with tarfile.open(path, "r:", tarinfo=_Header) as archive:
+        with tarfile.open(path, "r:") as archive:
             for member in archive:
                 if not MEMBER.fullmatch(member.name) or not member.isreg() or member.issparse():
                     raise Broken(f"holds {member.name[:80]!r}, which is no file of a library entry")
                 archive.extract(member, staging, filter="data")
             if Path(path).stat().st_size < archive.offset + tarfile.BLOCKSIZE:  # tarfile itself does not miss its end
                 raise Broken("is cut off")
-    except (OSError, EOFError, ValueError, OverflowError, tarfile.TarError) as error:
+    except (OSError, EOFError, ValueError, OverflowError, MemoryError, tarfile.TarError) as error:
         reason = f" ({str(error).splitlines()[0][:120]})" if str(error) else ""
         raise Broken(f"cannot be read as an archive of library entries{reason}") from None
 

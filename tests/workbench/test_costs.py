@@ -27,7 +27,7 @@ from ovdiff_lib.workbench.cost import instruments, plain, scenarios, steps
 from ovdiff_lib.workbench.cost.cells import DIGITS, Check, Ratio, prototype_rows, ratio_cells
 from ovdiff_lib.workbench.cost.instruments import Measured, alternate, measured
 from ovdiff_lib.workbench.cost.scenarios import SCENARIOS, Session, difference
-from ovdiff_lib.workbench.figures.charts import Panel, breakdown_figure, growth_figure
+from ovdiff_lib.workbench.figures.charts import breakdown_figure, growth_figure
 from ovdiff_lib.workbench.tables.paper import paper_cell
 
 CPU = torch.device("cpu")
@@ -223,8 +223,8 @@ def test_memory():
 def test_growth_figure():
     points = [(8, step(3.0)), (4, step(1.0, 5.0, 2.0))]
     fit = SimpleNamespace(slope=0.5, intercept=-1.0, rvalue=0.9)
-    panels = [Panel("Drawing", "N", {"median": points}, fit), Panel("W", "w", {"a": points, "b": points})]
-    left, right = growth_figure(panels, "seconds").axes
+    left, = growth_figure({"median": points}, "Drawing", "N", "seconds", fit).axes
+    right, = growth_figure({"a": points, "b": points}, "W", "w", "seconds").axes
     lines = [(line.get_label(), line.get_xydata().tolist()) for line in left.get_lines()]
     assert [[4, 2], [8, 3]] in [xy for _, xy in lines] and ("0.5 x − 1, R² = 0.8100", [[0, -1], [8, 3]]) in lines
     assert {text.get_text() for text in right.get_legend().get_texts()} == {"a", "b"} and left.get_ylim()[0] == 0

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ COLOURS, MARKERS = ("#2e86c1", "#e4572e", "#3a9d5d", "#8e5ea2", "#c79a00", "#555
 def growth_chart(x: Sequence[float], cells: Sequence[Cell], xlabel: str, ylabel: str, mark: float) -> Figure:
     """The numbers of ``cells`` with their intervals and n, of how many runs each is the mean, over ``x``, which counts
     doublings. ``mark`` is a vertical line, for a setting in use."""
-    figure, (axis,) = _axes(1, 5.2, 3.2, labelsize=9)
+    figure, axis = _axes(5.2, 3.2, labelsize=9)
     axis.grid(False, axis="x")
     mean, spread = [cell.measured for cell in cells], _bars(cells)
     axis.errorbar(x, mean, spread, marker="o", markersize=4, capsize=3, linewidth=1.6, color=INK)
@@ -41,7 +40,7 @@ def growth_chart(x: Sequence[float], cells: Sequence[Cell], xlabel: str, ylabel:
 def difference_chart(names: Sequence[str], cells: Sequence[Cell], xlabel: str) -> Figure:
     """Horizontal bars of differences (:meth:`Cell.against`) with their intervals, in the order given from the top. One
     that was not exercised has a hollow marker and words, no bar."""
-    figure, (axis,) = _axes(1, 6.4, 0.9 + 0.25 * len(names), labelsize=9)
+    figure, axis = _axes(6.4, 0.9 + 0.25 * len(names), labelsize=9)
     axis.grid(False, axis="y")
     axis.axvline(0, color=INK, linewidth=0.8)
     places, style = np.arange(len(names))[::-1], {"textcoords": "offset points", "va": "center", "fontsize": 8}
@@ -69,60 +68,49 @@ def _bars(cells: Sequence[Cell]) -> np.ndarray:
     return np.array(reach).T.clip(0)
 
 
-def _axes(count: int, width: float, height: float, labelsize: float = 8) -> tuple[Figure, list[Axes]]:
-    """``count`` frames side by side, each ``width`` x ``height`` inches."""
-    figure = Sheet((count * width, height), 130, layout="constrained")
-    axes = list(figure.subplots(1, count, squeeze=False)[0])
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=labelsize)
-        axis.grid(color="#e6e9ed", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.xaxis.label.set_fontsize(9)
-        axis.yaxis.label.set_fontsize(9)
-    return figure, axes
+def _axes(width: float, height: float, labelsize: float = 8) -> tuple[Figure, Axes]:
+    """A frame of ``width`` x ``height`` inches."""
+    figure = Sheet((width, height), 130, layout="constrained")
+    axis = figure.subplots()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=labelsize)
+    axis.grid(color="#e6e9ed", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.xaxis.label.set_fontsize(9)
+    axis.yaxis.label.set_fontsize(9)
+    return figure, axis
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One set of axes: points (x, Measured) by name, and a ``fit`` of ``scipy.stats.linregress`` to be drawn."""
-
-    title: str
-    x: str
-    lines: Mapping[str, Sequence[tuple[float, Measured]]]
-    fit: Any = None
-
-
-def growth_figure(panels: Sequence[Panel], unit: str) -> Figure:
-    """Seconds against what they grow with, one panel beside the other; a bar at a point spans the fastest and the
-    slowest run."""
-    figure, axes = _axes(len(panels), 3.6, 2.7)
-    for axis, panel in zip(axes, panels, strict=True):
-        right = max(x for points in panel.lines.values() for x, _ in points)
-        for number, (name, points) in enumerate(panel.lines.items()):
-            points = sorted(points, key=lambda point: point[0])
-            x, middle = np.array([(x, m.median) for x, m in points], float).T
-            spread = np.abs(np.array([(min(m.seconds), max(m.seconds)) for _, m in points]).T - middle)
-            aside = (number - (len(panel.lines) - 1) / 2) * 0.008 * right  # bars of several lines can be told apart
-            axis.errorbar(x + aside, middle, spread, color=COLOURS[number], marker=MARKERS[number], markersize=4.5,
-                          capsize=2.5, elinewidth=0.9, linewidth=0 if panel.fit else 1.5, label=name)
-        if fit := panel.fit:
-            ends, sign = np.array([0, right]), "+" if fit.intercept >= 0 else "−"
-            formula = f"{fit.slope:.3g} x {sign} {abs(fit.intercept):.2g}, R² = {fit.rvalue**2:.4f}"
-            line = fit.slope * ends + fit.intercept
-            axis.plot(ends, line, "--", color="#555555", linewidth=1.2, zorder=1, label=formula)
-        room = 1 + 0.09 * len(axis.get_legend_handles_labels()[1])  # for the legend
-        axis.set(xlim=(0, right * 1.06), ylim=(0, axis.get_ylim()[1] * room), xlabel=panel.x, ylabel=unit)
-        axis.set_title(panel.title, fontsize=9)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 4, 5, 10]))
-        axis.legend(fontsize=7.5, frameon=False, loc="upper left")
+def growth_figure(lines: Mapping[str, Sequence[tuple[float, Measured]]], title: str, xlabel: str, ylabel: str,
+                  fit: Any = None) -> Figure:
+    """Seconds against what they grow with, points (x, Measured) by name, and a ``fit`` of ``scipy.stats.linregress`` to
+    them; a bar at a point spans the fastest and the slowest run."""
+    figure, axis = _axes(3.6, 2.7)
+    right = max(x for points in lines.values() for x, _ in points)
+    for number, (name, points) in enumerate(lines.items()):
+        points = sorted(points, key=lambda point: point[0])
+        x, middle = np.array([(x, m.median) for x, m in points], float).T
+        spread = np.abs(np.array([(min(m.seconds), max(m.seconds)) for _, m in points]).T - middle)
+        aside = (number - (len(lines) - 1) / 2) * 0.008 * right  # bars of several lines can be told apart
+        axis.errorbar(x + aside, middle, spread, color=COLOURS[number], marker=MARKERS[number], markersize=4.5,
+                      capsize=2.5, elinewidth=0.9, linewidth=0 if fit else 1.5, label=name)
+    if fit:
+        ends, sign = np.array([0, right]), "+" if fit.intercept >= 0 else "−"
+        formula = f"{fit.slope:.3g} x {sign} {abs(fit.intercept):.2g}, R² = {fit.rvalue**2:.4f}"
+        line = fit.slope * ends + fit.intercept
+        axis.plot(ends, line, "--", color="#555555", linewidth=1.2, zorder=1, label=formula)
+    room = 1 + 0.09 * len(axis.get_legend_handles_labels()[1])  # for the legend
+    axis.set(xlim=(0, right * 1.06), ylim=(0, axis.get_ylim()[1] * room), xlabel=xlabel, ylabel=ylabel)
+    axis.set_title(title, fontsize=9)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 4, 5, 10]))
+    axis.legend(fontsize=7.5, frameon=False, loc="upper left")
     return figure
 
 
 def breakdown_figure(rows: Mapping[str, Mapping[str, float]], title: str) -> Figure:
     """Stacked bars: for each row the seconds of its steps, and their sum at the end."""
     height = 0.55 + 0.34 * len(rows)
-    figure, (axis,) = _axes(1, 6.4, height)
+    figure, axis = _axes(6.4, height)
     axis.grid(False, axis="y")
     left = np.zeros(len(rows))
     steps = list(dict.fromkeys(step for parts in rows.values() for step in parts))
