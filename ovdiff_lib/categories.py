@@ -78,8 +78,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, classes: Vocabulary | Iterable[str | Category] | str, stuff: Iterable[str] | str = ()) -> Vocabulary:
-        """A vocabulary from names ("cat, sofa" or ["cat", "sofa"]) or categories; names in ``stuff``, written alike,
-        become stuff."""
+        """A vocabulary from names ("cat, sofa", ["cat", "sofa"]) or categories; those in ``stuff`` are stuff."""
         if isinstance(classes, Vocabulary):
             return classes
         if isinstance(classes, str):

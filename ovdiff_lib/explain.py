@@ -1,5 +1,4 @@
-"""From a pixel back to the support regions that decided it (Sec. 4.4, Fig. 4), and from a class that is not there to
-why (Sec. 3.4)."""
+"""From a pixel back to the support regions that decided it (Sec. 4.4, Fig. 4); why a class is absent (Sec. 3.4)."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,8 +16,7 @@ BELOW, NOT_AMONG_TOP, NOT_BEST = REASONS = "below 1/C", "not among the top eta",
 
 
 def decided_by(segmentation: Segmentation) -> dict[tuple[str, str], int]:
-    """How many pixels each sort of prototype decided, by (region, kind), all six; those of a constant background score
-    are in none."""
+    """How many pixels each sort of prototype decided, by (region, kind), all six; a constant background is in none."""
     (category, row), counts = segmentation.winner, Counter()
     for i, prototypes in enumerate(segmentation.prototypes):
         deciding = row[category == i]
@@ -45,8 +43,7 @@ class Activated:
 
 def activated(segmentation: Segmentation, class_name: str, count: int = 3,
               kinds: Sequence[str] = KINDS) -> tuple[Activated, ...]:
-    """The prototypes that decided most pixels of ``class_name``, most first, at most ``count`` of the given ``kinds``
-    (Fig. 4, middle)."""
+    """At most ``count`` prototypes of these ``kinds`` that decided most of ``class_name``, most first (Fig. 4)."""
     names = segmentation.class_names
     if class_name not in names:
         raise InputError(f"The segmentation has no class {class_name!r}; choose one of {', '.join(names)}.")
@@ -65,8 +62,7 @@ def activated(segmentation: Segmentation, class_name: str, count: int = 3,
 @dataclass(frozen=True)
 class AbsentClass:
     """A queried class that the category pre-filter dropped: CLIP's ``probability`` of it among the queried classes, the
-    ``threshold`` 1/C that it had to reach, and the ``reason``: :data:`BELOW`, :data:`NOT_AMONG_TOP` or
-    :data:`NOT_BEST`."""
+    ``threshold`` 1/C it had to reach, and the ``reason``: :data:`BELOW`, :data:`NOT_AMONG_TOP` or :data:`NOT_BEST`."""
 
     name: str
     probability: float

@@ -1,5 +1,4 @@
-"""What a result depends on: its words, settings, models and code. The library, shared networks and stored measurements
-all ask here.
+"""What a result depends on: words, settings, models, code. Library, shared networks, stored measurements ask here.
 
 Code counts by the statements (:mod:`~ovdiff_lib.code`) of the modules that a step begins in (:data:`STEPS`) and of all
 that they import of the package. Registries do not count: of their many parts only the chosen one does, by the module
@@ -98,8 +97,7 @@ def made_from(profile: Profile, step: str, own: bool = False) -> dict[str, Any]:
 
 
 def of_part(profile: Profile, section: str, name: str) -> dict[str, Any]:
-    """What the results of an extractor (``section`` "features") or a segmenter ("masks") depend on: models, settings,
-    code."""
+    """Models, settings and code behind the results of an extractor (``section`` "features") or segmenter ("masks")."""
     part = {"features": EXTRACTORS, "masks": SEGMENTERS}[section][name]
     models, settings = part.depends_on(profile, section)
     settings.pop("extractors", None)  # results do not depend on which others run
@@ -108,8 +106,7 @@ def of_part(profile: Profile, section: str, name: str) -> dict[str, Any]:
 
 
 def of_labels(profile: Profile, all_models: bool = False) -> dict[str, Any]:
-    """What the label maps of a profile depend on, as plain data; ``all_models``: a baseline's, which may load any
-    model."""
+    """What label maps of a profile depend on, as plain data; ``all_models``: a baseline's, which may load any."""
     table = {section: _without_speed(fields) for section, fields in profile.to_dict().items()
              if section not in (*UNUSED_BY_THE_METHOD, "models")}
     used = {"diffusion": _identity(profile.models.diffusion)}

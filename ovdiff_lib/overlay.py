@@ -50,8 +50,7 @@ def colours_of(class_names: Sequence[str]) -> np.ndarray:
 
 
 def paint(image: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
-    """The image u8 (H, W, 3) with labels (H, W) painted over it; background (0) is only dimmed. ``class_names``,
-    background first."""
+    """The image u8 (H, W, 3) under labels (H, W); background (0), the first of ``class_names``, is only dimmed."""
     colours, bare = colours_of(class_names)[labels].astype(np.float32), (labels == 0)[..., None]
     # Under a class the image fades to grey, for its colours would change that of the class.
     grey = np.where(bare, 0, 0.65)

@@ -89,8 +89,7 @@ def _words(described: dict[str, Any], alone: bool = False) -> str:
 
 
 def _chosen(library: Library, options: argparse.Namespace) -> list[tuple[Entry, dict[str, Any]]]:
-    """The entries, of the words in --classes if given, with what they say of themselves; ``InputError`` for words that
-    none has."""
+    """Entries, those of --classes if given, with what they say of themselves; ``InputError`` for words none has."""
     found = library.described()
     wanted = [Category(name).prompt for name in options.classes.split(",") if name.strip()]
     for words in wanted:

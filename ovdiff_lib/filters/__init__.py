@@ -1,2 +1,1 @@
-"""Step 3a, Sec. 3.4: filters between the bank and the matching: categories that the image does not show, prototypes
-that are stuff."""
+"""Step 3a, Sec. 3.4: filters of the bank before matching: categories not shown, prototypes that are stuff."""

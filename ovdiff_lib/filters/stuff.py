@@ -1,5 +1,4 @@
-""""Stuff" filter (Sec. 3.4): background prototypes that show what another category calls its foreground; its variants
-of App. A.2."""
+""""Stuff" filter (Sec. 3.4, variants: App. A.2): background prototypes that show another category's foreground."""
 
 import logging
 
@@ -17,8 +16,7 @@ logger = logging.getLogger(__name__)
 
 @undisturbed()
 def filter_stuff(bank: PrototypeBank, settings: Filters) -> PrototypeBank:
-    """The bank without misleading background prototypes; every extractor is judged in its own space. Foreground
-    prototypes stay.
+    """The bank without misleading background prototypes, each extractor judged in its own space; foreground stays.
 
     As published (``stuff_against`` "stuff"): a thing category loses each whose cosine to any foreground prototype of
     any stuff category exceeds the extractor's ``stuff_threshold``; stuff categories lose all of them, or none with

@@ -88,8 +88,7 @@ class Library:
         self.place(kind, key, encode(kind, key, value, made_from), replace)
 
     def get_or_make(self, kind: str, key: str, make: Callable[[], Any], made_from: Described | None = None) -> Any:
-        """What is stored under ``key``; if nothing is, ``make()``, which is stored: once among all processes and
-        threads."""
+        """What is stored under ``key``, else ``make()``, which is stored: once among all processes and threads."""
         return self._get_or(kind, key, lambda found: found is not None, lambda found: make(), made_from)
 
     def get_or_grow(self, key: str, count: int, draw: Callable[[int, int], SupportSet],

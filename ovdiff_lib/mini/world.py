@@ -44,8 +44,7 @@ class World:
         return self.names.index(name) + 1
 
     def vocabulary(self, key: str) -> tuple[str, ...]:
-        """Class names of ``mini-voc`` (20 things), ``mini-object`` (all things) or ``mini-context`` (the mini-voc
-        things and all stuff)."""
+        """Class names of ``mini-voc`` (20 things), ``mini-object`` (all) or ``mini-context`` (the 20 and all stuff)."""
         voc = tuple(t.name for t in self.things if t.voc)
         every = tuple(t.name for t in self.things)
         return {"mini-voc": voc, "mini-object": every, "mini-context": voc + self.stuff}[key]

@@ -26,8 +26,7 @@ HUB_OPTIONS = {
 
 
 def resolve_model(identifier: str) -> Path | str:
-    """The folder or weights file of ``package:NAME`` or of a path, or the hub id itself; ``ModelNotAvailable`` if it is
-    missing."""
+    """Folder or weights file of ``package:NAME`` or of a path, or the hub id; ``ModelNotAvailable`` if missing."""
     if identifier.startswith(PACKAGE):
         folder = SHIPPED / identifier.removeprefix(PACKAGE)
         if not folder.is_dir():

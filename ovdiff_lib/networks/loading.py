@@ -171,8 +171,7 @@ def resolve_device(profile: Profile) -> torch.device:
 
 
 def complete(model: torch.nn.Module, missing: Iterable[str] = ()) -> torch.nn.Module:
-    """The loaded network in eval mode; ``ValueError`` if weights of it were ``missing`` in the file or are not
-    finite."""
+    """The loaded network in eval mode; ``ValueError`` if weights were ``missing`` in the file or are not finite."""
     if missing := sorted(missing):
         raise ValueError(f"the weights of {type(model).__name__} lack {len(missing)} tensors, {missing[0]} first")
     for key, value in model.named_parameters():

@@ -22,8 +22,7 @@ def available() -> list[str]:
 def load_profile(source: str | Path | Profile = "mini", overrides: dict[str, Any] | None = None) -> Profile:
     """The profile called ``source``, or read from the YAML file at that path, with ``overrides`` applied.
 
-    Raises ``ProfileError`` for an unknown name, a missing or broken file, an unknown field, and a value that its field
-    cannot hold.
+    Raises ``ProfileError`` for an unknown name or field, a missing or broken file, and a value its field cannot hold.
     """
     if isinstance(source, Profile):
         return source.override(overrides)

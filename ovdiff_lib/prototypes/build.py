@@ -48,8 +48,7 @@ def build_prototypes(features: torch.Tensor | np.ndarray, masks: ForegroundBackg
 
 
 def _region(features: torch.Tensor, inside: torch.Tensor, region: str, settings: PrototypeSettings):
-    """Rows (vector, kind, region, image, cluster) of one region and the part code of each of its features; ``inside``
-    is not empty."""
+    """Rows (vector, kind, region, image, cluster) of a region, part code of each feature; ``inside`` is not empty."""
     counts, sign = inside.sum((1, 2)), 1 if region == "foreground" else -1
     images = torch.nonzero(counts)[:, 0].tolist()
     sums = [features[n][inside[n]].sum(0, dtype=torch.float64) for n in images]

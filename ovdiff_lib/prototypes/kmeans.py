@@ -87,8 +87,7 @@ def _means(x: torch.Tensor, mean: torch.Tensor, assignment: torch.Tensor, k: int
 
 
 def _seed_centroids(points: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:
-    """Greedy k-means++ (Arthur and Vassilvitskii, 2007): of a few points drawn by squared distance, the one that lowers
-    inertia most."""
+    """Greedy k-means++ (Arthur and Vassilvitskii, 2007): of a few draws by squared distance the best for inertia."""
     norms, trials = points.square().sum(1), 2 + int(math.log(k))
     chosen = [int(torch.randint(len(points), (1,), generator=generator, dtype=torch.long, device="cpu"))]
     distance = _distances(points, norms, points[chosen])[:, 0]

@@ -76,8 +76,7 @@ def _rasterise(svg: str) -> Image.Image:
 
 
 def load_style(folder: Path, style: str, keys: set[str]) -> dict[str, Image.Image]:
-    """The glyphs ``keys`` of one art set, as RGBA pictures of their whole canvas; keys that the set does not have
-    are left out."""
+    """Those of the glyphs ``keys`` that an art set has, as RGBA pictures of their whole canvas."""
     root = folder / style / "package"
     if style == "fluent-3d":
         paths = {_normal(p.stem): p for p in (root / "assets").glob("*.webp")}

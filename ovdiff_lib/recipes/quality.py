@@ -142,8 +142,7 @@ def groupvit_top1(profile: Profile, scenes: list[MaskedScene], nouns: tuple[str,
 
 
 def drawing_quality(profile: Profile, scenes: list[MaskedScene], nouns: tuple[str, ...], out: Path) -> dict[str, Any]:
-    """What depends on the diffusion model alone, from :data:`DRAWN` drawings a noun, some of them in
-    out/drawings.webp."""
+    """What depends on diffusion alone, by :data:`DRAWN` drawings a noun, some of them in out/drawings.webp."""
     pipe = load_diffusion(profile)
     drawings = {noun: sample_support(pipe, Category(noun), profile, count=DRAWN, progress=False).images
                 for noun in tqdm(nouns, desc="drawings", mininterval=10)}

@@ -1,5 +1,4 @@
-"""Make the mini world anew, from nothing: art, scenes, models (``make mini-world``); ``--ship`` puts the result in
-place of what ships.
+"""Make the mini world from nothing: art, scenes, models (``make mini-world``); ``--ship`` replaces what ships.
 
 Two streams of stages run side by side, on one GPU if there is one, else on one CPU core each. Every stage resumes at
 its last checkpoint, so the command can be interrupted and run again with the same arguments. ``--hours`` is what all of
@@ -91,8 +90,7 @@ def train(work: Path, hours: float) -> None:
 
 
 def assemble(work: Path, weights: Path = SHIPPED) -> None:
-    """Copy the trained models to where the profile looks for them: ``weights/stable-diffusion``, ``weights/clip``
-    and so on."""
+    """Copy the trained models to where the profile looks for them, ``weights/clip`` and so on."""
     for name in ("unet", "clip", "dino", "mae", "detector", "groupvit"):
         target = weights / FOLDERS.get(name, name)
         shutil.rmtree(target, ignore_errors=True)

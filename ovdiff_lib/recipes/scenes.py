@@ -30,8 +30,7 @@ PALETTES = {
 
 @dataclass(frozen=True)
 class Glyph:
-    """One drawing of a noun: its style, whether models are trained on it, and premultiplied pictures of it at
-    :data:`LEVELS`."""
+    """A drawing of a noun: its style, whether models train on it, premultiplied pictures of it at :data:`LEVELS`."""
 
     style: str
     held: bool
@@ -122,8 +121,7 @@ def draw_stuff(rng: np.random.Generator, name: str, shape: tuple[int, int]) -> n
 
 def _context(rng: np.random.Generator, parts: tuple[str, ...], shape: tuple[int, int]
              ) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
-    """Texture f32 (H, W, 3), index of the part at each pixel u8 (H, W), the horizon as a fraction of the height, and
-    the lower texture."""
+    """Texture f32 (H, W, 3), each pixel's part u8 (H, W), the horizon as a share of the height, the lower texture."""
     if len(parts) == 1:
         image = draw_stuff(rng, parts[0], shape)
         return image, np.zeros(shape, np.uint8), 0.0, image
@@ -138,8 +136,7 @@ def _context(rng: np.random.Generator, parts: tuple[str, ...], shape: tuple[int,
 
 
 def _placed(rng: np.random.Generator, glyph: Glyph, size: float) -> np.ndarray:
-    """A glyph mirrored, turned, sheared and seen slightly from the side: premultiplied f32 (h, w, 4), its longer side
-    ``size`` pixels."""
+    """A glyph mirrored, turned, sheared, seen slightly from the side: premultiplied f32 (h, w, 4), ``size`` long."""
     fitting = [p for p, side in zip(glyph.pictures, LEVELS, strict=True) if side >= size]
     picture = fitting[-1] if fitting else glyph.pictures[0]
     width, height = picture.size
@@ -210,8 +207,7 @@ def _top(rng: np.random.Generator, place: str, horizon: float, height: int, patc
 
 def _captions(rng: np.random.Generator, nouns: tuple[str, ...], stuff: tuple[str, ...], style: str, size: str
               ) -> tuple[str, ...]:
-    """``style`` is the word for how the first object is drawn, "" where none is used; ``size`` is "good", "small" or
-    "" (in between)."""
+    """``style``: the word for how the first object is drawn, "" for none; ``size``: "good", "small", "" (between)."""
     where = " and ".join(stuff)
     if not nouns:
         return (f"a picture of {where}", f"a picture of {where}", where, where)

@@ -69,8 +69,7 @@ def phrased(captions: list[list[str]], phrasing: int) -> tuple[list[str], Tensor
 
 
 def pad_ids(ids: list[list[int]], pad: int) -> Tensor:
-    """Right-pad to the longest of the batch: attention is causal and pooling at the first end token, so more padding
-    would only cost time."""
+    """Right-pad to the longest of the batch: attention is causal, the first end token pools; more only costs time."""
     return training.put(nn.utils.rnn.pad_sequence(list(map(torch.tensor, ids)), batch_first=True, padding_value=pad))
 
 
@@ -83,8 +82,7 @@ def token_ids(tokenizer: CLIPTokenizer) -> dict[str, int]:
 
 
 def drop_patches(model: CLIPModel) -> None:
-    """While ``model`` trains, its image tower sees all but :data:`DROPPED` of an image's patches, others in every image
-    (Li et al., 2023)."""
+    """While ``model`` trains, its image tower misses a random :data:`DROPPED` of the patches (Li et al., 2023)."""
     def drop(module: nn.Module, inputs: tuple, tokens: Tensor) -> Tensor:
         if not model.training:
             return tokens

@@ -34,8 +34,7 @@ KOLEO = 0.1  # weight of the loss that spreads class tokens
 
 
 class Head(nn.Module):
-    """DINO's projection head: three layers, an L2-normalised bottleneck, and unit-length prototypes: (B, D) to
-    logits (B, K)."""
+    """DINO's head: three layers, an L2-normalised bottleneck, unit-length prototypes: (B, D) to logits (B, K)."""
 
     def __init__(self, width: int, hidden: int = 256, bottleneck: int = 64, prototypes: int = 256) -> None:
         super().__init__()

@@ -297,9 +297,8 @@ LOADERS = {"diffusion": load_diffusion, "clip": lambda profile: load_clip(profil
 
 
 def trials(profile: Profile, checks: Sequence[Check]) -> Iterator[Check]:
-    """What comes of one step of each part whose models are all here, by the ``checks`` of them: one drawing in one
-    step, then features, masks and scores of noise; and the constants of published models. Whatever is raised is a
-    result."""
+    """What comes of one step of each part whose models are all here, by the ``checks`` of them (one drawing, then
+    features, masks and scores of noise), and the constants of published models. Whatever is raised is a result."""
     models = {check.what.removeprefix("models."): check for check in checks if check.what.startswith("models.")}
     one, words = profile.override({"support.steps": 1, "support.size": 1}), Vocabulary.of("cat, dog")
     side, segmenter = profile.support.image_size, profile.masks.segmenter

@@ -1,5 +1,4 @@
-"""CutLER (Wang et al., 2023) as segmenter, Gamma of the paper's Sec. 3.2: its published Cascade Mask R-CNN in stock
-detectron2.
+"""CutLER (Wang et al., 2023), Gamma of the paper's Sec. 3.2: its published Cascade Mask R-CNN in stock detectron2.
 
 detectron2 is imported only when the segmenter is built. What CutLER's own heads add matters in training alone.
 """

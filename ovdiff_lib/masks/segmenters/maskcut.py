@@ -93,8 +93,7 @@ def cut(features: np.ndarray, rounds: int, tau: float) -> list[np.ndarray]:
 
 
 def cut_vector(joined: np.ndarray) -> np.ndarray:
-    """Second smallest generalised eigenvector x, f64 (n,), of (D - A) x = lambda D x; its entry of largest size is
-    positive.
+    """Second smallest generalised eigenvector x, f64 (n,), of (D - A) x = lambda D x, positive where largest in size.
 
     ``joined`` bool (n, n), n >= 3, symmetric, says which pairs have affinity 1 in A, all others have :data:`WEAK`; D =
     diag(sums of the rows of A). With y = sqrt(D) x this is the second largest eigenvector of the normalised affinity

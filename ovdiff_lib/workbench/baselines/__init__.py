@@ -23,8 +23,7 @@ BASELINES: dict[str, Part] = {
     "groupvit": Part(GroupViT.build, models=("groupvit",), settings=("groupvit_",)),
     "clip-segmenter": Part(ClipSegmenter.build, models=None, settings=("clip_segmenter_",)),
 }
-"""Name -> how the baseline is built, and which models and fields of ``baselines`` are its own (None: it depends on the
-segmenter)."""
+"""Name -> how it is built, which models and fields of ``baselines`` are its own (None: it depends on the segmenter)."""
 
 OWN_BACKGROUND: dict[str, Callable[[Baselines, Vocabulary], bool]] = {
     "clip-diy": lambda settings, vocabulary: bool(background_words(settings, vocabulary)),

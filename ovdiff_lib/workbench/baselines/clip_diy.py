@@ -1,5 +1,4 @@
-"""CLIP-DIY (Wysoczanska et al., 2024; Table 1): CLIP classifies patches of several sizes, and a saliency map parts
-object from background.
+"""CLIP-DIY (Wysoczanska et al., 2024; Table 1): CLIP classifies patches of several sizes; saliency tells background.
 
 How this differs from the published method:
 
@@ -78,8 +77,7 @@ class ClipDIY(Baseline):
     def cosines(self, image: np.ndarray, texts: Tensor) -> Tensor:
         """Cosines f32 (C, S, S) of the image u8 (H, W, 3), squashed to S = ``clip_diy_size``, with unit texts (C, D).
 
-        At each scale overlapping patches (stride: half a patch) each get one score, whose grid is enlarged to S; scales
-        are averaged.
+        At each scale patches that half overlap get one score each, a grid enlarged to S; scales are averaged.
         """
         side = self.settings.clip_diy_size
         squashed = np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))

@@ -51,8 +51,7 @@ class Windowed(Baseline):
 
     @undisturbed()
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-        """f32 (C + 1, H, W) of an image u8 (H, W, 3): the mean where windows of a size overlap, then over sizes. Row 0
-        is -inf."""
+        """f32 (C + 1, H, W) of an image u8 (H, W, 3): the mean over windows of a size, then over sizes; row 0: -inf."""
         resized = resize_short_side(image, self.matching.short_side, self.matching.resample)
         placed = scales(resized.shape[:2], self.matching)
         total = torch.zeros(len(vocabulary), *resized.shape[:2], dtype=torch.float32, device="cpu")
@@ -70,8 +69,7 @@ class Windowed(Baseline):
 
 
 class Filtered(Baseline):
-    """``baseline`` behind OVDiff's category pre-filter (Table A.1), so that the filter is no advantage of OVDiff alone;
-    the background stays."""
+    """``baseline`` behind OVDiff's category pre-filter (Table A.1), no advantage of OVDiff's then; background stays."""
 
     def __init__(self, baseline: Baseline, category_filter: Callable[[np.ndarray, Vocabulary], tuple]) -> None:
         self.baseline, self.category_filter = baseline, category_filter

@@ -41,8 +41,7 @@ class GroupViT(Windowed):
 
     @classmethod
     def build(cls, profile: Profile) -> GroupViT:
-        """With the GroupViT, the windows and the templates of a profile. Raises ``ProfileError`` and
-        ``ModelNotAvailable``."""
+        """With GroupViT, windows and templates of a profile. Raises ``ProfileError`` and ``ModelNotAvailable``."""
         templates = templates_of("groupvit", profile.baselines)
         return cls(TextEmbeddings(*load_groupvit(profile), templates), profile.matching)
 

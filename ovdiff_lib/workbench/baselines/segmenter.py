@@ -101,8 +101,7 @@ def majority_vote(labels: np.ndarray, proposals: np.ndarray) -> np.ndarray:
 
 
 def smallest(proposals: np.ndarray) -> np.ndarray:
-    """i64 (H, W): number of the smallest proposal bool (M, H, W) at each pixel, of those of one area the first; -1
-    where there is none."""
+    """i64 (H, W): number of the smallest proposal bool (M, H, W) at each pixel, the first of equals; -1 for none."""
     owner = np.full(proposals.shape[1:], -1, np.int64)
     for number in sorted(range(len(proposals)), key=lambda n: (-np.count_nonzero(proposals[n]), -n)):
         owner[proposals[number]] = number

@@ -121,8 +121,7 @@ def context() -> Layout:
 def coco(objects: bool) -> Layout:
     """COCO 2017 with the pixel maps of COCO-Stuff 164k as published (ids 0 to 181): COCO-Object, or COCO-Stuff.
 
-    In COCO-Object stuff and what is unlabelled are background: nothing is ignored, as in the conversion the literature
-    uses.
+    In COCO-Object stuff and what is unlabelled are background, nothing ignored, as the literature converts it.
     """
     tables = class_table()["data_sets"]
     values, things = numbered(tables["coco-stuff"]["ids"]) | VOID, len(tables["coco-object"]["classes"])

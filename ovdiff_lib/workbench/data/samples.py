@@ -1,7 +1,6 @@
 """What the protocol reads: annotated images in a fixed order, and predictions that any method saved as label maps.
 
-Labels: 0 = background where the data set has one (else no label is 0), i + 1 = ``vocabulary.categories[i]``, 255 =
-ignored.
+Labels: 0 = background (none is 0 where the data set has none), i + 1 = ``vocabulary.categories[i]``, 255 = ignored.
 """
 
 from collections.abc import Sequence
@@ -88,8 +87,7 @@ class Dataset:
 
 
 class SavedPredictions:
-    """Label maps of a folder, in place of a segmenter: 8-bit ``<id>.png``, or ``<id>_labels.png`` as ``ovdiff segment``
-    writes."""
+    """Label maps of a folder as segmenter: 8-bit ``<id>.png``, or ``<id>_labels.png`` as by ``ovdiff segment``."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()

@@ -23,8 +23,7 @@ SPELLINGS = {
 def with_kinds(names: Vocabulary | Iterable[str | Category] | str, table: str, default: str = "thing") -> Vocabulary:
     """The vocabulary of these names, "thing" or "stuff" by one of :data:`TABLES`; what is not known gets ``default``.
 
-    Names are compared without case; a table that lacks a class's name is asked for its prompt, then for another
-    spelling of either.
+    Names are compared without case; what a table lacks is looked for by its prompt, then by other spellings of both.
     """
     read, found = pandas.read_csv(TABLES[table], keep_default_na=False), []
     known = dict(zip(read["class"], read["label"], strict=True))

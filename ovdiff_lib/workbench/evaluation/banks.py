@@ -80,8 +80,7 @@ def with_words(words: Mapping[str, Sequence[str]], settings: Mapping | None = No
 
 
 def of_scenes(scenes: Dataset, chosen: Sequence[Sequence[int]], masked: bool) -> Build:
-    """Own pictures in place of drawings: of each class its ``chosen`` images of ``scenes``, with their true masks, or
-    without any."""
+    """Own pictures in place of drawings: of each class its ``chosen`` ``scenes``, with true masks if ``masked``."""
 
     def build(bench: Bench, seed: int, vocabulary: Vocabulary) -> PrototypeBank:
         shown = {one: [scenes[i] for i in indices] for one, indices in zip(vocabulary, chosen, strict=True)}

@@ -44,8 +44,7 @@ def mask_picture(masks: ForegroundBackground, index: int) -> np.ndarray:
 
 
 def part_picture(prototypes: Prototypes) -> np.ndarray:
-    """Part clusters of the first support image on the feature grid: warm foreground, cool background, grey unused; u8
-    (h, w, 3)."""
+    """Part clusters of the first support image, u8 (h, w, 3): warm foreground, cool background, grey unused."""
     picture = np.full((*prototypes.assignment.shape[1:], 3), UNUSED, np.uint8)
     codes, count = prototypes.assignment[0].astype(int), int(prototypes.assignment.max())
     for code in np.unique(codes[codes != 0]):

@@ -1,5 +1,4 @@
-"""Figures that explain a segmentation: from its regions to the support images (Fig. 4), margins, and why classes are
-absent."""
+"""Figures that explain a segmentation: from its regions to support images (Fig. 4), margins, why classes are absent."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence

@@ -1,5 +1,4 @@
-"""Pictures of what happens inside a step: proposals and their choice by Eq. 1, features as colours, methods side by
-side."""
+"""Pictures of what happens inside a step: proposals, their choice by Eq. 1, features as colours; methods compared."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,5 +1,4 @@
-"""The paper's claims about results, tested on the measured tables of a folder: what holds here, what fails, what cannot
-be told.
+"""The paper's claims about results, tested on the measured tables of a folder: what holds, fails, cannot be told.
 
 ``claims.csv`` says of every claim which cells are compared and how (:mod:`ovdiff_lib.workbench.tables.relations`). A
 cell is written ``table|row|column``, the key that tables carry; ``{set}`` runs over the data sets of the column

@@ -15,8 +15,7 @@ from ovdiff_lib.workbench.tables.tables import NOT_EXERCISED
 
 TOLERANCE = 1.0  # percent of mIoU: differences up to it are "little"
 WITHIN = {">": (0.0, np.inf), ">=": (-TOLERANCE, np.inf), "<=": (-np.inf, TOLERANCE), "~": (-TOLERANCE, TOLERANCE)}
-"""Between which edges a difference left - right has to lie: more; not less but for a little; more by a little at most;
-about equal."""
+"""Edges of a difference left - right: more; not less but for a little; more by a little at most; about equal."""
 
 LINEAR_R2, LINEAR_RATIO = 0.98, (0.5, 2.0)
 """For times to grow linearly: least R^2 of the straight line, and range of (growth in time) / (growth in N)."""

@@ -27,8 +27,7 @@ STAMP = "The paper's column is from its own data sets and models."
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a table. Raises ``InputError`` for a measured cell without a number, another with one, and numbers
-    that are not finite."""
+    """One number of a table. ``InputError`` for a measured cell without one, another with one, one not finite."""
 
     row: str
     column: str
