@@ -16,7 +16,7 @@ BELOW, NOT_AMONG_TOP, NOT_BEST = REASONS = "below 1/C", "not among the top eta",
 
 
 def decided_by(segmentation: Segmentation) -> dict[tuple[str, str], int]:
-    """How many pixels each sort of prototype decided, by (region, kind), all six; a constant background is in none."""
+    """How many pixels each sort of prototype decided, by (region, kind), all six; a constant score's are in none."""
     (category, row), counts = segmentation.winner, Counter()
     for i, prototypes in enumerate(segmentation.prototypes):
         deciding = row[category == i]

@@ -20,8 +20,7 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
     """A temporary file beside ``path``, which takes its place, flushed to disk, when the block ends; missing folders
     are made.
 
-    Readers see the old file or the new one, whatever happens between. Raises ``InputError`` where the folder cannot be
-    written.
+    Readers see the old file or the new one, whatever happens between. ``InputError`` where it cannot be written.
     """
     path = Path(path)
     # Not tempfile: its files are private to the user, and a renamed one stays so.

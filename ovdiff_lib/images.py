@@ -88,8 +88,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def resize_short_side(image: np.ndarray, short: int, resample: str = "bilinear",
                       long_side: int | None = None) -> np.ndarray:
-    """u8 (H, W, 3) scaled so that its short side is ``short`` pixels, by an antialiasing filter ("bilinear",
-    "lanczos").
+    """u8 (H, W, 3) scaled to a short side of ``short`` pixels, by an antialiasing filter ("bilinear", "lanczos").
 
     With ``long_side`` the long side is at most that, and the short side then smaller. Sizes are rounded as int(x *
     scale + 0.5), as the evaluation protocol of the paper's baselines does.

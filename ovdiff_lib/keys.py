@@ -1,8 +1,7 @@
 """What a result depends on: words, settings, models, code. Library, shared networks, stored measurements ask here.
 
 Code counts by the statements (:mod:`~ovdiff_lib.code`) of the modules that a step begins in (:data:`STEPS`) and of all
-that they import of the package. Registries do not count: of their many parts only the chosen one does, by the module
-that defines it.
+that they import of the package. Of a registry's many parts only the chosen one counts, by the module that defines it.
 """
 
 import dataclasses

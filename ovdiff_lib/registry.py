@@ -29,8 +29,7 @@ class Part:
     ``models`` are the fields of ``profile.models`` it loads, ``settings`` the fields of its section that change its
     results ("sd_": all that begin so). Both go into the library's keys, as does the code of the module that defines
     ``build``. None counts all of them: always right, but then a change of any one builds the classes again, and
-    ``ovdiff doctor`` cannot say which models the part needs. ``version`` takes the code's place; change it with the
-    results.
+    ``ovdiff doctor`` cannot say which models it needs. ``version`` takes the code's place; change it with the results.
     """
 
     build: Callable[[Profile], Any]

@@ -62,8 +62,7 @@ def tune(options: argparse.Namespace) -> None:
                      "`kmeans-full-size`, which need 7 GB of memory and some minutes)"),
        argument("--repeats", type=int, default=3, help="rounds of a scenario; ratios are of medians (default: 3)"))
 def benchmark(options: argparse.Namespace) -> int:
-    """Times as ratios against a named alternative that runs in the same session. Exit code 1 if a bound is
-    missed, else 0."""
+    """Times as ratios against a named alternative that runs in the same session; exit code 1 if a bound is missed."""
     from ovdiff_lib.networks.loading import resolve_device
     from ovdiff_lib.workbench.cost.instruments import machine
     from ovdiff_lib.workbench.cost.scenarios import run

@@ -33,8 +33,7 @@ def show(options: argparse.Namespace) -> None:
 
 @takes(LIBRARY, profile=False)
 def verify(options: argparse.Namespace) -> int:
-    """Read every entry and check its sums; broken ones are set aside, to be built again. Exit code 1 if there are
-    any."""
+    """Read every entry and check its sums; broken ones are set aside, to be built again (exit code 1)."""
     library = Library(options.library)
     total, broken = len(library.entries()), library.verify()
     print(f"{total - len(broken)} of {total} entries in {library.root} are whole.")

@@ -1,8 +1,7 @@
 """The command line: every command by name.
 
 Errors a user can cause end in one sentence on stderr and exit code 2; what was carried out with a bad result (a
-notebook that failed, tables that differ) ends with exit code 1; ctrl-C ends with exit code 130 and leaves no
-half-written file.
+notebook that failed, tables that differ) ends with exit code 1; ctrl-C with 130, and leaves no half-written file.
 """
 
 import argparse

@@ -99,8 +99,7 @@ class CategoryFilter:
 
 
 def square_image(image: np.ndarray, side: int, crop: str) -> np.ndarray:
-    """An image u8 (H, W, 3) as CLIP's u8 (side, side, 3), bicubic: "squash" ignores the aspect ratio, "centre" cuts the
-    longer side."""
+    """An image u8 (H, W, 3) as CLIP's u8 (side, side, 3), bicubic: "squash" ignores the aspect, "centre" cuts it."""
     height, width = image.shape[:2]
     short = min(height, width)
     left, top = (width - short) / 2, (height - short) / 2

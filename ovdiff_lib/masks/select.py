@@ -22,8 +22,7 @@ def select(proposals: np.ndarray, attribution: np.ndarray) -> tuple[np.ndarray, 
     """Eq. 1: foreground and background, bool (H, W), from proposals bool (M, H, W) and attribution f32 (H, W).
 
     What no proposal covers is one more mask (the paper's "including a mask for the background"). Where the two chosen
-    masks overlap the pixel is foreground. Both are empty without a proposal; one that covers the image has no
-    background.
+    masks overlap the pixel is foreground. Both are empty without a proposal; one that covers all has no background.
     """
     if not proposals.any():
         return np.zeros(attribution.shape, dtype=bool), np.zeros(attribution.shape, dtype=bool)

@@ -82,8 +82,7 @@ def gathered(extract: Callable[[Sequence[np.ndarray], np.ndarray], torch.Tensor]
              seeds: np.ndarray, shape: tuple[int, int, int], size: int, title: str) -> torch.Tensor:
     """Features f32 (n, *shape) that ``extract(images, seeds)`` makes of images u8 (H, W, 3) and a seed each, at most
     ``size`` at a time: those of one batch stay on the device, where matching needs them; of several each goes to its
-    place on the CPU, where a support set has room once. ``OVDiffError``, which calls the network ``title``, unless all
-    are finite."""
+    place on the CPU, where a support set has room once. ``OVDiffError`` of network ``title`` unless all are finite."""
     wrong = [i for i in images if i.ndim != 3 or i.shape[-1] != 3 or i.dtype != np.uint8]
     if wrong or len(images) != len(seeds):
         found = f"{wrong[0].dtype} {wrong[0].shape}" if wrong else f"{len(images)} images"

@@ -1,8 +1,7 @@
 """The frozen networks, each loaded once.
 
 A model is named by a folder, a hub id, or ``package:NAME`` (weights that ship in ``ovdiff_lib/mini/weights/NAME``).
-Whatever the model libraries raise while loading becomes :class:`~ovdiff_lib.errors.ModelNotAvailable` here and nowhere
-else.
+Whatever the model libraries raise while loading becomes :class:`~ovdiff_lib.errors.ModelNotAvailable` here alone.
 """
 
 from __future__ import annotations

@@ -37,8 +37,7 @@ BLOCK = 2**23
 @undisturbed()
 def kmeans(x: torch.Tensor | np.ndarray, k: int, seed: int = 0,
            restarts: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centroids f32 (k', D) and assignment i64 (M,) of the points ``x`` (M, D), on the device of ``x``; deterministic
-    in ``seed``.
+    """Centroids f32 (k', D), assignment i64 (M,) of points ``x`` (M, D), on their device, deterministic in ``seed``.
 
     k' <= k: fewer only where there are fewer distinct points. Each centroid is the mean of its points, no cluster is
     empty. Of ``restarts`` seedings (default: :data:`RESTARTS` on a sample, else 1) the one of least inertia is kept.

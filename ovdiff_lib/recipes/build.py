@@ -52,8 +52,7 @@ def build_training(world: World, arrays: dict[str, np.ndarray], folder: Path, si
                    workers: int | None = None) -> None:
     """Write the training arrays at ``size`` px: ``train_images.npy`` u8 (count, size, size, 3) with
     ``train_captions.json``; ``frames.npy`` u8 (frames, 2, size, size, 3), pairs of one glyph in two places, as a video
-    that follows it shows it; last ``nouns.json``, with which a folder is finished. ``workers``: processes (default: one
-    a core)."""
+    that follows it shows it; last ``nouns.json``, which finishes it. ``workers``: processes (default: one a core)."""
     if (folder / "nouns.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
 """Train the mini CLIP (a real ``transformers.CLIPModel``) and its BPE tokenizer.
 
-The text tower is the text encoder of the mini Stable Diffusion as well, so the tokenizer is written in
-``CLIPTokenizer`` format.
+Its text tower is the mini Stable Diffusion's text encoder, too: the tokenizer is written in ``CLIPTokenizer`` format.
 """
 
 import json

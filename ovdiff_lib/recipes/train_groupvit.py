@@ -29,7 +29,7 @@ SMALLEST = 0.7  # side of the smallest part of a scene that is shown enlarged, a
 
 
 def build_groupvit(tokenizer: CLIPTokenizer, size: int = 64) -> GroupViTModel:
-    """For images of ``size`` px, with ``tokenizer``'s ids: three blocks, eight groups, one block, four groups."""
+    """For images of ``size`` px and ``tokenizer``'s ids: three blocks, eight groups, one block, four groups."""
     text = train_clip.token_ids(tokenizer) | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
                                               "num_attention_heads": 2, "hidden_act": "gelu"}
     vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "depths": [3, 1],

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 @undisturbed("support.batch_size")
 def sample_support(pipe: StableDiffusionPipeline, category: Category, profile: Profile, count: int | None = None,
                    progress: bool = True, start: int = 0) -> SupportSet:
-    """Draw ``count`` (default ``support.size``) images of ``category``, from number ``start`` on, and their
-    attribution, in one pass.
+    """In one pass ``count`` (default ``support.size``) images of ``category``, from number ``start``, and attribution.
 
     Image i depends on (support settings, prompt, ``support.seed``, i) alone, but for rounding: batches of another size
     are computed otherwise, on a GPU most of all. Images are u8 (N, S, S, 3), S = ``support.image_size``; attribution is

@@ -1,8 +1,7 @@
 """Run notebooks headless: papermill with the checks it leaves out, and only those whose inputs changed.
 
 A notebook is fresh when its source, its parameters, the package's code and data, and the tables and figures that its
-last good run left are what they were; a fresh one is not run again. Notebooks do not depend on each other: one that
-fails stops no other.
+last good run left are what they were; a fresh one is not run again. None depends on another: one that fails stops none.
 """
 
 import ast

@@ -1,7 +1,6 @@
 """MaskCut (Wang et al., 2023, "Cut and Learn"): proposals from normalised cuts of DINO features, CutLER's teacher.
 
-The first cut separates the most salient object from the rest, its patches are painted out, and the next cut looks at
-what is left.
+A cut separates the most salient object from the rest; its patches are painted out, and the next sees what is left.
 """
 
 from __future__ import annotations

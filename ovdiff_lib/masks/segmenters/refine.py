@@ -36,8 +36,7 @@ def refine(mask: np.ndarray, image: np.ndarray) -> np.ndarray | None:
 def walker(mask: np.ndarray, image: np.ndarray, margin: float) -> np.ndarray:
     """``mask`` bool (H, W) with pixels within ``margin`` of its border decided anew by the image u8 (H, W, 3).
 
-    A part too thin for that keeps its innermost pixels. Neither the mask nor its complement may be empty, nor the image
-    of one colour.
+    A part too thin for that keeps its innermost pixels. Mask and complement are not empty, the image not of one colour.
     """
     from scipy.ndimage import distance_transform_edt
     from skimage.segmentation import random_walker

@@ -1,7 +1,6 @@
 """Segment Anything (Kirillov et al., 2023) as segmenter, by a grid of points or by Grounding DINO's boxes (App. A.1).
 
-A grid of points asks for everything in the image, boxes for what the support image was drawn for. The networks are
-those of transformers.
+A grid of points asks for everything in the image, boxes for what it was drawn for. The networks are transformers'.
 """
 
 from __future__ import annotations

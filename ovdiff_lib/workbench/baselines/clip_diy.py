@@ -60,8 +60,7 @@ class ClipDIY(Baseline):
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """Probabilities f32 (C + 1, H, W) of an image u8 (H, W, 3), row 0 the background.
 
-        Without :func:`background_words` row 0 is -inf, and the others are the cosines by saliency, which a constant
-        can be compared with.
+        Without :func:`background_words` row 0 is -inf, the others are cosines by saliency, to set beside a constant.
         """
         words = background_words(self.settings, vocabulary)
         texts = self.texts((*words, *(c.prompt for c in vocabulary)))
@@ -131,8 +130,7 @@ def saliency(attention: Tensor, keys: Tensor, cosine: float) -> Tensor:
     """f32 (n,) in [0, 1]: 1 for patches of no similarity to the background seed, 0.5 at ``cosine``, 0 from twice that.
 
     ``attention`` (heads, n) is what each head's class token pays to each patch, ``keys`` (n, heads, d) are the patches'
-    features. Heads that attend to few patches count more, for the seed and for the similarity (FOUND's sparsity
-    weights).
+    features. Heads that attend to few patches count more, for seed and similarity (FOUND's sparsity weights).
     """
     spread = (attention > attention.mean()).float().mean(1) + TINY
     weight = torch.log(spread.sum() / spread)  # (heads,)

@@ -2,8 +2,7 @@
 
 Every window is divided among the groups of the last grouping stage, and a group's pixels get the classes whose text
 embeddings are near the group's: the inference of the authors' released evaluation, over ``transformers.GroupViTModel``.
-The ``segmentation_logits`` of that class are not used: they multiply by the logit scale twice and know neither the
-class mask nor the background.
+Its ``segmentation_logits`` are not used: they have the logit scale twice, and neither class mask nor background.
 """
 
 from __future__ import annotations

@@ -77,16 +77,14 @@ class ReCo(Windowed):
         return resize_maps(alike, crops.shape[1:3]) * resize_maps(named, crops.shape[1:3])
 
     def retrieve(self, prompt: str) -> list[int]:
-        """Numbers of the ``reco_retrieved`` images of the archive, or of all, that CLIP finds most like the words, best
-        first."""
+        """Numbers of the archive's ``reco_retrieved`` images, or all, that CLIP finds most like the words, in order."""
         order = torch.argsort(self.embeddings @ self.texts([prompt])[0], descending=True, stable=True)
         return order[:self.settings.reco_retrieved].tolist()
 
     def reference(self, prompt: str) -> Tensor:
         """Reference embedding f32 (D,), unit length, of class words: what the images retrieved for them have in common.
 
-        Seeds keep away from the contexts ``reco_contexts``, whose own references are found first, each avoiding those
-        before it.
+        Seeds keep away from the contexts ``reco_contexts``, whose references are found first, each off those before it.
         """
         contexts = self.settings.reco_contexts
         for word, avoided in [*((word, contexts[:i]) for i, word in enumerate(contexts)), (prompt, contexts)]:

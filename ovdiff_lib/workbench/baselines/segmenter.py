@@ -1,8 +1,7 @@
 """What class-agnostic mask proposals do without support sets (App. A.1, Table A.2): "CLIP + CutLER" and "X + CutLER".
 
 The first names every proposal by CLIP; the second lets the pixels of a proposal vote on the labels that a method X gave
-them. Where proposals overlap, both show the smallest one at a pixel (of two alike, the earlier), so that no proposal
-hides one inside it.
+them. Where proposals overlap, both show the smallest at a pixel (of equals the first): none hides one inside it.
 """
 
 from __future__ import annotations
@@ -83,8 +82,7 @@ class ClipSegmenter(Baseline):
 
 
 def majority_vote(labels: np.ndarray, proposals: np.ndarray) -> np.ndarray:
-    """Labels (..., H, W), whole numbers from 0, with every proposal bool (M, H, W) given the label of most of its
-    pixels in each map.
+    """Labels (..., H, W), whole numbers from 0, every proposal bool (M, H, W) with that of most of its pixels in each.
 
     All pixels of a proposal vote, by their label before any vote, background like any other; of equal counts the lowest
     label wins. Pixels of no proposal keep theirs.

@@ -99,7 +99,7 @@ def building_cells(building: ClassTimes) -> list[Cell]:
 
 
 def drawing_cells(drawing: Mapping[int, Measured], fit: Any) -> list[Cell]:
-    """Seconds to draw N images beside the paper's if it has that N, and their line ``fit`` (of ``linregress``)."""
+    """Seconds to draw N images beside the paper's if it has that N, and the line ``fit`` to them (``linregress``)."""
     rows, printed = {}, {cell.key: cell for cell in paper_table("timing")}
     for size, step in drawing.items():
         key = "timing", f"sampling time N={size}", "seconds per class"

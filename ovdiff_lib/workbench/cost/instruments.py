@@ -63,8 +63,7 @@ def alternate(ways: Sequence[Callable[[int], Any]], rounds: int, device: torch.d
               budget: float = math.inf) -> list[Measured]:
     """Call every way with 1, then every way with 2, ... ``rounds``: a machine that is busy for a while slows them all.
 
-    Before, all are called with 0, to warm up (a way may do less then), and not counted. A way that took ``budget``
-    seconds is left out of further rounds.
+    Before, all are called with 0, to warm up (and may do less), uncounted. After ``budget`` seconds a way is left out.
     """
     if rounds < 1:
         raise InputError(f"The number of repeats is {rounds}; give at least 1.")

@@ -29,8 +29,7 @@ ClassTimes = dict[tuple[str, bool], dict[str, Measured]]
 
 def measure_drawing(profile: Profile, category: Category, sizes: Sequence[int], repeats: int = 1,
                     budget: float = math.inf) -> dict[int, Measured]:
-    """Step 1 for support sets of each of ``sizes`` images, in turns (see ``alternate``); results are ``SupportSet``. To
-    warm up, one image of one step is drawn."""
+    """Step 1, results ``SupportSet``, for each of ``sizes`` images, in turns (``alternate``), after one of one step."""
     pipe, sizes = load_diffusion(profile), sorted(set(sizes))
     short = profile.override({"support.steps": 1})
 

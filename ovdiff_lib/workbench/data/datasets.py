@@ -110,8 +110,7 @@ def voc() -> Layout:
 
 
 def context() -> Layout:
-    """PASCAL Context on the images of VOC 2010, its labels (0 = background, 1 to 59, alphabetical) as ``ovdiff convert
-    context`` writes them."""
+    """PASCAL Context on VOC 2010's images, labels (0 = background, 1 to 59, alphabetical) by ``ovdiff convert``."""
     return Layout("PASCAL Context (PASCAL VOC 2010)", ("VOC2010", "VOCdevkit/VOC2010", ""), ("JPEGImages/{id}.jpg",),
                   ("SegmentationClassContext/{id}.png",), {0: 0} | numbered(range(1, 60)),
                   ids=partial(_listed, "SegmentationContext"),

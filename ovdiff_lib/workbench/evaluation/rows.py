@@ -92,8 +92,7 @@ class Searched(Row):
 class Rival(Row):
     """The entry ``baseline`` of ``BASELINES``, with its own background or the best constant one, as :class:`Searched`.
 
-    ``filtered``: behind OVDiff's category filter; ``voted``: each proposal of the profile's segmenter then takes its
-    majority label.
+    ``filtered``: behind OVDiff's category filter; ``voted``: each proposal of the segmenter takes its majority label.
     """
 
     baseline: str = ""

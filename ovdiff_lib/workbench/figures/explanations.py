@@ -150,8 +150,7 @@ def _row_names(figure: Sheet, trace: Trace, top: float) -> None:
 
 
 def margin_figure(statistics: MarginStatistics) -> Figure:
-    """Left: how the margins of right and of wrong pixels are distributed; right: the share of wrong pixels, by tenths
-    of the margin."""
+    """Left: how margins of right and of wrong pixels are distributed; right: the share of wrong ones, by tenths."""
     figure = Sheet((7.4, 2.6), 110, layout="constrained")
     left, right = figure.subplots(1, 2)
     both = statistics.right + statistics.wrong

@@ -90,8 +90,7 @@ def build_report(folder: Path, profile: Profile, notebooks: Path) -> Path:
     """Write ``folder``/report/index.html and ``folder``/report/notebooks/*.html; returns the page's path.
 
     ``folder`` is ``outputs/<profile>``; ``notebooks`` that of the stripped notebooks, of which those that have not run
-    are named. What is missing, failed or broken is a sentence on the page. Raises ``InputError`` if ``folder`` does not
-    exist or cannot be written.
+    are named. What is missing, failed or broken is a sentence on the page. ``InputError`` if ``folder`` is not usable.
     """
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}; run `ovdiff reproduce` first, or name another with --out.")
