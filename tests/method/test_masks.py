@@ -5,12 +5,13 @@ import itertools
 import numpy as np
 import pytest
 from sentences import refused
+from skimage.filters import threshold_multiotsu
 
 from ovdiff_lib.categories import Category
 from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.masks import build_segmenter
 from ovdiff_lib.masks.select import TOGETHER, make_masks, mean_attribution, select, separate, upsample
-from ovdiff_lib.masks.threshold import BINS, fixed_thresholds, multi_otsu
+from ovdiff_lib.masks.threshold import _last_bins, BINS, fixed_thresholds, multi_otsu
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.types import SupportSet
 
@@ -43,6 +44,22 @@ def test_multi_otsu_maximises_between_class_variance(classes):
     foreground, background = multi_otsu(values, classes)
     cuts = [values[background].max(), values[~foreground].max()][: classes - 1]
     assert variance([c + 1e-3 for c in cuts]) == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_multi_otsu_divides_as_scikit_image_does(classes):
+    """Or better by what that loses in float32."""
+    def spread(last):
+        levels = np.split(np.repeat(np.arange(BINS), counts), np.cumsum(counts)[last])
+        return sum(len(level) * level.mean() ** 2 for level in levels)
+
+    rng, same = np.random.default_rng(1), []
+    for _ in range(12):
+        counts = np.histogram(rng.normal(rng.random(5).repeat(300), 0.05), BINS, (0, 1))[0]
+        ours, theirs = _last_bins(counts, classes), threshold_multiotsu(hist=(counts, np.arange(BINS)), classes=classes)
+        same.append((ours == theirs).all())
+        assert spread(theirs) <= spread(ours) <= spread(theirs) * (1 + 1e-6)
+    assert np.mean(same) > 0.7
 
 
 def test_multi_otsu_of_few_values():
