@@ -124,7 +124,8 @@ def _draw(profile: Profile, folder: Path, workers: int) -> None:
     except OVDiffError as error:
         print(f"Classes are built as the notebooks need them: {error}", flush=True)
         return
-    build_classes(LocalEngine(workers), bench.profile, categories, bench.seeds, bench.library)
+    build_classes(LocalEngine(workers), bench.profile, categories, bench.seeds, bench.library,
+                  also=[{"masks.segmenter": "threshold"}])  # rows of Tables 1 and 3 that begin with the same features
     if anew:
         note(folder, CLASSES, {"seconds": round(time.time() - started, 1)})
 

@@ -1,6 +1,7 @@
 """Engines: every task comes back once, whatever fails or dies; several processes build and count what one does."""
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -131,12 +132,14 @@ def check_library(profile, root, names):
 def test_two_workers_build_what_one_builds_though_one_is_killed(tiny_profile, tmp_path, monkeypatch):
     monkeypatch.setattr(working, "ClassBuilder", FatalBuilder)
     words = [Category("dog"), Category("boat"), Category("hound", "dog")]  # the last is the first by another name
-    assert build_classes(LocalEngine(2), tiny_profile, words, [0, 1], tmp_path, progress=False) == []
+    also = {"prototypes.clusters": 1}
+    assert build_classes(LocalEngine(2), tiny_profile, words, [0, 1], tmp_path, progress=False, also=[also]) == []
     assert (tmp_path / "killed").exists()
     kinds = [e.kind for e in Library(tmp_path).entries()]
-    assert kinds.count("support") == kinds.count("prototypes") == 4  # two classes, two seeds
-    for seed in (0, 1):
-        check_library(tiny_profile.override({"support.seed": seed, "prototypes.seed": seed}), tmp_path, ["dog", "boat"])
+    assert kinds.count("support") == kinds.count("prototypes") / 2 == 4  # two classes, two seeds
+    for seed, one in itertools.product((0, 1), ({}, also)):
+        profile = tiny_profile.override({"support.seed": seed, "prototypes.seed": seed, **one})
+        check_library(profile, tmp_path, ["dog", "boat"])
 
 
 def test_the_profile_says_the_seeds_and_what_cannot_be_built_is_said(tiny_profile, tmp_path):

@@ -6,6 +6,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 from scipy.sparse import csr_array
 from tqdm import tqdm
@@ -25,10 +26,11 @@ from ovdiff_lib.workbench.parallel import Engine
 
 
 def build_classes(engine: Engine, profile: Profile, categories: Iterable[Category], seeds: Sequence[int] | None,
-                  library: str | Path, progress: bool = True) -> list[str]:
+                  library: str | Path, progress: bool = True, also: Sequence[dict[str, Any]] = ()) -> list[str]:
     """Build the prototypes of every category for every seed (None: the profile's) into ``library``, a folder that all
-    machines of ``engine`` see; returns one sentence for each class that could not be built. Raises ``InputError`` where
-    the library cannot be written, and as ``run``."""
+    machines of ``engine`` see, then those with each settings of ``also``, while its features are remembered; returns
+    one sentence for each class that could not be built. Raises ``InputError`` where the library cannot be written, and
+    as ``run``."""
     # The library knows a class by its words and pictures.
     words = {(category.prompt, category.pictures): category for category in categories}.values()
     tasks = [(category, seed) for seed in ([None] if seeds is None else seeds) for category in words]
@@ -36,7 +38,7 @@ def build_classes(engine: Engine, profile: Profile, categories: Iterable[Categor
     check_output(root)
     root.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(prefix=".shared-", dir=root) as mark:
-        build = partial(ClassBuilder, profile, root, Path(mark.name))
+        build = partial(ClassBuilder, profile, root, Path(mark.name), also)
         with closing(engine.run(build, tasks)) as done:
             for task in tqdm(done, "building classes", len(tasks), unit="class", disable=not progress):
                 category, seed = tasks[task.index]
@@ -52,17 +54,18 @@ class ClassBuilder:
     ``InputError`` where the library lacks the file ``mark``: another folder than the one of this name elsewhere.
     """
 
-    def __init__(self, profile: Profile, root: Path, mark: Path) -> None:
+    def __init__(self, profile: Profile, root: Path, mark: Path, also: Sequence[dict[str, Any]] = ()) -> None:
         if not mark.exists():
             raise InputError(f"The folder {root} on the machine {platform.node()} is not the library that is built; put"
                              " it on a file system that all machines share and name it with --library.")
-        self.profile, self.root, self.parts = profile, root, SharedNetworks()
+        self.profile, self.root, self.parts, self.settings = profile, root, SharedNetworks(), [{}, *also]
 
     def __call__(self, task: tuple[Category, int | None]) -> None:
         category, seed = task
         seeds = {} if seed is None else {"support.seed": seed, "prototypes.seed": seed}
-        ovdiff = OVDiff(self.profile, seeds, library=self.root, progress=False, networks=self.parts)
-        ovdiff.build_class(category)
+        for one in self.settings:
+            ovdiff = OVDiff(self.profile, seeds | one, library=self.root, progress=False, networks=self.parts)
+            ovdiff.build_class(category)
 
 
 def _counter(profile: Profile, bank: PrototypeBank, dataset: Dataset) -> Callable[[int], csr_array]:
