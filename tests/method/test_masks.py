@@ -11,7 +11,7 @@ from ovdiff_lib.categories import Category
 from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.masks import build_segmenter
 from ovdiff_lib.masks.select import TOGETHER, make_masks, mean_attribution, select, separate, upsample
-from ovdiff_lib.masks.threshold import _last_bins, BINS, fixed_thresholds, multi_otsu
+from ovdiff_lib.masks.threshold import BINS, _last_bins, fixed_thresholds, multi_otsu
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.types import SupportSet
 

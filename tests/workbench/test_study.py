@@ -370,6 +370,10 @@ def test_parts_are_shared_and_remember(bench):
     assert first.extractors["sd"](images, seeds + 1) is not features
     plain = OVDiff(first.profile, library=bench.library, progress=False)
     assert (plain.extractors["sd"](images, seeds) == features).all()
+    fewer = {"features.sd_layers": first.profile.features.sd_layers[::-2]}
+    ours, alone = bench.ovdiff(fewer), plain.replaced(fewer).extractors["sd"](images, seeds)
+    assert ours.extractors["sd"](images, seeds).equal(alone) and ours.matcher.extractors["sd"](images, seeds).equal(alone)
+    assert ours.extractors["sd"].channels == alone.shape[-1] < features.shape[-1]
     vocabulary = Vocabulary.of("dog, boat")
     kept = first.category_filter(images[0], vocabulary)
     assert first.category_filter(images[0], vocabulary) is kept

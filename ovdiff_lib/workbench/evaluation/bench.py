@@ -59,7 +59,7 @@ class Bench:
             raise InputError("The list of seeds is empty; give at least one.")
         self.images = self.profile.evaluation.images if images is None else images
         self.library, self.progress = Path(library), progress
-        self.parts = SharedNetworks(self.library / "features")
+        self.parts = SharedNetworks(self.library / "features", self.profile.features.sd_layers)
         self.shelf = SharedLibrary(self.library)
         self._datasets: dict[tuple[str, str], Dataset] = {}
         self._quantiles: dict[str, np.ndarray] = {}

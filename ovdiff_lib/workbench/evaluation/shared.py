@@ -103,6 +103,21 @@ class KeptOnDisk(Remembering):
         return made
 
 
+class FewerLayers:
+    """The diffusion extractor with some ``layers`` of another's, ``whole``: its features without the other channels."""
+
+    name, any_size = "sd", True
+
+    def __init__(self, whole: Any, layers: list[str]) -> None:
+        channels = np.split(np.arange(whole.channels), np.cumsum(whole.widths)[:-1])
+        own = dict(zip(whole.settings.sd_layers, channels, strict=True))
+        self.whole, self.columns = whole, np.concatenate([own[layer] for layer in layers])
+        self.channels = len(self.columns)
+
+    def __call__(self, images: Any, seeds: np.ndarray) -> torch.Tensor:
+        return self.whole(images, seeds)[..., self.columns]
+
+
 class SharedLibrary(Library):
     """A library that gives prototypes which somebody holds as the same object again: nobody may change it in place."""
 
@@ -118,19 +133,19 @@ class SharedLibrary(Library):
 
 class SharedNetworks:
     """Networks by what they depend on, to be given to :class:`~ovdiff_lib.pipeline.OVDiff` as ``networks``; ``folder``
-    is where features of windows are kept, if they are.
+    is where features of windows are kept, if they are. Who needs but some of the diffusion model's ``layers`` takes them
+    from the features of all.
 
     A remembered result is the same object again: nobody may change it in place. Methods raise ``ProfileError`` and
     ``ModelNotAvailable``.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._made, self._folder = {}, folder
+    def __init__(self, folder: Path | None = None, layers: list[str] | None = None) -> None:
+        self._made, self._folder, self._layers = {}, folder, layers or []
 
-    def extractors(self, profile: Profile) -> dict[str, Any]:
-        """The extractors of ``features.extractors`` by name."""
-        parts = {name: chosen_part("features.extractors", name, EXTRACTORS) for name in profile.features.extractors}
-        return {name: self._part("features", name, part, profile, Remembering) for name, part in parts.items()}
+    def extractors(self, profile: Profile, folder: Path | None = None) -> dict[str, Any]:
+        """The extractors of ``features.extractors`` by name; for windows with a ``folder``."""
+        return {name: self._extractor(name, profile, folder) for name in profile.features.extractors}
 
     def segmenter(self, profile: Profile) -> Any:
         """The segmenter of ``masks.segmenter``."""
@@ -145,11 +160,7 @@ class SharedNetworks:
 
     def matcher(self, extractors: dict[str, Any], profile: Profile) -> Matcher:
         """The matcher of these extractors."""
-        def kept(name: str, extractor: Remembering) -> KeptOnDisk:
-            key = [name, keys.of_part(profile, "features", name), _machine(profile)]
-            return KeptOnDisk(extractor, json.dumps(key, sort_keys=True), self._folder)
-
-        return Matcher({n: kept(n, one) for n, one in extractors.items()} if self._folder else extractors, profile)
+        return Matcher(self.extractors(profile, self._folder) if self._folder else extractors, profile)
 
     def baseline(self, name: str, profile: Profile) -> Any:
         """The baseline called ``name`` with the profile's values."""
@@ -163,6 +174,16 @@ class SharedNetworks:
 
         key = {section: fields for section, fields in profile.to_dict().items() if section != "evaluation"}
         return self._once(["baseline", name, key], make)
+
+    def _extractor(self, name: str, profile: Profile, folder: Path | None) -> Any:
+        layers = profile.features.sd_layers
+        if name == "sd" and set() < set(layers) < set(self._layers):
+            whole = self._extractor(name, profile.override({"features.sd_layers": self._layers}), folder)
+            return FewerLayers(whole, layers)
+        part = chosen_part("features.extractors", name, EXTRACTORS)
+        shared = self._part("features", name, part, profile, Remembering)
+        key = json.dumps([name, keys.of_part(profile, "features", name), _machine(profile)], sort_keys=True)
+        return KeptOnDisk(shared, key, folder) if folder else shared
 
     def _part(self, section: str, name: str, part: Any, profile: Profile, wrap: type) -> Any:
         batch = getattr(getattr(profile, section), "batch_size", 0)
