@@ -132,12 +132,11 @@ class SharedLibrary(Library):
 
 
 class SharedNetworks:
-    """Networks by what they depend on, to be given to :class:`~ovdiff_lib.pipeline.OVDiff` as ``networks``; ``folder``
-    is where features of windows are kept, if they are. Who needs but some of the diffusion model's ``layers`` takes them
-    from the features of all.
+    """Networks by what they depend on, to be given to :class:`~ovdiff_lib.pipeline.OVDiff` as ``networks``.
 
-    A remembered result is the same object again: nobody may change it in place. Methods raise ``ProfileError`` and
-    ``ModelNotAvailable``.
+    ``folder`` is where features of windows are kept, if they are. Who needs but some of the diffusion model's
+    ``layers`` takes them from the features of all. A remembered result is the same object again: nobody may change it
+    in place. Methods raise ``ProfileError`` and ``ModelNotAvailable``.
     """
 
     def __init__(self, folder: Path | None = None, layers: list[str] | None = None) -> None:
