@@ -160,12 +160,11 @@ class OVDiff:
             return self.category_filter(image, vocabulary)
         return tuple(range(len(vocabulary))), np.full(len(vocabulary), np.nan, np.float32)
 
-    # ------------------------------------------------------------------ what is made when first used
+    # ------------------------------------ what is made when first used; a bank that is filtered segments many images
     _made_from = cached_property(lambda self: cache(partial(keys.made_from, self.profile)))
     diffusion = cached_property(lambda self: load_diffusion(self.profile))
     extractors = cached_property(lambda self: self.networks.extractors(self.profile))
     segmenter = cached_property(lambda self: self.networks.segmenter(self.profile))
     category_filter = cached_property(lambda self: self.networks.category_filter(self.profile))
-    # One bank segments many images.
     stuff_filter = cached_property(lambda self: lru_cache(1)(lambda bank: filter_stuff(bank, self.profile.filters)))
     matcher = cached_property(lambda self: self.networks.matcher(self.extractors, self.profile))

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,9 @@ DATA = (".csv", ".json", ".yaml", ".safetensors", ".txt", ".webp", ".png")
 EXECUTED = "tables/notebooks.json"
 """Below the outputs folder, kept with the tables: of every notebook's last good run the sum of its "code", to see where
 it changed since, and its wall time in "seconds", by which runs are planned."""
+
+FEATURES = "OVDIFF_FEATURES"
+"""Environment variable: where features of windows are kept, while all notebooks run."""
 
 CLASSES = "classes"
 """Stands there for the drawing of the classes that notebooks share."""
@@ -103,10 +107,16 @@ def run_all(chosen: Sequence[Path], folder: Path, parameters: dict[str, Any], *,
     """Run notebooks into ``folder``, at most ``workers`` at a time, whatever becomes of the others; returns a sentence
     for each that failed. ``say`` is told of each that is through. Ctrl-C ends it; what is finished stays."""
     run, failures = partial(_run_one, folder=folder, parameters=parameters, force=force), []
-    for stem, sentence, failure in map(run, chosen) if workers == 1 else _side_by_side(run, chosen, folder, workers):
-        note(folder, stem)
-        say(f"{stem}: {sentence}")
-        failures += [failure] if failure else []
+    os.environ[FEATURES] = str(features := folder / "cache" / "features")  # the kernels inherit it
+    try:
+        runs = map(run, chosen) if workers == 1 else _side_by_side(run, chosen, folder, workers)
+        for stem, sentence, failure in runs:
+            note(folder, stem)
+            say(f"{stem}: {sentence}")
+            failures += [failure] if failure else []
+    finally:
+        del os.environ[FEATURES]
+        shutil.rmtree(features, ignore_errors=True)
     return failures
 
 

@@ -23,6 +23,7 @@ from ovdiff_lib.workbench.evaluation.bench import Bench
 from ovdiff_lib.workbench.evaluation.measure import Method, above, evaluate, measure, measure_all
 from ovdiff_lib.workbench.evaluation.results import code_digest
 from ovdiff_lib.workbench.evaluation.rows import LEVELS, SAMPLED, Rival, Row, Searched, both_readings
+from ovdiff_lib.workbench.reproduce import FEATURES
 from ovdiff_lib.workbench.tables.tables import write_table
 
 
@@ -387,17 +388,18 @@ def test_features_of_windows_are_found_again_by_other_processes(tiny_profile, tm
     plain = OVDiff(tiny_profile).extractors["sd"](windows, seeds[:2])
 
     def found(settings=()):
-        ovdiff = OVDiff(tiny_profile.override(dict(settings)), networks=shared.SharedNetworks(tmp_path))
+        ovdiff = OVDiff(tiny_profile.override(dict(settings)), networks=shared.SharedNetworks())
         shared.remember.cache.clear()
         return ovdiff.matcher.extractors["sd"](windows, seeds[:2]), ovdiff
 
+    monkeypatch.setenv(FEATURES, str(tmp_path))
     first, ovdiff = found()
     kept, = tmp_path.glob("*.npy")
     assert ovdiff.matcher.extractors["sd"](windows, seeds[:2]) is first and first.equal(plain)
     ovdiff.extractors["sd"](images, seeds)  # drawings are kept as prototypes
-    monkeypatch.setattr(type(ovdiff.extractors["sd"]._part), "_extract", None)
-    assert found({"matching.refine": "pamr"})[0].equal(plain) and [*tmp_path.glob("*.npy")] == [kept]
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(ovdiff.extractors["sd"]._part), "_extract", None)
+        assert found({"matching.refine": "pamr"})[0].equal(plain) and [*tmp_path.glob("*.npy")] == [kept]
     assert not found({"features.sd_timestep": 100})[0].equal(plain) and len([*tmp_path.glob("*.npy")]) == 2
     kept.write_bytes(kept.read_bytes()[:-1])  # of a torn file nothing is believed
     assert found()[0].equal(plain) and found()[0].equal(plain)

@@ -40,8 +40,7 @@ class Bench:
 
     Args:
         profile, overrides: as for :class:`~ovdiff_lib.pipeline.OVDiff`; rows replace further fields.
-        library: folder of support sets, prototypes, below ``results`` of what was measured, and below ``features``
-            of what networks gave for the images.
+        library: folder of support sets, prototypes and, below ``results``, of what was measured.
         seeds: a row is measured once for each (default: ``evaluation.seeds``, each plus ``first_seed``); a seed moves
             drawings and clustering, not the noise on test images, so that seeds share the features of these.
         images: the first so many images of each data set (default: ``evaluation.images``).
@@ -59,7 +58,7 @@ class Bench:
             raise InputError("The list of seeds is empty; give at least one.")
         self.images = self.profile.evaluation.images if images is None else images
         self.library, self.progress = Path(library), progress
-        self.parts = SharedNetworks(self.library / "features", self.profile.features.sd_layers)
+        self.parts = SharedNetworks(self.profile.features.sd_layers)
         self.shelf = SharedLibrary(self.library)
         self._datasets: dict[tuple[str, str], Dataset] = {}
         self._quantiles: dict[str, np.ndarray] = {}

@@ -1,11 +1,12 @@
 """What several OVDiff objects share: settings that differ in one field mostly run the same networks on the same pixels
 and match with the same prototypes. Networks are built once and remember their latest results, so that a second setting
-pays for what differs alone; prototypes are in memory once. Features of windows are kept on disk, where all tables and
-notebooks that look at an image find them."""
+pays for what differs alone; prototypes are in memory once. While all notebooks run, features of windows are kept on
+disk, where each that looks at an image finds them."""
 
 import hashlib
 import itertools
 import json
+import os
 import pickle
 from collections.abc import Callable
 from contextlib import suppress
@@ -29,13 +30,14 @@ from ovdiff_lib.matching.matcher import Matcher
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.registry import NOT_MODELS, chosen_part
 from ovdiff_lib.workbench.baselines import build_baseline
+from ovdiff_lib.workbench.reproduce import FEATURES
 
 MEMORY = 5 * 2**25
 """Bytes of results remembered in a process: what the methods of a table need of one class or image several times, and
 of the mini world the features of all images that the constants of a search are the quantiles of."""
 
-DISK, LARGEST = 2**31, 2**23
-"""Bytes of features that a folder keeps, in files of at most so many: larger ones a network has made as soon."""
+DISK, LARGEST = 2**32, 2**23
+"""Bytes of features that are kept on disk, in files of at most so many: larger ones a network has made as soon."""
 
 _numbers = itertools.count()
 
@@ -134,13 +136,13 @@ class SharedLibrary(Library):
 class SharedNetworks:
     """Networks by what they depend on, to be given to :class:`~ovdiff_lib.pipeline.OVDiff` as ``networks``.
 
-    ``folder`` is where features of windows are kept, if they are. Who needs but some of the diffusion model's
-    ``layers`` takes them from the features of all. A remembered result is the same object again: nobody may change it
-    in place. Methods raise ``ProfileError`` and ``ModelNotAvailable``.
+    Who needs but some of the diffusion model's ``layers`` takes them from the features of all. A remembered result is
+    the same object again: nobody may change it in place. Methods raise ``ProfileError`` and ``ModelNotAvailable``.
     """
 
-    def __init__(self, folder: Path | None = None, layers: list[str] | None = None) -> None:
-        self._made, self._folder, self._layers = {}, folder, layers or []
+    def __init__(self, layers: list[str] | None = None) -> None:
+        folder = os.environ.get(FEATURES)
+        self._made, self._folder, self._layers = {}, Path(folder) if folder else None, layers or []
 
     def extractors(self, profile: Profile, folder: Path | None = None) -> dict[str, Any]:
         """The extractors of ``features.extractors`` by name; for windows with a ``folder``."""
