@@ -35,7 +35,7 @@ def tables(folder, numbers: dict, name: str = "05_main", noise: float = NOISE, *
         own = value if isinstance(value, str) else key
         values = numbers[own] if isinstance(numbers[own], tuple) else (numbers[own],)
         runs = None if key.startswith("timing") else runs_of(values, noise, own)
-        cells.append(Cell.of(f"row {i}", "c", values, PaperCell.own(*key.split("|")), runs))
+        cells.append(Cell.of(f"row {i}", "c", values, PaperCell(*key.split("|")), runs))
     write_table(folder / "tables" / f"{name}.csv", name, cells, PROFILE, "What was run.", details=details)
 
 
@@ -216,7 +216,7 @@ def test_a_verdict_stands_on_the_interval_of_the_difference(tmp_path):
     error = by_image.std() / 4
     assert mean == 1 and (low, high) == pytest.approx((1 - 1.96 * error, 1 + 1.96 * error), abs=0.3 * error)
     assert 1.4 < error < 2.6 and alone.verdict == "within noise"
-    cells = [Cell.of(key, "c", [value], PaperCell.own(*key.split("|")), runs_of([value], 2 ** 0.5, other)) for key, value in main.items()]
+    cells = [Cell.of(key, "c", [value], PaperCell(*key.split("|")), runs_of([value], 2 ** 0.5, other)) for key, value in main.items()]
     write_table(tmp_path / "tables" / "05_main.csv", "05_main", cells, PROFILE, "x")
     assert "(+1.00 [+1.00, +1.00])" in result(tmp_path, 4).measured and result(tmp_path, 4).verdict == "holds"
 
@@ -250,7 +250,7 @@ def test_what_nothing_acted_in_is_not_exercised(tmp_path):
 
 @pytest.mark.parametrize("images", [0, 1])
 def test_without_the_counts_of_several_images_nothing_is_compared(tmp_path, images):
-    cells = [Cell.of(key, "c", [value], PaperCell.own(*key.split("|")), runs_of([value], 0, key, images) if images else None)
+    cells = [Cell.of(key, "c", [value], PaperCell(*key.split("|")), runs_of([value], 0, key, images) if images else None)
              for key, value in {**MAIN, "1|OVDiff (-CutLER)|VOC": 40.0}.items()]
     assert cells[0].low is None
     write_table(tmp_path / "tables" / "05_main.csv", "05_main", cells, PROFILE, "x")
@@ -345,7 +345,7 @@ CHANGES = [  # name, changed cells (None = removed), what is said
     ("where it is from", {"other": Cell("MaskCLIP", "VOC", source="idle: so")},
      ["MaskCLIP / VOC: source: measured against idle: so", "MaskCLIP / VOC: measured: 6.0 against None",
       "MaskCLIP / VOC: low: 5.0 against None", "MaskCLIP / VOC: high: 7.0 against None"]),
-    ("the paper's key", {"images": dataclasses.replace(CELLS["images"], paper=PaperCell.own("1", "a", "b"))},
+    ("the paper's key", {"images": dataclasses.replace(CELLS["images"], paper=PaperCell("1", "a", "b"))},
      [f"OVDiff / images: paper: None against {PaperCell('1', 'a', 'b')}"]),
     ("a name", {"other": Cell("MaskClip", "VOC", 6.0)},
      ["MaskCLIP / VOC: is only in the first", "MaskClip / VOC: is only in the second"]),

@@ -159,7 +159,7 @@ def csv_rows(path: Path) -> list[dict[str, str]]:
 
 def test_a_table_is_csv_and_markdown_with_the_paper_apart(tmp_path, profile):
     cells = [Cell("OVDiff", "mIoU", 41.256, std=0.5, n=3, paper=paper_cell("1", "OVDiff", "VOC")), Cell("OVDiff", "images", 310),
-             Cell("a | b, c", "mIoU", 12.04, paper=PaperCell.own("1", "abc", "VOC")), Cell("a | b, c", "images", 7)]
+             Cell("a | b, c", "mIoU", 12.04, paper=PaperCell("1", "abc", "VOC")), Cell("a | b, c", "images", 7)]
     text = write_table(tmp_path / "tables" / "t.csv", "t", cells, profile, "What was run.", {"images": 0})
     rows = csv_rows(tmp_path / "tables" / "t.csv")
     assert tuple(rows[0]) == COLUMNS and len(rows) == 4
@@ -173,7 +173,7 @@ def test_a_table_is_csv_and_markdown_with_the_paper_apart(tmp_path, profile):
     assert "What was run." in head and "mini" in head and profile.digest() in head and head.endswith(STAMP)
     assert lines == ["| | mIoU | mIoU (paper, its own data) | images |", "|---|---:|---:|---:|",
                      "| OVDiff | 41.3 ± 0.5 | 66.3 ± 0.2 | 310 |", "| a \\| b, c | 12.0 |  | 7 |"]
-    alone = write_table(tmp_path / "t.csv", "t", [Cell("r", "c", 1.23456, paper=PaperCell.own("1", "r", "c"))], profile, "x", digits=3)
+    alone = write_table(tmp_path / "t.csv", "t", [Cell("r", "c", 1.23456, paper=PaperCell("1", "r", "c"))], profile, "x", digits=3)
     assert "paper" not in alone and "1.235" in alone
 
 
@@ -277,7 +277,7 @@ def test_the_papers_numbers():
     assert paper_cell("3", 'w/o "stuff" filter', "VOC").value is paper_cell("1", "ViL-Seg", "Object").value is None
     assert [c.value for c in paper_table("2")] == [54.9, 59.1, 51.4, 61.8, 64.4, 66.4]
     assert {c.column for c in paper_table("1")} == {"VOC", "Context", "Object"} and len(paper_table("1")) == 42
-    assert PaperCell.own("fig5", "n", "N=4").value is None
+    assert PaperCell("fig5", "n", "N=4").value is None
     for function, arguments, words in ((paper_cell, ("1", "OVDif", "VOC"), "are ..1., .OVDiff., .VOC"),
                                        (paper_cell, ("11", "OVDiff", "Voc"), "are ..1., .OVDiff., .VOC"), (paper_table, ("X",), "'X'")):
         with pytest.raises(InputError, match=words):

@@ -103,7 +103,7 @@ def drawing_cells(drawing: Mapping[int, Measured], fit: Any) -> list[Cell]:
     rows, printed = {}, {cell.key: cell for cell in paper_table("timing")}
     for size, step in drawing.items():
         key = "timing", f"sampling time N={size}", "seconds per class"
-        paper = printed.get(key, PaperCell.own(*key))
+        paper = printed.get(key, PaperCell(*key))
         rows[key[1]] = {key[2]: (step, paper), "seconds an image": step.median / size}
     rows["linear fit"] = {"seconds an image": fit.slope, "seconds at N = 0": fit.intercept, "R2": fit.rvalue**2}
     return cells_of(rows)

@@ -215,4 +215,4 @@ def _published(table: str, row: str, column: str) -> PaperCell:
     try:
         return paper_cell(table, row, column)
     except InputError:
-        return PaperCell.own(table, row, column)
+        return PaperCell(table, row, column)

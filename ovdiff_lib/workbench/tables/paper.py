@@ -4,7 +4,6 @@ import difflib
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import pandas
 
@@ -14,7 +13,8 @@ from ovdiff_lib.errors import InputError
 @dataclass(frozen=True)
 class PaperCell:
     """One cell of one of the paper's tables: its key, as in ``paper_results.csv``, its ``value`` in the table's unit
-    (the file's ``note`` says it; None where the paper prints none), and the spread over seeds where there is one."""
+    (the file's ``note`` says it; None where the paper prints none, as of cells of ours that it does not have, which
+    claims find by their key), and the spread over seeds where there is one."""
 
     table: str
     row: str
@@ -23,11 +23,6 @@ class PaperCell:
     std: float | None = None
 
     key = property(lambda self: (self.table, self.row, self.column))
-
-    @classmethod
-    def own(cls, table: str, row: str, column: str) -> Self:
-        """The key of a measured cell that the paper does not have (N = 4 in Fig. 5), so that claims find it."""
-        return cls(table, row, column)
 
 
 def paper_cell(table: str, row: str, column: str) -> PaperCell:
@@ -38,7 +33,7 @@ def paper_cell(table: str, row: str, column: str) -> PaperCell:
     cells, given = _cells(), (table, row, column)
     if given not in cells:
         near = difflib.get_close_matches(str(given), map(str, cells), 3, 0)
-        raise InputError(f"The paper has no cell {given}; nearest are {', '.join(near)} (PaperCell.own for others).")
+        raise InputError(f"The paper has no cell {given}; nearest are {', '.join(near)} (PaperCell for others).")
     return cells[given]
 
 

@@ -34,7 +34,7 @@ class Cell:
     measured: float | None = None  # the mean of n runs
     std: float | None = None  # their sample standard deviation, None when n = 1
     n: int = 1
-    paper: PaperCell | None = None  # the published cell it is set beside, or with PaperCell.own only its key
+    paper: PaperCell | None = None  # the published cell it is set beside, or without a value only its key
     values: tuple[float, ...] = ()  # the runs in the order of their seeds, where they were kept
     source: str = "measured"  # or "published" in the paper, or "idle: WORDS": what it is about does not act here
     note: str = ""  # a footnote
