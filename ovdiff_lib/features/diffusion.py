@@ -95,7 +95,8 @@ class DiffusionExtractor:
         settings, drawn = self.settings, []
         for seed in seeds if settings.sd_noise == "seeded" else [settings.seed] * len(seeds):
             generator = torch.Generator("cpu").manual_seed(int(seed))
-            drawn.append(torch.randn(settings.sd_noise_samples + 1, *shape, generator=generator))
+            drawn.append(torch.randn(settings.sd_noise_samples + 1, *shape, generator=generator, dtype=torch.float32,
+                                     device="cpu"))
         return torch.stack(drawn, dim=1).to(self.device)
 
     def _queries_of(self, latents: torch.Tensor) -> torch.Tensor:
@@ -105,7 +106,7 @@ class DiffusionExtractor:
         with captured(self.queries, stop=True) as outputs:
             unet(latents.to(unet.dtype), self.settings.sd_timestep, encoder_hidden_states=prompt, return_dict=False)
         # Straight to their place: concatenating and transposing all channels would move each value twice more.
-        queries = torch.empty(len(latents), *size, self.channels, device=latents.device)
+        queries = torch.empty(len(latents), *size, self.channels, dtype=torch.float32, device=latents.device)
         for layer, place in zip(self.settings.sd_layers, queries.split(self.widths, dim=-1), strict=True):
             grid = outputs[layer].unflatten(1, attention_grid(outputs[layer].shape[1], size))  # (n, h', w', C)
             if grid.shape[1:3] != size:

@@ -27,6 +27,7 @@ from ovdiff_lib.images import list_images, read_image, resize_short_side
 from ovdiff_lib.masks import Segmenter
 from ovdiff_lib.masks.select import proposals
 from ovdiff_lib.matching.windows import Box, crop
+from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.prototypes.build import resize_masks
 from ovdiff_lib.types import ForegroundBackground, SupportSet
 
@@ -106,6 +107,7 @@ def with_pictures(ovdiff: Any, classes: dict[str, Any], masks: dict[str, Any], s
     return Vocabulary(tuple(made))
 
 
+@undisturbed()
 def own_support(category: Category, pictures: Iterable[Sequence[np.ndarray | None]], ovdiff: Any
                 ) -> tuple[SupportSet, ForegroundBackground]:
     """Pictures u8 (H, W, 3) of any sizes, each with its foreground bool (H, W), or None to have it chosen, and its
@@ -118,7 +120,7 @@ def own_support(category: Category, pictures: Iterable[Sequence[np.ndarray | Non
             front = choose_mask(image, category.prompt, side, ovdiff.segmenter, ovdiff.category_filter)
         if front is None:
             warnings.warn(f"{ovdiff.segmenter.name!r} proposes no mask in picture {number} of {category.name!r}, which "
-                          "is left out; give it a mask, or choose another masks.segmenter.", stacklevel=2)
+                          "is left out; give it a mask, or choose another masks.segmenter.", stacklevel=3)
             continue
         top, left, height, width = box = square_around(front)
         masks = np.stack([front, *(behind or [~front])])[:, top : top + height, left : left + width]
@@ -133,6 +135,7 @@ def own_support(category: Category, pictures: Iterable[Sequence[np.ndarray | Non
     return support, ForegroundBackground(inside, around, tuple(sources))
 
 
+@undisturbed()
 def choose_mask(image: np.ndarray, words: str, side: int, segmenter: Segmenter,
                 judge: CategoryFilter) -> np.ndarray | None:
     """Of what the segmenter proposes in an image u8 (H, W, 3) the mask bool (H, W) that CLIP finds most like ``words``;

@@ -62,7 +62,8 @@ class TextEncoder:
             tower, start = self.clip.text_model, len(self._known)
             ends = torch.cat([_ends(tower, rows[first:last]) for first, last in batches(len(rows), ROWS)])
             found = self.clip.text_projection(tower.final_layer_norm(ends))
-            self._table[start : start + len(new)] = unit(found[torch.tensor(order).argsort().to(found.device)])
+            places = torch.tensor(order, dtype=torch.long, device=found.device).argsort()
+            self._table[start : start + len(new)] = unit(found[places])
             self._known.update(zip(new, itertools.count(start)))
         return self._table[[self._known[text] for text in texts]]
 
@@ -117,7 +118,7 @@ def _ends(text: torch.nn.Module, rows: Sequence[Row]) -> torch.Tensor:
     weight, counts = text.embeddings.token_embedding.weight, [len(ends) for *_, ends in rows]
 
     def padded(lists: Sequence[list[int]], value: int = 0) -> torch.Tensor:
-        return pad_sequence([torch.tensor(values) for values in lists], True, value).to(weight.device)
+        return pad_sequence([torch.tensor(one, dtype=torch.long, device=weight.device) for one in lists], True, value)
 
     tokens, positions, last, ends = zip(*rows, strict=True)
     # Below the embedding, not by `text`: that one refuses rows longer than a text may be.

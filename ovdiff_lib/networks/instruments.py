@@ -90,7 +90,7 @@ def gathered(extract: Callable[[Sequence[np.ndarray], np.ndarray], torch.Tensor]
     if 0 < len(images) <= size:
         features = extract(images, seeds).float().contiguous()
     else:
-        features = torch.empty(len(images), *shape)
+        features = torch.empty(len(images), *shape, dtype=torch.float32, device="cpu")
         for start, stop in batches(len(images), size):
             features[start:stop] = extract(images[start:stop], seeds[start:stop])
     # NaN and infinity show in the sum; looking at each value, many times as long, is left to sums that overflow.

@@ -162,7 +162,7 @@ def resolve_device(profile: Profile) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError, ImportError):  # no device, or one that this torch or machine lacks
         raise ProfileError(f"models.device is {name!r}, which is not usable on this machine, where "
                            f"{torch.cuda.device_count()} CUDA GPUs are; use auto, cpu, cuda, cuda:0 or mps.") from None

@@ -13,6 +13,9 @@ from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.files import unwritable, write_atomic
 from ovdiff_lib.profiles.reading import UNREADABLE
 
+FEATURES = "OVDIFF_FEATURES"
+"""Environment variable: where features of windows are kept, while all notebooks run."""
+
 size_text = partial(tqdm.format_sizeof, suffix="B")
 """Bytes as a person reads them, in decimal units."""
 

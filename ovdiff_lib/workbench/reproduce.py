@@ -24,7 +24,7 @@ from ovdiff_lib.code import PACKAGE, parsed
 from ovdiff_lib.errors import InputError, OVDiffError, legal
 from ovdiff_lib.files import write_atomic
 from ovdiff_lib.profiles.reading import load_profile
-from ovdiff_lib.workbench.console import check_output, described
+from ovdiff_lib.workbench.console import FEATURES, check_output, described
 
 NOT_READ = ("cli", "recipes", "workbench/parallel.py")
 """Folders of the package that no notebook reads: a change in them leaves every result what it is."""
@@ -34,9 +34,6 @@ DATA = (".csv", ".json", ".yaml", ".safetensors", ".txt", ".webp", ".png")
 EXECUTED = "tables/notebooks.json"
 """Below the outputs folder, kept with the tables: of every notebook's last good run the sum of its "code", to see where
 it changed since, and its wall time in "seconds", by which runs are planned."""
-
-FEATURES = "OVDIFF_FEATURES"
-"""Environment variable: where features of windows are kept, while all notebooks run."""
 
 CLASSES = "classes"
 """Stands there for the drawing of the classes that notebooks share."""

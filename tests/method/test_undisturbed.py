@@ -128,8 +128,10 @@ def test_what_the_caller_set_changes_nothing(make, alone, monkeypatch, state):
         ovdiff = make()
         bank = ovdiff.build(CLASSES, stuff=["boat"])
         found = [ovdiff.segment(image, bank) for image in IMAGES]
+        own = ovdiff.build_from({"cat": IMAGES})
         assert_same(loaded.segment(IMAGES[0], alone[0]), alone[1][0])
     assert_same_bank(bank, alone[0])
+    assert_same_bank(own, make("undisturbed").build_from({"cat": IMAGES}))
     for one, other in zip(found, alone[1], strict=True):
         assert_same(one, other)
     assert_same(ovdiff.segment(IMAGES[0], bank), alone[1][0])  # nothing of that state is left in caches

@@ -13,6 +13,7 @@ from ovdiff_lib import InputError, OVDiff, ProfileError
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.registry import Part
 from ovdiff_lib.workbench.baselines import BASELINES, OWN_BACKGROUND
+from ovdiff_lib.workbench.console import FEATURES
 from ovdiff_lib.workbench.data.classes import synonyms
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.data.metrics import ConfusionMatrix
@@ -23,7 +24,6 @@ from ovdiff_lib.workbench.evaluation.bench import Bench
 from ovdiff_lib.workbench.evaluation.measure import Method, above, evaluate, measure, measure_all
 from ovdiff_lib.workbench.evaluation.results import code_digest
 from ovdiff_lib.workbench.evaluation.rows import LEVELS, SAMPLED, Rival, Row, Searched, both_readings
-from ovdiff_lib.workbench.reproduce import FEATURES
 from ovdiff_lib.workbench.tables.tables import write_table
 
 

@@ -92,4 +92,4 @@ def stored(folder: str | Path, name: str, key: dict[str, Any], shape: tuple[int,
 def code_digest() -> str:
     """Hash (16 hex digits) of the package's code that can change a count."""
     return code.code_digest(*(f"ovdiff_lib.workbench.{name}" for name in (
-        "evaluation.rows", "evaluation.measure", "evaluation.banks", "data.datasets")))
+        "evaluation.rows", "evaluation.measure", "evaluation.banks", "evaluation.shared", "data.datasets")))

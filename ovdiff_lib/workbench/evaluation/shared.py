@@ -30,7 +30,7 @@ from ovdiff_lib.matching.matcher import Matcher
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.registry import NOT_MODELS, chosen_part
 from ovdiff_lib.workbench.baselines import build_baseline
-from ovdiff_lib.workbench.reproduce import FEATURES
+from ovdiff_lib.workbench.console import FEATURES
 
 MEMORY = 5 * 2**25
 """Bytes of results remembered in a process: what the methods of a table need of one class or image several times, and

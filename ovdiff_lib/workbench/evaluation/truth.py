@@ -14,6 +14,7 @@ from ovdiff_lib.images import resize_short_side
 from ovdiff_lib.library.own import own_support
 from ovdiff_lib.matching.pamr import pamr
 from ovdiff_lib.matching.windows import scales
+from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.types import PrototypeBank
 from ovdiff_lib.workbench.analysis.examples import shown_labels
@@ -50,6 +51,7 @@ def true_cells(ovdiff: OVDiff, dataset: Dataset) -> Label:
         blank = np.zeros((1, side, side, 3), np.uint8), np.zeros(1, np.int64)
         return [tuple(extractor(*blank).shape[1:3]) for extractor in ovdiff.extractors.values()]
 
+    @undisturbed()
     def scores(sample: Sample, shown: list[int]) -> np.ndarray:
         image = resize_short_side(sample.image, matching.short_side, matching.resample, matching.long_side)
         classes = np.array([0, *shown])  # what is ignored counts for none of them

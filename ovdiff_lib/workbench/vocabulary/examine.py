@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.filters.stuff import bare, filter_stuff
+from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.loading import resolve_device
 from ovdiff_lib.pipeline import OVDiff
 from ovdiff_lib.support.attribution import class_token_positions
@@ -206,6 +207,7 @@ def _examine_collisions(reports: Sequence[ClassReport], tables: dict[str, Collis
                            f"drawings of it can be {said} {', '.join(found)}")
 
 
+@undisturbed()
 def _examine_readings(reports: Sequence[ClassReport], categories: Sequence[Category], ovdiff: OVDiff,
                       limits: Limits) -> None:
     """What CLIP, which filters the categories, reads in the drawings of each class, the word of highest cosine, and
@@ -230,6 +232,7 @@ def _examine_readings(reports: Sequence[ClassReport], categories: Sequence[Categ
                            f"{categories[other].name!r}")
 
 
+@undisturbed()
 def collide(prototypes: Sequence[Prototypes], device: str | torch.device = "cpu") -> Collisions:
     """Which of C >= 1 classes get in each other's way, from the prototypes of one extractor alone, pair by pair.
 
@@ -248,7 +251,8 @@ def collide(prototypes: Sequence[Prototypes], device: str | torch.device = "cpu"
     everything, behind = ([_unit(p, device) for p in chosen] for chosen in (front, back))
     whole, images = ([_unit(p.select(keep(p.kind)), device) for p in front] for keep in (
         lambda kind: kind != "part", lambda kind: kind == "instance"))
-    highest, lost, passes, sunk = tables = torch.full((4, len(front), len(front)), torch.nan)
+    highest, lost, passes, sunk = tables = torch.full((4, len(front), len(front)), torch.nan, dtype=torch.float32,
+                                                        device="cpu")
     for a, b in itertools.permutations(range(len(front)), 2):
         highest[a, b] = (everything[a] @ everything[b].T).max()
         near = (images[a] @ whole[b].T).amax(1)
@@ -261,13 +265,14 @@ def collide(prototypes: Sequence[Prototypes], device: str | torch.device = "cpu"
     return Collisions(*tables.numpy())
 
 
+@undisturbed()
 def own_similarity(prototypes: Prototypes) -> torch.Tensor:
     """How near each image of a class is to the class without it: f32 (n,) for the n images with foreground, the highest
     cosine of its foreground instance prototype to those of the other images and to the mean foreground feature of all
     of them; nan if there is no other image."""
     chosen = prototypes.select((prototypes.region == "foreground") & (prototypes.kind == "instance"))
     if len(chosen) < 2:
-        return torch.full((len(chosen),), torch.nan)
+        return torch.full((len(chosen),), torch.nan, dtype=torch.float32, device="cpu")
     cells = torch.from_numpy(prototypes.cells("foreground").sum((1, 2))[chosen.image]).float()
     unit, weighted = _unit(chosen), torch.from_numpy(chosen.vectors).float() * cells[:, None]
     others = F.normalize(weighted.sum(0) - weighted, dim=1)  # a mean's length does not matter to a cosine
