@@ -36,15 +36,15 @@ from ovdiff_lib.networks.loading import load_diffusion
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.prototypes.build import build_prototypes
-from ovdiff_lib.segmentation import Segmentation
+from ovdiff_lib.segmentation import Segmentation, label_ids
 from ovdiff_lib.support.sampler import sample_support
 from ovdiff_lib.types import ForegroundBackground, PrototypeBank, Prototypes, SupportSet
 
 Classes = PrototypeBank | Vocabulary | Iterable[str | Category] | str
 
-OWN = SimpleNamespace(extractors=build_extractors, segmenter=build_segmenter, category_filter=CategoryFilter.build,
-                      matcher=Matcher)
-"""Loads the networks of one object; :class:`~ovdiff_lib.workbench.evaluation.shared.SharedNetworks` serves many."""
+NETWORKS = SimpleNamespace(extractors=build_extractors, segmenter=build_segmenter,
+                           category_filter=CategoryFilter.build, matcher=Matcher)
+"""How an object makes its networks; :class:`~ovdiff_lib.workbench.evaluation.shared.SharedNetworks` serves many."""
 
 
 class OVDiff:
@@ -61,7 +61,7 @@ class OVDiff:
     """
 
     def __init__(self, profile: str | Path | Profile = "mini", overrides: dict[str, Any] | None = None, *,
-                 library: str | Path | None = None, progress: bool = True, networks: Any = OWN):
+                 library: str | Path | None = None, progress: bool = True, networks: Any = NETWORKS):
         self.profile, self.library = load_profile(profile, overrides), Library(library)
         self.progress, self.networks = progress, networks
 
@@ -89,8 +89,8 @@ class OVDiff:
         """Steps 1 and 2 for one category: its prototypes by extractor; what the library holds is taken from there."""
         keys.check_profile(self.profile)
         support = cache(lambda: self.support(category))
-        masks = cache(lambda: self._kept("masks", category, lambda: self.masks(support())))
-        return {name: self._kept(name, category, lambda name=name: self._prototypes(name, support(), masks()))
+        masks = cache(lambda: self._from_library("masks", category, lambda: self.masks(support())))
+        return {name: self._from_library(name, category, lambda name=name: self._prototypes(name, support(), masks()))
                 for name in self.profile.features.extractors}
 
     def support(self, category: Category | str) -> SupportSet:
@@ -109,7 +109,7 @@ class OVDiff:
 
     def masks_of(self, category: Category | str) -> ForegroundBackground:
         """:meth:`masks` of a category's support set, from the library if they are there."""
-        return self._kept("masks", category, lambda: self.masks(self.support(category)))
+        return self._from_library("masks", category, lambda: self.masks(self.support(category)))
 
     def prototypes(self, support: SupportSet, masks: ForegroundBackground) -> dict[str, Prototypes]:
         """Steps 2b, 2c: features of the support images and their prototypes (Eq. 2, 3), one entry an extractor."""
@@ -120,7 +120,7 @@ class OVDiff:
             features = self.extractors[extractor](support.images, support.seeds)  # (N, h, w, D)
         return build_prototypes(features, masks, self.profile.prototypes, self.profile.masks.resize)
 
-    def _kept(self, step: str, category: Category | str, make: Callable[[], Any]) -> Any:
+    def _from_library(self, step: str, category: Category | str, make: Callable[[], Any]) -> Any:
         """A category's masks, or its prototypes of the extractor ``step``: from the library, or made and kept there."""
         category = Category.of(category)
         key, made_from = keys.for_words(self._made_from(step, bool(category.pictures)), category)
@@ -130,31 +130,30 @@ class OVDiff:
     def segment(self, image: Any, classes: Classes) -> Segmentation:
         """Label every pixel of an image (a path, PIL image or array) with a class or background (Sec. 3.4, Eq. 4)."""
         image, bank = read_image(image), self._bank(classes)  # a broken image is told of before classes are built
-        kept, chances = self._keep(image, bank.vocabulary)
+        kept, probabilities = self._possible(image, bank.vocabulary)
         matched = bank.restrict(kept)
         [(scores, winner)] = self.matcher.scores([(image, matched)])  # (1 + kept, H, W): background first
-        # Eq. 4: a pixel is of the class with its highest score; 1 + c is category c of the vocabulary.
-        labels = np.array([0, *(1 + c for c in kept)], np.int32)[scores.argmax(0)]
-        return Segmentation(image, labels, scores, winner, bank.vocabulary, kept, chances, matched)
+        labels = label_ids(kept)[scores.argmax(0)]  # Eq. 4: a pixel is of the class with its highest score
+        return Segmentation(image, labels, scores, winner, bank.vocabulary, kept, probabilities, matched)
 
     def segment_many(self, images: Iterable[Any], classes: Classes, together: int = 8) -> Iterator[Segmentation]:
         """:meth:`segment` of each image, in order, up to rounding; windows of ``together`` images share the networks'
         batches. Images are read as they are needed."""
         bank, waiting = self._bank(classes), iter(images)
         while chosen := [read_image(image) for image in itertools.islice(waiting, max(1, together))]:
-            found = [self._keep(image, bank.vocabulary) for image in chosen]
+            found = [self._possible(image, bank.vocabulary) for image in chosen]
             matched = [bank.restrict(kept) for kept, _ in found]
             scored = self.matcher.scores(list(zip(chosen, matched, strict=True)))
-            for image, (kept, chances), own, (scores, winner) in zip(chosen, found, matched, scored, strict=True):
-                labels = np.array([0, *(1 + c for c in kept)], np.int32)[scores.argmax(0)]
-                yield Segmentation(image, labels, scores, winner, bank.vocabulary, kept, chances, own)
+            for image, (kept, probabilities), own, (scores, winner) in zip(chosen, found, matched, scored, strict=True):
+                labels = label_ids(kept)[scores.argmax(0)]
+                yield Segmentation(image, labels, scores, winner, bank.vocabulary, kept, probabilities, own)
 
     def _bank(self, classes: Classes) -> PrototypeBank:
         """The prototypes to match with: built if they are words, then through the "stuff" filter."""
         bank = classes if isinstance(classes, PrototypeBank) else self.build(classes)
         return self.stuff_filter(bank) if self.profile.filters.stuff else bank
 
-    def _keep(self, image: np.ndarray, vocabulary: Vocabulary) -> tuple[tuple[int, ...], np.ndarray]:
+    def _possible(self, image: np.ndarray, vocabulary: Vocabulary) -> tuple[tuple[int, ...], np.ndarray]:
         """The categories that may be in the image, and their probabilities; without the filter all of them, and NaN."""
         if self.profile.filters.category:
             return self.category_filter(image, vocabulary)

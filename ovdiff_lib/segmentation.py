@@ -1,5 +1,6 @@
 """The result: a label map, its scores, and why each pixel got its label (Sec. 4.4)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,6 +9,11 @@ from ovdiff_lib.categories import BACKGROUND, Vocabulary
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.overlay import draw_overlay
 from ovdiff_lib.types import PrototypeBank, Prototypes
+
+
+def label_ids(kept: Sequence[int]) -> np.ndarray:
+    """The labels that rows of scores stand for, i32: background, then of each kept category 1 + its place among all."""
+    return np.array([0, *(1 + k for k in kept)], np.int32)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Segmentation:
         """Scores of the whole vocabulary, f32 (C + 1, H, W), -inf for categories that the pre-filter dropped; made at
         each call, as large as the vocabulary."""
         full = np.full((len(self.vocabulary) + 1, *self.labels.shape), -np.inf, np.float32)
-        full[[0, *(k + 1 for k in self.kept)]] = self.kept_scores
+        full[label_ids(self.kept)] = self.kept_scores
         return full
 
     @property
@@ -94,7 +100,7 @@ class Segmentation:
             raise InputError(f"The pixel ({row}, {column}) is outside the image; give a row from 0 to {height - 1} and "
                              f"a column from 0 to {width - 1}.")
         prototypes, label = self.prototypes, int(self.labels[row, column])
-        scores = dict(zip((0, *(k + 1 for k in self.kept)), self.kept_scores[:, row, column].tolist(), strict=True))
+        scores = dict(zip(label_ids(self.kept).tolist(), self.kept_scores[:, row, column].tolist(), strict=True))
         score = scores.pop(label)
         second = max(scores, key=scores.get, default=label)
         others = second != label and np.isfinite(scores[second])

@@ -64,9 +64,9 @@ class Prototypes:
     """Prototypes of one category in one extractor's feature space (Eq. 2, 3).
 
     ``vectors`` f32 (P, D), raw; ``kind`` (P,) of :data:`KINDS`; ``region`` (P,) of :data:`REGIONS`; ``image`` i32 (P,)
-    support image of an instance prototype, else -1; ``cluster`` i32 (P,) code of a part prototype, else 0;
-    ``assignment`` i16 (N, h, w) code of every support feature: 1, 2, ... in the parts of the foreground, -1, -2, ... in
-    those of the background, 0 where it is unused. Built without parts, each region is one.
+    support image of an instance prototype, else -1; ``cluster`` i32 (P,) of a part prototype and ``assignment`` i16 (N,
+    h, w) of every support feature share a code: k is part k of the foreground, -k part k of the background, 0 no part,
+    or unused. Built without parts, each region is one.
     """
 
     vectors: np.ndarray

@@ -18,7 +18,7 @@ from ovdiff_lib.files import shown, written_whole
 from ovdiff_lib.images import list_images, read_image
 from ovdiff_lib.overlay import colours_of
 from ovdiff_lib.profiles.schema import Profile
-from ovdiff_lib.segmentation import Segmentation
+from ovdiff_lib.segmentation import Segmentation, label_ids
 from ovdiff_lib.workbench.console import check_output, counted, write_json
 
 
@@ -76,7 +76,7 @@ def output_stems(paths: list[Path]) -> list[str]:
 def write_segmentation(result: Segmentation, folder: str | Path, stem: str, profile: Profile) -> list[Path]:
     """Write ``stem_labels.png``, ``stem_overlay.png`` and ``stem.json`` into ``folder``; returns the three paths."""
     labels, overlay, table = paths = [Path(folder, f"{stem}{end}") for end in ("_labels.png", "_overlay.png", ".json")]
-    colours, kept = colours_of(result.class_names), [0, *(k + 1 for k in result.kept)]
+    colours, kept = colours_of(result.class_names), label_ids(result.kept).tolist()
     for path, picture in ((labels, label_image(result.labels, colours)), (overlay, result.overlay())):
         with written_whole(path) as file:
             picture.save(file, "PNG")

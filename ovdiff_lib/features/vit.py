@@ -98,7 +98,7 @@ class LastKeys(ViTExtractor):
 
 
 class DinoExtractor(LastKeys):
-    """Of transformers' ``ViTModel``."""
+    """DINO (Caron et al., 2021): the keys of the last attention layer of transformers' ``ViTModel``."""
 
     name, title, load = "dino", "DINO", staticmethod(load_dino)
 

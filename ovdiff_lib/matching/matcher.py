@@ -31,15 +31,15 @@ from ovdiff_lib.types import PrototypeBank
 
 
 @dataclass(frozen=True, eq=False)
-class _Opened:
+class _InProgress:
     """An image on its way: what its windows are scored with, and what they add to."""
 
     shape: tuple[int, int]  # of the image as given
     resized: np.ndarray
     classes: dict[str, tuple[list[torch.Tensor], np.ndarray]]  # by extractor, its prototypes class by class
     voters: list[str]  # the extractors that the mean is over
-    constant: float  # what constants contribute to the mean of the background
-    scored: bool  # whether prototypes contribute to it too
+    constant: float  # what extractors without background prototypes add to the mean of the background
+    scored: bool  # whether others have some
     total: torch.Tensor  # f32 (C + 1, H, W)
     windows: list[_Window] = field(default_factory=list)
     seen: list[tuple[int, Box, np.ndarray, np.ndarray]] = field(default_factory=list)  # by the first extractor
@@ -50,7 +50,7 @@ class _Window:
     """One window of an image: where it lies, what it counts at each pixel there, its pixels u8 (S, S, 3) and its noise
     seed."""
 
-    image: _Opened
+    image: _InProgress
     number: int
     box: Box
     share: torch.Tensor  # f32 (height, width)
@@ -88,18 +88,19 @@ class Matcher:
             self._score(windows[start:stop])
         return map(self._close, images)
 
-    def _open(self, image: np.ndarray, bank: PrototypeBank) -> _Opened:
+    def _open(self, image: np.ndarray, bank: PrototypeBank) -> _InProgress:
         check_image(image)
         settings, classes = self.settings, {name: self._by_class(name, bank) for name in self.extractors}
         given = settings.background_threshold
-        bare = [name for name, (vectors, _) in classes.items() if not len(vectors[0])]
-        scored = len(bare) < len(classes)
-        voters = [name for name in classes if given is not None or name not in bare] or [*classes]
-        constants = [of_extractor("matching.background_threshold", given, name) for name in bare if name in voters]
+        without_background = [name for name, (vectors, _) in classes.items() if not len(vectors[0])]
+        scored = len(without_background) < len(classes)
+        voters = [name for name in classes if given is not None or name not in without_background] or [*classes]
+        constants = [of_extractor("matching.background_threshold", given, name) for name in voters
+                     if name in without_background]
         constant = -np.inf if None in constants else sum(constants) / len(voters)
         resized = resize_short_side(image, settings.short_side, settings.resample, settings.long_side)
         total = torch.zeros(len(bank.vocabulary) + 1, *resized.shape[:2], dtype=torch.float32, device=self.device)
-        opened = _Opened(image.shape[:2], resized, classes, voters, constant, scored, total)
+        opened = _InProgress(image.shape[:2], resized, classes, voters, constant, scored, total)
         placed = scales(resized.shape[:2], settings)
         seeds = iter(window_seeds(self.profile.features.seed, image, sum(len(boxes) for _, boxes in placed)))
         for side, boxes in placed:
@@ -113,8 +114,8 @@ class Matcher:
         return opened
 
     def _by_class(self, name: str, bank: PrototypeBank) -> tuple[list[torch.Tensor], np.ndarray]:
-        """The prototypes of an extractor, class by class, first the background, that of all categories: of each class
-        the vectors f32 (p, D), L2-normalised; of each prototype category and row, i32 (2, P + 1), the last -1: none."""
+        """Of one extractor the unit vectors f32 (p, D) of background, of all categories, then of each category; and of
+        each vector in that order the category and row that it has in the bank, i32 (2, P + 1), last -1 for "none"."""
         if name not in bank.prototypes:
             raise InputError(f"The prototypes are for {', '.join(bank.extractors) or 'no extractor'} but the profile "
                              f"matches with {name!r}; build them again with this profile.")
@@ -162,7 +163,7 @@ class Matcher:
         return tuple(t.reshape(-1, n, h, w).transpose(0, 1) for t in (values, arguments))
 
     @undisturbed()
-    def _close(self, opened: _Opened) -> tuple[np.ndarray, np.ndarray]:
+    def _close(self, opened: _InProgress) -> tuple[np.ndarray, np.ndarray]:
         """Scores and winner of an image all of whose windows have been scored."""
         total, settings = opened.total / len(opened.voters), self.settings
         total[0] += opened.constant if opened.scored else 0
@@ -182,7 +183,7 @@ class Matcher:
         return scores, winner
 
 
-def _winner(labels: np.ndarray, opened: _Opened) -> np.ndarray:
+def _winner(labels: np.ndarray, opened: _InProgress) -> np.ndarray:
     """Of all windows over a pixel, the prototype with the highest cosine within the class that won the pixel:
     (category, row), i32 (2, H, W)."""
     best, argument = np.full(labels.shape, -np.inf, np.float32), np.full(labels.shape, -1)
