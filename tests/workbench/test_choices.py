@@ -12,7 +12,7 @@ from ovdiff_lib.types import PrototypeBank, Prototypes
 from ovdiff_lib.workbench.evaluation.bench import Bench
 from ovdiff_lib.workbench.evaluation.choices import BASES, CHOICES, CLIP, FULL, THRESHOLDS, changes, rows_of_choices
 from ovdiff_lib.workbench.evaluation.rows import LEVELS, Row, Searched
-from ovdiff_lib.workbench.evaluation.tuning import CONSTANT, KEPT, STUFF, Tried, cells_of, extractors_of, likeness, lines_of, tune
+from ovdiff_lib.workbench.evaluation.tuning import CONSTANT, KEPT, STUFF, Tried, cells_of, extractors_of, likeness, lines_of, same_share, tune
 from ovdiff_lib.workbench.tables.tables import Cell
 
 
@@ -125,6 +125,19 @@ def test_the_best_candidate_of_each_space_is_chosen(bench):
         assert sum(left[:2]) == pytest.approx(KEPT[place] * sum(bank.counts("background")["sd"][:2]), abs=1)
         row = Row("kept", {**own, STUFF: stuff.values[place]})
         assert 100 * bench.measure([row], "mini-context/tune")["kept"][0].miou == pytest.approx(stuff.miou[place])
+
+
+def test_other_prototypes_get_the_threshold_that_keeps_the_same_share(bench):
+    own = Bench(bench.profile, {"evaluation.context": "mini-context/tune"}, library=bench.library, seeds=[3], progress=False)
+    own._datasets, words, left = bench._datasets, bench.dataset("mini-context/tune").vocabulary, []
+    rows = [Row("all"), Row("parts", {"prototypes.kinds": ["part"], STUFF: 1.0})]
+    for row in same_share(own, rows):
+        bank = own.ovdiff(row.settings).build(words)
+        counts = [one.counts("background") for one in (own.ovdiff(row.settings).stuff_filter(bank), bank)]
+        left += [sum(counts[0][name][:2]) / sum(counts[1][name][:2]) for name in bank.extractors]
+    half = len(left) // 2
+    assert left[half:] == pytest.approx(left[:half], abs=1 / 8) and min(left) < 1
+    assert same_share(Bench(bench.profile, {"evaluation.context": "mini-voc"}, library=bench.library), rows) == rows
 
 
 def test_a_table_and_the_lines_of_a_profile(tiny_profile):

@@ -5,15 +5,17 @@ the highest mIoU on ``tune`` decides: for the constant without background protot
 that, for the "stuff" filter on ``evaluation.context``. One extractor at a time, with the bench's first seed.
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import yaml
 
 from ovdiff_lib.errors import InputError
-from ovdiff_lib.profiles.schema import Profile
+from ovdiff_lib.profiles.schema import Profile, of_extractor
 from ovdiff_lib.types import PrototypeBank
+from ovdiff_lib.workbench.data.datasets import has_folder
 from ovdiff_lib.workbench.evaluation.bench import Bench
 from ovdiff_lib.workbench.evaluation.rows import LEVELS, Row, Searched
 from ovdiff_lib.workbench.tables.tables import IDLE, Cell
@@ -24,11 +26,8 @@ KEPT = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
 """Shares of the background prototypes of things that the candidates for the "stuff" filter keep. None keeps nothing: a
 filter that leaves no background would be another method."""
 
-IMAGES = 48
-"""Of each data set, to choose by."""
-
-DIGITS = 5
-"""Decimals of a candidate."""
+IMAGES, DIGITS = 48, 5
+"""How many images of each data set choose, and the decimals of a candidate."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +76,37 @@ def _stuff(bench: Bench, name: str, constant: float) -> Tried:
     settings = {"features.extractors": [name], CONSTANT: constant}
     source = bench.tune(bench.profile.evaluation.context)
     bank = bench.ovdiff({**settings, STUFF: 1.0}).build(bench.dataset(source).vocabulary)
-    found = np.quantile(likeness(bank, name), KEPT, method="inverted_cdf")
-    values = [min(1.0, round(float(value) + 10.0 ** -DIGITS, DIGITS)) for value in found]  # rounded up: it stays
+    found = likeness(bank, name)
+    values = [_keeping(share, found) for share in KEPT]
     rows = [Row(f"{share}", {**settings, STUFF: value}, seeds=1) for share, value in zip(KEPT, values, strict=True)]
     results = bench.measure(rows, source)
     labels = tuple(f"keeps {share:.0%} of the prototypes" for share in KEPT)
     return Tried(STUFF, name, labels, tuple(values), tuple(100 * results[row.label][0].miou for row in rows))
+
+
+def same_share(bench: Bench, rows: Sequence[Row]) -> list[Row]:
+    """Rows whose prototypes differ in kind or channels, with thresholds of the "stuff" filter that keep the same share
+    of the background prototypes of things on ``evaluation.context``, first seed: the first row's. As they are where
+    that data set is not here or shows no stuff."""
+    source, shares, made = bench.profile.evaluation.context, {}, []
+    ovdiffs = [bench.ovdiff(row.settings) for row in rows]
+    words = bench.dataset(source).vocabulary if has_folder(source) else ()
+    if not any(category.kind == "stuff" for category in words):
+        return [*rows]
+    for category, ovdiff in itertools.product(words, ovdiffs):
+        ovdiff.build_class(category)  # class by class: rows share its features
+    for row, ovdiff in zip(rows, ovdiffs, strict=True):
+        bank = row.build(bench, bench.seeds[0], words) if row.build else ovdiff.build(words)
+        own, found = ovdiff.profile.filters.stuff_threshold, {name: likeness(bank, name) for name in bank.extractors}
+        shares = shares or {name: np.mean(one <= of_extractor(STUFF, own, name)) for name, one in found.items()}
+        thresholds = {name: _keeping(shares[name], one) for name, one in found.items()}
+        made.append(replace(row, settings={**row.settings, STUFF: thresholds}))
+    return made
+
+
+def _keeping(share: float, found: np.ndarray) -> float:
+    """The threshold that keeps a share of the prototypes whose likeness was found."""
+    return min(1.0, round(float(np.quantile(found, share, method="inverted_cdf")) + 10.0 ** -DIGITS, DIGITS))
 
 
 def likeness(bank: PrototypeBank, extractor: str) -> np.ndarray:
