@@ -39,6 +39,7 @@ def run(options: argparse.Namespace) -> None:
                 help="folder of the notebooks (default: notebooks)"), OUT)
 def reproduce(options: argparse.Namespace) -> int:
     """Execute the notebooks, judge the paper's claims on their tables and write the report."""
+    from ovdiff_lib.workbench.parallel import end_with_parent
     from ovdiff_lib.workbench.reproduce import expected_time, has_tag, is_fresh, notebooks, run_all
 
     if options.workers is not None and options.workers < 1:
@@ -47,7 +48,8 @@ def reproduce(options: argparse.Namespace) -> int:
     folder, shown = Path(parameters["output"]), options.out / profile.name
     chosen = notebooks(options.notebooks, options.only.split(",") if options.only else ())
     stale = [n for n in chosen if options.force or not is_fresh(n, folder / n.name, parameters)]
-    with ProcessPoolExecutor(1, get_context("spawn")) as apart:  # here PyTorch would stay in memory beside notebooks
+    # In a process of its own: here PyTorch would stay in memory beside notebooks.
+    with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as apart:
         workers = options.workers or apart.submit(processors, profile).result()
         print(expected_time(stale, folder, workers), flush=True)
         if problems := apart.submit(_lacking, profile, stale).result() if stale else ():

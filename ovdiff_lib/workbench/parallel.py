@@ -105,10 +105,15 @@ class LocalEngine(Engine):
                 process.kill()
 
 
+def end_with_parent() -> None:
+    """Let this process end when its parent is killed: it would work on unseen, or wait for ever for tasks."""
+    parent = parent_process()
+    threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
+
+
 def _begin(make: Make, threads: int) -> None:
     """Make this process ready for work with ``threads`` of the processors, unless the user said how many."""
-    parent = parent_process()  # if it is killed, this process would wait for ever for its tasks
-    threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
+    end_with_parent()
     global _worker
     if "OMP_NUM_THREADS" not in os.environ:
         import torch

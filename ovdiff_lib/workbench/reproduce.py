@@ -25,6 +25,7 @@ from ovdiff_lib.errors import InputError, OVDiffError, legal
 from ovdiff_lib.files import write_atomic
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.workbench.console import FEATURES, check_output, described
+from ovdiff_lib.workbench.parallel import end_with_parent
 
 NOT_READ = ("cli", "recipes", "workbench/parallel.py")
 """Folders of the package that no notebook reads: a change in them leaves every result what it is."""
@@ -122,7 +123,7 @@ def _side_by_side(run: Callable[..., Any], chosen: Sequence[Path], folder: Path,
     "alone" (they measure time) come last, one by one, with all processors, which the others share evenly."""
     known, processors = read_json(folder / EXECUTED), len(os.sched_getaffinity(0))
     longest_first = sorted(chosen, key=lambda notebook: -_seconds(notebook, known, 1e9))
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=1)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent, max_tasks_per_child=1)
     try:
         for future in as_completed([pool.submit(run, notebook, threads=max(1, processors // workers))
                                     for notebook in longest_first if not has_tag(notebook, "alone")]):

@@ -12,7 +12,18 @@ from ovdiff_lib.types import PrototypeBank, Prototypes
 from ovdiff_lib.workbench.evaluation.bench import Bench
 from ovdiff_lib.workbench.evaluation.choices import BASES, CHOICES, CLIP, FULL, THRESHOLDS, changes, rows_of_choices
 from ovdiff_lib.workbench.evaluation.rows import LEVELS, Row, Searched
-from ovdiff_lib.workbench.evaluation.tuning import CONSTANT, KEPT, STUFF, Tried, cells_of, extractors_of, likeness, lines_of, same_share, tune
+from ovdiff_lib.workbench.evaluation.tuning import (
+    CONSTANT,
+    KEPT,
+    STUFF,
+    Tried,
+    cells_of,
+    extractors_of,
+    likeness,
+    lines_of,
+    same_share,
+    tune,
+)
 from ovdiff_lib.workbench.tables.tables import Cell
 
 

@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -261,3 +263,25 @@ def test_evaluate_with_two_workers_writes_the_table_that_one_process_writes(tiny
     assert any(tables[0].values())
     first, second = np.array_split(capsys.readouterr().out.splitlines(), 2)
     assert list(first) == list(second)
+
+
+def test_processes_end_with_their_parent(tmp_path):
+    (tmp_path / "program.py").write_text("""
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from ovdiff_lib.workbench.parallel import end_with_parent
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600).result()
+""")
+    parent = subprocess.Popen([sys.executable, tmp_path / "program.py"], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.communicate()
+    with pytest.raises(ProcessLookupError):
+        for _ in range(300):
+            os.kill(child, 0)
+            time.sleep(0.1)
