@@ -113,7 +113,7 @@ def _tighten(background: np.ndarray, attribution: np.ndarray, settings: Masks) -
         from scipy.ndimage import binary_erosion, generate_binary_structure
 
         # The leading axis of length 1 keeps to one image. What lies outside it is unknown, not object, so the border
-        # itself does not erode.
+        # itself does not erode, nor does it in the released code (scikit-image's erosion).
         cross = generate_binary_structure(2, 1)[None]
         background = binary_erosion(background, cross, iterations=settings.erosion, border_value=1)
     return background

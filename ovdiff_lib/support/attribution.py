@@ -94,8 +94,8 @@ class AttributionRecorder:
     def maps(self) -> torch.Tensor:
         """Attribution f32 (n, h, w) of the conditional images on the CPU, >= 0: the sum over layers and steps.
 
-        Each layer is upsampled bicubically and its undershoot clamped, as in DAAM; heads and class tokens are averaged,
-        which differs from a sum by a constant that Eq. 1 and Otsu thresholds do not see.
+        Heads and class tokens were averaged, which differs from a sum by a constant that Eq. 1 and Otsu thresholds do
+        not see; each layer is then upsampled bicubically and its undershoot clamped (DAAM clamps before that mean).
         """
         total = 0
         for attention in self.sums.values():

@@ -35,8 +35,7 @@ class Baseline(ABC):
 
 
 class Windowed(Baseline):
-    """A baseline that sees an image through OVDiff's windows (Sec. 4, "sliding window"; ``matching.long_side`` has no
-    effect) and has no model of the background."""
+    """A baseline that sees an image through OVDiff's windows (Sec. 4) and has no model of the background."""
 
     matching: Matching
     texts: TextEmbeddings
@@ -52,7 +51,7 @@ class Windowed(Baseline):
     @undisturbed()
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """f32 (C + 1, H, W) of an image u8 (H, W, 3): the mean over windows of a size, then over sizes; row 0: -inf."""
-        resized = resize_short_side(image, self.matching.short_side, self.matching.resample)
+        resized = resize_short_side(image, self.matching.short_side, self.matching.resample, self.matching.long_side)
         placed = scales(resized.shape[:2], self.matching)
         total = torch.zeros(len(vocabulary), *resized.shape[:2], dtype=torch.float32, device="cpu")
         for side, boxes in placed:
