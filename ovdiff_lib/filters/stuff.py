@@ -51,19 +51,25 @@ def filter_stuff(bank: PrototypeBank, settings: Filters) -> PrototypeBank:
         return prototypes.select(~dropped)
 
     left = bank.map(keep)
-    for sentence in bare(bank, left):
+    for sentence in bare(bank, left, settings):
         logger.warning(sentence)
     return left
 
 
-def bare(bank: PrototypeBank, left: PrototypeBank) -> list[str]:
-    """A sentence for each extractor in which a filter left nothing of the background prototypes of ``bank``, or of
-    those of some things; stuff is meant to lose them."""
+def without_background(bank: PrototypeBank, left: PrototypeBank, settings: Filters) -> dict[str, list[str]]:
+    """By extractor the categories of ``bank`` of whose background prototypes the filter left none, though it should:
+    stuff is meant to lose them, but where all judge all."""
+    had, has, everyone = bank.counts("background"), left.counts("background"), settings.stuff_against == "all"
+    return {name: [category.name for category, before, after in zip(bank.vocabulary, had[name], has[name], strict=True)
+                   if before and not after and (everyone or category.kind == "thing")] for name in bank.extractors}
+
+
+def bare(bank: PrototypeBank, left: PrototypeBank, settings: Filters) -> list[str]:
+    """A sentence for each extractor in which the filter left nothing of the background prototypes of ``bank``, or of
+    those of some categories (:func:`without_background`)."""
     said = []
-    for name, counts in left.counts("background").items():
-        had = bank.counts("background")[name]
-        lost = [category.name for category, before, after in zip(bank.vocabulary, had, counts, strict=True)
-                if category.kind == "thing" and before and not after]
+    for name, lost in without_background(bank, left, settings).items():
+        had, counts = (b.counts("background")[name] for b in (bank, left))
         if any(had) and not any(counts):
             said.append(f'The "stuff" filter left none of the {sum(had)} background prototypes of {name}: raise '
                         "filters.stuff_threshold, or name everything that images show.")

@@ -79,10 +79,8 @@ class ProfileReport:
     profile: str
     checks: tuple[Check, ...]
 
-    @property
-    def problems(self) -> tuple[str, ...]:
-        """A sentence for each thing that is needed and not here."""
-        return tuple(check.problem for check in self.checks if check.problem)
+    problems = property(lambda self: tuple(check.problem for check in self.checks if check.problem))
+    """A sentence for each thing that is needed and not here."""
 
     def __str__(self) -> str:
         table = pd.DataFrame({c.what: {"named": c.named, "state": c.state, "licence": c.licence,

@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError, ProfileError
 from ovdiff_lib.filters.category import CLIP_MEAN, CLIP_STD, CategoryFilter, square_image
-from ovdiff_lib.filters.stuff import bare, filter_stuff
+from ovdiff_lib.filters.stuff import bare, filter_stuff, without_background
 from ovdiff_lib.networks import clip_text
 from ovdiff_lib.networks.clip_text import TextEncoder, pack
 from ovdiff_lib.networks.loading import load_clip
@@ -314,13 +314,16 @@ def test_what_a_filter_left_is_counted_and_a_loss_is_said_once(caplog):
     assert all(counts["sd", i] == len(expected["sd", i]) - 4 for i in (0, 2, 3)) and counts["sd", 1] == 0
     lost = [f"c{i}" for i in (0, 2, 3) if not counts["sd", i]]
     said = [record.getMessage() for record in caplog.records]
-    assert said == bare(bank, left) and len(said) == 1 + bool(lost)
+    assert said == bare(bank, left, settings()) and len(said) == 1 + bool(lost)
     assert "left none of the 24 background prototypes of clip" in said[-1]
     caplog.clear()
     whole = filter_stuff(bank, settings(stuff_threshold=1.0))
-    assert not caplog.records and bare(bank, whole) == []  # that stuff has none is meant
+    assert not caplog.records and bare(bank, whole, settings()) == []  # that stuff has none is meant
     one = whole.map(lambda name, i, p: p.select(p.region == "foreground") if (name, i) == ("sd", 2) else p)
-    assert bare(bank, one) == ['The "stuff" filter left 12 of 24 background prototypes of sd; without any: c2.']
+    assert bare(bank, one, settings()) == ['The "stuff" filter left 12 of 24 background prototypes of sd; without any: c2.']
+    judged = settings(stuff_against="all")  # where nothing is meant for stuff
+    assert without_background(bank, one, settings()) == {"sd": ["c2"], "clip": []}
+    assert without_background(bank, one, judged) == {"sd": ["c1", "c2"], "clip": ["c1"]}
 
 
 def test_stuff_filter_limits():

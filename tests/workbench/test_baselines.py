@@ -25,6 +25,8 @@ from ovdiff_lib.workbench.baselines.common import Filtered, TextEmbeddings, temp
 from ovdiff_lib.workbench.baselines.maskclip import MaskCLIP
 from ovdiff_lib.workbench.baselines.segmenter import ClipSegmenter, majority_vote, smallest
 from ovdiff_lib.workbench.data.datasets import load_dataset
+from ovdiff_lib.workbench.evaluation.bench import Bench
+from ovdiff_lib.workbench.evaluation.rows import Rival
 from ovdiff_lib.workbench.evaluation.shared import SharedNetworks
 
 
@@ -108,6 +110,13 @@ def test_scores_come_back_at_the_image_size(maskclip_of):
     assert scores.shape == (4, 128, 200)
     small = maskclip_of().scores(resize_short_side(image, 64), PETS)
     np.testing.assert_allclose(scores[1:], enlarged(small[1:], (128, 200)), atol=1e-5)
+
+
+def test_a_long_strip_is_seen_as_ovdiff_sees_it(maskclip_of):
+    """Its long side is limited, and with it the short one and the windows."""
+    image = np.kron(picture(8, 48), np.ones((8, 8, 1), np.uint8))  # 64 x 384
+    maskclip, small = maskclip_of(long_side=192), np.array(Image.fromarray(image).resize((192, 32), Image.Resampling.BILINEAR))
+    np.testing.assert_allclose(maskclip.scores(image, PETS)[1:], enlarged(by_hand(maskclip, small, [32]), (64, 384)), atol=1e-4)
 
 
 @pytest.mark.parametrize("sizes", [[], [64, 48]])
@@ -380,9 +389,20 @@ def test_scores_inside_and_outside_of_proposals(named_by_clip):
     assert (named_by_clip(Boxes((64, 96))).predict(image, PETS) == 0).all()  # no proposals
 
 
-def test_it_needs_a_segmenter_that_proposes(tiny_profile):
-    with pytest.raises(ProfileError, match=r"masks\.segmenter.* maskcut"):
-        ClipSegmenter.build(tiny_profile.override({"masks.segmenter": "threshold"}))
+@pytest.mark.parametrize("name", ["threshold", "grounded-sam"])
+def test_it_needs_a_segmenter_that_proposes_without_words(tiny_profile, tmp_path, name):
+    """Told before any weights are looked for; of a row that a segmenter votes on, too."""
+    with pytest.raises(ProfileError, match=rf"'{name}'.*masks\.segmenter.* cutler, detector, maskcut, sam\."):
+        ClipSegmenter.build(tiny_profile.override({"masks.segmenter": name}))
+    bench = Bench(tiny_profile, library=tmp_path, seeds=[0], progress=False)
+    own = {"masks.segmenter": name}
+    rows = [Rival("plain", own, baseline="maskclip"), Rival("voted", own, baseline="maskclip", voted=True),
+            Rival("absent", {"masks.segmenter": "sam", "models.sam": "nobody/nowhere"}, baseline="maskclip", voted=True)]
+    missing = bench.missing(rows)
+    assert list(missing) == ["voted", "absent"] and name in missing["voted"] and "nobody/nowhere" in missing["absent"]
+
+
+def test_it_takes_another_segmenter(tiny_profile):
     assert ClipSegmenter.build(tiny_profile.override({"masks.segmenter": "maskcut"})).segmenter.name == "maskcut"
 
 

@@ -228,7 +228,7 @@ def test_a_bank_without_background_is_a_footnote_of_its_row(tiny_profile, tmp_pa
     rows = [Row("all", {"filters.stuff_threshold": 1.0}), Row("none", {"filters.stuff_threshold": -1.0})]
     for _ in range(2):
         whole, bare = bench.cells(rows, {"Context": "mini-context"})
-        assert whole.note == "" and bare.note.startswith('The "stuff" filter left none of the ')
+        assert whole.note == "" and bare.note.startswith('Seed 3: The "stuff" filter left none of the ')
     text = write_table(tmp_path / "t.csv", "t", [whole, bare], tiny_profile, "Rows.")
     assert text.endswith(f"|\n\nmini-context, none: {bare.note}\n")
 

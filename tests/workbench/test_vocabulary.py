@@ -173,8 +173,10 @@ def test_every_value_is_that_of_its_own_step(ovdiff, report):
     assert [c.name for c in report.classes] == NAMES.split(", ") and report.classes[3].kind == "stuff"
     assert report.built == tuple(NAMES.split(", ")) and set(report.tables) == {"sd"}
     bank = ovdiff.build(NAMES, ["water"])
-    assert report.notes == tuple(bare(bank, filter_stuff(bank, ovdiff.profile.filters)))
-    for c in report.classes:
+    assert report.notes == tuple(bare(bank, left := filter_stuff(bank, ovdiff.profile.filters), ovdiff.profile.filters))
+    had, has = bank.counts("background")["sd"], left.counts("background")["sd"]
+    for c, before, after in zip(report.classes, had, has, strict=True):
+        assert c.values["background_left"] == after / before
         masks = ovdiff.masks(ovdiff.support(c.name))
         assert c.values["with_foreground"] == pytest.approx(np.mean([m.any() for m in masks.foreground]))
         assert c.values["foreground_area"] == pytest.approx(np.mean([m.mean() for m in masks.foreground if m.any()]))
@@ -293,6 +295,10 @@ def test_a_vocabulary_that_leaves_no_background_says_so(ovdiff):
     """A threshold that every cosine exceeds, and one that none does."""
     everything, nothing = (examine(ovdiff.replaced({"filters.stuff_threshold": t, "filters.stuff_background": False}),
                                    "cat, dog, water", ["water"], LOOSE) for t in (-1.0, 1.0))
+    said = 'the "stuff" filter left it no background prototypes of sd'
+    assert [(c.verdict, c.values["background_left"], said in reasons(c)) for c in everything.classes] == [
+        ("look", 0, True), ("look", 0, True), ("fine", 0, False)] and "background left" in str(everything)  # stuff is meant to lose them
+    assert [(c.verdict, c.values["background_left"]) for c in nothing.classes] == [("fine", 1), ("fine", 1), ("fine", 0)]
     note, = everything.notes
     assert "left none of the" in note and note in str(everything) and nothing.notes == ()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ovdiff_lib.categories import Vocabulary
 from ovdiff_lib.errors import ProfileError
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD, resize_short_side
-from ovdiff_lib.masks import SEGMENTERS, Segmenter, ThresholdOnly, build_segmenter
+from ovdiff_lib.masks import SEGMENTERS, GroundedSam, Segmenter, ThresholdOnly, build_segmenter
 from ovdiff_lib.networks.instruments import normalised, undisturbed
 from ovdiff_lib.profiles.schema import Matching, Profile
 from ovdiff_lib.workbench.baselines.common import Baseline, TextEmbeddings
@@ -33,13 +33,9 @@ class ClipSegmenter(Baseline):
 
     @classmethod
     def build(cls, profile: Profile) -> ClipSegmenter:
-        """With the CLIP and the segmenter of a profile. Raises ``ModelNotAvailable``, and ``ProfileError`` for a
-        segmenter that makes no proposals."""
-        segmenter = build_segmenter(profile)
-        if segmenter.name == ThresholdOnly.name:
-            others = ", ".join(sorted(set(SEGMENTERS) - {ThresholdOnly.name}))
-            raise ProfileError(f"CLIP + segmenter needs proposals; set masks.segmenter to one of {others}.")
-        return cls(TextEmbeddings.build(profile, "clip-segmenter"), segmenter, profile.matching)
+        """With the CLIP and segmenter of a profile. Raises ``ModelNotAvailable`` and as :func:`check_proposals`."""
+        check_proposals(profile)
+        return cls(TextEmbeddings.build(profile, "clip-segmenter"), build_segmenter(profile), profile.matching)
 
     @undisturbed()
     def scores(self, image: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
@@ -79,6 +75,14 @@ class ClipSegmenter(Baseline):
         pixels = normalised(resized[None], weight, (CLIP_MEAN, CLIP_STD), size)
         states = vision(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state[0, 1:]
         return self.clip.visual_projection(vision.post_layernorm(states)).float().cpu().unflatten(0, tuple(grid))
+
+
+def check_proposals(profile: Profile) -> None:
+    """``ProfileError`` where the segmenter of a profile proposes nothing for an image whose words are not known."""
+    none = {ThresholdOnly.name, GroundedSam.name}
+    if profile.masks.segmenter in none:
+        raise ProfileError(f"Rivals need proposals that no words guide, and {profile.masks.segmenter!r} has none; set "
+                           f"masks.segmenter to one of {', '.join(sorted(set(SEGMENTERS) - none))}.")
 
 
 def majority_vote(labels: np.ndarray, proposals: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ from ovdiff_lib.workbench.data.datasets import UNMEASURED, has_folder, load_data
 from ovdiff_lib.workbench.data.samples import Dataset, Sample
 from ovdiff_lib.workbench.evaluation.measure import EvaluationResult, measure_all
 from ovdiff_lib.workbench.evaluation.results import code_digest
-from ovdiff_lib.workbench.evaluation.rows import LEVELS, SAMPLED, Rival, Row, quantiles
+from ovdiff_lib.workbench.evaluation.rows import LEVELS, SAMPLED, Row, quantiles
 from ovdiff_lib.workbench.evaluation.shared import SharedLibrary, SharedNetworks
 from ovdiff_lib.workbench.tables.intervals import Runs
 from ovdiff_lib.workbench.tables.paper import PaperCell, paper_cell, paper_table
@@ -174,7 +174,7 @@ class Bench:
         if len({row.label for row in rows}) < len(rows):
             raise InputError("Two rows of the table have the same label; give each its own.")
         gc.collect()  # the OVDiffs of earlier rows hold themselves in a circle, and with them their prototypes
-        tasks = [(row, seed, source) for source in dict.fromkeys(sources) for row in rows for seed in self._seeds(row)]
+        tasks = [(row, seed, source) for source in dict.fromkeys(sources) for row in rows for seed in self.seeds[: row.seeds]]
         found: dict[str, dict[str, tuple]] = {source: {row.label: () for row in rows} for source in sources}
         for (row, _, source), (results, best) in zip(tasks, self._measure(tasks), strict=True):
             found[source][row.label] += (results[best],)
@@ -201,9 +201,6 @@ class Bench:
                             folder=self.library / "results", limit=self.images, progress=self.progress)
         by_data = dict(zip(studies, found, strict=True))
         return [by_data[data][key] for data, key in places]
-
-    def _seeds(self, row: Row) -> tuple[int, ...]:
-        return self.seeds[:1] if isinstance(row, Rival) else self.seeds[: row.seeds]
 
 
 def _place(key: Mapping[str, Any]) -> str:

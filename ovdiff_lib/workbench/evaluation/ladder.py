@@ -40,10 +40,8 @@ class Ladder:
     images: int
     scenes: tuple[int, ...]
 
-    @property
-    def amount(self) -> str:
-        """How many true scenes a class has: "4 to 9", or "5"."""
-        return " to ".join(map(str, sorted({min(self.scenes), max(self.scenes)})))
+    amount = property(lambda self: " to ".join(map(str, sorted({min(self.scenes), max(self.scenes)}))))
+    """How many true scenes a class has: "4 to 9", or "5"."""
 
     def cells(self) -> list[Cell]:
         """The rungs, and below them what each part costs (:func:`lost`), mIoU in percent with its interval."""

@@ -22,7 +22,7 @@ from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.types import PrototypeBank
 from ovdiff_lib.workbench.baselines import OWN_BACKGROUND
 from ovdiff_lib.workbench.baselines.common import Filtered
-from ovdiff_lib.workbench.baselines.segmenter import majority_vote
+from ovdiff_lib.workbench.baselines.segmenter import check_proposals, majority_vote
 from ovdiff_lib.workbench.data.samples import Dataset, Sample
 from ovdiff_lib.workbench.evaluation.measure import Method, above, for_dataset, foreground_labels, label_predictor
 
@@ -74,7 +74,8 @@ class Row:
                 bank = bank.without_background()
                 return searching(bench, key, source, lambda image: ovdiff.segment(image, bank).scores)
             if ovdiff.profile.filters.stuff and dataset.has_background:
-                notes.extend(bare(bank, ovdiff.stuff_filter(bank)))
+                said = bare(bank, ovdiff.stuff_filter(bank), ovdiff.profile.filters)
+                notes.extend(f"Seed {seed}: {sentence}" for sentence in said)
             predict = label_predictor(ovdiff, bank, dataset)
             return lambda sample: predict(sample.image)[None]
 
@@ -95,17 +96,19 @@ class Rival(Row):
     ``filtered``: behind OVDiff's category filter; ``voted``: each proposal of the segmenter takes its majority label.
     """
 
+    seeds: int | None = 1  # it has none of its own
     baseline: str = ""
     filtered: bool = False
     voted: bool = False
 
-    @property
-    def searches(self) -> bool:
-        return self.baseline not in OWN_BACKGROUND
+    searches = property(lambda self: self.baseline not in OWN_BACKGROUND)
 
     def needs(self, bench: Any) -> Any:
         """The baseline. Raises ``ModelNotAvailable`` or ``ProfileError`` where it cannot be measured here."""
         ovdiff = bench.ovdiff(self.settings)
+        if self.voted:
+            check_proposals(ovdiff.profile)
+            ovdiff.segmenter  # noqa: B018
         baseline = bench.parts.baseline(self.baseline, ovdiff.profile)
         return Filtered(baseline, ovdiff.category_filter) if self.filtered else baseline
 

@@ -41,10 +41,8 @@ class Tried:
     values: tuple[float, ...]
     miou: tuple[float, ...]
 
-    @property
-    def best(self) -> int:
-        """The place of the candidate with the highest mIoU, of equals the first."""
-        return int(np.argmax(self.miou))
+    best = property(lambda self: int(np.argmax(self.miou)))
+    """The place of the candidate with the highest mIoU, of equals the first."""
 
 
 def extractors_of(profile: Profile) -> list[str]:

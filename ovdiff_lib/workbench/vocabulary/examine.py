@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError, OVDiffError
-from ovdiff_lib.filters.stuff import bare, filter_stuff
+from ovdiff_lib.filters.stuff import bare, filter_stuff, without_background
 from ovdiff_lib.networks.instruments import undisturbed
 from ovdiff_lib.networks.loading import resolve_device
 from ovdiff_lib.pipeline import OVDiff
@@ -33,7 +33,8 @@ VERDICTS = ("fine", "look", "bad")
 COLUMNS = {
     "with_foreground": "with foreground", "foreground_area": "area", "recognised": "read as itself",
     "rival": "nearest rival", "lost": "lost to it", "passes": "passes for it", "highest": "highest cosine",
-    "background_rival": "background of", "sunk": "sunk in it", "pieces": "pieces"}
+    "background_rival": "background of", "sunk": "sunk in it",
+    "background_left": "background left", "pieces": "pieces"}
 """Value of a class -> its heading in the table."""
 
 
@@ -134,7 +135,9 @@ def examine(ovdiff: OVDiff, classes: Vocabulary | Iterable[str | Category] | str
         rows = {name: tuple(made[name] for made in prototypes.values()) for name in profile.features.extractors}
         bank = PrototypeBank(Vocabulary(tuple(built)), rows)
         left = filter_stuff(bank, profile.filters) if profile.filters.stuff else bank
-        notes += bare(bank, left)
+        if left is not bank:
+            notes += bare(bank, left, profile.filters)
+            _examine_background(drawn, bank, left, without_background(bank, left, profile.filters))
         tables = {name: collide(kept, resolve_device(profile)) for name, kept in left.prototypes.items()}
         _examine_collisions(drawn, tables, limits)
     return VocabularyReport(tuple(reports), limits, tuple(notes), tuple(c.name for c in built), tables)
@@ -187,6 +190,16 @@ def _examine_masks(report: ClassReport, masks: ForegroundBackground, segmenter: 
         report.add("look", f"the foreground fills {full:.0%} of its drawings")
     if fallback >= limits.masks_look and report.kind == "thing":
         report.add("look", f"the segmenter {segmenter!r} found nothing in {fallback:.0%} of its drawings")
+
+
+def _examine_background(reports: Sequence[ClassReport], bank: PrototypeBank, left: PrototypeBank,
+                        lost: dict[str, list[str]]) -> None:
+    """The share of its background prototypes that the "stuff" filter left a class; by extractor who ``lost`` all."""
+    had, has = (np.sum(list(one.counts("background").values()), axis=0) for one in (bank, left))
+    for report, before, after in zip(reports, had, has, strict=True):
+        report.measure(background_left=after / before if before else np.nan)
+        if gone := [name for name, classes in lost.items() if report.name in classes]:
+            report.add("look", f'the "stuff" filter left it no background prototypes of {", ".join(gone)}')
 
 
 def _examine_collisions(reports: Sequence[ClassReport], tables: dict[str, Collisions], limits: Limits) -> None:
