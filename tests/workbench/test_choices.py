@@ -10,7 +10,7 @@ from ovdiff_lib.errors import InputError
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.types import PrototypeBank, Prototypes
 from ovdiff_lib.workbench.evaluation.bench import Bench
-from ovdiff_lib.workbench.evaluation.choices import BASES, CHOICES, CLIP, FULL, THRESHOLDS, changes, rows_of_choices
+from ovdiff_lib.workbench.evaluation.choices import BASES, CHOICES, CLIP, FULL, PAMR, THRESHOLDS, changes, rows_of_choices
 from ovdiff_lib.workbench.evaluation.rows import LEVELS, Row, Searched
 from ovdiff_lib.workbench.evaluation.tuning import (
     CONSTANT,
@@ -36,10 +36,10 @@ def cell(row, column, values, noise=1.0):
 def test_every_row_switches_one_choice(name):
     profile = load_profile(name)
     rows = rows_of_choices(profile)
-    assert [row.label for row in rows[:3]] == [FULL, CLIP, THRESHOLDS] == list(BASES)
-    assert len({row.label for row in rows}) == len(rows) == len(CHOICES) + 3
-    for choice, row in zip(CHOICES, rows[3:], strict=True):
-        base = profile.override({row.label: row.settings for row in rows[:3]}[choice.base])
+    assert [row.label for row in rows[:4]] == [FULL, CLIP, THRESHOLDS, PAMR] == list(BASES)
+    assert len({row.label for row in rows}) == len(rows) == len(CHOICES) + 4
+    for choice, row in zip(CHOICES, rows[4:], strict=True):
+        base = profile.override({row.label: row.settings for row in rows[:4]}[choice.base])
         changed = base.override(row.settings)
         assert changed.digest() != base.digest(), row.label
         before, after = base.to_dict(), changed.to_dict()
@@ -52,7 +52,7 @@ def test_every_row_switches_one_choice(name):
 
 def test_profiles_of_paper_and_code_take_opposite_ways():
     """Where the official profile follows the code, its row is the paper's way, and the other way round."""
-    paper, official = ([row.label for row in rows_of_choices(load_profile(name))[3:]] for name in ("paper", "official"))
+    paper, official = ([row.label for row in rows_of_choices(load_profile(name))[4:]] for name in ("paper", "official"))
     opposite = [c.paper[0] for c, a, b in zip(CHOICES, paper, official, strict=True) if a == c.code[0] and b == c.paper[0]]
     assert len(opposite) >= 10
 

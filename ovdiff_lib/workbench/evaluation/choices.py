@@ -16,13 +16,14 @@ from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.workbench.evaluation.rows import Row
 from ovdiff_lib.workbench.tables.tables import Cell
 
-FULL, CLIP, THRESHOLDS = "full", "full, CLIP keys", "full, thresholds alone"
+FULL, CLIP, THRESHOLDS, PAMR = "full", "full, CLIP keys", "full, thresholds alone", "full + PAMR"
 """Labels of the rows that changes are measured against."""
 
 BASES: dict[str, dict[str, Any]] = {
     FULL: {},
     CLIP: {"features.extractors": ["clip-keys"]},
     THRESHOLDS: {"masks.segmenter": "threshold"},
+    PAMR: {"matching.refine": "pamr"},
 }
 """Settings of those rows."""
 
