@@ -173,7 +173,8 @@ def test_every_value_is_that_of_its_own_step(ovdiff, report):
     assert [c.name for c in report.classes] == NAMES.split(", ") and report.classes[3].kind == "stuff"
     assert report.built == tuple(NAMES.split(", ")) and set(report.tables) == {"sd"}
     bank = ovdiff.build(NAMES, ["water"])
-    assert report.notes == tuple(bare(bank, left := filter_stuff(bank, ovdiff.profile.filters), ovdiff.profile.filters))
+    left = filter_stuff(bank, ovdiff.profile.filters)
+    assert report.notes == tuple(bare(bank, left, ovdiff.profile.filters))
     had, has = bank.counts("background")["sd"], left.counts("background")["sd"]
     for c, before, after in zip(report.classes, had, has, strict=True):
         assert c.values["background_left"] == after / before

@@ -174,7 +174,8 @@ class Bench:
         if len({row.label for row in rows}) < len(rows):
             raise InputError("Two rows of the table have the same label; give each its own.")
         gc.collect()  # the OVDiffs of earlier rows hold themselves in a circle, and with them their prototypes
-        tasks = [(row, seed, source) for source in dict.fromkeys(sources) for row in rows for seed in self.seeds[: row.seeds]]
+        seeds = [(row, seed) for row in rows for seed in self.seeds[: row.seeds]]
+        tasks = [(*one, source) for source in dict.fromkeys(sources) for one in seeds]
         found: dict[str, dict[str, tuple]] = {source: {row.label: () for row in rows} for source in sources}
         for (row, _, source), (results, best) in zip(tasks, self._measure(tasks), strict=True):
             found[source][row.label] += (results[best],)
