@@ -165,7 +165,7 @@ def test_a_table_is_csv_and_markdown_with_the_paper_apart(tmp_path, profile):
     assert tuple(rows[0]) == COLUMNS and len(rows) == 4
     assert rows[0] == {"table": "t", "row": "OVDiff", "column": "mIoU", "measured": "41.256", "std": "0.5", "low": "", "high": "",
                        "n": "3", "values": "", "source": "measured", "paper": "66.3", "paper_std": "0.2", "paper_table": "1",
-                       "paper_row": "OVDiff", "paper_column": "VOC", "profile": "mini", "settings": profile.digest()}
+                       "paper_row": "OVDiff", "paper_column": "VOC", "profile": "mini", "settings": profile.digest(), "note": ""}
     assert rows[1]["paper"] == rows[1]["std"] == rows[1]["paper_table"] == "" and rows[2]["row"] == "a | b, c"
     assert (rows[2]["paper"], rows[2]["paper_table"], rows[2]["paper_row"]) == ("", "1", "abc")
     assert (tmp_path / "tables" / "t.md").read_text(encoding="utf-8") == text
@@ -190,7 +190,7 @@ def test_where_a_number_is_from_is_shown(tmp_path, profile):
 def test_a_table_reads_back_as_it_was_written(tmp_path, profile):
     """Mean and sample standard deviation of the runs, six significant digits."""
     cells = [Cell.of("a", "c,\n1", [1.5, 2.25], PaperCell("9", "x | y", "z", 3.5, 0.25)), Cell("b", "c", 2.0, 0.5, 3),
-             Cell("c", "c", source="published", paper=PaperCell("9", "x", "z", 7.0)), Cell("d", "c", 1e-7),
+             Cell("c", "c", source="published", paper=PaperCell("9", "x", "z", 7.0)), Cell("d", "c", 1e-7, note="a | b"),
              Cell("🐈", "c", -4.0, paper=PaperCell("9", "own", "z")), Cell.of("e", "c", (v for v in (50.0, 53.0, 49.0)))]
     write_table(tmp_path / "t.csv", "t", cells, profile, "x")
     read = read_table(tmp_path / "t.csv")
@@ -218,7 +218,20 @@ def test_an_miou_has_its_interval_and_its_counts_beside_the_table(tmp_path, prof
     assert read_runs(tmp_path / "t.csv") == {} and not (tmp_path / "t.npz").exists()
 
 
-@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", ",".join(COLUMNS) + "\nt,r,c,x" + "," * 13 + "\n", ",".join(COLUMNS) + "\nt,r\n",
+def test_rows_with_the_same_counts_are_a_footnote(tmp_path, profile):
+    """Of one data set; the earlier row is named, with its column where that is another."""
+    runs, less = runs_of([50.0], 2.0, "a"), runs_of([50.0], 2.0, "a", 15)
+    other = Runs("other", runs.counts)
+    cells = [Cell.miou(row, column, one) for row, column, one in
+             (("a", "c", runs), ("b", "c", Runs("made", runs.counts.copy())), ("b", "d", runs), ("x", "c", other), ("y", "c", less))]
+    cells[1] = dataclasses.replace(cells[1], note="Once more.")
+    text = write_table(tmp_path / "t.csv", "t", cells, profile, "x")
+    said = ["Once more. Same counts in every image as a: not exercised.", "Same counts in every image as a, c: not exercised."]
+    assert text.splitlines()[-3:] == [f"c, b: {said[0]}", "", f"d, b: {said[1]}"]
+    assert [c.note for c in read_table(tmp_path / "t.csv")] == ["", *said, "", ""]
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", ",".join(COLUMNS) + "\nt,r,c,x" + "," * 14 + "\n", ",".join(COLUMNS) + "\nt,r\n",
                                      None])
 def test_a_file_that_is_no_table_is_one_sentence(tmp_path, content):
     if content is not None:
@@ -236,7 +249,7 @@ def test_what_was_run_stands_beside_the_table(tmp_path, profile, monkeypatch):
     write_table(tmp_path / "t" / f"{name}.csv", name, [Cell("r", "c", 1)], profile, "x", {"c": 2}, title="Table 1", details={"seeds": [0]})
     assert read_record(tmp_path / "t" / f"{name}.csv") == {
         "name": name, "title": "Table 1", "caption": "x", "digits": {"c": 2}, "notebook": "05_main_results", "profile": "mini",
-        "settings": profile.digest(), "details": {"seeds": [0]}}
+        "segmenter": "detector", "settings": profile.digest(), "details": {"seeds": [0]}}
     assert read_record(tmp_path / "t" / "none.csv") == {}
     (tmp_path / "t" / "torn.json").write_text("{")
     with pytest.raises(InputError, match=r"torn\.json"):

@@ -46,7 +46,7 @@ class ClaimResult:
 @functools.cache
 def claims() -> tuple[Any, ...]:
     """All claims in order: the rows of claims.csv, ``left``, ``right`` and ``sets`` as tuples; ``missing`` is the
-    verdict without the cells, ``paper`` the paper's own numbers."""
+    verdict without the cells, ``paper`` the paper's own numbers, ``other`` the cell of another reading."""
     cells = dict.fromkeys(("left", "right", "sets"), lambda text: tuple(filter(None, text.split(" & "))))
     read = pandas.read_csv(FOLDER / "claims.csv", dtype={"id": int}, converters=cells, keep_default_na=False)
     return tuple(read.itertuples(index=False, name="Claim"))
@@ -64,18 +64,20 @@ def judge(folder: str | Path) -> list[ClaimResult]:
 
 def gather(folder: Path) -> tuple[dict[str, Sample], str]:
     """The cells measured here in ``folder``/tables by their key ("table|row|column"), of several with one key that of
-    most runs, the first of equals; and the profile that the tables name."""
+    most runs, the first of equals, labelled as in the paper but for the segmenter used; and the tables' profile."""
     sets, found, profile = {name for claim in claims() for name in claim.sets}, [], ""
     for path in sorted((folder / "tables").glob("*.csv")):
         if path.stem != NAME and not path.stem.startswith(NOT_COUNTED):
-            profile, runs = profile or str(read_record(path).get("profile", "")), read_runs(path)
-            found += [(cell, runs.get((cell.row, cell.column))) for cell in read_table(path)
-                      if cell.paper and cell.source == "measured"]
+            record, runs = read_record(path), read_runs(path)
+            profile, segmenter = profile or str(record.get("profile", "")), str(record.get("segmenter", "cutler"))
+            found += [(cell, runs.get((cell.row, cell.column)), segmenter.replace("cutler", "CutLER"))
+                      for cell in read_table(path) if cell.paper and cell.source == "measured"]
     samples = {}
-    for cell, runs in sorted(found, key=lambda pair: -pair[0].n):
+    for cell, runs, segmenter in sorted(found, key=lambda one: -one[0].n):
         key, label = "|".join(cell.paper.key), ", ".join(part for part in cell.paper.key[1:] if part not in sets)
         if key not in samples:
-            samples[key] = Sample(label, cell.measured, runs.draws if runs and runs.images > 1 else None)
+            draws, label = runs.draws if runs and runs.images > 1 else None, label.replace("CutLER", segmenter)
+            samples[key] = Sample(label, cell.measured, draws, cell.n, cell.note)
     return samples, profile
 
 
@@ -108,26 +110,31 @@ class _Test:
     """A claim on the data sets for which there is what it compares."""
 
     def __init__(self, claim: Any, samples: dict[str, Sample]) -> None:
-        self.claim, self.parts, self.notes, self.absent = claim, {}, [claim.note], []
+        self.claim, self.parts, self.notes, self.absent, self.cells = claim, {}, [claim.note], [], []
         for name in claim.sets:
             left, right, unmeasured, missing = _cells(claim, name, samples)
             if not missing and (part := outcome(claim.relation, left, right)):
-                self.parts[name] = part
+                self.parts[name], self.cells = part, [*self.cells, *left, *right]
                 self.notes += [f"Rivals not measured: {', '.join(unmeasured)}."] if unmeasured else []
             else:
                 self.absent.append(missing or f"too few of {claim.left[0].replace('{set}', name)}")
+        for other in find(samples, claim.other) if self.parts else ():
+            self.notes.append(f"The other reading on {claim.other.split('|')[-1]}: {other.label} {other.mean:.1f}.")
 
     def result(self, profile: str) -> ClaimResult:
         """The claim as it was found, once the comparisons know their corrected p-values."""
         claim, parts, notes, several = self.claim, self.parts, self.notes, len(self.claim.sets) > 1
         verdict = _verdict(claim, [part.verdict for part in parts.values()])
+        own = [cell for cell in self.cells if cell.draws is not None and not cell.label.startswith(RIVALS["{rival}"])]
+        if single := list(dict.fromkeys(cell.label for cell in own if cell.seeds == 1)):
+            notes.append("One seed" + f": {', '.join(single)}" * any(cell.seeds > 1 for cell in own) + ".")
         if several and any(part.verdict != "holds" for part in parts.values()):
             notes.append(_each(parts, claim.relation))
         if self.absent and verdict != "paper only":
             notes.append("Not measured: " + "; ".join(self.absent) + ".")
         notes.append(_explanations().get((profile, claim.id, verdict), ""))
         measured = _join((f"{name}: " if several else "") + part.measured for name, part in parts.items())
-        how = _join(part.how for part in parts.values())
+        how = _join([*(part.how for part in parts.values()), *(f"{c.label}: {c.note}" for c in self.cells if c.note)])
         return ClaimResult(claim.id, claim.claim, claim.source, claim.paper, measured, verdict, _join(notes, " "), how)
 
 

@@ -19,9 +19,9 @@ from ovdiff_lib.workbench.tables.intervals import Runs, interval, write_runs
 from ovdiff_lib.workbench.tables.paper import PaperCell, paper_change
 
 COLUMNS = ("table", "row", "column", "measured", "std", "low", "high", "n", "values", "source", "paper", "paper_std",
-           "paper_table", "paper_row", "paper_column", "profile", "settings")
+           "paper_table", "paper_row", "paper_column", "profile", "settings", "note")
 IDLE, PAPER, NOT_EXERCISED = "idle: ", " (paper, its own data)", "not exercised"
-BRACKETS = "In brackets 95 % intervals: other images, and other seeds where there are several."
+BRACKETS = "In brackets 95 % intervals: other images, other seeds where there are several; constants stay as searched."
 STAMP = "The paper's column is from its own data sets and models."
 
 
@@ -91,13 +91,13 @@ def write_table(path: str | Path, name: str, cells: list[Cell], profile: Profile
     "seeds": [0, 1]}, which the Markdown says at its head; {"volatile": True}: the numbers differ from run to run
     (times). Raises ``InputError`` when a cell comes twice.
     """
-    path, rows, details = Path(path), _frame(name, cells, profile), details or {}
+    path, rows, details = Path(path), _frame(name, cells := _twins(cells), profile), details or {}
     for row, column in rows.loc[rows.duplicated(["row", "column"]), ["row", "column"]].itertuples(index=False):
         raise InputError(f"The table {name} has the cell {row!r}, {column!r} twice; give rows names that differ.")
     # A notebook runs in its own folder: the longest stem there with which the table's name begins.
     notebook = max((p.stem for p in Path.cwd().glob("*.ipynb") if name.startswith(p.stem)), key=len, default="")
-    record = {"name": name, "title": title, "caption": caption, "digits": digits, "notebook": notebook,
-              "profile": profile.name, "settings": profile.digest(), "details": details}
+    record = {"name": name, "title": title, "caption": caption, "notebook": notebook, "profile": profile.name,
+              "segmenter": profile.masks.segmenter, "settings": profile.digest(), "digits": digits, "details": details}
     write_json(path.with_suffix(".json"), record)
     described = f"`{profile.name}`" + (f" ({profile.description.rstrip('.')})" if profile.description else "")
     head = f"**{caption}** {_amount(details)}Profile {described}, settings `{profile.digest()}`."
@@ -114,9 +114,9 @@ def read_table(path: str | Path) -> list[Cell]:
     """The cells of a CSV that :func:`write_table` wrote, in its order. Raises ``InputError`` for any other file."""
     try:
         read = pandas.read_csv(path, dtype=str, keep_default_na=False)
-        if tuple(read.columns) != COLUMNS:
+        if tuple(read.columns) not in (COLUMNS, COLUMNS[:-1]):  # the notes came last
             raise ValueError("its columns are others")
-        return [_cell(row) for row in read.itertuples(index=False)]
+        return [_cell(row) for row in read.reindex(columns=COLUMNS, fill_value="").itertuples(index=False)]
     except (InputError, OSError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path} cannot be read as a table ({reason}); run its notebook again.") from None
@@ -136,13 +136,23 @@ def escape(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def _twins(cells: list[Cell]) -> list[Cell]:
+    """The cells, with a note on each whose counts are those of an earlier one: what tells the two apart did not act."""
+    first: dict[tuple, Cell] = {}
+    twins = [first.setdefault((c.runs.dataset, c.runs.counts.shape, c.runs.counts.tobytes()), c) if c.runs else c
+             for c in cells]
+    return [c if twin is c else replace(c, note=f"{c.note} Same counts in every image as {twin.row}"
+                                        f"{f', {twin.column}' * (twin.column != c.column)}: {NOT_EXERCISED}.".strip())
+            for c, twin in zip(cells, twins, strict=True)]
+
+
 def _frame(name: str, cells: list[Cell], profile: Profile) -> pandas.DataFrame:
     """The CSV's rows."""
     rows = []
     for c in cells:
         paper, values = c.paper or PaperCell("", "", ""), " ".join(f"{v:.6g}" for v in c.values)
         rows.append((name, c.row, c.column, c.measured, c.std, c.low, c.high, c.n, values, c.source, paper.value,
-                     paper.std, *paper.key, profile.name, profile.digest()))
+                     paper.std, *paper.key, profile.name, profile.digest(), c.note))
     numbers = dict.fromkeys(("measured", "std", "low", "high", "paper", "paper_std"), float)
     return pandas.DataFrame(rows, columns=COLUMNS).astype(numbers)
 
@@ -153,7 +163,7 @@ def _cell(row: Any) -> Cell:
     measured, std, low, high, value, spread = (float(text) if text else None for text in read)
     paper = PaperCell(*key, value, spread) if any(key) else None
     values = tuple(map(float, row.values.split()))
-    return Cell(row.row, row.column, measured, std, int(row.n), paper, values, row.source, low=low, high=high)
+    return Cell(row.row, row.column, measured, std, int(row.n), paper, values, row.source, row.note, low, high)
 
 
 def _grid(cells: list[Cell], digits: int | dict[str, int]) -> str:
