@@ -124,7 +124,7 @@ class Rival(Row):
                **({"constants": bench.quantiles_of(source, self.names)} if searched else {})}
         notes = [f"The published constant {constant:g} stands for the background."] if constant is not None else []
         if searched and self.baseline in OWN_BACKGROUND:
-            notes = ["Its background words are all classes here, so a constant stands for it: the best on these images."]
+            notes = ["Its background words are classes here, so a constant stands for it, the best on these images."]
 
         def prepare(dataset: Dataset) -> Callable[[Sample], np.ndarray]:
             baseline = self.needs(bench)
