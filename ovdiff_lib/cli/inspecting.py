@@ -1,5 +1,4 @@
-"""``ovdiff doctor | vocabulary | tune | benchmark``: is what a profile needs here, are these classes a good choice, and
-these thresholds, and what does it cost?"""
+"""``ovdiff doctor | vocabulary | tune | benchmark``: what is here, which classes and thresholds fit, what it costs."""
 
 import argparse
 from pathlib import Path

@@ -18,8 +18,7 @@ from ovdiff_lib.errors import OVDiffError
 
 COMMANDS = {
     "segment": segment.segment, "build": segment.build, "evaluate": evaluate.evaluate, "ladder": evaluate.ladder,
-    "convert": evaluate.convert,
-    "run": notebooks.run, "reproduce": notebooks.reproduce,
+    "convert": evaluate.convert, "run": notebooks.run, "reproduce": notebooks.reproduce,
     "compare-tables": notebooks.compare_tables, "benchmark": inspecting.benchmark, "doctor": inspecting.doctor,
     "vocabulary": inspecting.vocabulary, "tune": inspecting.tune,
     "library": {"list": library.show, "verify": library.verify, "export": library.export, "import": library.add,

@@ -28,8 +28,7 @@ def argument(*names: str, **settings: Any) -> Callable[[argparse.ArgumentParser]
 
 
 def takes(*arguments: Callable[[argparse.ArgumentParser], Any], profile: bool = True) -> Callable:
-    """Decorator of a command, a function of its options: what it takes, first :data:`PROFILE` unless ``profile`` is
-    False. Its docstring is the command's help."""
+    """Decorator of a command, a function of its options: what it takes, with ``profile`` first :data:`PROFILE`."""
     def declare(run: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int | None]:
         run.arguments = (*(PROFILE if profile else ()), *arguments)
         return run

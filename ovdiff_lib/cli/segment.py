@@ -1,5 +1,4 @@
-"""``ovdiff segment | build``, and what the first writes for an image: palette PNG of labels, overlay with legend, JSON
-of classes and scores."""
+"""``ovdiff segment | build``, and what the first writes for an image: labels, overlay and legend, table of classes."""
 
 import argparse
 import os
@@ -95,8 +94,7 @@ def write_segmentation(result: Segmentation, folder: str | Path, stem: str, prof
 
 
 def label_image(labels: np.ndarray, colours: np.ndarray) -> Image.Image:
-    """An image whose pixel values are labels (H, W) in [0, n): with a palette of their ``colours`` u8 (n, 3) up to 256
-    classes, else 16-bit grey."""
+    """Labels (H, W) in [0, n) as pixel values, their ``colours`` u8 (n, 3) as palette; beyond 256 16-bit grey."""
     image = Image.fromarray(labels.astype(np.uint16 if len(colours) > 256 else np.uint8))
     if len(colours) <= 256:
         image.putpalette(np.ascontiguousarray(colours, np.uint8).tobytes())

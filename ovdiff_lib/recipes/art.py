@@ -102,8 +102,7 @@ def load_style(folder: Path, style: str, keys: set[str]) -> dict[str, Image.Imag
 
 
 def trim(glyph: Image.Image, box: tuple[float, ...] = (0, 0, 1, 1)) -> np.ndarray:
-    """What is seen of a glyph inside ``box``, without small things beside it (notes, drops): straight-alpha u8 (H, W,
-    4), its longer side GLYPH_SIZE."""
+    """What is seen of a glyph inside ``box``, without small things beside it (notes, drops): straight-alpha u8."""
     left, top, right, bottom = np.array(box) * (*glyph.size, *glyph.size)
     array = np.array(glyph.crop((round(left), round(top), round(right), round(bottom))))
     parts, _ = ndimage.label(array[..., 3] > 8)

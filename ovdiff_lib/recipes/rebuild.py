@@ -57,8 +57,7 @@ def command(name: str, work: Path, hours: float) -> list[str]:
 
 
 def train(work: Path, hours: float) -> None:
-    """Run both streams of stages, but for what was finished before. Where a stage fails, those that can do without it
-    are still trained; then the command ends."""
+    """Run both streams, but for what is finished. Where a stage fails, the others are still trained; then it ends."""
     interrupted, running = threading.Event(), set()
     (work / "logs").mkdir(parents=True, exist_ok=True)
 

@@ -54,9 +54,8 @@ def glyph_table(world: World, arrays: dict[str, np.ndarray], styles: dict[str, s
 
 @dataclass(frozen=True)
 class Scene:
-    """One drawn scene: ``image`` u8 (H, W, 3), ``labels`` u8 (H, W) in world ids with 255 on object edges, the nouns
-    and stuff seen, for each noun whether its glyph is a held one, and equivalent ``captions``: with its context, the
-    paper's template, bare, and short."""
+    """One drawn scene: ``image`` u8 (H, W, 3), ``labels`` u8 (H, W) in world ids with 255 on object edges, nouns and
+    stuff seen, whether a noun's glyph is held, ``captions``: with its context, the paper's template, bare, short."""
 
     image: np.ndarray
     labels: np.ndarray
@@ -236,9 +235,8 @@ def draw_scene(world: World, glyphs: Glyphs, seed: int, index: int, shape: tuple
 
     ``noun`` fixes the first object (default: random); ``objects`` fixes how many (0 to 3; default: 5 % none, 67 % one,
     21 % two, 7 % three); ``at_home`` is how often the context is one of the first object's own; ``held`` is the share
-    of objects that are drawn by glyphs no model is trained on, where the noun has any. One object is 0.25 to 0.95 of
-    the short side, one of two 0.3 to 0.6, one of three 0.25 to 0.5; they may overlap, and in one scene of ten the lower
-    stuff covers the feet of what stands on it.
+    of objects that are drawn by glyphs no model is trained on, where the noun has any. Objects may overlap, and in one
+    scene of ten the lower stuff covers the feet of what stands on it.
     """
     rng = np.random.default_rng([seed, index])
     if objects is None:

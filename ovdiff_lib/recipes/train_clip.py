@@ -16,6 +16,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, PreTrainedModel
 
 from ovdiff_lib.images import CLIP_MEAN, CLIP_STD
 from ovdiff_lib.recipes import training
+from ovdiff_lib.recipes.train_vae import crops
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 DROPPED = 0.5  # share of an image's patches that a training step leaves out
@@ -97,22 +98,13 @@ def drop_patches(model: CLIPModel) -> None:
 # ---- images
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip, shift by up to a tenth of a side (reflected edges) and jitter light; floats (B, 3, H, W) in [0, 1]."""
-    (count, _, height, width), device = images.shape, images.device
-
-    def draw() -> Tensor:
-        return torch.rand(count, 1, 1, 1, generator=generator, device=device)
-
-    pad = height // 10
-    images = torch.where(draw() < 0.5, images.flip(-1), images)
-    padded = F.pad(images, (pad,) * 4, mode="reflect")
-    top, left = torch.randint(0, 2 * pad + 1, (2, count), generator=generator, device=device)
-    rows = top[:, None, None] + torch.arange(height, device=device)[None, :, None]
-    columns = left[:, None, None] + torch.arange(width, device=device)[None, None, :]
-    shifted = padded[torch.arange(count, device=device)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
-    contrast, brightness = 0.8 + 0.4 * draw(), 0.2 * draw() - 0.1
+    """Flip, shift by up to a tenth of a side (reflected edges) and jitter light; floats (B, 3, S, S) in [0, 1]."""
+    side = images.shape[-1]
+    padded = F.pad(images, (side // 10,) * 4, mode="reflect")
+    shifted = crops(padded.movedim(1, -1), side, generator).movedim(-1, 1)
+    contrast, brightness = torch.rand(2, len(images), 1, 1, 1, generator=generator, device=images.device)
     mean = shifted.mean(dim=(1, 2, 3), keepdim=True)
-    return ((shifted - mean) * contrast + mean + brightness).clamp(0, 1)
+    return ((shifted - mean) * (0.8 + 0.4 * contrast) + mean + 0.2 * brightness - 0.1).clamp(0, 1)
 
 
 # ---- losses

@@ -38,8 +38,7 @@ def boxes_of(masks: Tensor) -> Tensor:
 
 def views(images: np.ndarray | Tensor, masks: list[np.ndarray], canvas: int, paste: float, generator: torch.Generator
           ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Augmented images f32 (B, 3, canvas, canvas) and torchvision's targets, of u8 (B, H, W, 3) and bool (M, H, W), M
-    >= 1, each; where the generator is.
+    """Augmented images f32 (B, 3, canvas, canvas) and torchvision's targets, of u8 (B, H, W, 3) and bool (M, H, W).
 
     Every scene is zoomed into around one of its objects and mirrored half the time. With probability ``paste`` some
     objects of the next scene, shrunk by :data:`PASTE_RATIO`, are pasted at a random place (CutLER's copy-paste).
@@ -100,8 +99,7 @@ def as_target(masks: Tensor, otherwise: Tensor) -> dict[str, Tensor]:
 
 class DropLossHeads(RoIHeads):
     """Region heads with CutLER's DropLoss: regions whose IoU with every pseudo-mask's box is at most :data:`DROP_IOU`
-    give no loss, as they may show an object MaskCut missed. CutLER divides by the number of all sampled regions; here
-    the mean is over those that are left."""
+    give no loss, as they may show an object MaskCut missed. The mean is over the others (CutLER: over all)."""
 
     IGNORED = -100  # by cross-entropy
 

@@ -20,9 +20,8 @@ TEMPLATES = ("a picture of a {}", "a good picture of a {}", "{}", "a {}")
 """How the captions speak of a thing; number i belongs to the i-th alternative of a scene's captions."""
 
 SHARP = ("assign.q_proj.weight", "assign.k_proj.weight")
-"""Weights that decide which group a patch goes to. They start large and do not decay: training adds Gumbel noise to
-their product, and where that is fainter than the noise, groups take patches at random, which a pooled image
-embedding does not mind but segmentation does."""
+"""Weights that decide which group a patch goes to. They start large and do not decay: where their product is fainter
+than the Gumbel noise that training adds, groups take patches at random, which only segmentation minds."""
 
 SHARP_STD = 0.25
 SMALLEST = 0.7  # side of the smallest part of a scene that is shown enlarged, as windows of segmentation show it

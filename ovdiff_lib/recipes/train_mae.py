@@ -1,7 +1,6 @@
 """Train the mini MAE (the encoder of a real ``transformers.ViTMAEForPreTraining``) by masked reconstruction.
 
-Three quarters of a crop's patches are hidden; the encoder sees the rest and a small decoder must fill the gaps (He et
-al., 2022). Only the encoder is kept.
+Three quarters of a crop's patches are hidden, and a small decoder must fill the gaps (He et al., 2022).
 """
 
 import torch

@@ -25,7 +25,7 @@ def to_signed(images: Tensor) -> Tensor:
 
 
 def crops(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """A random square of ``size`` px of each image u8 (B, H, W, 3), mirrored half the time."""
+    """A random square of ``size`` px of each image (B, H, W, 3), mirrored half the time."""
     count, places = len(images), torch.arange(size, device=images.device)
 
     def draw(most: int) -> Tensor:

@@ -143,8 +143,7 @@ def draw(args: argparse.Namespace, count: int, step: int) -> Draw:
 # ---- weights
 
 def placed(model: nn.Module) -> nn.Module:
-    """The model (of transformers) where training happens; on a CPU with plain attention: the fused kernel is slow
-    backwards there at so few tokens."""
+    """The model (of transformers) where training happens; on a CPU the fused attention is slow at so few tokens."""
     if DEVICE.type == "cpu":
         model.set_attn_implementation("eager")
     return model.to(DEVICE)
@@ -222,9 +221,8 @@ class Run:
         step. The mean loss is logged each ``row`` steps and at the end; ``export(folder)`` writes the model."""
         args, total, count, saved, last = self.args, 0.0, 0, self.elapsed, time.perf_counter()
         while self.progress < 1:
-            share = rate(self.progress, self.step, **self.schedule)
             for group in self.optimizer.param_groups:
-                group["lr"] = args.lr * share
+                group["lr"] = args.lr * rate(self.progress, self.step, **self.schedule)
             value = loss(draw(args, self.count, self.step))
             self.optimizer.zero_grad(set_to_none=True)
             value.backward()
@@ -238,7 +236,11 @@ class Run:
             self.step, now = self.step + 1, time.perf_counter()
             self.elapsed, last = self.elapsed + now - last, now
             if self.step % row == 0 or self.progress >= 1:
-                self._write_row(float(total) / count, args.lr * share)
+                written = json.dumps({"step": self.step, "elapsed_s": round(self.elapsed, 1),
+                                      "loss": round(float(total) / count, 5), "lr": group["lr"]})
+                with self.log.open("a", encoding="utf-8") as file:
+                    print(written, file=file)
+                print(written, flush=True)
                 total, count = 0.0, 0
             if self.elapsed - saved > CHECKPOINT:
                 saved = self.elapsed
@@ -249,10 +251,3 @@ class Run:
         if export:
             export(args.out)
         print(f"done: {self.step} steps of {args.batch}, {self.elapsed / 60:.1f} min", flush=True)
-
-    def _write_row(self, loss: float, lr: float) -> None:
-        """Append to the log, and say."""
-        row = {"step": self.step, "elapsed_s": round(self.elapsed, 1), "loss": round(loss, 5), "lr": lr}
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"step {self.step} {self.elapsed / 60:.1f} min loss {loss:.4f} lr {lr:.2e}", flush=True)

@@ -97,8 +97,7 @@ class ProfileReport:
 def inspect(profile: Profile, data: list[str] | None = None, library: Path | None = None,
             notebooks: Iterable[Path] = (), tried: bool = False) -> ProfileReport:
     """Look for everything that ``profile`` needs, for the data sets ``data``, NAME:FOLDER, and for what ``notebooks``
-    measure and on what; a segmenter that they try and that is not here they pass over themselves. ``tried``: what is
-    here takes its :func:`trials`.
+    measure and on what; a segmenter that is not here they pass over. ``tried``: what is here takes its :func:`trials`.
 
     Raises ``ProfileError`` for a part that does not exist; whatever is merely absent is in the report.
     """

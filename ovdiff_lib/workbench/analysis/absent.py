@@ -18,8 +18,7 @@ class AbsentTest:
     """Counts over images, each with its queried classes: of those that the image does not show, how many were
     segmented, and of those that it shows, how many were not.
 
-    A class is segmented where it gets at least the share ``least`` of the pixels that are not ignored. All rates are in
-    [0, 1], nan without anything to count.
+    A class is segmented where it gets at least the share ``least`` of the pixels that are not ignored.
     """
 
     def __init__(self, least: float = 0.01) -> None:
@@ -45,7 +44,7 @@ class AbsentTest:
     missed_rate = property(lambda self: self._share("missed", "shown"))
     """Of all (image, queried class it shows), the share that was not segmented: what a strict filter costs."""
 
-    def _share(self, part: str, whole: str) -> float:
+    def _share(self, part: str, whole: str) -> float:  # in [0, 1], nan without anything to count
         return self.counts[part] / self.counts[whole] if self.counts[whole] else float("nan")
 
 

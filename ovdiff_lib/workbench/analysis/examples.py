@@ -17,8 +17,7 @@ def shown_labels(sample: Sample) -> list[int]:
 
 
 def showing(samples: Iterable[Sample], asked: Iterable[int]) -> Sample:
-    """The sample that shows the most of the labels ``asked``, then the fewest others, then the largest share of pixels
-    of ``asked``; the first of equals."""
+    """The first sample that shows the most of the labels ``asked``, then the fewest others, then the most pixels of them."""
     wanted = set(map(int, asked))
 
     def rank(sample: Sample) -> tuple[int, int, float]:

@@ -60,8 +60,7 @@ class MarginStatistics:
 
 def confusions(ovdiff: OVDiff, bank: PrototypeBank, samples: Iterable[Sample], names: Sequence[str]) -> np.ndarray:
     """Pixel counts of each of ``samples``, background and the classes of ``bank``, i64 (images, C + 1, C + 1), rows
-    true. ``names`` are the classes of the samples' labels 1, 2, ..., compared without case; those that the bank lacks
-    are background. Ignored pixels do not count."""
+    true. ``names`` of the samples' labels 1, 2, ... are compared without case; what the bank lacks is background."""
     place = {name.casefold(): i + 1 for i, name in enumerate(bank.vocabulary.names)}
     table = np.zeros(256, np.int32)
     table[1:len(names) + 1] = [place.get(name.casefold(), 0) for name in names]

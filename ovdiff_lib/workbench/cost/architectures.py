@@ -50,8 +50,7 @@ def random_clip_text() -> tuple[CLIPModel, CLIPTokenizer]:
 
 
 def sharpen(network: torch.nn.Module, factor: float) -> torch.nn.Module:
-    """Matrices and kernels times ``factor``, in place: fresh text towers and ViTs take all inputs for nearly alike, so
-    that a wrong output could not be told."""
+    """Matrices and kernels times ``factor``, in place: to fresh text towers and ViTs all inputs are nearly alike."""
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.ndim >= 2:

@@ -112,8 +112,7 @@ def drawing_cells(drawing: Mapping[int, Measured], fit: Any) -> list[Cell]:
 def storage_cells(building: ClassTimes, profile: Profile, paper: Profile,
                   widths: Mapping[str, tuple[int, PaperCell]]) -> list[Cell]:
     """Bytes of one class, in 10^6: by the formula of C.5 (2 (1 + N + K) D x 4 with the paper's kinds), of the vectors
-    themselves, and of the library's files. ``widths`` adds rows by the formula alone at the sizes of the profile
-    ``paper``: row -> (channels D, the paper's cell)."""
+    themselves, of the library's files. ``widths``, row -> (channels D, paper's cell), adds formulas of ``paper``."""
     formula, on_disk, rows = "by the formula, MB", "on disk, MB", {}
     for (name, clustering), steps in building.items():
         made = steps["prototypes"].result

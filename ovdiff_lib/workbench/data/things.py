@@ -10,8 +10,7 @@ from ovdiff_lib.categories import Category, Vocabulary
 
 FOLDER = Path(__file__).parent
 TABLES = {"c8": FOLDER / "things_c8.csv", "coco-stuff": FOLDER / "things_coco_stuff.csv"}
-"""Shipped: "c8" is Table C.8, what ChatGPT told the paper, with a note where its print is unclear; and COCO-Stuff's
-split into 80 things and 91 stuff."""
+"""Shipped: Table C.8, what ChatGPT told the paper, with a note where its print is unclear; COCO-Stuff's own split."""
 
 SPELLINGS = {
     "aeroplane": "airplane", "diningtable": "table", "dining table": "table", "pottedplant": "plant",

@@ -26,8 +26,7 @@ REASON_COLOURS = {"kept": "#2a9d5c", BELOW: "#b9bcc4", NOT_AMONG_TOP: "#e0a03a",
 LINE, CROSS = "#31435e", np.array([[0, 0, 1, 0, 0], [0] * 5, [1, 0, 1, 0, 1], [0] * 5, [0, 0, 1, 0, 0]], bool)
 
 LEAST, SHOWN, HATCH = 1e-4, "shown, dropped", "////"
-"""In :func:`absent_figure`: the probability below which all bars are alike, and how classes are marked that an image
-shows although the pre-filter dropped them."""
+"""In :func:`absent_figure`: the probability below which all bars are alike; how dropped classes that are shown look."""
 
 SHARP = 256
 """Smaller images are enlarged to about this long side, so that outlines drawn into them stay thin."""

@@ -82,8 +82,7 @@ def feature_colours(features: torch.Tensor | np.ndarray) -> np.ndarray:
 
 def comparison_figure(images: Sequence[np.ndarray], labels: Mapping[str, Sequence[np.ndarray]],
                       truth: Sequence[np.ndarray], class_names: Sequence[str], cell: float = 1.3) -> Figure:
-    """Images over the labels int (H, W) of several methods and the truth, in which 255 counts as 0, with one legend;
-    ``class_names`` by label, background first."""
+    """Images over the labels int (H, W) of several methods and the truth (255 as 0), with one legend of class_names."""
     rows = {**labels, "truth": [np.where(t == 255, 0, t) for t in truth]}
     painted = [[paint(i, m, class_names) for i, m in zip(images, maps, strict=True)] for maps in rows.values()]
     figure = base.image_grid([list(images), *painted], ["image", *rows], cell=cell)

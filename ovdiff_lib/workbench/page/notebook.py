@@ -13,9 +13,8 @@ from ovdiff_lib.workbench.tables.tables import Cell, write_table
 
 
 class Page:
-    """Saves a notebook's tables and figures in ``output``/tables and ``output``/figures, and shows them. Said once, in
-    its setup cell: that folder, the profile that made the numbers, and what else a table's record says of the run, such
-    as ``images=64, seeds=[0, 1]``."""
+    """Saves a notebook's tables and figures in ``output``/tables and ``output``/figures, and shows them. Said once:
+    that folder, the profile that made the numbers, and more for a table's record, as ``images=64, seeds=[0, 1]``."""
 
     def __init__(self, output: str | Path, profile: Profile, **details: Any) -> None:
         self.output, self.profile, self.details = Path(output), profile, details

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, partial, partialmethod
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
@@ -163,14 +163,13 @@ def _template(name: str, **values: Any) -> str:
 class _Renderer(IPythonRenderer):
     """Formulas become MathML; raw HTML, which a class name in a table could be, stays text."""
 
-    def block_math(self, body: str) -> str:
-        return self.inline_math(body, "block")
-
     def inline_math(self, body: str, display: str = "inline") -> str:
         try:
             return convert(body, display=display)
         except Exception:  # latex2mathml's have nothing in common
             return escape(f"${body}$")
+
+    block_math = partialmethod(inline_math, display="block")
 
 
 def html_of(markdown: str) -> Markup:

@@ -44,9 +44,8 @@ def panel_data(results: Mapping[str, Segmentation], supports: Iterable[SupportSe
 
 
 def chosen_images(shown: Sequence[Sequence[str]], kept: Sequence[Sequence[str]]) -> list[int]:
-    """Numbers of the images worth a panel, ascending: the first in which a class that is there was dropped, then, for
-    every class that none of these shows, the first that shows it. ``shown`` and ``kept`` hold for each image the
-    classes it shows and those the pre-filter kept."""
+    """Numbers of the images worth a panel, ascending, by the classes each has ``shown`` and the filter ``kept``: the
+    first in which one that is there was dropped, then, for every class that none of these shows, the first with it."""
     chosen = [i for i, (there, left) in enumerate(zip(shown, kept, strict=True)) if set(there) - set(left)][:1]
     seen = {name for i in chosen for name in shown[i]}
     for i, there in enumerate(shown):
