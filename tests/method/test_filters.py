@@ -321,9 +321,8 @@ def test_what_a_filter_left_is_counted_and_a_loss_is_said_once(caplog):
     assert not caplog.records and bare(bank, whole, settings()) == []  # that stuff has none is meant
     one = whole.map(lambda name, i, p: p.select(p.region == "foreground") if (name, i) == ("sd", 2) else p)
     assert bare(bank, one, settings()) == ['The "stuff" filter left 12 of 24 background prototypes of sd; without any: c2.']
-    judged = settings(stuff_against="all")  # where nothing is meant for stuff
     assert without_background(bank, one, settings()) == {"sd": ["c2"], "clip": []}
-    assert without_background(bank, one, judged) == {"sd": ["c1", "c2"], "clip": ["c1"]}
+    assert without_background(bank, one, settings(stuff_against="all")) == {"sd": ["c1", "c2"], "clip": ["c1"]}
 
 
 def test_stuff_filter_limits():

@@ -394,15 +394,11 @@ def test_it_needs_a_segmenter_that_proposes_without_words(tiny_profile, tmp_path
     """Told before any weights are looked for; of a row that a segmenter votes on, too."""
     with pytest.raises(ProfileError, match=rf"'{name}'.*masks\.segmenter.* cutler, detector, maskcut, sam\."):
         ClipSegmenter.build(tiny_profile.override({"masks.segmenter": name}))
-    bench = Bench(tiny_profile, library=tmp_path, seeds=[0], progress=False)
-    own = {"masks.segmenter": name}
-    rows = [Rival("plain", own, baseline="maskclip"), Rival("voted", own, baseline="maskclip", voted=True),
-            Rival("absent", {"masks.segmenter": "sam", "models.sam": "nobody/nowhere"}, baseline="maskclip", voted=True)]
-    missing = bench.missing(rows)
+    own, other = {"masks.segmenter": name}, {"masks.segmenter": "sam", "models.sam": "nobody/nowhere"}
+    rows = [Rival("plain", own, baseline="maskclip"), *(Rival(label, settings, baseline="maskclip", voted=True)
+                                                        for label, settings in (("voted", own), ("absent", other)))]
+    missing = Bench(tiny_profile, library=tmp_path, seeds=[0], progress=False).missing(rows)
     assert list(missing) == ["voted", "absent"] and name in missing["voted"] and "nobody/nowhere" in missing["absent"]
-
-
-def test_it_takes_another_segmenter(tiny_profile):
     assert ClipSegmenter.build(tiny_profile.override({"masks.segmenter": "maskcut"})).segmenter.name == "maskcut"
 
 
