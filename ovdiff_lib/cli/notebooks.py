@@ -12,7 +12,7 @@ from typing import Any
 from ovdiff_lib.cli.options import argument, profile_of, takes
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.profiles.schema import Profile
-from ovdiff_lib.workbench.console import counted, described, parse_assignments
+from ovdiff_lib.workbench.console import counted, described, end_with_parent, parse_assignments
 
 OUT = argument("--out", type=Path, default=Path("outputs"), help="outputs folder (default: outputs)")
 
@@ -39,7 +39,6 @@ def run(options: argparse.Namespace) -> None:
                 help="folder of the notebooks (default: notebooks)"), OUT)
 def reproduce(options: argparse.Namespace) -> int:
     """Execute the notebooks, judge the paper's claims on their tables and write the report."""
-    from ovdiff_lib.workbench.parallel import end_with_parent
     from ovdiff_lib.workbench.reproduce import expected_time, has_tag, is_fresh, notebooks, run_all
 
     if options.workers is not None and options.workers < 1:

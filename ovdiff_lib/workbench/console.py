@@ -1,8 +1,11 @@
 """What commands are told and say: NAME=VALUE words, outputs that can be written, numbers and errors in words."""
 
 import json
+import os
 import tempfile
+import threading
 from functools import partial
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,12 @@ FEATURES = "OVDIFF_FEATURES"
 
 size_text = partial(tqdm.format_sizeof, suffix="B")
 """Bytes as a person reads them, in decimal units."""
+
+
+def end_with_parent() -> None:
+    """Let this process end when its parent is killed: it would work on unseen, or wait for ever for tasks."""
+    parent = parent_process()
+    threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
 
 
 def parse_assignments(pairs: list[str], option: str = "--set") -> dict[str, Any]:

@@ -9,17 +9,16 @@ import itertools
 import logging
 import os
 import secrets
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from ovdiff_lib.errors import InputError, OVDiffError
-from ovdiff_lib.workbench.console import described
+from ovdiff_lib.workbench.console import described, end_with_parent
 
 Make = Callable[[], Callable[[Any], Any]]
 """Makes a worker. Can be pickled, as tasks and results can."""
@@ -103,12 +102,6 @@ class LocalEngine(Engine):
             pool.shutdown(wait=False, cancel_futures=True)
             for process in processes:  # none works on when nobody takes its results
                 process.kill()
-
-
-def end_with_parent() -> None:
-    """Let this process end when its parent is killed: it would work on unseen, or wait for ever for tasks."""
-    parent = parent_process()
-    threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
 
 
 def _begin(make: Make, threads: int) -> None:

@@ -24,8 +24,7 @@ from ovdiff_lib.code import PACKAGE, parsed
 from ovdiff_lib.errors import InputError, OVDiffError, legal
 from ovdiff_lib.files import write_atomic
 from ovdiff_lib.profiles.reading import load_profile
-from ovdiff_lib.workbench.console import FEATURES, check_output, described
-from ovdiff_lib.workbench.parallel import end_with_parent
+from ovdiff_lib.workbench.console import FEATURES, check_output, described, end_with_parent
 
 NOT_READ = ("cli", "recipes", "workbench/parallel.py")
 """Folders of the package that no notebook reads: a change in them leaves every result what it is."""

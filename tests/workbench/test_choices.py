@@ -9,21 +9,11 @@ from ovdiff_lib.categories import Category, Vocabulary
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.types import PrototypeBank, Prototypes
+from ovdiff_lib.workbench.evaluation import tuning
 from ovdiff_lib.workbench.evaluation.bench import Bench
 from ovdiff_lib.workbench.evaluation.choices import BASES, CHOICES, CLIP, FULL, PAMR, THRESHOLDS, changes, rows_of_choices
 from ovdiff_lib.workbench.evaluation.rows import LEVELS, Row, Searched
-from ovdiff_lib.workbench.evaluation.tuning import (
-    CONSTANT,
-    KEPT,
-    STUFF,
-    Tried,
-    cells_of,
-    extractors_of,
-    likeness,
-    lines_of,
-    same_share,
-    tune,
-)
+from ovdiff_lib.workbench.evaluation.tuning import CONSTANT, KEPT, STUFF, Tried, cells_of, extractors_of, lines_of, tune
 from ovdiff_lib.workbench.tables.tables import Cell
 
 
@@ -98,10 +88,10 @@ def test_likeness_is_each_things_background_against_all_stuff():
         for vector in thing.vectors[thing.region == "background"]:
             others = [other for stuff in (rows[1], rows[3]) for other in stuff.vectors[stuff.region == "foreground"]]
             expected.append(max(vector @ o / np.linalg.norm(vector) / np.linalg.norm(o) for o in others))
-    assert likeness(bank, "one") == pytest.approx(expected, abs=1e-6)
+    assert tuning.likeness(bank, "one") == pytest.approx(expected, abs=1e-6)
     for wrong in (bank.restrict([0, 2]), bank.restrict([1, 3]), bank.without_background()):
         with pytest.raises(InputError, match=r"filters\.stuff_threshold"):
-            likeness(wrong, "one")
+            tuning.likeness(wrong, "one")
 
 
 @pytest.fixture(scope="module")
@@ -142,13 +132,13 @@ def test_other_prototypes_get_the_threshold_that_keeps_the_same_share(bench):
     own = Bench(bench.profile, {"evaluation.context": "mini-context/tune"}, library=bench.library, seeds=[3], progress=False)
     own._datasets, words, left = bench._datasets, bench.dataset("mini-context/tune").vocabulary, []
     rows = [Row("all"), Row("parts", {"prototypes.kinds": ["part"], STUFF: 1.0})]
-    for row in same_share(own, rows):
+    for row in tuning.same_share(own, rows):
         bank = own.ovdiff(row.settings).build(words)
         counts = [one.counts("background") for one in (own.ovdiff(row.settings).stuff_filter(bank), bank)]
         left += [sum(counts[0][name][:2]) / sum(counts[1][name][:2]) for name in bank.extractors]
     half = len(left) // 2
     assert left[half:] == pytest.approx(left[:half], abs=1 / 8) and min(left) < 1
-    assert same_share(Bench(bench.profile, {"evaluation.context": "mini-voc"}, library=bench.library), rows) == rows
+    assert tuning.same_share(Bench(bench.profile, {"evaluation.context": "mini-voc"}, library=bench.library), rows) == rows
 
 
 def test_a_table_and_the_lines_of_a_profile(tiny_profile):

@@ -270,7 +270,7 @@ def test_processes_end_with_their_parent(tmp_path):
 import os, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from ovdiff_lib.workbench.parallel import end_with_parent
+from ovdiff_lib.workbench.console import end_with_parent
 
 if __name__ == "__main__":
     with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as pool:

@@ -17,7 +17,7 @@ def shown_labels(sample: Sample) -> list[int]:
 
 
 def showing(samples: Iterable[Sample], asked: Iterable[int]) -> Sample:
-    """The first sample that shows the most of the labels ``asked``, then the fewest others, then the most pixels of them."""
+    """The first sample that shows most of the labels ``asked``, then fewest others, then most pixels of them."""
     wanted = set(map(int, asked))
 
     def rank(sample: Sample) -> tuple[int, int, float]:
