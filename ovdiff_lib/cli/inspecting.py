@@ -26,8 +26,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 @takes(argument("classes", help='class names, for example "cat, mouse"'), STUFF)
 def vocabulary(options: argparse.Namespace) -> int:
-    """Say which classes collide, which words are ambiguous or unknown and which are badly drawn, before any image is
-    segmented; exit code 1 if a class is not fine."""
+    """Say which classes collide, are ambiguous, unknown or badly drawn; exit code 1 if a class is not fine."""
     from ovdiff_lib.workbench.vocabulary.examine import examine
 
     ovdiff = ovdiff_of(options)
@@ -38,8 +37,7 @@ def vocabulary(options: argparse.Namespace) -> int:
 
 @takes(argument("--images", type=int, help="images of each data set to choose by (default: 48)"))
 def tune(options: argparse.Namespace) -> None:
-    """Choose the thresholds on cosines of each extractor that the profile names, on its split for that; print what was
-    tried and the lines for the profile."""
+    """Choose thresholds on cosines of the extractors, on its split for that; print what was tried and chosen."""
     from ovdiff_lib.library.store import Library
     from ovdiff_lib.workbench.evaluation import tuning
     from ovdiff_lib.workbench.evaluation.bench import Bench

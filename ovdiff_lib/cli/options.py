@@ -80,8 +80,7 @@ def ovdiff_of(options: argparse.Namespace) -> OVDiff:
 
 
 def vocabulary_of(options: argparse.Namespace, ovdiff: OVDiff) -> Vocabulary:
-    """The classes with their kinds and with the pictures that ``--class`` names, by their folder, for ``ovdiff`` to
-    keep, or by their key, which ``library list`` shows."""
+    """The classes with kinds and the pictures that ``--class`` names, by folder, for ``ovdiff`` to keep, or by key."""
     given = [one.partition("=")[::2] for one in getattr(options, "own", None) or ()]
     vocabulary = Vocabulary.of(options.classes or [name for name, _ in given], options.stuff)
     known = {category.name.casefold() for category in vocabulary}

@@ -115,8 +115,7 @@ def trim(glyph: Image.Image, box: tuple[float, ...] = (0, 0, 1, 1)) -> np.ndarra
 
 
 def build_glyphs(world: World, work: Path) -> dict[str, np.ndarray]:
-    """Every glyph of the world, "style/key" -> straight-alpha u8 (H, W, 4), from ``work/glyphs.npz``, which is made
-    where missing. Raises ``InputError`` naming the glyphs that no art set has."""
+    """Every glyph, "style/key" -> straight-alpha u8 (H, W, 4), from ``work/glyphs.npz``, which is made if missing."""
     store = work / "glyphs.npz"
     wanted = {style: {k for t in world.things for k in t.glyphs.get(style, ())} for style in PACKAGES}
     if not store.exists():

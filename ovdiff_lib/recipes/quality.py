@@ -92,8 +92,7 @@ def best_ious(proposals: np.ndarray, labels: np.ndarray) -> list[float]:
 def proposal_recall(segmenter: Segmenter) -> float:
     """Mean over all objects of the images of mini-object of :func:`best_ious`."""
     data = tqdm(load_dataset("mini-object", SPLIT), desc=segmenter.name, unit="image")
-    return float(np.mean([iou for sample in data
-                          for iou in best_ious(segmenter.propose(sample.image, ""), sample.labels)]))
+    return float(np.mean([iou for one in data for iou in best_ious(segmenter.propose(one.image, ""), one.labels)]))
 
 
 def recognised(profile: Profile, pictures: dict[str, Sequence[np.ndarray]]) -> dict[str, list[bool]]:
@@ -106,9 +105,8 @@ def recognised(profile: Profile, pictures: dict[str, Sequence[np.ndarray]]) -> d
 @torch.no_grad()
 def attribution_iou(profile: Profile, scenes: list[MaskedScene], steps: tuple[int, ...] = (800, 600, 400, 200)
                     ) -> dict[str, float]:
-    """How well the noun's attribution shows the object, on scenes noised to ``steps`` under the noun's prompt: ``iou``,
-    the mean IoU of the one threshold, of the map scaled to [0, 1], that is best for all scenes, and ``inside``, the
-    share of scenes whose attribution is higher inside the object than outside."""
+    """How well the noun's attribution shows the object, on scenes noised to ``steps``: ``iou``, the mean IoU at the one
+    threshold of [0, 1] that is best, and ``inside``, the share of scenes where it is higher inside than outside."""
     pipe, side = load_diffusion(profile), profile.support.image_size
     grid = side // pipe.vae_scale_factor
     cumulative = DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod

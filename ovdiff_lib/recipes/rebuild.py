@@ -33,8 +33,7 @@ FOLDERS = {"unet": "stable-diffusion", "vae": "stable-diffusion/vae"}
 """Where a model ships, if not under its own name."""
 
 SHARES = {"clip": 0.12, "vae": 0.18, "unet": 0.60, "dino": 0.45, "mae": 0.16, "detector": 0.14, "groupvit": 0.15}
-"""Part of the time that each model is trained for. A stream adds up to 0.9: the rest is for drawing scenes and their
-latents, and what MaskCut finds for the detector to learn from."""
+"""Part of the time that each model is trained for; a tenth is left for scenes, latents and MaskCut's proposals."""
 
 STREAMS = (("clip", "vae", "unet"), ("dino", "mae", "detector", "groupvit"))
 """What is trained one after the other; the streams run side by side. GroupViT, last, shares CLIP's tokenizer."""
@@ -129,13 +128,11 @@ def write_cards(training: Path, weights: Path, scenes: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("work"),
-                        help="folder for art, scenes and checkpoints (default: work)")
+    parser.add_argument("--work", type=Path, default=Path("work"), help="for art, scenes, checkpoints (default: work)")
     parser.add_argument("--hours", type=float, help="time for everything (default: 0.4 on a GPU, 30 without)")
     parser.add_argument("--scenes", type=int, default=100_000, help="training scenes (default: 100,000)")
     parser.add_argument("--stop", choices=("glyphs",), help="do no more than up to these")
-    parser.add_argument("--ship", action="store_true",
-                        help="put splits, weights and cards in place of those of this checkout")
+    parser.add_argument("--ship", action="store_true", help="replace splits, weights and cards of this checkout")
     args = parser.parse_args(argv)
     hours = args.hours or (0.4 if DEVICE.type == "cuda" else 30)
     world = drawn_world()

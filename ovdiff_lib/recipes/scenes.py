@@ -45,8 +45,7 @@ def glyph_table(world: World, arrays: dict[str, np.ndarray], styles: dict[str, s
     def levels(array: np.ndarray) -> tuple[Image.Image, ...]:
         picture = Image.fromarray(array).convert("RGBa")
         factors = [side / max(picture.size) for side in LEVELS]
-        return tuple(picture.resize([max(1, round(f * side)) for side in picture.size], Image.Resampling.BOX)
-                     for f in factors)
+        return tuple(picture.resize([max(1, round(f * side)) for side in picture.size], Image.BOX) for f in factors)
 
     return {t.name: [Glyph(style, f"{style}/{key}" in t.held, levels(arrays[f"{style}/{key}"]))
                      for style, keys in t.glyphs.items() if style in styles for key in keys] for t in world.things}
@@ -155,8 +154,7 @@ def _placed(rng: np.random.Generator, glyph: Glyph, size: float) -> np.ndarray:
     centre = np.array([[1, 0, width / 2], [0, 1, height / 2], [0, 0, 1]])
     back = centre @ np.linalg.inv(to_patch @ forward)
     back /= back[2, 2]
-    drawn = picture.transform(tuple(patch), Image.Transform.PERSPECTIVE, tuple(back.ravel()[:8]),
-                              Image.Resampling.BILINEAR)
+    drawn = picture.transform(tuple(patch), Image.PERSPECTIVE, tuple(back.ravel()[:8]), Image.BILINEAR)
     return np.asarray(drawn, np.float32) / 255
 
 

@@ -4,10 +4,10 @@ Its text tower is the mini Stable Diffusion's text encoder, too: the tokenizer i
 """
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -27,9 +27,8 @@ DROPPED = 0.5  # share of an image's patches that a training step leaves out
 def build_tokenizer(captions: list[list[str]], nouns: list[str], folder: Path, vocab_size: int = 1500) -> CLIPTokenizer:
     """Train a byte-level BPE on captions and write it in ``CLIPTokenizer`` format.
 
-    All 256 byte symbols are present with and without the end-of-word suffix, so that any text tokenises. The end token
-    gets the LARGEST id: with the legacy ``eos_token_id=2`` transformers pools text at ``argmax(id)``, and with the true
-    id at the first end token; here both are the same place.
+    All 256 bytes are there with and without the end-of-word suffix, so that any text tokenises. The end token gets the
+    LARGEST id: transformers pools text at ``argmax(id)`` with the legacy ``eos_token_id=2``, else at the end token.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     splitter = CLIPTokenizer().backend_tokenizer  # CLIP's own normaliser and word pattern
@@ -134,7 +133,7 @@ def embeddings(model: PreTrainedModel, pixels: Tensor, tokens: Tensor) -> tuple[
 @torch.no_grad()
 def limit_scale(model: PreTrainedModel) -> None:
     """CLIP's upper limit of the logits' scale, 100."""
-    model.logit_scale.clamp_(max=float(np.log(100)))
+    model.logit_scale.clamp_(max=math.log(100))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -148,8 +147,7 @@ def main(argv: list[str] | None = None) -> None:
                                    "num_attention_heads": 4, "projection_dim": 128, "hidden_act": "quick_gelu"}
     vision = {"hidden_size": 160, "intermediate_size": 640, "num_hidden_layers": 5, "num_attention_heads": 5,
               "image_size": images.shape[1], "patch_size": 8, "projection_dim": 128, "hidden_act": "quick_gelu"}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=128,
-                        logit_scale_init_value=float(np.log(14)))
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=128, logit_scale_init_value=math.log(14))
     model = training.placed(CLIPModel(config).train())
     drop_patches(model)
     run = training.Run(args, model, len(images), betas=(0.9, 0.98), warmup=200)

@@ -1,7 +1,6 @@
 """Train the mini GroupViT (a real ``transformers.GroupViTModel``) on the captions of the mini world; no mask is read.
 
-The two losses of Xu et al. (2022, Sec. 3.3): images against captions, and images against a prompt for each thing their
-caption names. The tokenizer is the mini CLIP's.
+The two losses of Xu et al. (2022, Sec. 3.3): images against captions, and against a prompt for each thing named there.
 """
 
 import math
@@ -56,8 +55,7 @@ def named_things(caption: str) -> list[str]:
 
 def multi_label_loss(image: Tensor, text: Tensor, named: Tensor, scale: Tensor) -> Tensor:
     """Symmetric InfoNCE of unit embeddings (B, D) of images and (P, D) of prompts, f32 ``named`` (B, P) being 1 where
-    image b shows p. An image's target is spread evenly over what it shows, a prompt's over the images that show it;
-    prompts that no image of the batch shows are wrong answers only."""
+    image b shows p. Targets are spread evenly; prompts that no image of the batch shows are wrong answers only."""
     logits = scale * image @ text.T
     to_text = -(named / named.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
     shown = named.sum(0) > 0

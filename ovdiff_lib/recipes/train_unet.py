@@ -1,8 +1,7 @@
 """Train the mini Stable Diffusion UNet and write a ``StableDiffusionPipeline`` folder.
 
-Latents and text states never change, so both are computed once into WORK. Nothing in the loss shapes the attention: a
-price on attending to words, tried before, starved them while the model learned to draw. The one trick is
-``--ending-dropout``. ``--init`` goes on from the UNet of a finished pipeline.
+Latents and text states never change, so both are computed once into WORK. The one trick that shapes the attention is
+``--ending-dropout`` (PILOTS.md names others). ``--init`` goes on from the UNet of a finished pipeline.
 """
 
 import argparse

@@ -40,8 +40,7 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     """L1, half the L1 of horizontal and vertical differences, and squared error, of images (B, 3, H, W) in [-1, 1].
 
     The differences keep outlines; the squared error is what PSNR measures. Pixels weigh 1 + :data:`CHROMA` x the
-    distance of their colour from grey: most of the world is pale, and without it the four latents drop what little of
-    it is purple or pink (umbrellas came back grey, pigs orange) at no cost in PSNR.
+    distance of their colour from grey: without it the latents drop what little is purple or pink at no cost in PSNR.
     """
     weight = 1 + CHROMA * (target - target.mean(dim=1, keepdim=True)).abs().amax(dim=1, keepdim=True)
     weight = weight / weight.mean()

@@ -122,8 +122,7 @@ def looked_at(images: Tensor, side: int, scale: Tensor, centre: Tensor, padding:
 
 @dataclass(frozen=True)
 class Draw:
-    """What is random in a step: the items of its batch, sorted, and generators for the rest, one on :data:`DEVICE`. All
-    are functions of seed and step, so that a resumed run sees the same."""
+    """What is random in a step, by seed and step alone: its batch's items, sorted, and generators for the rest."""
 
     step: int
     index: np.ndarray
@@ -164,8 +163,7 @@ def follow(slow: nn.Module, fast: nn.Module, decay: float) -> None:
 
 
 def halved(model: nn.Module) -> nn.Module:
-    """A copy in half precision, the fractions of its weights rounded to the seven bits of bfloat16: the three zeros let
-    git and archives store a weight in about two thirds of the bytes."""
+    """A copy in half precision, its weights rounded to bfloat16's seven bits of fraction: it packs a third smaller."""
     return copy.deepcopy(model).cpu().bfloat16().half()
 
 

@@ -218,8 +218,7 @@ def _measured(profile: Profile, named: Collection[str]) -> Iterator[Check]:
 
 
 def check_words(profile: Profile, words: Iterable[Category]) -> None:
-    """``InputError`` for a class that is longer than the text encoders of the drawings and of the category filter read,
-    of those that are here; their tokenizers alone are loaded."""
+    """``InputError`` for a class longer than what the text encoders of drawings and filter read, of those here."""
     from transformers import CLIPTokenizer
 
     filters = {"clip": ("", profile.filters.category_prompt.replace("{names}", "{name}", 1))}
@@ -289,8 +288,7 @@ def _said(check: Callable[..., Any], *arguments: Any) -> str:
 
 # ---- one cheap step of every network whose weights are here: does it compute, and is it the published one?
 
-LOADERS = {"diffusion": load_diffusion, "clip": lambda profile: load_clip(profile)[0], "dino": load_dino,
-           "mae": load_mae}
+LOADERS = {"diffusion": load_diffusion, "clip": lambda one: load_clip(one)[0], "dino": load_dino, "mae": load_mae}
 
 
 def trials(profile: Profile, checks: Sequence[Check]) -> Iterator[Check]:

@@ -15,8 +15,7 @@ from ovdiff_lib.workbench.evaluation.measure import above
 
 
 class AbsentTest:
-    """Counts over images, each with its queried classes: of those that the image does not show, how many were
-    segmented, and of those that it shows, how many were not.
+    """Counts over images: of queried classes that are not there, how many were segmented; of those there, how many not.
 
     A class is segmented where it gets at least the share ``least`` of the pixels that are not ignored.
     """
@@ -25,8 +24,7 @@ class AbsentTest:
         self.least, self.counts = least, Counter()
 
     def update(self, predicted: np.ndarray, target: np.ndarray, queried: Iterable[int]) -> None:
-        """Count one image: ``target`` int (H, W) of any labels, ``queried`` the labels (not 0) that were asked for, and
-        ``predicted`` int (H, W), which holds these and 0."""
+        """Count one image: ``target`` int (H, W), ``queried`` labels but 0, ``predicted`` int (H, W) of these and 0."""
         counted = target != IGNORE
         found, true = Counter(predicted[counted].tolist()), set(target[counted].tolist())
         absent, shown = set(queried) - true, set(queried) & true
@@ -83,8 +81,7 @@ def absent_tests(methods: Mapping[str, Callable[[np.ndarray, tuple[int, ...]], n
                 matrices.append(ConfusionMatrix(classes + 1))
                 matrices[-1].update(labels, sample.labels)
                 absent.update(labels, sample.labels, asked)
-    return {key: (np.stack([matrix.counts for matrix in matrices]), absent)
-            for key, (matrices, absent) in tests.items()}
+    return {key: (np.stack([one.counts for one in matrices]), absent) for key, (matrices, absent) in tests.items()}
 
 
 def search_threshold(score: Callable[[np.ndarray, tuple[int, ...]], np.ndarray], trials: Sequence[Trial], classes: int,

@@ -42,8 +42,7 @@ def side_by_side(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def plainest(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """The ``count`` images whose background varies least from a pixel to its right neighbour (mean absolute difference
-    of grey values); images without background come last."""
+    """The ``count`` images whose background's grey varies least from pixel to pixel; those without one come last."""
     def roughness(sample: Sample) -> float:
         background = sample.labels == 0
         both = background[:, 1:] & background[:, :-1]

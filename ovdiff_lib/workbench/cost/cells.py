@@ -88,8 +88,7 @@ def cells_of(rows: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
 
 
 def building_cells(building: ClassTimes) -> list[Cell]:
-    """Seconds of one class by extractor, with and without clustering: each step, and the sum of their medians beside
-    the paper's, which is of 32 drawings whatever was built here."""
+    """Seconds of a class by extractor and clustering: each step, the sum of medians beside the paper's (N = 32)."""
     rows = {}
     for way, steps in building.items():
         paper = paper_cell("timing", CLASS_ROWS[way], "seconds") if way in CLASS_ROWS else None

@@ -36,8 +36,7 @@ NAMES = ("cat", "dog", "boat", "car", "bus", "chair", "horse", "sheep", "train",
 
 
 class Session:
-    """What the scenarios share: ``profile`` with the extractor sd alone, ``repeats`` rounds a ratio, images and made-up
-    classes. Nothing is built, so that no library is asked."""
+    """What the scenarios share: ``profile`` with the extractor sd alone, ``repeats`` rounds, images, classes."""
 
     def __init__(self, profile: Profile, repeats: int = 3) -> None:
         self.profile, self.category = profile.override({"features.extractors": ["sd"]}), Category("dog")

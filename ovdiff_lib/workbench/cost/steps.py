@@ -55,9 +55,8 @@ def measure_building(profile: Profile, drawing: Measured, extractors: Sequence[s
         features = measured(extractor, [(support.images, support.seeds)] * repeats, device=device)
         for clustering, used in ((True, settings), (False, plain)):
             given = (features.result, masks.result, used, profile.masks.resize)
-            prototypes = measured(build_prototypes, [given] * repeats, device=device)
-            times[name, clustering] = {"drawing": drawing, "masks": masks, "features": features,
-                                       "prototypes": prototypes}
+            made = measured(build_prototypes, [given] * repeats, device=device)
+            times[name, clustering] = {"drawing": drawing, "masks": masks, "features": features, "prototypes": made}
     return times
 
 

@@ -24,8 +24,7 @@ def class_table() -> dict[str, Any]:
 def vocabulary_of(data_set: str, names: str = "fixed") -> Vocabulary:
     """The categories of a data set of ``classes.json``, or of the mini world, in evaluation order.
 
-    Names are those of the data set, prompts follow ``names``: "fixed" (what the paper says or shows it replaced) or
-    "raw" (the names themselves). Raises ``InputError``.
+    Prompts follow ``names``: "fixed" (what the paper says or shows it replaced) or "raw" (the names themselves).
     """
     if names not in NAMES:
         raise InputError(f"There is no selection of class names {names!r}; choose {', '.join(NAMES)}.")

@@ -167,9 +167,8 @@ DATASETS: dict[str, tuple[str, Callable[[], Layout], bool]] = {
     "context": ("context", context, True),
     "coco-object": ("coco-object", partial(coco, True), True),
     # Background is no class of these (Table A.7).
-    "mini-voc20": ("mini-voc", partial(mini, "mini-voc"), False),
-    "mini-object42": ("mini-object", partial(mini, "mini-object"), False),
-    "mini-context28": ("mini-context", partial(mini, "mini-context"), False),
+    **{name: (name.rstrip("0123456789"), partial(mini, name.rstrip("0123456789")), False)
+       for name in ("mini-voc20", "mini-object42", "mini-context28")},
     "voc20": ("voc", voc, False),
     "context59": ("context", context, False),
     "coco-stuff": ("coco-stuff", partial(coco, False), False),

@@ -109,8 +109,7 @@ def image_grid(rows: Sequence[Sequence[np.ndarray]], row_names: Sequence[str] = 
 
 def class_legend(figure: Figure, class_names: Sequence[str], labels: Sequence[int], most: int = 7,
                  **options: Any) -> None:
-    """A legend below a figure of the colours of ``labels``, at most ``most`` in a row, with the ``options`` of
-    matplotlib's; ``class_names`` by label, background first."""
+    """A legend below a figure of the colours of ``labels``, at most ``most`` a row, with matplotlib's ``options``."""
     colours = colours_of(class_names) / 255
     if handles := [Patch(color=colours[i], label=class_names[i]) for i in labels]:
         options = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "frameon": False, "fontsize": 9, **options}

@@ -19,8 +19,7 @@ COLOURS, MARKERS = ("#2e86c1", "#e4572e", "#3a9d5d", "#8e5ea2", "#c79a00", "#555
 
 
 def growth_chart(x: Sequence[float], cells: Sequence[Cell], xlabel: str, ylabel: str, mark: float) -> Figure:
-    """The numbers of ``cells`` with their intervals and n, of how many runs each is the mean, over ``x``, which counts
-    doublings. ``mark`` is a vertical line, for a setting in use."""
+    """The numbers of ``cells`` with intervals and runs n over ``x``, in doublings; a line marks the setting in use."""
     figure, axis = _axes(5.2, 3.2, labelsize=9)
     axis.grid(False, axis="x")
     mean, spread = [cell.measured for cell in cells], _bars(cells)
@@ -38,8 +37,7 @@ def growth_chart(x: Sequence[float], cells: Sequence[Cell], xlabel: str, ylabel:
 
 
 def difference_chart(names: Sequence[str], cells: Sequence[Cell], xlabel: str) -> Figure:
-    """Horizontal bars of differences (:meth:`Cell.against`) with their intervals, in the order given from the top. One
-    that was not exercised has a hollow marker and words, no bar."""
+    """Bars of differences (:meth:`Cell.against`) with intervals, from the top; hollow where one was not exercised."""
     figure, axis = _axes(6.4, 0.9 + 0.25 * len(names), labelsize=9)
     axis.grid(False, axis="y")
     axis.axvline(0, color=INK, linewidth=0.8)

@@ -54,8 +54,7 @@ def _enlarged(image: np.ndarray) -> tuple[np.ndarray, int]:
 
 @dataclass(frozen=True)
 class Trace:
-    """A row of :func:`prototype_figure`: a segmentation, the prototypes to be followed, the support sets they come from
-    by category, and a ``pixel`` (row, column) to be marked."""
+    """A row of :func:`prototype_figure`; ``supports`` by category, ``pixel`` (row, column) to be marked."""
 
     name: str
     segmentation: Segmentation
@@ -174,8 +173,7 @@ def absent_figure(segmentations: Sequence[Segmentation], filters: Filters, names
                   shown: Sequence[Collection[str]], bars: int = 7) -> Figure:
     """For each image CLIP's ``bars`` most probable classes, with the threshold 1/C and why the pre-filter dropped some.
 
-    ``shown`` are the classes that each image really shows: marked with a dot, and if dropped always among the bars,
-    hatched. A class that was segmented has its name in the colour of its pixels.
+    ``shown``, the classes that each image really shows, have a dot, hatched if dropped; segmented ones coloured names.
     """
     count = len(segmentations)
     figure = Sheet((3.1 * count, 3.7), 110, layout="constrained")

@@ -53,8 +53,7 @@ def divided(support: SupportSet, masks: ForegroundBackground, index: int) -> np.
 
 
 def divided_figure(supports: Sequence[SupportSet], ways: Mapping[str, Sequence[ForegroundBackground]]) -> Figure:
-    """The first four images of each support set under its category's name, :func:`divided` by the masks of each
-    way of making them; ``ways[name]`` holds those of every set."""
+    """The first four images of each support set, :func:`divided` by the masks that each of ``ways`` has of it."""
     counts = [min(4, len(support)) for support in supports]
     rows = [[divided(s, m, i) for s, m, count in zip(supports, masks, counts, strict=True) for i in range(count)]
             for masks in ways.values()]
@@ -97,8 +96,7 @@ def _found(maps: Any, named: Sequence[int] = ()) -> list[int]:
 
 @dataclass(frozen=True)
 class Column:
-    """One picture of a gallery: ``image`` u8 (H, W, 3), a label map int (H, W) for each further row, and above it the
-    ``title`` and the words of the labels ``asked``, each in its colour."""
+    """One picture of a gallery: ``image`` u8 (H, W, 3), a label map int (H, W) a row; above, title and words asked."""
 
     title: str
     image: np.ndarray

@@ -27,8 +27,7 @@ class Page:
 
     def table(self, cells: list[Cell], name: str, caption: str, digits: int | dict[str, int] = 1, *, title: str = "",
               **details: Any) -> Markdown:
-        """Write the table ``name`` (:func:`~ovdiff_lib.workbench.tables.tables.write_table`) and show it. ``details``
-        replace those of the page, None leaves one out."""
+        """Write the table ``name`` (``write_table``) and show it; ``details`` replace the page's, None omits one."""
         kept = {key: value for key, value in {**self.details, **details}.items() if value is not None}
         path = self.output / "tables" / f"{name}.csv"
         return Markdown(write_table(path, name, cells, self.profile, caption, digits, title=title, details=kept))

@@ -113,8 +113,7 @@ def _image(title: str, result: Segmentation, pool: _Pool, filters: Filters) -> d
 
 
 def _queried(result: Segmentation, filters: Filters) -> list[dict[str, Any]]:
-    """Every queried class, the most probable first: CLIP's probability (None where the pre-filter did not run), and the
-    reason for which it was dropped ("" where it was kept)."""
+    """Every queried class, the most probable first, CLIP's probability (None without filter), why it was dropped."""
     dropped = {absent.name: absent.reason for absent in absent_classes(result, filters)}
     found = zip(result.vocabulary.names, result.filter_scores, strict=True)
     queried = [{"name": name, "label": label, "reason": dropped.get(name, ""),
