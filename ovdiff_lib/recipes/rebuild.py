@@ -1,9 +1,8 @@
 """Make the mini world from nothing: art, scenes, models (``make mini-world``); ``--ship`` replaces what ships.
 
-Two streams of stages run side by side, on one GPU if there is one, else on one CPU core each. Every stage resumes at
-its last checkpoint, so the command can be interrupted and run again with the same arguments. ``--hours`` is what all of
-it may take; each stage gets its share and its learning rate anneals over that. With ``glyphs.npz`` in the work folder
-(``--stop glyphs`` writes it) nothing is fetched.
+Two streams of stages run side by side, on one GPU if there is one, else on one CPU core each. The same command again
+resumes every stage at its last checkpoint. ``--hours`` is what all of it may take; each stage gets its share. With
+``glyphs.npz`` in the work folder (``--stop glyphs`` writes it) nothing is fetched.
 
     python -m ovdiff_lib.recipes.rebuild --work DIR             # art, scenes, models
     python -m ovdiff_lib.recipes.rebuild --work DIR --ship      # draw what ships, measure, write the cards

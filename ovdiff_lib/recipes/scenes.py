@@ -231,10 +231,9 @@ def draw_scene(world: World, glyphs: Glyphs, seed: int, index: int, shape: tuple
                objects: int | None = None, at_home: float = 0.85, held: float = 0.0) -> Scene:
     """Draw scene ``index`` of the stream ``seed`` at ``shape`` = (H, W).
 
-    ``noun`` fixes the first object (default: random); ``objects`` fixes how many (0 to 3; default: 5 % none, 67 % one,
-    21 % two, 7 % three); ``at_home`` is how often the context is one of the first object's own; ``held`` is the share
-    of objects that are drawn by glyphs no model is trained on, where the noun has any. Objects may overlap, and in one
-    scene of ten the lower stuff covers the feet of what stands on it.
+    ``noun`` fixes the first object (default: random); ``objects`` how many (0 to 3, default random); ``at_home`` is how
+    often the context is one of the first object's own; ``held`` the share of objects in glyphs that no model is trained
+    on, where the noun has any. In one scene of ten the lower stuff covers the feet of what stands on it.
     """
     rng = np.random.default_rng([seed, index])
     if objects is None:

@@ -111,8 +111,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def contrastive_loss(image: Tensor, text: Tensor, group: Tensor, scale: Tensor) -> Tensor:
     """Symmetric InfoNCE over distinct captions; images with one caption share their target.
 
-    ``text`` holds each distinct caption once and ``group[i]`` is image i's. This equals CLIP's loss over all pairs with
-    targets spread evenly over identical captions, but encodes each caption once.
+    ``text`` holds each distinct caption once, ``group[i]`` is image i's: CLIP's loss over all pairs, with fewer texts.
     """
     logits = scale * image @ text.T
     counts = torch.bincount(group, minlength=len(text)).float()

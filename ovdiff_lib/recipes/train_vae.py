@@ -1,9 +1,8 @@
 """Train the mini autoencoder (a real ``diffusers.AutoencoderKL``): one latent for 8x8 pixels.
 
 No adversary and no perceptual network: at this size L1 plus the L1 of image gradients keeps edges, and a very small KL
-keeps the latents near unit scale without costing detail. Without attention it can learn from crops, of more scenes in
-the same time, and take any size. In half of the steps the latents are shrunk and must give the shrunken image (EQ-VAE,
-Kouzelis et al., 2025): latents that behave like small pictures are easier to learn for a UNet.
+keeps the latents near unit scale without costing detail. Without attention it can learn from crops and take any size.
+In half of the steps shrunken latents must give the shrunken image, easier for a UNet (EQ-VAE, Kouzelis et al., 2025).
 """
 
 import torch

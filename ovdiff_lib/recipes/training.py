@@ -113,8 +113,7 @@ def normalise(images: Tensor, mean: tuple[float, ...], deviation: tuple[float, .
 
 
 def looked_at(images: Tensor, side: int, scale: Tensor, centre: Tensor, padding: str = "zeros") -> Tensor:
-    """Parts of images (B, C, H, W), enlarged or shrunk: (B, C, side, side), whose place p = (x, y), in [-1, 1], shows
-    p * scale + centre of the image; ``scale`` and ``centre`` are (B, 2)."""
+    """Parts (B, C, side, side) of images (B, C, H, W): p = (x, y) in [-1, 1] shows p * scale + centre, both (B, 2)."""
     theta = torch.cat([torch.diag_embed(scale), centre[:, :, None]], dim=2)
     grid = F.affine_grid(theta, [*images.shape[:2], side, side], align_corners=False)
     return F.grid_sample(images, grid, align_corners=False, padding_mode=padding)

@@ -113,8 +113,7 @@ def inspect(profile: Profile, data: list[str] | None = None, library: Path | Non
 
 
 def uses(profile: Profile, named: Collection[str] = ()) -> dict[str, list[str]]:
-    """Field of ``profile.models`` -> the parts that declare to load it: those of the profile, and extractors and
-    baselines among ``named``. Raises ``ProfileError`` for an unknown part."""
+    """Field of ``profile.models`` -> parts, of the profile and ``named``, that load it; ``ProfileError`` for others."""
     segmenter, table = profile.masks.segmenter, {"diffusion": ["support images"]}
     others = [*profile.evaluation.extractors, *(name for name in EXTRACTORS if name in named)] if named else []
     parts = [(f"extractor {name}", chosen_part("features.extractors", name, EXTRACTORS), "features")

@@ -41,8 +41,7 @@ def measure_drawing(profile: Profile, category: Category, sizes: Sequence[int], 
 
 
 def measure_building(profile: Profile, drawing: Measured, extractors: Sequence[str], repeats: int = 1) -> ClassTimes:
-    """Steps 2a to 2c on the support set drawn last, ``repeats`` times each, after one unmeasured image for every
-    network, with clustering and (App. C.5 times both) without parts."""
+    """Steps 2a to 2c on the set drawn last, with clustering and without (App. C.5), after one unmeasured image."""
     support, settings, device = drawing.result, profile.prototypes, resolve_device(profile)
     plain = dataclasses.replace(settings, kinds=[kind for kind in settings.kinds if kind != "part"] or ["class"])
     segmenter, one = build_segmenter(profile), support.take([0])

@@ -81,8 +81,7 @@ def _axes(width: float, height: float, labelsize: float = 8) -> tuple[Figure, Ax
 
 def growth_figure(lines: Mapping[str, Sequence[tuple[float, Measured]]], title: str, xlabel: str, ylabel: str,
                   fit: Any = None) -> Figure:
-    """Seconds against what they grow with, points (x, Measured) by name, and a ``fit`` of ``scipy.stats.linregress`` to
-    them; a bar at a point spans the fastest and the slowest run."""
+    """Seconds by what they grow with, points (x, Measured) by name, bars over all runs, a ``fit`` by ``linregress``."""
     figure, axis = _axes(3.6, 2.7)
     right = max(x for points in lines.values() for x, _ in points)
     for number, (name, points) in enumerate(lines.items()):
