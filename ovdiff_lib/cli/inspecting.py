@@ -37,7 +37,7 @@ def vocabulary(options: argparse.Namespace) -> int:
 
 @takes(argument("--images", type=int, help="images of each data set to choose by (default: 48)"))
 def tune(options: argparse.Namespace) -> None:
-    """Choose thresholds on cosines for the extractors, on the profile's split for that; print trials and profile lines."""
+    """Choose the extractors' thresholds on cosines, on the profile's split for that; print trials, profile lines."""
     from ovdiff_lib.library.store import Library
     from ovdiff_lib.workbench.evaluation import tuning
     from ovdiff_lib.workbench.evaluation.bench import Bench
