@@ -1,7 +1,6 @@
 """Glyphs of the mini world: fetch the openly licensed art by package name and rasterise it with exact alpha.
 
-:func:`build_glyphs` leaves one file, ``glyphs.npz``: with it a machine without network can draw every scene. NOTICE
-names each set of which something ships, and its licence.
+With ``glyphs.npz`` a machine without network can draw every scene. NOTICE names the sets that ship, and their licences.
 """
 
 import io

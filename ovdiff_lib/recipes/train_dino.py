@@ -4,10 +4,9 @@ The images are pairs of frames: one object met in two places (``frames.npy``), a
 With crops of one scene the surroundings that they share are easier to agree on than the object.
 
 A student sees small and large crops and must predict what a slowly moving average of itself, the teacher, says of the
-large ones (Caron et al., 2021). The teacher is what is kept. Its answers are spread evenly over the prototypes by
-Sinkhorn's algorithm, as in DINOv2: with small batches a running centre let them stay all but uniform. Two more losses
-are DINOv2's too (Oquab et al., 2023): some patches of a large crop are hidden from the student, which must say what the
-teacher says of each (iBOT), and the class tokens of a batch are pushed apart (KoLeo).
+large ones (Caron et al., 2021). The teacher is what is kept. As in DINOv2 (Oquab et al., 2023) its answers are spread
+evenly over the prototypes by Sinkhorn's algorithm, some patches of a large crop are hidden from the student, which must
+say what the teacher says of each (iBOT), and the class tokens of a batch are pushed apart (KoLeo).
 """
 
 import copy

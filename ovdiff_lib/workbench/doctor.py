@@ -56,9 +56,8 @@ FILES = pd.read_csv(Path(__file__).with_name("published_files.csv"), index_col="
 class Check:
     """``what`` was looked at, what it is ``named`` in the profile, its ``state`` and ``where`` it is.
 
-    State of a model: package, folder, file, hub cache; or missing, incomplete. ``size`` in bytes on disk, or of the
-    download (None if not known); ``used_by`` the parts that need it; ``get`` the command that fetches it, "" if it is
-    here or none is known; ``problem`` one sentence if it is needed and not here.
+    State of a model: one of :data:`HERE`, or missing, incomplete. ``size`` in bytes on disk, or of the download if
+    it is known; ``get`` the command that fetches what is not here, if any is known; ``problem`` a sentence if needed.
     """
 
     what: str
