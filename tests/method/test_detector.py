@@ -133,8 +133,7 @@ BIAS = "rpn.head.cls_logits.bias"
     (lambda w, c: c.pop("pyramid"), "lacks pyramid or"), (lambda w, c: c.update(stages=3), "lacks stages or"),
     (lambda w, c: c.update(short_side="64"), "short_side"), (lambda w, c: c.update(anchors=[8, 16]), "anchors"),
     (lambda w, c: c.update(mask_head=[]), "mask_head"), (lambda w, c: c.update(ratios=[0.5, -1.0]), "ratios"),
-    (lambda w, c: c.update(widths=[8, 8, 24, 16]), "size mismatch"),
-])
+    (lambda w, c: c.update(widths=[8, 8, 24, 16]), "size mismatch")])
 def test_an_unfit_folder_is_refused_in_one_sentence(folder, tmp_path, change, words):
     with refused(ModelNotAvailable, "could not be loaded", words):
         build_segmenter(profile_of(broken(folder, tmp_path, change)))

@@ -88,8 +88,7 @@ VALUES = {  # field: legal values, and others
     **{key: (words.split(), [words.split()[0].upper(), f"{words.split()[0]}x", "?", None]) for key, words in WORDS.items()},
     **dict.fromkeys(("support.size", "support.steps", "support.batch_size", "features.batch_size", "matching.batch_size",
                      "masks.sam_points", "masks.maskcut_rounds", "features.sd_noise_samples",
-                     "features.dino_input_size", "matching.pamr_iterations",
-                     "baselines.reco_retrieved"), COUNTS),
+                     "features.dino_input_size", "matching.pamr_iterations", "baselines.reco_retrieved"), COUNTS),
     **dict.fromkeys(("prototypes.seed", "features.seed", "support.seed"), SEEDS),
     **dict.fromkeys((f"masks.{name}" for name in ("detector_score", "cutler_score", "sam_iou", "sam_stability", "grounding_box",
                                                   "grounding_text", "fallback_foreground")), SHARES),
@@ -199,32 +198,25 @@ SD_LAYERS = ["down_blocks.0.attentions.0", "mid_block.attentions.0", *(f"up_bloc
 ROWS = {  # what the released code does, topic by topic
     "sampling": {"models.dtype": "float16", "support.image_size": 512, "support.batch_size": 8, "support.seed": 42, "support.steps": 30,
                  "support.guidance_scale": 8.0, "support.size": 32, "support.prompt": "A good picture of a {name}"},
-    "attribution map": {"support.mid_block": False},
-    "CutLER": {"masks.segmenter": "cutler", "masks.cutler_score": 0.35},
-    "foreground mask": {"masks.overlaps": "attribution"},
-    "background mask": {"masks.background_below": 0.2, "masks.erosion": 1},
+    "attribution map": {"support.mid_block": False}, "CutLER": {"masks.segmenter": "cutler", "masks.cutler_score": 0.35},
+    "foreground mask": {"masks.overlaps": "attribution"}, "background mask": {"masks.background_below": 0.2, "masks.erosion": 1},
     "CutLER finds nothing": {"masks.fallback": "fixed", "masks.fallback_foreground": 0.5, "masks.fallback_background": 0.2},
-    "without CutLER": {"masks.threshold_classes": 3, "masks.threshold_scope": "set"},
-    "mask resize": {"masks.resize": "bilinear"},
+    "without CutLER": {"masks.threshold_classes": 3, "masks.threshold_scope": "set"}, "mask resize": {"masks.resize": "bilinear"},
     "SD features": {"features.sd_layers": SD_LAYERS, "features.sd_timestep": 200, "features.sd_latent": "sample",
                     "features.sd_input_size": 512},
-    "noise": {"features.sd_noise": "fixed", "features.sd_noise_samples": 1},
+    "noise": {"features.sd_noise": "fixed", "features.sd_noise_samples": 1}, "k-means": {"prototypes.clusters": 32, "prototypes.seed": 0},
     "CLIP / DINO": {"features.clip_layer": -2, "features.clip_input_size": 512, "features.dino_input_size": 512,
                     "features.clip_normalisation": "imagenet", "models.clip": "openai/clip-vit-base-patch16",
                     "models.dino": "facebook/dino-vitb8"},
-    "MAE": {"features.mae_input_size": 512,
-            "models.mae": "facebook/vit-mae-base"},
-    "k-means": {"prototypes.clusters": 32, "prototypes.seed": 0},
+    "MAE": {"features.mae_input_size": 512, "models.mae": "facebook/vit-mae-base"},
     "prototypes": {"prototypes.kinds": ["class", "instance", "part"], "prototypes.background": True},
     "ensemble": {"features.extractors": ["sd", "dino", "clip-keys"]},
     "image size": {"matching.short_side": 448, "matching.resample": "lanczos", "matching.windows": [448, 336], "matching.stride": 224,
                    "matching.whole_image": True, "matching.refine": "none"},
     "category filter": {"filters.category": True, "filters.category_prompt": "a {names}", "filters.category_joiner": " and a ",
                         "filters.category_logit_scale": 1.0, "filters.category_crop": "squash", "filters.category_top": 10},
-    "stuff in the filter": {"filters.category_keep_stuff": True},
-    "stuff filter": {"filters.stuff": True, "filters.stuff_threshold": 0.85},
-    "final": {"matching.minimum_score": 0.0},
-    "PAMR": {"matching.pamr_iterations": 10, "matching.pamr_dilations": [1, 2, 4, 8, 12, 24]},
+    "stuff in the filter": {"filters.category_keep_stuff": True}, "stuff filter": {"filters.stuff": True, "filters.stuff_threshold": 0.85},
+    "final": {"matching.minimum_score": 0.0}, "PAMR": {"matching.pamr_iterations": 10, "matching.pamr_dilations": [1, 2, 4, 8, 12, 24]},
 }
 
 AS_PUBLISHED = {  # the paper's value, or the default where it is silent
@@ -234,8 +226,7 @@ AS_PUBLISHED = {  # the paper's value, or the default where it is silent
     "features.sd_latent": "mean", "features.sd_noise": "seeded", "features.clip_normalisation": "clip", "features.clip_input_size": 448,
     "features.dino_input_size": 448, "features.mae_input_size": 448, "filters.category_prompt": "{names}",
     "filters.category_joiner": " and ", "filters.category_logit_scale": None, "filters.category_keep_stuff": False,
-    "matching.resample": "bilinear", "matching.whole_image": False, "matching.minimum_score": None,
-}
+    "matching.resample": "bilinear", "matching.whole_image": False, "matching.minimum_score": None}
 
 
 def values(name):

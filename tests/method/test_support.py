@@ -17,8 +17,7 @@ from ovdiff_lib.support.sampler import image_seed, initial_latents, min_max, sam
 
 TEMPLATE = "A good picture of a {name}"
 CAT = Category("cat")
-PNDM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
-        "steps_offset": 1}
+PNDM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "steps_offset": 1}
 
 
 class ExplicitAttention(AttnProcessor):
@@ -82,12 +81,9 @@ def unet_input(pipe, size, entries=4, seed=0):
 # ---- class token positions
 
 @pytest.mark.parametrize(("template", "name", "expected"), [
-    (TEMPLATE, "cat", [6]),
-    (TEMPLATE, "chest of drawers", [6, 7, 8]),
+    (TEMPLATE, "cat", [6]), (TEMPLATE, "chest of drawers", [6, 7, 8]),
     (TEMPLATE, "good picture", [6, 7]),  # the template's own "good picture" at 2, 3 is not the class
-    ("{name} and a dog", "dog", [1]),
-    ("a cat of {name}, good", "cat", [4]),
-    ("a ({name})", "cat", [3])])
+    ("{name} and a dog", "dog", [1]), ("a cat of {name}, good", "cat", [4]), ("a ({name})", "cat", [3])])
 def test_positions_by_hand(tokenizer, template, name, expected):
     assert class_token_positions(tokenizer, template, name) == expected
 

@@ -41,14 +41,10 @@ def multiply_in(precision):
 STATES = {
     "float64": lambda: setting(torch.set_default_dtype, torch.float64, torch.float32),
     "bfloat16": lambda: setting(torch.set_default_dtype, torch.bfloat16, torch.float32),
-    "meta": lambda: setting(torch.set_default_device, "meta", None),
-    "with meta": lambda: torch.device("meta"),
-    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    "inference": torch.inference_mode,
-    "gradients": torch.enable_grad,
+    "meta": lambda: setting(torch.set_default_device, "meta", None), "with meta": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16), "inference": torch.inference_mode, "gradients": torch.enable_grad,
     "products in bfloat16": lambda: setting(multiply_in, "bf16", torch.backends.mkldnn.matmul.fp32_precision),
-    "deterministic": lambda: setting(torch.use_deterministic_algorithms, True, False),
-}
+    "deterministic": lambda: setting(torch.use_deterministic_algorithms, True, False)}
 
 
 @pytest.fixture

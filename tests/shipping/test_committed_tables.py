@@ -1,12 +1,12 @@
 """The committed tables of the mini profile are what the commands produce: whole, of today's settings, and some measured again here."""
 
-import csv
 import hashlib
 import json
 from pathlib import Path
 
 import nbformat
 import pytest
+from oracles import csv_rows
 
 from ovdiff_lib import OVDiff
 from ovdiff_lib.profiles.reading import load_profile
@@ -22,11 +22,6 @@ TABLES = sorted(p for p in (OUTPUTS / "tables").glob("*.csv") if p.stem != "clai
 RECORDS = {p.stem: json.loads(p.with_suffix(".json").read_text(encoding="utf-8")) for p in TABLES}
 TOLERANCE = 0.5
 """Percentage points: another processor rounds otherwise, and a few pixels change sides."""
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def cell(table: str, row: str, column: str):
@@ -90,7 +85,7 @@ def test_every_table_is_of_todays_settings(stem):
     """A change of the profile needs `make reproduce`."""
     today = load_profile("mini", OWN_SETTINGS.get(stem, {})).digest()
     own = [path for path in TABLES if path.stem.startswith(stem)]
-    assert {row["settings"] for path in own for row in rows(path)} == {today}
+    assert {row["settings"] for path in own for row in csv_rows(path)} == {today}
     assert {RECORDS[path.stem]["settings"] for path in own} == {today}
 
 
@@ -109,7 +104,7 @@ def test_masks_of_a_class_are_made_again(tmp_path):
 
 
 def test_the_claims_are_judged_as_committed():
-    committed = {row["id"]: row for row in rows(OUTPUTS / "tables" / "claims.csv")}
+    committed = {row["id"]: row for row in csv_rows(OUTPUTS / "tables" / "claims.csv")}
     results = judge(OUTPUTS)
     assert len(results) == len(committed) == 33 and len({r.verdict for r in results}) >= 3
     for result in results:
@@ -118,7 +113,7 @@ def test_the_claims_are_judged_as_committed():
 
 def test_every_failed_claim_is_explained_and_no_explanation_is_of_another_verdict():
     """The texts of ``explanations.csv`` on this profile against the committed claims: with new tables both change."""
-    verdicts = {int(row["id"]): row["verdict"] for row in rows(OUTPUTS / "tables" / "claims.csv")}
+    verdicts = {int(row["id"]): row["verdict"] for row in csv_rows(OUTPUTS / "tables" / "claims.csv")}
     explained = {number: verdict for profile, number, verdict in claims._explanations() if profile == "mini"}
     missing = sorted(number for number, verdict in verdicts.items() if verdict == "fails" and explained.get(number) != "fails")
     assert not missing, f"explanations.csv says nothing of why the claims {missing} fail"

@@ -96,8 +96,7 @@ def imports(path):
 def test_every_import_is_declared():
     distributions = {module: {canonicalize_name(n) for n in names} for module, names in packages_distributions().items()}
     optional = {"detectron2": {"detectron2"}, "ray": {"ray"}}  # not in every environment
-    declared = {"ovdiff_lib": set(RUNTIME) | set(EXTRAS["ray"]) | {"detectron2"},
-                "tests": set(RUNTIME) | set(EXTRAS["dev"])}
+    declared = {"ovdiff_lib": set(RUNTIME) | set(EXTRAS["ray"]) | {"detectron2"}, "tests": set(RUNTIME) | set(EXTRAS["dev"])}
     local = {"ovdiff_lib", *(p.stem for p in (ROOT / "tests").rglob("*.py"))}
     for folder, allowed in declared.items():
         for path in sorted((ROOT / folder).rglob("*.py")):

@@ -128,8 +128,7 @@ def test_the_recipe_trains_every_stage_into_models_that_load(tmp_path, monkeypat
 
     from ovdiff_lib.masks.segmenters.detector import CONFIG
 
-    small = {"widths": [8, 8, 16, 16], "pyramid": 16, "short_side": 64, "long_side": 128, "box_head": 24,
-             "mask_head": [16]}
+    small = {"widths": [8, 8, 16, 16], "pyramid": 16, "short_side": 64, "long_side": 128, "box_head": 24, "mask_head": [16]}
     monkeypatch.setattr(train_detector, "CONFIG", CONFIG | small)
     (tmp_path / "scenes").mkdir()
     write_scenes(tmp_path / "scenes")

@@ -97,8 +97,7 @@ def _samples() -> dict[str, bytes]:
         "tiff-float": _written(grey.convert("F"), "TIFF"), "bmp": _written(rgb, "BMP"), "bmp-palette": _written(rgb.quantize(16), "BMP"),
         "ppm": _written(rgb, "PPM"), "pgm-text": b"P2 3 2 255\n" + b" ".join(b"%d" % v for v in range(6)), "ico": _written(rgba, "ICO"),
         "tga": _written(rgb, "TGA"), "tga-rle": _written(rgba, "TGA", compression="tga_rle"), "pcx": _written(rgb, "PCX"),
-        "mpo": _written(rgb, "MPO", save_all=True, append_images=frames), "dib": _written(rgb, "DIB"),
-    }
+        "mpo": _written(rgb, "MPO", save_all=True, append_images=frames), "dib": _written(rgb, "DIB")}
     return made | {kind: _written(rgb, kind) for kind, name in (("JPEG2000", "jpg_2000"), ("AVIF", "avif")) if features.check(name)}
 
 

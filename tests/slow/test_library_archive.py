@@ -75,8 +75,6 @@ def refused(tmp_path):
     return check
 
 
-# ---- there and back
-
 def test_what_is_exported_comes_back(library, tmp_path):
     paths = [tmp_path / f"{name}.tar" for name in "ab"]
     for path in paths:
@@ -133,12 +131,10 @@ def test_every_flipped_byte_is_found(files, refused, tmp_path):
 
 CAT, SUPPORT = f"prototypes/{KEYS['prototypes', 'cat']}", f"support/{KEYS['support', 'cat']}"
 FORGERIES = {  # of what, and the edit of its description
-    "another key": (CAT, lambda body: body["made_from"].update(prompt="dog")),
-    "no origin": (CAT, lambda body: body.pop("made_from")),
+    "another key": (CAT, lambda body: body["made_from"].update(prompt="dog")), "no origin": (CAT, lambda body: body.pop("made_from")),
     "a file outside": (CAT, lambda body: body["sha256"].update({"../../../x": "0" * 64})),
     "a file that is not there": (CAT, lambda body: body["sha256"].update({"images_099.png": "0" * 64})),
-    "another format": (CAT, lambda body: body.update(format=99)),
-    "sums that are no table": (CAT, lambda body: body.update(sha256=[])),
+    "another format": (CAT, lambda body: body.update(format=99)), "sums that are no table": (CAT, lambda body: body.update(sha256=[])),
     "an origin that is no table": (CAT, lambda body: body.update(made_from=7)),
     # Refused before they take memory.
     **{f"images of {shape}": (SUPPORT, lambda body, shape=shape: body.update(images=shape)) for shape in (

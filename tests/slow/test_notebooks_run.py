@@ -14,8 +14,7 @@ from ovdiff_lib.workbench.tables.tables import read_record, read_table
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 OVERRIDES = {"support.size": 2, "support.steps": 2, "prototypes.clusters": 3, "filters.category_top": 3, "evaluation.seeds": [0, 1],
-             "evaluation.images": 2,
-             "evaluation.object": "mini-voc20", "evaluation.without_background": {"VOC-20": "mini-voc20"}}
+             "evaluation.images": 2, "evaluation.object": "mini-voc20", "evaluation.without_background": {"VOC-20": "mini-voc20"}}
 """Profile fields of a run that is quick, whatever it measures."""
 
 SMALL = {"images": 2, "classes": ["dog", "boat"], "seeds": 1, "sizes": [1, 2], "clusters": [1, 3], "repeats": 1, "count": 2}

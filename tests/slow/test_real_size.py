@@ -104,8 +104,6 @@ def inputs_of(modules):
         handle.remove()
 
 
-# ---- sizes
-
 def test_networks_have_the_published_numbers_of_parameters(published):
     """Stable Diffusion v1.5's three, CLIP ViT-B/16, DINO ViT-B/8, MAE ViT-L/16."""
     with torch.device("meta"):
@@ -131,8 +129,6 @@ def test_published_vae_and_text_encoder(published):
     config = CLIPConfig(**CLIP_B16)
     assert config.vision_config.hidden_act == config.text_config.hidden_act == published.text_encoder.config.hidden_act == "quick_gelu"
 
-
-# ---- layers that are read
 
 @pytest.mark.parametrize(("without", "left", "channels"), [
     ("-", 9, 7680), ("down_blocks.0.", 8, 7360), ("mid_block.", 8, 6400), ("up_blocks.1.", 6, 3840), ("up_blocks.2.", 6, 5760),
@@ -164,8 +160,6 @@ def test_grids_are_those_that_the_unet_works_on(published, pixels, grids):
         assert attention_grid(outputs[name].shape[1], latent) == grids[halvings]
 
 
-# ---- what Stable Diffusion is given for features
-
 def test_noise_at_tau_200(thin):
     """z_tau / 0.18215 = 0.868154 latents + 0.496295 / 0.18215 noise: both coefficients by least squares from what reaches the UNet."""
     pipe, seeds, images = load_diffusion(thin), np.array([3, 11]), noise(2, 128, 128)
@@ -185,8 +179,6 @@ def test_noise_at_tau_200(thin):
     assert found.solution.flatten().tolist() == pytest.approx([0.868154, 0.496295], abs=1e-5)
     assert (matrix @ found.solution - given[0].double().flatten()[:, None]).abs().max() < 1e-5
 
-
-# ---- sampling
 
 GRID = [999, 966, 932, 899, 866, 832, 799, 766, 733, 699, 666, 633, 599, 566, 533, 499, 466, 433, 400, 366, 333, 300, 266, 233, 200, 166,
         133, 100, 67, 33]
@@ -210,8 +202,6 @@ def test_images_are_drawn_in_the_30_steps_of_dpm_solver_from_both_halves(thin):
         torch.testing.assert_close(options["encoder_hidden_states"], halves)
 
 
-# ---- tokens
-
 @pytest.mark.parametrize("data_set", class_table()["data_sets"])
 def test_positions_of_every_class_of_every_data_set(tokenizer, data_set):
     """Against open_clip's tokenizer, another implementation of the same vocabulary."""
@@ -225,8 +215,6 @@ def test_positions_of_every_class_of_every_data_set(tokenizer, data_set):
             positions = class_token_positions(tokenizer, TEMPLATE, category.prompt)
             assert positions == list(range(6, len(ids) - 1)) and [ids[p] for p in positions] == encode(category.prompt)
 
-
-# ---- CutLER
 
 def test_the_cascade_has_the_layers_of_the_published_checkpoint():
     pytest.importorskip("detectron2")

@@ -1,6 +1,8 @@
 """What several test files of the workbench share: pictures, small data sets, windows averaged one at a time."""
 
+import csv
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import sentences
@@ -22,6 +24,11 @@ def refused(words, act, *arguments, **options):
     """``act`` ends with an ``InputError`` of one sentence that holds all of ``words``."""
     with sentences.refused(InputError, *([words] if isinstance(words, str) else words)):
         act(*arguments, **options)
+
+
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def runs_of(values, noise, name, images=16):

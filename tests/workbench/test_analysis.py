@@ -111,8 +111,7 @@ def test_one_absent_word_is_absent_and_stays_the_same():
 
 def test_the_best_threshold_against_trying_each():
     rng, thresholds = np.random.default_rng(0), [0.1, 0.4, 0.5, 0.8]
-    trials = [(sample(str(i), *rng.choice([0, 1, 2, 3], size=(4, 6))), labels)
-              for i, labels in enumerate([(1, 3), (2, 3), (1, 2), (3,)])]
+    trials = [(sample(str(i), *rng.choice([0, 1, 2, 3], size=(4, 6))), labels) for i, labels in enumerate([(1, 3), (2, 3), (1, 2), (3,)])]
     scores = {labels: rng.random((len(labels) + 1, 4, 6)) for _, labels in trials}
     expected = []
     for threshold in thresholds:

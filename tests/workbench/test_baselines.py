@@ -402,8 +402,6 @@ def test_it_needs_a_segmenter_that_proposes_without_words(tiny_profile, tmp_path
     assert ClipSegmenter.build(tiny_profile.override({"masks.segmenter": "maskcut"})).segmenter.name == "maskcut"
 
 
-# ---- behind the category filter
-
 def test_dropped_categories_cannot_win_and_background_stays():
     made = np.array([0.1, 0.9, 0.5, 0.3])[:, None, None] * np.ones((4, 2, 3))
     made[0, 0] = 0.6
@@ -431,8 +429,7 @@ def profile(tiny_profile, tiny_models, tmp_path_factory):
         shutil.copyfile(data.files[i][1], folder / "archive" / f"{i}.webp")
     return tiny_profile.override({
         "models.clip": "package:clip", "models.groupvit": str(folder / "groupvit"), "masks.segmenter": "detector",
-        "baselines.archive": str(folder / "archive"), "baselines.reco_retrieved": 3,
-        "baselines.reco_contexts": ["water"]})
+        "baselines.archive": str(folder / "archive"), "baselines.reco_retrieved": 3, "baselines.reco_contexts": ["water"]})
 
 
 @pytest.fixture(scope="module", autouse=True)

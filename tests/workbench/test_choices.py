@@ -109,8 +109,7 @@ def bench(tiny_profile, tmp_path_factory):
 
 def test_the_best_candidate_of_each_space_is_chosen(bench):
     tried = tune(bench)
-    assert [(one.field, one.extractor) for one in tried] == [
-        (CONSTANT, "clip-keys"), (CONSTANT, "sd"), (STUFF, "clip-keys"), (STUFF, "sd")]
+    assert [(one.field, one.extractor) for one in tried] == [(CONSTANT, "clip-keys"), (CONSTANT, "sd"), (STUFF, "clip-keys"), (STUFF, "sd")]
     for one in tried:
         assert list(one.values) == sorted(one.values) and one.miou[one.best] == max(one.miou)
         assert len(one.values) == len(one.labels) == len(one.miou) == (len(KEPT) if one.field == STUFF else LEVELS - 1)

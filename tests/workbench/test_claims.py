@@ -1,14 +1,13 @@
 """The paper's claims on tables whose verdicts are known by construction: each relation holds, fails, lies within noise, is missing.
 Comparing tables: every kind of difference is named, and nothing else is."""
 
-import csv
 import dataclasses
 import json
 import re
 
 import numpy as np
 import pytest
-from oracles import runs_of
+from oracles import csv_rows, runs_of
 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.profiles.reading import load_profile
@@ -48,13 +47,12 @@ def rows(table: str, column: str, numbers: dict) -> dict:
     return {f"{table}|{row}|{column}": value for row, value in numbers.items()}
 
 
-def both(numbers: dict) -> dict:
-    """The same numbers on VOC and on Context."""
-    return {k.format(s): v for k, v in numbers.items() for s in ("VOC", "Context")}
+def both(numbers: dict, *more: str) -> dict:
+    """The same numbers on VOC, on Context and on ``more`` data sets."""
+    return {k.format(s): v.format(s) if isinstance(v, str) else v for k, v in numbers.items() for s in ("VOC", "Context", *more)}
 
 
-SINGLE = {f"2|VOC|{e}": v for e, v in {
-    "SD": 40.0, "MAE": 10.0, "DINO": 20.0, "CLIP (token)": 37.0, "CLIP (keys)": 37.9}.items()}
+SINGLE = {f"2|VOC|{e}": v for e, v in {"SD": 40.0, "MAE": 10.0, "DINO": 20.0, "CLIP (token)": 37.0, "CLIP (keys)": 37.9}.items()}
 WINDOWS = both({"3|Full|{}": 50.0, "3|w/o sliding window|{}": 40.0})
 KINDS = {f"A.6|{kinds}|{{}}": 40.0 for kinds in ("P_bar + P_k", "P_bar + P_n", "P_n + P_k", "P_k", "P_n", "P_bar")}
 CLUSTERS = {f"A.4|K={k}|VOC": v for k, v in {8: 40.0, 32: 40.02, 64: 40.04}.items()}
@@ -62,11 +60,11 @@ PARTS = rows("3", "VOC", {"Full": 50.0, "w/o bg prototypes": 40.0, "w/o category
                           "w/o sliding window": 49.0, "only average P_bar": 48.0})
 GAINS = rows("A.1", "VOC with category filter", {"OVDiff": 50.0, "MaskCLIP": 20.0}) | rows(
     "A.1", "VOC without category filter", {"OVDiff": 35.0, "MaskCLIP": 20.0})
-SEGMENTED = {f"A.2|{row}|{s}": v for s in ("VOC", "Context", "Object")
-             for row, v in {"MaskCLIP": 20.0, "MaskCLIP + CutLER": 10.0, "ReCo": 30.0, "ReCo + CutLER": 25.0}.items()}
+SEGMENTED = both(rows("A.2", "{}", {"MaskCLIP": 20.0, "MaskCLIP + CutLER": 10.0, "ReCo": 30.0, "ReCo + CutLER": 25.0}), "Object")
 BARE = {f"A.7|{row}|{s}": v
         for s, numbers in {"VOC-20": (60.0, 50.0, 10.0), "Context-59": (40.0, 30.0, 9.0), "Object": (30.0, 20.0, 8.0)}.items()
         for row, v in zip(("OVDiff", "ReCo", "MaskCLIP"), numbers, strict=True)}
+PROMPTS, UNCORRECTED = {"A.3|OVDiff + corrected prompts|{}": 30.0}, "A.3|OVDiff (no correction)|{}"
 ORACLE = {"chatgpt|oracle stuff/thing labels|Context": 30.0}
 GROWTH = {FIG5 + str(n): v for n, v in {1: 30.0, 2: 35.0, 4: 40.0, 8: 45.0, 16: 47.0, 32: 47.05}.items()}
 
@@ -99,13 +97,10 @@ CASES = [  # id, claim, verdict, numbers
     ("equal fails above", 6, "fails", {"1|OVDiff|Object": 30.0, "1|OVDiff (-CutLER)|Object": 32.1}),
     ("equal missing", 6, "not measured", {"1|OVDiff|Object": 30.0}),
     ("only the paper", 23, "paper only", {"A.3|OVDiff + corrected prompts|VOC": 30.0}),
-    ("the same runs are no test", 23, "not exercised", {
-        key.format(s): v.format(s) if isinstance(v, str) else v for s in ("VOC", "Context", "Object") for key, v in {
-            "A.3|OVDiff + corrected prompts|{}": 30.0, "A.3|OVDiff (no correction)|{}": "A.3|OVDiff + corrected prompts|{}"}.items()}),
-    ("the paper's test, done", 23, "holds", {f"A.3|{row}|{s}": v for s in ("VOC", "Context", "Object")
-                                             for row, v in {"OVDiff + corrected prompts": 30.0, "OVDiff (no correction)": 30.05}.items()}),
-    ("the paper's, measured", 32, "fails", {"A.1-text|OVDiff, the profile's segmenter|VOC": 50.0, "A.1-text|OVDiff with SAM as segmenter|VOC": 60.0,
-                                           "A.1-text|OVDiff with Grounded SAM as segmenter|VOC": 40.0}),
+    ("the same runs are no test", 23, "not exercised", both({**PROMPTS, UNCORRECTED: "A.3|OVDiff + corrected prompts|{}"}, "Object")),
+    ("the paper's test, done", 23, "holds", both({**PROMPTS, UNCORRECTED: 30.05}, "Object")),
+    ("the paper's, measured", 32, "fails", rows("A.1-text", "VOC", {
+        "OVDiff, the profile's segmenter": 50.0, "OVDiff with SAM as segmenter": 60.0, "OVDiff with Grounded SAM as segmenter": 40.0})),
     ("spread holds", 24, "holds", {**CLUSTERS, "A.4|K=16|VOC": 40.06}),
     ("spread within noise", 24, "within noise", {**CLUSTERS, "A.4|K=16|VOC": 41.0}),
     ("spread fails", 24, "fails", {**CLUSTERS, "A.4|K=16|VOC": 42.1}),
@@ -120,8 +115,7 @@ CASES = [  # id, claim, verdict, numbers
     ("largest drops that are none", 18, "fails", {**PARTS, "3|Full|VOC": 30.0}),
     ("largest drops missing", 18, "not measured", {**{k: v for k, v in PARTS.items() if "average" not in k}}),
     ("gains hold", 20, "holds", {**GAINS}),
-    ("gains fail", 20, "fails", {
-        **GAINS, "A.1|ReCo|VOC with category filter": 40.0, "A.1|ReCo|VOC without category filter": 20.0}),
+    ("gains fail", 20, "fails", {**GAINS, "A.1|ReCo|VOC with category filter": 40.0, "A.1|ReCo|VOC without category filter": 20.0}),
     ("gains within noise", 20, "within noise", {**GAINS, "A.1|MaskCLIP|VOC without category filter": 19.0}),
     ("gains less than OVDiff's", 20, "fails", {**GAINS, "A.1|OVDiff|VOC without category filter": 53.0}),
     ("gains paired", 20, "holds", {**GAINS, "A.1|OVDiff|VOC with category filter": (50.0, 40.0, 45.0),
@@ -152,8 +146,7 @@ CASES = [  # id, claim, verdict, numbers
     ("at most fails", 31, "fails", {**ORACLE, "chatgpt|automatic stuff/thing labels|Context": 20.0}),
     ("at most holds for less", 31, "holds", {**ORACLE, "chatgpt|automatic stuff/thing labels|Context": 40.0}),
     ("at most within noise", 31, "within noise", {**ORACLE, "chatgpt|automatic stuff/thing labels|Context": 29.0}),
-    ("at most missing", 31, "not measured", {**ORACLE, "1|OVDiff|Context": 30.0}),
-]
+    ("at most missing", 31, "not measured", {**ORACLE, "1|OVDiff|Context": 30.0})]
 
 
 @pytest.mark.parametrize("number, verdict, numbers", [c[1:] for c in CASES], ids=[c[0] for c in CASES])
@@ -296,8 +289,7 @@ def test_the_files(tmp_path):
     path = write_claims(tmp_path)
     results = judge(tmp_path)  # the written file is no table of measurements, and does not disturb
     assert path == tmp_path / "tables" / "claims.csv"
-    with open(path, encoding="utf-8", newline="") as file:
-        assert list(csv.DictReader(file)) == [{k: str(v) for k, v in dataclasses.asdict(r).items()} for r in results]
+    assert csv_rows(path) == [{k: str(v) for k, v in dataclasses.asdict(r).items()} for r in results]
     number = counts(results)
     assert tuple(number) == VERDICTS and sum(number.values()) == 33 and number["holds"] == 1 and number["fails"] == 1
     lines = path.with_suffix(".md").read_text(encoding="utf-8").splitlines()
@@ -344,12 +336,9 @@ def test_what_ships_is_well_formed():
 # ---------------------------------------------------------------------- tables made anew against those that were there
 
 VOC = paper_cell("1", "OVDiff", "VOC")
-CELLS = {
-    "mIoU": Cell.of("OVDiff", "VOC", [49.0, 51.0], VOC),
-    "images": Cell("OVDiff", "images", 211),
-    "published": Cell("TCL", "VOC", paper=paper_cell("1", "TCL", "VOC"), source="published"),
-    "other": Cell("MaskCLIP", "VOC", 6.0, low=5.0, high=7.0),
-}
+CELLS = {"mIoU": Cell.of("OVDiff", "VOC", [49.0, 51.0], VOC), "images": Cell("OVDiff", "images", 211),
+         "published": Cell("TCL", "VOC", paper=paper_cell("1", "TCL", "VOC"), source="published"),
+         "other": Cell("MaskCLIP", "VOC", 6.0, low=5.0, high=7.0)}
 
 
 def write(folder, cells=None, name="05_t", profile=PROFILE, **details):
@@ -370,10 +359,8 @@ CHANGES = [  # name, changed cells (None = removed), what is said
       "MaskCLIP / VOC: low: 5.0 against None", "MaskCLIP / VOC: high: 7.0 against None"]),
     ("the paper's key", {"images": dataclasses.replace(CELLS["images"], paper=PaperCell("1", "a", "b"))},
      [f"OVDiff / images: paper: None against {PaperCell('1', 'a', 'b')}"]),
-    ("a name", {"other": Cell("MaskClip", "VOC", 6.0)},
-     ["MaskCLIP / VOC: is only in the first", "MaskClip / VOC: is only in the second"]),
-    ("a cell less", {"other": None}, ["MaskCLIP / VOC: is only in the first"]),
-]
+    ("a name", {"other": Cell("MaskClip", "VOC", 6.0)}, ["MaskCLIP / VOC: is only in the first", "MaskClip / VOC: is only in the second"]),
+    ("a cell less", {"other": None}, ["MaskCLIP / VOC: is only in the first"])]
 
 
 @pytest.mark.parametrize("change, said", [c[1:] for c in CHANGES], ids=[c[0] for c in CHANGES])

@@ -261,8 +261,6 @@ def image():
     return np.random.default_rng(5).integers(0, 256, (*SHAPE, 3), dtype=np.uint8)
 
 
-# ---- arithmetic
-
 def test_a_ratio_is_of_medians_and_its_spread_of_rounds():
     found = ratio((3.0, 1.0, 2.2), (2.0, 4.0, 2.0))
     assert found.value == 2.2 / 2.0 and found.spread == (1 / 4, 3 / 2) and found.met is None
@@ -293,8 +291,6 @@ def test_made_up_classes_have_prompts_of_their_own_and_all_prototypes_of_a_class
     assert prototype_rows(small.profile.override({"prototypes.background": False, "prototypes.kinds": ["class", "part"]})) == 1 + clusters
 
 
-# ---- alternatives give what OVDiff gives
-
 def test_the_bare_pipeline_draws_the_same_images(tiny_profile):
     pipe, profile = load_diffusion(tiny_profile), tiny_profile.override({"support.batch_size": 2})
     processors = {name: id(p) for name, p in pipe.unet.attn_processors.items()}
@@ -324,8 +320,6 @@ def test_bare_features_are_one_pass_of_the_networks(tiny_profile, image):
     assert max(shape[0] for shape in seen) == 4
 
 
-# ---- scenarios
-
 def test_inertia_is_compared_with_scikit_learns(small, monkeypatch):
     from sklearn.cluster import KMeans
 
@@ -354,8 +348,6 @@ def test_scenarios_run_with_tiny_networks(small, monkeypatch, name, checked):
     assert name == "kmeans" or all(one.check.value <= one.check.limit for one in found if one.check)
 
 
-# ---- running them
-
 @pytest.fixture
 def made_scenarios(monkeypatch):
     def fails(problem, _):
@@ -382,8 +374,6 @@ def test_the_command(tiny_models, made_scenarios, capsys):
         code, _, error = benchmark(*options)
         assert code == 2 and word in error and "\n" not in error.strip()
 
-
-# ---- what is shown
 
 def test_cells_of_a_notebook():
     made = ratio_cells([ratio((1.0, 2.0), (2.0, 2.0), 1.15, name="one"), ratio(name="two")])

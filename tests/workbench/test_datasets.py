@@ -1,13 +1,12 @@
 """Readers and converters of the published data sets, on tiny folders of the true structure that the tests write; things and stuff."""
 
-import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from oracles import refused
+from oracles import csv_rows, refused
 from PIL import Image
 
 from ovdiff_lib.categories import Category, Vocabulary
@@ -48,8 +47,7 @@ LAYOUTS = {  # layout: ids, images, label maps, list of the split
     "coco elsewhere": (COCO, "val2017/{}.jpg", "annotations/val2017/{}.png", ""),
     "ade": (("ADE_val_00000001", "ADE_val_00000002"), "ADEChallengeData2016/images/validation/{}.jpg",
             "ADEChallengeData2016/annotations/validation/{}.png", ""),
-    "cityscapes": (CITIES, "leftImg8bit/val/{}_leftImg8bit.png", "gtFine/val/{}_gtFine_labelIds.png", ""),
-}
+    "cityscapes": (CITIES, "leftImg8bit/val/{}_leftImg8bit.png", "gtFine/val/{}_gtFine_labelIds.png", "")}
 # data set, layout, and for each image what its stored values become
 CASES = [
     ("voc", "voc", [{0: 0, 1: 1, 20: 20, 255: 255}, {15: 15, 0: 0}, {7: 7, 255: 255, 3: 3}]),
@@ -61,8 +59,7 @@ CASES = [
     ("coco-stuff", "coco", [{0: 1, 89: 80, 91: 81, 181: 171, 255: 255}, {12: 12, 9: 10, 10: 11}, {43: 40, 255: 255, 111: 101}]),
     ("coco-stuff", "coco elsewhere", [{0: 1, 89: 80, 91: 81, 181: 171, 255: 255}, {12: 12, 9: 10}, {43: 40, 111: 101}]),
     ("ade20k", "ade", [{0: 255, 1: 1, 150: 150}, {13: 13, 0: 255}]),
-    ("cityscapes", "cityscapes", [{7: 1, 33: 19, 0: 255, 9: 255}, {23: 11, 29: 255}, {8: 2}]),
-]
+    ("cityscapes", "cityscapes", [{7: 1, 33: 19, 0: 255, 9: 255}, {23: 11, 29: 255}, {8: 2}])]
 LAYOUT = {name: layout for name, layout, _ in reversed(CASES)}  # of a data set the first, as published
 
 
@@ -257,8 +254,7 @@ def test_run_lengths_that_cannot_be(counts):
 def detail(**changes) -> dict:
     """A small trainval_merged.json: two val images, one of train, one of test."""
     def annotation(image, category, size, counts):
-        return {"id": image * 10 + category, "image_id": image, "category_id": category,
-                "segmentation": {"size": size, "counts": counts}}
+        return {"id": image * 10 + category, "image_id": image, "category_id": category, "segmentation": {"size": size, "counts": counts}}
 
     table = {
         "images": [{"image_id": 2008000003, "file_name": "2008_000003.jpg", "phase": "val", "height": 9, "width": 14},
@@ -267,9 +263,7 @@ def detail(**changes) -> dict:
                    {"image_id": 2008000009, "file_name": "2008_000009.jpg", "phase": "test", "height": 11, "width": 12}],
         # sky everywhere, then an aeroplane over five columns at its left; an image may have none
         "annos_segmentation": [annotation(2008000003, 360, [9, 14], "0n3"), annotation(2008000003, 2, [9, 14], "0]1a2"),
-                               annotation(2008000007, 458, [11, 12], "0T4")],
-        "categories": [],
-    }
+                               annotation(2008000007, 458, [11, 12], "0T4")], "categories": []}
     return table | changes
 
 
@@ -300,9 +294,7 @@ def test_mistakes_in_the_json_file(context_json):
         "KeyError: 3": {"annos_segmentation": [{**first, "category_id": 3}]},
         "add up": {"annos_segmentation": [{**first, "segmentation": {"size": [9, 14], "counts": "5"}}]},
         "2008_000002": {"annos_segmentation": [{**first, "image_id": 2008000002}]},  # of another shape
-        "KeyError": {"images": [{"image_id": 1}]},
-        "TypeError": {"annos_segmentation": None},
-    }
+        "KeyError": {"images": [{"image_id": 1}]}, "TypeError": {"annos_segmentation": None}}
     for words, changes in mistakes.items():
         context_json.write_text(json.dumps(detail(**changes)))
         refused(words, convert_context, context_json, folder)
@@ -324,20 +316,15 @@ def kinds(*said):
     return {category.name: category.kind for category in with_kinds(*said)}
 
 
-def table_of(name):
-    with TABLES[name].open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def test_the_shipped_tables():
-    table = table_of("c8")
+    table = csv_rows(TABLES["c8"])
     names = [r["class"] for r in table]
     assert len(names) == len(set(names)) == 171 == 3 * 57 and {r["label"] for r in table} == {"thing", "stuff"}
     assert set(table[0]) == {"class", "label", "note"} and sum(r["note"].startswith("UNCERTAIN") for r in table) == 6
     # App. C.6 on the answers: these are called stuff although instances, those things although regions.
     said = kinds(["glass", "blanket", "trade name", "land", "sand", "snow", "ground"], "c8")
     assert list(said.values()) == ["stuff", "stuff", "stuff", "thing", "thing", "stuff", "stuff"]
-    table = table_of("coco-stuff")
+    table = csv_rows(TABLES["coco-stuff"])
     assert [r["label"] for r in table] == ["thing"] * 80 + ["stuff"] * 91 and len({r["class"] for r in table}) == 171
     assert kinds(["Person", "toothbrush", "banner", "wall-brick", "dining table"], "coco-stuff") == {
         "Person": "thing", "toothbrush": "thing", "banner": "stuff", "wall-brick": "stuff", "dining table": "thing"}
@@ -347,8 +334,7 @@ def test_context_and_voc_by_the_names_that_the_data_sets_give():
     found = kinds(vocabulary_of("context").names, "c8")
     assert len(found) == 59 and [n for n, k in found.items() if k == "stuff"] == CONTEXT_STUFF.split()
     assert set(kinds(vocabulary_of("voc").names, "c8").values()) == {"thing"}
-    prompts = Vocabulary((Category("tvmonitor", "tv monitor"), Category("mouse", "computer mouse"),
-                          Category("lawn", "grass")))
+    prompts = Vocabulary((Category("tvmonitor", "tv monitor"), Category("mouse", "computer mouse"), Category("lawn", "grass")))
     assert list(kinds(prompts, "c8").values()) == ["thing", "thing", "stuff"]
 
 

@@ -182,11 +182,9 @@ def test_counts_of_workers_are_those_of_one_run(tiny_profile, tmp_path, workers,
 # ---- how a cluster is shared
 
 @pytest.mark.parametrize(("total", "workers", "gpu", "tasks", "expected"), [
-    ({"CPU": 8.0, "memory": 1.0}, None, None, 99, (8, 1, False)),
-    ({"CPU": 8.0}, 3, False, 99, (3, 2, False)),
+    ({"CPU": 8.0, "memory": 1.0}, None, None, 99, (8, 1, False)), ({"CPU": 8.0}, 3, False, 99, (3, 2, False)),
     ({"CPU": 8.0}, 8, False, 2, (2, 4, False)),  # fewer tasks than workers
-    ({"CPU": 24.0, "GPU": 2.0}, None, None, 99, (2, 12, True)),
-    ({"CPU": 24.0, "GPU": 2.0}, None, False, 99, (24, 1, False)),
+    ({"CPU": 24.0, "GPU": 2.0}, None, None, 99, (2, 12, True)), ({"CPU": 24.0, "GPU": 2.0}, None, False, 99, (24, 1, False)),
     ({"CPU": 1.0, "GPU": 4.0}, None, True, 99, (4, 1, True))])  # GPUs decide, CPUs are shared
 def test_a_cluster_is_divided(total, workers, gpu, tasks, expected):
     assert divide(total, workers, gpu, tasks) == expected
@@ -198,8 +196,6 @@ def test_a_cluster_is_divided(total, workers, gpu, tasks, expected):
 def test_more_than_a_cluster_has_is_refused(total, workers, gpu, words):
     refused(words, divide, total, workers, gpu, 99)
 
-
-# ---- Ray is a choice
 
 def test_ray_that_is_not_installed(without, tmp_path):
     without("ray")

@@ -147,8 +147,7 @@ def test_missing_and_broken_files_are_named(copied, name, content):
 
 
 @pytest.mark.parametrize(("image", "what"), [
-    (Image.new("L", (20, 30)), "shape"), (Image.new("RGB", (160, 128)), "8-bit"),
-    (Image.new("L", (160, 128), 200), "200")])
+    (Image.new("L", (20, 30)), "shape"), (Image.new("RGB", (160, 128)), "8-bit"), (Image.new("L", (160, 128), 200), "200")])
 def test_label_maps_that_do_not_fit_their_image(copied, image, what):
     image.save(copied / "val" / "labels" / "0000.png")
     refused(what, lambda: load_dataset("mini-object", "val", copied)[0])

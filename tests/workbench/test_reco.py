@@ -173,8 +173,7 @@ def test_cosegmentation_by_brute_force(seed):
 
 
 def reference_by_hand(reco, prompt, avoided):
-    squares = np.stack([square_image(read_image(reco.archive.images[i]), reco.settings.reco_size, "centre")
-                        for i in reco.retrieve(prompt)])
+    squares = np.stack([square_image(read_image(reco.archive.images[i]), reco.settings.reco_size, "centre") for i in reco.retrieve(prompt)])
     features = reco.extractor(squares, np.arange(len(squares)))
     n, h, w, _ = features.shape
     dense = torch.sigmoid(10 * reco.maskclip.dense_embeddings(squares) @ reco.texts([prompt])[0])

@@ -1,6 +1,5 @@
 """Tables, figures and what ``ovdiff segment`` writes: colours that differ, shapes that hold, the paper's values in their own column."""
 
-import csv
 import dataclasses
 import io
 import json
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from oracles import runs_of
+from oracles import csv_rows, runs_of
 from PIL import Image
 from skimage.color import rgb2lab
 
@@ -151,11 +150,6 @@ def test_a_saved_figure_keeps_the_colours_of_its_legend_and_is_the_same_each_tim
 
 
 # ---------------------------------------------------------------------- tables
-
-def csv_rows(path: Path) -> list[dict[str, str]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
 
 def test_a_table_is_csv_and_markdown_with_the_paper_apart(tmp_path, profile):
     cells = [Cell("OVDiff", "mIoU", 41.256, std=0.5, n=3, paper=paper_cell("1", "OVDiff", "VOC")), Cell("OVDiff", "images", 310),

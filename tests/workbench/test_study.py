@@ -119,8 +119,7 @@ def test_counts_that_cannot_be_used_are_reported_and_not_used(tmp_path, caplog, 
     content = state.read_bytes()
     with np.load(state) as stored:
         fields = dict(stored)
-    broken = {"empty": b"", "torn": content[:len(content) // 2], "garbage": b"x" * 100,
-              "byte": content[:60] + b"\xff" * 8 + content[68:]}
+    broken = {"empty": b"", "torn": content[:len(content) // 2], "garbage": b"x" * 100, "byte": content[:60] + b"\xff" * 8 + content[68:]}
     forged = {"places": {"indices": fields["indices"] + 9}, "cut": {"data": fields["data"][1:]}, "negative": {"data": -fields["data"]},
               "more": {"indptr": np.append(fields["indptr"], fields["indptr"][[-1] * 5]), "shape": fields["shape"] + [5, 0]},
               "wider": {"shape": fields["shape"] + [0, 1]}}
