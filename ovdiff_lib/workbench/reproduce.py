@@ -155,7 +155,8 @@ def _run_one(notebook: Path, folder: Path, parameters: dict[str, Any], force: bo
              threads: int | None = None) -> tuple[str, str, str]:
     """(stem, what became of it, a sentence if it failed); with ``threads`` in a process for this notebook alone."""
     if threads:
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # the kernel inherits it
+        # The kernel inherits both. Of glibc's heap what is freed in the middle stays; larger arrays lie outside of it.
+        os.environ.update({"OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": str(2**20)})
     started, failure = time.time(), ""
     try:
         ran = run_notebook(notebook, folder / notebook.name, parameters, force=force, progress=not threads)

@@ -32,9 +32,8 @@ from ovdiff_lib.registry import NOT_MODELS, chosen_part
 from ovdiff_lib.workbench.baselines import build_baseline
 from ovdiff_lib.workbench.console import FEATURES
 
-MEMORY = 5 * 2**25
-"""Bytes of results remembered in a process: what the methods of a table need of one class or image several times, and
-of the mini world the features of all images that the constants of a search are the quantiles of."""
+MEMORY = 2**26
+"""Bytes of results remembered in a process: what the methods of a table need of one class or image several times."""
 
 DISK, LARGEST = 2**32, 2**23
 """Bytes of features that are kept on disk, in files of at most so many: larger ones a network has made as soon."""
