@@ -17,8 +17,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """Files that :func:`list_images` finds in a folder; one named by itself may have any suffix."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF", "ICO", "PCX", "TGA")
-"""Formats that are read, told from a file's content; the last has no mark to be told by. Pillow has others that nobody
-keeps pictures in, one of them (EPS) a program that it has Ghostscript run."""
+"""Formats that are read, told from a file's content; the last has no mark. Of Pillow's others EPS is a program."""
 
 
 def read_image(source: str | Path | Image.Image | np.ndarray) -> np.ndarray:

@@ -19,9 +19,8 @@ def filter_stuff(bank: PrototypeBank, settings: Filters) -> PrototypeBank:
     """The bank without misleading background prototypes, each extractor judged in its own space; foreground stays.
 
     As published (``stuff_against`` "stuff"): a thing category loses each whose cosine to any foreground prototype of
-    any stuff category exceeds the extractor's ``stuff_threshold``, as grass behind a cow shows grass; stuff categories
-    lose all of them, or none with ``stuff_background``. With "all" every category loses each that is so similar to a
-    foreground of any other.
+    any stuff category exceeds the extractor's ``stuff_threshold`` (grass behind cows); stuff categories lose all, or
+    none with ``stuff_background``. With "all" every category loses each so similar to a foreground of any other.
 
     Without ``stuff_parts`` the part prototypes of stuff categories are taken away before. What :func:`bare` says of the
     result is logged. Raises ``InputError`` for a category that would be left without foreground prototypes.

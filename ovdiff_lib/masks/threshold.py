@@ -26,9 +26,9 @@ def multi_otsu(values: np.ndarray, classes: int = 3, foreground_levels: int = 1)
 
 
 def _last_bins(counts: np.ndarray, classes: int) -> np.ndarray:
-    """Of each level but the top one the last bin, i64 (classes - 1,): the division of a histogram i64 (bins,) with the
-    largest variance between levels, none empty. That is the largest sum of (sum of values)^2 / number over levels:
-    ``best[b]`` is it for the bins below b, one level more each round, and ``ends`` remembers where the last began."""
+    """The last bin of each level but the top one, i64 (classes - 1,), where a histogram i64 (bins,) divides with most
+    variance between levels, none empty: the largest sum over levels of (sum of values)^2 / number. ``best[b]`` is that
+    sum for the bins below b, a level more each round; ``ends`` remembers where the last level began."""
     below, weighted = (np.append(0.0, np.cumsum(c)) for c in (counts, counts * np.arange(len(counts))))
     number, total = (c[None] - c[:, None] for c in (below, weighted))  # of the bins from a to b - 1, at [a, b]
     gain = np.where(number > 0, total**2 / np.maximum(number, 1), -np.inf)

@@ -42,8 +42,7 @@ def crop(resized: np.ndarray, box: Box, side: int) -> np.ndarray:
 
 
 def window_seeds(seed: int, image: np.ndarray, count: int) -> np.ndarray:
-    """Noise seeds i64 (count,) of an image's windows: from its pixels u8 (H, W, 3) and the window's number, never from
-    the order images come in."""
+    """Noise seeds i64 (count,) of an image's windows: from its pixels u8 (H, W, 3) and the window's number alone."""
     digest = hashlib.sha256(f"{seed}:{image.shape}:".encode() + np.ascontiguousarray(image).tobytes()).digest()
     # 63 bits: torch, NumPy and int64 arrays all take them.
     drawn = [int.from_bytes(hashlib.sha256(digest + str(i).encode()).digest()[:8], "big") >> 1 for i in range(count)]

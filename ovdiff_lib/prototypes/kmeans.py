@@ -111,8 +111,8 @@ def _distances(points: torch.Tensor, norms: torch.Tensor, centres: torch.Tensor)
 
 def _lloyd(x: torch.Tensor, mean: torch.Tensor | None, centroids: torch.Tensor, iterations: int = ITERATIONS,
            tolerance: float = TOLERANCE) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Centroids, assignment and inertia after Lloyd's iterations; ``mean`` is subtracted block by block, for a centred
-    copy of all data would not fit (None: ``x`` is centred), and centroids are relative to it."""
+    """Centroids, assignment and inertia after Lloyd's iterations. ``mean`` (None: 0), which centroids are relative to,
+    is subtracted block by block: a centred copy of all data would not fit."""
     lengths = torch.cat([torch.linalg.vector_norm(points, dim=1).square_() for points in _blocks(x, mean)])
     limit = tolerance * float(lengths.sum(dtype=torch.float64)) / x.numel()
     for _ in range(iterations):
