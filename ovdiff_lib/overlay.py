@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-BACKGROUND = (40, 40, 46)  # dark grey
+DARK_GREY = (40, 40, 46)
 
 TABLE = np.frombuffer(bytes.fromhex(
     "6900ff00ff00ff0000ffd200ff00a50078f00f780000f0c3a55a0fffa5f0a53c5ad2e187ff00ff00c3ff872db4a5e11eff005a00e169"
@@ -46,7 +46,7 @@ def colours_of(class_names: Sequence[str]) -> np.ndarray:
         while slot in slots.values() and len(slots) < len(TABLE):
             slot = (slot + 1) % len(TABLE)
         slots[name] = slot
-    return np.array([BACKGROUND, *(TABLE[slots[name]] for name in names)], np.uint8)
+    return np.array([DARK_GREY, *(TABLE[slots[name]] for name in names)], np.uint8)
 
 
 def paint(image: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> np.ndarray:

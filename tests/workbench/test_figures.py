@@ -15,7 +15,7 @@ from ovdiff_lib.profiles.schema import Filters
 from ovdiff_lib.types import ForegroundBackground, SupportSet
 from ovdiff_lib.workbench.analysis.margins import MarginStatistics
 from ovdiff_lib.workbench.figures import explanations
-from ovdiff_lib.workbench.figures.base import BACKGROUND, FOREGROUND
+from ovdiff_lib.workbench.figures.base import BLUE, ORANGE
 from ovdiff_lib.workbench.figures.charts import difference_chart, growth_chart
 from ovdiff_lib.workbench.figures.explanations import COLOURS, REASON_COLOURS, Trace, highlight, prototype_figure, source_images
 from ovdiff_lib.workbench.figures.steps import Column, divided, divided_figure, gallery, selection_figure
@@ -93,7 +93,7 @@ def test_the_selection_names_the_masks_of_eq_1():
 def test_divided_tints_only_its_masks():
     drawn = support()
     made = divided(drawn, halves(slice(0, 2), slice(-2, None)), 0).astype(int)
-    for rows, colour in ((slice(2), FOREGROUND), (slice(-2, None), BACKGROUND)):
+    for rows, colour in ((slice(2), ORANGE), (slice(-2, None), BLUE)):
         assert np.abs(made[rows] - (drawn.images[0][rows] + np.array(colour)) / 2).max() <= 0.5
     assert (made[2:-2] == drawn.images[0][2:-2]).all()
     none, whole = slice(0), slice(None)

@@ -117,15 +117,15 @@ def test_mask_and_part_pictures_colour_both_regions():
     foreground[1, :4, :7], background[1, 10:, 20:] = True, True
     masks = ForegroundBackground(foreground, background, ("threshold",) * 2)
     picture = figures.mask_picture(masks, 1)
-    assert ((picture == figures.FOREGROUND).all(-1) == foreground[1]).all()
-    assert ((picture == figures.BACKGROUND).all(-1) == background[1]).all()
-    assert (figures.mask_picture(masks, 0) == figures.UNUSED).all()
+    assert ((picture == figures.ORANGE).all(-1) == foreground[1]).all()
+    assert ((picture == figures.BLUE).all(-1) == background[1]).all()
+    assert (figures.mask_picture(masks, 0) == figures.LIGHT_GREY).all()
     assignment = np.array([[[1, 2, 0, -1, -2], [1, 2, 0, -1, -2]]], np.int16)
     parts = Prototypes(np.zeros((4, 2), np.float32), np.array(["part"] * 4), np.repeat(["foreground", "background"], 2),
                        np.full(4, -1, np.int32), np.array([1, 2, -1, -2], np.int32), assignment)
     picture = figures.part_picture(parts)
     assert picture.shape == (2, 5, 3) and np.array_equal(picture[0], picture[1])
-    assert (picture[:, 2] == figures.UNUSED).all() and len({tuple(c) for c in picture[0].tolist()}) == 5
+    assert (picture[:, 2] == figures.LIGHT_GREY).all() and len({tuple(c) for c in picture[0].tolist()}) == 5
     red, _, blue = picture[0].astype(int).T
     assert (red[:2] > blue[:2]).all() and (blue[3:] > red[3:]).all()  # warm inside, cool outside
 

@@ -24,7 +24,7 @@ from ovdiff_lib.workbench.evaluation.bench import Bench
 from ovdiff_lib.workbench.evaluation.measure import Method, above, evaluate, measure, measure_all
 from ovdiff_lib.workbench.evaluation.results import code_digest
 from ovdiff_lib.workbench.evaluation.rows import LEVELS, SAMPLED, Rival, Row, Searched, both_readings
-from ovdiff_lib.workbench.tables.relations import Sample
+from ovdiff_lib.workbench.tables.relations import Measured
 from ovdiff_lib.workbench.tables.tables import write_table
 
 
@@ -229,7 +229,7 @@ def test_a_bank_without_background_is_a_footnote_of_its_row(tiny_profile, tmp_pa
     for _ in range(2):
         whole, bare = bench.cells(rows, {"Context": "mini-context"})
         assert whole.note == "" and bare.note.startswith('Seed 3: The "stuff" filter left none of the ')
-        assert Sample("none", 1.0, note=bare.note).bare  # as claims read it
+        assert Measured("none", 1.0, note=bare.note).bare  # as claims read it
     text = write_table(tmp_path / "t.csv", "t", [whole, bare], tiny_profile, "Rows.")
     assert text.endswith(f"|\n\nmini-context, none: {bare.note}\n")
 

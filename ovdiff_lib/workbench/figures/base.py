@@ -19,7 +19,7 @@ from ovdiff_lib.overlay import colours_of
 from ovdiff_lib.types import ForegroundBackground, Prototypes
 from ovdiff_lib.workbench.console import write_json
 
-FOREGROUND, BACKGROUND, UNUSED = (228, 87, 46), (46, 134, 193), (225, 225, 225)
+ORANGE, BLUE, LIGHT_GREY = (228, 87, 46), (46, 134, 193), (225, 225, 225)
 """Colours (RGB) of foreground, background and unused support pixels in every figure."""
 
 
@@ -37,15 +37,15 @@ def heat(image: np.ndarray, attribution: np.ndarray, alpha: float = 0.6) -> np.n
 
 def mask_picture(masks: ForegroundBackground, index: int) -> np.ndarray:
     """Foreground, background and unused pixels of support image ``index`` in their colours, u8 (H, W, 3)."""
-    picture = np.full((*masks.foreground.shape[1:], 3), UNUSED, np.uint8)
-    picture[masks.background[index]] = BACKGROUND
-    picture[masks.foreground[index]] = FOREGROUND
+    picture = np.full((*masks.foreground.shape[1:], 3), LIGHT_GREY, np.uint8)
+    picture[masks.background[index]] = BLUE
+    picture[masks.foreground[index]] = ORANGE
     return picture
 
 
 def part_picture(prototypes: Prototypes) -> np.ndarray:
     """Part clusters of the first support image, u8 (h, w, 3): warm foreground, cool background, grey unused."""
-    picture = np.full((*prototypes.assignment.shape[1:], 3), UNUSED, np.uint8)
+    picture = np.full((*prototypes.assignment.shape[1:], 3), LIGHT_GREY, np.uint8)
     codes, count = prototypes.assignment[0].astype(int), int(prototypes.assignment.max())
     for code in np.unique(codes[codes != 0]):
         # Parts of the background are numbered on from those of the foreground.

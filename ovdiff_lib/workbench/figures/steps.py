@@ -47,7 +47,7 @@ def selection_figure(supports: Sequence[SupportSet], masks: Sequence[ForegroundB
 def divided(support: SupportSet, masks: ForegroundBackground, index: int) -> np.ndarray:
     """Support image ``index`` u8 (H, W, 3) with its foreground tinted orange and its background blue."""
     image = support.images[index].astype(np.float32)
-    for mask, colour in ((masks.foreground[index], base.FOREGROUND), (masks.background[index], base.BACKGROUND)):
+    for mask, colour in ((masks.foreground[index], base.ORANGE), (masks.background[index], base.BLUE)):
         image[mask] = (image[mask] + np.array(colour, np.float32)) / 2
     return image.round().astype(np.uint8)
 

@@ -44,7 +44,7 @@ STAMP = "another data set and other models than the paper’s; compare direction
 
 
 @dataclass
-class Run:
+class Executed:
     """One notebook as it ran, and its tables and figures, which the report adds."""
 
     stem: str
@@ -58,7 +58,7 @@ class Run:
     figures: list[dict[str, Any]] = field(default_factory=list)
 
 
-def _run(folder: Path, stem: str, source: Path) -> Run:
+def _run(folder: Path, stem: str, source: Path) -> Executed:
     """The notebook ``stem``, which ran, or should have run, into an outputs folder."""
     executed, failed = folder / f"{stem}.ipynb", folder / f"{stem}.failed.ipynb"
     stamp, ran = read_json(folder / f"{stem}.stamp.json"), cells_of(executed)
@@ -72,7 +72,7 @@ def _run(folder: Path, stem: str, source: Path) -> Run:
     elif not executed.exists():
         problem = f"The notebook {stem} has not been run in this folder; what is here of it is of an earlier run."
     took = str(timedelta(seconds=round(stamp["seconds"]))) if "seconds" in stamp else "unknown"
-    return Run(stem, title, executed if ran else None, took, stamp.get("finished", ""), problem)
+    return Executed(stem, title, executed if ran else None, took, stamp.get("finished", ""), problem)
 
 
 def hidden(text: str, folder: Path) -> str:
@@ -97,7 +97,7 @@ def build_report(folder: Path, profile: Profile, notebooks: Path) -> Path:
     stems = {path.name.split(".")[0] for place in (folder, notebooks) for path in place.glob("[0-9]*.ipynb")}
     runs = {stem: _run(folder, stem, notebooks / f"{stem}.ipynb") for stem in sorted(stems)}
     problems = [run.problem for run in runs.values() if run.problem]
-    others = Run("others", "Other tables and figures")
+    others = Executed("others", "Other tables and figures")
 
     def read(reader: Callable[[Path], Any], *paths: Path) -> list[Any]:
         """What is read of each path; what cannot be read is a problem."""
@@ -109,7 +109,7 @@ def build_report(folder: Path, profile: Profile, notebooks: Path) -> Path:
                 problems.append(hidden(str(error), folder))
         return found
 
-    def owner(name: str) -> Run:
+    def owner(name: str) -> Executed:
         """The notebook that a table or figure is of, by the rule of names."""
         return runs.get(max((stem for stem in runs if name.startswith(stem)), key=len, default=""), others)
 

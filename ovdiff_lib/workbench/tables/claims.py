@@ -17,7 +17,7 @@ import pandas
 
 from ovdiff_lib.files import write_atomic
 from ovdiff_lib.workbench.tables.intervals import holm, read_runs
-from ovdiff_lib.workbench.tables.relations import LEGEND, ORDER, Part, Sample, outcome
+from ovdiff_lib.workbench.tables.relations import LEGEND, ORDER, Measured, Outcome, outcome
 from ovdiff_lib.workbench.tables.tables import NOT_EXERCISED, STAMP, escape, read_record, read_table
 
 FOLDER = Path(__file__).parent
@@ -62,7 +62,7 @@ def judge(folder: str | Path) -> list[ClaimResult]:
     return [test.result(profile) for test in tested]
 
 
-def gather(folder: Path) -> tuple[dict[str, Sample], str]:
+def gather(folder: Path) -> tuple[dict[str, Measured], str]:
     """The cells measured here in ``folder``/tables by their key ("table|row|column"), of several with one key that of
     most runs, the first of equals, labelled as in the paper but for the segmenter used; and the tables' profile."""
     sets, found, profile = {name for claim in claims() for name in claim.sets}, [], ""
@@ -77,11 +77,11 @@ def gather(folder: Path) -> tuple[dict[str, Sample], str]:
         key, label = "|".join(cell.paper.key), ", ".join(part for part in cell.paper.key[1:] if part not in sets)
         if key not in samples:
             draws, label = runs.draws if runs and runs.images > 1 else None, label.replace("CutLER", segmenter)
-            samples[key] = Sample(label, cell.measured, draws, cell.n, cell.note)
+            samples[key] = Measured(label, cell.measured, draws, cell.n, cell.note)
     return samples, profile
 
 
-def find(samples: dict[str, Sample], pattern: str) -> list[Sample]:
+def find(samples: dict[str, Measured], pattern: str) -> list[Measured]:
     """The cells of a pattern, of the first of its alternatives that was measured."""
     for option in pattern.split(" or "):
         if option in samples:
@@ -109,7 +109,7 @@ def counts(results: list[ClaimResult]) -> dict[str, int]:
 class _Test:
     """A claim on the data sets for which there is what it compares."""
 
-    def __init__(self, claim: Any, samples: dict[str, Sample]) -> None:
+    def __init__(self, claim: Any, samples: dict[str, Measured]) -> None:
         self.claim, self.parts, self.notes, self.absent, self.cells = claim, {}, [claim.note], [], []
         for name in claim.sets:
             left, right, unmeasured, missing = _cells(claim, name, samples)
@@ -149,7 +149,7 @@ def _verdict(claim: Any, verdicts: list[str]) -> str:
     return claim.missing if len(verdicts) < len(claim.sets) else min(verdicts, key=ORDER.index)
 
 
-def _each(parts: dict[str, Part], relation: str) -> str:
+def _each(parts: dict[str, Outcome], relation: str) -> str:
     """The verdict of every data set as one sentence, so that none is hidden behind the claim's own."""
     words = {"holds": "leads", "fails": "loses"} if relation.endswith("on most") else {}
     verdicts = {name: words.get(part.verdict, part.verdict) for name, part in parts.items()}
@@ -158,7 +158,7 @@ def _each(parts: dict[str, Part], relation: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _cells(claim: Any, name: str, samples: dict[str, Sample]) -> tuple[list[Sample], list[Sample], list[str], str]:
+def _cells(claim: Any, name: str, samples: dict[str, Measured]) -> tuple[list, list, list[str], str]:
     """The cells of both sides on one data set, the rivals that are left out, and the key of a cell that is missing."""
     sides = [[pattern.replace("{set}", name) for pattern in side] for side in (claim.left, claim.right)]
     patterns, unmeasured = sides[0] + sides[1], []

@@ -38,7 +38,7 @@ LEGEND = (
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class Measured:
     """A measured cell: ``mean`` in the table's unit, of an mIoU its ``draws`` f64 (DRAWS,), which cells of a data set
     share, its number of ``seeds`` and foot``note``, and ``count``, the N in the name of a cell found by a pattern."""
 
@@ -54,7 +54,7 @@ class Sample:
 
     def minus(self, other: Self, label: str = "") -> Self:
         """The difference, as a sample called ``label``."""
-        return Sample(label, self.mean - other.mean, self.draws - other.draws, note=f"{self.note} {other.note}")
+        return Measured(label, self.mean - other.mean, self.draws - other.draws, note=f"{self.note} {other.note}")
 
 
 @dataclass
@@ -62,9 +62,9 @@ class Comparison:
     """Whether the difference ``left`` - ``right`` lies within the edges of ``sign`` (:data:`WITHIN`); ``corrected`` is
     its p-value after Holm, which all comparisons of all claims together make."""
 
-    left: Sample
+    left: Measured
     sign: str
-    right: Sample
+    right: Measured
     corrected: float = 1.0
 
     difference = cached_property(lambda self: self.left.minus(self.right))
@@ -85,7 +85,7 @@ class Comparison:
 
 
 @dataclass
-class Part:
+class Outcome:
     """The outcome on one data set: its comparisons, and a text with {} for their numbers. What compares nothing has its
     verdict by another ``rule``."""
 
@@ -112,38 +112,38 @@ class Part:
         return self.rule or (f"p after Holm {found}" if found else "")
 
 
-def outcome(relation: str, left: list[Sample], right: list[Sample]) -> Part | None:
+def outcome(relation: str, left: list[Measured], right: list[Measured]) -> Outcome | None:
     """What a relation of claims.csv compares on a data set; None where it needs more cells than these."""
     if relation == "linear":
         return linear(left)
     pairs, text = RELATIONS[relation](left, right)
-    return Part([Comparison(*pair) for pair in pairs], text) if pairs else None
+    return Outcome([Comparison(*pair) for pair in pairs], text) if pairs else None
 
 
-Pairs = tuple[list[tuple[Sample, str, Sample]], str]
+Pairs = tuple[list[tuple[Measured, str, Measured]], str]
 """What a relation compares: (left, sign, right), each of which has to hold, and a text with {} for their numbers."""
 
 
-def _every(sign: str) -> Callable[[list[Sample], list[Sample]], Pairs]:
+def _every(sign: str) -> Callable[[list[Measured], list[Measured]], Pairs]:
     """Each left-hand cell against each right-hand cell."""
     return lambda left, right: ([(a, sign, b) for a, b in itertools.product(left, right)], "{}")
 
 
-def _pairwise(left: list[Sample], right: list[Sample]) -> Pairs:
+def _pairwise(left: list[Measured], right: list[Measured]) -> Pairs:
     return [(a, ">", b) for a, b in zip(left, right, strict=True)], "{}"
 
 
-def _best(left: list[Sample], right: list[Sample]) -> Pairs:
+def _best(left: list[Measured], right: list[Measured]) -> Pairs:
     return [(left[0], ">", max(right, key=MEAN))], f"{{}} (the best of {len(right)})" if len(right) > 1 else "{}"
 
 
-def _spread(left: list[Sample], _: list[Sample]) -> Pairs:
+def _spread(left: list[Measured], _: list[Measured]) -> Pairs:
     """The best and the worst of the left-hand cells are about equal."""
     ordered, shown = sorted(left, key=MEAN), ", ".join(f"{s.label} {s.mean:.1f}" for s in left)
     return [(ordered[-1], "~", ordered[0])], f"{shown}; best and worst: {{}}"
 
 
-def _drops(left: list[Sample], right: list[Sample]) -> Pairs:
+def _drops(left: list[Measured], right: list[Measured]) -> Pairs:
     """The first left-hand cell is the whole, each other cell the whole without a part: the left-hand parts cost more
     than every right-hand part, and cost something at all."""
     whole, *named = left
@@ -152,16 +152,16 @@ def _drops(left: list[Sample], right: list[Sample]) -> Pairs:
     return [(whole, ">", least), (rival, ">", least)], f"{whole.label} {whole.mean:.1f}; {drops}; {{}}"
 
 
-def _gains(left: list[Sample], right: list[Sample]) -> Pairs:
+def _gains(left: list[Measured], right: list[Measured]) -> Pairs:
     """Cells come in twos, with and without: each gain on the left is little, and less than every gain on the right."""
     small, large = ([a.minus(b, f"gain of {a.label.split(',')[0]}") for a, b in zip(side[::2], side[1::2], strict=True)]
                     for side in (left, right))
-    nothing = Sample("none", 0.0, np.zeros_like(left[0].draws))
+    nothing = Measured("none", 0.0, np.zeros_like(left[0].draws))
     more = [(gain, ">", other) for other, gain in itertools.product(small, large)]
     return [*((gain, "<=", nothing) for gain in small), *more], "{}"
 
 
-def _grows_then_flat(left: list[Sample], _: list[Sample]) -> Pairs:
+def _grows_then_flat(left: list[Measured], _: list[Measured]) -> Pairs:
     """The largest N up to 8 exceeds the smallest N, and doubling up to the largest N changes little. Needs two values
     of N up to 8 and one pair N, 2 N above them."""
     at = {s.count: s for s in left}
@@ -172,13 +172,13 @@ def _grows_then_flat(left: list[Sample], _: list[Sample]) -> Pairs:
     return [(at[early[-1]], ">", at[early[0]]), (at[last], "~", at[last // 2])], "{}"
 
 
-RELATIONS: dict[str, Callable[[list[Sample], list[Sample]], Pairs]] = {
+RELATIONS: dict[str, Callable[[list[Measured], list[Measured]], Pairs]] = {
     **{sign: _every(sign) for sign in WITHIN}, "> best": _best, "> best on most": _best, "> pairwise": _pairwise,
     "spread": _spread, "largest drops": _drops, "little gains": _gains, "grows then flat": _grows_then_flat}
 """Column ``relation`` of claims.csv: what is compared with what; beside these there is "linear"."""
 
 
-def linear(left: list[Sample]) -> Part | None:
+def linear(left: list[Measured]) -> Outcome | None:
     """A straight line through the times has an R^2 of at least 0.98, and between the smallest and the largest N time
     grows by half to twice as much as N. None with fewer than three N."""
     points = sorted(left, key=lambda s: s.count)
@@ -190,4 +190,4 @@ def linear(left: list[Sample]) -> Part | None:
     verdict = "holds" if r2 >= LINEAR_R2 and LINEAR_RATIO[0] <= ratio <= LINEAR_RATIO[1] else "fails"
     shown = ", ".join(f"N={s.count}: {s.mean:.3g}" for s in points)
     measured = f"{shown} (R^2 {r2:.4f}; growth in time / growth in N {ratio:.2f})"
-    return Part([], measured, verdict, "least squares through the medians of each N's runs")
+    return Outcome([], measured, verdict, "least squares through the medians of each N's runs")
