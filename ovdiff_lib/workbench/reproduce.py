@@ -137,7 +137,7 @@ def expected_time(chosen: Sequence[Path], folder: Path, workers: int) -> str:
     """How many notebooks there are to run and, as a sentence, how long they take about, ``workers`` at a time, by their
     last runs into ``folder``. The classes that they share are counted too where the folder has no library yet."""
     known = read_json(folder / EXECUTED)
-    total = sum(_seconds(notebook, known) for notebook in chosen) / workers
+    total = sum(_seconds(one, known) / (1 if has_tag(one, "alone") else workers) for one in chosen)
     total += 0 if (folder / "cache").exists() else _seconds(Path(CLASSES), known)
     return f"{len(chosen)} to run" + (f", about {max(1, round(total / 60))} min as measured last." if total else ".")
 

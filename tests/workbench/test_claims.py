@@ -250,7 +250,7 @@ def test_a_row_to_which_a_filter_left_no_background_is_not_exercised(tmp_path, l
     for key in ("3|Full|Context", "3|w/o sliding window|Context"):
         tables(tmp_path, WINDOWS, notes={key: f"{note}."})
         found = result(tmp_path, 16)
-        assert found.verdict == verdict and f"{key.split('|')[1]}: {note}." in found.how
+        assert found.verdict == verdict
         assert (f"(not exercised: {note.partition('. ')[2]})" in found.measured) is (verdict != "holds")
 
 

@@ -14,7 +14,9 @@ from tiny import tiny_overrides
 from ovdiff_lib import InputError, OVDiff, OVDiffError, ProfileError
 from ovdiff_lib.cli.main import main
 from ovdiff_lib.filters.stuff import bare, filter_stuff
+from ovdiff_lib.library.store import Library
 from ovdiff_lib.mini.world import load_world
+from ovdiff_lib.networks import instruments
 from ovdiff_lib.profiles.schema import PrototypeSettings
 from ovdiff_lib.prototypes.build import build_prototypes
 from ovdiff_lib.types import ForegroundBackground
@@ -353,3 +355,15 @@ def test_the_command(tiny, capsys):
     assert "it can mean animal; device of a computer" in capsys.readouterr().out
     assert main(["vocabulary", "cat, mouse, water", "--stuff", "water", *tiny]) == 1
     assert "water (stuff)" in capsys.readouterr().out
+
+
+def test_the_library_is_not_asked_where_networks_run(tiny_profile, tmp_path, monkeypatch):
+    """Its lock comes before theirs, everywhere: the other way round two threads could wait for each other."""
+    asked = []
+    get_or = Library._get_or
+    monkeypatch.setattr(Library, "_get_or", lambda *given: (asked.append(instruments._lock._is_owned()), get_or(*given))[1])
+    ovdiff = OVDiff(tiny_profile, {"support.size": 2}, library=tmp_path, progress=False)
+    examine(ovdiff, NAMES)
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), np.uint8)
+    ovdiff.build_from({"cat": pictures}, masks={"cat": np.ones((2, 40, 60), bool)})
+    assert len(asked) > 8 and not any(asked)

@@ -134,7 +134,7 @@ class _Test:
             notes.append("Not measured: " + "; ".join(self.absent) + ".")
         notes.append(_explanations().get((profile, claim.id, verdict), ""))
         measured = _join((f"{name}: " if several else "") + part.measured for name, part in parts.items())
-        how = _join([*(part.how for part in parts.values()), *(f"{c.label}: {c.note}" for c in self.cells if c.note)])
+        how = _join(part.how for part in parts.values())
         return ClaimResult(claim.id, claim.claim, claim.source, claim.paper, measured, verdict, _join(notes, " "), how)
 
 

@@ -220,7 +220,6 @@ def _examine_collisions(reports: Sequence[ClassReport], tables: dict[str, Collis
                            f"drawings of it can be {said} {', '.join(found)}")
 
 
-@undisturbed()
 def _examine_readings(reports: Sequence[ClassReport], categories: Sequence[Category], ovdiff: OVDiff,
                       limits: Limits) -> None:
     """What CLIP, which filters the categories, reads in the drawings of each class, the word of highest cosine, and
@@ -228,14 +227,17 @@ def _examine_readings(reports: Sequence[ClassReport], categories: Sequence[Categ
     always keeps is not judged."""
     clip, settings = ovdiff.category_filter, ovdiff.profile.filters
     words = clip.text([settings.category_prompt.replace("{names}", category.prompt) for category in categories])
-    cosine = (words @ words.T).fill_diagonal_(-1).numpy()
+    with undisturbed():
+        cosine = (words @ words.T).fill_diagonal_(-1).numpy()
     judged = np.array([i for i, category in enumerate(categories)
                        if category.kind == "thing" or not settings.category_keep_stuff])
     for i, report in enumerate(reports if len(categories) > 1 else ()):
         report.measure(nearest_word=categories[cosine[i].argmax()].name, text_cosine=cosine[i].max())
         if i in judged and len(judged) > 1:
-            embeddings = torch.stack([clip.embed_image(image) for image in ovdiff.support(categories[i]).images])
-            best = judged[(embeddings @ words[judged].T).argmax(1).numpy()]
+            images = ovdiff.support(categories[i]).images  # not in there: the library has a lock, too
+            with undisturbed():
+                embeddings = torch.stack([clip.embed_image(image) for image in images])
+                best = judged[(embeddings @ words[judged].T).argmax(1).numpy()]
             share = np.bincount(best, minlength=len(categories)) / len(best)
             report.measure(recognised=share[i], read_as=categories[share.argmax()].name)
             if share[i] < limits.recognised_look:
