@@ -59,7 +59,7 @@ class ForegroundBackground:
     source: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prototypes:
     """Prototypes of one category in one extractor's feature space (Eq. 2, 3).
 

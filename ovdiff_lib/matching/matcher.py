@@ -27,7 +27,12 @@ from ovdiff_lib.matching.windows import Box, check_image, crop, scales, window_s
 from ovdiff_lib.networks.instruments import batches, undisturbed
 from ovdiff_lib.networks.loading import resolve_device
 from ovdiff_lib.profiles.schema import Profile, of_extractor
-from ovdiff_lib.types import PrototypeBank
+from ovdiff_lib.types import REGIONS, PrototypeBank, Prototypes
+
+
+TOGETHER = 8
+"""Regions of categories whose prototypes are matched in one product: large ones are fast, and what all of a large
+vocabulary scored would outgrow memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +41,7 @@ class _InProgress:
 
     shape: tuple[int, int]  # of the image as given
     resized: np.ndarray
-    classes: dict[str, tuple[list[torch.Tensor], np.ndarray]]  # by extractor, its prototypes class by class
+    bank: PrototypeBank
     voters: list[str]  # the extractors that the mean is over
     constant: float  # what extractors without background prototypes add to the mean of the background
     scored: bool  # whether others have some
@@ -90,17 +95,20 @@ class Matcher:
 
     def _open(self, image: np.ndarray, bank: PrototypeBank) -> _InProgress:
         check_image(image)
-        settings, classes = self.settings, {name: self._by_class(name, bank) for name in self.extractors}
-        given = settings.background_threshold
-        without_background = [name for name, (vectors, _) in classes.items() if not len(vectors[0])]
-        scored = len(without_background) < len(classes)
-        voters = [name for name in classes if given is not None or name not in without_background] or [*classes]
+        if missing := [name for name in self.extractors if name not in bank.prototypes]:
+            raise InputError(f"The prototypes are for {', '.join(bank.extractors) or 'no extractor'} but the profile "
+                             f"matches with {missing[0]!r}; build them again with this profile.")
+        settings, given, left = self.settings, self.settings.background_threshold, bank.counts("background")
+        without_background = [name for name in self.extractors if not any(left[name])]
+        scored = len(without_background) < len(self.extractors)
+        voters = [name for name in self.extractors if given is not None or name not in without_background]
+        voters = voters or [*self.extractors]
         constants = [of_extractor("matching.background_threshold", given, name) for name in voters
                      if name in without_background]
         constant = -np.inf if None in constants else sum(constants) / len(voters)
         resized = resize_short_side(image, settings.short_side, settings.resample, settings.long_side)
         total = torch.zeros(len(bank.vocabulary) + 1, *resized.shape[:2], dtype=torch.float32, device=self.device)
-        opened = _InProgress(image.shape[:2], resized, classes, voters, constant, scored, total)
+        opened = _InProgress(image.shape[:2], resized, bank, voters, constant, scored, total)
         placed = scales(resized.shape[:2], settings)
         seeds = iter(window_seeds(self.profile.features.seed, image, sum(len(boxes) for _, boxes in placed)))
         for side, boxes in placed:
@@ -113,21 +121,6 @@ class Matcher:
                 opened.windows.append(_Window(opened, len(opened.windows), box, share, pixels, next(seeds)))
         return opened
 
-    def _by_class(self, name: str, bank: PrototypeBank) -> tuple[list[torch.Tensor], np.ndarray]:
-        """Of one extractor the unit vectors f32 (p, D) of background, of all categories, then of each category; and of
-        each vector in that order the category and row that it has in the bank, i32 (2, P + 1), last -1 for "none"."""
-        if name not in bank.prototypes:
-            raise InputError(f"The prototypes are for {', '.join(bank.extractors) or 'no extractor'} but the profile "
-                             f"matches with {name!r}; build them again with this profile.")
-        rows = bank.prototypes[name]
-        front, behind = ([np.flatnonzero(p.region == region) for p in rows] for region in ("foreground", "background"))
-        vectors = [np.concatenate([p.vectors[b] for p, b in zip(rows, behind, strict=True)]),
-                   *(p.vectors[own] for p, own in zip(rows, front, strict=True))]
-        numbers = np.repeat([*range(len(rows))] * 2, [len(chosen) for chosen in (*behind, *front)])
-        places = np.stack([np.append(numbers, -1), np.concatenate([*behind, *front, [-1]])]).astype(np.int32)
-        tensors = (torch.from_numpy(np.ascontiguousarray(v, np.float32)).to(self.device) for v in vectors)
-        return [F.normalize(tensor, dim=1) for tensor in tensors], places
-
     def _score(self, part: Sequence[_Window]) -> None:
         """Add the scores of windows to their images; note in ``seen`` what the first extractor saw in each."""
         for name, extractor in self.extractors.items():
@@ -136,31 +129,52 @@ class Matcher:
             for _, run in itertools.groupby(found, lambda pair: (id(pair[0].image), pair[0].box[2:])):
                 of_run, features = zip(*run, strict=True)
                 image, (_, _, height, width) = of_run[0].image, of_run[0].box
-                values, arguments = self._match(torch.stack(features), image.classes[name][0])
+                values, deciders = self._match(name, of_run, features)
                 enlarged = F.interpolate(values, size=(height, width), mode="bilinear", align_corners=False)
                 for window, scores in zip(of_run, enlarged, strict=True):
                     image.total[:, *_slices(window.box)] += scores * window.share * (name in image.voters)
                 if name == next(iter(self.extractors)):
-                    kept = values.cpu().numpy(), arguments.int().cpu().numpy()
+                    kept = values.cpu().numpy(), deciders.cpu().numpy()
                     image.seen.extend((w.number, w.box, *both) for w, *both in zip(of_run, *kept, strict=True))
 
-    def _match(self, features: torch.Tensor, classes: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Highest cosine f32 (n, C + 1, h, w) of every feature (n, h, w, D) to each class, and which prototype of all
-        that is, i64; 0 and -1 for a class without prototypes."""
-        n, h, w, channels = features.shape
-        if channels != classes[0].shape[1]:
-            raise InputError(f"The prototypes have {classes[0].shape[1]} channels but the image features {channels}; "
-                             "build the prototypes again with this profile.")
-        unit = F.normalize(features.to(self.device, torch.float32).reshape(-1, channels), dim=1)
-        values = unit.new_zeros(len(classes), len(unit))
-        arguments = torch.full(values.shape, -1, dtype=torch.long, device=self.device)
-        first = 0
-        for c, vectors in enumerate(classes):
-            if len(vectors):
-                values[c], argument = (unit @ vectors.T).max(1)
-                arguments[c] = first + argument
-            first += len(vectors)
-        return tuple(t.reshape(-1, n, h, w).transpose(0, 1) for t in (values, arguments))
+    def _match(self, name: str, run: Sequence[_Window],
+               features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Highest cosine f32 (n, C + 1, h, w) of an extractor's features (h, w, D) of n windows of an image to each
+        class, background first, and the (category, row) of that prototype, i32 (n, 2, C + 1, h, w); 0 and -1 for a
+        class without prototypes."""
+        categories, shape = run[0].image.bank.prototypes[name], (len(run), *features[0].shape[:2])
+        found = self._nearest(name, run, features, [(p, region) for region in REGIONS for p in categories])
+        front, behind = found[:len(categories)], found[len(categories):]
+        values = torch.stack([value for value, _ in front])
+        rows = torch.stack([row for _, row in front])
+        best, whose = torch.stack([value for value, _ in behind]).max(0)  # -1 where there is no prototype
+        row = torch.stack([row for _, row in behind]).gather(0, whose[None])
+        numbers = torch.arange(len(categories), dtype=torch.int32, device=self.device)[:, None].expand_as(rows)
+        rows, numbers = torch.cat([row, rows]), torch.cat([whose[None].int(), numbers])
+        deciders = torch.stack([torch.where(rows < 0, -1, numbers), rows])
+        values = torch.where(rows < 0, 0.0, torch.cat([best[None], values]))
+        return values.unflatten(1, shape).transpose(0, 1), deciders.unflatten(2, shape).movedim(2, 0)
+
+    def _nearest(self, name: str, run: Sequence[_Window], features: Sequence[torch.Tensor],
+                 wanted: Sequence[tuple[Prototypes, str]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each feature of a run's windows the highest cosine to each (prototypes, region) that is ``wanted``, f32
+        (n h w,), and the row of that prototype, i32; -1 and -1 where the region has none."""
+        cells = torch.stack(list(features)).flatten(0, 2)
+        unit = F.normalize(cells.to(self.device, torch.float32), dim=1)
+        found = []
+        for start, stop in batches(len(wanted), TOGETHER):
+            rows = [np.flatnonzero(p.region == region) for p, region in wanted[start:stop]]
+            vectors = np.concatenate([p.vectors[own] for (p, _), own in zip(wanted[start:stop], rows, strict=True)])
+            if vectors.shape[1] != unit.shape[1]:
+                raise InputError(f"The prototypes have {vectors.shape[1]} channels but the image features "
+                                 f"{unit.shape[1]}; build the prototypes again with this profile.")
+            vectors = F.normalize(torch.from_numpy(vectors).to(self.device, torch.float32), dim=1)
+            for own, cosines in zip(rows, (unit @ vectors.T).split([*map(len, rows)], dim=1), strict=True):
+                none = unit.new_full((len(unit),), -1.0)
+                value, which = cosines.max(1) if len(own) else (none, none.long())
+                own = torch.from_numpy(np.append(own, -1).astype(np.int32)).to(self.device)
+                found.append((value, own[which]))
+        return found
 
     @undisturbed()
     def _close(self, opened: _InProgress) -> tuple[np.ndarray, np.ndarray]:
@@ -186,11 +200,11 @@ class Matcher:
 def _winner(labels: np.ndarray, opened: _InProgress) -> np.ndarray:
     """Of all windows over a pixel, the prototype with the highest cosine within the class that won the pixel:
     (category, row), i32 (2, H, W)."""
-    best, argument = np.full(labels.shape, -np.inf, np.float32), np.full(labels.shape, -1)
+    best, decider = np.full(labels.shape, -np.inf, np.float32), np.full((2, *labels.shape), -1, np.int32)
     sizes = zip(labels.shape, opened.resized.shape[:2], strict=True)
     centre = [((np.arange(n) + 0.5) * resized / n).astype(int) for n, resized in sizes]
     # In the windows' own order, whatever batches they came in: of equal cosines the first counts.
-    for _, (top, left, height, width), values, arguments in sorted(opened.seen, key=lambda noted: noted[0]):
+    for _, (top, left, height, width), values, deciders in sorted(opened.seen, key=lambda noted: noted[0]):
         y, x = (slice(*np.searchsorted(at, (first, first + length)))
                 for at, first, length in zip(centre, (top, left), (height, width), strict=True))
         rows = (centre[0][y] - top) * values.shape[1] // height
@@ -198,9 +212,8 @@ def _winner(labels: np.ndarray, opened: _InProgress) -> np.ndarray:
         cell = labels[y, x], rows[:, None], columns  # the pixel's class in the pixel's cell
         better = values[cell] > best[y, x]
         best[y, x] = np.where(better, values[cell], best[y, x])
-        argument[y, x] = np.where(better, arguments[cell], argument[y, x])
-    _, places = next(iter(opened.classes.values()))
-    return places[:, argument]
+        decider[:, y, x] = np.where(better, deciders[:, *cell], decider[:, y, x])
+    return decider
 
 
 def _slices(box: Box) -> tuple[slice, slice]:

@@ -11,6 +11,7 @@ from sklearn.metrics import confusion_matrix
 
 from ovdiff_lib import InputError, OVDiff, ProfileError
 from ovdiff_lib.categories import Vocabulary
+from ovdiff_lib.matching.matcher import Matcher
 from ovdiff_lib.registry import Part
 from ovdiff_lib.workbench.baselines import BASELINES, OWN_BACKGROUND
 from ovdiff_lib.workbench.console import FEATURES
@@ -395,17 +396,41 @@ def test_features_of_windows_are_found_again_by_other_processes(tiny_profile, tm
 
     monkeypatch.setenv(FEATURES, str(tmp_path))
     first, ovdiff = found()
-    kept, = tmp_path.glob("*.npy")
+    kept, = tmp_path.glob("*.pt")
     assert ovdiff.matcher.extractors["sd"](windows, seeds[:2]) is first and first.equal(plain)
     ovdiff.extractors["sd"](images, seeds)  # drawings are kept as prototypes
     with monkeypatch.context() as patch:
         patch.setattr(type(ovdiff.extractors["sd"]._part), "_extract", None)
-        assert found({"matching.refine": "pamr"})[0].equal(plain) and [*tmp_path.glob("*.npy")] == [kept]
-    assert not found({"features.sd_timestep": 100})[0].equal(plain) and len([*tmp_path.glob("*.npy")]) == 2
+        assert found({"matching.refine": "pamr"})[0].equal(plain) and [*tmp_path.glob("*.pt")] == [kept]
+    assert not found({"features.sd_timestep": 100})[0].equal(plain) and len([*tmp_path.glob("*.pt")]) == 2
     kept.write_bytes(kept.read_bytes()[:-1])  # of a torn file nothing is believed
     assert found()[0].equal(plain) and found()[0].equal(plain)
     monkeypatch.setattr(shared, "DISK", 0)
-    assert not found({"features.sd_timestep": 300})[0].equal(plain) and len([*tmp_path.glob("*.npy")]) == 2
+    assert not found({"features.sd_timestep": 300})[0].equal(plain) and len([*tmp_path.glob("*.pt")]) == 2
+
+
+def test_rows_look_at_an_image_once_for_each_prototypes(bench, monkeypatch):
+    image = np.random.default_rng(0).integers(0, 255, (48, 70, 3), np.uint8)
+    plain, asked = OVDiff(bench.profile, {"filters.category": False}, library=bench.library, progress=False), []
+    bank = plain.build("dog, boat, cat")
+    nearest = Matcher._nearest
+    monkeypatch.setattr(Matcher, "_nearest", lambda *given: asked.append(len(given[-1])) or nearest(*given))
+
+    def same(kept, settings=(), bank=bank):
+        found = []
+        for ovdiff in (plain, bench.ovdiff({"filters.category": False})):
+            asked.clear()
+            [scored] = ovdiff.replaced(dict(settings)).matcher.scores([(image, bank.restrict(kept))])
+            found.append((*scored, sum(asked)))
+        (scores, winner, all_of_them), (ours, decided, new) = found
+        np.testing.assert_allclose(ours, scores, atol=1e-5)
+        assert (decided == winner).mean() > 0.99
+        return new / all_of_them
+
+    shared.remember.cache.clear()
+    assert same([0, 2]) == 1
+    assert same([2]) == 0 and same([0, 2], {"matching.refine": "pamr"}) == 0 and same([0, 1]) == 0.5
+    assert same([0, 2], bank=bank.without_background()) < 0.6  # regions are told apart; an empty one is looked at
 
 
 def test_rows_of_one_baseline_share_it_and_its_scores(tiny_profile, tmp_path, monkeypatch):

@@ -35,6 +35,8 @@ class GroupViT(Windowed):
     against a constant background are the published rule; of several, it is their mean score that is compared.
     """
 
+    networks = ("groups",)
+
     def __init__(self, texts: TextEmbeddings, matching: Matching) -> None:
         self.texts, self.model, self.matching = texts, texts.clip, matching
 

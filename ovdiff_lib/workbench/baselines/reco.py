@@ -45,6 +45,8 @@ class ReCo(Windowed):
     co-segmentation once.
     """
 
+    networks = ("extractor",)
+
     def __init__(self, maskclip: MaskCLIP, extractor: Extractor, archive: Archive, settings: Baselines,
                  model: str = "", kept: Path | None = None) -> None:
         self.maskclip, self.extractor, self.archive, self.settings = maskclip, extractor, archive, settings

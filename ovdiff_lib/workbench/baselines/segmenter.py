@@ -28,6 +28,8 @@ class ClipSegmenter(Baseline):
     whole image (with its ``long_side``); there are no windows.
     """
 
+    networks = ("tokens",)
+
     def __init__(self, texts: TextEmbeddings, segmenter: Segmenter, matching: Matching) -> None:
         self.texts, self.clip, self.segmenter, self.matching = texts, texts.clip, segmenter, matching
 

@@ -8,12 +8,12 @@ import itertools
 import json
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from ovdiff_lib.masks.select import proposals
 from ovdiff_lib.matching.matcher import Matcher
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.registry import NOT_MODELS, chosen_part
+from ovdiff_lib.types import Prototypes
 from ovdiff_lib.workbench.baselines import build_baseline
 from ovdiff_lib.workbench.console import FEATURES
 
@@ -45,17 +46,30 @@ def _bytes(value: Any) -> int:
     return sum(map(_bytes, value)) if isinstance(value, tuple) else getattr(value, "nbytes", 64)
 
 
+def _digest(*arguments: Any) -> bytes:
+    return hashlib.blake2b(pickle.dumps(arguments), digest_size=16).digest()
+
+
 @cached(LRUCache(MEMORY, getsizeof=_bytes), key=lambda key, make: key)
 def remember(key: Any, make: Callable[[], Any]) -> Any:
     """What ``make`` gives for ``key``, made now or remembered. A result larger than all the memory is not kept."""
     return make()
 
 
+def remember_many(places: Sequence[Any], make: Callable[[list[int]], Iterable[Any]]) -> list[Any]:
+    """What is remembered at each place; ``make`` gives what is not, for the numbers of the places in order."""
+    found = {n: remember.cache[key] for n, key in enumerate(places) if key in remember.cache}
+    new = [n for n in range(len(places)) if n not in found]
+    for n, made in zip(new, make(new) if new else [], strict=True):
+        found[n] = remember(places[n], lambda made=made: made)
+    return [found[n] for n in range(len(places))]
+
+
 class Remembering:
     """A part whose method ``name``, or which itself as a function, remembers its latest results."""
 
     def __init__(self, part: Any, name: str = "__call__") -> None:
-        self._part, self._name, self._number = part, name, next(_numbers)
+        self._part, self._name, self.number = part, name, next(_numbers)
 
     def __call__(self, *arguments: Any) -> Any:
         return remember(self._key(*arguments), lambda: getattr(self._part, self._name)(*arguments))
@@ -64,7 +78,21 @@ class Remembering:
         return self if name == self._name else getattr(self._part, name)
 
     def _key(self, *arguments: Any) -> tuple:
-        return self._number, hashlib.blake2b(pickle.dumps(arguments), digest_size=16).digest()
+        return self.number, _digest(*arguments)
+
+
+class RememberingAll(Remembering):
+    """A part whose results are few numbers each: it remembers them all."""
+
+    def __init__(self, part: Any) -> None:
+        super().__init__(part)
+        self._all: dict[tuple, Any] = {}
+
+    def __call__(self, *arguments: Any) -> Any:
+        key = self._key(*arguments)
+        if key not in self._all:
+            self._all[key] = self._part(*arguments)
+        return self._all[key]
 
 
 class RememberingSegmenter(Remembering):
@@ -75,32 +103,48 @@ class RememberingSegmenter(Remembering):
 
     def propose_many(self, images: np.ndarray, words: str) -> list[np.ndarray]:
         """Proposals bool (M, H, W) of each image u8 (H, W, 3)."""
-        places = [self._key(image, words) for image in images]
-        found = {n: remember.cache[key] for n, key in enumerate(places) if key in remember.cache}
-        new = [n for n in range(len(images)) if n not in found]
-        for n, masks in zip(new, proposals(self._part, images[new], words) if new else [], strict=True):
-            found[n] = remember(places[n], lambda masks=masks: np.asarray(masks))
-        return [found[n] for n in range(len(images))]
+        return remember_many([self._key(image, words) for image in images],
+                             lambda new: map(np.asarray, proposals(self._part, images[new], words)))
+
+
+class SharedMatcher(Matcher):
+    """A matcher that looks at the windows of an image once for each prototypes of a category, whatever settings ask."""
+
+    _digests: Any = WeakKeyDictionary()  # of prototypes, by region
+
+    def _nearest(self, name: str, run: Sequence[Any], features: Sequence[torch.Tensor],
+                 wanted: Sequence[tuple[Prototypes, str]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        seen = self.extractors[name].number, _digest([(window.crop, window.seed) for window in run])
+        make = partial(super()._nearest, name, run, features)
+        return remember_many([(*seen, self._digest_of(*one)) for one in wanted],
+                             lambda new: make([wanted[n] for n in new]))
+
+    def _digest_of(self, prototypes: Prototypes, region: str) -> bytes:
+        known = self._digests.setdefault(prototypes, {})
+        if region not in known:
+            chosen = prototypes.region == region
+            known[region] = _digest(np.flatnonzero(chosen), prototypes.vectors[chosen])
+        return known[region]
 
 
 class KeptOnDisk(Remembering):
-    """An extractor of windows: what ``shared`` remembers of it, and beyond that what a folder keeps. ``key``, as text,
-    is all that features depend on beside the arguments."""
+    """A network that looks at images: what ``shared`` remembers of it, and beyond that what a folder keeps. ``key``, as
+    plain data, is all that its tensors depend on beside the arguments."""
 
-    def __init__(self, shared: Remembering, key: str, folder: Path) -> None:
-        self.__dict__.update(shared.__dict__, _of=key, _folder=folder)
+    def __init__(self, shared: Remembering, key: Any, folder: Path) -> None:
+        self.__dict__.update(shared.__dict__, _of=json.dumps(key, sort_keys=True), _folder=folder)
 
-    def __call__(self, *arguments: Any) -> torch.Tensor:
+    def __call__(self, *arguments: Any) -> Any:
         return remember(self._key(*arguments), lambda: self._kept(*arguments))
 
-    def _kept(self, *arguments: Any) -> torch.Tensor:
-        path = self._folder / f"{hashlib.sha256(pickle.dumps((self._of, arguments))).hexdigest()[:32]}.npy"
-        with suppress(OSError, ValueError):
-            return torch.from_numpy(np.load(path))
-        made = self._part(*arguments)
-        if made.nbytes <= min(LARGEST, DISK - sum(one.stat().st_size for one in self._folder.glob("*.npy"))):
+    def _kept(self, *arguments: Any) -> Any:
+        path = self._folder / f"{_digest(self._of, arguments).hex()}.pt"
+        with suppress(OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+            return torch.load(path, weights_only=True)
+        made = getattr(self._part, self._name)(*arguments)
+        if _bytes(made) <= min(LARGEST, DISK - sum(one.stat().st_size for one in self._folder.glob("*.pt"))):
             with written_whole(path) as file:
-                np.save(file, made.numpy(force=True))
+                torch.save(made, file)
         return made
 
 
@@ -113,6 +157,7 @@ class FewerLayers:
         channels = np.split(np.arange(whole.channels), np.cumsum(whole.widths)[:-1])
         own = dict(zip(whole.settings.sd_layers, channels, strict=True))
         self.whole, self.columns = whole, np.concatenate([own[layer] for layer in layers])
+        self.number = whole.number, *layers
         self.channels = len(self.columns)
 
     def __call__(self, images: Any, seeds: np.ndarray) -> torch.Tensor:
@@ -143,9 +188,9 @@ class SharedNetworks:
         folder = os.environ.get(FEATURES)
         self._made, self._folder, self._layers = {}, Path(folder) if folder else None, layers or []
 
-    def extractors(self, profile: Profile, folder: Path | None = None) -> dict[str, Any]:
-        """The extractors of ``features.extractors`` by name; for windows with a ``folder``."""
-        return {name: self._extractor(name, profile, folder) for name in profile.features.extractors}
+    def extractors(self, profile: Profile, kept: bool = False) -> dict[str, Any]:
+        """The extractors of ``features.extractors`` by name; features of windows are ``kept`` on disk."""
+        return {name: self._extractor(name, profile, kept) for name in profile.features.extractors}
 
     def segmenter(self, profile: Profile) -> Any:
         """The segmenter of ``masks.segmenter``."""
@@ -155,12 +200,13 @@ class SharedNetworks:
 
     def category_filter(self, profile: Profile) -> Any:
         """The category filter of the profile."""
-        key = ["filter", profile.models.clip, _machine(profile), profile.to_dict()["filters"]]
-        return self._once(key, lambda: Remembering(CategoryFilter.build(profile)))
+        own = {name: value for name, value in profile.to_dict()["filters"].items() if name.startswith("category")}
+        key = ["filter", profile.models.clip, _machine(profile), own]
+        return self._once(key, lambda: RememberingAll(CategoryFilter.build(profile)))
 
     def matcher(self, extractors: dict[str, Any], profile: Profile) -> Matcher:
         """The matcher of these extractors."""
-        return Matcher(self.extractors(profile, self._folder) if self._folder else extractors, profile)
+        return SharedMatcher(self.extractors(profile, True), profile)
 
     def baseline(self, name: str, profile: Profile) -> Any:
         """The baseline called ``name`` with the profile's values."""
@@ -168,22 +214,30 @@ class SharedNetworks:
             made = build_baseline(name, profile)
             if name == "reco":  # its dense CLIP looks at the windows that MaskCLIP looks at
                 made.maskclip = self.baseline("maskclip", profile)
+            elif name == "clip-segmenter":
+                made.segmenter = self.segmenter(profile)
             for network in getattr(made, "networks", ()):
-                setattr(made, network, Remembering(getattr(made, network)))
+                setattr(made, network, self._disk(Remembering(getattr(made, network)), [name, network, sees]))
             return Remembering(made, "scores")
 
         key = {section: fields for section, fields in profile.to_dict().items() if section != "evaluation"}
+        sees = {section: key[section] for section in ("models", "features", "baselines")}
+        sees["features"] = {**sees["features"], "extractors": []}
         return self._once(["baseline", name, key], make)
 
-    def _extractor(self, name: str, profile: Profile, folder: Path | None) -> Any:
+    def _extractor(self, name: str, profile: Profile, kept: bool) -> Any:
         layers = profile.features.sd_layers
         if name == "sd" and set() < set(layers) < set(self._layers):
-            whole = self._extractor(name, profile.override({"features.sd_layers": self._layers}), folder)
+            whole = self._extractor(name, profile.override({"features.sd_layers": self._layers}), kept)
             return FewerLayers(whole, layers)
         part = chosen_part("features.extractors", name, EXTRACTORS)
         shared = self._part("features", name, part, profile, Remembering)
-        key = json.dumps([name, keys.of_part(profile, "features", name), _machine(profile)], sort_keys=True)
-        return KeptOnDisk(shared, key, folder) if folder else shared
+        if kept:
+            return self._disk(shared, [name, keys.of_part(profile, "features", name), _machine(profile)])
+        return shared
+
+    def _disk(self, shared: Remembering, key: Any) -> Remembering:
+        return KeptOnDisk(shared, key, self._folder) if self._folder else shared
 
     def _part(self, section: str, name: str, part: Any, profile: Profile, wrap: type) -> Any:
         batch = getattr(getattr(profile, section), "batch_size", 0)
