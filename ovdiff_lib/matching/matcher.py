@@ -27,7 +27,7 @@ from ovdiff_lib.matching.windows import Box, check_image, crop, scales, window_s
 from ovdiff_lib.networks.instruments import batches, undisturbed
 from ovdiff_lib.networks.loading import resolve_device
 from ovdiff_lib.profiles.schema import Profile, of_extractor
-from ovdiff_lib.types import REGIONS, PrototypeBank, Prototypes
+from ovdiff_lib.types import PrototypeBank, Prototypes
 
 
 TOGETHER = 8
@@ -143,25 +143,22 @@ class Matcher:
         class, background first, and the (category, row) of that prototype, i32 (n, 2, C + 1, h, w); 0 and -1 for a
         class without prototypes."""
         categories, shape = run[0].image.bank.prototypes[name], (len(run), *features[0].shape[:2])
-        found = self._nearest(name, run, features, [(p, region) for region in REGIONS for p in categories])
-        front, behind = found[:len(categories)], found[len(categories):]
-        values = torch.stack([value for value, _ in front])
-        rows = torch.stack([row for _, row in front])
-        best, whose = torch.stack([value for value, _ in behind]).max(0)  # -1 where there is no prototype
-        row = torch.stack([row for _, row in behind]).gather(0, whose[None])
-        numbers = torch.arange(len(categories), dtype=torch.int32, device=self.device)[:, None].expand_as(rows)
-        rows, numbers = torch.cat([row, rows]), torch.cat([whose[None].int(), numbers])
-        deciders = torch.stack([torch.where(rows < 0, -1, numbers), rows])
-        values = torch.where(rows < 0, 0.0, torch.cat([best[None], values]))
-        return values.unflatten(1, shape).transpose(0, 1), deciders.unflatten(2, shape).movedim(2, 0)
+        wanted, count = [(p, region) for region in ("background", "foreground") for p in categories], len(categories)
+        values, rows = map(torch.stack, zip(*self._nearest(name, run, features, wanted), strict=True))  # (2 C, n h w)
+        best, whose = values[:count].max(0, keepdim=True)
+        values, rows = torch.cat([best, values[count:]]), torch.cat([rows[:count].gather(0, whose), rows[count:]])
+        own = torch.arange(count, dtype=torch.int32, device=self.device)[:, None].expand_as(rows[1:])
+        none, numbers = rows < 0, torch.cat([whose.int(), own])
+        deciders = torch.stack([numbers.masked_fill(none, -1), rows])
+        return (values.masked_fill(none, 0).unflatten(1, shape).transpose(0, 1),
+                deciders.unflatten(2, shape).movedim(2, 0))
 
     def _nearest(self, name: str, run: Sequence[_Window], features: Sequence[torch.Tensor],
                  wanted: Sequence[tuple[Prototypes, str]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Of each feature of a run's windows the highest cosine to each (prototypes, region) that is ``wanted``, f32
         (n h w,), and the row of that prototype, i32; -1 and -1 where the region has none."""
-        cells = torch.stack(list(features)).flatten(0, 2)
-        unit = F.normalize(cells.to(self.device, torch.float32), dim=1)
-        found = []
+        unit = F.normalize(torch.stack(list(features)).flatten(0, 2).to(self.device, torch.float32), dim=1)
+        none, found = unit.new_full((len(unit),), -1.0), []
         for start, stop in batches(len(wanted), TOGETHER):
             rows = [np.flatnonzero(p.region == region) for p, region in wanted[start:stop]]
             vectors = np.concatenate([p.vectors[own] for (p, _), own in zip(wanted[start:stop], rows, strict=True)])
@@ -170,7 +167,6 @@ class Matcher:
                                  f"{unit.shape[1]}; build the prototypes again with this profile.")
             vectors = F.normalize(torch.from_numpy(vectors).to(self.device, torch.float32), dim=1)
             for own, cosines in zip(rows, (unit @ vectors.T).split([*map(len, rows)], dim=1), strict=True):
-                none = unit.new_full((len(unit),), -1.0)
                 value, which = cosines.max(1) if len(own) else (none, none.long())
                 own = torch.from_numpy(np.append(own, -1).astype(np.int32)).to(self.device)
                 found.append((value, own[which]))
