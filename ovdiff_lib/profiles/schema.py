@@ -27,9 +27,9 @@ def _each_once(names: list) -> list:
     return names
 
 
-def _template(text: str) -> str:
-    if text != IMAGENET and (text.count("{name}") != 1 or set("{}") & set(text.replace("{name}", ""))):
-        raise ValueError("Input should hold {name} once, as 'a photo of a {name}.', or be 'imagenet'")
+def _template(text: str, *others: str) -> str:
+    if text not in others and (text.count("{name}") != 1 or set("{}") & set(text.replace("{name}", ""))):
+        raise ValueError(" or be ".join(["Input should hold {name} once, as 'a photo of a {name}.'", *map(repr, others)]))
     return text
 
 
@@ -50,7 +50,9 @@ Share = Annotated[float, Strict(), Field(ge=0, le=1)]
 Cosine = Annotated[float, Strict(), Field(ge=-1, le=1)]
 Names = Annotated[list[str], Field(min_length=1), AfterValidator(_each_once)]
 IMAGENET = "imagenet"  # among templates it stands for the 80 of CLIP's authors
-Templates = Annotated[list[Annotated[str, AfterValidator(_template)]], Field(min_length=1), AfterValidator(_each_once)]
+Template = Annotated[str, AfterValidator(_template)]
+Templates = Annotated[list[Annotated[str, AfterValidator(lambda text: _template(text, IMAGENET))]], Field(min_length=1),
+                      AfterValidator(_each_once)]
 # One value for all feature spaces, or a mapping from the name of an extractor: see of_extractor. A tag is what pydantic
 # calls the form that is there.
 ONE, EACH = pydantic.Tag("<number>"), pydantic.Tag("<mapping>")
@@ -83,7 +85,7 @@ class Models:
 class Support:
     """Step 1, Sec. 3.1 and App. C.5: how support images are drawn and attributed."""
 
-    prompt: str = "A good picture of a {name}"
+    prompt: Template = "A good picture of a {name}"
     negative_prompt: str = ""
     size: Count = 32  # N, support images a category
     steps: Count = 30  # DPM-Solver++ steps

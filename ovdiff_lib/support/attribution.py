@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from ovdiff_lib.errors import InputError, ProfileError
+from ovdiff_lib.errors import InputError
 from ovdiff_lib.networks.instruments import attention_grid, undisturbed
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
+
 def fill_template(template: str, name: str) -> str:
-    """``template`` with its one ``{name}`` replaced. Raises ``ProfileError`` if it is not there exactly once."""
-    if template.count("{name}") != 1:
-        raise ProfileError(f"support.prompt is {template!r}; it must hold {{name}} exactly once, as in 'A good picture "
-                           "of a {name}'.")
+    """``template``, of which the profile's schema has seen that it holds ``{name}`` once, with it replaced."""
     return template.replace("{name}", name)
 
 
@@ -33,7 +31,7 @@ def class_token_positions(tokenizer: CLIPTokenizer, template: str, name: str) ->
     """Positions in the text encoder's sequence (0 = start token) of the tokens that ``name`` occupies in ``template``.
 
     Found by the place of the name, so that a word of it which the template has as well does not count there. Raises
-    ``ProfileError`` for a bad template and ``InputError`` for a prompt longer than the text encoder reads.
+    ``InputError`` for a prompt longer than the text encoder reads.
     """
     prompt = fill_template(template, name)
     start = template.index("{name}")
