@@ -1,9 +1,8 @@
 """Own pictures as support: a user's photographs of a class in place of drawings, with masks of the object or without.
 
 The library keeps of each the square around the object, as drawings show theirs. Without masks the profile's segmenter
-proposes some and CLIP says which is the class, by the object alone on grey. Chosen on scenes of the mini world: the
-other way, taking what agrees best with the other pictures' proposals, found the object less often, needs several
-pictures, and takes surroundings that they share.
+proposes some and CLIP says which is the class, by the object alone on grey. Chosen on scenes of the mini world: what
+agrees best with other pictures' proposals was right less often, needs several, and takes shared surroundings.
 """
 
 from __future__ import annotations

@@ -30,8 +30,7 @@ OWN_BACKGROUND: dict[str, Callable[[Baselines, Vocabulary], bool]] = {
     "clip-segmenter": lambda settings, vocabulary: True,
 }
 """Baselines that model the background themselves, and whether they do with a vocabulary. Row 0 of others is -inf as
-built, and a constant threshold stands for the background
-(:func:`~ovdiff_lib.workbench.evaluation.measure.above`)."""
+built, and a constant threshold stands for the background (:func:`~ovdiff_lib.workbench.evaluation.measure.above`)."""
 
 
 def build_baseline(name: str, profile: Profile) -> Baseline:

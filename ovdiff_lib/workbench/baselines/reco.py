@@ -40,9 +40,8 @@ SHARPNESS = 10.0
 class ReCo(Windowed):
     """Open-vocabulary segmentation by retrieval and co-segmentation.
 
-    ``maskclip`` gives CLIP, its dense embeddings and windows, ``extractor`` dense features; ``kept`` is the folder in
-    which embeddings of the archive are kept as those of ``model`` (:func:`embed_archive`). A class costs its
-    co-segmentation once.
+    ``maskclip`` gives CLIP, its dense embeddings and windows, ``extractor`` dense features; folder ``kept`` holds the
+    archive's embeddings by ``model`` (:func:`embed_archive`). A class costs its co-segmentation once.
     """
 
     networks = ("extractor",)

@@ -1,5 +1,4 @@
-"""The ladder: where the points of the method are lost. The truth takes the place of one part after the other
-(:mod:`~ovdiff_lib.workbench.evaluation.truth`)."""
+"""The ladder: where the method loses points, with truth (:mod:`.truth`) in place of one part after the other."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

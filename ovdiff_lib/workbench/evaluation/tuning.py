@@ -32,8 +32,7 @@ IMAGES, DIGITS = 48, 5
 
 @dataclass(frozen=True)
 class Tried:
-    """The candidates for a profile's ``field`` in the space of one extractor, ascending, and the mIoU of each in
-    percent; ``labels`` say which quantile each is."""
+    """Candidates for a ``field`` in an extractor's space, ascending, by quantile (``labels``), and mIoU in percent."""
 
     field: str
     extractor: str
@@ -83,9 +82,8 @@ def _stuff(bench: Bench, name: str, constant: float) -> Tried:
 
 
 def same_share(bench: Bench, rows: Sequence[Row]) -> list[Row]:
-    """Rows whose prototypes differ in kind or channels, with thresholds of the "stuff" filter that keep the same share
-    of the background prototypes of things on ``evaluation.context``, first seed: the first row's. As they are where
-    that data set is not here or shows no stuff."""
+    """Rows whose prototypes differ in kind or channels, with thresholds of the "stuff" filter that keep the first row's
+    share of things' background prototypes on ``evaluation.context``, first seed; as they are without it or stuff."""
     source, shares, made = bench.profile.evaluation.context, {}, []
     ovdiffs = [bench.ovdiff(row.settings) for row in rows]
     words = bench.dataset(source).vocabulary if has_folder(source) else ()

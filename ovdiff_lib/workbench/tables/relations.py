@@ -86,8 +86,7 @@ class Comparison:
 
 @dataclass
 class Outcome:
-    """The outcome on one data set: its comparisons, and a text with {} for their numbers. What compares nothing has its
-    verdict by another ``rule``."""
+    """A data set's outcome: comparisons, a text with {} for their numbers; of no comparison the verdict by ``rule``."""
 
     comparisons: list[Comparison]
     text: str

@@ -113,9 +113,8 @@ def examine(ovdiff: OVDiff, classes: Vocabulary | Iterable[str | Category] | str
             limits: Limits | None = None, among: Iterable[str] = ()) -> VocabularyReport:
     """Build the classes, or take them from the library, and examine them as ``ovdiff`` would use them.
 
-    ``among``: further words that CLIP reads the drawings beside; they are not drawn. Classes that cannot be built (a
-    name too long, no drawing with a foreground) are bad, and the others are examined without them. Raises as
-    :meth:`~ovdiff_lib.pipeline.OVDiff.build` otherwise.
+    ``among``: further words that CLIP reads the drawings beside; not drawn. Classes that cannot be built (a name too
+    long, no drawing with a foreground) are bad, the others examined without them. Otherwise raises as ``OVDiff.build``.
     """
     limits, vocabulary, profile = limits or Limits(), Vocabulary.of(classes, stuff), ovdiff.profile
     reports = [ClassReport(category.name, category.kind) for category in vocabulary]
@@ -222,9 +221,8 @@ def _examine_collisions(reports: Sequence[ClassReport], tables: dict[str, Collis
 
 def _examine_readings(reports: Sequence[ClassReport], categories: Sequence[Category], ovdiff: OVDiff,
                       limits: Limits) -> None:
-    """What CLIP, which filters the categories, reads in the drawings of each class, the word of highest cosine, and
-    which word is nearest to it. ``categories``: the classes of the ``reports``, and other words. Stuff that the filter
-    always keeps is not judged."""
+    """What CLIP, which filters the categories, reads in the drawings of each class, the word of highest cosine, and its
+    nearest word. ``categories``: the classes of the ``reports``, then other words. Stuff always kept is not judged."""
     clip, settings = ovdiff.category_filter, ovdiff.profile.filters
     words = clip.text([settings.category_prompt.replace("{names}", category.prompt) for category in categories])
     with undisturbed():
@@ -283,8 +281,7 @@ def collide(prototypes: Sequence[Prototypes], device: str | torch.device = "cpu"
 @undisturbed()
 def own_similarity(prototypes: Prototypes) -> torch.Tensor:
     """How near each image of a class is to the class without it: f32 (n,) for the n images with foreground, the highest
-    cosine of its foreground instance prototype to those of the other images and to the mean foreground feature of all
-    of them; nan if there is no other image."""
+    cosine of its foreground instance prototype to the others' and to their mean foreground feature; nan if alone."""
     chosen = prototypes.select((prototypes.region == "foreground") & (prototypes.kind == "instance"))
     if len(chosen) < 2:
         return torch.full((len(chosen),), torch.nan, dtype=torch.float32, device="cpu")
