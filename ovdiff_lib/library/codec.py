@@ -32,8 +32,7 @@ LAYOUTS: dict[str, tuple[type, dict[str, str]]] = {
     "support": (SupportSet, {"images": "u1 N H W 3", "attribution": "f4 N h w", "seeds": "i8 N"}),
     "masks": (ForegroundBackground, {"foreground": "b1 N H W", "background": "b1 N H W"}),
     "prototypes": (Prototypes, {"vectors": "f4 P D", "kind": "u1 P", "region": "u1 P", "image": "i4 P",
-                                "cluster": "i4 P", "assignment": "i2 N h w"}),
-}
+                                "cluster": "i4 P", "assignment": "i2 N h w"})}
 """The kinds of entries, in the order in which a class is built: their class, and dtype and axes of each of its arrays.
 An axis has one length in all arrays of an entry."""
 

@@ -110,8 +110,7 @@ def with_pictures(ovdiff: Any, classes: dict[str, Any], masks: dict[str, Any], s
 def own_support(category: Category, pictures: Iterable[Sequence[np.ndarray | None]], ovdiff: Any
                 ) -> tuple[SupportSet, ForegroundBackground]:
     """Pictures u8 (H, W, 3) of any sizes, each with its foreground bool (H, W), or None to have it chosen, and its
-    background, or all the rest: as if drawn, of each the square around the object, and its masks.
-    :meth:`~ovdiff_lib.pipeline.OVDiff.prototypes` takes both."""
+    background, or all the rest: for ``OVDiff.prototypes``, as if drawn, the square around each object and its masks."""
     side, squares, sources = ovdiff.profile.support.image_size, [], []
     for number, (image, front, *behind) in enumerate(pictures):
         chosen = front is None

@@ -50,8 +50,7 @@ Cosine = Annotated[float, Strict(), Field(ge=-1, le=1)]
 Names = Annotated[list[str], Field(min_length=1), AfterValidator(_each_once)]
 IMAGENET = "imagenet"  # among templates it stands for the 80 of CLIP's authors
 Templates = Annotated[list[Annotated[str, AfterValidator(_template)]], Field(min_length=1), AfterValidator(_each_once)]
-# One value for all feature spaces, or a mapping from the name of an extractor: see of_extractor. A tag is what pydantic
-# calls the form that is there.
+# One value for all feature spaces, or a mapping by extractor: see of_extractor. A tag is pydantic's name of a form.
 ONE, EACH = pydantic.Tag("<number>"), pydantic.Tag("<mapping>")
 FORM = pydantic.Discriminator(lambda value: (EACH if isinstance(value, dict) else ONE).tag)
 Cosines = Annotated[Annotated[Cosine, ONE] | Annotated[dict[str, Cosine], EACH], FORM]

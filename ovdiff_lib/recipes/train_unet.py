@@ -80,7 +80,6 @@ def batches(args: argparse.Namespace, latents: np.ndarray, states: np.ndarray, e
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line entry."""
     parser = training.options(__doc__, steps=40_000, batch=32, minutes=120, lr=1e-3)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained AutoencoderKL")
     parser.add_argument("--clip", type=Path, required=True, help="folder of the trained CLIPModel and tokenizer")

@@ -72,8 +72,7 @@ def _constants(bench: Bench, name: str) -> Tried:
 def _stuff(bench: Bench, name: str, constant: float) -> Tried:
     settings = {"features.extractors": [name], CONSTANT: constant}
     source = bench.tune(bench.profile.evaluation.context)
-    bank = bench.ovdiff({**settings, STUFF: 1.0}).build(bench.dataset(source).vocabulary)
-    found = likeness(bank, name)
+    found = likeness(bench.ovdiff({**settings, STUFF: 1.0}).build(bench.dataset(source).vocabulary), name)
     values = [_keeping(share, found) for share in KEPT]
     rows = [Row(f"{share}", {**settings, STUFF: value}, seeds=1) for share, value in zip(KEPT, values, strict=True)]
     results = bench.measure(rows, source)

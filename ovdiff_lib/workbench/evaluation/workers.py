@@ -37,8 +37,7 @@ def build_classes(engine: Engine, profile: Profile, categories: Iterable[Categor
     check_output(root)
     root.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(prefix=".shared-", dir=root) as mark:
-        build = partial(ClassBuilder, profile, root, Path(mark.name), also)
-        with closing(engine.run(build, tasks)) as done:
+        with closing(engine.run(partial(ClassBuilder, profile, root, Path(mark.name), also), tasks)) as done:
             for task in tqdm(done, "building classes", len(tasks), unit="class", disable=not progress):
                 category, seed = tasks[task.index]
                 of_seed = "" if seed is None else f" (seed {seed})"

@@ -161,8 +161,7 @@ def _gains(left: list[Measured], right: list[Measured]) -> Pairs:
 
 
 def _grows_then_flat(left: list[Measured], _: list[Measured]) -> Pairs:
-    """The largest N up to 8 exceeds the smallest N, and doubling up to the largest N changes little. Needs two values
-    of N up to 8 and one pair N, 2 N above them."""
+    """The largest N up to 8 beats the smallest, doubling to the largest of all changes little. None without such N."""
     at = {s.count: s for s in left}
     early, doubled = sorted(n for n in at if n <= 8), [n for n in at if n > 8 and n % 2 == 0 and n // 2 in at]
     if len(early) < 2 or not doubled:

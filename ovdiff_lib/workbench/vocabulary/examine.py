@@ -33,8 +33,7 @@ VERDICTS = ("fine", "look", "bad")
 COLUMNS = {
     "with_foreground": "with foreground", "foreground_area": "area", "recognised": "read as itself",
     "rival": "nearest rival", "lost": "lost to it", "passes": "passes for it", "highest": "highest cosine",
-    "background_rival": "background of", "sunk": "sunk in it",
-    "background_left": "background left", "pieces": "pieces"}
+    "background_rival": "background of", "sunk": "sunk in it", "background_left": "background left", "pieces": "pieces"}
 """Value of a class -> its heading in the table."""
 
 
@@ -288,8 +287,7 @@ def own_similarity(prototypes: Prototypes) -> torch.Tensor:
     cells = torch.from_numpy(prototypes.cells("foreground").sum((1, 2))[chosen.image]).float()
     unit, weighted = _unit(chosen), torch.from_numpy(chosen.vectors).float() * cells[:, None]
     others = F.normalize(weighted.sum(0) - weighted, dim=1)  # a mean's length does not matter to a cosine
-    pairs = (unit @ unit.T).fill_diagonal_(-1)
-    return torch.maximum(pairs.amax(1), (unit * others).sum(1))
+    return torch.maximum((unit @ unit.T).fill_diagonal_(-1).amax(1), (unit * others).sum(1))
 
 
 def _unit(prototypes: Prototypes, device: str | torch.device = "cpu") -> torch.Tensor:
