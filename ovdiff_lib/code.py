@@ -26,8 +26,7 @@ _texts: dict[Path, tuple[Any, str]] = {path: (None, path.read_text(encoding="utf
 
 
 def code_digest(*modules: str, texts: tuple[str, ...] = ()) -> str:
-    """Hash (16 hex digits) of the statements of these modules of the package and of all that they import of it, of the
-    tables beside them, and of ``texts``."""
+    """Hash (16 hex digits) of ``texts``, these modules' statements, those they import of the package, tables beside."""
     found: dict[str, str] = {}
     waiting, folders = list(modules), set()
     while waiting:

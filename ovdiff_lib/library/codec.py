@@ -91,8 +91,7 @@ def write_meta(kind: str, key: str, files: Files, described: Described, made_fro
 
 
 def read_meta(path: Path, kind: str, key: str) -> Described:
-    """The description of the entry in the folder ``path``; ``FileNotFoundError`` if there is no such folder, ``Broken``
-    unless its sum, format, kind, key and file names hold."""
+    """What an entry says; ``FileNotFoundError`` without it, ``Broken`` for a wrong sum, format, kind, key or name."""
     if not path.exists():
         raise FileNotFoundError(path)
     data = _bytes(path / META)

@@ -143,8 +143,7 @@ def _spread(left: list[Measured], _: list[Measured]) -> Pairs:
 
 
 def _drops(left: list[Measured], right: list[Measured]) -> Pairs:
-    """The first left-hand cell is the whole, each other cell the whole without a part: the left-hand parts cost more
-    than every right-hand part, and cost something at all."""
+    """The first left cell is the whole, all others lack a part: the left parts cost something, more than any right."""
     whole, *named = left
     least, rival = max(named, key=MEAN), min(right, key=MEAN)  # of the named parts the one that costs least
     drops = ", ".join(f"{s.label} {s.mean - whole.mean:+.2f}" for s in sorted([*named, *right], key=MEAN))

@@ -251,9 +251,8 @@ def collide(prototypes: Sequence[Prototypes], device: str | torch.device = "cpu"
     Matching (Eq. 4) gives a pixel to the class of its nearest prototype, so two classes collide where images of one lie
     nearer to the other's prototypes than to those of their own class, or as near as the other's own images do. Each
     support image stands for an image the method has not seen, by its instance prototype, and its own class answers
-    without it. That needs no threshold on a cosine, which would differ from extractor to extractor. Parts of the
-    foreground count in ``highest`` alone: they may hold cells of the image that is left out. ``InputError`` for a class
-    without instance prototypes.
+    without it. That needs no threshold on a cosine, which would differ between extractors. Parts of the foreground
+    count in ``highest`` alone: they may hold cells of the image left out. ``InputError`` without instance prototypes.
     """
     front, back = ([p.select(p.region == region) for p in prototypes] for region in ("foreground", "background"))
     if not all((p.kind == "instance").any() for p in front):
