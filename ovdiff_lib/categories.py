@@ -50,8 +50,7 @@ class Category:
 
 
 def _readable(words: str) -> str:
-    """The words one space apart; ``InputError`` for what is no text, control characters and lone surrogates (what
-    undecodable bytes on a command line become)."""
+    """The words one space apart; ``InputError`` for no text, control characters, lone surrogates (undecodable)."""
     if not isinstance(words, str):
         raise InputError(f"A class name and its prompt must be text, not {shorten(repr(words), 60)}.")
     text = " ".join(words.split())

@@ -1,7 +1,6 @@
 """The statements of the package's code, which the keys of results count: a changed line makes anew what it made.
 
-Comments, docstrings and layout count for nothing. Nothing is imported here, so that telling whether code has changed
-loads no network's library.
+Comments, docstrings and layout do not count. Nothing is imported here: asking whether code changed loads no library.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ _texts: dict[Path, tuple[Any, str]] = {path: (None, path.read_text(encoding="utf
 
 
 def code_digest(*modules: str, texts: tuple[str, ...] = ()) -> str:
-    """Hash (16 hex digits) of the statements of these modules of the package and of all that they import of it, of the
-    tables beside them, and of ``texts``."""
+    """Hash (16 hex digits) of ``texts``, these modules' statements, those they import of the package, tables beside."""
     found: dict[str, str] = {}
     waiting, folders = list(modules), set()
     while waiting:
@@ -65,8 +63,7 @@ def _text(module: str, path: Path) -> str:
 
 @functools.cache
 def parsed(source: str) -> tuple[str, tuple[str, ...]]:
-    """What a module does, its text without comments, docstrings and layout, and the modules of this package that it
-    imports, but for annotations alone."""
+    """What a module does, its text without comments, docstrings, layout; the package's modules it imports to run."""
     tree, imported = ast.parse(source), set()
     for node in ast.walk(tree):
         documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))

@@ -17,8 +17,7 @@ def shown(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[BinaryIO]:
-    """A temporary file beside ``path``, which takes its place, flushed to disk, when the block ends; missing folders
-    are made.
+    """A temporary file beside ``path``, in folders made if missing; it takes its place, on disk, when the block ends.
 
     Readers see the old file or the new one, whatever happens between. ``InputError`` where it cannot be written.
     """

@@ -24,9 +24,8 @@ STEPS = {"support": (f"{NAME}.support.sampler", f"{NAME}.networks.loading"), "ma
 
 
 def check_profile(profile: Profile) -> None:
-    """Before any work: ``ProfileError`` for a part that no registry has, a threshold that lacks an extractor and a
-    background that nothing scores, ``ModelNotAvailable`` for a missing folder of a model that some step loads. Loads no
-    model."""
+    """Before any work, loading no model: ``ProfileError`` for a part that no registry has, a threshold that lacks an
+    extractor, a background that nothing scores, ``ModelNotAvailable`` for a missing folder of a model that is used."""
     parts = [(chosen_part("features.extractors", name, EXTRACTORS), "features") for name in profile.features.extractors]
     parts += [(chosen_part("masks.segmenter", profile.masks.segmenter, SEGMENTERS), "masks")]
     thresholds = {"filters.stuff_threshold": profile.filters.stuff_threshold,
@@ -55,8 +54,7 @@ def for_words(table: dict[str, Any], words: Category | str) -> tuple[str, dict[s
 
 
 def for_pictures(profile: Profile, own: OwnPictures) -> tuple[str, dict[str, Any]]:
-    """The library's key for one's own pictures of a category and their masks, and what it is the hash of. How masks are
-    chosen counts where they are."""
+    """The library's key for own pictures and masks of a category, and what it hashes: how masks are chosen, too."""
     table = {"step": "pictures", "prompt": own.category.prompt, "digest": own.digest(),
              "image_size": profile.support.image_size, "code": code_digest(*STEPS["pictures"])}
     if own.masks is None:

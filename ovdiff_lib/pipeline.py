@@ -137,8 +137,7 @@ class OVDiff:
         return Segmentation(image, labels, scores, winner, bank.vocabulary, kept, probabilities, matched)
 
     def segment_many(self, images: Iterable[Any], classes: Classes, together: int = 8) -> Iterator[Segmentation]:
-        """:meth:`segment` of each image, in order, up to rounding; windows of ``together`` images share the networks'
-        batches. Images are read as they are needed."""
+        """:meth:`segment` of each image, read when needed, in order, up to rounding, ``together`` at a time."""
         bank, waiting = self._bank(classes), iter(images)
         while chosen := [read_image(image) for image in itertools.islice(waiting, max(1, together))]:
             found = [self._possible(image, bank.vocabulary) for image in chosen]

@@ -78,8 +78,7 @@ class Segmentation:
 
     @property
     def scores(self) -> np.ndarray:
-        """Scores of the whole vocabulary, f32 (C + 1, H, W), -inf for categories that the pre-filter dropped; made at
-        each call, as large as the vocabulary."""
+        """Scores of the whole vocabulary f32 (C + 1, H, W), -inf where the pre-filter dropped it; made at each call."""
         full = np.full((len(self.vocabulary) + 1, *self.labels.shape), -np.inf, np.float32)
         full[label_ids(self.kept)] = self.kept_scores
         return full

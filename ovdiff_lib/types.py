@@ -22,8 +22,7 @@ REGIONS = ("foreground", "background")
 class SupportSet:
     """Support images of one category (Sec. 3.1) with the attribution of its class tokens (Sec. 3.2).
 
-    ``images`` u8 (N, H, W, 3); ``attribution`` f32 (N, h, w), each map min-max scaled to [0, 1], or None of one's own
-    pictures, which no words drew; ``seeds`` i64 (N,).
+    ``images`` u8 (N, H, W, 3); ``attribution`` f32 (N, h, w) in [0, 1], or None of own pictures; ``seeds`` i64 (N,).
     """
 
     category: Category
@@ -64,9 +63,8 @@ class Prototypes:
     """Prototypes of one category in one extractor's feature space (Eq. 2, 3).
 
     ``vectors`` f32 (P, D), raw; ``kind`` (P,) of :data:`KINDS`; ``region`` (P,) of :data:`REGIONS`; ``image`` i32 (P,)
-    support image of an instance prototype, else -1; ``cluster`` i32 (P,) of a part prototype and ``assignment`` i16 (N,
-    h, w) of every support feature share a code: k is part k of the foreground, -k part k of the background, 0 no part,
-    or unused. Built without parts, each region is one.
+    of an instance prototype, else -1; ``cluster`` i32 (P,) of a part and ``assignment`` i16 (N, h, w) of support
+    features share a code: k is part k of the foreground, -k of the background, 0 none. Without parts a region is one.
     """
 
     vectors: np.ndarray

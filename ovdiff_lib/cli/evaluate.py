@@ -43,9 +43,8 @@ def evaluate(options: argparse.Namespace) -> None:
         if engine:
             result = evaluate_on(engine, ovdiff.profile, bank, dataset, options.limit)
         else:  # the same command goes on where it was interrupted
-            result = measure.evaluate(
-                measure.label_predictor(ovdiff, bank, dataset), dataset, limit=options.limit,
-                folder=ovdiff.library.root / "counts", key={"OVDiff": of_labels(ovdiff.profile)})
+            result = measure.evaluate(measure.label_predictor(ovdiff, bank, dataset), dataset, limit=options.limit,
+                                      folder=ovdiff.library.root / "counts", key={"OVDiff": of_labels(ovdiff.profile)})
         by = f"profile {ovdiff.profile.name}, settings {ovdiff.profile.digest()}"
     iou = pd.Series([*result.iou, result.miou], [*result.class_names, "mIoU"])
     *rows, last = (100 * iou).to_string(float_format="{:.1f}".format, na_rep="-").splitlines()

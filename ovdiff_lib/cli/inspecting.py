@@ -13,8 +13,7 @@ from ovdiff_lib.errors import InputError
                 help="look for all that `ovdiff reproduce` needs, by its folder of notebooks (default: notebooks), "
                      "and try each network that is here with one cheap step"))
 def doctor(options: argparse.Namespace) -> int:
-    """Say which models, libraries and data a profile needs, what is here, and how to get the rest; exit code 1 if
-    something is missing."""
+    """Say what a profile needs, what of it is here, and how to get the rest; exit code 1 if something is missing."""
     from ovdiff_lib.workbench.doctor import inspect
     from ovdiff_lib.workbench.reproduce import notebooks
 

@@ -1,9 +1,8 @@
 """Step 2b, Sec. 4.1 and App. C.2: dense features of frozen networks.
 
 To add an extractor, write a class with the three members of :class:`Extractor` and one line in :data:`EXTRACTORS`:
-``"name": Part(Mine)``, where ``Mine(profile)`` builds it; a profile that names thresholds on cosines by extractor needs
-them of this one too. After an edit of the module that defines ``Mine`` the library's prototypes are built again
-(:class:`~ovdiff_lib.registry.Part`).
+``"name": Part(Mine)``, where ``Mine(profile)`` builds it; a profile that names thresholds by extractor needs them of it
+too. After an edit of ``Mine``'s module the library's prototypes are built again (:class:`~ovdiff_lib.registry.Part`).
 """
 
 from functools import partial

@@ -59,8 +59,7 @@ class DiffusionExtractor:
 
     @undisturbed("features.batch_size")
     def __call__(self, images: np.ndarray | Sequence[np.ndarray], seeds: np.ndarray) -> torch.Tensor:
-        """Images u8 (n, H, W, 3), or n images u8 (H, W, 3) of any sizes, and one i64 seed an image: f32 (n, h, w, D),
-        (h, w) the latent grid."""
+        """n images u8 (H, W, 3), in an array or of any sizes, i64 (n,) seeds: f32 (n, h, w, D), (h, w) the latent's."""
         side = self.settings.sd_input_size // self.pipe.vae_scale_factor
         return gathered(self._extract, images, seeds, (side, side, self.channels), self.settings.batch_size,
                         "The diffusion model")

@@ -36,9 +36,8 @@ class OpenClipExtractor(ViTExtractor):
         self.statistics = NORMALISATIONS[settings.clip_normalisation]
 
     def run(self, pixels: torch.Tensor) -> None:
-        """The tower's position embeddings (1 + side^2, D), class token first, have the length of one input size: those
-        of this size take their place, resized without antialiasing as transformers does it (open_clip itself, when
-        weights are loaded, antialiases)."""
+        """The tower's position embeddings (1 + side^2, D), class token first, fit one input size: those of this size
+        take their place, resized without antialiasing as transformers does it (open_clip itself antialiases)."""
         positions, grid = self.model.positional_embedding, [length // self.patch for length in pixels.shape[-2:]]
         side = math.isqrt(len(positions) - 1)
         patches = positions[1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)

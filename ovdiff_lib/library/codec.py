@@ -32,8 +32,7 @@ LAYOUTS: dict[str, tuple[type, dict[str, str]]] = {
     "support": (SupportSet, {"images": "u1 N H W 3", "attribution": "f4 N h w", "seeds": "i8 N"}),
     "masks": (ForegroundBackground, {"foreground": "b1 N H W", "background": "b1 N H W"}),
     "prototypes": (Prototypes, {"vectors": "f4 P D", "kind": "u1 P", "region": "u1 P", "image": "i4 P",
-                                "cluster": "i4 P", "assignment": "i2 N h w"}),
-}
+                                "cluster": "i4 P", "assignment": "i2 N h w"})}
 """The kinds of entries, in the order in which a class is built: their class, and dtype and axes of each of its arrays.
 An axis has one length in all arrays of an entry."""
 
@@ -92,8 +91,7 @@ def write_meta(kind: str, key: str, files: Files, described: Described, made_fro
 
 
 def read_meta(path: Path, kind: str, key: str) -> Described:
-    """The description of the entry in the folder ``path``; ``FileNotFoundError`` if there is no such folder, ``Broken``
-    unless its sum, format, kind, key and file names hold."""
+    """What an entry says; ``FileNotFoundError`` without it, ``Broken`` for a wrong sum, format, kind, key or name."""
     if not path.exists():
         raise FileNotFoundError(path)
     data = _bytes(path / META)

@@ -1,9 +1,8 @@
 """Own pictures as support: a user's photographs of a class in place of drawings, with masks of the object or without.
 
 The library keeps of each the square around the object, as drawings show theirs. Without masks the profile's segmenter
-proposes some and CLIP says which is the class, by the object alone on grey. Chosen on scenes of the mini world: the
-other way, taking what agrees best with the other pictures' proposals, found the object less often, needs several
-pictures, and takes surroundings that they share.
+proposes some and CLIP says which is the class, by the object alone on grey. Chosen on scenes of the mini world: what
+agrees best with other pictures' proposals was right less often, needs several, and takes shared surroundings.
 """
 
 from __future__ import annotations
@@ -111,8 +110,7 @@ def with_pictures(ovdiff: Any, classes: dict[str, Any], masks: dict[str, Any], s
 def own_support(category: Category, pictures: Iterable[Sequence[np.ndarray | None]], ovdiff: Any
                 ) -> tuple[SupportSet, ForegroundBackground]:
     """Pictures u8 (H, W, 3) of any sizes, each with its foreground bool (H, W), or None to have it chosen, and its
-    background, or all the rest: as if drawn, of each the square around the object, and its masks.
-    :meth:`~ovdiff_lib.pipeline.OVDiff.prototypes` takes both."""
+    background, or all the rest: for ``OVDiff.prototypes``, as if drawn, the square around each object and its masks."""
     side, squares, sources = ovdiff.profile.support.image_size, [], []
     for number, (image, front, *behind) in enumerate(pictures):
         chosen = front is None

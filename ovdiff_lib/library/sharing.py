@@ -44,9 +44,8 @@ def export_entries(entries: Iterable[Entry], path: str | Path) -> None:
 
 
 def import_archive(library: Library, path: str | Path) -> Counter[bool]:
-    """Add the entries of a tar file to a library; returns how many were new (True), and here already (False). Raises
-    ``InputError``, and adds nothing, for a file that is no such archive, is torn, holds anything but entries, does not
-    verify or would not fit on the disk."""
+    """Add a tar file's entries to a library; returns how many were new (True), here already (False). ``InputError``,
+    and nothing added, for a file that is no whole archive of entries alone that verify, or too large for the disk."""
     staging = Library(beside(library.root / "import"))
     try:
         with library.writing():

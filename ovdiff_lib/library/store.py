@@ -4,8 +4,7 @@
 
 An entry is written beside its place, flushed, then renamed, so it is there whole or not at all, whatever kills the
 process. Reading checks SHA-256 sums; an entry that is torn or was edited is set aside as ``<key>.<number>.broken``,
-logged by name, and counts as missing. Locks spare work, entries do not stand on them: where a file system's locks do
-nothing, a class may be built twice, and no entry is lost.
+logged by name, and counts as missing. Locks only spare work: where a file system's do nothing, no entry is lost.
 """
 
 import errno

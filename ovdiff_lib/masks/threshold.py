@@ -47,8 +47,7 @@ def fixed_thresholds(maps: np.ndarray, foreground_above: float,
                      background_below: float) -> tuple[np.ndarray, np.ndarray]:
     """Foreground and background of finite attribution maps f32 (n, h, w): bool (n, h, w) each.
 
-    Each map is min-max scaled; foreground is what lies above the first threshold, background what lies below the
-    second. A constant map has neither.
+    Each map is min-max scaled; foreground is above the first threshold, background below the second, none if constant.
     """
     low, high = (f(maps, axis=(1, 2), keepdims=True).astype(np.float64) for f in (np.min, np.max))
     unit = (maps - low) / np.where(high > low, high - low, np.nan)  # a comparison with NaN is false

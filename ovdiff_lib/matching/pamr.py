@@ -40,8 +40,7 @@ def affinity(image: np.ndarray, dilations: Sequence[int] = DILATIONS,
     """Weights f32 (8 x dilations, H, W) of each pixel's neighbours, which sum to 1.
 
     Softmax over the neighbours of the mean over channels of -abs(x_p - x_q) / (1e-8 + 0.1 sigma_p), with sigma_p the
-    unbiased standard deviation over the 3 x 3 positions of every dilation, the centre counted with each. Beyond its
-    border the image repeats it.
+    unbiased standard deviation over 3 x 3 positions at every dilation, each with the centre. The border is repeated.
     """
     x = torch.from_numpy(np.ascontiguousarray(image)).to(device, torch.float32).permute(2, 0, 1).contiguous()
     around, count = _neighbours(x, dilations), 9 * len(dilations)

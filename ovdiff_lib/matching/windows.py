@@ -25,9 +25,8 @@ def scales(shape: tuple[int, int], settings: Matching) -> list[tuple[int, list[B
 
 
 def windows(shape: tuple[int, int], size: int, stride: int) -> list[Box]:
-    """Square windows that cover an image of ``shape`` (H, W), row by row: ceil((L - size) / stride) + 1 along a side of
-    length L, of which the last is shifted back to end at the image's border, as in mmsegmentation's sliding inference.
-    0 < ``stride`` <= ``size`` <= L."""
+    """Square windows, 0 < ``stride`` <= ``size`` <= L, row by row over an image of ``shape`` (H, W): on a side of
+    length L ceil((L - size) / stride) + 1, the last shifted back to end at the border, as mmsegmentation slides."""
     tops, lefts = ([*range(0, length - size, stride), length - size] for length in shape)
     return [(top, left, size, size) for top in tops for left in lefts]
 

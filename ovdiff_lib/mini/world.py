@@ -51,8 +51,7 @@ class World:
 
 
 def read_world(file: Path) -> World:
-    """A world from a YAML file with the keys ``stuff``, ``contexts``, ``things`` and, if it is to be drawn,
-    ``styles`` and ``crops``."""
+    """A world from a YAML file of ``stuff``, ``contexts``, ``things`` and, to be drawn, ``styles`` and ``crops``."""
     table = yaml.safe_load(file.read_text(encoding="utf-8"))
     things = tuple(
         Thing(name, tuple(row["contexts"]), row["place"], row.get("voc", False), row.get("rare", False),

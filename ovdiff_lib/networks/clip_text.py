@@ -137,8 +137,7 @@ def _ends(text: torch.nn.Module, rows: Sequence[Row]) -> torch.Tensor:
 
 
 def _layer_at(layer: torch.nn.Module, hidden: torch.Tensor, mask: torch.Tensor, asking: torch.Tensor) -> torch.Tensor:
-    """A layer of CLIP's text tower on hidden states (B, W, D) under a mask (B, 1, W, W), at the columns ``asking`` i64
-    (B, m) alone: (B, m, D)."""
+    """A layer of CLIP's text tower on (B, W, D), mask (B, 1, W, W), at columns ``asking`` i64 (B, m): (B, m, D)."""
     attention, every = layer.self_attn, torch.arange(len(hidden), dtype=torch.long, device=hidden.device)[:, None]
     normed = layer.layer_norm1(hidden)
 

@@ -83,8 +83,7 @@ def load_mae(profile: Profile) -> ViTMAEModel:
 
 
 def load_transformers(profile: Profile, name: str, network: str, reader: str = "", **fields: Any) -> Any:
-    """The class ``network`` of transformers with the weights of ``models.<name>``; if the class of its tokenizer or
-    processor is named, too, both."""
+    """Transformers' ``network`` with the weights of ``models.<name>``; with its tokenizer or processor, if named."""
     def build(source, device, dtype, options):
         import transformers
 

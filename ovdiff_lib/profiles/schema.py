@@ -2,8 +2,7 @@
 
 A profile is a YAML file with one section a step. What a field may hold stands here and nowhere else: ``Literal`` lists
 the words, ``Field`` the range, a validator what the fields of a section need of each other. Anything else raises
-``ProfileError`` with what is legal, wherever it comes from. What only a registry or a network knows,
-:func:`~ovdiff_lib.keys.check_profile` judges.
+``ProfileError`` with what is legal; what a registry or a network knows, :func:`~ovdiff_lib.keys.check_profile` judges.
 """
 
 import dataclasses
@@ -53,8 +52,7 @@ IMAGENET = "imagenet"  # among templates it stands for the 80 of CLIP's authors
 Template = Annotated[str, AfterValidator(_template)]
 Templates = Annotated[list[Annotated[str, AfterValidator(lambda text: _template(text, IMAGENET))]], Field(min_length=1),
                       AfterValidator(_each_once)]
-# One value for all feature spaces, or a mapping from the name of an extractor: see of_extractor. A tag is what pydantic
-# calls the form that is there.
+# One value for all feature spaces, or a mapping by extractor: see of_extractor. A tag is pydantic's name of a form.
 ONE, EACH = pydantic.Tag("<number>"), pydantic.Tag("<mapping>")
 FORM = pydantic.Discriminator(lambda value: (EACH if isinstance(value, dict) else ONE).tag)
 Cosines = Annotated[Annotated[Cosine, ONE] | Annotated[dict[str, Cosine], EACH], FORM]
@@ -294,8 +292,7 @@ def field_names() -> list[str]:
 
 
 def of_extractor(field: str, value: Any, extractor: str) -> Any:
-    """What the ``value`` of ``field`` is for one extractor: itself, or its entry if it is a mapping. ``ProfileError``
-    for a mapping without it."""
+    """The ``value`` of ``field`` for one extractor: itself, or a mapping's entry. ``ProfileError`` if that has none."""
     if not isinstance(value, dict):
         return value
     if extractor not in value:
@@ -311,8 +308,7 @@ def _beside(field: str) -> list[str]:
 
 
 def from_dict(table: Any, origin: str) -> Profile:
-    """A validated profile from nested dictionaries. ``ProfileError`` names ``origin``, the first field that is wrong
-    and what it may hold."""
+    """A validated profile from nested dictionaries. ``ProfileError`` says where (``origin``), what, and what to do."""
     try:
         return TypeAdapter(Profile).validate_python(table)
     except ValidationError as caught:

@@ -17,9 +17,8 @@ def build_prototypes(features: torch.Tensor | np.ndarray, masks: ForegroundBackg
     """Prototypes of one category from its support features f32 (N, h, w, D), raw, and masks bool (N, H, W).
 
     Of each region, foreground first (Eq. 3): the class prototype, the mean of all masked features; an instance
-    prototype (Eq. 2) of each image with a mask; ``settings.clusters`` part prototypes, k-means centroids of the masked
-    features (fewer where there are fewer features). A cell of both regions counts for both and is recorded as
-    foreground. ``OVDiffError`` for an empty foreground.
+    prototype (Eq. 2) of each image with a mask; ``settings.clusters`` part prototypes, k-means centroids of them (fewer
+    where they are fewer). A cell of both regions counts for both, recorded as foreground. ``OVDiffError`` if none is.
     """
     features = torch.as_tensor(features).cpu()  # which has float64, and memory for a set
     if features.ndim != 4 or len(features) != len(masks.foreground):

@@ -1,9 +1,8 @@
 """k-means for part prototypes (Sec. 3.3): few clusters, very many channels, and data that may not fit in memory twice.
 
 Seeding (greedy k-means++) and most of Lloyd's iterations run on a sample of :data:`SAMPLE` points a cluster, in
-:data:`PROJECTED` random directions, which keep distances nearly as they are (Johnson and Lindenstrauss, 1984); a few
-iterations over all points and channels then settle centroids and assignment. A mini support set is smaller than its
-sample, so there it is plain Lloyd's algorithm.
+:data:`PROJECTED` random directions, which nearly keep distances (Johnson and Lindenstrauss, 1984); a few iterations
+over all points and channels then settle the result. Of points fewer than the sample it is plain Lloyd's algorithm.
 """
 
 import math

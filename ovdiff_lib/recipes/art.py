@@ -30,8 +30,7 @@ PACKAGES = {
     "fxemoji": "@iconify-json/fxemoji@1.2.2",
     "emojione": "@iconify-json/emojione@1.2.3",
     "streamline": "@iconify-json/streamline-emojis@1.2.4",
-    "twemoji": "@twemoji/svg@15.0.0",
-}
+    "twemoji": "@twemoji/svg@15.0.0"}
 """Drawing style -> npm package (name@version) that holds it."""
 
 

@@ -152,7 +152,6 @@ def drawing_quality(profile: Profile, scenes: list[MaskedScene], nouns: tuple[st
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE",
                         help="change a value of profile mini, such as models.diffusion")

@@ -125,7 +125,6 @@ def write_cards(training: Path, weights: Path, scenes: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("work"), help="for art, scenes, checkpoints (default: work)")
     parser.add_argument("--hours", type=float, help="time for everything (default: 0.4 on a GPU, 30 without)")

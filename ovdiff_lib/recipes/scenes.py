@@ -24,8 +24,7 @@ PALETTES = {
     "sand": [(0.90, 0.80, 0.56), (0.84, 0.70, 0.46), (0.94, 0.86, 0.66)],
     "snow": [(0.94, 0.96, 0.99), (0.88, 0.92, 0.97)],
     "wall": [(0.86, 0.82, 0.74), (0.70, 0.78, 0.76), (0.80, 0.70, 0.72), (0.66, 0.68, 0.80), (0.88, 0.86, 0.84)],
-    "floor": [(0.62, 0.44, 0.28), (0.50, 0.34, 0.22), (0.72, 0.56, 0.38), (0.45, 0.42, 0.42)],
-}
+    "floor": [(0.62, 0.44, 0.28), (0.50, 0.34, 0.22), (0.72, 0.56, 0.38), (0.45, 0.42, 0.42)]}
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,7 @@ def draw_stuff(rng: np.random.Generator, name: str, shape: tuple[int, int]) -> n
         plank = np.floor(rows * rng.uniform(6, 9))
         tone = rng.normal(0, 0.035, int(plank.max()) + 1).astype(np.float32)
         shade = shade + tone[plank.astype(int)] + 0.03 * _noise(rng, shape, 10, 4.0)
-    colour = base + shade[..., None]
-    return np.clip(colour * (1 - tint) + second * tint, 0, 1)
+    return np.clip((base + shade[..., None]) * (1 - tint) + second * tint, 0, 1)
 
 
 def _context(rng: np.random.Generator, parts: tuple[str, ...], shape: tuple[int, int]
@@ -249,8 +247,7 @@ def draw_scene(world: World, glyphs: Glyphs, seed: int, index: int, shape: tuple
     height, width = shape
     labels = np.array([world.label(p) for p in parts], np.uint8)[part]
     edges, drawn, stands = np.zeros(shape, bool), [], []
-    # "A good picture" shows one thing, large, in the middle and whole, as good pictures do; half of the pictures of one
-    # thing are good.
+    # "A good picture" shows one thing, large, in the middle and whole; half of the pictures of one thing are good.
     size, composed = 0.0, objects == 1 and rng.uniform() < 0.55
     for thing, slot in zip(chosen, rng.permutation(objects), strict=True):
         kinds = [[g for g in glyphs[thing.name] if g.held], [g for g in glyphs[thing.name] if not g.held]]
@@ -265,8 +262,7 @@ def draw_scene(world: World, glyphs: Glyphs, seed: int, index: int, shape: tuple
             centre = rng.normal(0.5, 0.04) * width
             top = int(rng.normal(0.5, 0.04) * height - patch.shape[0] / 2)
         left = int(np.clip(centre - patch.shape[1] / 2, -0.12 * patch.shape[1], width - 0.88 * patch.shape[1]))
-        cover = _paste(image, patch, top, left)
-        mask = cover > 0.5
+        mask = _paste(image, patch, top, left) > 0.5
         labels[mask] = world.label(thing.name)
         edges = (edges & ~mask) | _outline(mask)
         drawn.append(glyph)

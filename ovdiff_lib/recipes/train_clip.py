@@ -117,8 +117,7 @@ def contrastive_loss(image: Tensor, text: Tensor, group: Tensor, scale: Tensor) 
     counts = torch.bincount(group, minlength=len(text)).float()
     # Repeated captions count once per image in the softmax, as in the all-pairs form.
     to_text = F.cross_entropy(logits + counts.log(), group) + counts[group].log().mean()
-    log_probability = logits.T.log_softmax(dim=-1)
-    to_image = -log_probability[group, torch.arange(len(image), device=image.device)].mean()
+    to_image = -logits.T.log_softmax(dim=-1)[group, torch.arange(len(image), device=image.device)].mean()
     return 0.5 * (to_text + to_image)
 
 
@@ -136,7 +135,6 @@ def limit_scale(model: PreTrainedModel) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line entry."""
     args = training.start(training.options(__doc__, steps=6000, batch=128, minutes=40, lr=1e-3), argv)
     images, captions = training.load_scenes(args.data)
     tokenizer = build_tokenizer(captions, json.loads((args.data / "nouns.json").read_text(encoding="utf-8")), args.out)

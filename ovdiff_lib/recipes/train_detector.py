@@ -119,7 +119,6 @@ def losses(model: MaskRCNN, images: Tensor, targets: list[dict[str, Tensor]]) ->
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line entry."""
     parser = training.options(__doc__, steps=4000, batch=16, minutes=25, lr=1e-3)
     parser.add_argument("--scenes", type=int, default=6000, help="training scenes that MaskCut looks at")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE",
@@ -149,8 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = [usable[i] for i in draw.index]
         draw.picker.shuffle(rows)  # the indices come sorted; partners should not be
         shown = training.rows(images, np.array([scenes[i] for i in rows]))
-        canvas = draw.picker.choice(CANVASES)
-        batch, targets = views(shown, [masks[i] for i in rows], canvas, 1.0, draw.generator)
+        batch, targets = views(shown, [masks[i] for i in rows], draw.picker.choice(CANVASES), 1.0, draw.generator)
         with training.mixed():
             return losses(model, batch, targets)
 

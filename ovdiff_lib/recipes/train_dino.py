@@ -137,8 +137,7 @@ class SelfDistillation(nn.Module):
         vit = ViTModel(ViTConfig(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512,
                                  image_size=size, patch_size=PATCH, hidden_act="gelu", layer_norm_eps=1e-6),
                        add_pooling_layer=False, use_mask_token=True)
-        heads = {"head": Head(128), "patch_head": Head(128)}
-        self.student = nn.ModuleDict({"vit": training.placed(vit)} | heads)
+        self.student = nn.ModuleDict({"vit": training.placed(vit), "head": Head(128), "patch_head": Head(128)})
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
 
     def forward(self, large: Tensor, small: Tensor, temperature: float, hidden: Tensor) -> tuple[Tensor, ...]:
@@ -159,7 +158,6 @@ class SelfDistillation(nn.Module):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line entry."""
     args = training.start(training.options(__doc__, steps=8000, batch=64, minutes=60, lr=1e-3), argv)
     pairs = training.load_array(args.data / "frames.npy")
     large_side, small_side = (int(share * pairs.shape[2]) // PATCH * PATCH for share in (LARGE, SMALL))

@@ -64,7 +64,6 @@ def multi_label_loss(image: Tensor, text: Tensor, named: Tensor, scale: Tensor) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line entry."""
     parser = training.options(__doc__, steps=10_000, batch=64, minutes=38, lr=1.5e-3)
     parser.add_argument("--clip", type=Path, required=True, help="folder of the mini CLIP, for its tokenizer")
     args = training.start(parser, argv)

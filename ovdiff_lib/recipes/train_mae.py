@@ -15,7 +15,6 @@ SCALE = (0.25, 1.0)  # share of the scene's area that a crop shows
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line entry."""
     args = training.start(training.options(__doc__, steps=12000, batch=128, minutes=35, lr=1e-3), argv)
     images = training.load_array(args.data / "train_images.npy")
     size = images.shape[1]

@@ -80,7 +80,6 @@ def batches(args: argparse.Namespace, latents: np.ndarray, states: np.ndarray, e
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line entry."""
     parser = training.options(__doc__, steps=40_000, batch=32, minutes=120, lr=1e-3)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained AutoencoderKL")
     parser.add_argument("--clip", type=Path, required=True, help="folder of the trained CLIPModel and tokenizer")
@@ -126,7 +125,6 @@ def main(argv: list[str] | None = None) -> None:
                     ends, captions, {caption: i for i, caption in enumerate(distinct)}, predicts)
     tokenizer = CLIPTokenizer.from_pretrained(args.clip, model_max_length=args.text_length)  # the pipeline pads to this
     vae, text_encoder = vae.cpu().half(), text_encoder.cpu().half()  # from here on only written
-
     unet = unet.to(training.DEVICE)
     run = training.Run(args, unet, len(images), list(unet.parameters()), betas=(0.9, 0.99), decay=AVERAGE, warmup=200,
                        hold=0.6, floor=0.02)

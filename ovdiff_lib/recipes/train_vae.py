@@ -50,7 +50,6 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line entry."""
     parser = training.options(__doc__, steps=6000, batch=32, minutes=30, lr=1.5e-3)
     parser.add_argument("--channels", type=int, nargs="+", default=(32, 64, 128, 128), help="one a level")
     parser.add_argument("--latent-channels", type=int, default=4)

@@ -72,8 +72,7 @@ def image_seed(seed: int, prompt: str, index: int) -> int:
 
 
 def initial_latents(seeds: np.ndarray, shape: tuple[int, int, int]) -> tuple[torch.Tensor, list[torch.Generator]]:
-    """Standard normal f32 (n, c, h, w), and the generators that drew it, one an image, which can go on; all on the CPU,
-    so that every device starts from the same noise."""
+    """Standard normal f32 (n, c, h, w) and its generators, one an image; on the CPU, the same for every device."""
     generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
     drawn = [torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators]
     return torch.stack(drawn), generators

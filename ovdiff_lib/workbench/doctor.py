@@ -310,14 +310,14 @@ def trials(profile: Profile, checks: Sequence[Check]) -> Iterator[Check]:
             continue
         try:
             found = np.asarray(step())
+            state = str(found.shape)
             fits = found.ndim == len(shape) and all(n in (found.shape[i], None) for i, n in enumerate(shape))
             lives = found.dtype == bool or (np.isfinite(found).all() and np.ptp(found) > 0)
             wrong = "not finite, or all the same" if fits else f"not of the shape {shape}"
-            wrong = "" if fits and lives else f"What the {label} gave, {found.shape}, is {wrong}."
-            yield Check(f"step of {label}", state=str(found.shape), problem=wrong)
+            problem = "" if fits and lives else f"What the {label} gave, {found.shape}, is {wrong}."
         except Exception as error:
-            problem = f"One step of the {label} failed: {described(error)}"
-            yield Check(f"step of {label}", state="failed", problem=problem)
+            state, problem = "failed", f"One step of the {label} failed: {described(error)}"
+        yield Check(f"step of {label}", state=state, problem=problem)
     for field in (one for one in LOADERS if one in models and models[one].used_by and models[one].state in HERE):
         known = published(models[field].named)
         for path, _, value in (pair.partition("=") for pair in ("" if known is None else known.constants).split()):

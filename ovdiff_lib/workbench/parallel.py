@@ -122,8 +122,7 @@ def _finish(index: int, task: Any) -> Finished:
 
 class RayEngine(Engine):
     """Workers on the machines of a Ray cluster (:func:`connected`), which find project, models, data and library under
-    the same paths. ``workers`` defaults to as many as there is room for, each with one CPU or, with ``gpu``, one GPU
-    for itself; None is with one where there are any."""
+    the same paths. ``workers``: default all there is room for, each with a CPU or, by ``gpu`` (None: if any), a GPU."""
 
     def __init__(self, workers: int | None = None, gpu: bool | None = False) -> None:
         super().__init__(workers)

@@ -53,8 +53,7 @@ def notebooks(folder: Path, only: Sequence[str] = ()) -> list[Path]:
 
 
 def parameters_of(notebook: Path) -> dict[str, tuple[Any, Any]]:
-    """Name -> (type, default) of the cell tagged ``parameters``. The type is the annotation (``images: int | None``),
-    else that of the default."""
+    """Name -> (type, default) of the cell tagged ``parameters``; a type is the annotation, else that of the default."""
     kinds = {"__builtins__": {}, **{kind.__name__: kind for kind in (bool, int, float, str, list, dict)}}
     found: dict[str, tuple[Any, Any]] = {}
     try:

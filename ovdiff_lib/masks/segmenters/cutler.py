@@ -38,8 +38,7 @@ CONFIG: dict[str, dict[str, Any]] = {
     "MODEL.ROI_BOX_HEAD": {"NAME": "FastRCNNConvFCHead", "NUM_FC": 2, "POOLER_RESOLUTION": 7,
                            "CLS_AGNOSTIC_BBOX_REG": True},
     "MODEL.ROI_MASK_HEAD": {"NAME": "MaskRCNNConvUpsampleHead", "NUM_CONV": 4, "POOLER_RESOLUTION": 14},
-    "TEST": {"DETECTIONS_PER_IMAGE": 100},
-}
+    "TEST": {"DETECTIONS_PER_IMAGE": 100}}
 """Where CutLER's network differs from detectron2's defaults."""
 
 

@@ -1,8 +1,7 @@
 """A small class-agnostic Mask R-CNN (He et al., 2017) as segmenter: CutLER's recipe at the size of the mini world.
 
-The network is torchvision's, with a residual backbone and heads of its own; what it learned comes from MaskCut's masks
-alone (``ovdiff_lib.recipes.train_detector``). A model is a folder with ``config.json`` (the fields of :data:`CONFIG`)
-and ``model.safetensors``.
+The network, torchvision's with a residual backbone and heads of its own, learned from MaskCut's masks alone
+(``recipes.train_detector``). A model is a folder with ``config.json`` (:data:`CONFIG`) and ``model.safetensors``.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ CONFIG: dict[str, Any] = {
     "mask_head": [64, 64, 64],  # channels of its convolutions
     "detections": 20,  # most proposals an image
     "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
-}
+    "image_std": [0.229, 0.224, 0.225]}
 """The shipped network; a folder's ``config.json`` holds the same fields."""
 
 STRIDES = (4, 8, 16, 32)

@@ -95,8 +95,7 @@ def cut_vector(joined: np.ndarray) -> np.ndarray:
     """Second smallest generalised eigenvector x, f64 (n,), of (D - A) x = lambda D x, positive where largest in size.
 
     ``joined`` bool (n, n), n >= 3, symmetric, says which pairs have affinity 1 in A, all others have :data:`WEAK`; D =
-    diag(sums of the rows of A). With y = sqrt(D) x this is the second largest eigenvector of the normalised affinity
-    D^-1/2 A D^-1/2.
+    diag(row sums of A). With y = sqrt(D) x this is the second largest eigenvector of D^-1/2 A D^-1/2.
     """
     from scipy.linalg import eigh
     from scipy.sparse.linalg import ArpackNoConvergence, eigsh

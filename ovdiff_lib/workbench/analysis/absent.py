@@ -72,8 +72,7 @@ def absent_tests(methods: Mapping[str, Callable[[np.ndarray, tuple[int, ...]], n
     became of absent words. ``methods[name](image, asked)`` labels an image: 0 = background, i + 1 = ``asked[i]``.
     Trials at one place of the askings follow each other: methods that remember an image's features pay once."""
     tests = {(asking, name): ([], AbsentTest()) for asking in askings for name in methods}
-    places = list(zip(*askings.values(), strict=True))
-    for place in tqdm(places, unit="image", mininterval=5):
+    for place in tqdm(list(zip(*askings.values(), strict=True)), unit="image", mininterval=5):
         for asking, (sample, asked) in zip(askings, place, strict=True):
             for name, method in methods.items():
                 labels = np.array([0, *asked])[method(sample.image, asked)]

@@ -21,14 +21,12 @@ BASELINES: dict[str, Part] = {
     "clip-diy": Part(ClipDIY.build, models=("clip", "dino"), settings=("clip_diy_",)),
     "reco": Part(ReCo.build, models=("clip", "dino"), settings=("archive", "reco_")),
     "groupvit": Part(GroupViT.build, models=("groupvit",), settings=("groupvit_",)),
-    "clip-segmenter": Part(ClipSegmenter.build, models=None, settings=("clip_segmenter_",)),
-}
+    "clip-segmenter": Part(ClipSegmenter.build, models=None, settings=("clip_segmenter_",))}
 """Name -> how it is built, which models and fields of ``baselines`` are its own (None: it depends on the segmenter)."""
 
 OWN_BACKGROUND: dict[str, Callable[[Baselines, Vocabulary], bool]] = {
     "clip-diy": lambda settings, vocabulary: bool(background_words(settings, vocabulary)),
-    "clip-segmenter": lambda settings, vocabulary: True,
-}
+    "clip-segmenter": lambda settings, vocabulary: True}
 """Baselines that model the background themselves, and whether they do with a vocabulary. Row 0 of others is -inf as
 built, and a constant threshold stands for the background
 (:func:`~ovdiff_lib.workbench.evaluation.measure.above`)."""

@@ -4,8 +4,7 @@ How this differs from the published method:
 
 - Dense features are the keys of the profile's DINO (``models.dino``), not of a DeiT-S/16 trained on stylised ImageNet.
 - CLIP is the profile's (``models.clip``) for retrieval and for dense scores, not a ViT-L/14@336px and an RN50x16.
-- The archive is ``baselines.archive`` (published: ImageNet's training split). Images are seen through OVDiff's windows;
-  there is no CRF.
+- The archive is ``baselines.archive`` (published: ImageNet's training split), seen in OVDiff's windows; no CRF.
 """
 
 from __future__ import annotations
@@ -40,9 +39,8 @@ SHARPNESS = 10.0
 class ReCo(Windowed):
     """Open-vocabulary segmentation by retrieval and co-segmentation.
 
-    ``maskclip`` gives CLIP, its dense embeddings and windows, ``extractor`` dense features; ``kept`` is the folder in
-    which embeddings of the archive are kept as those of ``model`` (:func:`embed_archive`). A class costs its
-    co-segmentation once.
+    ``maskclip`` gives CLIP, its dense embeddings and windows, ``extractor`` dense features; folder ``kept`` holds the
+    archive's embeddings by ``model`` (:func:`embed_archive`). A class costs its co-segmentation once.
     """
 
     networks = ("extractor",)

@@ -90,8 +90,7 @@ def check_proposals(profile: Profile) -> None:
 def majority_vote(labels: np.ndarray, proposals: np.ndarray) -> np.ndarray:
     """Labels (..., H, W), whole numbers from 0, every proposal bool (M, H, W) with that of most of its pixels in each.
 
-    All pixels of a proposal vote, by their label before any vote, background like any other; of equal counts the lowest
-    label wins. Pixels of no proposal keep theirs.
+    All pixels of a proposal vote, by their labels before, background too; lowest of equals wins. Others keep theirs.
     """
     proposals = np.asarray(proposals, bool)
     maps = labels.reshape(-1, *labels.shape[-2:])

@@ -16,8 +16,7 @@ CLASS_ROWS = {
     ("sd", True): "prototypes for one class (SD; N=32)",
     ("sd", False): "prototypes for one class (SD; N=32; without clustering)",
     ("clip-keys", True): "prototypes for one class (CLIP; with clustering)",
-    ("clip-keys", False): "prototypes for one class (CLIP; without clustering)",
-}
+    ("clip-keys", False): "prototypes for one class (CLIP; without clustering)"}
 """(extractor, clustering) -> the row of App. C.5, all of 32 drawings."""
 
 DIGITS = {"ovdiff, s": 4, "alternative, s": 4, "ovdiff, added MB": 1, "alternative, added MB": 1, "ovdiff, peak MB": 0,
@@ -102,8 +101,7 @@ def drawing_cells(drawing: Mapping[int, Measured], fit: Any) -> list[Cell]:
     rows, printed = {}, {cell.key: cell for cell in paper_table("timing")}
     for size, step in drawing.items():
         key = "timing", f"sampling time N={size}", "seconds per class"
-        paper = printed.get(key, PaperCell(*key))
-        rows[key[1]] = {key[2]: (step, paper), "seconds an image": step.median / size}
+        rows[key[1]] = {key[2]: (step, printed.get(key, PaperCell(*key))), "seconds an image": step.median / size}
     rows["linear fit"] = {"seconds an image": fit.slope, "seconds at N = 0": fit.intercept, "R2": fit.rvalue**2}
     return cells_of(rows)
 

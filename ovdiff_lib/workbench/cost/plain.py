@@ -42,8 +42,7 @@ def bare_features(pipe: StableDiffusionPipeline, settings: Features, images: Seq
     planes = [torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None] / 127.5 - 1 for image in images]
     squares = [F.interpolate(one, size=(side, side), mode="bilinear", antialias=True) for one in planes]
     pixels, latent = torch.cat(squares).to(pipe.device, pipe.vae.dtype), side // pipe.vae_scale_factor
-    shape = (pipe.unet.config.in_channels, latent, latent)
-    noise = initial_latents(np.arange(len(images)), shape)[0].to(pipe.device)
+    noise = initial_latents(np.arange(len(images)), (pipe.unet.config.in_channels, latent, latent))[0].to(pipe.device)
     signal = float(pipe.scheduler.alphas_cumprod[settings.sd_timestep])
     with torch.no_grad():
         prompt = pipe.encode_prompt("", pipe.device, 1, False)[0]

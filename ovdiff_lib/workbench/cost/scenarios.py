@@ -50,8 +50,7 @@ class Session:
     @functools.cached_property
     def images(self) -> Sequence[np.ndarray]:
         """64 validation images u8 (H, W, 3) of the mini world, which ships: they are at hand for every profile."""
-        data = load_dataset("mini-voc")
-        return [data[i].image for i in range(64)]
+        return [sample.image for sample in itertools.islice(load_dataset("mini-voc"), 64)]
 
     def made_up(self, count: int) -> PrototypeBank:
         """Classes "w0001", "w0002", ... of random prototypes, as many as a class may have. Their prompts are two or
@@ -188,25 +187,23 @@ def segmenting(session: Session) -> list[Ratio]:
         lambda _: scores(session.ovdiff.segment_many(images, bank)), lambda _: every())
     return [Ratio("segmenting", "VAE encoder and one UNet pass over the same windows, prepared before, those of an "
                   f"image in batches of {size}", single, passes, 1.2),
-            Ratio("segmenting together", f"the same bare pass, windows of all images in batches of {size}", together,
-                  pass_of_all, 1.2),
-            Ratio("images together", "one image after the other", together, single, None,
-                  same("a score", together, single, 1e-4))]
+            Ratio("segmenting together", f"the same bare pass, windows of all images in batches of {size}",
+                  together, pass_of_all, 1.2),
+            Ratio("images together", "one image after the other", together, single,
+                  check=same("a score", together, single, 1e-4))]
 
 
 def large_vocabulary(session: Session) -> list[Ratio]:
     """2,000 classes against the first 20 of them: images whose joined prompts the filter knows, and new images."""
-    bank, rows = session.made_up(MANY), []
+    bank = session.made_up(MANY)
 
     def segment(used: PrototypeBank, step: int, number: int) -> None:
         for i in range(number * step, number * step + TOGETHER):
             session.ovdiff.segment(session.images[i % len(session.images)], used)
 
-    for step, kind in ((0, "all prompts known"), (TOGETHER, "new images")):
-        ways = [functools.partial(segment, used, step) for used in (bank, bank.restrict(range(FEW)))]
-        rows.append(Ratio(f"vocabulary of 2,000, {kind}", f"the same against the first {FEW}",
-                          *session.take_turns(*ways), 1.5))
-    return rows
+    return [Ratio(f"vocabulary of 2,000, {kind}", f"the same against the first {FEW}", *session.take_turns(
+                *(functools.partial(segment, used, step) for used in (bank, bank.restrict(range(FEW))))), 1.5)
+            for step, kind in ((0, "all prompts known"), (TOGETHER, "new images"))]
 
 
 # ---- running them
@@ -214,10 +211,8 @@ def large_vocabulary(session: Session) -> list[Ratio]:
 SCENARIOS: dict[str, Callable[[Session], list[Ratio]]] = {
     "sampling": sampling, "building": building, "kmeans": clusters,
     "texts": texts, "texts-vit-b16": functools.partial(texts, full=True), "segmenting": segmenting,
-    "vocabulary-2000": large_vocabulary,
-    "sampling-full-size": functools.partial(sampling, full=True),
-    "kmeans-full-size": functools.partial(clusters, full=True),
-}
+    "vocabulary-2000": large_vocabulary, "sampling-full-size": functools.partial(sampling, full=True),
+    "kmeans-full-size": functools.partial(clusters, full=True)}
 """Name -> scenario, in the order they run."""
 
 BY_NAME = ("sampling-full-size", "kmeans-full-size")

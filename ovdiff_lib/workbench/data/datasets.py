@@ -173,8 +173,7 @@ DATASETS: dict[str, tuple[str, Callable[[], Layout], bool]] = {
     "context59": ("context", context, False),
     "coco-stuff": ("coco-stuff", partial(coco, False), False),
     "ade20k": ("ade20k", ade, False),
-    "cityscapes": ("cityscapes", cityscapes, False),
-}
+    "cityscapes": ("cityscapes", cityscapes, False)}
 """Name -> (its classes, how it lies on disk, whether background is a class)."""
 
 UNMEASURED = "no folder is named, so its published numbers stand alone"

@@ -14,8 +14,7 @@ TABLES = {"c8": FOLDER / "things_c8.csv", "coco-stuff": FOLDER / "things_coco_st
 
 SPELLINGS = {
     "aeroplane": "airplane", "diningtable": "table", "dining table": "table", "pottedplant": "plant",
-    "potted plant": "plant", "tvmonitor": "monitor", "tv monitor": "monitor", "computer mouse": "mouse",
-}
+    "potted plant": "plant", "tvmonitor": "monitor", "tv monitor": "monitor", "computer mouse": "mouse"}
 """Names of VOC and Context, and their usual prompts, as Table C.8 words them."""
 
 

@@ -19,12 +19,8 @@ from ovdiff_lib.workbench.tables.tables import Cell
 FULL, CLIP, THRESHOLDS, PAMR = "full", "full, CLIP keys", "full, thresholds alone", "full + PAMR"
 """Labels of the rows that changes are measured against."""
 
-BASES: dict[str, dict[str, Any]] = {
-    FULL: {},
-    CLIP: {"features.extractors": ["clip-keys"]},
-    THRESHOLDS: {"masks.segmenter": "threshold"},
-    PAMR: {"matching.refine": "pamr"},
-}
+BASES: dict[str, dict[str, Any]] = {FULL: {}, CLIP: {"features.extractors": ["clip-keys"]},
+                                    THRESHOLDS: {"masks.segmenter": "threshold"}, PAMR: {"matching.refine": "pamr"}}
 """Settings of those rows."""
 
 NOT_SWITCHED = (
@@ -49,8 +45,7 @@ class Choice:
         return self.paper if own.override(self.code[1]) == own else self.code
 
 
-_FILE = Path(__file__).with_suffix(".yaml")
-CHOICES = tuple(Choice(**row) for row in yaml.safe_load(_FILE.read_text(encoding="utf-8")))
+CHOICES = tuple(Choice(**row) for row in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_bytes()))
 
 
 def rows_of_choices(profile: Profile) -> list[Row]:

@@ -1,5 +1,4 @@
-"""The ladder: where the points of the method are lost. The truth takes the place of one part after the other
-(:mod:`~ovdiff_lib.workbench.evaluation.truth`)."""
+"""The ladder: where the method loses points, with truth (:mod:`.truth`) in place of one part after the other."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -78,9 +77,8 @@ def lost(miou: Mapping[str, Any]) -> dict[str, Any]:
 
 def ladder(ovdiff: OVDiff, dataset: Dataset, training: Dataset, *, folder: str | Path | None = None,
            limit: int | None = None, progress: bool = True) -> Ladder:
-    """Measure every rung (:data:`RUNGS`) on the first ``limit`` images of ``dataset``, with the scenes of ``training``,
-    the same classes on other images, as true support sets; ``folder`` as for ``measure``. Raises ``InputError`` where
-    ``training`` is what is measured, or lacks a class."""
+    """Measure every rung (:data:`RUNGS`) on the first ``limit`` images of ``dataset``, with scenes of ``training``,
+    all its classes on other images, as true support; ``folder`` as for ``measure``. ``InputError`` if it is not so."""
     if (training.folder, training.split) == (dataset.folder, dataset.split):
         raise InputError(f"The split {dataset.split!r} is measured, so its scenes cannot be support; choose another.")
     check_profile(ovdiff.profile)

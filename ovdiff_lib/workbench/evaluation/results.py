@@ -28,8 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Counts:
-    """Confusion matrices of T label maps, i64 (T, K, K) for each image that was counted; what is zero is not kept.
-    ``note`` is what a footnote should say of them."""
+    """Confusion matrices of T label maps, i64 (T, K, K) a counted image, without zeros; ``note`` is for a footnote."""
 
     def __init__(self, shape: tuple[int, int, int], path: Path | None = None) -> None:
         """``path``, if there is one, is the file that :meth:`save` writes."""
@@ -70,8 +69,7 @@ class Counts:
 
 
 def stored(folder: str | Path, name: str, key: dict[str, Any], shape: tuple[int, int, int], images: int) -> Counts:
-    """What ``folder`` holds of the evaluation ``key`` on at most ``images`` images of the data set ``name``; of a file
-    that cannot be used nothing, with a warning."""
+    """What ``folder`` has of evaluation ``key``, at most ``images`` images of data set ``name``; warns of bad files."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
     found = Counts(shape, Path(folder).expanduser() / f"{name}-{digest}.npz")
     if not found.path.exists():

@@ -110,8 +110,7 @@ def scenes_of(training: Dataset, size: int) -> list[list[int]]:
 
 def true_bank(ovdiff: OVDiff, vocabulary: Vocabulary, training: Dataset, chosen: Sequence[Sequence[int]]
               ) -> PrototypeBank:
-    """The bank whose support images are the ``chosen`` scenes of each class: its true mask is foreground, all the rest
-    background, but for what is ignored."""
+    """The bank whose support images are the ``chosen`` scenes: true masks, the rest background but what is ignored."""
     made = []
     for label, (category, indices) in enumerate(zip(vocabulary, chosen, strict=True), 1):
         samples = [training[index] for index in indices]

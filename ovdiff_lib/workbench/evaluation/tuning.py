@@ -23,8 +23,7 @@ from ovdiff_lib.workbench.tables.tables import IDLE, Cell
 CONSTANT, STUFF = "matching.background_threshold", "filters.stuff_threshold"
 
 KEPT = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
-"""Shares of the background prototypes of things that the candidates for the "stuff" filter keep. None keeps nothing: a
-filter that leaves no background would be another method."""
+"""Shares of things' background prototypes that candidates for the "stuff" filter keep; 0 would be another method."""
 
 IMAGES, DIGITS = 48, 5
 """How many images of each data set choose, and the decimals of a candidate."""
@@ -32,8 +31,7 @@ IMAGES, DIGITS = 48, 5
 
 @dataclass(frozen=True)
 class Tried:
-    """The candidates for a profile's ``field`` in the space of one extractor, ascending, and the mIoU of each in
-    percent; ``labels`` say which quantile each is."""
+    """Candidates for a ``field`` in an extractor's space, ascending, by quantile (``labels``), and mIoU in percent."""
 
     field: str
     extractor: str
@@ -73,8 +71,7 @@ def _constants(bench: Bench, name: str) -> Tried:
 def _stuff(bench: Bench, name: str, constant: float) -> Tried:
     settings = {"features.extractors": [name], CONSTANT: constant}
     source = bench.tune(bench.profile.evaluation.context)
-    bank = bench.ovdiff({**settings, STUFF: 1.0}).build(bench.dataset(source).vocabulary)
-    found = likeness(bank, name)
+    found = likeness(bench.ovdiff({**settings, STUFF: 1.0}).build(bench.dataset(source).vocabulary), name)
     values = [_keeping(share, found) for share in KEPT]
     rows = [Row(f"{share}", {**settings, STUFF: value}, seeds=1) for share, value in zip(KEPT, values, strict=True)]
     results = bench.measure(rows, source)
@@ -83,9 +80,8 @@ def _stuff(bench: Bench, name: str, constant: float) -> Tried:
 
 
 def same_share(bench: Bench, rows: Sequence[Row]) -> list[Row]:
-    """Rows whose prototypes differ in kind or channels, with thresholds of the "stuff" filter that keep the same share
-    of the background prototypes of things on ``evaluation.context``, first seed: the first row's. As they are where
-    that data set is not here or shows no stuff."""
+    """Rows whose prototypes differ in kind or channels, with thresholds of the "stuff" filter that keep the first row's
+    share of things' background prototypes on ``evaluation.context``, first seed; as they are without it or stuff."""
     source, shares, made = bench.profile.evaluation.context, {}, []
     ovdiffs = [bench.ovdiff(row.settings) for row in rows]
     words = bench.dataset(source).vocabulary if has_folder(source) else ()

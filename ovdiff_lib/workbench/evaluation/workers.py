@@ -27,10 +27,9 @@ from ovdiff_lib.workbench.parallel import Engine
 
 def build_classes(engine: Engine, profile: Profile, categories: Iterable[Category], seeds: Sequence[int] | None,
                   library: str | Path, progress: bool = True, also: Sequence[dict[str, Any]] = ()) -> list[str]:
-    """Build the prototypes of every category for every seed (None: the profile's) into ``library``, a folder that all
-    machines of ``engine`` see, then those with each settings of ``also``, while its features are remembered; returns
-    one sentence for each class that could not be built. Raises ``InputError`` where the library cannot be written, and
-    as ``run``."""
+    """Build the prototypes of every category for every seed (None: the profile's) into ``library``, a folder all
+    machines of ``engine`` see, then those with each settings of ``also``, while its features are remembered; returns a
+    sentence for each class that failed. Raises as ``run``, ``InputError`` where the library cannot be written."""
     # The library knows a class by its words and pictures.
     words = {(category.prompt, category.pictures): category for category in categories}.values()
     tasks = [(category, seed) for seed in ([None] if seeds is None else seeds) for category in words]
@@ -38,8 +37,7 @@ def build_classes(engine: Engine, profile: Profile, categories: Iterable[Categor
     check_output(root)
     root.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(prefix=".shared-", dir=root) as mark:
-        build = partial(ClassBuilder, profile, root, Path(mark.name), also)
-        with closing(engine.run(build, tasks)) as done:
+        with closing(engine.run(partial(ClassBuilder, profile, root, Path(mark.name), also), tasks)) as done:
             for task in tqdm(done, "building classes", len(tasks), unit="class", disable=not progress):
                 category, seed = tasks[task.index]
                 of_seed = "" if seed is None else f" (seed {seed})"
@@ -76,9 +74,8 @@ def _counter(profile: Profile, bank: PrototypeBank, dataset: Dataset) -> Callabl
 
 def evaluate_on(engine: Engine, profile: Profile, bank: PrototypeBank, dataset: Dataset, limit: int | None = None,
                 progress: bool = True) -> EvaluationResult:
-    """:func:`~ovdiff_lib.workbench.evaluation.measure.evaluate` of OVDiff with ``profile`` and ``bank``, by the workers
-    of an engine. Raises ``OVDiffError`` for the first image that fails, ``InputError`` for an empty data set, and as
-    ``engine.run``."""
+    """:func:`~ovdiff_lib.workbench.evaluation.measure.evaluate` of OVDiff with ``profile`` and ``bank``, by an engine.
+    Raises ``OVDiffError`` for the first image that fails, ``InputError`` for an empty data set, and as ``run``."""
     found, total = {}, measure.image_count(dataset, limit)
     with closing(engine.run(partial(_counter, profile, bank, dataset), range(total))) as done:
         for image in tqdm(done, dataset.name, total, unit="image", disable=not progress):

@@ -62,8 +62,7 @@ def difference_chart(names: Sequence[str], cells: Sequence[Cell], xlabel: str) -
 
 def _bars(cells: Sequence[Cell]) -> np.ndarray:
     """How far intervals reach below and above the numbers, f (2, len(cells)); 0 where there is none."""
-    reach = [(0, 0) if c.low is None else (c.measured - c.low, c.high - c.measured) for c in cells]
-    return np.array(reach).T.clip(0)
+    return np.array([(0, 0) if c.low is None else (c.measured - c.low, c.high - c.measured) for c in cells]).T.clip(0)
 
 
 def _axes(width: float, height: float, labelsize: float = 8) -> tuple[Figure, Axes]:
@@ -94,8 +93,7 @@ def growth_figure(lines: Mapping[str, Sequence[tuple[float, Measured]]], title: 
     if fit:
         ends, sign = np.array([0, right]), "+" if fit.intercept >= 0 else "−"
         formula = f"{fit.slope:.3g} x {sign} {abs(fit.intercept):.2g}, R² = {fit.rvalue**2:.4f}"
-        line = fit.slope * ends + fit.intercept
-        axis.plot(ends, line, "--", color="#555555", linewidth=1.2, zorder=1, label=formula)
+        axis.plot(ends, fit.slope * ends + fit.intercept, "--", color="#555555", linewidth=1.2, zorder=1, label=formula)
     room = 1 + 0.09 * len(axis.get_legend_handles_labels()[1])  # for the legend
     axis.set(xlim=(0, right * 1.06), ylim=(0, axis.get_ylim()[1] * room), xlabel=xlabel, ylabel=ylabel)
     axis.set_title(title, fontsize=9)

@@ -1,13 +1,12 @@
 """How far a measured mIoU, or a difference of two, can be trusted: images and seeds are drawn again, many times.
 
-A draw takes images with replacement. mIoU needs of an image only in how many pixels a class is both true and
-predicted, in how many either, and in how many true, so that a draw is a product of these counts with how often each
-image was taken. Where many classes are in two or three images each, some draws lack a class: its mean is over the
-classes that the draw shows, and all draws are shifted so that their mean is the number measured. Few things drawn from
-spread too little. Of N images that show K classes a draw takes N - K / 2 (N / 2 at least), by which intervals cover
-what they should from one image a class to many; of S seeds S - 1, and their spread is widened as Student's t is wider
-than the normal distribution, for four seeds by 1.6. All cells of a data set share the draws, which makes every
-difference of two of them a paired one.
+A draw takes images with replacement. mIoU needs of an image only in how many pixels a class is both true and predicted,
+in how many either, and in how many true, so that a draw is a product of these counts with how often each image was
+taken. Where many classes are in two or three images each, some draws lack a class: its mean is over the classes that
+the draw shows, and all draws are shifted so that their mean is the number measured. Few things drawn from spread too
+little. Of N images that show K classes a draw takes N - K / 2 (N / 2 at least), by which intervals cover what they
+should from one image a class to many; of S seeds S - 1, and their spread is widened as Student's t is wider than the
+normal distribution, for four seeds by 1.6. All cells of a data set share the draws, so differences are paired.
 """
 
 import zipfile
@@ -106,15 +105,13 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
 
 
 def p_value(draws: np.ndarray, low: float, high: float) -> float:
-    """Two-sided, from the draws of a difference: how surely it lies between ``low`` and ``high``, or surely not, as the
-    draws on the wrong side of each of the two say."""
+    """Two-sided: how surely a difference lies between ``low`` and ``high``, or not, by the draws on the wrong sides."""
     sides = [min((draws <= edge).sum(), (draws >= edge).sum()) for edge in (low, high)]
     return min(1.0, 2 * (1 + max(sides)) / (1 + len(draws)))
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p-values corrected for their number by Holm's method: where all below a level are believed, the chance that any
-    of them is wrong is at most that level."""
+    """p-values after Holm's method: of all below a level, the chance that any is wrong is at most that level."""
     order = np.argsort(p)
     corrected = np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1))
     return np.minimum(corrected, 1)[np.argsort(order)].tolist()

@@ -86,8 +86,7 @@ class Comparison:
 
 @dataclass
 class Outcome:
-    """The outcome on one data set: its comparisons, and a text with {} for their numbers. What compares nothing has its
-    verdict by another ``rule``."""
+    """A data set's outcome: comparisons, a text with {} for their numbers; of no comparison the verdict by ``rule``."""
 
     comparisons: list[Comparison]
     text: str
@@ -144,8 +143,7 @@ def _spread(left: list[Measured], _: list[Measured]) -> Pairs:
 
 
 def _drops(left: list[Measured], right: list[Measured]) -> Pairs:
-    """The first left-hand cell is the whole, each other cell the whole without a part: the left-hand parts cost more
-    than every right-hand part, and cost something at all."""
+    """The first left cell is the whole, all others lack a part: the left parts cost something, more than any right."""
     whole, *named = left
     least, rival = max(named, key=MEAN), min(right, key=MEAN)  # of the named parts the one that costs least
     drops = ", ".join(f"{s.label} {s.mean - whole.mean:+.2f}" for s in sorted([*named, *right], key=MEAN))
@@ -162,8 +160,7 @@ def _gains(left: list[Measured], right: list[Measured]) -> Pairs:
 
 
 def _grows_then_flat(left: list[Measured], _: list[Measured]) -> Pairs:
-    """The largest N up to 8 exceeds the smallest N, and doubling up to the largest N changes little. Needs two values
-    of N up to 8 and one pair N, 2 N above them."""
+    """The largest N up to 8 beats the smallest, doubling to the largest of all changes little. None without such N."""
     at = {s.count: s for s in left}
     early, doubled = sorted(n for n in at if n <= 8), [n for n in at if n > 8 and n % 2 == 0 and n // 2 in at]
     if len(early) < 2 or not doubled:

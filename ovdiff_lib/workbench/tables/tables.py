@@ -1,5 +1,4 @@
-"""Tables as data: one CSV row a cell, and beside it Markdown with the paper's value in its own column, JSON with what
-was run, and the counts that intervals and comparisons need."""
+"""Tables as data: one CSV row a cell, and beside it Markdown with the paper's values, JSON of what was run, counts."""
 
 import json
 import math

@@ -33,8 +33,7 @@ VERDICTS = ("fine", "look", "bad")
 COLUMNS = {
     "with_foreground": "with foreground", "foreground_area": "area", "recognised": "read as itself",
     "rival": "nearest rival", "lost": "lost to it", "passes": "passes for it", "highest": "highest cosine",
-    "background_rival": "background of", "sunk": "sunk in it",
-    "background_left": "background left", "pieces": "pieces"}
+    "background_rival": "background of", "sunk": "sunk in it", "background_left": "background left", "pieces": "pieces"}
 """Value of a class -> its heading in the table."""
 
 
@@ -113,9 +112,8 @@ def examine(ovdiff: OVDiff, classes: Vocabulary | Iterable[str | Category] | str
             limits: Limits | None = None, among: Iterable[str] = ()) -> VocabularyReport:
     """Build the classes, or take them from the library, and examine them as ``ovdiff`` would use them.
 
-    ``among``: further words that CLIP reads the drawings beside; they are not drawn. Classes that cannot be built (a
-    name too long, no drawing with a foreground) are bad, and the others are examined without them. Raises as
-    :meth:`~ovdiff_lib.pipeline.OVDiff.build` otherwise.
+    ``among``: further words that CLIP reads the drawings beside; not drawn. Classes that cannot be built (a name too
+    long, no drawing with a foreground) are bad, the others examined without them. Otherwise raises as ``OVDiff.build``.
     """
     limits, vocabulary, profile = limits or Limits(), Vocabulary.of(classes, stuff), ovdiff.profile
     reports = [ClassReport(category.name, category.kind) for category in vocabulary]
@@ -222,9 +220,8 @@ def _examine_collisions(reports: Sequence[ClassReport], tables: dict[str, Collis
 
 def _examine_readings(reports: Sequence[ClassReport], categories: Sequence[Category], ovdiff: OVDiff,
                       limits: Limits) -> None:
-    """What CLIP, which filters the categories, reads in the drawings of each class, the word of highest cosine, and
-    which word is nearest to it. ``categories``: the classes of the ``reports``, and other words. Stuff that the filter
-    always keeps is not judged."""
+    """What CLIP, which filters the categories, reads in the drawings of each class, the word of highest cosine, and its
+    nearest word. ``categories``: the classes of the ``reports``, then other words. Stuff always kept is not judged."""
     clip, settings = ovdiff.category_filter, ovdiff.profile.filters
     words = clip.text([settings.category_prompt.replace("{names}", category.prompt) for category in categories])
     with undisturbed():
@@ -254,9 +251,8 @@ def collide(prototypes: Sequence[Prototypes], device: str | torch.device = "cpu"
     Matching (Eq. 4) gives a pixel to the class of its nearest prototype, so two classes collide where images of one lie
     nearer to the other's prototypes than to those of their own class, or as near as the other's own images do. Each
     support image stands for an image the method has not seen, by its instance prototype, and its own class answers
-    without it. That needs no threshold on a cosine, which would differ from extractor to extractor. Parts of the
-    foreground count in ``highest`` alone: they may hold cells of the image that is left out. ``InputError`` for a class
-    without instance prototypes.
+    without it. That needs no threshold on a cosine, which would differ between extractors. Parts of the foreground
+    count in ``highest`` alone: they may hold cells of the image left out. ``InputError`` without instance prototypes.
     """
     front, back = ([p.select(p.region == region) for p in prototypes] for region in ("foreground", "background"))
     if not all((p.kind == "instance").any() for p in front):
@@ -283,16 +279,14 @@ def collide(prototypes: Sequence[Prototypes], device: str | torch.device = "cpu"
 @undisturbed()
 def own_similarity(prototypes: Prototypes) -> torch.Tensor:
     """How near each image of a class is to the class without it: f32 (n,) for the n images with foreground, the highest
-    cosine of its foreground instance prototype to those of the other images and to the mean foreground feature of all
-    of them; nan if there is no other image."""
+    cosine of its foreground instance prototype to the others' and to their mean foreground feature; nan if alone."""
     chosen = prototypes.select((prototypes.region == "foreground") & (prototypes.kind == "instance"))
     if len(chosen) < 2:
         return torch.full((len(chosen),), torch.nan, dtype=torch.float32, device="cpu")
     cells = torch.from_numpy(prototypes.cells("foreground").sum((1, 2))[chosen.image]).float()
     unit, weighted = _unit(chosen), torch.from_numpy(chosen.vectors).float() * cells[:, None]
     others = F.normalize(weighted.sum(0) - weighted, dim=1)  # a mean's length does not matter to a cosine
-    pairs = (unit @ unit.T).fill_diagonal_(-1)
-    return torch.maximum(pairs.amax(1), (unit * others).sum(1))
+    return torch.maximum((unit @ unit.T).fill_diagonal_(-1).amax(1), (unit * others).sum(1))
 
 
 def _unit(prototypes: Prototypes, device: str | torch.device = "cpu") -> torch.Tensor:
