@@ -29,7 +29,6 @@ from ovdiff_lib.networks.loading import resolve_device
 from ovdiff_lib.profiles.schema import Profile, of_extractor
 from ovdiff_lib.types import PrototypeBank, Prototypes
 
-
 TOGETHER = 8
 """Regions of categories whose prototypes are matched in one product: large ones are fast, and what all of a large
 vocabulary scored would outgrow memory."""

@@ -28,7 +28,8 @@ def _each_once(names: list) -> list:
 
 def _template(text: str, *others: str) -> str:
     if text not in others and (text.count("{name}") != 1 or set("{}") & set(text.replace("{name}", ""))):
-        raise ValueError(" or be ".join(["Input should hold {name} once, as 'a photo of a {name}.'", *map(repr, others)]))
+        right = "Input should hold {name} once, as 'a photo of a {name}.'"
+        raise ValueError(" or be ".join([right, *map(repr, others)]))
     return text
 
 

@@ -110,7 +110,7 @@ class RememberingSegmenter(Remembering):
 class SharedMatcher(Matcher):
     """A matcher that looks at the windows of an image once for each prototypes of a category, whatever settings ask."""
 
-    _digests: Any = WeakKeyDictionary()  # of prototypes, by region
+    _digests: Any = cached_property(lambda self: WeakKeyDictionary())  # of prototypes, by region
 
     def _nearest(self, name: str, run: Sequence[Any], features: Sequence[torch.Tensor],
                  wanted: Sequence[tuple[Prototypes, str]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
