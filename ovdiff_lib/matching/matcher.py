@@ -12,7 +12,7 @@ extractor whose background prototypes were all filtered away votes for the backg
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,20 +156,26 @@ class Matcher:
                  wanted: Sequence[tuple[Prototypes, str]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Of each feature of a run's windows the highest cosine to each (prototypes, region) that is ``wanted``, f32
         (n h w,), and the row of that prototype, i32; -1 and -1 where the region has none."""
-        unit = F.normalize(torch.stack(list(features)).flatten(0, 2).to(self.device, torch.float32), dim=1)
-        none, found = unit.new_full((len(unit),), -1.0), []
+        channels, cosines_to, found = features[0].shape[2], self._cosines(name, run, features), []
         for start, stop in batches(len(wanted), TOGETHER):
             rows = [np.flatnonzero(p.region == region) for p, region in wanted[start:stop]]
             vectors = np.concatenate([p.vectors[own] for (p, _), own in zip(wanted[start:stop], rows, strict=True)])
-            if vectors.shape[1] != unit.shape[1]:
-                raise InputError(f"The prototypes have {vectors.shape[1]} channels but the image features "
-                                 f"{unit.shape[1]}; build the prototypes again with this profile.")
-            vectors = F.normalize(torch.from_numpy(vectors).to(self.device, torch.float32), dim=1)
-            for own, cosines in zip(rows, (unit @ vectors.T).split([*map(len, rows)], dim=1), strict=True):
+            if vectors.shape[1] != channels:
+                raise InputError(f"The prototypes have {vectors.shape[1]} channels but the image features {channels}; "
+                                 "build the prototypes again with this profile.")
+            unit = F.normalize(torch.from_numpy(vectors).to(self.device, torch.float32), dim=1)
+            for own, cosines in zip(rows, cosines_to(unit).split([*map(len, rows)], dim=1), strict=True):
+                none = cosines.new_full((len(cosines),), -1.0)
                 value, which = cosines.max(1) if len(own) else (none, none.long())
                 own = torch.from_numpy(np.append(own, -1).astype(np.int32)).to(self.device)
                 found.append((value, own[which]))
         return found
+
+    def _cosines(self, name: str, run: Sequence[_Window],
+                 features: Sequence[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What gives the cosines f32 (n h w, p) of all features to unit vectors f32 (p, D)."""
+        unit = F.normalize(torch.stack(list(features)).flatten(0, 2).to(self.device, torch.float32), dim=1)
+        return lambda vectors: unit @ vectors.T
 
     @undisturbed()
     def _close(self, opened: _InProgress) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from ovdiff_lib.workbench.analysis.examples import Examples, fullest, plainest, 
 from ovdiff_lib.workbench.analysis.margins import BIN, MarginStatistics, margins
 from ovdiff_lib.workbench.data.metrics import ConfusionMatrix
 from ovdiff_lib.workbench.data.samples import Sample
+from ovdiff_lib.workbench.tables.intervals import interval
 
 SHAPE = (13, 21)
 
@@ -85,15 +86,28 @@ def sample(name, *rows, grey=None):
 
 def test_counts_of_two_images_by_hand():
     test = AbsentTest(least=0.25)
-    assert all(np.isnan(rate) for rate in (test.segmented_rate, test.fooled_rate, test.pixel_rate, test.missed_rate))
+    assert test.rates("") == {}
+
+    def rates():
+        return {name: pytest.approx(runs.values.item() / 100) for name, runs in test.rates("some").items()}
+
     # Eight pixels, two ignored; shown: 1. Predicted: 2 on three of six, 3 on one of six (too few), 1 on ignored ones.
     test.update(np.array([[1, 2, 2, 2], [1, 3, 0, 0]]), np.array([[255, 1, 0, 0], [255, 1, 0, 0]]), [1, 2, 3])
     assert [test.counts[name] for name in ("absent", "segmented", "shown", "missed", "fooled")] == [2, 1, 1, 1, 1]
-    assert test.pixel_rate == pytest.approx(4 / 6)
+    assert {"pixels given to them": 4 / 6}.items() <= rates().items()
     # Shown: 1 and 2, both found, in the wrong places; 3 was not asked.
     test.update(np.array([[2, 2, 1, 1]]), np.array([[1, 1, 2, 2]]), [1, 2])
-    assert test.segmented_rate == pytest.approx(1 / 2) and test.missed_rate == pytest.approx(1 / 3)
-    assert test.fooled_rate == pytest.approx(1 / 2) and test.pixel_rate == pytest.approx(4 / 10)
+    assert rates() == {"absent classes segmented": 1 / 2, "shown classes missed": 1 / 3, "images with one": 1 / 2, "pixels given to them": 4 / 10}
+
+
+def test_rates_have_the_intervals_of_their_images():
+    test, rng = AbsentTest(), np.random.default_rng(0)
+    for _ in range(50):
+        test.update(rng.integers(0, 3, (1, 1)), np.zeros((1, 1), int), [1, 2])  # one of the two absent words, or none
+    low, high = interval(test.rates("some")["images with one"].draws)
+    expected = test.counts["fooled"] / 50
+    again = rng.choice([image["fooled"] for image in test.images], (10_000, 50)).mean(1)
+    assert [low, high] == pytest.approx(100 * np.quantile(again, [0.025, 0.975]), abs=2.1) and low < 100 * expected < high
 
 
 def test_one_absent_word_is_absent_and_stays_the_same():

@@ -406,6 +406,7 @@ def test_features_of_windows_are_found_again_by_other_processes(tiny_profile, tm
     kept.write_bytes(kept.read_bytes()[:-1])  # of a torn file nothing is believed
     assert found()[0].equal(plain) and found()[0].equal(plain)
     monkeypatch.setattr(shared, "DISK", 0)
+    shared._room.cache.clear()
     assert not found({"features.sd_timestep": 300})[0].equal(plain) and len([*tmp_path.glob("*.pt")]) == 2
 
 

@@ -12,6 +12,16 @@ from ovdiff_lib.workbench.analysis.examples import shown_labels
 from ovdiff_lib.workbench.data.metrics import IGNORE, ConfusionMatrix
 from ovdiff_lib.workbench.data.samples import Sample
 from ovdiff_lib.workbench.evaluation.measure import above
+from ovdiff_lib.workbench.tables.intervals import Runs
+
+
+RATES = {
+    "absent classes segmented": ("segmented", "absent"),  # of all (image, queried class it does not show)
+    "images with one": ("fooled", "images"),
+    "pixels given to them": ("wrong", "pixels"),
+    "shown classes missed": ("missed", "shown"),  # of all (image, queried class it shows): what a strict filter costs
+}
+"""What is counted, and of what it is a share."""
 
 
 class AbsentTest:
@@ -21,7 +31,9 @@ class AbsentTest:
     """
 
     def __init__(self, least: float = 0.01) -> None:
-        self.least, self.counts = least, Counter()
+        self.least, self.images = least, []
+
+    counts = property(lambda self: sum(self.images, Counter()))
 
     def update(self, predicted: np.ndarray, target: np.ndarray, queried: Iterable[int]) -> None:
         """Count one image: ``target`` int (H, W), ``queried`` labels but 0, ``predicted`` int (H, W) of these and 0."""
@@ -29,21 +41,15 @@ class AbsentTest:
         found, true = Counter(predicted[counted].tolist()), set(target[counted].tolist())
         absent, shown = set(queried) - true, set(queried) & true
         large = {label for label in queried if found[label] >= self.least * max(1, found.total())}
-        self.counts.update(
+        self.images.append(Counter(
             images=1, fooled=bool(absent & large), absent=len(absent), segmented=len(absent & large), shown=len(shown),
-            missed=len(shown - large), pixels=found.total(), wrong=sum(found[label] for label in absent))
+            missed=len(shown - large), pixels=found.total(), wrong=sum(found[label] for label in absent)))
 
-    segmented_rate = property(lambda self: self._share("segmented", "absent"))
-    """Of all (image, queried class it does not show), the share that was segmented."""
-    fooled_rate = property(lambda self: self._share("fooled", "images"))
-    """The share of images in which at least one class was segmented that is not there."""
-    pixel_rate = property(lambda self: self._share("wrong", "pixels"))
-    """The share of pixels that went to classes that are not in their image."""
-    missed_rate = property(lambda self: self._share("missed", "shown"))
-    """Of all (image, queried class it shows), the share that was not segmented: what a strict filter costs."""
-
-    def _share(self, part: str, whole: str) -> float:  # in [0, 1], nan without anything to count
-        return self.counts[part] / self.counts[whole] if self.counts[whole] else float("nan")
+    def rates(self, dataset: str) -> dict[str, Runs]:
+        """:data:`RATES` with what their intervals need, but those without anything to count."""
+        counts = {name: [image[name] for image in self.images] for rate in RATES.values() for name in rate}
+        return {rate: Runs.of_shares(f"{dataset}, {rate}", counts[part], counts[whole])
+                for rate, (part, whole) in RATES.items() if any(counts[whole])}
 
 
 Trial = tuple[Sample, tuple[int, ...]]

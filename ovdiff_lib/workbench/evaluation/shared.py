@@ -10,14 +10,14 @@ import os
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 import torch
-from cachetools import LRUCache, cached
+from cachetools import LRUCache, TTLCache, cached
 
 from ovdiff_lib import keys
 from ovdiff_lib.features import EXTRACTORS
@@ -32,6 +32,7 @@ from ovdiff_lib.registry import NOT_MODELS, chosen_part
 from ovdiff_lib.types import Prototypes
 from ovdiff_lib.workbench.baselines import build_baseline
 from ovdiff_lib.workbench.console import FEATURES
+from ovdiff_lib.workbench.evaluation.layered import Layered, factors_of
 
 MEMORY = 2**26
 """Bytes of results remembered in a process: what the methods of a table need of one class or image several times."""
@@ -108,16 +109,28 @@ class RememberingSegmenter(Remembering):
 
 
 class SharedMatcher(Matcher):
-    """A matcher that looks at the windows of an image once for each prototypes of a category, whatever settings ask."""
+    """A matcher that looks at the windows of an image once for each prototypes of a category, whatever settings ask,
+    and at layers on their own grids."""
 
     _digests: Any = cached_property(lambda self: WeakKeyDictionary())  # of prototypes, by region
 
     def _nearest(self, name: str, run: Sequence[Any], features: Sequence[torch.Tensor],
                  wanted: Sequence[tuple[Prototypes, str]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        seen = self.extractors[name].number, _digest([(window.crop, window.seed) for window in run])
-        make = partial(super()._nearest, name, run, features)
+        make, seen = partial(super()._nearest, name, run, features), self._seen(name, run)
         return remember_many([(*seen, self._digest_of(*one)) for one in wanted],
                              lambda new: make([wanted[n] for n in new]))
+
+    def _cosines(self, name: str, run: Sequence[Any], features: Sequence[torch.Tensor]) -> Callable[..., torch.Tensor]:
+        extractor = self.extractors[name]
+        stacked = cache(lambda: torch.stack(list(features)).to(self.device, torch.float32))
+        widths = getattr(extractor, "widths", features[0].shape[2:])
+        factors = remember((extractor.number, features[0].shape), lambda: factors_of(stacked(), widths))
+        if (factors == 1).all():
+            return super()._cosines(name, run, features)
+        return remember((*self._seen(name, run), "layers"), lambda: Layered(stacked(), factors)).cosines
+
+    def _seen(self, name: str, run: Sequence[Any]) -> tuple:
+        return self.extractors[name].number, _digest([(window.crop, window.seed) for window in run])
 
     def _digest_of(self, prototypes: Prototypes, region: str) -> bytes:
         known = self._digests.setdefault(prototypes, {})
@@ -125,6 +138,12 @@ class SharedMatcher(Matcher):
             chosen = prototypes.region == region
             known[region] = _digest(np.flatnonzero(chosen), prototypes.vectors[chosen])
         return known[region]
+
+
+@cached(TTLCache(1, 5.0))
+def _room(folder: Path) -> int:
+    """Bytes that the folder may still take, looked up every five seconds: that takes as long as a small network."""
+    return DISK - sum(one.stat().st_size for one in folder.glob("*.pt"))
 
 
 class KeptOnDisk(Remembering):
@@ -142,7 +161,7 @@ class KeptOnDisk(Remembering):
         with suppress(OSError, RuntimeError, EOFError, pickle.UnpicklingError):
             return torch.load(path, weights_only=True)
         made = getattr(self._part, self._name)(*arguments)
-        if _bytes(made) <= min(LARGEST, DISK - sum(one.stat().st_size for one in self._folder.glob("*.pt"))):
+        if _bytes(made) <= min(LARGEST, _room(self._folder)):
             with written_whole(path) as file:
                 torch.save(made, file)
         return made
@@ -158,6 +177,7 @@ class FewerLayers:
         own = dict(zip(whole.settings.sd_layers, channels, strict=True))
         self.whole, self.columns = whole, np.concatenate([own[layer] for layer in layers])
         self.number = whole.number, *layers
+        self.widths = [len(own[layer]) for layer in layers]
         self.channels = len(self.columns)
 
     def __call__(self, images: Any, seeds: np.ndarray) -> torch.Tensor:

@@ -51,6 +51,11 @@ class Runs:
             found.append(np.stack([both, matrices.sum(1) + true - both, true], 1))
         return cls(dataset, np.stack(found).astype(np.int32))
 
+    @classmethod
+    def of_shares(cls, dataset: str, part: Sequence[int], whole: Sequence[int]) -> Self:
+        """Of all images' ``whole`` the share that is ``part``, each (images,): as the IoU of one class is counted."""
+        return cls(dataset, np.stack([part, whole, whole], 1).astype(np.int32)[None, :, :, None])
+
     @property
     def values(self) -> np.ndarray:
         """mIoU in percent of each seed on all images, f64 (seeds,)."""
