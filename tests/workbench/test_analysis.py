@@ -97,7 +97,8 @@ def test_counts_of_two_images_by_hand():
     assert {"pixels given to them": 4 / 6}.items() <= rates().items()
     # Shown: 1 and 2, both found, in the wrong places; 3 was not asked.
     test.update(np.array([[2, 2, 1, 1]]), np.array([[1, 1, 2, 2]]), [1, 2])
-    assert rates() == {"absent classes segmented": 1 / 2, "shown classes missed": 1 / 3, "images with one": 1 / 2, "pixels given to them": 4 / 10}
+    assert rates() == {"absent classes segmented": 1 / 2, "shown classes missed": 1 / 3, "images with one": 1 / 2,
+                       "pixels given to them": 4 / 10}
 
 
 def test_rates_have_the_intervals_of_their_images():

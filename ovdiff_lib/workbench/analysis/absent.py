@@ -14,7 +14,6 @@ from ovdiff_lib.workbench.data.samples import Sample
 from ovdiff_lib.workbench.evaluation.measure import above
 from ovdiff_lib.workbench.tables.intervals import Runs
 
-
 RATES = {
     "absent classes segmented": ("segmented", "absent"),  # of all (image, queried class it does not show)
     "images with one": ("fooled", "images"),

@@ -18,23 +18,23 @@ class Layered:
     """Unit features of n windows (h, w, D), of whose channels ``factors`` (D,) say how much coarser their grid is."""
 
     def __init__(self, features: torch.Tensor, factors: torch.Tensor) -> None:
-        cells = features.flatten(1, 2)  # (n, h w, D)
-        self.norm = cells.norm(dim=2, keepdim=True).clamp_min(1e-12)
-        self.fine, left, self.coarse = factors == 1, [cells[..., factors == 1]], []
-        for factor in factors[~self.fine].unique().tolist():
-            enlarging, shrinking = _bilinear(features.shape[1:3], factor, features.device)
-            channels = factors == factor
-            self.coarse.append((channels, shrinking @ cells[..., channels]))
-            left.append(enlarging.expand(len(cells), -1, -1))
-        self.left = torch.cat(left, 2)
+        cells, self.coarse, enlarging = features.flatten(1, 2), [], []  # (n, h w, D)
+        norm = cells.norm(dim=2, keepdim=True).clamp_min(1e-12)
+        self.channels = factors == 1
+        self.fine = (cells[..., self.channels] / norm).flatten(0, 1)
+        for factor in factors[~self.channels].unique().tolist():
+            larger, smaller = _bilinear(features.shape[1:3], factor, features.device)
+            self.coarse.append((factors == factor, smaller @ cells[..., factors == factor]))
+            enlarging.append(larger / norm)
+        self.enlarging = torch.cat(enlarging, 2)  # (n, h w, cells of all coarse grids)
 
-    nbytes = property(lambda self: self.left.nbytes + sum(cells.nbytes for _, cells in self.coarse))
+    nbytes = property(lambda self: sum(t.nbytes for t in (self.fine, self.enlarging, *(c for _, c in self.coarse))))
 
     def cosines(self, vectors: torch.Tensor) -> torch.Tensor:
         """Cosines f32 (n h w, p) to unit vectors f32 (p, D)."""
-        right = [vectors[:, self.fine].T.expand(len(self.left), -1, -1)]
-        right += [cells @ vectors[:, channels].T for channels, cells in self.coarse]
-        return ((self.left @ torch.cat(right, 1)) / self.norm).flatten(0, 1)
+        coarse = torch.cat([cells @ vectors[:, channels].T for channels, cells in self.coarse], 1)
+        fine = (self.fine @ vectors[:, self.channels].T).unflatten(0, (len(coarse), -1))
+        return torch.baddbmm(fine, self.enlarging, coarse).flatten(0, 1)
 
 
 def factors_of(features: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
