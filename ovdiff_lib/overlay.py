@@ -20,8 +20,7 @@ TABLE = np.frombuffer(bytes.fromhex(
     "00782d00f0ff96e14bff87e1784bd27887ff87b4f00078d24b693cc34b5a695a1e96f00087963cff4ba5f0782d1e5ac3d200e187e1c3"
     "ff7896ff87c32d87a52d4bd20069ff00960f9669d2e1b4fff0870000d27878c300a5693cff2dc3d2693cffa55ad287d200d200b4d21e"
     "b487e13cb4ffb46996963cff3c9687ff4b005a87b4d24b786996ff00f0a5c3a52d1e963c"), np.uint8).reshape(-1, 3)
-"""Colours u8 (192, 3): each is the one farthest, in CIELAB, from all before it, from background, white and greys.
-Larger vocabularies use them again."""
+"""Colours u8 (192, 3), each farthest, in CIELAB, from all before, background, white and greys; then the first again."""
 
 NAMED = (
     "airplane,bicycle,bird,boat,bottle,bus,car,cat,chair,clock,cow,dog,horse,motorcycle,person,potted plant,"

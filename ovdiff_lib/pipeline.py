@@ -132,7 +132,7 @@ class OVDiff:
         image, bank = read_image(image), self._bank(classes)  # a broken image is told of before classes are built
         kept, probabilities = self._possible(image, bank.vocabulary)
         matched = bank.restrict(kept)
-        [(scores, winner)] = self.matcher.scores([(image, matched)])  # (1 + kept, H, W): background first
+        scores, winner = self.matcher.score(image, matched)  # (1 + kept, H, W): background first
         labels = label_ids(kept)[scores.argmax(0)]  # Eq. 4: a pixel is of the class with its highest score
         return Segmentation(image, labels, scores, winner, bank.vocabulary, kept, probabilities, matched)
 

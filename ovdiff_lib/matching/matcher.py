@@ -29,9 +29,7 @@ from ovdiff_lib.networks.loading import resolve_device
 from ovdiff_lib.profiles.schema import Profile, of_extractor
 from ovdiff_lib.types import PrototypeBank, Prototypes
 
-TOGETHER = 8
-"""Regions of categories whose prototypes are matched in one product: large ones are fast, and what all of a large
-vocabulary scored would outgrow memory."""
+TOGETHER = 8  # regions of categories in one product: large ones are fast, and those of a large vocabulary too large
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +41,7 @@ class _InProgress:
     bank: PrototypeBank
     voters: list[str]  # the extractors that the mean is over
     constant: float  # what extractors without background prototypes add to the mean of the background
-    scored: bool  # whether others have some
+    scored: bool  # whether any extractor has background prototypes
     total: torch.Tensor  # f32 (C + 1, H, W)
     windows: list[_Window] = field(default_factory=list)
     seen: list[tuple[int, Box, np.ndarray, np.ndarray]] = field(default_factory=list)  # by the first extractor
@@ -51,8 +49,7 @@ class _InProgress:
 
 @dataclass(frozen=True, eq=False)
 class _Window:
-    """One window of an image: where it lies, what it counts at each pixel there, its pixels u8 (S, S, 3) and its noise
-    seed."""
+    """One window: where it lies, what it counts at each pixel there, its pixels u8 (S, S, 3) and its noise seed."""
 
     image: _InProgress
     number: int
@@ -66,7 +63,8 @@ class Matcher:
     """Scores of every class at every pixel of an image, by cosine similarity to prototypes.
 
     ``extractors`` are :data:`~ovdiff_lib.features.EXTRACTORS` objects by name; more than one make an ensemble. Settings
-    are ``profile.matching``. A score depends on the image, the bank and the profile alone.
+    are ``profile.matching``. A score depends on the image, the bank and the profile alone. An image is opened (which
+    windows?), scored (features, nearest prototypes, maxima by class) and closed (mean, refinement, what decided).
     """
 
     def __init__(self, extractors: dict[str, Any], profile: Profile) -> None:
@@ -91,6 +89,10 @@ class Matcher:
         for start, stop in batches(len(windows), self.settings.batch_size):
             self._score(windows[start:stop])
         return map(self._close, images)
+
+    def score(self, image: np.ndarray, bank: PrototypeBank) -> tuple[np.ndarray, np.ndarray]:
+        """:meth:`scores` of one image."""
+        return next(self.scores([(image, bank)]))
 
     def _open(self, image: np.ndarray, bank: PrototypeBank) -> _InProgress:
         check_image(image)
@@ -131,16 +133,16 @@ class Matcher:
                 values, deciders = self._match(name, of_run, features)
                 enlarged = F.interpolate(values, size=(height, width), mode="bilinear", align_corners=False)
                 for window, scores in zip(of_run, enlarged, strict=True):
-                    image.total[:, *_slices(window.box)] += scores * window.share * (name in image.voters)
+                    if name in image.voters:
+                        image.total[:, *_slices(window.box)] += scores * window.share
                 if name == next(iter(self.extractors)):
                     kept = values.cpu().numpy(), deciders.cpu().numpy()
                     image.seen.extend((w.number, w.box, *both) for w, *both in zip(of_run, *kept, strict=True))
 
     def _match(self, name: str, run: Sequence[_Window],
                features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Highest cosine f32 (n, C + 1, h, w) of an extractor's features (h, w, D) of n windows of an image to each
-        class, background first, and the (category, row) of that prototype, i32 (n, 2, C + 1, h, w); 0 and -1 for a
-        class without prototypes."""
+        """Highest cosine f32 (n, C + 1, h, w) of features (h, w, D) of n windows of an image to each class, background
+        first, and the (category, row) of that prototype, i32 (n, 2, C + 1, h, w); 0 and -1 for a class without any."""
         categories, shape = run[0].image.bank.prototypes[name], (len(run), *features[0].shape[:2])
         wanted, count = [(p, region) for region in ("background", "foreground") for p in categories], len(categories)
         values, rows = map(torch.stack, zip(*self._nearest(name, run, features, wanted), strict=True))  # (2 C, n h w)
@@ -167,13 +169,13 @@ class Matcher:
             for own, cosines in zip(rows, cosines_to(unit).split([*map(len, rows)], dim=1), strict=True):
                 none = cosines.new_full((len(cosines),), -1.0)
                 value, which = cosines.max(1) if len(own) else (none, none.long())
-                own = torch.from_numpy(np.append(own, -1).astype(np.int32)).to(self.device)
-                found.append((value, own[which]))
+                numbers = np.append(own, -1).astype(np.int32)  # the last, which is also number -1, stands for none
+                found.append((value, torch.from_numpy(numbers).to(self.device)[which]))
         return found
 
     def _cosines(self, name: str, run: Sequence[_Window],
                  features: Sequence[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What gives the cosines f32 (n h w, p) of all features to unit vectors f32 (p, D)."""
+        """A function that gives the cosines f32 (n h w, p) of all features to unit vectors f32 (p, D)."""
         unit = F.normalize(torch.stack(list(features)).flatten(0, 2).to(self.device, torch.float32), dim=1)
         return lambda vectors: unit @ vectors.T
 
@@ -199,8 +201,7 @@ class Matcher:
 
 
 def _winner(labels: np.ndarray, opened: _InProgress) -> np.ndarray:
-    """Of all windows over a pixel, the prototype with the highest cosine within the class that won the pixel:
-    (category, row), i32 (2, H, W)."""
+    """Of all windows over a pixel the prototype with the highest cosine within the class that won it, i32 (2, H, W)."""
     best, decider = np.full(labels.shape, -np.inf, np.float32), np.full((2, *labels.shape), -1, np.int32)
     sizes = zip(labels.shape, opened.resized.shape[:2], strict=True)
     centre = [((np.arange(n) + 0.5) * resized / n).astype(int) for n, resized in sizes]
@@ -210,10 +211,11 @@ def _winner(labels: np.ndarray, opened: _InProgress) -> np.ndarray:
                 for at, first, length in zip(centre, (top, left), (height, width), strict=True))
         rows = (centre[0][y] - top) * values.shape[1] // height
         columns = (centre[1][x] - left) * values.shape[2] // width
-        cell = labels[y, x], rows[:, None], columns  # the pixel's class in the pixel's cell
-        better = values[cell] > best[y, x]
-        best[y, x] = np.where(better, values[cell], best[y, x])
-        decider[:, y, x] = np.where(better, deciders[:, *cell], decider[:, y, x])
+        cell = (labels[y, x] * values.shape[1] + rows[:, None]) * values.shape[2] + columns  # of the pixel's class
+        value = values.reshape(-1)[cell]
+        better = value > best[y, x]
+        best[y, x] = np.where(better, value, best[y, x])
+        decider[:, y, x] = np.where(better, deciders.reshape(2, -1)[:, cell], decider[:, y, x])
     return decider
 
 

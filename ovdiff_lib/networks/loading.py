@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from ovdiff_lib.errors import ModelNotAvailable, ProfileError
@@ -141,13 +142,8 @@ def last_projection(model: ViTModel | ViTMAEModel, name: str) -> torch.nn.Module
 def check_libraries() -> None:
     """``ModelNotAvailable`` if one of :data:`LIBRARIES` is outside the range that pyproject.toml declares: another
     version fails later, somewhere inside a network, or gives other features."""
-    try:
-        required = [Requirement(line) for line in importlib.metadata.requires("ovdiff-lib") or []]
-    except importlib.metadata.PackageNotFoundError:  # run from its sources, without an installation
-        return
-    for name, supported in ((canonicalize_name(one.name), one.specifier) for one in required):
-        installed = _version(name) if name in LIBRARIES else ""
-        if installed and not supported.contains(installed, prereleases=True):
+    for name, supported in _supported().items():
+        if (installed := _version(name)) and not supported.contains(installed, prereleases=True):
             raise ModelNotAvailable(f"{name} {installed} is installed, and ovdiff_lib works with {name}{supported}; "
                                     f"get such a version with `pip install \"{name}{supported}\"`.")
 
@@ -211,8 +207,16 @@ def _loading(identifier: str, source: Path | str, download: bool) -> Iterator[No
 def _place(error: BaseException) -> str:
     """Where an error comes from, as far as a user can tell it to somebody: type, module, line and the libraries."""
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    versions = ", ".join(f"{name} {_version(name) or 'not installed'}" for name in LIBRARIES)
+    versions = ", ".join(f"{name} {_version(name) or 'not installed'} (range {supported})"
+                         for name, supported in _supported().items())
     return f"{type(error).__name__} in {frame.f_globals['__name__']}, line {line}, with {versions}"
+
+
+def _supported() -> dict[str, SpecifierSet]:
+    """The range of each of :data:`LIBRARIES`; none where the package runs from its sources, without an installation."""
+    declared = importlib.metadata.requires("ovdiff-lib") if _version("ovdiff-lib") else None
+    required = map(Requirement, declared or ())
+    return {name: one.specifier for one in required if (name := canonicalize_name(one.name)) in LIBRARIES}
 
 
 def _version(distribution: str) -> str:

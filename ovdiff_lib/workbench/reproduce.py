@@ -104,6 +104,7 @@ def run_all(chosen: Sequence[Path], folder: Path, parameters: dict[str, Any], *,
     for each that failed. ``say`` is told of each that is through. Ctrl-C ends it; what is finished stays."""
     run, failures = partial(_run_one, folder=folder, parameters=parameters, force=force), []
     os.environ[FEATURES] = str(features := folder / "cache" / "features")  # the kernels inherit it
+    shutil.rmtree(features, ignore_errors=True)  # of a run that was killed, and of other code perhaps
     try:
         runs = map(run, chosen) if workers == 1 else _side_by_side(run, chosen, folder, workers)
         for stem, sentence, failure in runs:

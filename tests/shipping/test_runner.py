@@ -188,8 +188,7 @@ CHANGES = {
     "no table": lambda path, out, package: (out / "tables" / "00_counting.csv").unlink(),
     "torn stamp": lambda path, out, package: (out / "00_counting.stamp.json").write_text('{"source": '),
     "no stamp": lambda path, out, package: (out / "00_counting.stamp.json").unlink(),
-    "no copy": lambda path, out, package: (out / "00_counting.ipynb").unlink(),
-    "force": lambda path, out, package: None}
+    "no copy": lambda path, out, package: (out / "00_counting.ipynb").unlink(), "force": lambda path, out, package: None}
 
 
 @pytest.mark.parametrize("change", CHANGES)

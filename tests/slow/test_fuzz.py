@@ -245,8 +245,7 @@ TRICKY = [
     "cat", " cat ", "Cat", "CAT", "background", " Background", "", " ", "\t", "\u200b", "\u202ecat", "cafe\u0301", "caf\u00e9", "\ufb01sh",
     "Straße", "STRASSE", "\u0130", "i\u0307", "\u0390", "\u0958", "\u212b", "\U0001f469\u200d\U0001f680",
     "../../etc/passwd", "a\0b", "a\nb", "a\x85b", "a\u2028b", "x" * 80, "x" * 81, "e\u0301" * 80,
-    "\ud800", "\udcff", "--help", "a,b", "{name}", "%s", "\ufeff", "\uffff",
-    "\U0010ffff", "\x1b[31m", "\u202e", "\u0345"]
+    "\ud800", "\udcff", "--help", "a,b", "{name}", "%s", "\ufeff", "\uffff", "\U0010ffff", "\x1b[31m", "\u202e", "\u0345"]
 text = st.text(st.characters(), max_size=90) | st.sampled_from(TRICKY) | st.lists(st.sampled_from(TRICKY), max_size=4).map(",".join)
 anything = st.one_of(text, st.none(), st.integers(), st.floats(), st.binary(max_size=5), st.lists(text, max_size=2), st.booleans())
 vocabularies = st.one_of(text, st.lists(text, max_size=6), st.lists(anything, max_size=4))

@@ -45,7 +45,7 @@ class AbsentTest:
             missed=len(shown - large), pixels=found.total(), wrong=sum(found[label] for label in absent)))
 
     def rates(self, dataset: str) -> dict[str, Runs]:
-        """:data:`RATES` with what their intervals need, but those without anything to count."""
+        """:data:`RATES`, in percent, with the counts by image; those of which nothing can be counted are left out."""
         counts = {name: [image[name] for image in self.images] for rate in RATES.values() for name in rate}
         return {rate: Runs.of_shares(f"{dataset}, {rate}", counts[part], counts[whole])
                 for rate, (part, whole) in RATES.items() if any(counts[whole])}

@@ -1,7 +1,7 @@
 """Products with features of which some layers are coarser grids, enlarged: they are made on the coarse cells.
 
-A diffusion model's layers have 1/4 to 1/64 of the latent's cells, and enlarging is linear: where U enlarges the coarse
-features F, the cosines (U F) V^T to prototypes V are U (F V^T), which takes a third of the time in profile ``mini``.
+A diffusion model's layers have all to 1/64 of the latent's cells, and enlarging is linear: where U enlarges the coarse
+features F, the products (U F) V^T with prototypes V are U (F V^T).
 """
 
 from collections.abc import Sequence
@@ -11,44 +11,52 @@ import torch
 import torch.nn.functional as F
 
 FACTORS = (8, 4, 2)
-"""Of how much coarser grids are looked for; what is on none of them is taken as it is."""
+"""How many times coarser along a side the grids are that are looked for."""
 
 
 class Layered:
-    """Unit features of n windows (h, w, D), of whose channels ``factors`` (D,) say how much coarser their grid is."""
+    """Features of n windows f32 (n, h, w, D), raw; ``factors`` i64 (D,) say of each channel how many times coarser the
+    grid is that it was enlarged from, 1 if it was not."""
 
     def __init__(self, features: torch.Tensor, factors: torch.Tensor) -> None:
-        cells, self.coarse, enlarging = features.flatten(1, 2), [], []  # (n, h w, D)
+        cells, shape, self.coarse, enlarging = features.flatten(1, 2), features.shape[1:3], [], []  # (n, h w, D)
         norm = cells.norm(dim=2, keepdim=True).clamp_min(1e-12)
         self.channels = factors == 1
         self.fine = (cells[..., self.channels] / norm).flatten(0, 1)
         for factor in factors[~self.channels].unique().tolist():
-            larger, smaller = _bilinear(features.shape[1:3], factor, features.device)
+            larger, smaller = _bilinear(shape, factor, features.device)
             self.coarse.append((factors == factor, smaller @ cells[..., factors == factor]))
             enlarging.append(larger / norm)
-        self.enlarging = torch.cat(enlarging, 2)  # (n, h w, cells of all coarse grids)
+        self.enlarging = torch.cat(enlarging, 2) if enlarging else None  # (n, h w, cells of all coarse grids)
 
-    nbytes = property(lambda self: sum(t.nbytes for t in (self.fine, self.enlarging, *(c for _, c in self.coarse))))
+    @property
+    def nbytes(self) -> int:
+        """Of what is kept in place of the features."""
+        return sum(t.nbytes for t in (self.fine, self.enlarging, *(c for _, c in self.coarse)) if t is not None)
 
     def cosines(self, vectors: torch.Tensor) -> torch.Tensor:
         """Cosines f32 (n h w, p) to unit vectors f32 (p, D)."""
+        fine = self.fine @ vectors[:, self.channels].T
+        if self.enlarging is None:
+            return fine
         coarse = torch.cat([cells @ vectors[:, channels].T for channels, cells in self.coarse], 1)
-        fine = (self.fine @ vectors[:, self.channels].T).unflatten(0, (len(coarse), -1))
-        return torch.baddbmm(fine, self.enlarging, coarse).flatten(0, 1)
+        return torch.baddbmm(fine.unflatten(0, (len(coarse), -1)), self.enlarging, coarse).flatten(0, 1)
 
 
 def factors_of(features: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
-    """How much coarser than (h, w) the grid is that layers of ``widths`` channels were enlarged from, by features of
-    windows f32 (n, h, w, D): i64 (D,), 1 of those that were not."""
+    """How many times coarser the grid is that each layer, of ``widths`` channels, was enlarged from to (h, w), by the
+    features f32 (n, h, w, D): i64 (D,), 1 where none of :data:`FACTORS` gives them back, enlarged."""
+    shape, layers = features.shape[1:3], features.flatten(1, 2).split(list(widths), dim=2)
+
     def fits(layer: torch.Tensor, factor: int) -> bool:
         if any(side % factor for side in shape):
             return False
-        enlarging, shrinking = _bilinear(shape, factor, features.device)
-        return bool((enlarging @ (shrinking @ layer) - layer).norm() <= 1e-5 * layer.norm())
+        larger, smaller = _bilinear(shape, factor, features.device)
+        return bool((larger @ (smaller @ layer) - layer).norm() <= 1e-5 * layer.norm())
 
-    shape, layers = features.shape[1:3], features.flatten(1, 2).split(list(widths), dim=2)
     found = [next((factor for factor in FACTORS if fits(layer, factor)), 1) for layer in layers]
-    return torch.tensor(found).repeat_interleave(torch.tensor(list(widths))).to(features.device)
+    found, counts = (torch.tensor(n, dtype=torch.long, device=features.device) for n in (found, widths))
+    return found.repeat_interleave(counts)
 
 
 @cache

@@ -10,8 +10,9 @@ import os
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -21,6 +22,7 @@ from cachetools import LRUCache, TTLCache, cached
 
 from ovdiff_lib import keys
 from ovdiff_lib.features import EXTRACTORS
+from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import written_whole
 from ovdiff_lib.filters.category import CategoryFilter
 from ovdiff_lib.library.store import Library
@@ -51,7 +53,7 @@ def _digest(*arguments: Any) -> bytes:
     return hashlib.blake2b(pickle.dumps(arguments), digest_size=16).digest()
 
 
-@cached(LRUCache(MEMORY, getsizeof=_bytes), key=lambda key, make: key)
+@cached(LRUCache(MEMORY, getsizeof=_bytes), key=lambda key, make: key, lock=RLock())
 def remember(key: Any, make: Callable[[], Any]) -> Any:
     """What ``make`` gives for ``key``, made now or remembered. A result larger than all the memory is not kept."""
     return make()
@@ -59,11 +61,12 @@ def remember(key: Any, make: Callable[[], Any]) -> Any:
 
 def remember_many(places: Sequence[Any], make: Callable[[list[int]], Iterable[Any]]) -> list[Any]:
     """What is remembered at each place; ``make`` gives what is not, for the numbers of the places in order."""
-    found = {n: remember.cache[key] for n, key in enumerate(places) if key in remember.cache}
-    new = [n for n in range(len(places)) if n not in found]
+    with remember.cache_lock:
+        found = [remember.cache.get(key) for key in places]
+    new = [n for n, known in enumerate(found) if known is None]
     for n, made in zip(new, make(new) if new else [], strict=True):
         found[n] = remember(places[n], lambda made=made: made)
-    return [found[n] for n in range(len(places))]
+    return found
 
 
 class Remembering:
@@ -109,8 +112,8 @@ class RememberingSegmenter(Remembering):
 
 
 class SharedMatcher(Matcher):
-    """A matcher that looks at the windows of an image once for each prototypes of a category, whatever settings ask,
-    and at layers on their own grids."""
+    """A matcher that compares an image with the prototypes of a category once, whatever other settings ask it again,
+    and layers of the diffusion model on their own grids."""
 
     _digests: Any = cached_property(lambda self: WeakKeyDictionary())  # of prototypes, by region
 
@@ -121,13 +124,15 @@ class SharedMatcher(Matcher):
                              lambda new: make([wanted[n] for n in new]))
 
     def _cosines(self, name: str, run: Sequence[Any], features: Sequence[torch.Tensor]) -> Callable[..., torch.Tensor]:
-        extractor = self.extractors[name]
-        stacked = cache(lambda: torch.stack(list(features)).to(self.device, torch.float32))
-        widths = getattr(extractor, "widths", features[0].shape[2:])
-        factors = remember((extractor.number, features[0].shape), lambda: factors_of(stacked(), widths))
-        if (factors == 1).all():
+        widths = getattr(self.extractors[name], "widths", None)  # of layers
+        if widths is None:
             return super()._cosines(name, run, features)
-        return remember((*self._seen(name, run), "layers"), lambda: Layered(stacked(), factors)).cosines
+
+        def layered() -> Layered:
+            stacked = torch.stack(list(features)).to(self.device, torch.float32)
+            return Layered(stacked, factors_of(stacked, widths))
+
+        return remember((*self._seen(name, run), "layers"), layered).cosines
 
     def _seen(self, name: str, run: Sequence[Any]) -> tuple:
         return self.extractors[name].number, _digest([(window.crop, window.seed) for window in run])
@@ -161,9 +166,10 @@ class KeptOnDisk(Remembering):
         with suppress(OSError, RuntimeError, EOFError, pickle.UnpicklingError):
             return torch.load(path, weights_only=True)
         made = getattr(self._part, self._name)(*arguments)
-        if _bytes(made) <= min(LARGEST, _room(self._folder)):
-            with written_whole(path) as file:
-                torch.save(made, file)
+        with suppress(OSError, InputError):  # a full disk keeps nothing
+            if _bytes(made) <= min(LARGEST, _room(self._folder)):
+                with written_whole(path) as file:
+                    torch.save(made, file)
         return made
 
 
@@ -192,7 +198,8 @@ class SharedLibrary(Library):
     def get(self, kind: str, key: str) -> Any:
         if kind != "prototypes":
             return super().get(kind, key)
-        if found := self._held.get(key) or super().get(kind, key):
+        found = self._held.get(key)
+        if found is None and (found := super().get(kind, key)) is not None:
             self._held[key] = found
         return found
 
@@ -225,7 +232,7 @@ class SharedNetworks:
         return self._once(key, lambda: RememberingAll(CategoryFilter.build(profile)))
 
     def matcher(self, extractors: dict[str, Any], profile: Profile) -> Matcher:
-        """The matcher of these extractors."""
+        """The matcher of the profile's extractors, whose features of windows are kept on disk."""
         return SharedMatcher(self.extractors(profile, True), profile)
 
     def baseline(self, name: str, profile: Profile) -> Any:
@@ -241,7 +248,7 @@ class SharedNetworks:
             return Remembering(made, "scores")
 
         key = {section: fields for section, fields in profile.to_dict().items() if section != "evaluation"}
-        sees = {section: key[section] for section in ("models", "features", "baselines")}
+        sees = {section: key[section] for section in ("models", "features", "matching", "baselines")}
         sees["features"] = {**sees["features"], "extractors": []}
         return self._once(["baseline", name, key], make)
 

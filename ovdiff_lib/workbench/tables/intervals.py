@@ -32,9 +32,9 @@ LEVEL = 0.05
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """What a mean over seeds of mIoU was counted from: ``counts`` i32 (seeds, images, 3, K), of each image the pixels
-    in which a class is both true and predicted, those in which it is either, and those in which it is true. A method
-    without seeds is one run; a constant that was searched on the images is not searched anew in each draw."""
+    """What a mean over seeds of mIoU, or of a share, was counted from: ``counts`` i32 (seeds, images, 3, K), of each
+    image the pixels in which a class is both true and predicted, those in which it is either, and the true ones. One
+    run is a method without seeds; a constant that was searched on the images is not searched anew in each draw."""
 
     dataset: str
     counts: np.ndarray

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import pandas
 
 from ovdiff_lib.errors import InputError
@@ -59,7 +60,8 @@ class Cell:
         """The cell of several runs: mean, sample standard deviation (n - 1 in the denominator; None for one run)."""
         values = tuple(map(float, values))
         std = statistics.stdev(values) if len(values) > 1 else None
-        low, high = interval(runs.draws) if runs and runs.images > 1 else (None, None)
+        spread = runs is not None and runs.images > 1 and np.ptp(runs.draws) > 0  # of 0 % others are not known
+        low, high = interval(runs.draws) if spread else (None, None)
         mean = statistics.fmean(values)
         return cls(row, column, mean, std, len(values), paper, values, low=low, high=high, runs=runs)
 
