@@ -13,6 +13,9 @@ from ovdiff_lib.cli.options import argument, profile_of, takes
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.workbench.console import counted, described, end_with_parent, parse_assignments
+from ovdiff_lib.workbench.parallel import LocalEngine
+from ovdiff_lib.workbench.reproduce import (
+    CLASSES, expected_time, has_tag, is_fresh, note, notebooks, run_all, run_notebook)
 
 OUT = argument("--out", type=Path, default=Path("outputs"), help="outputs folder (default: outputs)")
 
@@ -22,8 +25,6 @@ OUT = argument("--out", type=Path, default=Path("outputs"), help="outputs folder
                 help="a notebook parameter; may be repeated"), OUT)
 def run(options: argparse.Namespace) -> None:
     """Execute one notebook with parameters."""
-    from ovdiff_lib.workbench.reproduce import note, run_notebook
-
     parameters = {**_parameters(options), **parse_assignments(options.parameter, "--parameter")}
     folder = Path(str(parameters["output"])).resolve()  # meant from here; the notebook runs in its own folder
     run_notebook(options.notebook, folder / options.notebook.name, parameters | {"output": str(folder)}, force=True)
@@ -39,8 +40,6 @@ def run(options: argparse.Namespace) -> None:
                 help="folder of the notebooks (default: notebooks)"), OUT)
 def reproduce(options: argparse.Namespace) -> int:
     """Execute the notebooks, judge the paper's claims on their tables and write the report."""
-    from ovdiff_lib.workbench.reproduce import expected_time, has_tag, is_fresh, notebooks, run_all
-
     if options.workers is not None and options.workers < 1:
         raise InputError(f"--workers is {options.workers}; give at least 1.")
     profile, parameters = profile_of(options), _parameters(options)
@@ -114,8 +113,6 @@ def _draw(profile: Profile, folder: Path, workers: int) -> None:
     """Build the classes that the notebooks share, on all processors; what cannot be built they will say."""
     from ovdiff_lib.workbench.evaluation.bench import Bench
     from ovdiff_lib.workbench.evaluation.workers import build_classes
-    from ovdiff_lib.workbench.parallel import LocalEngine
-    from ovdiff_lib.workbench.reproduce import CLASSES, note
 
     started, anew, data = time.time(), not (folder / "cache").exists(), profile.evaluation
     bench = Bench(profile, {"features.extractors": data.extractors}, library=folder / "cache")
