@@ -37,8 +37,7 @@ from ovdiff_lib.workbench.console import parse_assignments, write_json
 from ovdiff_lib.workbench.data.datasets import load_dataset
 from ovdiff_lib.workbench.figures.base import image_grid
 
-SPLIT, DRAWN = "tune", 12
-"""The scenes that are measured on, and how many images are drawn of each noun."""
+SPLIT, DRAWN = "tune", 12  # the scenes that are measured on, and how many images are drawn of each noun
 
 MaskedScene = tuple[np.ndarray, np.ndarray, str]
 """An image u8 (H, W, 3) of one object, its mask f32 (H, W), NaN where it is ignored, and its noun."""

@@ -23,9 +23,7 @@ from tqdm import tqdm
 
 from ovdiff_lib.files import written_whole
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-"""Where everything is trained."""
-
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where everything is trained
 FAST_BF16 = DEVICE.type == "cuda" or (torch.backends.mkldnn.is_available()
                                       and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 """Whether bfloat16 is worth while: CPUs that lack its instructions take thirty times as long as in float32."""

@@ -99,7 +99,7 @@ def own_data(notebook: Path, parameters: dict[str, Any]) -> dict[str, str]:
 
 
 def run_all(chosen: Sequence[Path], folder: Path, parameters: dict[str, Any], *, force: bool = False,
-            say: Callable[[str], None] = print, workers: int = 1) -> list[str]:
+            say: Callable[[str], None] = partial(print, flush=True), workers: int = 1) -> list[str]:
     """Run notebooks into ``folder``, at most ``workers`` at a time, whatever becomes of the others; returns a sentence
     for each that failed. ``say`` is told of each that is through. Ctrl-C ends it; what is finished stays."""
     run, failures = partial(_run_one, folder=folder, parameters=parameters, force=force), []

@@ -28,8 +28,7 @@ LINE, CROSS = "#31435e", np.array([[0, 0, 1, 0, 0], [0] * 5, [1, 0, 1, 0, 1], [0
 LEAST, SHOWN, HATCH = 1e-4, "shown, dropped", "////"
 """In :func:`absent_figure`: the probability below which all bars are alike; how dropped classes that are shown look."""
 
-SHARP = 256
-"""Smaller images are enlarged to about this long side, so that outlines drawn into them stay thin."""
+SHARP = 256  # smaller images are enlarged to about this long side, so that outlines drawn into them stay thin
 
 
 def highlight(image: np.ndarray, regions: Sequence[np.ndarray], colours: Sequence[tuple[int, int, int]]) -> np.ndarray:

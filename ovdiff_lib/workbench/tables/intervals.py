@@ -23,11 +23,8 @@ from scipy import stats
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import written_whole
 
-DRAWS, BLOCK = 10_000, 1_000
-"""Draws, and how many of them are in memory at a time."""
-
-LEVEL = 0.05
-"""What lies outside of an interval, and the largest p-value of a verdict."""
+DRAWS, BLOCK = 10_000, 1_000  # draws, and how many of them are in memory at a time
+LEVEL = 0.05  # what lies outside of an interval, and the largest p-value of a verdict
 
 
 @dataclass(frozen=True, eq=False)
