@@ -35,8 +35,7 @@ EXECUTED = "tables/notebooks.json"
 """Below the outputs folder, kept with the tables: of every notebook's last good run the sum of its "code", to see where
 it changed since, and its wall time in "seconds", by which runs are planned."""
 
-CLASSES = "classes"
-"""Stands there for the drawing of the classes that notebooks share."""
+CLASSES = "classes"  # stands there for the drawing of the classes that notebooks share
 
 
 def notebooks(folder: Path, only: Sequence[str] = ()) -> list[Path]:

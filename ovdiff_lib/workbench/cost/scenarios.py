@@ -215,8 +215,7 @@ SCENARIOS: dict[str, Callable[[Session], list[Ratio]]] = {
     "kmeans-full-size": functools.partial(clusters, full=True)}
 """Name -> scenario, in the order they run."""
 
-BY_NAME = ("sampling-full-size", "kmeans-full-size")
-"""Run only when named: 7 GB of memory and some minutes."""
+BY_NAME = ("sampling-full-size", "kmeans-full-size")  # run only when named: 7 GB of memory and some minutes
 
 
 def run(profile: Profile, only: Sequence[str] | None = None, repeats: int = 3) -> Iterator[Ratio]:
