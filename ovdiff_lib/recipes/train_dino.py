@@ -32,13 +32,12 @@ KOLEO = 0.1  # weight of the loss that spreads class tokens
 
 
 class Head(nn.Module):
-    """DINO's head: three layers, an L2-normalised bottleneck, unit-length prototypes: (B, D) to logits (B, K)."""
+    """DINO's head: three layers, an L2-normalised bottleneck, 256 unit-length prototypes: (B, D) to logits (B, 256)."""
 
-    def __init__(self, width: int, hidden: int = 256, bottleneck: int = 64, prototypes: int = 256) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
-                                 nn.Linear(hidden, bottleneck))
-        self.last = nn.Linear(bottleneck, prototypes, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64))
+        self.last = nn.Linear(64, 256, bias=False)
         for layer in self.mlp[::2]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)

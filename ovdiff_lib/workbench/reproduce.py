@@ -98,16 +98,16 @@ def own_data(notebook: Path, parameters: dict[str, Any]) -> dict[str, str]:
 
 
 def run_all(chosen: Sequence[Path], folder: Path, parameters: dict[str, Any], *, force: bool = False,
-            say: Callable[[str], None] = partial(print, flush=True), workers: int = 1) -> list[str]:
+            workers: int = 1) -> list[str]:
     """Run notebooks into ``folder``, at most ``workers`` at a time, whatever becomes of the others; returns a sentence
-    for each that failed. ``say`` is told of each that is through. Ctrl-C ends it; what is finished stays."""
+    for each that failed. What became of each is printed. Ctrl-C ends it; what is finished stays."""
     run, failures = partial(_run_one, folder=folder, parameters=parameters, force=force), []
     os.environ[FEATURES] = str(features := folder / "cache" / "features")  # the kernels inherit it
     try:
         runs = map(run, chosen) if workers == 1 else _side_by_side(run, chosen, folder, workers)
         for stem, sentence, failure in runs:
             note(folder, stem)
-            say(f"{stem}: {sentence}")
+            print(f"{stem}: {sentence}", flush=True)
             failures += [failure] if failure else []
     finally:
         del os.environ[FEATURES]
