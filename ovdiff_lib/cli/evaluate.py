@@ -7,6 +7,8 @@ from typing import Any
 from ovdiff_lib.cli.options import ENGINE, argument, built, engine_of, ovdiff_of, profile_of, takes
 from ovdiff_lib.files import write_atomic
 from ovdiff_lib.workbench.console import check_output
+from ovdiff_lib.workbench.data.convert import convert_context
+from ovdiff_lib.workbench.data.datasets import load_dataset
 
 DATA_SET = (
     argument("dataset", help="mini-voc, mini-object, mini-context; or, with --data, voc, context, coco-object, and "
@@ -57,8 +59,6 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def _dataset_of(options: argparse.Namespace) -> Any:
-    from ovdiff_lib.workbench.data.datasets import load_dataset
-
     # Workers on other machines are elsewhere: they are told the whole path.
     folder = options.data and options.data.expanduser().absolute()
     return load_dataset(options.dataset, split=options.split, folder=folder)
@@ -89,8 +89,6 @@ def ladder(options: argparse.Namespace) -> None:
        argument("--json", type=Path, required=True, help="trainval_merged.json of PASCAL in Detail"), profile=False)
 def convert(options: argparse.Namespace) -> None:
     """Make the label maps of PASCAL Context, train and val, from its JSON file."""
-    from ovdiff_lib.workbench.data.convert import convert_context
-
     counts = convert_context(options.json, options.data)
     made = ", ".join(f"{count} {phase} images" for phase, count in counts.items())
     print(f"PASCAL Context: {made}; label maps and lists written.")

@@ -8,6 +8,7 @@ from ovdiff_lib.categories import Category
 from ovdiff_lib.cli.options import LIBRARY, argument, takes
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.library.codec import LAYOUTS
+from ovdiff_lib.library.sharing import export_entries, import_archive
 from ovdiff_lib.library.store import Entry, Library
 from ovdiff_lib.workbench.console import counted, size_text
 
@@ -45,8 +46,6 @@ def verify(options: argparse.Namespace) -> int:
                 help="leave support images and masks out: enough to segment with"), profile=False)
 def export(options: argparse.Namespace) -> None:
     """Write entries into one file that `import` reads, in place of one that is there."""
-    from ovdiff_lib.library.sharing import export_entries
-
     library = Library(options.library)
     found = [one for one in _chosen(library, options) if one[0].kind == "prototypes" or not options.prototypes_only]
     export_entries([entry for entry, _ in found], options.file)
@@ -56,8 +55,6 @@ def export(options: argparse.Namespace) -> None:
 @takes(LIBRARY, argument("file", type=Path, help="a file that `export` wrote"), profile=False)
 def add(options: argparse.Namespace) -> None:
     """Add the entries of an exported file, once all of them have been verified."""
-    from ovdiff_lib.library.sharing import import_archive
-
     library = Library(options.library)
     done = import_archive(library, options.file)
     new, kept = counted(done[True], "new entry", "new entries"), counted(done[False], "entry", "entries")

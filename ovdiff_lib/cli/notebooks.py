@@ -12,7 +12,9 @@ from typing import Any
 from ovdiff_lib.cli.options import argument, profile_of, takes
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.profiles.schema import Profile
+from ovdiff_lib.workbench import reproduce as runner
 from ovdiff_lib.workbench.console import counted, described, end_with_parent, parse_assignments
+from ovdiff_lib.workbench.parallel import LocalEngine
 
 OUT = argument("--out", type=Path, default=Path("outputs"), help="outputs folder (default: outputs)")
 
@@ -22,13 +24,12 @@ OUT = argument("--out", type=Path, default=Path("outputs"), help="outputs folder
                 help="a notebook parameter; may be repeated"), OUT)
 def run(options: argparse.Namespace) -> None:
     """Execute one notebook with parameters."""
-    from ovdiff_lib.workbench.reproduce import note, run_notebook
-
     parameters = {**_parameters(options), **parse_assignments(options.parameter, "--parameter")}
     folder = Path(str(parameters["output"])).resolve()  # meant from here; the notebook runs in its own folder
-    run_notebook(options.notebook, folder / options.notebook.name, parameters | {"output": str(folder)}, force=True)
-    note(folder, options.notebook.stem)
-    print(f"executed copy: {folder / options.notebook.name}   tables and figures: {folder}")
+    executed = folder / options.notebook.name
+    runner.run_notebook(options.notebook, executed, parameters | {"output": str(folder)}, force=True)
+    runner.note(folder, options.notebook.stem)
+    print(f"executed copy: {executed}   tables and figures: {folder}")
 
 
 @takes(argument("--only", default="", metavar="03,05", help="only these notebooks, by number or name (default: all)"),
@@ -39,26 +40,23 @@ def run(options: argparse.Namespace) -> None:
                 help="folder of the notebooks (default: notebooks)"), OUT)
 def reproduce(options: argparse.Namespace) -> int:
     """Execute the notebooks, judge the paper's claims on their tables and write the report."""
-    from ovdiff_lib.workbench.reproduce import expected_time, has_tag, is_fresh, notebooks, run_all
-
     if options.workers is not None and options.workers < 1:
         raise InputError(f"--workers is {options.workers}; give at least 1.")
     profile, parameters = profile_of(options), _parameters(options)
     folder, shown = Path(parameters["output"]), options.out / profile.name
-    chosen = notebooks(options.notebooks, options.only.split(",") if options.only else ())
-    stale = [n for n in chosen if options.force or not is_fresh(n, folder / n.name, parameters)]
+    chosen = runner.notebooks(options.notebooks, options.only.split(",") if options.only else ())
+    stale = [n for n in chosen if options.force or not runner.is_fresh(n, folder / n.name, parameters)]
     # In a process of its own: here PyTorch would stay in memory beside notebooks.
     with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as apart:
         workers = options.workers or apart.submit(processors, profile).result()
-        print(expected_time(stale, folder, workers), flush=True)
+        print(runner.expected_time(stale, folder, workers), flush=True)
         if problems := apart.submit(_lacking, profile, stale).result() if stale else ():
             print(*(f"ovdiff: {problem}" for problem in problems), sep="\n", file=sys.stderr)
             raise OVDiffError(f"Nothing was begun, for want of {counted(len(problems), 'thing')}; see `ovdiff doctor "
                               "--reproduce`, or choose notebooks that need less with --only.")
-        if workers > 1 and any(has_tag(notebook, "long") for notebook in stale):  # measured on all data sets and seeds
+        if workers > 1 and any(runner.has_tag(n, "long") for n in stale):  # measured on all data sets and seeds
             apart.submit(_draw, profile, folder, workers).result()
-    failures = run_all(chosen, folder, parameters, force=options.force, workers=workers,
-                       say=lambda text: print(text, flush=True))
+    failures = runner.run_all(chosen, folder, parameters, force=options.force, workers=workers)
     for name, write in (("claims", _claims), ("report", _report)):  # after a failure, too: they say what is not there
         try:
             print(f"{name}: {write(shown, options)}", flush=True)
@@ -114,8 +112,6 @@ def _draw(profile: Profile, folder: Path, workers: int) -> None:
     """Build the classes that the notebooks share, on all processors; what cannot be built they will say."""
     from ovdiff_lib.workbench.evaluation.bench import Bench
     from ovdiff_lib.workbench.evaluation.workers import build_classes
-    from ovdiff_lib.workbench.parallel import LocalEngine
-    from ovdiff_lib.workbench.reproduce import CLASSES, note
 
     started, anew, data = time.time(), not (folder / "cache").exists(), profile.evaluation
     bench = Bench(profile, {"features.extractors": data.extractors}, library=folder / "cache")
@@ -128,7 +124,7 @@ def _draw(profile: Profile, folder: Path, workers: int) -> None:
     build_classes(LocalEngine(workers), bench.profile, categories, bench.seeds, bench.library,
                   also=[{"masks.segmenter": "threshold"}])  # rows of Tables 1 and 3 that begin with the same features
     if anew:
-        note(folder, CLASSES, {"seconds": round(time.time() - started, 1)})
+        runner.note(folder, runner.CLASSES, {"seconds": round(time.time() - started, 1)})
 
 
 def _claims(folder: Path, options: argparse.Namespace) -> str:

@@ -15,11 +15,11 @@ from ovdiff_lib.library.codec import KEY
 from ovdiff_lib.profiles.reading import load_profile
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.workbench.console import parse_assignments
+from ovdiff_lib.workbench.parallel import Engine, LocalEngine, RayEngine
 
 if TYPE_CHECKING:
     from ovdiff_lib.pipeline import OVDiff
     from ovdiff_lib.types import PrototypeBank
-    from ovdiff_lib.workbench.parallel import Engine
 
 
 def argument(*names: str, **settings: Any) -> Callable[[argparse.ArgumentParser], Any]:
@@ -102,8 +102,6 @@ def vocabulary_of(options: argparse.Namespace, ovdiff: OVDiff) -> Vocabulary:
 
 def engine_of(options: argparse.Namespace, profile: Profile) -> Engine | None:
     """The engine that the options ask for; None is one step after the other in this process."""
-    from ovdiff_lib.workbench.parallel import LocalEngine, RayEngine
-
     if options.engine == "ray":
         device = profile.models.device
         # "auto" takes the GPU that Ray gives, where there is one.
@@ -117,7 +115,6 @@ def built(ovdiff: OVDiff, vocabulary: Vocabulary, engine: Engine | None = None) 
     of ``engine``, if there is one, whatever becomes of the others: ``OVDiffError`` after one that failed."""
     from ovdiff_lib.workbench.doctor import check_ready
     from ovdiff_lib.workbench.evaluation.workers import build_classes
-    from ovdiff_lib.workbench.parallel import RayEngine
 
     check_ready(ovdiff, vocabulary, here=not isinstance(engine, RayEngine))
     root = ovdiff.library.root

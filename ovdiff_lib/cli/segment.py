@@ -15,6 +15,7 @@ from ovdiff_lib.cli.options import CLASSES, ENGINE, argument, built, engine_of, 
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import shown, written_whole
 from ovdiff_lib.images import list_images, read_image
+from ovdiff_lib.matching.windows import check_image
 from ovdiff_lib.overlay import colours_of
 from ovdiff_lib.profiles.schema import Profile
 from ovdiff_lib.segmentation import Segmentation, label_ids
@@ -26,8 +27,6 @@ from ovdiff_lib.workbench.console import check_output, counted, write_json
                 help="folder for label maps, overlays and JSON (default: out)"))
 def segment(options: argparse.Namespace) -> None:
     """Label the pixels of an image, or of every image in a folder."""
-    from ovdiff_lib.matching.windows import check_image
-
     ovdiff, paths = ovdiff_of(options), list_images(options.image)
     if len(paths) == 1:
         check_image(read_image(paths[0]))  # a broken image is reported before classes are built

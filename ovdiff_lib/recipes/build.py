@@ -29,8 +29,7 @@ SEEDS = {"train": 0, "val": 2, "wild": 3, "frames": 4, "tune": 5}
 SHAPES = ((128, 160), (128, 192), (160, 128), (128, 144), (176, 128), (128, 176))
 """Shapes (H, W) of the images of a split, in turn; none is square."""
 
-HELD = 0.36
-"""Share of the objects of ``tune`` and ``val`` in held glyphs, for nouns that have any: a third of all."""
+HELD = 0.36  # share of the objects of ``tune`` and ``val`` in held glyphs, for nouns that have any: a third of all
 
 _work: list[Callable] = []
 

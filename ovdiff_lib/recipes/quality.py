@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
-from PIL import Image
 from tqdm import tqdm
 
 from ovdiff_lib.categories import Category, Vocabulary
@@ -35,10 +34,9 @@ from ovdiff_lib.workbench.analysis.examples import shown_labels
 from ovdiff_lib.workbench.baselines.groupvit import GroupViT
 from ovdiff_lib.workbench.console import parse_assignments, write_json
 from ovdiff_lib.workbench.data.datasets import load_dataset
-from ovdiff_lib.workbench.figures.base import image_grid
+from ovdiff_lib.workbench.figures.base import image_grid, square
 
-SPLIT, DRAWN = "tune", 12
-"""The scenes that are measured on, and how many images are drawn of each noun."""
+SPLIT, DRAWN = "tune", 12  # the scenes that are measured on, and how many images are drawn of each noun
 
 MaskedScene = tuple[np.ndarray, np.ndarray, str]
 """An image u8 (H, W, 3) of one object, its mask f32 (H, W), NaN where it is ignored, and its noun."""
@@ -112,8 +110,7 @@ def attribution_iou(profile: Profile, scenes: list[MaskedScene], steps: tuple[in
     cumulative = DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod
     thresholds, ious, hits = np.arange(1, 20) / 20, [], []
     for i, (image, mask, noun) in enumerate(scenes):
-        square = np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
-        pixels = to_signed(torch.from_numpy(square)[None].to(pipe.device)).to(pipe.vae.dtype)
+        pixels = to_signed(torch.from_numpy(square(image, side))[None].to(pipe.device)).to(pipe.vae.dtype)
         latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
         prompt = pipe.encode_prompt(fill_template(profile.support.prompt, noun), pipe.device, 1, False)[0]
         positions = class_token_positions(pipe.tokenizer, profile.support.prompt, noun)

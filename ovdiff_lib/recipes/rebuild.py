@@ -28,8 +28,7 @@ from ovdiff_lib.recipes.art import build_glyphs, drawn_world
 from ovdiff_lib.recipes.build import build_shipped, build_training
 from ovdiff_lib.recipes.training import DEVICE
 
-FOLDERS = {"unet": "stable-diffusion", "vae": "stable-diffusion/vae"}
-"""Where a model ships, if not under its own name."""
+FOLDERS = {"unet": "stable-diffusion", "vae": "stable-diffusion/vae"}  # where models ship, if not under their own names
 
 SHARES = {"clip": 0.12, "vae": 0.18, "unet": 0.60, "dino": 0.45, "mae": 0.16, "detector": 0.14, "groupvit": 0.15}
 """Part of the time that each model is trained for; a tenth is left for scenes, latents and MaskCut's proposals."""

@@ -12,8 +12,7 @@ from scipy import ndimage
 
 from ovdiff_lib.mini.world import IGNORE, Thing, World
 
-LEVELS = (128, 64, 32)
-"""Longer sides that a glyph is kept at; an object is drawn from the smallest that is not smaller."""
+LEVELS = (128, 64, 32)  # longer sides that a glyph is kept at; objects are drawn from the smallest that is not smaller
 
 # Mean colours (RGB, 0..1) each stuff is drawn from; several of each, so that no stuff is one hue.
 PALETTES = {

@@ -22,8 +22,6 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 DROPPED = 0.5  # share of an image's patches that a training step leaves out
 
 
-# ---- words
-
 def build_tokenizer(captions: list[list[str]], nouns: list[str], folder: Path, vocab_size: int = 1500) -> CLIPTokenizer:
     """Train a byte-level BPE on captions and write it in ``CLIPTokenizer`` format.
 
@@ -72,8 +70,6 @@ def pad_ids(ids: list[list[int]], pad: int) -> Tensor:
     return training.put(nn.utils.rnn.pad_sequence(list(map(torch.tensor, ids)), batch_first=True, padding_value=pad))
 
 
-# ---- the model
-
 def token_ids(tokenizer: CLIPTokenizer) -> dict[str, int]:
     """What the configuration of a text tower says of its tokens; pooling reads it, and none is left at CLIP's 49407."""
     return {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length,
@@ -94,8 +90,6 @@ def drop_patches(model: CLIPModel) -> None:
     model.vision_model.embeddings.register_forward_hook(drop)
 
 
-# ---- images
-
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Flip, shift by up to a tenth of a side (reflected edges) and jitter light; floats (B, 3, S, S) in [0, 1]."""
     side = images.shape[-1]
@@ -105,8 +99,6 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     mean = shifted.mean(dim=(1, 2, 3), keepdim=True)
     return ((shifted - mean) * (0.8 + 0.4 * contrast) + mean + 0.2 * brightness - 0.1).clamp(0, 1)
 
-
-# ---- losses
 
 def contrastive_loss(image: Tensor, text: Tensor, group: Tensor, scale: Tensor) -> Tensor:
     """Symmetric InfoNCE over distinct captions; images with one caption share their target.

@@ -29,8 +29,6 @@ ZOOM = 1.6  # a view shows at least 1 / ZOOM of a scene's sides
 LEAST_AREA = 16  # pixels of a view; a mask with less left is no object any more
 
 
-# ---- views
-
 def boxes_of(masks: Tensor) -> Tensor:
     """(x0, y0, x1, y1) f32 (M, 4) of bool or u8 (M, H, W), none empty: outer edges, one pixel has a box of side 1."""
     return masks_to_boxes(masks) + torch.tensor([0.0, 0.0, 1.0, 1.0], device=masks.device)
@@ -51,7 +49,7 @@ def views(images: np.ndarray | Tensor, masks: list[np.ndarray], canvas: int, pas
     numbers, everyone = torch.tensor([len(m) for m in masks], device=device), torch.arange(count, device=device)
 
     def draw(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(count, *shape, generator=generator, device=device)
+        return training.uniform(generator, low, high, count, *shape)
 
     def warp(x: Tensor, scale: Tensor, mirror: Tensor, centre: Tensor) -> Tensor:
         return training.looked_at(x, canvas, torch.stack([scale * mirror, scale], dim=1), centre)
@@ -72,7 +70,7 @@ def views(images: np.ndarray | Tensor, masks: list[np.ndarray], canvas: int, pas
 
     ratio = draw(*PASTE_RATIO)
     # Some of the next scene's masks: the first of a random order, at least one.
-    order = torch.rand(count, most, generator=generator, device=device)
+    order = draw(0, 1, most)
     partner = numbers.roll(-1, 0)
     order[torch.arange(most, device=device) >= partner[:, None]] = 2  # none is there
     some = order.argsort(1).argsort(1) < 1 + (draw(0, 1) * partner).long()[:, None]
@@ -94,8 +92,6 @@ def as_target(masks: Tensor, otherwise: Tensor) -> dict[str, Tensor]:
     labels = torch.ones(len(kept), dtype=torch.int64, device=masks.device)
     return {"boxes": boxes_of(kept), "labels": labels, "masks": kept.to(torch.uint8)}
 
-
-# ---- losses
 
 class DropLossHeads(RoIHeads):
     """Region heads with CutLER's DropLoss: regions whose IoU with every pseudo-mask's box is at most :data:`DROP_IOU`

@@ -32,13 +32,12 @@ KOLEO = 0.1  # weight of the loss that spreads class tokens
 
 
 class Head(nn.Module):
-    """DINO's head: three layers, an L2-normalised bottleneck, unit-length prototypes: (B, D) to logits (B, K)."""
+    """DINO's head: three layers, an L2-normalised bottleneck, 256 unit-length prototypes: (B, D) to logits (B, 256)."""
 
-    def __init__(self, width: int, hidden: int = 256, bottleneck: int = 64, prototypes: int = 256) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
-                                 nn.Linear(hidden, bottleneck))
-        self.last = nn.Linear(bottleneck, prototypes, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64))
+        self.last = nn.Linear(64, 256, bias=False)
         for layer in self.mlp[::2]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
@@ -48,21 +47,14 @@ class Head(nn.Module):
         return F.normalize(self.mlp(x), dim=-1) @ F.normalize(self.last.weight, dim=-1).T
 
 
-# ---- views
-
-def uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
-    """f32 in [low, high), where the generator is."""
-    return low + (high - low) * torch.rand(*shape, generator=generator, device=generator.device)
-
-
 def crop(images: Tensor, size: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
     """A random resized crop of each image f32 (B, 3, H, W), mirrored half the time: f32 (B, 3, size, size)."""
     count = len(images)
-    side = uniform(generator, *scale, count).sqrt()
-    stretch = uniform(generator, math.log(3 / 4), math.log(4 / 3), count).exp().sqrt()
+    side = training.uniform(generator, *scale, count).sqrt()
+    stretch = training.uniform(generator, math.log(3 / 4), math.log(4 / 3), count).exp().sqrt()
     height, width = (side / stretch).clamp(max=1), (side * stretch).clamp(max=1)
-    flip = (uniform(generator, 0, 1, count) < 0.5) * 2.0 - 1
-    x, y = (uniform(generator, -1, 1, count) * (1 - length) for length in (width, height))
+    flip = (training.uniform(generator, 0, 1, count) < 0.5) * 2.0 - 1
+    x, y = (training.uniform(generator, -1, 1, count) * (1 - length) for length in (width, height))
     scale, centre = torch.stack([width * flip, height], dim=1), torch.stack([x, y], dim=1)
     return training.looked_at(images, size, scale, centre, padding="reflection")
 
@@ -70,7 +62,7 @@ def crop(images: Tensor, size: int, scale: tuple[float, float], generator: torch
 def jitter(images: Tensor, generator: torch.Generator, blur: float) -> Tensor:
     """Brightness, contrast, saturation and hue of most images, grey some, blur some; f32 (B, 3, H, W) in [0, 1]."""
     def draw(low: float, high: float) -> Tensor:
-        return uniform(generator, low, high, len(images), 1, 1, 1)
+        return training.uniform(generator, low, high, len(images), 1, 1, 1)
 
     changed = images * draw(0.7, 1.3)
     mean = changed.mean((1, 2, 3), keepdim=True)
@@ -89,7 +81,7 @@ def jitter(images: Tensor, generator: torch.Generator, blur: float) -> Tensor:
 def hide(count: int, side: int, generator: torch.Generator) -> Tensor:
     """Which patches the student does not see, bool (count, side * side): a random rectangle of about :data:`HIDDEN`
     of the patches in half of the crops, and one patch in the others, so that no batch is without."""
-    draw = uniform(generator, 0, 1, 4, count)
+    draw = training.uniform(generator, 0, 1, 4, count)
     places, many = (torch.arange(n, device=draw.device) for n in (side, count))
     area, ratio = HIDDEN * (0.5 + draw[1]) * side * side, 0.5 + 1.5 * draw[0]
     area, ratio = (torch.where(many % 2 == 1, x, 1.0) for x in (area, ratio))
@@ -102,8 +94,6 @@ def hide(count: int, side: int, generator: torch.Generator) -> Tensor:
 
     return (covered(height, draw[2])[:, :, None] & covered(width, draw[3])[:, None]).flatten(1)
 
-
-# ---- losses
 
 def distillation_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
     """Mean cross-entropy of every student view (logits) with the teacher's probabilities for the other large views."""

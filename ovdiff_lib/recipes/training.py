@@ -23,9 +23,7 @@ from tqdm import tqdm
 
 from ovdiff_lib.files import written_whole
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-"""Where everything is trained."""
-
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where everything is trained
 FAST_BF16 = DEVICE.type == "cuda" or (torch.backends.mkldnn.is_available()
                                       and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 """Whether bfloat16 is worth while: CPUs that lack its instructions take thirty times as long as in float32."""
@@ -78,8 +76,6 @@ def in_chunks(args: argparse.Namespace, name: str, shape: tuple[int, ...], size:
     return found
 
 
-# ---- data
-
 def load_array(path: Path) -> Tensor:
     """An array on disk as a tensor: memory-mapped, or whole in a GPU's memory (100,000 scenes are 5 GB)."""
     return torch.from_numpy(np.load(path, mmap_mode="c")).to(DEVICE)
@@ -112,6 +108,11 @@ def normalise(images: Tensor, mean: tuple[float, ...], deviation: tuple[float, .
     return (images - shift) / scale
 
 
+def uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
+    """f32 in [low, high), where the generator is."""
+    return low + (high - low) * torch.rand(*shape, generator=generator, device=generator.device)
+
+
 def looked_at(images: Tensor, side: int, scale: Tensor, centre: Tensor, padding: str = "zeros") -> Tensor:
     """Parts (B, C, side, side) of images (B, C, H, W): p = (x, y) in [-1, 1] shows p * scale + centre, both (B, 2)."""
     theta = torch.cat([torch.diag_embed(scale), centre[:, :, None]], dim=2)
@@ -138,8 +139,6 @@ def draw(args: argparse.Namespace, count: int, step: int) -> Draw:
     return Draw(step, index, generator, random.Random(f"{args.seed} {step}"))
 
 
-# ---- weights
-
 def placed(model: nn.Module) -> nn.Module:
     """The model (of transformers) where training happens; on a CPU the fused attention is slow at so few tokens."""
     if DEVICE.type == "cpu":
@@ -165,8 +164,6 @@ def halved(model: nn.Module) -> nn.Module:
     """A copy in half precision, its weights rounded to bfloat16's seven bits of fraction: it packs a third smaller."""
     return copy.deepcopy(model).cpu().bfloat16().half()
 
-
-# ---- the loop
 
 def rate(progress: float, step: int, *, warmup: int, hold: float = 0.0, floor: float = 0.01) -> float:
     """Share of the learning rate: warm-up in steps, constant until ``hold`` of the budget, a cosine to ``floor``."""

@@ -128,8 +128,6 @@ def uses(profile: Profile, named: Collection[str] = ()) -> dict[str, list[str]]:
     return table
 
 
-# ---- the checks
-
 def _models(profile: Profile, used: dict[str, list[str]]) -> Iterator[Check]:
     """Every model that the profile names or a part needs; ``used`` says by field which parts load it."""
     for name, identifier in profile.to_dict()["models"].items():
@@ -326,8 +324,6 @@ def trials(profile: Profile, checks: Sequence[Check]) -> Iterator[Check]:
             wrong = "" if right else f"{path} of models.{field} is {found:g}, and {value} in the published model."
             yield Check(f"models.{field} {path}", state=f"{found:g}", problem=wrong)
 
-
-# ---- the published weights
 
 def how_to_get(identifier: str) -> str:
     """The shell command that fetches a model, "" for a path of which nothing is known."""

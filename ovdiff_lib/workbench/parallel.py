@@ -20,11 +20,8 @@ from typing import Any
 from ovdiff_lib.errors import InputError, OVDiffError
 from ovdiff_lib.workbench.console import described, end_with_parent
 
-Make = Callable[[], Callable[[Any], Any]]
-"""Makes a worker. Can be pickled, as tasks and results can."""
-
-RETRIES = 3
-"""How often Ray begins a task again whose worker was lost, and this machine its processes with no task done."""
+Make = Callable[[], Callable[[Any], Any]]  # makes a worker; can be pickled, as tasks and results can
+RETRIES = 3  # how often Ray begins a task again whose worker was lost, and this machine its processes with no task done
 
 logger = logging.getLogger(__name__)
 

@@ -35,8 +35,7 @@ EXECUTED = "tables/notebooks.json"
 """Below the outputs folder, kept with the tables: of every notebook's last good run the sum of its "code", to see where
 it changed since, and its wall time in "seconds", by which runs are planned."""
 
-CLASSES = "classes"
-"""Stands there for the drawing of the classes that notebooks share."""
+CLASSES = "classes"  # stands there for the drawing of the classes that notebooks share
 
 
 def notebooks(folder: Path, only: Sequence[str] = ()) -> list[Path]:
@@ -99,9 +98,9 @@ def own_data(notebook: Path, parameters: dict[str, Any]) -> dict[str, str]:
 
 
 def run_all(chosen: Sequence[Path], folder: Path, parameters: dict[str, Any], *, force: bool = False,
-            say: Callable[[str], None] = print, workers: int = 1) -> list[str]:
+            workers: int = 1) -> list[str]:
     """Run notebooks into ``folder``, at most ``workers`` at a time, whatever becomes of the others; returns a sentence
-    for each that failed. ``say`` is told of each that is through. Ctrl-C ends it; what is finished stays."""
+    for each that failed. What became of each is printed. Ctrl-C ends it; what is finished stays."""
     run, failures = partial(_run_one, folder=folder, parameters=parameters, force=force), []
     os.environ[FEATURES] = str(features := folder / "cache" / "features")  # the kernels inherit it
     shutil.rmtree(features, ignore_errors=True)  # of a run that was killed, and of other code perhaps
@@ -109,7 +108,7 @@ def run_all(chosen: Sequence[Path], folder: Path, parameters: dict[str, Any], *,
         runs = map(run, chosen) if workers == 1 else _side_by_side(run, chosen, folder, workers)
         for stem, sentence, failure in runs:
             note(folder, stem)
-            say(f"{stem}: {sentence}")
+            print(f"{stem}: {sentence}", flush=True)
             failures += [failure] if failure else []
     finally:
         del os.environ[FEATURES]

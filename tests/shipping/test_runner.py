@@ -295,10 +295,10 @@ def test_the_time_to_expect_is_that_of_the_last_runs(tmp_path):
     assert "about 10 min" in runner.expected_time(paths, tmp_path, 1)
 
 
-def test_one_failure_stops_no_other(tmp_path, monkeypatch):
+def test_one_failure_stops_no_other(tmp_path, monkeypatch, capsys):
     """Whatever is raised becomes a sentence; an interrupt alone ends the run."""
     raised = {"01_b": OVDiffError("The notebook 01_b.ipynb failed in cell 'x'."), "02_c": MemoryError("no room\nhere")}
-    done, said = [], []
+    done = []
 
     def run(path, output, parameters, *, force, progress):
         assert progress is True and output == tmp_path / "out" / path.name and parameters == {"a": 1} and force is True
@@ -309,22 +309,22 @@ def test_one_failure_stops_no_other(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, "run_notebook", run)
     chosen = [Path(f"{i:02d}_{letter}.ipynb") for i, letter in enumerate("abcd")]
-    failures = run_all(chosen, tmp_path / "out", {"a": 1}, force=True, say=said.append)
+    failures = run_all(chosen, tmp_path / "out", {"a": 1}, force=True)
     assert done == ["00_a", "03_d"] and failures[0] == "The notebook 01_b.ipynb failed in cell 'x'." and len(failures) == 2
     assert "02_c.ipynb" in failures[1] and failures[1].endswith("MemoryError: no room")
-    assert [line.split()[:2] for line in said] == [["00_a:", "executed"], ["01_b:", "FAILED"], ["02_c:", "FAILED"], ["03_d:", "fresh,"]]
+    assert [line[:8] for line in capsys.readouterr().out.splitlines()] == ["00_a: ex", "01_b: FA", "02_c: FA", "03_d: fr"]
     raised["01_b"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        run_all(chosen, tmp_path / "out", {"a": 1}, force=True, say=said.append)
+        run_all(chosen, tmp_path / "out", {"a": 1}, force=True)
     assert done == ["00_a", "03_d", "00_a"]
 
 
-def test_two_notebooks_at_a_time_and_one_that_fails(notebook, tmp_path):
+def test_two_notebooks_at_a_time_and_one_that_fails(notebook, tmp_path, capsys):
     """Each in a process and with a kernel of its own; the failure names its cell and stops no other."""
     source = COUNTING.replace("00_counting", "01_other").replace("log.txt", "other.txt").replace("count >= 0", "count > 9")
-    other, said = counting(notebook.parent, "01_other", source), []
-    failures = run_all([notebook, other], tmp_path / "out", {"count": 3, "output": str(tmp_path / "out")}, say=said.append, workers=2)
-    assert len(failures) == 1 and "01_other.ipynb" in failures[0] and "'count'" in failures[0] and len(said) == 2
+    other = counting(notebook.parent, "01_other", source)
+    failures = run_all([notebook, other], tmp_path / "out", {"count": 3, "output": str(tmp_path / "out")}, workers=2)
+    assert len(failures) == 1 and "01_other.ipynb" in failures[0] and "'count'" in failures[0] and capsys.readouterr().out.count("\n") == 2
     assert (tmp_path / "out" / "00_counting.ipynb").exists() and not (tmp_path / "out" / "01_other.ipynb").exists()
     assert list(json.loads((tmp_path / "out" / runner.EXECUTED).read_text())) == ["00_counting"]  # the other failed
     assert not list(notebook.parent.glob("kernel*"))  # no sockets beside the notebooks

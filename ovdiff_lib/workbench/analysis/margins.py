@@ -11,8 +11,7 @@ from ovdiff_lib.types import PrototypeBank
 from ovdiff_lib.workbench.data.metrics import IGNORE, ConfusionMatrix
 from ovdiff_lib.workbench.data.samples import Sample
 
-BIN = 0.001
-"""Width of a bin of margins; two cosines differ by at most 2."""
+BIN = 0.001  # width of a bin of margins; two cosines differ by at most 2
 
 
 def margins(segmentation: Segmentation) -> np.ndarray:

@@ -1,7 +1,5 @@
 """Instruments: seconds and memory of a call and of several that take turns; the machine."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools
@@ -16,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -43,7 +41,7 @@ class Measured:
     added = property(lambda self: self.peak - self.held if self.device is None else self.device)
     """The GPU's peak where there is one, else what the run added to what the process held."""
 
-    def then(self, later: Measured) -> Measured:
+    def then(self, later: Self) -> Self:
         """This and a later run of the same step as one."""
         most = max(self, later, key=lambda step: step.added)
         return Measured(self.seconds + later.seconds, later.result, most.held, most.peak, most.device)

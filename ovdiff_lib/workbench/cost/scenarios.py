@@ -76,8 +76,6 @@ def same(what: str, ours: Measured, theirs: Measured, limit: float) -> Check:
     return Check(f"largest difference of {what}", difference(ours.result, theirs.result), limit)
 
 
-# ---- drawing and building
-
 def sampling(session: Session, full: bool = False) -> list[Ratio]:
     """Drawing a support set with its attribution (Sec. 3.1) against the bare pipeline, which draws the same images.
     ``full``: at the size of Stable Diffusion v1.5, random weights, one image of 512 x 512 pixels in two steps."""
@@ -154,8 +152,6 @@ def spread_points(count: int, channels: int) -> np.ndarray:
     return points + 0.1 * rng.standard_normal(points.shape, np.float32)
 
 
-# ---- segmenting
-
 def texts(session: Session, full: bool = False) -> list[Ratio]:
     """The category filter's joined prompts (Sec. 3.4), shared beginnings once, against each encoded alone. ``full``:
     with a text tower of ViT-B/16's size, random weights, not the profile's CLIP."""
@@ -206,8 +202,6 @@ def large_vocabulary(session: Session) -> list[Ratio]:
             for step, kind in ((0, "all prompts known"), (TOGETHER, "new images"))]
 
 
-# ---- running them
-
 SCENARIOS: dict[str, Callable[[Session], list[Ratio]]] = {
     "sampling": sampling, "building": building, "kmeans": clusters,
     "texts": texts, "texts-vit-b16": functools.partial(texts, full=True), "segmenting": segmenting,
@@ -215,8 +209,7 @@ SCENARIOS: dict[str, Callable[[Session], list[Ratio]]] = {
     "kmeans-full-size": functools.partial(clusters, full=True)}
 """Name -> scenario, in the order they run."""
 
-BY_NAME = ("sampling-full-size", "kmeans-full-size")
-"""Run only when named: 7 GB of memory and some minutes."""
+BY_NAME = ("sampling-full-size", "kmeans-full-size")  # run only when named: 7 GB of memory and some minutes
 
 
 def run(profile: Profile, only: Sequence[str] | None = None, repeats: int = 3) -> Iterator[Ratio]:

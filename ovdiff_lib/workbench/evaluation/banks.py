@@ -63,7 +63,6 @@ def of_labels(source: str) -> Build:
 def with_words(words: Mapping[str, Sequence[str]], settings: Mapping | None = None) -> Build:
     """A class whose name or prompt is in ``words`` is drawn with each of these words (synonyms, subclasses),
     ``support.size`` images in all (App. A.1, "Prompt template")."""
-
     def build(bench: Bench, seed: int, vocabulary: Vocabulary) -> PrototypeBank:
         ovdiff = bench.ovdiff(settings, seed)
         size = ovdiff.profile.support.size
@@ -81,7 +80,6 @@ def with_words(words: Mapping[str, Sequence[str]], settings: Mapping | None = No
 
 def of_scenes(scenes: Dataset, chosen: Sequence[Sequence[int]], masked: bool) -> Build:
     """Own pictures in place of drawings: of each class its ``chosen`` ``scenes``, with true masks if ``masked``."""
-
     def build(bench: Bench, seed: int, vocabulary: Vocabulary) -> PrototypeBank:
         shown = {one: [scenes[i] for i in indices] for one, indices in zip(vocabulary, chosen, strict=True)}
         masks = {one: [sample.labels == label for sample in shown[one]] for label, one in enumerate(vocabulary, 1)}

@@ -26,8 +26,7 @@ RUNGS = {"as shipped": ("drawn", "filter"), "true image labels": ("drawn", "true
          "true cells": ("true cells", "true")}
 """The rungs: where the prototypes come from, and who says which classes an image can hold."""
 
-COLUMNS = {"mIoU": "none", "mIoU, PAMR": "pamr"}
-"""Each rung is measured with every ``matching.refine``."""
+COLUMNS = {"mIoU": "none", "mIoU, PAMR": "pamr"}  # each rung is measured with every ``matching.refine``
 
 
 @dataclass(frozen=True)

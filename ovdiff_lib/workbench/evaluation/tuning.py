@@ -21,12 +21,10 @@ from ovdiff_lib.workbench.evaluation.rows import LEVELS, Row, Searched
 from ovdiff_lib.workbench.tables.tables import IDLE, Cell
 
 CONSTANT, STUFF = "matching.background_threshold", "filters.stuff_threshold"
+IMAGES, DIGITS = 48, 5  # images of each data set that choose, and decimals of a candidate
 
 KEPT = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
 """Shares of things' background prototypes that candidates for the "stuff" filter keep; 0 would be another method."""
-
-IMAGES, DIGITS = 48, 5
-"""How many images of each data set choose, and the decimals of a candidate."""
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,11 @@ COLOURS = ((255, 127, 14), (0, 190, 225), (222, 60, 178), (248, 214, 40), (80, 2
 """RGB of the prototypes in a figure, in order; after the last the first comes again."""
 
 REASON_COLOURS = {"kept": "#2a9d5c", BELOW: "#b9bcc4", NOT_AMONG_TOP: "#e0a03a", NOT_BEST: "#d1495b"}
+SHARP = 256  # smaller images are enlarged to about this long side, so that outlines drawn into them stay thin
 LINE, CROSS = "#31435e", np.array([[0, 0, 1, 0, 0], [0] * 5, [1, 0, 1, 0, 1], [0] * 5, [0, 0, 1, 0, 0]], bool)
 
 LEAST, SHOWN, HATCH = 1e-4, "shown, dropped", "////"
 """In :func:`absent_figure`: the probability below which all bars are alike; how dropped classes that are shown look."""
-
-SHARP = 256
-"""Smaller images are enlarged to about this long side, so that outlines drawn into them stay thin."""
 
 
 def highlight(image: np.ndarray, regions: Sequence[np.ndarray], colours: Sequence[tuple[int, int, int]]) -> np.ndarray:

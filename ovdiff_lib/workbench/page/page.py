@@ -153,8 +153,6 @@ def _table(path: Path) -> dict[str, Any]:
             "csv": base64_of(path.read_bytes()), "volatile": record.get("details", {}).get("volatile")}
 
 
-# ---------------------------------------------------------------------- HTML
-
 def _template(name: str, **values: Any) -> str:
     environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template(name).render(**values)

@@ -23,11 +23,8 @@ from scipy import stats
 from ovdiff_lib.errors import InputError
 from ovdiff_lib.files import written_whole
 
-DRAWS, BLOCK = 10_000, 1_000
-"""Draws, and how many of them are in memory at a time."""
-
-LEVEL = 0.05
-"""What lies outside of an interval, and the largest p-value of a verdict."""
+DRAWS, BLOCK = 10_000, 1_000  # draws, and how many of them are in memory at a time
+LEVEL = 0.05  # what lies outside of an interval, and the largest p-value of a verdict
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +36,7 @@ class Runs:
     dataset: str
     counts: np.ndarray
 
-    images = property(lambda self: self.counts.shape[1])
-    """Of a single one no other can be drawn: it has no interval."""
+    images = property(lambda self: self.counts.shape[1])  # of a single one no other can be drawn: it has no interval
 
     @classmethod
     def of(cls, dataset: str, confusions: Sequence[np.ndarray]) -> Self:
@@ -121,8 +117,6 @@ def holm(p: Sequence[float]) -> list[float]:
     corrected = np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1))
     return np.minimum(corrected, 1)[np.argsort(order)].tolist()
 
-
-# ------------------------------------------------------------------ beside a table
 
 def write_runs(table: Path, runs: Mapping[tuple[str, str], Runs]) -> None:
     """Write the counts of a table's cells by row and column beside it (.npz); without any, remove what lies there."""

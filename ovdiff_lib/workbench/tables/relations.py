@@ -14,6 +14,7 @@ from scipy import stats
 from ovdiff_lib.workbench.tables.intervals import LEVEL, interval, p_value
 from ovdiff_lib.workbench.tables.tables import NOT_EXERCISED
 
+MEAN = attrgetter("mean")
 TOLERANCE = 1.0  # percent of mIoU: differences up to it are "little"
 WITHIN = {">": (0.0, np.inf), ">=": (-TOLERANCE, np.inf), "<=": (-np.inf, TOLERANCE), "~": (-TOLERANCE, TOLERANCE)}
 """Edges of a difference left - right: more; not less but for a little; more by a little at most; about equal."""
@@ -23,8 +24,6 @@ LINEAR_R2, LINEAR_RATIO = 0.98, (0.5, 2.0)
 
 ORDER = ("fails", NOT_EXERCISED, "within noise", "holds")
 """Verdicts on numbers, worst first: of several comparisons the worst counts."""
-
-MEAN = attrgetter("mean")
 
 LEGEND = (
     "In brackets 95 % intervals of differences: images and seeds were drawn again 10,000 times, the same ones for both "
