@@ -235,9 +235,7 @@ def test_build_with_two_workers_says_what_it_could_not_build(tiny, capfd, monkey
 
 def small_dataset(monkeypatch):
     """The data sets of the mini world with their first two classes alone, to save the time of drawing all."""
-    from ovdiff_lib.workbench.data import datasets
-
-    original = datasets.load_dataset
+    from ovdiff_lib.workbench.data.datasets import load_dataset as original
 
     def small(name, split="val", **_):
         dataset = original(name, split)
@@ -245,7 +243,8 @@ def small_dataset(monkeypatch):
         dataset.table[(dataset.table >= 3) & (dataset.table != 255)] = 0
         return dataset
 
-    monkeypatch.setattr(datasets, "load_dataset", small)
+    for module in ("workbench.data.datasets", "cli.evaluate"):
+        monkeypatch.setattr(f"ovdiff_lib.{module}.load_dataset", small)
 
 
 def test_evaluate_with_two_workers_writes_the_table_that_one_process_writes(tiny, tmp_path, monkeypatch, capsys):

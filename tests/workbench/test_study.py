@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -479,7 +480,7 @@ def test_rows_of_one_baseline_share_it_and_its_scores(tiny_profile, tmp_path, mo
 @pytest.mark.parametrize("together", [True, False])
 def test_a_remembering_segmenter_asks_for_several_images_at_a_time_and_for_none_twice(size, together, monkeypatch):
     """Also where results (of 6 x 8 x 5 bytes) make room for each other; and of one that knows single images alone."""
-    memory = cached(LRUCache(size, getsizeof=shared._bytes), key=lambda key, make: key)
+    memory = cached(LRUCache(size, getsizeof=shared._bytes), key=lambda key, make: key, lock=threading.RLock())
     monkeypatch.setattr(shared, "remember", memory(lambda key, make: make()))
     asked = []
 

@@ -61,7 +61,7 @@ class Cell:
         values = tuple(map(float, values))
         std = statistics.stdev(values) if len(values) > 1 else None
         spread = runs is not None and runs.images > 1 and np.ptp(runs.draws) > 0  # of 0 % others are not known
-        low, high = interval(runs.draws) if spread else (None, None)
+        low, high = interval(runs.draws.clip(0, 100)) if spread else (None, None)
         mean = statistics.fmean(values)
         return cls(row, column, mean, std, len(values), paper, values, low=low, high=high, runs=runs)
 
