@@ -260,6 +260,7 @@ def profile(request, tmp_path, monkeypatch):
         yield load_profile("paper", {
             "models.diffusion": str(tmp_path / "sd"), "models.clip": str(tmp_path / "clip"), "models.dino": str(tmp_path / "dino"),
             "models.device": "cpu", "support.size": 1, "support.steps": 2, "features.batch_size": 1, "matching.batch_size": 2,
+            "matching.windows": [448], "matching.whole_image": True,  # two scales in three windows: each takes half a minute
             # CutLER needs detectron2; patches of a random DINO are more alike than those of the real one.
             "masks.segmenter": "maskcut", "masks.maskcut_tau": 0.75})
     finally:
